@@ -1,0 +1,191 @@
+"""The shell: a lazy group of commands, and the one place where errors become messages and exit codes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from alexnet_cli import __version__
+from alexnet_cli.entry_points import Offer, callable_offers
+from alexnet_cli.errors import AlexNetError, MissingError
+
+HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
+SWALLOW = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+STORAGE_ERRORS = {errno.ENOSPC, errno.EROFS, errno.EDQUOT}
+
+
+class LazyGroup(TyperGroup):
+    """Commands from entry points. Ours are light and imported for help; others only when they are called."""
+
+    def __init__(self, *args: Any, **attributes: Any) -> None:
+        super().__init__(*args, **attributes)
+        self.offers = callable_offers()
+        self.commands = _Loaded(self.offers)  # a mapping, so that "Did you mean" sees every name
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Find the command that was typed, and import it if it is somebody else's."""
+        name, command, rest = super().resolve_command(ctx, args)
+        offer = self.offers.get(name or "")
+        if offer and not offer.ours and not ctx.resilient_parsing:
+            command = _imported(offer)
+        return name, command, rest
+
+
+class _Loaded(dict[str, Any]):
+    """Name -> command, made on first access."""
+
+    def __init__(self, offers: dict[str, Offer]) -> None:
+        super().__init__(dict.fromkeys(offers))
+        self.offers = offers
+
+    def __getitem__(self, name: str) -> Any:
+        if super().__getitem__(name) is None:
+            offer = self.offers[name]
+            self[name] = _imported(offer) if offer.ours else _stub(offer, offer.summary or "(no description)")
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """As __getitem__, or the default."""
+        return self[name] if name in self else default
+
+    def items(self) -> Any:
+        """Pairs, each made."""
+        return [(name, self[name]) for name in self]
+
+    def values(self) -> Any:
+        """Commands, each made."""
+        return [self[name] for name in self]
+
+
+def _imported(offer: Offer) -> Any:
+    """The command, or a stub that explains why it cannot be had."""
+    try:
+        return _command(offer.name, offer.load())
+    except MissingError as error:
+        return _stub(offer, f"(did not load: {error.what.partition(': ')[2] or error.what})", error)
+
+
+def _command(name: str, found: Any, help_text: str | None = None, settings: dict[str, Any] = HELP_OPTIONS) -> Any:
+    """A function or typer.Typer as a command of that name."""
+    if isinstance(found, typer.Typer):
+        command = typer.main.get_command(found)
+    else:
+        app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+        app.command(name, help=help_text, context_settings=settings)(found)
+        command = typer.main.get_command(app)
+    command.name = name
+    return command
+
+
+def _stub(offer: Offer, text: str, error: MissingError | None = None) -> Any:
+    """A command that stands in for one that is not imported; whatever is typed after it, it gives the reason."""
+
+    def explain() -> None:
+        if error is not None:
+            raise error
+        offer.load()
+
+    return _command(offer.name, explain, text, SWALLOW)
+
+
+app = typer.Typer(
+    cls=LazyGroup,
+    name="alexnet",
+    invoke_without_command=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings=HELP_OPTIONS,
+    epilog="A first look: alexnet demo. Then: alexnet prepare FOLDER, alexnet train --recipe fast, alexnet evaluate.",
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        sys.stdout.write(f"alexnet {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    ctx: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and quit.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """AlexNet (Krizhevsky, Sutskever, Hinton 2012) as it was: two towers, from a folder of pictures to an ONNX file."""
+    ctx.obj = {"debug": debug}
+    if ctx.invoked_subcommand is None:
+        sys.stdout.write(ctx.get_help() + "\n")
+        raise typer.Exit(2)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run one command and exit with its code (see errors.py)."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    command = typer.main.get_command(app)
+    debug = "--debug" in arguments[:1]
+
+    def run() -> Any:
+        return command.main(args=arguments, prog_name="alexnet", standalone_mode=False)
+
+    code = _guarded(run, debug)
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        code = _quiet_pipe()
+    sys.exit(code)
+
+
+def _guarded(run: Callable[[], Any], debug: bool) -> int:
+    """The exit code of `run`; every error becomes two lines on stderr."""
+    try:
+        code = run()
+        return code if isinstance(code, int) else 0
+    except AlexNetError as error:
+        what, hint, code = error.what, error.hint, error.exit_code
+    except typer.TyperException as error:
+        what, hint, code = _usage(error)
+    except BrokenPipeError:
+        return _quiet_pipe()
+    except (KeyboardInterrupt, typer.Abort):
+        what, hint, code = "stopped by Ctrl-C", "", 130
+    except OSError as error:
+        place = f": {error.filename}" if error.filename else ""
+        what, hint, code = f"{error.strerror or error}{place}", "check the path and its permissions", 1
+        if error.errno in STORAGE_ERRORS:
+            hint, code = "free some space, or write to another disk", 7
+    except Exception as error:
+        what, code = f"internal error: {type(error).__name__}: {error}", 1
+        hint = "this is a bug; alexnet --debug COMMAND shows where"
+    if debug:
+        traceback.print_exc()
+    sys.stderr.write(f"error: {what}\n" + (f"hint: {hint}\n" if hint else ""))
+    return code
+
+
+def _usage(error: Any) -> tuple[str, str, int]:
+    """What the parser says, in our form; a list of suggestions is the hint."""
+    message = error.format_message() if hasattr(error, "format_message") else str(error)
+    what, _, guess = message.partition(" Did you mean ")
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context is not None else "alexnet"
+    hint = f"did you mean {guess.rstrip('?').strip()}?" if guess else f"{path} --help"
+    return " ".join(what.split()).rstrip("."), hint, int(getattr(error, "exit_code", 2))
+
+
+def _quiet_pipe() -> int:
+    """The reader of our output has left: nothing to say, and nowhere to say it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""What a command says: the result on stdout, everything else on stderr.
+
+On a terminal progress is one moving line; elsewhere a plain line every half minute, so that a log never stays empty.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+SECONDS_BETWEEN_LINES = 30.0
+
+
+class Progress(Protocol):
+    """A count that grows."""
+
+    def advance(self, n: int, note: str = "") -> None:
+        """Count `n` more; show `note` beside the count."""
+
+
+class Reporter:
+    """The voice of one command."""
+
+    def __init__(self, command: str, *, json: bool = False, quiet: bool = False) -> None:
+        self.command, self.json, self.quiet = command, json, quiet
+        self._bar: Any = None
+
+    def line(self, label: str, text: str) -> None:
+        """A labelled line on stderr; nothing when quiet."""
+        if not self.quiet:
+            self._stderr(f"{label:<8}{text}")
+
+    def warn(self, text: str, hint: str = "") -> None:
+        """A warning on stderr, and what to do about it."""
+        self._stderr(f"warn    {text}")
+        if hint:
+            self._stderr(f"hint    {hint}")
+
+    def result(self, record: Mapping[str, Any]) -> None:
+        """The result as one line of JSON, if that is what was asked for."""
+        if self.json:
+            line = {"schema": f"alexnet.{self.command}/1", **record}
+            sys.stdout.write(json.dumps(_plain(line), separators=(",", ":"), allow_nan=False) + "\n")
+            sys.stdout.flush()
+
+    def show(self, renderable: RenderableType) -> None:
+        """The result for people: text is printed as it is, tables and the like as wide as the terminal."""
+        if self.json:
+            return
+        if isinstance(renderable, str):
+            sys.stdout.write(renderable + "\n")
+        else:
+            from rich.console import Console
+
+            Console(highlight=False).print(renderable)
+        sys.stdout.flush()
+
+    @contextmanager
+    def progress(self, description: str, total: int | None, unit: str = "img") -> Iterator[Progress]:
+        """Show how far the work is while inside."""
+        if self.quiet:
+            yield _Silent()
+        elif moving(sys.stderr):
+            with _bar() as bar:
+                self._bar = bar
+                try:
+                    yield _Moving(bar, description, total, unit)
+                finally:
+                    self._bar = None
+        else:
+            lines = _Lines(self._stderr, description, total, unit)
+            yield lines
+            lines.say()
+
+    def _stderr(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            sys.stderr.write(text + "\n")
+            sys.stderr.flush()
+
+
+def moving(stream: Any) -> bool:
+    """Whether a line may be drawn over again: a capable terminal, and no setting against it."""
+    calm = os.environ.get("TERM") == "dumb" or os.environ.get("TTY_INTERACTIVE") == "0" or "CI" in os.environ
+    return bool(stream.isatty()) and not calm
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN: null instead."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _plain(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value
+
+
+class _Silent:
+    def advance(self, n: int, note: str = "") -> None:
+        """Say nothing."""
+
+
+def _bar() -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description:<7}"), BarColumn(bar_width=24), TextColumn("{task.percentage:>3.0f}%"),
+               TextColumn("{task.fields[note]}"), TextColumn("eta"), TimeRemainingColumn(compact=True))  # fmt: skip
+    return Progress(*columns, console=Console(stderr=True, highlight=False), transient=True)
+
+
+class _Moving:
+    """Rich's bar, with the rate and a note beside it."""
+
+    def __init__(self, bar: Any, description: str, total: int | None, unit: str) -> None:
+        self.bar, self.unit, self.done, self.started = bar, unit, 0, time.monotonic()
+        self.task = bar.add_task(description, total=total, note="")
+
+    def advance(self, n: int, note: str = "") -> None:
+        """Move the bar."""
+        self.done += n
+        rate = self.done / max(1e-9, time.monotonic() - self.started)
+        self.bar.update(self.task, advance=n, note=f"{note}  {rate:,.0f} {self.unit}/s")
+
+
+class _Lines:
+    """A plain line now and then."""
+
+    def __init__(self, write: Any, description: str, total: int | None, unit: str) -> None:
+        self.write, self.description, self.total, self.unit = write, description, total, unit
+        self.done, self.note, self.started = 0, "", time.monotonic()
+        self.said = self.started
+
+    def advance(self, n: int, note: str = "") -> None:
+        """Count, and say so if the last line is half a minute old."""
+        self.done, self.note = self.done + n, note or self.note
+        if time.monotonic() - self.said >= SECONDS_BETWEEN_LINES:
+            self.say()
+
+    def say(self) -> None:
+        """Write the line."""
+        self.said = time.monotonic()
+        rate = self.done / max(1e-9, self.said - self.started)
+        count = f"{self.done:,}/{self.total:,}" if self.total is not None else f"{self.done:,}"
+        left = (self.total - self.done) / rate if self.total is not None and rate else 0
+        eta = f"  eta {duration(left)}" if left > 0 else ""
+        self.write(f"{self.description:<8}{count} {self.unit}  {self.note}{'  ' if self.note else ''}{rate:,.0f} {self.unit}/s{eta}")
+
+
+def duration(seconds: float) -> str:
+    """Such as 45s, 3m20s, 5h12m, 6d3h."""
+    whole = round(seconds)
+    for size, name, smaller, small in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
+        if whole >= size:
+            return f"{whole // size}{name}{whole % size // smaller}{small}"
+    return f"{whole}s"

@@ -1,0 +1,132 @@
+"""Finished shards to a valid data set: index, mean picture, list of refused files and, last, dataset.json."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from alexnet_cli import __version__
+from alexnet_cli.core.plan import Plan
+from alexnet_cli.core.shard_writer import Finished, npy, write_durably
+from alexnet_cli.core.shards import (
+    LATEST,
+    MEAN,
+    PARTIAL,
+    RECORD,
+    REJECTED,
+    ROOT,
+    ROW,
+    SCHEMA,
+    SIDE,
+    index_name,
+)
+from alexnet_cli.core.statistics import PixelSums
+from alexnet_cli.errors import AlexNetError, DataError
+
+
+@dataclass
+class Totals:
+    """What the finished shards of a split add up to, in order."""
+
+    shards: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[npt.NDArray[np.void]] = field(default_factory=list)
+    sums: PixelSums = field(default_factory=PixelSums)
+    rejected: list[dict[str, str]] = field(default_factory=list)
+
+    def add(self, shard: Finished) -> None:
+        """Count the next shard."""
+        self.shards.append(shard.entry)
+        self.rows.append(shard.rows)
+        self.sums.merge(shard.sums)
+        self.rejected += shard.rejected
+
+    def index(self) -> npt.NDArray[np.void]:
+        """Rows of the whole split."""
+        return np.concatenate(self.rows) if self.rows else np.zeros(0, ROW)
+
+
+def assemble(plan: Plan, totals: Mapping[str, Totals]) -> None:
+    """Write everything but the shards; the data set is valid once this returns.
+
+    Raises:
+        DataError: no training picture could be decoded.
+    """
+    _check_counts(plan, totals)
+    rejected = [line for split in totals.values() for line in split.rejected]
+    index = {name: split.index() for name, split in totals.items()}
+    files = {index_name(name): npy(rows) for name, rows in index.items()}
+    files[MEAN] = npy(totals["train"].sums.mean_image())
+    files[REJECTED] = "".join(json.dumps(line) + "\n" for line in rejected).encode()
+    for name, data in files.items():
+        write_durably(plan.output / name, data)
+    labels = {
+        name: np.bincount(rows["label"], minlength=len(plan.source.classes)) for name, rows in index.items()
+    }
+    record = {
+        "schema": SCHEMA,
+        "name": plan.source.path.resolve().name,
+        "layout": plan.source.layout,
+        "classes": _classes(plan, labels),
+        "splits": {name: _split(totals[name], labels[name]) for name in totals},
+        "image": {"size": SIDE, "jpeg_quality": plan.quality},
+        **totals["train"].sums.record(),
+        "rejected": len(rejected),
+        "files": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
+        "source": str(plan.source.path.resolve()),
+        "settings": plan.settings,
+        "version": __version__,
+    }
+    write_durably(plan.output / RECORD, (json.dumps(record, indent=1) + "\n").encode())
+
+
+def settle(output: Path) -> None:
+    """Once the set is valid: drop what was kept for resuming; let prepared/latest name it, if it lies there."""
+    shutil.rmtree(output / PARTIAL, ignore_errors=True)
+    link = ROOT / LATEST
+    if output.absolute().parent != ROOT.absolute() or (link.exists() and not link.is_symlink()):
+        return
+    temporary = ROOT / f".{LATEST}.{os.getpid()}"
+    temporary.symlink_to(output.name, target_is_directory=True)
+    temporary.replace(link)
+
+
+def _check_counts(plan: Plan, totals: Mapping[str, Totals]) -> None:
+    for name, items in plan.source.splits.items():
+        packed = sum(shard["images"] for shard in totals[name].shards)
+        if packed + len(totals[name].rejected) != len(items):
+            raise AlexNetError(
+                f"{name}: {packed} packed and {len(totals[name].rejected)} refused of {len(items)}"
+            )
+    if not totals["train"].sums.images:
+        raise DataError(
+            f"not one training picture of {plan.source.path} can be decoded", "is it a picture folder?"
+        )
+
+
+def _classes(plan: Plan, labels: Mapping[str, npt.NDArray[np.int64]]) -> list[dict[str, Any]]:
+    entries: list[dict[str, Any]] = []
+    for label, (name, wnid) in enumerate(plan.source.classes):
+        counts = {split: int(found[label]) for split, found in labels.items()}
+        entries.append({"name": name} | ({"wnid": wnid} if wnid else {}) | {"images": counts})
+    return entries
+
+
+def _split(totals: Totals, per_class: npt.NDArray[np.int64]) -> dict[str, Any]:
+    return {
+        "images": sum(shard["images"] for shard in totals.shards),
+        "images_per_class": {
+            "min": int(per_class.min()),
+            "median": float(np.median(per_class)),
+            "max": int(per_class.max()),
+        },
+        "shards": totals.shards,
+    }

@@ -1,0 +1,154 @@
+"""From decoded pictures to the network's input, on the device and a batch at a time (sections 2 and 4.1).
+
+Training takes a random crop, perhaps mirrored, and shifts its colour along the principal axes of RGB; testing takes
+the centre, or ten views: four corners and centre and their mirrors. What is drawn for a picture depends on the seed,
+the epoch and the picture's row in the data set, never on who loads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from alexnet_cli.recipe import Recipe
+
+SIDE = 256
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random draws of one epoch, by row: offsets N x 2 (down, right), flips N, colour N x 3 (standard normal)."""
+
+    offsets: npt.NDArray[np.int64]
+    flips: npt.NDArray[np.bool_]
+    colour: npt.NDArray[np.float32]
+
+    @classmethod
+    def of_epoch(cls, rows: int, recipe: Recipe, epoch: int) -> Draws:
+        """Draw for every row of the training set; `epoch` counts from 1. What the recipe switches off is neutral."""
+        generator = np.random.default_rng((recipe.seed, epoch, 0xA06))
+        offsets = generator.integers(0, SIDE - recipe.input_size + 1, (rows, 2))
+        flips = generator.random(rows) < 0.5
+        colour = generator.standard_normal((rows, 3), dtype=np.float32)
+        if not recipe.crops:
+            offsets = np.full_like(offsets, (SIDE - recipe.input_size) // 2)
+        if not recipe.flips:
+            flips = np.zeros_like(flips)
+        return cls(offsets, flips, colour)
+
+
+class Pixels:
+    """Turns uint8 N x 256 x 256 x 3 into the network's float32 N x 3 x S x S (channels-last memory)."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        mean_image: npt.NDArray[np.float32],
+        colour_std: npt.NDArray[np.float32] | None,
+        colour_axes: npt.NDArray[np.float32] | None,
+        device: torch.device,
+    ) -> None:
+        """`mean_image` 3 x 256 x 256; `colour_axes` 3 x 3, axes in columns, with deviations `colour_std`, 0..255."""
+        self.recipe, self.device, self.size = recipe, device, recipe.input_size
+        mean = torch.from_numpy(np.ascontiguousarray(mean_image.transpose(1, 2, 0)))
+        if recipe.mean == "rgb":
+            mean = mean.mean((0, 1)).expand(SIDE, SIDE, 3)
+        self.mean = mean.contiguous().to(device)
+        low = (SIDE - self.size) // 2
+        self.centre = low
+        self.central_mean = self.mean[low : low + self.size, low : low + self.size].contiguous()
+        axes = (
+            colour_axes * colour_std
+            if colour_axes is not None and colour_std is not None
+            else np.zeros((3, 3))
+        )
+        self.axes = np.asarray(axes, dtype=np.float32)
+
+    def train(self, images: Tensor, rows: npt.NDArray[np.int64], draws: Draws, epoch: int) -> Tensor:
+        """The views of a training batch, `rows` saying which row each image is."""
+        shift = self._shift(draws.colour[rows], epoch)
+        return self._views(images, draws.offsets[rows], draws.flips[rows], shift)
+
+    def centre_view(self, images: Tensor) -> Tensor:
+        """The centre of every image."""
+        n = len(images)
+        return self._views(images, np.full((n, 2), self.centre), np.zeros(n, bool), None)
+
+    def ten_views(self, images: Tensor) -> Iterator[Tensor]:
+        """Ten batches: top left, top right, bottom left, bottom right, centre; then their mirrors (section 4.1)."""
+        n, edge = len(images), SIDE - self.size
+        for flip in (False, True):
+            for corner in ((0, 0), (0, edge), (edge, 0), (edge, edge), (self.centre, self.centre)):
+                yield self._views(images, np.full((n, 2), corner), np.full(n, flip), None)
+
+    def _shift(self, normals: npt.NDArray[np.float32], epoch: int) -> npt.NDArray[np.float32] | None:
+        """N x 3: what section 4.1 adds to every pixel, sum over axes of deviation times a draw from N(0, 0.1)."""
+        recipe = self.recipe
+        if recipe.colour_shift == 0 or (recipe.colour_shift_epochs and epoch > recipe.colour_shift_epochs):
+            return None
+        shift: npt.NDArray[np.float32] = (recipe.colour_shift * normals) @ self.axes.T
+        return shift
+
+    def _views(
+        self,
+        images: Tensor,
+        offsets: npt.NDArray[np.int64],
+        flips: npt.NDArray[np.bool_],
+        shift: npt.NDArray[np.float32] | None,
+    ) -> Tensor:
+        gather = _gather_by_copy if self.device.type == "cpu" else gather_by_index
+        at_crop = self.recipe.mean == "image-at-crop"
+        images = images.to(self.device, non_blocking=True)
+        out = gather(images, offsets, flips, self.size, self.mean if at_crop else None)
+        if not at_crop:
+            out -= self.central_mean
+        divisor = self.recipe.input_divisor
+        if shift is not None:
+            out += torch.from_numpy(shift).to(self.device, non_blocking=True)[:, None, None, :]
+            divisor *= self.recipe.colour_shift_divide
+        if divisor != 1:
+            out /= divisor
+        return out.permute(0, 3, 1, 2)
+
+
+def gather_by_index(
+    images: Tensor,
+    offsets: npt.NDArray[np.int64],
+    flips: npt.NDArray[np.bool_],
+    size: int,
+    mean: Tensor | None,
+) -> Tensor:
+    """Crops as one gather: uint8 N x 256 x 256 x 3 -> float32 N x size x size x 3, less `mean` under the crop."""
+    device = images.device
+    start = torch.from_numpy(offsets).to(device, non_blocking=True)
+    mirrored = torch.from_numpy(flips).to(device, non_blocking=True)
+    step = torch.arange(size, device=device)
+    down = start[:, 0, None] + step
+    right = start[:, 1, None] + torch.where(mirrored[:, None], size - 1 - step, step)
+    which = torch.arange(len(images), device=device)[:, None, None]
+    out = images[which, down[:, :, None], right[:, None, :]].float()
+    if mean is not None:
+        out -= mean[down[:, :, None], right[:, None, :]]
+    return out
+
+
+def _gather_by_copy(
+    images: Tensor,
+    offsets: npt.NDArray[np.int64],
+    flips: npt.NDArray[np.bool_],
+    size: int,
+    mean: Tensor | None,
+) -> Tensor:
+    """The same, image by image: on a CPU a strided copy beats a gather."""
+    out = torch.empty(len(images), size, size, 3)
+    for i, (top, left) in enumerate(offsets.tolist()):
+        window = (slice(top, top + size), slice(left, left + size))
+        crop: Tensor = images[i][window]
+        crop = crop - mean[window] if mean is not None else crop
+        out[i].copy_(crop.flip(1) if flips[i] else crop)
+    return out

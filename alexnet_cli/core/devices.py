@@ -1,0 +1,75 @@
+"""What this machine can compute with: GPUs, bf16 arithmetic, ONNX Runtime's providers. Imports lazily."""
+
+from __future__ import annotations
+
+import platform
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU as CUDA numbers it, inside CUDA_VISIBLE_DEVICES; memory in bytes."""
+
+    index: int
+    name: str
+    memory: int
+    capability: str
+
+
+def visible_gpus() -> list[Gpu]:
+    """The GPUs that torch can use; none without a driver."""
+    import torch
+
+    with warnings.catch_warnings():  # a CUDA build of torch complains where there is no driver
+        warnings.simplefilter("ignore")
+        if not torch.cuda.is_available():
+            return []
+    found = []
+    for index in range(torch.cuda.device_count()):
+        about = torch.cuda.get_device_properties(index)
+        found.append(Gpu(index, about.name, about.total_memory, f"{about.major}.{about.minor}"))
+    return found
+
+
+def cpu_bf16() -> bool:
+    """Whether the CPU multiplies in bf16 itself; where it does not, bf16 is slower than float32."""
+    if platform.machine() in ("arm64", "aarch64"):
+        return platform.system() == "Darwin" or "bf16" in _cpu_flags()
+    return bool(_cpu_flags() & {"avx512_bf16", "amx_bf16"})
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return set()
+    lines = (line for line in text.splitlines() if line.lower().startswith(("flags", "features")))
+    return set(next(lines, "").split())
+
+
+def onnx_providers() -> dict[str, str]:
+    """Each provider that ONNX Runtime advertises -> "ok", or why a session does not really open with it."""
+    import onnxruntime
+    from onnx import TensorProto, helper
+
+    onnxruntime.set_default_logger_severity(4)
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        [helper.make_node("Relu", ["x"], ["y"])], "probe",
+        [value("x", TensorProto.FLOAT, [1])], [value("y", TensorProto.FLOAT, [1])],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+    model.ir_version = 8
+    found = {}
+    for provider in onnxruntime.get_available_providers():
+        try:
+            session = onnxruntime.InferenceSession(
+                model.SerializeToString(), providers=[provider], enable_fallback=0
+            )
+            opened = session.get_providers()
+            found[provider] = "ok" if opened[0] == provider else f"fell back to {opened[0]}"
+        except Exception as error:  # ONNX Runtime's errors share no base class; each is a finding, not a failure
+            found[provider] = str(error).splitlines()[0][:120]
+    return found

@@ -1,0 +1,152 @@
+"""One verified ONNX file: written beside its place, compared with PyTorch on pictures, only then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from alexnet_cli.core import images, onnx_graph
+from alexnet_cli.core.session import Session
+from alexnet_cli.core.shards import Dataset
+from alexnet_cli.core.views import views
+from alexnet_cli.core.weights import Model
+from alexnet_cli.errors import DataError, StorageError, VerificationError
+
+LARGEST_DIFFERENCE = 1e-4  # of a probability
+SPREAD_SHARE = 1e-4  # of a picture's logits, from lowest to highest
+ROUNDING = 1e-5  # of a logit, relative to the largest: float32 sums in another order
+BATCH = 32
+
+PICTURES = 128
+
+Crops = npt.NDArray[np.uint8]
+Logits = Callable[[Crops], npt.NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How two implementations of one network differ on the same `images` pictures.
+
+    `max_abs_difference` is over probabilities, `max_logit_difference` over logits, of which `logit_tolerance`
+    is allowed. A top-1 answer agrees also if it is the other's within rounding.
+    """
+
+    images: int
+    max_abs_difference: float
+    max_logit_difference: float
+    logit_tolerance: float
+    top1_agreement: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether both give the same answers; probabilities alone hide errors of an untrained network."""
+        return (
+            self.max_abs_difference < LARGEST_DIFFERENCE
+            and self.max_logit_difference <= self.logit_tolerance
+            and self.top1_agreement == 1.0
+        )
+
+
+def verify(reference: Logits, candidate: Logits, crops: Crops) -> Verification:
+    """Compare two functions from crops to logits on `crops`, uint8 N x 3 x S x S, N > 0."""
+    difference = logit_difference = tolerance = 0.0
+    agreed = 0
+    for start in range(0, len(crops), BATCH):
+        part = crops[start : start + BATCH]
+        expected, actual = reference(part).astype(np.float64), candidate(part).astype(np.float64)
+        difference = max(difference, _largest(_softmax(expected) - _softmax(actual)))
+        logit_difference = max(logit_difference, _largest(expected - actual))
+        rounding = ROUNDING * np.abs(expected).max(1)
+        tolerance = max(tolerance, float((SPREAD_SHARE * np.ptp(expected, axis=1) + rounding).max()))
+        chosen = np.take_along_axis(expected, actual.argmax(1)[:, None], 1)[:, 0]
+        agreed += int((chosen >= expected.max(1) - rounding).sum())
+    return Verification(len(crops), difference, logit_difference, tolerance, agreed / len(crops))
+
+
+def export(model: Model, path: Path, crops: Crops) -> Verification:
+    """Write `model` to `path` as ONNX once it agrees with PyTorch on `crops`, uint8 N x 3 x S x S.
+
+    Raises:
+        VerificationError: it does not agree; `path` is as it was before.
+        StorageError: the disk is full or the folder cannot be written.
+        UsageError: the network is too large for one ONNX file.
+    """
+    with _replacing(path) as temporary:
+        onnx_graph.write(model, temporary)
+        return _verified(model, temporary, crops)
+
+
+def export_unverified(model: Model, path: Path) -> None:
+    """The same without the comparison, and without PyTorch. Raises StorageError, UsageError."""
+    with _replacing(path) as temporary:
+        onnx_graph.write(model, temporary)
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place if all goes well, and is gone otherwise."""
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp.onnx")
+    try:
+        yield temporary
+        temporary.replace(path)
+    except OSError as error:
+        raise StorageError(
+            f"{path} cannot be written: {error.strerror}", "choose another place with -o"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _verified(model: Model, path: Path, crops: Crops) -> Verification:
+    from alexnet_cli.core.torch_session import TorchSession
+
+    session = Session(path, provider="cpu")
+    result = verify(TorchSession(model, "cpu").logits, session.logits, crops)
+    if not result.passed:
+        raise VerificationError(
+            "the ONNX file disagrees with PyTorch and was removed: probabilities differ by "
+            f"{result.max_abs_difference:.2g}, logits by {result.max_logit_difference:.2g}, "
+            f"top-1 agreement {result.top1_agreement:.1%} of {result.images} pictures",
+            "`alexnet doctor` shows the versions in use; please report it with them",
+        )
+    return result
+
+
+def _softmax(logits: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    powers = np.exp(logits - logits.max(1, keepdims=True))
+    result: npt.NDArray[np.float64] = powers / powers.sum(1, keepdims=True)
+    return result
+
+
+def _largest(difference: npt.NDArray[np.float64]) -> float:
+    """The largest absolute value; NaN counts as infinite, so that it cannot pass."""
+    return float(np.nan_to_num(np.abs(difference), nan=np.inf).max())
+
+
+def crops_of(dataset: Dataset, model: Model, count: int = PICTURES) -> Crops:
+    """Centres of at most `count` pictures, evenly spaced over the validation split (training, if empty)."""
+    split = next((s for s in map(dataset.split, ("val", "train")) if len(s)), None)
+    if split is None:
+        raise DataError(f"{dataset.path} holds no pictures", "prepare it anew")
+    rows = np.unique(np.linspace(0, len(split) - 1, min(count, len(split))).astype(int)).tolist()
+    pictures = (images.decode(bytes(split.jpeg(row))) for row in rows)
+    return np.concatenate([views(picture, model.recipe.input_size, 1) for picture in pictures])
+
+
+def drawn_crops(side: int, count: int = PICTURES) -> Crops:
+    """uint8 count x 3 x side x side, always the same: coloured gradients under more and more noise."""
+    generator = np.random.default_rng(2012)
+    ramp = np.linspace(-1, 1, side, dtype=np.float32)
+    slopes = generator.uniform(-100, 100, (count, 3, 2, 1, 1)).astype(np.float32)
+    colours = generator.uniform(0, 255, (count, 3, 1, 1)).astype(np.float32)
+    noise = generator.standard_normal((count, 3, side, side), np.float32)
+    contrast = np.linspace(0, 60, count, dtype=np.float32)[:, None, None, None]
+    picture = colours + slopes[:, :, 0] * ramp + slopes[:, :, 1] * ramp[:, None] + contrast * noise
+    crops: Crops = picture.clip(0, 255).astype(np.uint8)
+    return crops

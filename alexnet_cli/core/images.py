@@ -1,0 +1,126 @@
+"""Pictures to pixels, as in section 2 of the paper: RGB, shorter side to 256, the middle 256x256. No torch.
+
+This is the definition, with Pillow; `fast_images` is its fast twin for preparing, equal within one grey
+level. EXIF orientation is ignored, as it was in 2012.
+"""
+
+from __future__ import annotations
+
+import io
+import threading
+import warnings
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, UnidentifiedImageError
+
+from alexnet_cli.errors import DataError
+
+SIDE = 256  # pixels; the paper, section 2
+MAX_PIXELS = 89_478_485  # a quarter of a gigabyte as RGB, where Pillow begins to suspect a decompression bomb
+MAX_ASPECT = 16  # of a picture longer than this many times its width only the middle is resized
+
+Pixels = npt.NDArray[np.uint8]
+
+_opening = threading.Lock()  # warnings.catch_warnings is not thread-safe
+
+
+def decode(data: bytes) -> Pixels:
+    """The picture in a file's bytes as uint8 H x W x 3 RGB, whatever its real format and colour mode.
+
+    Grey, palette, CMYK and 16-bit pictures are converted; alpha is dropped; of an animation the first
+    frame counts.
+
+    Raises:
+        DataError: it is no picture, truncated, damaged or too large; `what` is the reason.
+    """
+    if not data:
+        raise DataError("the file is empty")
+    try:
+        with _opened(data) as image:
+            image.load()
+            return _rgb(image)
+    except UnidentifiedImageError as error:
+        raise DataError(f"it is not a picture of a known format (it begins with {data[:8]!r})") from error
+    except DataError:
+        raise
+    except (
+        Exception
+    ) as error:  # Pillow's readers raise nearly anything on damaged files, struct.error included
+        raise DataError(str(error) or type(error).__name__) from error
+
+
+def to_256(rgb: Pixels) -> Pixels:
+    """Shorter side to 256 (antialiased bilinear), then the middle: uint8 H x W x 3 -> 256 x 256 x 3.
+
+    It is computed in float32 and rounded once. On uint8 Pillow and torch round after each of the two passes,
+    each in its own way, and would now and then be two grey levels apart.
+    """
+    rgb = middle_of_long(rgb)
+    height, width = scaled_size(*rgb.shape[:2])
+    if (height, width) == rgb.shape[:2]:
+        return centre(rgb)
+    result = np.empty((SIDE, SIDE, 3), np.uint8)
+    for channel in range(3):
+        plane = Image.fromarray(rgb[:, :, channel].astype(np.float32))
+        scaled = plane.resize((width, height), Image.Resampling.BILINEAR)
+        result[:, :, channel] = np.rint(centre(np.asarray(scaled)))
+    return result
+
+
+def scaled_size(height: int, width: int) -> tuple[int, int]:
+    """Height and width once the shorter side is 256; the longer one is rounded."""
+    shorter = min(height, width)
+    return (SIDE * height + shorter // 2) // shorter, (SIDE * width + shorter // 2) // shorter
+
+
+def centre(rgb: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The middle 256 x 256; an odd margin is smaller at the top and at the left (floor)."""
+    top, left = (rgb.shape[0] - SIDE) // 2, (rgb.shape[1] - SIDE) // 2
+    return np.ascontiguousarray(rgb[top : top + SIDE, left : left + SIDE])
+
+
+def middle_of_long(rgb: Pixels) -> Pixels:
+    """The middle of an extremely long picture, so that a strip of 1 x 1,000,000 needs no gigabytes."""
+    height, width = rgb.shape[:2]
+    longest = MAX_ASPECT * min(height, width)
+    top, left = max(0, height - longest) // 2, max(0, width - longest) // 2
+    return np.ascontiguousarray(rgb[top : top + longest, left : left + longest])
+
+
+def check_size(height: int, width: int) -> None:
+    """Refuse a picture whose pixels would fill the memory, before they are decoded.
+
+    Raises:
+        DataError: it has more than MAX_PIXELS.
+    """
+    if height * width > MAX_PIXELS:
+        raise DataError(
+            f"it measures {width:,} x {height:,} pixels, more than {MAX_PIXELS:,}: a decompression bomb?"
+        )
+
+
+def _opened(data: bytes) -> Image.Image:
+    with _opening, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the size is checked below; odd EXIF does not matter here
+        try:
+            image = Image.open(io.BytesIO(data))
+        except Image.DecompressionBombError as error:
+            raise DataError(f"it is a decompression bomb: {error}") from error
+    check_size(image.height, image.width)
+    return image
+
+
+def _rgb(image: Image.Image) -> Pixels:
+    if image.mode.startswith("I"):
+        # 16 bits a pixel (Pillow calls them I;16, I;16B or I): scaled, where Pillow's own conversion
+        # would clip.
+        deep = np.asarray(image).astype(np.int64).clip(0, 65535)
+        grey = ((deep * 255 + 32767) // 65535).astype(np.uint8)
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    if image.mode == "F":
+        raise DataError("its pixels are floating-point numbers of unknown range")
+    if image.mode in ("P", "PA"):
+        image = image.convert("RGBA")  # by way of RGBA, or Pillow warns about transparency given as bytes
+    return np.array(image.convert("RGB"))  # a copy, because torch takes no read-only arrays

@@ -1,0 +1,124 @@
+"""The paper's update rule and the schedules of its rate (section 5)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alexnet_cli.recipe import Recipe
+
+WARM_UP_SHARE, FIRST_RATE, LAST_RATE = (
+    0.15,
+    1 / 25,
+    1 / 1000,
+)  # one cycle: share of steps rising; rates over the peak
+
+
+class Momentum:
+    """v <- momentum * v - decay * rate * w - rate * gradient;  w <- w + v.
+
+    The rate is inside the velocity, unlike in torch.optim.SGD: after a drop the old velocity dies out by itself.
+    Weights and biases may differ in rate and decay, and layer 1 may be slowed and frozen, as in net #145.
+    """
+
+    def __init__(self, parameters: Iterable[tuple[str, Tensor]], recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.parameters = dict(parameters)
+        self.velocity = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
+
+    @torch.no_grad()
+    def step(self, rate: float, epoch: int) -> None:
+        """Take one step; `epoch` counts from 1. Parameters whose rate is 0 keep still, decay and all."""
+        groups: dict[tuple[float, float], list[str]] = {}
+        for name, parameter in self.parameters.items():
+            if parameter.grad is not None:
+                groups.setdefault(self.rate_and_decay(name, rate, epoch), []).append(name)
+        for (own_rate, decay), names in groups.items():
+            if own_rate == 0:
+                continue
+            weights = [self.parameters[name] for name in names]
+            velocity = [self.velocity[name] for name in names]
+            gradients = [w.grad for w in weights if w.grad is not None]
+            torch._foreach_mul_(velocity, self.recipe.momentum)
+            torch._foreach_add_(velocity, gradients, alpha=-own_rate)
+            if decay:
+                torch._foreach_add_(velocity, weights, alpha=-decay * own_rate)
+            torch._foreach_add_(weights, velocity)
+
+    def rate_and_decay(self, name: str, rate: float, epoch: int) -> tuple[float, float]:
+        """Of one parameter, when the network's rate is `rate`."""
+        recipe = self.recipe
+        decay = recipe.weight_decay
+        if name.endswith(".bias"):
+            rate = (rate if recipe.bias_rate_drops else recipe.learning_rate) * recipe.bias_rate
+            decay = recipe.weight_decay if recipe.bias_decay else 0.0
+        if name.startswith("conv1."):
+            if recipe.conv1_freeze_epoch and epoch > recipe.conv1_freeze_epoch:
+                rate = 0.0
+            elif recipe.conv1_slow_epoch and epoch > recipe.conv1_slow_epoch:
+                rate /= 10
+        return rate, decay
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+
+@dataclass
+class Schedule:
+    """The rate at every step. `plateau` watches the validation error and says when training is over."""
+
+    recipe: Recipe
+    steps_per_epoch: int
+    drops: int = 0
+    best_error: float = math.inf
+    epochs_since_best: int = 0
+
+    def rate(self, step: int) -> float:
+        """The rate of step `step`, which counts from 0."""
+        recipe = self.recipe
+        if recipe.schedule == "plateau":
+            return recipe.learning_rate / 10**self.drops
+        if recipe.schedule == "fixed":
+            epochs_done = step // self.steps_per_epoch
+            return float(recipe.learning_rate / 10 ** sum(epochs_done >= drop for drop in recipe.drop_epochs))
+        return recipe.learning_rate * _one_cycle(step / (self.steps_per_epoch * recipe.epochs))
+
+    def observe(self, error: float) -> bool:
+        """Take note of an epoch's validation error. Returns whether it is the lowest so far."""
+        if error < self.best_error:
+            self.best_error, self.epochs_since_best = error, 0
+            return True
+        self.epochs_since_best += 1
+        if self.recipe.schedule == "plateau" and self.epochs_since_best >= self.recipe.plateau_epochs:
+            self.drops, self.epochs_since_best = self.drops + 1, 0
+        return False
+
+    @property
+    def over(self) -> bool:
+        """Whether the error has stopped falling after the last drop (the paper ended there, after three)."""
+        return self.recipe.schedule == "plateau" and self.drops > self.recipe.plateau_drops
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        state = asdict(self)
+        return {key: state[key] for key in ("drops", "best_error", "epochs_since_best")}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint's state."""
+        self.drops, self.best_error = int(state["drops"]), float(state["best_error"])
+        self.epochs_since_best = int(state["epochs_since_best"])
+
+
+def _one_cycle(done: float) -> float:
+    """Share of the peak rate when `done` of all steps are done: up in a cosine, down in a longer one."""
+    if done < WARM_UP_SHARE:
+        return FIRST_RATE + (1 - FIRST_RATE) * (1 - math.cos(math.pi * done / WARM_UP_SHARE)) / 2
+    left = (1 + math.cos(math.pi * min(1.0, (done - WARM_UP_SHARE) / (1 - WARM_UP_SHARE)))) / 2
+    return LAST_RATE + (1 - LAST_RATE) * left

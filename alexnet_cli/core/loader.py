@@ -1,0 +1,127 @@
+"""Batches of decoded pictures, ahead of need: order, this process's share, threaded decoding, position.
+
+The order of an epoch is a permutation by (seed, epoch); a step's batch is a slice of it, and a rank's share a slice
+of that. Threads decode straight into a ring of batch buffers, so nothing is copied and nothing is allocated anew.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import simplejpeg
+import torch
+from torch import Tensor
+
+from alexnet_cli.core.shards import Split
+from alexnet_cli.errors import DataError
+
+SIDE = 256
+AHEAD = 3  # batches being decoded while one is used
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Uint8 B x 256 x 256 x 3 (valid until the next batch is taken), labels int64 B, and the rows they came from."""
+
+    images: Tensor
+    labels: Tensor
+    rows: npt.NDArray[np.int64]
+
+
+def epoch_order(rows: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+    """The order in which an epoch (counted from 1) visits the rows; the same on every rank."""
+    return np.random.default_rng((seed, epoch, 0x0DE)).permutation(rows)
+
+
+def steps_per_epoch(rows: int, batch_size: int) -> int:
+    """Whole batches in an epoch (the rest waits for another permutation); one step if the set is smaller."""
+    return max(1, rows // batch_size)
+
+
+def training_batches(
+    rows: int, batch_size: int, seed: int, epoch: int, first_step: int = 0, rank: int = 0, ranks: int = 1
+) -> list[npt.NDArray[np.int64]]:
+    """The rows of this rank's share of every batch of an epoch, from its `first_step` on (counted from 0)."""
+    order = epoch_order(rows, seed, epoch)
+    steps = range(first_step, steps_per_epoch(rows, batch_size))
+    batches = [order[step * batch_size : (step + 1) * batch_size] for step in steps]
+    return [batch[rank * len(batch) // ranks : (rank + 1) * len(batch) // ranks] for batch in batches]
+
+
+def all_batches(rows: int, batch_size: int) -> list[npt.NDArray[np.int64]]:
+    """Every row once, in order, the last batch being what is left."""
+    return [np.arange(start, min(start + batch_size, rows)) for start in range(0, rows, batch_size)]
+
+
+class Loader:
+    """Decodes the batches it is asked for with `threads` threads; use it in a `with` block."""
+
+    def __init__(self, split: Split, batch_size: int, threads: int, pinned: bool = False) -> None:
+        self.split, self.threads = split, max(1, threads)
+        self.pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
+        shape = (batch_size, SIDE, SIDE, 3)
+        self.ring = [torch.empty(shape, dtype=torch.uint8, pin_memory=pinned) for _ in range(AHEAD + 1)]
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the threads; what they had begun is dropped."""
+        self.pool.shutdown(wait=True, cancel_futures=True)
+
+    def batches(self, plan: Sequence[npt.NDArray[np.int64]]) -> Iterator[Batch]:
+        """Batches of the planned rows, in order.
+
+        Raises:
+            DataError: a picture of the data set is damaged; the message names it.
+        """
+        ahead: deque[tuple[npt.NDArray[np.int64], Tensor, list[Future[None]]]] = deque()
+        upcoming = iter(enumerate(plan))
+        try:
+            while True:
+                while len(ahead) <= AHEAD - 1 and (item := next(upcoming, None)) is not None:
+                    ahead.append(self._start(item[1], self.ring[item[0] % len(self.ring)]))
+                if not ahead:
+                    return
+                rows, buffer, tasks = ahead.popleft()
+                for task in tasks:
+                    task.result()
+                yield Batch(buffer[: len(rows)], torch.from_numpy(self.split.labels[rows]), rows)
+        finally:
+            for _, _, tasks in ahead:
+                for task in tasks:
+                    task.cancel()
+
+    def _start(
+        self, rows: npt.NDArray[np.int64], buffer: Tensor
+    ) -> tuple[npt.NDArray[np.int64], Tensor, list[Future[None]]]:
+        pieces = np.array_split(np.arange(len(rows)), min(self.threads * 2, len(rows)))
+        pixels = buffer.numpy()
+        return rows, buffer, [self.pool.submit(self._decode, rows, piece, pixels) for piece in pieces]
+
+    def _decode(
+        self, rows: npt.NDArray[np.int64], piece: npt.NDArray[np.int64], pixels: npt.NDArray[np.uint8]
+    ) -> None:
+        for place in piece:
+            row = int(rows[place])
+            try:
+                decoded = simplejpeg.decode_jpeg(self.split.jpeg(row), "RGB", buffer=pixels[place])
+                shape = decoded.shape
+            except ValueError as error:
+                raise self._damaged(row, str(error)) from error
+            if shape != (SIDE, SIDE, 3):
+                raise self._damaged(row, f"it measures {shape[1]}x{shape[0]}, not {SIDE}x{SIDE}")
+
+    def _damaged(self, row: int, reason: str) -> DataError:
+        return DataError(
+            f"picture {self.split.key(row)} (row {row}) of the prepared data set {self.split.name} cannot be decoded: {reason}",
+            "the shard is damaged: prepare the data set again with --overwrite",
+        )

@@ -1,0 +1,149 @@
+"""The network (sections 3.2 and 3.5): eight layers in two towers, and one table of initial values (section 5).
+
+Channel counts below are per tower; a process that holds `held` towers multiplies by it, and layers that see only
+their own tower are grouped convolutions with `held` groups. The same class is the whole network on one device and
+one tower of two.
+
+    layer   kernel         in one filter   per tower   map      then
+    conv1   11 x 11 / 4    3               48          55 x 55  norm, pool
+    conv2   5 x 5          own 48          128         27 x 27  norm, pool
+    conv3   3 x 3          both: 256       192         13 x 13
+    conv4   3 x 3          own 192         192         13 x 13
+    conv5   3 x 3          own 192         128         13 x 13  pool -> 6 x 6
+    fc6     -              both: 9216      2048                 dropout
+    fc7     -              both: 4096      2048                 dropout
+    fc8     -              both: 4096      classes, a sum over towers
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from alexnet_cli.core.layers import Activation, Dropout, OverlappingPooling, ResponseNorm, WithinMapNorm
+from alexnet_cli.core.towers import Towers
+from alexnet_cli.core.weights import PARAMETERS, Model
+from alexnet_cli.recipe import Recipe
+
+PER_TOWER = {"conv1": 48, "conv2": 128, "conv3": 192, "conv4": 192, "conv5": 128, "fc6": 2048, "fc7": 2048}
+ONE_TOWER = PER_TOWER | {"conv5": 256, "fc6": 4096, "fc7": 4096}  # the one-GPU network of the footnote in 3.2
+PADDING_224 = (0, 3, 0, 3)  # three zero columns right, rows below: the last of 55 windows reaches pixel 226
+
+
+class Network(nn.Module):
+    """AlexNet. Float N x 3 x 224 x 224 (227 if the recipe says so), mean-subtracted -> logits N x classes."""
+
+    def __init__(self, recipe: Recipe, classes: int, held: int | None = None) -> None:
+        super().__init__()
+        self.recipe = recipe
+        self.towers = towers = Towers(recipe.towers, held or recipe.towers)
+        c = widths(recipe)
+        mine = {layer: n * towers.held for layer, n in c.items()}
+        every = {layer: n * towers.total for layer, n in c.items()}
+        own = towers.held
+        pad2, pad5 = (2, 1) if recipe.pool_size == 3 else (1, 0)  # so that maps are 27, 13, 13, 6 either way
+        self.conv1 = nn.Conv2d(3, mine["conv1"], 11, stride=4)
+        self.conv2 = nn.Conv2d(mine["conv1"], mine["conv2"], 5, padding=pad2, groups=own)
+        self.conv3 = nn.Conv2d(every["conv2"], mine["conv3"], 3, padding=1)
+        self.conv4 = nn.Conv2d(mine["conv3"], mine["conv4"], 3, padding=1, groups=own)
+        self.conv5 = nn.Conv2d(mine["conv4"], mine["conv5"], 3, padding=pad5, groups=own)
+        self.fc6 = nn.Linear(every["conv5"] * 6 * 6, mine["fc6"])
+        self.fc7 = nn.Linear(every["fc6"], mine["fc7"])
+        self.fc8 = nn.Linear(mine["fc7"], classes)
+        self.act = Activation(recipe)
+        self.pool = OverlappingPooling(recipe)
+        self.stage1 = _stage(recipe, recipe.stage1_order, own, extra=False)
+        self.stage2 = _stage(recipe, recipe.stage2_order, own, extra=recipe.within_norm_2)
+        self.drop6, self.drop7 = Dropout(recipe, salt=6), Dropout(recipe, salt=7)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pixels to logits; softmax belongs to the loss."""
+        share = self.towers.share
+        if self.recipe.input_size == 224:
+            x = functional.pad(x, PADDING_224)
+        x = self.stage1(self.conv1(x.contiguous(memory_format=torch.channels_last)))
+        x = self.stage2(self.conv2(x))
+        x = self.act(self.conv3(share(x)))
+        x = self.act(self.conv4(x))
+        x = self.pool(self.act(self.conv5(x)))
+        x = share(x).flatten(1)
+        x = self.drop6(self.act(self.fc6(x)))
+        x = self.drop7(self.act(self.fc7(share(x))))
+        return self.towers.sum(functional.linear(x, self.fc8.weight)) + self.fc8.bias
+
+    def draw_dropout(self, key: int, first_row: int = 0) -> None:
+        """Choose the dropout masks of the coming step: the same key gives the same masks on any device."""
+        self.drop6.draw(key, first_row)
+        self.drop7.draw(key, first_row)
+
+
+def widths(recipe: Recipe) -> dict[str, int]:
+    """Channels (units) of each hidden layer in one tower."""
+    table = PER_TOWER if recipe.towers == 2 else ONE_TOWER
+    return {layer: max(1, round(n * recipe.width)) for layer, n in table.items()}
+
+
+def _stage(recipe: Recipe, order: str, towers: int, *, extra: bool) -> nn.Sequential:
+    """What follows convolutions 1 and 2, in the recipe's order."""
+    norm: list[nn.Module] = [ResponseNorm(recipe, towers)]
+    if extra:
+        norm.append(WithinMapNorm(recipe))
+    parts = {"relu": [Activation(recipe)], "norm": norm, "pool": [OverlappingPooling(recipe)]}
+    return nn.Sequential(*(module for word in order.split("-") for module in parts[word]))
+
+
+def initial_values(recipe: Recipe) -> dict[str, tuple[float | None, float]]:
+    """Layer -> deviation of its weights and value of its biases (section 5). None: sqrt(2 / inputs).
+
+    paper       conv1  conv2  conv3  conv4  conv5  fc6  fc7  fc8
+    deviation   .01    .01    .03    .03    .03    .01  .01  .01     (.03: the code; the text has .01)
+    bias        0      1      0      1      1      1    1    0
+    """
+    r = recipe
+    deviation = dict.fromkeys(("conv1", "conv2", "fc8"), r.weight_std)
+    deviation |= dict.fromkeys(("conv3", "conv4", "conv5"), r.conv345_std) | dict.fromkeys(
+        ("fc6", "fc7"), r.fc67_std
+    )
+    ones = {"conv2", "conv4", "conv5", "fc6", "fc7"}
+    return {
+        layer: (
+            None if r.init == "scaled" else std,
+            r.bias if layer in ones and r.init == "gaussian" else 0.0,
+        )
+        for layer, std in deviation.items()
+    }
+
+
+@torch.no_grad()
+def initialise(network: Network) -> None:
+    """Set every parameter from the recipe's table and seed; each layer has a generator of its own."""
+    for number, (layer, (deviation, bias)) in enumerate(sorted(initial_values(network.recipe).items())):
+        module = network.get_submodule(layer)
+        weight = module.get_parameter("weight")
+        generator = torch.Generator().manual_seed(network.recipe.seed * 1000 + number)
+        if deviation is None:
+            # The last layer has no rectifier after it: half the variance, and a start at even odds.
+            deviation = math.sqrt((1.0 if layer == "fc8" else 2.0) / weight[0].numel())
+        values = torch.empty(weight.shape).normal_(0.0, deviation, generator=generator)
+        weight.copy_(values)
+        module.get_parameter("bias").fill_(bias)
+
+
+def parameters_by_name(network: Network) -> Iterator[tuple[str, nn.Parameter]]:
+    """Names as in a model file, and parameters, layer by layer."""
+    for name in PARAMETERS:
+        yield name, network.get_parameter(name)
+
+
+def from_model(model: Model) -> Network:
+    """The network of a model file, in evaluation mode on the CPU."""
+    network = Network(model.recipe, len(model.classes))
+    with torch.no_grad():
+        for name, parameter in parameters_by_name(network):
+            parameter.copy_(torch.from_numpy(model.tensors[name]))
+    return network.eval()

@@ -1,0 +1,80 @@
+"""What an ONNX file says about itself: written by `onnx_graph`, read by `session`. No torch, no onnx.
+
+The values are strings, structures are JSON; the Image.* keys are those of the ONNX standard.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import alexnet_cli
+from alexnet_cli import recipe as recipes
+from alexnet_cli.core.sources import ClassName
+from alexnet_cli.core.weights import Model
+from alexnet_cli.errors import RecipeError, WeightsError
+from alexnet_cli.recipe import Recipe
+
+SCHEMA = "alexnet.onnx/1"
+
+
+@dataclass(frozen=True)
+class Info:
+    """The metadata, read back. `sha256` is the hash of the file the weights came from, or empty."""
+
+    classes: tuple[ClassName, ...]
+    recipe: Recipe
+    sha256: str
+    metrics: Mapping[str, Any]
+
+
+def describe(model: Model, sha256: str) -> dict[str, str]:
+    """The metadata of a model's ONNX file."""
+    wnids = [c.wnid for c in model.classes]
+    preprocess = {
+        "resize": "shorter side to 256, antialiased; centre 256x256",
+        "crop": model.recipe.input_size,
+        "channels": "RGB",
+        "range": [0, 255],
+        "subtract": "in the graph",
+        "divide": "in the graph",
+    }
+    return {
+        "alexnet.schema": SCHEMA,
+        "alexnet.version": alexnet_cli.__version__,
+        "alexnet.sha256": sha256,
+        "names": json.dumps([c.name for c in model.classes]),
+        "wnids": json.dumps(wnids if any(wnids) else []),
+        "preprocess": json.dumps(preprocess),
+        "recipe": json.dumps(asdict(model.recipe)),
+        "metrics": json.dumps(model.info.get("metrics", {})),
+        "info": json.dumps(dict(model.info)),
+        "Image.BitmapPixelFormat": "Rgb8",
+        "Image.NominalPixelRange": "NominalRange_0_255",
+        "Image.ColorSpaceGamma": "SRGB",
+    }
+
+
+def read(path: Path, text: Mapping[str, str]) -> Info:
+    """The metadata of the ONNX file at `path`, read back from its strings.
+
+    Raises:
+        WeightsError: it is another program's file, or its metadata are damaged.
+    """
+    if text.get("alexnet.schema") != SCHEMA:
+        raise WeightsError(
+            f"{path} is not an ONNX file of this toolkit (schema {text.get('alexnet.schema', 'missing')})",
+            f"expected {SCHEMA}, as `alexnet export` writes it",
+        )
+    try:
+        names, wnids = json.loads(text["names"]), json.loads(text["wnids"])
+        classes = tuple(ClassName(*pair) for pair in zip(names, wnids or [None] * len(names), strict=True))
+        recipe = recipes.from_values(json.loads(text["recipe"]))
+        return Info(classes, recipe, text["alexnet.sha256"], json.loads(text["metrics"]))
+    except (KeyError, TypeError, ValueError, AttributeError, RecipeError) as error:
+        raise WeightsError(
+            f"{path} has unreadable metadata: {error}", "the file is damaged; export it anew"
+        ) from error

@@ -1,0 +1,246 @@
+"""From a source to a prepared data set: decode, resize, encode and measure in threads, write shards in order.
+
+The pictures of a split go to shards in one shuffled order that depends on nothing but their number, as
+Krizhevsky shuffled once when he made his batches; a reader that takes a shard from front to back sees
+mixed classes. Where a picture lands depends neither on the workers nor on the pictures refused before
+it, so that the result is the same byte for byte however often the work was interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import re
+import shutil
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from alexnet_cli.core import fast_images
+from alexnet_cli.core.assembly import Totals, assemble, settle
+from alexnet_cli.core.listing import Item
+from alexnet_cli.core.plan import LOCK, PLAN, Plan, check_foreign
+from alexnet_cli.core.shard_writer import ShardWriter, finished_shard, write_durably
+from alexnet_cli.core.shards import MEAN, PARTIAL, RECORD, REJECTED, SIDE, SPLITS, index_name
+from alexnet_cli.core.statistics import PixelSums
+from alexnet_cli.errors import DataError, StorageError
+
+ORDER_SEED = 2012
+CHUNK = 16  # pictures a thread takes at once
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM)
+
+OnCorrupt = Literal["skip", "fail"]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Pictures of a split dealt with since the last one; an earlier run had finished the `kept` ones."""
+
+    split: str
+    images: int
+    rejected: int
+    kept: bool = False
+
+
+class _Chunk(NamedTuple):
+    """Pictures for one thread: the shard they go to, their keys, and whether the shard ends with them."""
+
+    shard: int
+    keys: list[str]
+    items: list[Item]
+    last: bool
+
+
+class _Packed(NamedTuple):
+    """A chunk's JPEGs, or for a picture that was refused the reason, and the sums over its pixels."""
+
+    jpegs: list[bytes | str]
+    sums: PixelSums
+
+
+def pack(
+    plan: Plan, workers: int, on_corrupt: OnCorrupt = "skip", overwrite: bool = False
+) -> Generator[Progress]:
+    """Prepare the data set, or what is missing of it; every Progress is a picture count further.
+
+    Raises:
+        UsageError: the output holds something else, or lies inside the source.
+        DataError: another command works on it, or a picture is bad and `on_corrupt` is "fail".
+        StorageError: the disk is full or cannot be written; what was finished stays.
+    """
+    plan.state(overwrite)  # before anything is made or removed
+    with _storage(plan.output):
+        plan.output.mkdir(parents=True, exist_ok=True)
+        with _locked(plan.output):
+            if overwrite:
+                _clear(plan.output)
+            if plan.state() != "finished":
+                (plan.output / PARTIAL).mkdir(exist_ok=True)
+                write_durably(plan.output / PARTIAL / PLAN, json.dumps(plan.settings).encode())
+                with ThreadPoolExecutor(workers, thread_name_prefix="prepare") as pool:
+                    totals = {}
+                    for split in plan.source.splits:
+                        totals[split] = Totals()
+                        yield from _pack_split(plan, split, totals[split], pool, workers, on_corrupt)
+                assemble(plan, totals)
+            settle(plan.output)
+
+
+def _pack_split(
+    plan: Plan, split: str, totals: Totals, pool: ThreadPoolExecutor, workers: int, on_corrupt: OnCorrupt
+) -> Iterator[Progress]:
+    first = 0
+    while (shard := finished_shard(plan.output, split, first)) is not None:
+        _refuse(shard.rejected, on_corrupt)
+        totals.add(shard)
+        yield Progress(split, shard.entry["images"] + len(shard.rejected), len(shard.rejected), kept=True)
+        first += 1
+
+    def work(chunk: _Chunk) -> _Packed:
+        return _process(chunk.items, plan.quality, measure=split == "train")
+
+    writer: ShardWriter | None = None
+    try:
+        for chunk, packed in _in_order(pool, work, _chunks(plan, split, first), ahead=2 * workers + 2):
+            writer = writer or ShardWriter(plan.output, split, chunk.shard)
+            refused = _write(writer, split, chunk, packed)
+            _refuse(refused, on_corrupt)
+            if chunk.last:
+                totals.add(writer.finish())
+                writer = None
+            yield Progress(split, len(chunk.items), len(refused))
+    finally:
+        if writer is not None:
+            writer.abandon()
+
+
+def _chunks(plan: Plan, split: str, first: int) -> Iterator[_Chunk]:
+    """The pictures of a split in shuffled order, from shard `first` on."""
+    items = plan.source.splits[split]
+    order = np.random.default_rng((ORDER_SEED, SPLITS.index(split))).permutation(len(items))
+    for start in range(first * plan.shard_images, len(items), plan.shard_images):
+        end = min(start + plan.shard_images, len(items))
+        for place in range(start, end, CHUNK):
+            places = range(place, min(place + CHUNK, end))
+            chosen = [items[int(order[p])] for p in places]
+            keys = [_key(p, item.name) for p, item in zip(places, chosen, strict=True)]
+            yield _Chunk(start // plan.shard_images, keys, chosen, last=places.stop == end)
+
+
+def _key(place: int, name: str) -> str:
+    """A member name without dots: unique by its number, and still telling which file it was."""
+    return f"{place:08d}_{re.sub('[^A-Za-z0-9_-]+', '_', PurePosixPath(name).stem)[:60]}"
+
+
+def _in_order(
+    pool: ThreadPoolExecutor, work: Callable[[_Chunk], _Packed], chunks: Iterator[_Chunk], ahead: int
+) -> Iterator[tuple[_Chunk, _Packed]]:
+    """Work on up to `ahead` chunks at once and give the results in their order."""
+    running: deque[tuple[_Chunk, Future[_Packed]]] = deque()
+    try:
+        for chunk in chunks:
+            running.append((chunk, pool.submit(work, chunk)))
+            if len(running) > ahead:
+                done, future = running.popleft()
+                yield done, future.result()
+        while running:
+            done, future = running.popleft()
+            yield done, future.result()
+    finally:
+        for _, future in running:
+            future.cancel()
+
+
+def _process(items: list[Item], quality: int, measure: bool) -> _Packed:
+    pixels = np.empty((len(items), SIDE, SIDE, 3), np.uint8)
+    jpegs: list[bytes | str] = []
+    good = 0
+    for item in items:
+        try:
+            pixels[good] = fast_images.to_256(fast_images.decode(item.read()))
+        except DataError as error:
+            jpegs.append(error.what)
+        except OSError as error:
+            jpegs.append(f"it cannot be read: {error.strerror or error}")
+        else:
+            jpegs.append(fast_images.encode(pixels[good], quality))
+            good += 1
+    sums = PixelSums()
+    if measure:
+        sums.add(pixels[:good])
+    return _Packed(jpegs, sums)
+
+
+def _write(writer: ShardWriter, split: str, chunk: _Chunk, packed: _Packed) -> list[dict[str, str]]:
+    refused = []
+    for key, item, jpeg in zip(chunk.keys, chunk.items, packed.jpegs, strict=True):
+        if isinstance(jpeg, str):
+            refused.append({"split": split, "path": item.name, "reason": jpeg})
+        else:
+            writer.add(key, item.label, jpeg)
+    writer.rejected += refused
+    writer.sums.merge(packed.sums)
+    return refused
+
+
+def _refuse(rejected: list[dict[str, str]], on_corrupt: OnCorrupt) -> None:
+    if rejected and on_corrupt == "fail":
+        raise DataError(
+            f"{rejected[0]['path']}: {rejected[0]['reason']}",
+            "repair or remove it, or use --on-corrupt skip to leave such files out and list them",
+        )
+
+
+@contextlib.contextmanager
+def _storage(output: Path) -> Iterator[None]:
+    """A full or unwritable disk as an error for the user. Reading the source has its own handling."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise StorageError(
+            f"{output} cannot be written: {error.strerror}",
+            "free some space or choose another place; the same command then goes on where it stopped",
+        ) from error
+
+
+@contextlib.contextmanager
+def _locked(output: Path) -> Iterator[None]:
+    """Hold the output for this process alone; the kernel lets go however the process ends."""
+    path = output / LOCK
+    while True:
+        descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and path.stat().st_ino == os.fstat(descriptor).st_ino:
+                break  # otherwise the former holder has just removed the file that was locked
+        except BlockingIOError:
+            os.close(descriptor)
+            raise DataError(f"another command is preparing {output}", "wait until it is done") from None
+        os.close(descriptor)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _clear(output: Path) -> None:
+    """Remove a prepared data set, finished or not, and nothing else."""
+    check_foreign(output)
+    (output / RECORD).unlink(missing_ok=True)
+    for name in (MEAN, REJECTED, *(index_name(split) for split in SPLITS)):
+        (output / name).unlink(missing_ok=True)
+    for split in SPLITS:
+        for shard in output.glob(f"{split}-{'[0-9]' * 6}.tar"):
+            shard.unlink()
+    shutil.rmtree(output / PARTIAL, ignore_errors=True)

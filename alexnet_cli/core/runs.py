@@ -1,0 +1,210 @@
+"""The run directory: what a training run leaves on disk, and how `-w` finds weights in it. No torch.
+
+runs/NAME/run.json            status, command line, versions, devices, data set, seed
+          recipe.toml         the resolved recipe; `alexnet train --recipe` repeats the run with it
+          metrics.jsonl       every record, appended;  metrics.csv: one row per epoch
+          checkpoints/STEP/   one checkpoint each;  checkpoints/last, checkpoints/best point to two of them
+          alexnet.onnx        the trained network, ready for `alexnet predict`
+runs/latest                   points to the newest run
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from alexnet_cli.errors import DataError, StorageError, UsageError, WeightsError
+from alexnet_cli.recipe import Recipe, load
+
+MODEL, ONNX = "model.safetensors", "alexnet.onnx"
+CSV_COLUMNS = (
+    "epoch", "step", "lr", "train_loss", "train_top1_error", "loss", "top1_error", "top5_error", "images_per_second",
+)  # fmt: skip
+
+
+def runs_root() -> Path:
+    """Where runs are kept: ALEXNET_RUNS_DIR, or `runs` in the current folder."""
+    return Path(os.environ.get("ALEXNET_RUNS_DIR") or "runs")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all: temporary name, sync, rename."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def point(link: Path, target: Path) -> None:
+    """Make `link` point to `target`, relative and in one step, so that a reader never finds nothing."""
+    temporary = link.with_name(f".{link.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(os.path.relpath(target, link.parent), target_is_directory=True)
+    temporary.replace(link)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run directory."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, name: str | None, recipe: Recipe, about: Mapping[str, Any]) -> Run:
+        """Make the directory of a new run and point `latest` to it.
+
+        Raises:
+            UsageError: a run of that name is there already, or the name is not a plain name.
+            StorageError: the directory cannot be made.
+        """
+        root = runs_root()
+        if name is not None and (not name or name in {".", "..", "latest"} or Path(name).name != name):
+            raise UsageError(f"--name {name!r} is not a plain name", "letters, digits, '-' and '_' do well")
+        stem = name or f"{time.strftime('%Y-%m-%d_%H%M%S')}_{recipe.name}"
+        path, count = root / stem, 1
+        while name is None and path.exists():
+            count += 1
+            path = root / f"{stem}-{count}"
+        try:
+            path.mkdir(parents=True)
+            (path / "checkpoints").mkdir()
+            write_text(path / "recipe.toml", recipe.to_toml())
+            run = cls(path)
+            run.update({"schema": "alexnet.run/1", "status": "running", **about})
+            point(root / "latest", path)
+        except FileExistsError as error:
+            raise UsageError(
+                f"a run called {name} is there already: {path}",
+                f"continue it with --resume {name}, or choose a name",
+            ) from error
+        except OSError as error:
+            raise StorageError(
+                f"cannot write {path}: {error.strerror}", "set ALEXNET_RUNS_DIR to another folder"
+            ) from error
+        return run
+
+    @classmethod
+    def open(cls, name: str) -> Run:
+        """The run of that name, directory or `latest`; UsageError where there is none."""
+        for path in (runs_root() / name, Path(name)):
+            if (path / "run.json").is_file():
+                return cls(path.resolve() if path.is_symlink() else path)
+        raise UsageError(f"no run is called {name} in {runs_root()}", _known_runs())
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe that the run was started with."""
+        return load(str(self.path / "recipe.toml"))
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What run.json says."""
+        try:
+            about = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise DataError(f"{self.path / 'run.json'} cannot be read: {error}", "start a new run") from error
+        return dict(about)
+
+    def update(self, about: Mapping[str, Any]) -> None:
+        """Change some entries of run.json."""
+        old = self.about if (self.path / "run.json").exists() else {}
+        write_text(self.path / "run.json", json.dumps({**old, **about}, indent=2) + "\n")
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Append a record to metrics.jsonl."""
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(dict(record), separators=(",", ":")) + "\n")
+
+    def records(self) -> list[dict[str, Any]]:
+        """The records of metrics.jsonl; a last line that a crash cut short is left out."""
+        path = self.path / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        found = []
+        for line in lines:
+            try:
+                found.append(dict(json.loads(line)))
+            except ValueError:
+                continue
+        return found
+
+    def rewind(self, step: int) -> None:
+        """Drop the records after `step`: on resume they are about to be written again."""
+        kept = [r for r in self.records() if r.get("step", 0) <= step and r.get("event") != "end"]
+        write_text(
+            self.path / "metrics.jsonl", "".join(json.dumps(r, separators=(",", ":")) + "\n" for r in kept)
+        )
+        self.write_csv()
+
+    def write_csv(self) -> None:
+        """Write metrics.csv anew from the records: one row per epoch."""
+        rows = [r for r in self.records() if r.get("event") == "validation"]
+        temporary = self.path / ".metrics.csv.tmp"
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, CSV_COLUMNS, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows)
+        temporary.replace(self.path / "metrics.csv")
+
+
+def _known_runs() -> str:
+    root = runs_root()
+    names = sorted(p.name for p in root.iterdir() if (p / "run.json").is_file()) if root.is_dir() else []
+    names = [name for name in names if name != "latest"]
+    return f"there are: {', '.join(names[-5:])}" if names else "train one first: alexnet train"
+
+
+def find_weights(spec: str | None, suffixes: Sequence[str] = (".safetensors",)) -> Path:
+    """The file that -w means: a run's name or directory, a checkpoint directory, or a model file.
+
+    A run stands for its best checkpoint (the last one before the first validation); where `suffixes` lists
+    ".onnx" before ".safetensors", for its alexnet.onnx. None stands for runs/latest.
+
+    Raises:
+        WeightsError: there is no such file, or it is of a kind this command cannot use.
+    """
+    path = runs_root() / (spec or "latest")
+    if spec is not None and Path(spec).exists():
+        path = Path(spec)
+    if path.is_file():
+        if path.suffix not in suffixes:
+            raise WeightsError(
+                f"{path} is not a {' or '.join(suffixes)} file", "-w takes a run, a checkpoint or such a file"
+            )
+        return path
+    if spec is None and not path.exists():
+        raise WeightsError(
+            f"no run to take weights from in {runs_root()}",
+            "train one first (alexnet train), or name one with -w",
+        )
+    inside = {
+        ".onnx": (ONNX,),
+        ".safetensors": (MODEL, f"checkpoints/best/{MODEL}", f"checkpoints/last/{MODEL}"),
+    }
+    for suffix in suffixes:
+        for name in inside[suffix]:
+            if (path / name).is_file():
+                return path / name
+    if path.exists():
+        raise WeightsError(f"{path} holds no checkpoint yet", "let it train until the first one is saved")
+    raise WeightsError(f"no run, folder or file is called {spec}", _known_runs())
+
+
+def run_of(path: Path) -> Path | None:
+    """The run directory that a weights file lies in, or None."""
+    for parent in path.parents:
+        if (parent / "run.json").is_file():
+            return parent
+    return None

@@ -1,0 +1,205 @@
+"""A network opened in ONNX Runtime, from an .onnx file or straight from a model file. No torch.
+
+What a caller must know (names, crop, recipe) comes out of the file's metadata and from nowhere else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from alexnet_cli.core import onnx_metadata, weights
+from alexnet_cli.core.sources import ClassName
+from alexnet_cli.errors import MissingError, WeightsError
+from alexnet_cli.recipe import Recipe
+
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+
+Array = npt.NDArray[np.float32]
+Crops = npt.NDArray[np.uint8] | Array
+"""N x 3 x S x S, RGB, 0..255."""
+
+Source = Path | weights.Model
+
+
+class Session:
+    """A network ready to classify crops of `crop` pixels. `device` is where it really runs: "cpu" or "cuda".
+
+    `fallback` says why it is not the GPU although there is one; empty otherwise.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        provider: Literal["auto", "cpu", "cuda"] = "auto",
+        threads: int | None = None,
+        few: bool = False,
+    ) -> None:
+        """Open `source`: an .onnx file, any other model file, or a model in memory.
+
+        `few`: open faster for a handful of pictures, at the price of some throughput.
+
+        Raises:
+            WeightsError: the file is missing, damaged or not a network of this toolkit.
+            MissingError: provider "cuda" was asked for and cannot be opened.
+        """
+        if isinstance(source, Path) and source.suffix.lower() != ".onnx":
+            source = weights.read(source)
+        self.source = source
+        self.path = source if isinstance(source, Path) else source.path
+        if isinstance(source, Path) and not source.is_file():
+            raise WeightsError(
+                f"{source} does not exist", "name a run, or an .onnx file; `alexnet export` writes one"
+            )
+        with _contained() as said:
+            providers = _providers(provider)
+            self._session, self._kept = _open(source, providers, threads or _cores(), few)
+        wanted = len(providers) > 1
+        self.device = "cuda" if self._session.get_providers()[0] == CUDA else "cpu"
+        self.fallback = _reason(said[0]) if wanted and self.device == "cpu" else ""
+        if provider == "cuda" and self.device == "cpu":
+            why = self.fallback or "no NVIDIA GPU, or ONNX Runtime was built without CUDA"
+            raise MissingError(
+                f"ONNX Runtime cannot open a session on the GPU: {why}", "see `alexnet doctor`"
+            )
+        self.info = _checked(self.path, self._session)
+
+    @property
+    def classes(self) -> tuple[ClassName, ...]:
+        """The classes, in the order of the outputs."""
+        return self.info.classes
+
+    @property
+    def crop(self) -> int:
+        """Side of a crop in pixels: 224 or 227."""
+        return self.info.recipe.input_size
+
+    @property
+    def recipe(self) -> Recipe:
+        """What the network is."""
+        return self.info.recipe
+
+    def mean(self) -> Array:
+        """Float32 3 x 256 x 256 (3 x 1 x 1 in a file whose recipe subtracts a colour)."""
+        if isinstance(self.source, weights.Model):
+            return self.source.mean
+        import onnx
+
+        constants = onnx.load(self.source).graph.initializer
+        array: Array = onnx.numpy_helper.to_array(next(c for c in constants if c.name == "mean"))
+        return array
+
+    def logits(self, crops: Crops) -> Array:
+        """N x 3 x S x S, RGB, 0..255 -> N x classes."""
+        return self._run("logits", crops)
+
+    def probabilities(self, crops: Crops) -> Array:
+        """N x 3 x S x S, RGB, 0..255 -> N x classes; each row sums to 1."""
+        return self._run("probabilities", crops)
+
+    def _run(self, output: str, crops: Crops) -> Array:
+        result: Array = self._session.run([output], {"input": crops.astype(np.float32, copy=False)})[0]
+        return result
+
+
+def _providers(provider: str) -> list[Any]:
+    """What to offer ONNX Runtime, best first. With CUDA: true float32, and no search for the best kernel."""
+    import onnxruntime
+
+    onnxruntime.set_default_logger_severity(3)
+    if provider == "cpu" or CUDA not in onnxruntime.get_available_providers() or not _gpu_present():
+        return [CPU]
+    if hasattr(onnxruntime, "preload_dlls"):  # since 1.21
+        onnxruntime.preload_dlls()  # CUDA's libraries as Python packages, if they were installed so
+    return [(CUDA, {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}), CPU]
+
+
+def _open(source: Source, providers: list[Any], threads: int, few: bool) -> tuple[Any, list[Any]]:
+    """The ONNX Runtime session, and what must live as long as it does."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    # Prepacking copies every weight into the order of the matrix product: time that only many pictures repay.
+    options.add_session_config_entry("session.disable_prepacking", "1" if few else "0")
+    path = source if isinstance(source, Path) else source.path
+    try:
+        if isinstance(source, Path):
+            return onnxruntime.InferenceSession(str(source), options, providers=providers), []
+        from alexnet_cli.core import onnx_graph
+
+        proto, apart = onnx_graph.build_apart(source)
+        values = [onnxruntime.OrtValue.ortvalue_from_numpy(value) for value in apart.values()]
+        options.add_external_initializers(list(apart), values)
+        return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=providers), values
+    except Exception as error:  # ONNX Runtime's exceptions have no common base but this one
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise WeightsError(
+            f"{path} cannot be opened: {text}", "the file is damaged; export it anew"
+        ) from error
+
+
+def _checked(path: Path, session: Any) -> onnx_metadata.Info:
+    info = onnx_metadata.read(path, session.get_modelmeta().custom_metadata_map)
+    shapes = {v.name: list(v.shape[1:]) for v in (*session.get_inputs(), *session.get_outputs())}
+    side, classes = info.recipe.input_size, len(info.classes)
+    if shapes != {"input": [3, side, side], "logits": [classes], "probabilities": [classes]}:
+        raise WeightsError(f"{path}: its inputs and outputs do not fit its metadata", "export it anew")
+    return info
+
+
+def _cores() -> int:
+    """Cores this process may use; ONNX Runtime would count every core of the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _gpu_present() -> bool:
+    """Whether trying CUDA can succeed: without a device, ONNX Runtime would try, complain and go on."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in {"", "-1"}:
+        return False
+    return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists() or os.name == "nt"
+
+
+def _reason(said: str) -> str:
+    """The library that is missing, if ONNX Runtime named one among all it said."""
+    found = re.search(r"(lib[\w.+-]+\.so[\w.]*): cannot open", said)
+    return f"{found[1]} is missing" if found else "CUDA could not be started"
+
+
+@contextlib.contextmanager
+def _contained() -> Iterator[list[str]]:
+    """Keep ONNX Runtime's native messages off the terminal; yields a list that holds them afterwards.
+
+    It writes to the file descriptor, at import already, where no setting reaches. What others write meanwhile
+    is passed on.
+    """
+    said = [""]
+    try:
+        terminal = os.dup(2)
+    except OSError:  # no stderr, nothing to keep clean
+        yield said
+        return
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                yield said
+        finally:
+            os.dup2(terminal, 2)
+            os.close(terminal)
+            file.seek(0)
+            said[0] = file.read().decode(errors="replace")
+            others = [line for line in said[0].splitlines() if "onnxruntime" not in line and line.strip()]
+            if others:
+                os.write(2, ("\n".join(others) + "\n").encode())

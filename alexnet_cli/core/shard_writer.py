@@ -1,0 +1,152 @@
+"""One shard of a prepared data set being written: a plain tar with fixed headers, then a sidecar.
+
+A shard is finished once its sidecar, `.partial/SHARD.npz`, exists: the tar is synced and renamed before
+it. The sidecars hold what the data set's own files are made of in the end, and they go when dataset.json
+is there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from alexnet_cli.core.shards import PARTIAL, ROW, TAR_BLOCK, shard_name
+from alexnet_cli.core.statistics import PixelSums
+
+TAR_END = bytes(2 * TAR_BLOCK)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A shard that is on disk: entry in dataset.json, rows of the index, sums, what was refused."""
+
+    entry: dict[str, Any]
+    rows: npt.NDArray[np.void]
+    sums: PixelSums
+    rejected: list[dict[str, str]]
+
+
+class ShardWriter:
+    """Writes shard `number` of a split. Close it with `finish`, or `abandon` it when something went wrong."""
+
+    def __init__(self, folder: Path, split: str, number: int) -> None:
+        self.folder, self.number = folder, number
+        self.name = shard_name(split, number)
+        self.sums = PixelSums()
+        self.rejected: list[dict[str, str]] = []
+        self._rows: list[tuple[int, int, int, int]] = []
+        self._digest = hashlib.sha256()
+        self._position = 0
+        self._temporary = folder / PARTIAL / f"{self.name}.tmp"
+        self._file = self._temporary.open("wb")
+
+    def add(self, key: str, label: int, jpeg: bytes) -> None:
+        """Append KEY.jpg and KEY.cls."""
+        self._rows.append((self.number, self._position + TAR_BLOCK, len(jpeg), label))
+        self._member(f"{key}.jpg", jpeg)
+        self._member(f"{key}.cls", str(label).encode())
+
+    def finish(self) -> Finished:
+        """Make the shard and then its sidecar durable."""
+        self._write(TAR_END)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._temporary.replace(self.folder / self.name)
+        sync_folder(self.folder)
+        entry = {
+            "file": self.name,
+            "bytes": self._position,
+            "sha256": self._digest.hexdigest(),
+            "images": len(self._rows),
+        }
+        finished = Finished(entry, np.array(self._rows, ROW), self.sums, self.rejected)
+        write_durably(_sidecar(self.folder, self.name), _packed(finished))
+        return finished
+
+    def abandon(self) -> None:
+        """Drop what was written."""
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+    def _member(self, name: str, data: bytes) -> None:
+        header = tarfile.TarInfo(
+            name
+        )  # modification time, owner and group are 0: equal pictures, equal bytes
+        header.size = len(data)
+        padding = bytes(-len(data) % TAR_BLOCK)
+        self._write(header.tobuf(tarfile.USTAR_FORMAT) + data + padding)
+
+    def _write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._digest.update(data)
+        self._position += len(data)
+
+
+def finished_shard(folder: Path, split: str, number: int) -> Finished | None:
+    """The shard as an earlier, interrupted run left it; None if it is not finished."""
+    name = shard_name(split, number)
+    try:
+        with np.load(_sidecar(folder, name), allow_pickle=False) as arrays:
+            text = json.loads(str(arrays["text"]))
+            sums = PixelSums(int(arrays["images"]), arrays["pixels"].astype(np.int64), arrays["products"])
+            finished = Finished(text["entry"], arrays["rows"], sums, text["rejected"])
+        whole = (folder / name).stat().st_size == finished.entry["bytes"]
+    except (OSError, ValueError, KeyError, EOFError):
+        return None
+    return finished if whole else None
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Write a file so that after a power cut it is there whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def npy(array: npt.NDArray[Any]) -> bytes:
+    """The bytes of an .npy file."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _sidecar(folder: Path, name: str) -> Path:
+    return folder / PARTIAL / f"{name.removesuffix('.tar')}.npz"
+
+
+def _packed(finished: Finished) -> bytes:
+    buffer = io.BytesIO()
+    text = json.dumps({"entry": finished.entry, "rejected": finished.rejected})
+    sums = finished.sums
+    np.savez(
+        buffer,
+        text=np.array(text),
+        rows=finished.rows,
+        images=np.array(sums.images),
+        pixels=sums.pixels.astype(np.uint32),  # 255 times the pictures of a shard fits
+        products=sums.products,
+    )
+    return buffer.getvalue()

@@ -1,0 +1,245 @@
+"""The prepared data set on disk: its format, finding it, opening it, verifying it (no torch).
+
+dataset.json                          makes the set valid; everything but the pixels
+train-000000.tar ... val-000000.tar   plain WebDataset shards: KEY.jpg (256x256) and KEY.cls (label)
+train.index.npy  val.index.npy        one row a picture: random access into the mapped shards
+mean.npy                              float32 3x256x256, RGB 0..255, mean picture of the training split
+rejected.jsonl                        one line a refused file: split, path, reason
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from alexnet_cli.core.sources import ClassName
+from alexnet_cli.errors import DataError, VerificationError
+
+SCHEMA = "alexnet.dataset/1"
+SIDE = 256  # pixels; the paper, section 2
+SPLITS = ("train", "val")
+RECORD = "dataset.json"
+MEAN = "mean.npy"
+REJECTED = "rejected.jsonl"
+ROOT = Path("prepared")  # where `alexnet prepare` puts data sets, under the current directory
+LATEST = "latest"
+PARTIAL = ".partial"  # what an unfinished preparation keeps between runs
+TAR_BLOCK = 512  # bytes; a member's header is the block before its data
+
+ROW = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("size", "<u4"), ("label", "<u4")])
+"""A picture's place: number of its shard, offset and size of the JPEG in it (bytes), index of its class."""
+
+
+def shard_name(split: str, number: int) -> str:
+    """File name of a shard."""
+    return f"{split}-{number:06d}.tar"
+
+
+def index_name(split: str) -> str:
+    """File name of a split's index."""
+    return f"{split}.index.npy"
+
+
+class Split:
+    """The pictures of one split by row number. Shards are mapped on first use; threads may share it."""
+
+    def __init__(self, name: str, folder: Path, rows: npt.NDArray[np.void], files: tuple[str, ...]) -> None:
+        self.name = name
+        self.folder = folder
+        self.rows = rows
+        self.files = files
+        self.labels: npt.NDArray[np.int64] = rows["label"].astype(np.int64)
+        self._maps: dict[int, memoryview] = {}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def jpeg(self, row: int) -> memoryview:
+        """The JPEG bytes of a picture, a view into the mapped shard."""
+        place = self.rows[row]
+        start = int(place["offset"])
+        return self._shard(int(place["shard"]))[start : start + int(place["size"])]
+
+    def key(self, row: int) -> str:
+        """The picture's name in its shard: a number, then what the source called it."""
+        place = self.rows[row]
+        start = int(place["offset"]) - TAR_BLOCK
+        name = bytes(self._shard(int(place["shard"]))[start : start + 100]).rstrip(b"\0").decode("ascii")
+        return name.removesuffix(".jpg")
+
+    def _shard(self, number: int) -> memoryview:
+        if number not in self._maps:
+            with (self.folder / self.files[number]).open("rb") as file:
+                self._maps[number] = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        return self._maps[number]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A valid prepared data set. `hash` is the sha256 of dataset.json, which holds all other sums."""
+
+    path: Path
+    name: str
+    hash: str
+    classes: tuple[ClassName, ...]
+    mean_rgb: npt.NDArray[np.float32]
+    """(3,), 0..255: mean colour of the training pixels."""
+    colour_std: npt.NDArray[np.float32]
+    """(3,), 0..255: standard deviations along the axes, ascending (the paper, section 4.1)."""
+    colour_axes: npt.NDArray[np.float32]
+    """(3, 3): the principal axes of the training pixels as columns."""
+    record: dict[str, Any]
+    """dataset.json as it is."""
+
+    def mean_image(self) -> npt.NDArray[np.float32]:
+        """float32 3 x 256 x 256, RGB, 0..255: mean picture of the training split.
+
+        Raises:
+            DataError: the file is missing or damaged.
+        """
+        mean: npt.NDArray[np.float32] = _array(self.path / MEAN)
+        if mean.shape != (3, SIDE, SIDE) or mean.dtype != np.float32:
+            raise _damaged(self.path / MEAN, f"it holds {mean.dtype} {mean.shape}")
+        return mean
+
+    def rejected(self) -> list[dict[str, str]]:
+        """The refused files: split, path, reason."""
+        return [json.loads(line) for line in (self.path / REJECTED).read_text().splitlines()]
+
+    def split(self, name: str) -> Split:
+        """The pictures of a split.
+
+        Raises:
+            DataError: there is no such split, or its index or a shard is missing or has another size.
+        """
+        if name not in self.record["splits"]:
+            raise DataError(f"{self.path} has no split {name}", f"it has: {', '.join(self.record['splits'])}")
+        entry = self.record["splits"][name]
+        for shard in entry["shards"]:
+            path = self.path / shard["file"]
+            size = path.stat().st_size if path.is_file() else None
+            if size != shard["bytes"]:
+                found = "it is missing" if size is None else f"{size:,} bytes instead of {shard['bytes']:,}"
+                raise _damaged(path, found)
+        rows = _array(self.path / index_name(name), mapped=True)
+        if rows.dtype != ROW or len(rows) != entry["images"]:
+            raise _damaged(self.path / index_name(name), f"{len(rows):,} rows for {entry['images']:,} images")
+        return Split(name, self.path, rows, tuple(shard["file"] for shard in entry["shards"]))
+
+
+def open_dataset(path: Path) -> Dataset:
+    """Open a prepared data set; 1.28 million rows take milliseconds, pixels are touched on use only.
+
+    Raises:
+        DataError: it is missing, unfinished, damaged, or of a schema this version does not know.
+    """
+    try:
+        data = (path / RECORD).read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} is not a prepared data set (no readable {RECORD})", _advice(path)) from error
+    try:
+        record = json.loads(data)
+        if record["schema"] != SCHEMA:
+            raise DataError(
+                f"{path} has schema {record['schema']}, not {SCHEMA}", "prepare it again with this version"
+            )
+        return Dataset(
+            path=path,
+            name=record["name"],
+            hash=hashlib.sha256(data).hexdigest(),
+            classes=tuple(ClassName(entry["name"], entry.get("wnid")) for entry in record["classes"]),
+            mean_rgb=np.array(record["mean_rgb"], np.float32).reshape(3),
+            colour_std=np.array(record["colour_std"], np.float32).reshape(3),
+            colour_axes=np.array(record["colour_axes"], np.float32).reshape(3, 3),
+            record=record,
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(path / RECORD, str(error)) from error
+
+
+def verify(dataset: Dataset) -> Iterator[str]:
+    """Read every file again and compare it with its recorded sum; yields the name of each file that is right.
+
+    Raises:
+        VerificationError: a file is missing or its bytes have changed.
+    """
+    for name, expected in checksums(dataset.record).items():
+        try:
+            with (dataset.path / name).open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            found = f"unreadable ({error.strerror})"
+        if found != expected:
+            raise VerificationError(
+                f"{dataset.path / name} is damaged: sha256 {found[:12]}, recorded {expected[:12]}",
+                "prepare the data set again with --overwrite",
+            )
+        yield name
+
+
+def checksums(record: dict[str, Any]) -> dict[str, str]:
+    """The recorded sha256 of every file of a data set but dataset.json, by file name."""
+    shards = {s["file"]: s["sha256"] for split in record["splits"].values() for s in split["shards"]}
+    others: dict[str, str] = record["files"]
+    return shards | others
+
+
+def find_dataset(spec: str | None) -> Path:
+    """The prepared directory that `--data` means: a directory, or a name under prepared/.
+
+    Without `spec`: ALEXNET_DATA, else the only set under prepared/, else the one prepared/latest points to.
+
+    Raises:
+        DataError: there is no such data set.
+    """
+    spec = spec or os.environ.get("ALEXNET_DATA") or None
+    known = _known()
+    if spec is not None:
+        for path in (Path(spec), ROOT / spec):
+            if (path / RECORD).is_file():
+                return path
+        listed = f"prepared here: {', '.join(known)}" if known else _advice(Path(spec))
+        raise DataError(f"no prepared data set {spec}", listed)
+    if len(known) == 1:
+        return ROOT / known[0]
+    if (ROOT / LATEST / RECORD).is_file():
+        return ROOT / Path(os.readlink(ROOT / LATEST)).name if (ROOT / LATEST).is_symlink() else ROOT / LATEST
+    if known:
+        raise DataError(
+            f"several data sets under {ROOT}: {', '.join(known)}", f"choose one: --data {known[0]}"
+        )
+    raise DataError(f"no prepared data set under {ROOT.absolute()}", "make one: alexnet prepare SOURCE")
+
+
+def _known() -> list[str]:
+    if not ROOT.is_dir():
+        return []
+    found = (path for path in ROOT.iterdir() if not path.is_symlink() and (path / RECORD).is_file())
+    return sorted(path.name for path in found)
+
+
+def _array(path: Path, mapped: bool = False) -> npt.NDArray[Any]:
+    try:
+        array: npt.NDArray[Any] = np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise _damaged(path, str(error)) from error
+    return array
+
+
+def _advice(path: Path) -> str:
+    if (path / PARTIAL).is_dir():
+        return "its preparation was interrupted: run the same `alexnet prepare` command again to finish it"
+    return f"make it: alexnet prepare {path if path.is_dir() else 'SOURCE'}"
+
+
+def _damaged(path: Path, found: str) -> DataError:
+    return DataError(f"{path} is damaged: {found}", "prepare the data set again with --overwrite")

@@ -1,0 +1,68 @@
+"""The network in PyTorch with the face of `session.Session`: the twin that an ONNX file is checked by."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from alexnet_cli.core import weights
+from alexnet_cli.core.network import from_model
+from alexnet_cli.core.session import Crops
+from alexnet_cli.core.sources import ClassName
+from alexnet_cli.recipe import Recipe
+
+Array = npt.NDArray[np.float32]
+
+
+class TorchSession:
+    """A network ready to classify crops of `crop` pixels, on the GPU if there is one."""
+
+    fallback = ""
+
+    def __init__(self, source: Path | weights.Model, device: str | None = None) -> None:
+        """Open a model file or a model in memory. Raises WeightsError if the file cannot be used."""
+        self.model = weights.read(source) if isinstance(source, Path) else source
+        self.path = self.model.path
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.network = from_model(self.model).to(self.device)
+        low = (256 - self.crop) // 2
+        mean = self.model.mean[:, low : low + self.crop, low : low + self.crop]
+        if self.recipe.mean == "rgb":
+            mean = self.model.mean.mean((1, 2), keepdims=True, dtype=np.float64).astype(np.float32)
+        self._centre = torch.tensor(mean, device=self.device)
+
+    @property
+    def classes(self) -> tuple[ClassName, ...]:
+        """The classes, in the order of the outputs."""
+        return self.model.classes
+
+    @property
+    def crop(self) -> int:
+        """Side of a crop in pixels: 224 or 227."""
+        return self.recipe.input_size
+
+    @property
+    def recipe(self) -> Recipe:
+        """What the network is."""
+        return self.model.recipe
+
+    def mean(self) -> Array:
+        """Float32 3 x 256 x 256."""
+        return self.model.mean
+
+    def logits(self, crops: Crops) -> Array:
+        """N x 3 x S x S, RGB, 0..255 -> N x classes."""
+        return self._logits(crops).cpu().numpy()
+
+    def probabilities(self, crops: Crops) -> Array:
+        """N x 3 x S x S, RGB, 0..255 -> N x classes; each row sums to 1."""
+        return torch.softmax(self._logits(crops), 1).cpu().numpy()
+
+    @torch.inference_mode()
+    def _logits(self, crops: Crops) -> torch.Tensor:
+        x = torch.from_numpy(crops).to(self.device).float()
+        logits: torch.Tensor = self.network((x - self._centre) / self.recipe.input_divisor)
+        return logits.float()

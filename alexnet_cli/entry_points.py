@@ -1,0 +1,96 @@
+"""The commands that installed distributions offer: entry points of the group `alexnet.commands`. Imports none of them.
+
+A command is one annotated function with a docstring, or a typer.Typer; the name of its entry point is the word typed.
+Our own and everybody else's come through this door; only ours cannot be replaced.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from importlib.metadata import EntryPoint, distributions
+from typing import Any
+
+from alexnet_cli.errors import MissingError
+
+GROUP = "alexnet.commands"
+OURS = "alexnet-cli"
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A command that a distribution offers. `status`: ok, disabled, shadowed, conflict, and broken once loading failed."""
+
+    name: str
+    distribution: str
+    version: str
+    summary: str
+    entry: EntryPoint
+    status: str = "ok"
+    reason: str = ""
+
+    @property
+    def ours(self) -> bool:
+        """Whether it is built in."""
+        return self.distribution == OURS
+
+    def load(self) -> Any:
+        """Import the command: a function or a typer.Typer.
+
+        Raises:
+            MissingError: it cannot be imported, or must not be; the message says why.
+        """
+        if self.status != "ok":
+            raise MissingError(f"the command {self.name} of {self.distribution} is {self.status}: {self.reason}", HINT)
+        try:
+            found = self.entry.load()
+        except Exception as error:  # a plugin may fail in any way; none may take the others with it
+            reason = f"{type(error).__name__}: {error}"
+            raise MissingError(f"the command {self.name} of {self.distribution} did not load: {reason}", HINT) from error
+        if not isinstance(found, Callable):  # type: ignore[arg-type]
+            raise MissingError(f"{self.entry.value} of {self.distribution} is not a function or typer.Typer", HINT)
+        return found
+
+
+HINT = "alexnet plugins lists what is installed and why it does not work"
+
+
+def offers(environment: Mapping[str, str] = os.environ) -> list[Offer]:
+    """Every offered command, sorted by name, ours first among equals.
+
+    ALEXNET_PLUGINS limits third parties to the distributions it lists, separated by commas; empty means none.
+    """
+    found = []
+    for distribution in distributions():
+        for entry in distribution.entry_points:
+            if entry.group == GROUP:
+                about = distribution.metadata
+                offer = Offer(entry.name, about["Name"], distribution.version, about["Summary"] or "", entry)
+                if offer not in found:  # a folder that is on the path twice
+                    found.append(offer)
+    found.sort(key=lambda offer: (offer.name, not offer.ours, offer.distribution))
+    return [_judged(offer, found, environment.get("ALEXNET_PLUGINS")) for offer in found]
+
+
+def _judged(offer: Offer, every: list[Offer], allowed: str | None) -> Offer:
+    if offer.ours:
+        return offer
+    if allowed is not None and offer.distribution not in [name.strip() for name in allowed.split(",")]:
+        return replace(offer, status="disabled", reason="not listed in ALEXNET_PLUGINS")
+    rivals = [other for other in every if other.name == offer.name and other.distribution != offer.distribution]
+    if any(rival.ours for rival in rivals):
+        return replace(offer, status="shadowed", reason="a built-in command has this name")
+    if rivals:
+        names = " and ".join(sorted([offer.distribution, *(rival.distribution for rival in rivals)]))
+        return replace(offer, status="conflict", reason=f"{names} both offer it; uninstall one, or use ALEXNET_PLUGINS")
+    return offer
+
+
+def callable_offers(environment: Mapping[str, str] = os.environ) -> dict[str, Offer]:
+    """Name -> the offer that answers to it; of rivals the first, which explains the conflict when called."""
+    chosen: dict[str, Offer] = {}
+    for offer in offers(environment):
+        if offer.status in ("ok", "conflict"):
+            chosen.setdefault(offer.name, offer)
+    return chosen

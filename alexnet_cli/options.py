@@ -1,0 +1,29 @@
+"""Options that several commands share, each said once."""
+
+from typing import Annotated, Literal
+
+import typer
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Machine-readable result on stdout.", show_default=False)]
+QuietFlag = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Nothing on stderr but warnings and errors.", show_default=False)
+]
+WeightsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--weights", "-w", metavar="W", help="A run, a checkpoint folder or a model file. [default: the newest run]"
+    ),
+]
+DataOption = Annotated[
+    str | None,
+    typer.Option(
+        "--data", metavar="D", help="A prepared data set: its folder, or its name under prepared/. [default: the only one]"
+    ),
+]
+BatchOption = Annotated[int | None, typer.Option("--batch-size", "-b", min=1, help="Images at a time.")]
+GpusOption = Annotated[
+    str | None, typer.Option("--gpus", metavar="IDS", help="0, all or none. [default: the first GPU, if there is one]")
+]
+JobsOption = Annotated[int | None, typer.Option("--jobs", "-j", min=1, help="Threads that decode pictures. [default: one per core]")]
+ViewsOption = Annotated[int, typer.Option("--views", help="1: the centre; 10: corners and centre and their mirrors.")]
+Precision = Literal["fp32", "tf32", "bf16"]

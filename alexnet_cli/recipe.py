@@ -1,0 +1,247 @@
+"""Every number of the paper, once: the frozen `Recipe` and the named recipes. Fields follow the paper's sections.
+
+Sources: a bare section number is the 2012 paper; "code" is the authors' released cuda-convnet configuration of
+net #145, which made the paper's ILSVRC-2012 numbers; "Caffe" is bvlc_alexnet.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import tomli_w
+
+from alexnet_cli.errors import RecipeError
+
+Order = Literal["relu-norm-pool", "norm-pool-relu", "relu-pool-norm"]
+
+
+def knob(default: Any, source: str, about: str, low: float | None = None, high: float | None = None) -> Any:
+    """A recipe field: its default in recipe `paper`, where that comes from, what it means, and its range."""
+    return field(default=default, metadata={"source": source, "about": about, "low": low, "high": high})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What to build and how to train it. The defaults are recipe `paper`."""
+
+    name: str = knob("paper", "-", "name of the recipe")
+
+    # 3 The architecture
+    activation: Literal["relu", "tanh", "sigmoid"] = knob("relu", "3.1", "nonlinearity of layers 1 to 7")
+    towers: int = knob(2, "3.2", "2, or 1 for the one-GPU network of the paper's footnote", 1, 2)
+    width: float = knob(1.0, "-", "share of the paper's channels in every layer but the last", 1 / 64, 4)
+    input_size: Literal[224, 227] = knob(224, "3.5", "side of the crop in pixels (227: Caffe, unpadded)")
+    lrn: Literal["across-maps", "within-map", "none"] = knob("across-maps", "3.3", "response normalisation")
+    lrn_size: int = knob(5, "3.3", "n: adjacent maps in the sum (across) or side of the window (within)", 1)
+    lrn_k: float = knob(2.0, "3.3", "k: the constant in the denominator", 1e-6)
+    lrn_alpha: float = knob(1e-4, "3.3", "alpha, for inputs in 0..255", 0)
+    lrn_beta: float = knob(0.75, "3.3", "beta: the power of the denominator", 0)
+    lrn_alpha_divided: bool = knob(False, "3.3", "divide alpha by the number of terms, as the code and Caffe do")
+    lrn_joint: bool = knob(False, "3.5", "normalise across both towers' maps, as Caffe does")
+    within_norm_2: bool = knob(False, "code", "one more normalisation, within each map (5x5), in stage 2")
+    stage1_order: Order = knob("relu-norm-pool", "3.5", "what follows convolution 1")
+    stage2_order: Order = knob("relu-norm-pool", "3.5", "what follows convolution 2")
+    pool_size: int = knob(3, "3.4", "side of the pooling window; 3 overlaps at stride 2, 2 does not", 2, 3)
+
+    # 4 Reducing overfitting
+    crops: bool = knob(True, "4.1", "random crops in training; otherwise the centre")
+    flips: bool = knob(True, "4.1", "random horizontal reflections in training")
+    colour_shift: float = knob(0.1, "4.1", "deviation of the shift along each principal axis, in its own", 0)
+    colour_shift_epochs: int = knob(0, "4.1", "epochs with the colour shift; 0 = all", 0)
+    colour_shift_divide: float = knob(1.0, "4.1", "divide the shifted image by this", 0.1)
+    dropout: float = knob(0.5, "4.2", "probability to drop a unit of layers 6 and 7", 0, 0.99)
+    dropout_inverted: bool = knob(False, "4.2", "rescale in training (as Caffe does) instead of at test time")
+
+    # 2 The dataset
+    mean: Literal["image", "image-at-crop", "rgb"] = knob(
+        "image", "2", "what is subtracted: the mean image's centre, its part under the crop, or the mean colour"
+    )
+    input_divisor: float = knob(1.0, "2", "divide the mean-subtracted input by this", 1e-3)
+
+    # 5 Details of learning
+    batch_size: int = knob(128, "5", "images per step, over all devices", 1)
+    epochs: int = knob(90, "5", "passes over the training set, at most", 1)
+    learning_rate: float = knob(0.01, "5", "initial rate; the highest one if one-cycle", 0)
+    momentum: float = knob(0.9, "5", "share of the velocity kept at each step", 0, 0.9999)
+    weight_decay: float = knob(0.0005, "5", "share of each weight taken off, times the rate", 0)
+    bias_rate: float = knob(1.0, "5", "rate of the biases, as a multiple of the weights'", 0)
+    bias_rate_drops: bool = knob(True, "5", "biases follow the drops of the rate")
+    bias_decay: bool = knob(True, "5", "weight decay on biases too")
+    schedule: Literal["plateau", "fixed", "one-cycle"] = knob(
+        "plateau", "5", "divide by ten when validation error stops falling, or at fixed epochs, or one cycle"
+    )
+    plateau_epochs: int = knob(5, "5", "epochs without a new lowest validation error before a drop", 1)
+    plateau_drops: int = knob(3, "5", "drops before training ends", 0)
+    drop_epochs: tuple[int, ...] = knob((), "5", "epochs after which the fixed schedule divides by ten")
+    conv1_slow_epoch: int = knob(0, "code", "layer 1 learns at a tenth after this epoch; 0 = never", 0)
+    conv1_freeze_epoch: int = knob(0, "code", "layer 1 is frozen after this epoch; 0 = never", 0)
+    label_smoothing: float = knob(0.0, "5", "share of the target spread over all classes", 0, 0.99)
+    init: Literal["gaussian", "scaled"] = knob(
+        "gaussian", "5", "N(0, std), or N(0, 2 / inputs) with all biases 0 (He et al. 2015)"
+    )
+    weight_std: float = knob(0.01, "5", "deviation of the initial weights", 0)
+    conv345_std: float = knob(0.03, "code", "the same in layers 3 to 5; the paper's text has 0.01", 0)
+    fc67_std: float = knob(0.01, "5", "the same in layers 6 and 7", 0)
+    bias: float = knob(1.0, "5", "initial biases of layers 2, 4, 5, 6, 7; the others start at 0")
+    precision: Literal["fp32", "tf32", "bf16"] = knob("fp32", "5", "arithmetic of the matrix products")
+    seed: int = knob(0, "-", "of initial values, order, crops, shifts and dropout", 0)
+
+    def __post_init__(self) -> None:
+        """Raise RecipeError for the first value that is out of range or of the wrong kind."""
+        for f in fields(self):
+            object.__setattr__(self, f.name, _checked(f.name, getattr(self, f.name)))
+        if self.lrn_size % 2 == 0:
+            raise RecipeError(f"recipe: lrn_size = {self.lrn_size} is even", "use an odd number, such as 5")
+        if list(self.drop_epochs) != sorted(set(self.drop_epochs)):
+            raise RecipeError(f"recipe: drop_epochs = {list(self.drop_epochs)} must rise", "such as [25, 51, 79]")
+
+    def to_toml(self) -> str:
+        """The recipe as a TOML document that `load` reads back to an equal recipe."""
+        return tomli_w.dumps(asdict(self) | {"drop_epochs": list(self.drop_epochs)})
+
+
+_TYPES = get_type_hints(Recipe)
+_FIELDS = {f.name: f for f in fields(Recipe)}
+
+
+def _checked(key: str, value: Any) -> Any:
+    """The value as its field's type, or RecipeError naming key, value and what is allowed."""
+    kind, meta = _TYPES[key], _FIELDS[key].metadata
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            allowed = ", ".join(str(v) for v in get_args(kind))
+            raise RecipeError(f"recipe: {key} = {value!r} is not one of its values", f"use one of: {allowed}")
+        return value
+    if get_origin(kind) is tuple:
+        if not isinstance(value, list | tuple) or not all(type(v) is int and v > 0 for v in value):
+            raise RecipeError(f"recipe: {key} = {value!r} is not a list of epochs", "such as [25, 51, 79]")
+        return tuple(value)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise RecipeError(f"recipe: {key} = {value!r} should be of type {kind.__name__}", str(meta["about"]))
+    low, high = meta.get("low"), meta.get("high")
+    if (low is not None and not value >= low) or (high is not None and not value <= high):
+        span = f"at least {low:g}" + (f" and at most {high:g}" if high is not None else "")
+        raise RecipeError(f"recipe: {key} = {value!r} is out of range", f"it must be {span}")
+    return value
+
+
+PAPER = Recipe()
+
+KRIZHEVSKY = replace(
+    PAPER,
+    name="krizhevsky",
+    stage1_order="norm-pool-relu",
+    within_norm_2=True,
+    lrn_alpha_divided=True,
+    colour_shift_epochs=67,
+    colour_shift_divide=1.1,
+    bias_rate=2.0,
+    bias_rate_drops=False,
+    bias_decay=False,
+    conv1_slow_epoch=67,
+    conv1_freeze_epoch=72,
+    schedule="fixed",
+    drop_epochs=(25, 51, 79),
+    epochs=91,
+)
+
+CAFFE = replace(
+    PAPER,
+    name="caffe",
+    input_size=227,
+    lrn_k=1.0,
+    lrn_alpha_divided=True,
+    lrn_joint=True,
+    colour_shift=0.0,
+    dropout_inverted=True,
+    mean="image-at-crop",
+    batch_size=256,
+    bias_rate=2.0,
+    bias_decay=False,
+    schedule="fixed",
+    drop_epochs=(20, 40, 60, 80),  # every 100,000 of 450,000 steps of 256 images
+    conv345_std=0.01,
+    fc67_std=0.005,
+    bias=0.1,
+)
+
+FAST = replace(
+    PAPER,
+    name="fast",
+    dropout_inverted=True,
+    input_divisor=64.0,  # about the deviation of a pixel: scaled initial values expect unit inputs
+    schedule="one-cycle",
+    epochs=30,
+    learning_rate=0.02,
+    bias_decay=False,
+    label_smoothing=0.1,
+    init="scaled",
+    bias=0.0,
+    precision="bf16",
+)
+
+TINY = replace(FAST, name="tiny", width=0.25, batch_size=64, epochs=12)
+
+RECIPES: Mapping[str, Recipe] = {r.name: r for r in (PAPER, KRIZHEVSKY, CAFFE, FAST, TINY)}
+
+
+def load(name_or_file: str) -> Recipe:
+    """A named recipe, or one from a TOML file: keys it leaves out are those of its `name`, or of `paper`."""
+    if name_or_file in RECIPES:
+        return RECIPES[name_or_file]
+    path = Path(name_or_file)
+    if not path.is_file():
+        near = difflib.get_close_matches(name_or_file, RECIPES, 1)
+        guess = f"did you mean {near[0]}? " if near else ""
+        raise RecipeError(
+            f"no recipe and no file is called {name_or_file}", f"{guess}named recipes: {', '.join(RECIPES)}"
+        )
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not TOML: {error}", "a run's recipe.toml is a good start") from error
+    return from_values(values)
+
+
+def from_values(values: Mapping[str, Any]) -> Recipe:
+    """A recipe from a mapping, as TOML and JSON hold it."""
+    name = values.get("name")
+    return changed(RECIPES.get(name, PAPER) if isinstance(name, str) else PAPER, values)
+
+
+def changed(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
+    """The recipe with some values replaced; unknown keys are refused with the nearest name."""
+    for key in values:
+        if key not in _TYPES:
+            near = difflib.get_close_matches(key, _TYPES, 1, 0.4)
+            guess = f"did you mean {near[0]}?" if near else "alexnet train --print-config lists all keys"
+            raise RecipeError(f"recipe: no key is called {key}", guess)
+    return replace(recipe, **values)
+
+
+def parsed(settings: Sequence[str]) -> dict[str, Any]:
+    """`key=value` words as typed after --set, each value read as TOML (a bare word is a string)."""
+    values: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        key, text = key.strip(), text.strip()
+        if not equals or not text:
+            raise RecipeError(f"--set {setting} is not key=value", "such as --set dropout=0")
+        try:
+            values[key] = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            values[key] = text
+    return values
+
+
+def describe(key: str) -> tuple[str, str]:
+    """What a key means and where its value in recipe `paper` comes from."""
+    meta = _FIELDS[key].metadata
+    return str(meta["about"]) if meta else "", str(meta["source"]) if meta else ""

@@ -1,0 +1,88 @@
+"""Section 4.1 against a slow per-image version in numpy: crops, mirrors, colour shift, means, ten views."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from alexnet_cli.core import augment
+from alexnet_cli.core.augment import Draws, Pixels
+from alexnet_cli.recipe import CAFFE, KRIZHEVSKY, PAPER, Recipe
+
+CPU = torch.device("cpu")
+RNG = np.random.default_rng(5)
+IMAGES = RNG.integers(0, 256, (6, 256, 256, 3), dtype=np.uint8)
+MEAN = RNG.uniform(90, 140, (3, 256, 256)).astype(np.float32)
+STD = np.array([19.7, 37.1, 121.8], np.float32)
+AXES = np.linalg.qr(RNG.normal(size=(3, 3)))[0].astype(np.float32)
+ROWS = np.array([3, 0, 11, 7, 2, 9])
+
+
+def pixels(recipe: Recipe) -> Pixels:
+    return Pixels(recipe, MEAN, STD, AXES, CPU)
+
+
+def one_by_one(recipe: Recipe, draws: Draws, epoch: int) -> npt.NDArray[np.float64]:
+    """What section 4.1 says, an image at a time, in float64."""
+    size, low, out = recipe.input_size, (256 - recipe.input_size) // 2, []
+    for image, row in zip(IMAGES, ROWS, strict=True):
+        top, left = draws.offsets[row]
+        view = image[top : top + size, left : left + size].astype(np.float64).transpose(2, 0, 1)
+        if recipe.mean == "image-at-crop":
+            view = view - MEAN[:, top : top + size, left : left + size]
+        if draws.flips[row]:
+            view = view[:, :, ::-1]
+        if recipe.mean == "image":
+            view = view - MEAN[:, low : low + size, low : low + size]
+        if recipe.mean == "rgb":
+            view = view - MEAN.astype(np.float64).mean((1, 2))[:, None, None]
+        if recipe.colour_shift and not (recipe.colour_shift_epochs and epoch > recipe.colour_shift_epochs):
+            alphas = recipe.colour_shift * draws.colour[row].astype(np.float64)
+            shift = sum(alphas[i] * STD[i] * AXES[:, i].astype(np.float64) for i in range(3))
+            view = (view + np.asarray(shift)[:, None, None]) / recipe.colour_shift_divide
+        out.append(view / recipe.input_divisor)
+    return np.stack(out)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "epoch"),
+    [(PAPER, 1), (KRIZHEVSKY, 67), (KRIZHEVSKY, 68), (CAFFE, 1), (replace(PAPER, mean="rgb", input_divisor=64.0), 3),
+     (replace(PAPER, crops=False, flips=False, colour_shift=0.0), 1)],
+)  # fmt: skip
+@pytest.mark.parametrize("by_index", [False, True])
+def test_training_views(recipe: Recipe, epoch: int, by_index: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if by_index:  # what a GPU does
+        monkeypatch.setattr(augment, "_gather_by_copy", augment.gather_by_index)
+    draws = Draws.of_epoch(12, recipe, epoch)
+    views = pixels(recipe).train(torch.from_numpy(IMAGES), ROWS, draws, epoch)
+    assert views.is_contiguous(memory_format=torch.channels_last)
+    np.testing.assert_allclose(views.numpy(), one_by_one(recipe, draws, epoch), atol=2e-4)
+
+
+def test_draws_belong_to_the_row_and_the_epoch() -> None:
+    draws = Draws.of_epoch(4000, PAPER, 1)
+    again, later = Draws.of_epoch(4000, PAPER, 1), Draws.of_epoch(4000, PAPER, 2)
+    np.testing.assert_array_equal(draws.offsets, again.offsets)
+    assert (draws.offsets != later.offsets).any()
+    assert set(draws.offsets.flatten().tolist()) == set(range(33))  # 33 x 33 places
+    assert draws.flips.mean() == pytest.approx(0.5, abs=0.04)
+    assert draws.colour.std() == pytest.approx(1, abs=0.03)
+    assert set(Draws.of_epoch(4000, CAFFE, 1).offsets.flatten().tolist()) == set(range(30))
+
+
+def test_ten_views_are_four_corners_the_centre_and_their_mirrors() -> None:
+    views = list(pixels(PAPER).ten_views(torch.from_numpy(IMAGES)))
+    mean = MEAN[:, 16:240, 16:240]
+    corners = [(0, 0), (0, 32), (32, 0), (32, 32), (16, 16)]
+    for view, (top, left) in zip(views[:5], corners, strict=True):
+        expected = IMAGES[:, top : top + 224, left : left + 224].transpose(0, 3, 1, 2) - mean
+        np.testing.assert_allclose(view.numpy(), expected, atol=1e-3)
+    for view, mirrored, (top, left) in zip(views[:5], views[5:], corners, strict=True):
+        raw = IMAGES[:, top : top + 224, left : left + 224, :][:, :, ::-1].transpose(0, 3, 1, 2)
+        np.testing.assert_allclose(mirrored.numpy(), raw - mean, atol=1e-3)
+        assert not torch.equal(view, mirrored)
+    torch.testing.assert_close(views[4], pixels(PAPER).centre_view(torch.from_numpy(IMAGES)))

@@ -1,0 +1,164 @@
+"""The demo's pictures, and how it treats folders, failures and the environment."""
+
+from __future__ import annotations
+
+import colorsys
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from alexnet_cli.errors import AlexNetError, UsageError
+from alexnet_plugins import demo_pictures
+from alexnet_plugins.demo import MADE, MARKER, SHOWN, STORY, Stage, _fresh
+
+
+def pixels_of(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*.jpg"))}
+
+
+def test_the_set_is_the_same_whatever_its_size_and_the_number_of_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert demo_pictures.draw(tmp_path / "a", 2, 1) == 36
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    demo_pictures.draw(tmp_path / "b", 1, 1)
+    first, second = pixels_of(tmp_path / "a"), pixels_of(tmp_path / "b")
+    assert len(first) == 36
+    assert second.items() <= first.items()
+    assert len(set(first.values())) == 36
+    demo_pictures.draw(tmp_path / "c", 1, 0, seed=1)
+    assert set(pixels_of(tmp_path / "c").values()).isdisjoint(first.values())
+
+
+def test_every_colour_comes_with_every_shape() -> None:
+    pairs = [name.split("-") for name in demo_pictures.CLASSES]
+    colours, shapes = {c for c, _ in pairs}, {s for _, s in pairs}
+    assert len(demo_pictures.CLASSES) >= 10
+    assert len(set(demo_pictures.CLASSES)) == len(colours) * len(shapes)
+
+
+@pytest.mark.parametrize(
+    ("shape", "area"),
+    [
+        ("disc", np.pi * 0.85**2),
+        ("ring", np.pi * (0.96**2 - 0.52**2)),
+        ("triangle", 3 * np.sqrt(3) / 4),  # of circumradius 1
+        ("cross", 2 * 1.9 * 0.54 - 0.54**2),
+    ],
+)
+def test_distance_fields_enclose_the_area_of_their_shape(shape: str, area: float) -> None:
+    y, x = np.mgrid[-1.2:1.2:480j, -1.2:1.2:480j].astype(np.float32)
+    inside = demo_pictures._distance(shape, x, y) < 0
+    assert inside.mean() * 2.4**2 == pytest.approx(area, rel=0.01)
+    assert (np.hypot(x, y)[inside] <= 1.0).all()
+
+
+@pytest.mark.parametrize("name", demo_pictures.CLASSES)
+def test_pictures_have_their_colour_in_the_centre_square_and_nowhere_near_all_over(name: str) -> None:
+    hue = demo_pictures.HUES[name.split("-")[0]]
+    for seed in range(3):
+        image = demo_pictures.picture(name, np.random.default_rng(seed))
+        assert 160 <= min(image.size) <= max(image.size) <= 256
+        hsv = np.asarray(image.convert("HSV")).astype(int)
+        away = np.abs((hsv[..., 0] * 360 / 255 - hue + 180) % 360 - 180)
+        rows, columns = np.nonzero((away < 30) & (hsv[..., 1] > 130))
+        share = len(rows) / hsv[..., 0].size
+        assert 0.02 < share < 0.5
+        centre = np.array(image.size[::-1]) / 2
+        reach = np.abs(np.median([rows, columns], axis=1) - centre)
+        assert (reach < min(image.size) / 2).all()
+
+
+def test_rgb_is_the_colour_wheel() -> None:
+    for hue, saturation, value in (
+        (0, 1, 1),
+        (40, 0.5, 0.7),
+        (125, 0.9, 0.4),
+        (228, 0.7, 1),
+        (-20, 0.6, 0.6),
+    ):
+        expected = colorsys.hsv_to_rgb((hue / 360) % 1, saturation, value)
+        assert demo_pictures._rgb(hue, saturation, value) == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_pictures_shown_are_among_those_drawn() -> None:
+    for name, number in (shown.split("/") for shown in SHOWN):
+        assert name in demo_pictures.CLASSES
+        assert 0 <= int(number.removesuffix(".jpg")) < 25
+
+
+def test_the_story_is_the_six_commands_in_order() -> None:
+    names = ["prepare", "train", "evaluate", "predict", "visualize-filters", "export"]
+    assert [words[0] for words in STORY] == names
+
+
+def test_a_second_demo_replaces_only_what_the_first_made(tmp_path: Path) -> None:
+    folder = _fresh(tmp_path / "demo")
+    for name in MADE:
+        (folder / name / "inside").mkdir(parents=True)
+    (folder / "mine.txt").write_text("keep")
+    assert _fresh(folder) == folder
+    assert sorted(p.name for p in folder.iterdir()) == [MARKER, "mine.txt"]
+
+
+def test_links_are_taken_away_and_what_they_point_to_stays(tmp_path: Path) -> None:
+    folder, data = _fresh(tmp_path / "demo"), tmp_path / "data"
+    data.mkdir()
+    (data / "picture.jpg").write_text("keep")
+    (folder / "pictures").symlink_to(data)
+    _fresh(folder)
+    assert not (folder / "pictures").exists()
+    assert (data / "picture.jpg").exists()
+
+
+def test_a_folder_that_no_demo_made_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(UsageError, match="no demo made it"):
+        _fresh(tmp_path)
+    assert (tmp_path / "runs").is_dir()
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="is not a folder"):
+        _fresh(tmp_path / "file")
+
+
+def test_a_command_that_fails_ends_the_demo_with_its_exit_code(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(AlexNetError, match="alexnet prepare nowhere") as caught:
+        Stage(tmp_path, json=True, quiet=False).run(("prepare", "nowhere"))
+    assert caught.value.exit_code == 3
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "error:" in err
+
+
+def test_commands_run_in_the_folder_without_the_users_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ALEXNET_RUNS_DIR", str(tmp_path / "elsewhere"))
+    with pytest.raises(AlexNetError) as caught:
+        Stage(tmp_path, json=False, quiet=False).run(("visualize-filters",))
+    assert caught.value.exit_code == 3
+    assert "no run to take weights from in runs" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_whole_demo(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "alexnet_cli.cli", "demo", "-o", "story", "--json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["schema"] == "alexnet.demo/1"
+    assert result["top1_error"] < 0.10
+    assert result["seconds"] < 240
+    positions = [done.stderr.index(f"$ alexnet {words[0]}") for words in STORY]
+    assert positions == sorted(positions)
+    for path in result["files"].values():
+        assert (tmp_path / path).is_file()
+    with Image.open(tmp_path / result["files"]["filters"]) as image:
+        assert image.format == "PNG"

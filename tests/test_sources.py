@@ -1,0 +1,151 @@
+"""Layouts: each is made here, file by file, and must come out with the right labels."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from alexnet_cli.core.sources import ClassName, Source, recognise
+from alexnet_cli.errors import DataError, UsageError
+
+
+def touch(root: Path, *names: str) -> Path:
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(name.encode(errors="surrogateescape"))
+    return root
+
+
+def listed(source: Source, split: str) -> list[tuple[str, int]]:
+    return [(item.name, item.label) for item in source.splits[split]]
+
+
+def test_train_and_val_folders(tmp_path: Path) -> None:
+    touch(tmp_path, "train/b/2.jpg", "train/b/1.JPEG", "train/a/deep/er/x.png", "val/b/9.jpg", "train/b/notes.txt")
+    source = recognise(tmp_path)
+    assert source.classes == (ClassName("a"), ClassName("b"))
+    assert listed(source, "train") == [("train/a/deep/er/x.png", 0), ("train/b/1.JPEG", 1), ("train/b/2.jpg", 1)]
+    # Class a has no validation picture, and b keeps its label all the same.
+    assert listed(source, "val") == [("val/b/9.jpg", 1)]
+    assert source.splits["val"][0].read() == b"val/b/9.jpg"
+    assert source.layout == "train/CLASS and val/CLASS"
+    assert source.notes == ("1 files are no pictures by their names and are left out",)
+
+
+def test_wordnet_names(tmp_path: Path) -> None:
+    wnids = ("n02123045", "n02012849", "n03126707", "n00000001")
+    touch(tmp_path, *(f"train/{w}/1.jpg" for w in wnids), *(f"val/{w}/1.jpg" for w in wnids))
+    (tmp_path / "words.txt").write_text("n02012849\tcrane\nn02123045\ttabby, tabby cat\nn03126707\tcrane, derrick\n")
+    assert recognise(tmp_path).classes == (
+        ClassName("n00000001", "n00000001"),
+        ClassName("crane", "n02012849"),
+        ClassName("tabby", "n02123045"),
+        ClassName("crane, derrick", "n03126707"),
+    )
+
+
+def test_one_folder_per_class_is_split_by_name(tmp_path: Path) -> None:
+    sizes = {"few": 1, "two": 2, "many": 40}
+    touch(tmp_path, *(f"{name}/{i}.jpg" for name, size in sizes.items() for i in range(size)))
+    source = recognise(tmp_path)
+    assert Counter(label for _, label in listed(source, "val")) == {1: 4, 2: 1}
+    everything = sorted(listed(source, "train") + listed(source, "val"))
+    assert everything == sorted((f"{n}/{i}.jpg", sorted(sizes).index(n)) for n, s in sizes.items() for i in range(s))
+    assert listed(recognise(tmp_path), "val") == listed(source, "val")
+    half = {name for name, _ in listed(recognise(tmp_path, 0.5), "val")}
+    assert {name for name, _ in listed(source, "val")} < half
+    assert not listed(recognise(tmp_path, 0.0), "val")
+
+
+def test_tiny_imagenet_takes_labels_from_the_annotations(tmp_path: Path) -> None:
+    touch(tmp_path, "train/n2/images/n2_0.JPEG", "train/n1/images/n1_0.JPEG", "train/n1/n1_boxes.txt")
+    touch(tmp_path, "val/images/val_0.JPEG", "val/images/val_1.JPEG")
+    annotations = tmp_path / "val/val_annotations.txt"
+    annotations.write_text("val_1.JPEG\tn1\t0\t32\t44\t62\nval_0.JPEG\tn2\t0\t0\t63\t63\n")
+    source = recognise(tmp_path)
+    assert listed(source, "train") == [("train/n1/images/n1_0.JPEG", 0), ("train/n2/images/n2_0.JPEG", 1)]
+    assert listed(source, "val") == [("val/images/val_0.JPEG", 1), ("val/images/val_1.JPEG", 0)]
+    assert source.layout.startswith("Tiny ImageNet")
+    annotations.write_text("val_1.JPEG\tn1\t0\t32\t44\t62\n")
+    with pytest.raises(DataError, match="no line for val/images/val_0"):
+        recognise(tmp_path)
+    annotations.write_text("val_1.JPEG\tn3\n")
+    with pytest.raises(DataError, match="line 1: class 'n3' has no pictures"):
+        recognise(tmp_path)
+
+
+def test_odd_names_and_links(tmp_path: Path) -> None:
+    odd = ["a b.jpg", "new\nline.jpg", "dots.in.name.jpg", "\udcff\udcfe.jpg", "ÄÖ.jpg"]
+    touch(tmp_path, *(f"odd/{name}" for name in odd), "other/1.jpg", "other/.hidden.jpg")
+    (tmp_path / "linked").symlink_to(tmp_path / "other")
+    (tmp_path / "other" / "round").symlink_to(tmp_path / "other")
+    (tmp_path / "other" / "nowhere.jpg").symlink_to(tmp_path / "missing.jpg")
+    source = recognise(tmp_path, 0.0)
+    assert [c.name for c in source.classes] == ["linked", "odd", "other"]
+    names = [name for name, _ in listed(source, "train")]
+    assert [n for n in names if n.startswith("odd/")] == sorted(f"odd/{name}" for name in odd)
+    assert [n for n in names if not n.startswith("odd/")] == [
+        "linked/1.jpg", "linked/nowhere.jpg", "other/1.jpg", "other/nowhere.jpg",
+    ]  # fmt: skip
+    readable = [item for item in source.splits["train"] if item.name.startswith("odd/")]
+    assert [item.read() for item in readable] == [item.name.encode(errors="surrogateescape") for item in readable]
+    with pytest.raises(FileNotFoundError):
+        source.splits["train"][len(names) - 1].read()
+    assert len(source.fingerprint()) == 64
+
+
+def test_the_fingerprint_sees_every_change(tmp_path: Path) -> None:
+    touch(tmp_path, "a/1.jpg", "b/1.jpg")
+    prints = {recognise(tmp_path).fingerprint()}
+    touch(tmp_path, "b/2.jpg")
+    prints |= {recognise(tmp_path, 0.0).fingerprint(), recognise(tmp_path, 0.5).fingerprint()}
+    (tmp_path / "a").rename(tmp_path / "c")
+    prints.add(recognise(tmp_path, 0.0).fingerprint())
+    assert len(prints) == 4
+
+
+@pytest.mark.parametrize(
+    ("files", "fraction", "error", "message"),
+    [
+        ((), None, DataError, "no pictures in a layout that is known"),
+        (("only/1.jpg",), None, DataError, "no pictures in a layout that is known"),
+        (("1.jpg", "2.jpg"), None, DataError, "no pictures in a layout that is known"),
+        (("train/a/1.jpg", "val/a/1.jpg"), None, DataError, "fewer than two class folders"),
+        (("train/a/1.jpg", "train/b/1.jpg", "val/1.jpg"), None, DataError, "no class folders"),
+        (("train/a/1.jpg", "train/b/1.jpg", "val/c/1.jpg"), None, DataError, "the class c, of which"),
+        (("train/a/1.jpg", "train/b/1.jpg", "val/a/1.jpg"), 0.1, UsageError, "of its own"),
+        (("a/1.jpg", "b/1.jpg"), 1.0, UsageError, "below 1"),
+    ],
+)
+def test_refusals(
+    tmp_path: Path, files: tuple[str, ...], fraction: float | None, error: type[DataError], message: str
+) -> None:
+    touch(tmp_path, *files)
+    with pytest.raises(error, match=message) as caught:
+        recognise(tmp_path, fraction)
+    assert caught.value.hint
+
+
+def test_a_class_may_be_called_train(tmp_path: Path) -> None:
+    touch(tmp_path, "train/1.jpg", "train/2.jpg", "tram/1.jpg")
+    assert [c.name for c in recognise(tmp_path).classes] == ["train", "tram"]
+
+
+def test_missing_and_empty(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="does not exist"):
+        recognise(tmp_path / "nope")
+    touch(tmp_path, "train/a/1.jpg", "train/b/1.jpg")
+    (tmp_path / "train" / "empty").mkdir()
+    source = recognise(tmp_path)
+    assert len(source.classes) == 2
+    assert "train/empty" in source.notes[0]
+
+
+def test_real_folders(tiny10: Path, samples: Path) -> None:
+    source = recognise(tiny10)
+    assert {name: len(items) for name, items in source.splits.items()} == {"train": 5000, "val": 500}
+    assert ClassName("tabby", "n02123045") in source.classes
+    assert len(recognise(samples).classes) == 500
