@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -53,7 +54,7 @@ class _Loaded(dict[str, Any]):
 
     def get(self, name: str, default: Any = None) -> Any:
         """As __getitem__, or the default."""
-        return self[name] if name in self else default
+        return self[name] if name in self else default  # noqa: SIM401 - get is what this defines
 
     def items(self) -> Any:
         """Pairs, each made."""
@@ -149,36 +150,41 @@ def _guarded(run: Callable[[], Any], debug: bool) -> int:
     try:
         code = run()
         return code if isinstance(code, int) else 0
-    except AlexNetError as error:
-        what, hint, code = error.what, error.hint, error.exit_code
-    except typer.TyperException as error:
-        what, hint, code = _usage(error)
     except BrokenPipeError:
         return _quiet_pipe()
-    except (KeyboardInterrupt, typer.Abort):
-        what, hint, code = "stopped by Ctrl-C", "", 130
-    except OSError as error:
-        place = f": {error.filename}" if error.filename else ""
-        what, hint, code = f"{error.strerror or error}{place}", "check the path and its permissions", 1
-        if error.errno in STORAGE_ERRORS:
-            hint, code = "free some space, or write to another disk", 7
-    except Exception as error:
-        what, code = f"internal error: {type(error).__name__}: {error}", 1
-        hint = "this is a bug; alexnet --debug COMMAND shows where"
-    if debug:
-        traceback.print_exc()
+    except (Exception, KeyboardInterrupt) as error:
+        if debug:
+            traceback.print_exc()
+        what, hint, code = _told(error)
     sys.stderr.write(f"error: {what}\n" + (f"hint: {hint}\n" if hint else ""))
     return code
 
 
+def _told(error: BaseException) -> tuple[str, str, int]:
+    """What to say of an error, what to do about it, and the exit code."""
+    if isinstance(error, AlexNetError):
+        return error.what, error.hint, error.exit_code
+    if isinstance(error, typer.TyperException):
+        return _usage(error)
+    if isinstance(error, KeyboardInterrupt | typer.Abort):
+        return "stopped by Ctrl-C", "", 130
+    if isinstance(error, OSError):
+        what = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+        if error.errno in STORAGE_ERRORS:
+            return what, "free some space, or write to another disk", 7
+        return what, "check the path and its permissions", 1
+    return f"internal error: {type(error).__name__}: {error}", "a bug; alexnet --debug COMMAND shows where", 1
+
+
 def _usage(error: Any) -> tuple[str, str, int]:
-    """What the parser says, in our form; a list of suggestions is the hint."""
-    message = error.format_message() if hasattr(error, "format_message") else str(error)
-    what, _, guess = message.partition(" Did you mean ")
+    """What the parser says, in our form: what it suggests becomes the hint."""
+    message = " ".join((error.format_message() if hasattr(error, "format_message") else str(error)).split())
     context = getattr(error, "ctx", None)
-    path = context.command_path if context is not None else "alexnet"
-    hint = f"did you mean {guess.rstrip('?').strip()}?" if guess else f"{path} --help"
-    return " ".join(what.split()).rstrip("."), hint, int(getattr(error, "exit_code", 2))
+    hint = f"{context.command_path if context is not None else 'alexnet'} --help"
+    suggested = re.search(r"(?:Did you mean (.+)\?|\(Possible options: (.+)\))$", message)
+    if suggested:
+        message, hint = message[: suggested.start()], f"did you mean {suggested[1] or suggested[2]}?"
+    return message.strip().rstrip("."), hint, int(getattr(error, "exit_code", 2))
 
 
 def _quiet_pipe() -> int:

@@ -155,7 +155,8 @@ class _Lines:
         count = f"{self.done:,}/{self.total:,}" if self.total is not None else f"{self.done:,}"
         left = (self.total - self.done) / rate if self.total is not None and rate else 0
         eta = f"  eta {duration(left)}" if left > 0 else ""
-        self.write(f"{self.description:<8}{count} {self.unit}  {self.note}{'  ' if self.note else ''}{rate:,.0f} {self.unit}/s{eta}")
+        note = f"{self.note}  " if self.note else ""
+        self.write(f"{self.description:<8}{count} {self.unit}  {note}{rate:,.0f} {self.unit}/s{eta}")
 
 
 def duration(seconds: float) -> str:

@@ -20,7 +20,7 @@ OURS = "alexnet-cli"
 
 @dataclass(frozen=True)
 class Offer:
-    """A command that a distribution offers. `status`: ok, disabled, shadowed, conflict, and broken once loading failed."""
+    """A command that a distribution offers. `status`: ok, disabled, shadowed or conflict; `reason` says why not ok."""
 
     name: str
     distribution: str
@@ -47,7 +47,9 @@ class Offer:
             found = self.entry.load()
         except Exception as error:  # a plugin may fail in any way; none may take the others with it
             reason = f"{type(error).__name__}: {error}"
-            raise MissingError(f"the command {self.name} of {self.distribution} did not load: {reason}", HINT) from error
+            raise MissingError(
+                f"the command {self.name} of {self.distribution} did not load: {reason}", HINT
+            ) from error
         if not isinstance(found, Callable):  # type: ignore[arg-type]
             raise MissingError(f"{self.entry.value} of {self.distribution} is not a function or typer.Typer", HINT)
         return found
@@ -76,15 +78,23 @@ def offers(environment: Mapping[str, str] = os.environ) -> list[Offer]:
 def _judged(offer: Offer, every: list[Offer], allowed: str | None) -> Offer:
     if offer.ours:
         return offer
-    if allowed is not None and offer.distribution not in [name.strip() for name in allowed.split(",")]:
+    if not _allowed(offer, allowed):
         return replace(offer, status="disabled", reason="not listed in ALEXNET_PLUGINS")
-    rivals = [other for other in every if other.name == offer.name and other.distribution != offer.distribution]
+    rivals = [other for other in every if _rivals(offer, other) and _allowed(other, allowed)]
     if any(rival.ours for rival in rivals):
         return replace(offer, status="shadowed", reason="a built-in command has this name")
     if rivals:
         names = " and ".join(sorted([offer.distribution, *(rival.distribution for rival in rivals)]))
         return replace(offer, status="conflict", reason=f"{names} both offer it; uninstall one, or use ALEXNET_PLUGINS")
     return offer
+
+
+def _rivals(offer: Offer, other: Offer) -> bool:
+    return other.name == offer.name and other.distribution != offer.distribution
+
+
+def _allowed(offer: Offer, allowed: str | None) -> bool:
+    return offer.ours or allowed is None or offer.distribution in [name.strip() for name in allowed.split(",")]
 
 
 def callable_offers(environment: Mapping[str, str] = os.environ) -> dict[str, Offer]:

@@ -17,13 +17,27 @@ WeightsOption = Annotated[
 DataOption = Annotated[
     str | None,
     typer.Option(
-        "--data", metavar="D", help="A prepared data set: its folder, or its name under prepared/. [default: the only one]"
+        "--data",
+        metavar="D",
+        help="A prepared data set: its folder, or its name under prepared/. [default: the only one]",
     ),
 ]
 BatchOption = Annotated[int | None, typer.Option("--batch-size", "-b", min=1, help="Images at a time.")]
 GpusOption = Annotated[
     str | None, typer.Option("--gpus", metavar="IDS", help="0, all or none. [default: the first GPU, if there is one]")
 ]
-JobsOption = Annotated[int | None, typer.Option("--jobs", "-j", min=1, help="Threads that decode pictures. [default: one per core]")]
-ViewsOption = Annotated[int, typer.Option("--views", help="1: the centre; 10: corners and centre and their mirrors.")]
+JobsOption = Annotated[
+    int | None, typer.Option("--jobs", "-j", min=1, help="Threads that decode pictures. [default: one per core]")
+]
+
+
+def _one_or_ten(views: int) -> int:
+    if views not in (1, 10):
+        raise typer.BadParameter("there are 1, the centre, and 10, the paper's")
+    return views
+
+
+ViewsOption = Annotated[
+    int, typer.Option("--views", callback=_one_or_ten, help="1: the centre; 10: corners, centre and their mirrors.")
+]
 Precision = Literal["fp32", "tf32", "bf16"]

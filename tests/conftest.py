@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
+
+from alexnet_cli.core.packing import pack
+from alexnet_cli.core.plan import Plan
+from alexnet_cli.core.sources import recognise
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -17,6 +23,9 @@ def _unpacked(archive: str, inside: str, into: Path) -> Path:
     with tarfile.open(REAL / archive) as tar:
         tar.extractall(into, filter="data")
     return into / inside
+
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: threads that spin for each other slow small tensors
 
 
 @pytest.fixture(scope="session")
@@ -32,8 +41,33 @@ def tiny10(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests see none of the user's settings."""
     for name in ("ALEXNET_DATA", "ALEXNET_RUNS_DIR", "ALEXNET_PLUGINS", "NO_COLOR", "FORCE_COLOR"):
         monkeypatch.delenv(name, raising=False)
-    yield
+
+
+COLOURS = {"blue": (40, 60, 200), "green": (50, 170, 60), "red": (200, 50, 40), "yellow": (220, 200, 60)}
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four classes told apart by colour, as JPEGs in train/CLASS and val/CLASS: 12 and 5 of each, noisy."""
+    folder, generator = tmp_path_factory.mktemp("pictures"), np.random.default_rng(3)
+    for split, count in (("train", 12), ("val", 5)):
+        for name, colour in COLOURS.items():
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                noise = generator.normal(0, 30, (90, 120, 3)) + generator.normal(0, 10)
+                pixels = np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / split / name / f"{i:02}.jpg", quality=90)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prepared(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, prepared."""
+    output = tmp_path_factory.mktemp("prepared") / "colours"
+    for _ in pack(Plan(recognise(pictures), output, 95), workers=2):
+        pass
+    return output

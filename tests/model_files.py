@@ -1,4 +1,4 @@
-"""Models with random weights, for tests that need a network but not a trained one."""
+"""Models with random weights and drawn pictures, for tests that need a network but not a trained one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from alexnet_cli.core.sources import ClassName
 from alexnet_cli.core.weights import Model, metadata
@@ -17,9 +18,7 @@ ONE_TOWER = (48, 128, 192, 192, 256, 4096, 4096)
 KERNELS = (11, 5, 3, 3, 3)
 
 
-def random_model(
-    recipe: Recipe, classes: int = 10, seed: int = 0, info: Mapping[str, Any] | None = None
-) -> Model:
+def random_model(recipe: Recipe, classes: int = 10, seed: int = 0, info: Mapping[str, Any] | None = None) -> Model:
     """Weights whose activations neither die nor explode; biases and the mean image vary too."""
     generator = np.random.default_rng(seed)
     per_tower = TWO_TOWERS if recipe.towers == 2 else ONE_TOWER
@@ -44,3 +43,11 @@ def save_model(model: Model, path: Path) -> Path:
 
     save_file(dict(model.tensors), path, metadata(model.recipe, model.classes, model.info))
     return path
+
+
+def draw(path: Path, seed: int, size: tuple[int, int] = (300, 280)) -> str:
+    """A random, blotchy picture; returns its path."""
+    small = np.random.default_rng(seed).integers(0, 256, (7, 9, 3), np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(small).resize(size, Image.Resampling.BICUBIC).save(path)
+    return str(path)

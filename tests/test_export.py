@@ -11,17 +11,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-from model_files import random_model, save_model
+from model_files import draw, random_model, save_model
 from test_onnx_graph import VARIANTS
 from typer import Typer
 from typer.testing import CliRunner, Result
 
 from alexnet_cli.core import export as exporting
-from alexnet_cli.core import onnx_graph
-from alexnet_cli.core.export import Verification, drawn_crops, export, export_unverified, verify
+from alexnet_cli.core import images, onnx_graph
+from alexnet_cli.core.export import Verification, crops_of, drawn_crops, export, export_unverified, verify
+from alexnet_cli.core.packing import pack
+from alexnet_cli.core.plan import Plan
 from alexnet_cli.core.session import Session
+from alexnet_cli.core.shards import open_dataset
+from alexnet_cli.core.sources import recognise
 from alexnet_cli.core.torch_session import TorchSession
-from alexnet_cli.errors import StorageError, UsageError, VerificationError
+from alexnet_cli.errors import DataError, StorageError, UsageError, VerificationError
 from alexnet_cli.recipe import PAPER
 
 SMALL = replace(PAPER, width=1 / 16)
@@ -122,9 +126,7 @@ def run(*words: str) -> Result:
     return CliRunner().invoke(app, list(words))
 
 
-def test_command_writes_where_it_says_and_reports_the_check(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_command_writes_where_it_says_and_reports_the_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     save_model(random_model(SMALL), tmp_path / "model.safetensors")
     result = run("-w", "model.safetensors", "--json", "-q")
@@ -157,3 +159,28 @@ def test_command_refuses_a_name_that_is_no_onnx_file(tmp_path: Path) -> None:
     result = run("-w", str(model), "-o", str(tmp_path / "out.bin"))
     assert isinstance(result.exception, UsageError)
     assert not (tmp_path / "out.bin").exists()
+
+
+def test_command_compares_on_validation_pictures_of_the_prepared_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for split, count in (("train", 4), ("val", 3)):
+        for label, name in enumerate(("cats", "dogs")):
+            for i in range(count):
+                draw(tmp_path / "pets" / split / name / f"{i}.png", seed=100 * label + i + 50 * (split == "val"))
+    list(pack(Plan(recognise(tmp_path / "pets"), tmp_path / "prepared" / "pets", 95), workers=1))
+    model = random_model(SMALL)
+    crops = crops_of(open_dataset(tmp_path / "prepared" / "pets"), model)
+    validation = open_dataset(tmp_path / "prepared" / "pets").split("val")
+    expected = images.decode(bytes(validation.jpeg(5)))[16:240, 16:240]
+    assert crops.shape == (6, 3, 224, 224)
+    np.testing.assert_array_equal(crops[5], expected.transpose(2, 0, 1))
+    save_model(model, tmp_path / "model.safetensors")
+    result = run("-w", "model.safetensors", "--json")
+    assert result.exception is None
+    assert "pictures of" in result.stderr
+    assert "pets" in result.stderr
+    assert json.loads(result.stdout)["images"] == 6
+    missing = run("-w", "model.safetensors", "--data", "zoo")
+    assert isinstance(missing.exception, DataError)  # a set that was named and is not there is not passed over

@@ -20,7 +20,10 @@ def test_pooling_equals_a_literal_loop(size: int, side: int) -> None:
     values, steps = x.numpy(), -(-(side - size) // 2) + 1
     expected = np.array(
         [
-            [[values[0, c, 2 * i : 2 * i + size, 2 * j : 2 * j + size].max() for j in range(steps)] for i in range(steps)]
+            [
+                [values[0, c, 2 * i : 2 * i + size, 2 * j : 2 * j + size].max() for j in range(steps)]
+                for i in range(steps)
+            ]
             for c in range(2)
         ]
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -112,6 +113,6 @@ def test_one_cycle_rises_falls_and_never_jumps() -> None:
     assert max(rates) == pytest.approx(1.0, abs=1e-3)
     assert rates[:peak] == sorted(rates[:peak])
     assert rates[peak:] == sorted(rates[peak:], reverse=True)
-    assert max(abs(b - a) for a, b in zip(rates, rates[1:], strict=False)) < 0.02
+    assert max(abs(b - a) for a, b in pairwise(rates)) < 0.02
     assert 0 < rates[-1] < 0.01
     assert math.isfinite(schedule.rate(5000))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -47,7 +48,7 @@ def test_one_tower_of_two_holds_its_half() -> None:
 
 @pytest.mark.parametrize("size", [224, 227])
 @pytest.mark.parametrize("pool", [3, 2])
-def test_map_sizes(size: int, pool: int) -> None:
+def test_map_sizes(size: Literal[224, 227], pool: int) -> None:
     network = Network(replace(SMALL, input_size=size, pool_size=pool), 10)
     seen: list[int] = []
     for name, module in network.named_modules():
@@ -75,7 +76,14 @@ def test_towers_meet_at_layers_3_6_7_8_only() -> None:
     """Silence tower 2 of a layer's input: tower 1 of the output must not notice in layers 2, 4, 5, and must in 3."""
     network = Network(SMALL, 10)
     initialise(network)
-    for layer, meets in (("conv2", False), ("conv3", True), ("conv4", False), ("conv5", False), ("fc6", True), ("fc7", True)):
+    for layer, meets in (
+        ("conv2", False),
+        ("conv3", True),
+        ("conv4", False),
+        ("conv5", False),
+        ("fc6", True),
+        ("fc7", True),
+    ):
         module = network.get_submodule(layer)
         weight = module.get_parameter("weight")
         inputs = weight.shape[1] * int(getattr(module, "groups", 1))

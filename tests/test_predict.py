@@ -13,8 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
-from model_files import random_model, save_model
-from PIL import Image
+from model_files import draw, random_model, save_model
 from typer import Typer
 from typer.testing import CliRunner, Result
 
@@ -28,14 +27,6 @@ from alexnet_cli.errors import AlexNetError, DataError, PartialError, UsageError
 from alexnet_cli.recipe import CAFFE, PAPER, Recipe
 
 SMALL = replace(PAPER, width=1 / 16)
-
-
-def draw(path: Path, seed: int, size: tuple[int, int] = (300, 280)) -> str:
-    """A random, blotchy picture; returns its path."""
-    small = np.random.default_rng(seed).integers(0, 256, (7, 9, 3), np.uint8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(small).resize(size, Image.Resampling.BICUBIC).save(path)
-    return str(path)
 
 
 @pytest.fixture
@@ -153,18 +144,13 @@ def test_many_pictures_keep_their_order_and_bad_ones_their_place(tmp_path: Path)
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"\x89PNG\r\n")
     alone = {path: next(predict([path], session)) for path in kinds}
-    paths = [
-        str(bad) if i % 9 == 4 else str(tmp_path / "gone.png") if i % 9 == 8 else kinds[i % 4]
-        for i in range(75)
-    ]
+    paths = [str(bad) if i % 9 == 4 else str(tmp_path / "gone.png") if i % 9 == 8 else kinds[i % 4] for i in range(75)]
     found = list(predict(paths, session))
     assert [p.path for p in found] == paths
     for prediction in found:
         if prediction.path in alone:
             assert [x.index for x in prediction.top] == [x.index for x in alone[prediction.path].top]
-            assert prediction.top[0].probability == pytest.approx(
-                alone[prediction.path].top[0].probability, abs=1e-5
-            )
+            assert prediction.top[0].probability == pytest.approx(alone[prediction.path].top[0].probability, abs=1e-5)
         else:
             assert prediction.error
             assert prediction.top == ()

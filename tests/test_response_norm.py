@@ -34,7 +34,9 @@ def activations(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 @pytest.mark.parametrize("function", [response_norm.plain, response_norm.fast])
-@pytest.mark.parametrize(("size", "towers", "beta"), [(5, 2, 0.75), (5, 1, 0.75), (3, 2, 0.6), (1, 2, 0.75), (9, 1, 0.75)])
+@pytest.mark.parametrize(
+    ("size", "towers", "beta"), [(5, 2, 0.75), (5, 1, 0.75), (3, 2, 0.6), (1, 2, 0.75), (9, 1, 0.75)]
+)
 def test_equals_the_formula(function: object, size: int, towers: int, beta: float) -> None:
     x = activations(2, 12, 3, 4)
     assert callable(function)
@@ -58,7 +60,9 @@ def test_fast_equals_plain_in_values_and_gradients(layout: torch.memory_format, 
 
 def test_gradient_equals_finite_differences() -> None:
     x = activations(2, 8, 2, 2).double().requires_grad_()
-    assert torch.autograd.gradcheck(lambda v: response_norm.plain(v, 5, K, ALPHA, BETA, 2).double(), x, eps=1e-2, atol=1e-3)
+    assert torch.autograd.gradcheck(
+        lambda v: response_norm.plain(v, 5, K, ALPHA, BETA, 2).double(), x, eps=1e-2, atol=1e-3
+    )
     single = x.detach().float().requires_grad_()
     response_norm.fast(single, 5, K, ALPHA, BETA, 2)[0, 3, 1, 0].backward()
     assert single.grad is not None
@@ -68,7 +72,9 @@ def test_gradient_equals_finite_differences() -> None:
         high[place] += step
         low[place] -= step
         values = [response_norm.plain(v, 5, K, ALPHA, BETA, 2)[0, 3, 1, 0] for v in (high, low)]
-        assert single.grad[place].item() == pytest.approx(((values[0] - values[1]) / (2 * step)).item(), rel=1e-2, abs=1e-5)
+        assert single.grad[place].item() == pytest.approx(
+            ((values[0] - values[1]) / (2 * step)).item(), rel=1e-2, abs=1e-5
+        )
 
 
 def test_bf16_is_normalised_in_float32() -> None:

@@ -32,7 +32,7 @@ def test_train_and_val_folders(tmp_path: Path) -> None:
     assert listed(source, "val") == [("val/b/9.jpg", 1)]
     assert source.splits["val"][0].read() == b"val/b/9.jpg"
     assert source.layout == "train/CLASS and val/CLASS"
-    assert source.notes == ("1 files are no pictures by their names and are left out",)
+    assert source.notes == ("left out, being no pictures by their names: 1",)
 
 
 def test_wordnet_names(tmp_path: Path) -> None:

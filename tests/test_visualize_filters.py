@@ -31,9 +31,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def test_writes_both_towers_into_the_run_and_reports_them(
-    run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_writes_both_towers_into_the_run_and_reports_them(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     visualize_filters(weights="first", json=True)
     out, err = capsys.readouterr()
     result = json.loads(out)
@@ -72,9 +70,7 @@ def test_one_tower_is_its_half_of_the_kernels_on_the_scale_of_all(
         (1, "2", "1 tower (1)"),
     ],
 )
-def test_a_tower_that_is_not_there_is_a_usage_error(
-    towers: int, tower: str, said: str, tmp_path: Path
-) -> None:
+def test_a_tower_that_is_not_there_is_a_usage_error(towers: int, tower: str, said: str, tmp_path: Path) -> None:
     path = save_model(random_model(replace(SMALL, towers=towers)), tmp_path / "m.safetensors")
     with pytest.raises(UsageError, match=f"--tower {tower}: this model has ") as caught:
         visualize_filters(weights=str(path), tower=tower)

@@ -68,9 +68,7 @@ def assemble(plan: Plan, totals: Mapping[str, Totals]) -> None:
     files[REJECTED] = "".join(json.dumps(line) + "\n" for line in rejected).encode()
     for name, data in files.items():
         write_durably(plan.output / name, data)
-    labels = {
-        name: np.bincount(rows["label"], minlength=len(plan.source.classes)) for name, rows in index.items()
-    }
+    labels = {name: np.bincount(rows["label"], minlength=len(plan.source.classes)) for name, rows in index.items()}
     record = {
         "schema": SCHEMA,
         "name": plan.source.path.resolve().name,
@@ -103,13 +101,9 @@ def _check_counts(plan: Plan, totals: Mapping[str, Totals]) -> None:
     for name, items in plan.source.splits.items():
         packed = sum(shard["images"] for shard in totals[name].shards)
         if packed + len(totals[name].rejected) != len(items):
-            raise AlexNetError(
-                f"{name}: {packed} packed and {len(totals[name].rejected)} refused of {len(items)}"
-            )
+            raise AlexNetError(f"{name}: {packed} packed and {len(totals[name].rejected)} refused of {len(items)}")
     if not totals["train"].sums.images:
-        raise DataError(
-            f"not one training picture of {plan.source.path} can be decoded", "is it a picture folder?"
-        )
+        raise DataError(f"not one training picture of {plan.source.path} can be decoded", "is it a picture folder?")
 
 
 def _classes(plan: Plan, labels: Mapping[str, npt.NDArray[np.int64]]) -> list[dict[str, Any]]:

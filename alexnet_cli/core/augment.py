@@ -62,11 +62,7 @@ class Pixels:
         low = (SIDE - self.size) // 2
         self.centre = low
         self.central_mean = self.mean[low : low + self.size, low : low + self.size].contiguous()
-        axes = (
-            colour_axes * colour_std
-            if colour_axes is not None and colour_std is not None
-            else np.zeros((3, 3))
-        )
+        axes = colour_axes * colour_std if colour_axes is not None and colour_std is not None else np.zeros((3, 3))
         self.axes = np.asarray(axes, dtype=np.float32)
 
     def train(self, images: Tensor, rows: npt.NDArray[np.int64], draws: Draws, epoch: int) -> Tensor:
@@ -91,7 +87,7 @@ class Pixels:
         recipe = self.recipe
         if recipe.colour_shift == 0 or (recipe.colour_shift_epochs and epoch > recipe.colour_shift_epochs):
             return None
-        shift: npt.NDArray[np.float32] = (recipe.colour_shift * normals) @ self.axes.T
+        shift: npt.NDArray[np.float32] = np.float32(recipe.colour_shift) * (normals @ self.axes.T)
         return shift
 
     def _views(

@@ -67,9 +67,7 @@ def save(
         save_file({**tensors, "mean": mean.contiguous()}, temporary / MODEL, metadata=dict(metadata))
         torch.save({"velocity": velocity, "position": dict(position)}, temporary / STATE)
         sums = {name: _synced_sum(temporary / name) for name in (MODEL, STATE)}
-        write_text(
-            temporary / META, json.dumps({"schema": SCHEMA, "step": step, "sha256": sums}, indent=2) + "\n"
-        )
+        write_text(temporary / META, json.dumps({"schema": SCHEMA, "step": step, "sha256": sums}, indent=2) + "\n")
         _replace(temporary, final)
         point(run.checkpoints / "last", final)
         if best:

@@ -65,9 +65,7 @@ def onnx_providers() -> dict[str, str]:
     found = {}
     for provider in onnxruntime.get_available_providers():
         try:
-            session = onnxruntime.InferenceSession(
-                model.SerializeToString(), providers=[provider], enable_fallback=0
-            )
+            session = onnxruntime.InferenceSession(model.SerializeToString(), providers=[provider], enable_fallback=0)
             opened = session.get_providers()
             found[provider] = "ok" if opened[0] == provider else f"fell back to {opened[0]}"
         except Exception as error:  # ONNX Runtime's errors share no base class; each is a finding, not a failure

@@ -35,9 +35,7 @@ class Evaluation:
         """Before the first image."""
         return cls(np.zeros((classes, classes), np.int64), np.zeros(classes, np.int64))
 
-    def add(
-        self, probabilities: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]
-    ) -> npt.NDArray[np.int64]:
+    def add(self, probabilities: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Count a batch. Returns B x min(5, classes): the likeliest classes of each image, likeliest first."""
         top = ranking(probabilities, 5)
         np.add.at(self.confusion, (labels, top[:, 0]), 1)
@@ -79,9 +77,7 @@ class TorchClassifier:
 
     def __init__(self, network: Network, pixels: Pixels, placement: Placement, views: int = 1) -> None:
         if views not in (1, 10):
-            raise UsageError(
-                f"--views {views}: there is the centre view, 1, and the paper's ten", "use 1 or 10"
-            )
+            raise UsageError(f"--views {views}: there is the centre view, 1, and the paper's ten", "use 1 or 10")
         self.network, self.pixels, self.placement, self.views = network, pixels, placement, views
 
     def __call__(self, images: Tensor) -> npt.NDArray[np.float32]:
@@ -102,23 +98,20 @@ class TorchClassifier:
 
 
 def evaluate(
-    classify: Classify, batches: Iterable[Batch], classes: int, output_of: npt.NDArray[np.int64] | None = None
-) -> Iterator[tuple[Batch, npt.NDArray[np.int64], npt.NDArray[np.float32], Evaluation]]:
-    """Yield after each batch: it, its five likeliest classes, their probabilities, and the counts so far.
+    classify: Classify, batches: Iterable[Batch], counts: Evaluation, output_of: npt.NDArray[np.int64] | None = None
+) -> Iterator[tuple[Batch, npt.NDArray[np.int64], npt.NDArray[np.float32]]]:
+    """Count every batch in `counts`, and yield it with its five likeliest classes and their probabilities.
 
     Classes are numbered as the network's outputs; `output_of[class of the data set]` translates, if need be.
     """
-    counts = Evaluation.empty(classes)
     for batch in batches:
         probabilities = classify(batch.images)
         labels = batch.labels.numpy()
         top = counts.add(probabilities, labels if output_of is None else output_of[labels])
-        yield batch, top, np.take_along_axis(probabilities, top, 1), counts
+        yield batch, top, np.take_along_axis(probabilities, top, 1)
 
 
-def matching(
-    model: Sequence[ClassName], data: Sequence[ClassName], where: Path
-) -> npt.NDArray[np.int64] | None:
+def matching(model: Sequence[ClassName], data: Sequence[ClassName], where: Path) -> npt.NDArray[np.int64] | None:
     """For each class of the data set, the network's output for it: by wnid, else by name, never by position.
 
     Returns None where both number their classes alike. Raises DataError for a class that the network does not know.
@@ -131,7 +124,8 @@ def matching(
     unknown = [c.name for c, i in zip(data, found, strict=True) if i is None]
     if unknown:
         raise DataError(
-            f"{where}: {len(unknown)} of the data set's {len(data)} classes are unknown to the network, such as {unknown[0]}",
+            f"{where}: {len(unknown)} of the data set's {len(data)} classes are unknown to the network, "
+            f"such as {unknown[0]}",
             "evaluate it on the data set it was trained on, or train on this one",
         )
     return np.array(found, dtype=np.int64)

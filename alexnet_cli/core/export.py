@@ -96,9 +96,7 @@ def _replacing(path: Path) -> Iterator[Path]:
         yield temporary
         temporary.replace(path)
     except OSError as error:
-        raise StorageError(
-            f"{path} cannot be written: {error.strerror}", "choose another place with -o"
-        ) from error
+        raise StorageError(f"{path} cannot be written: {error.strerror}", "choose another place with -o") from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -45,9 +45,7 @@ def decode(data: bytes) -> Pixels:
         raise DataError(f"it is not a picture of a known format (it begins with {data[:8]!r})") from error
     except DataError:
         raise
-    except (
-        Exception
-    ) as error:  # Pillow's readers raise nearly anything on damaged files, struct.error included
+    except Exception as error:  # Pillow's readers raise nearly anything on damaged files, struct.error included
         raise DataError(str(error) or type(error).__name__) from error
 
 
@@ -96,9 +94,7 @@ def check_size(height: int, width: int) -> None:
         DataError: it has more than MAX_PIXELS.
     """
     if height * width > MAX_PIXELS:
-        raise DataError(
-            f"it measures {width:,} x {height:,} pixels, more than {MAX_PIXELS:,}: a decompression bomb?"
-        )
+        raise DataError(f"it measures {width:,} x {height:,} pixels, more than {MAX_PIXELS:,}: a decompression bomb?")
 
 
 def _opened(data: bytes) -> Image.Image:

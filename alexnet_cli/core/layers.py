@@ -110,10 +110,7 @@ class Dropout(nn.Module):
             return x
         if not self.training:
             return x if self.inverted else x * (1 - self.p)
-        keep = (
-            hashed(x.shape[0], x.shape[1], self.key ^ self.salt, self.first_row, self.first_unit, x.device)
-            >= self.p
-        )
+        keep = hashed(x.shape[0], x.shape[1], self.key ^ self.salt, self.first_row, self.first_unit, x.device) >= self.p
         return x * keep * (1 / (1 - self.p)) if self.inverted else x * keep
 
 

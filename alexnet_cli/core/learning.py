@@ -84,7 +84,7 @@ class Schedule:
         """The rate of step `step`, which counts from 0."""
         recipe = self.recipe
         if recipe.schedule == "plateau":
-            return recipe.learning_rate / 10**self.drops
+            return float(recipe.learning_rate / 10**self.drops)
         if recipe.schedule == "fixed":
             epochs_done = step // self.steps_per_epoch
             return float(recipe.learning_rate / 10 ** sum(epochs_done >= drop for drop in recipe.drop_epochs))

@@ -107,9 +107,7 @@ class Loader:
         pixels = buffer.numpy()
         return rows, buffer, [self.pool.submit(self._decode, rows, piece, pixels) for piece in pieces]
 
-    def _decode(
-        self, rows: npt.NDArray[np.int64], piece: npt.NDArray[np.int64], pixels: npt.NDArray[np.uint8]
-    ) -> None:
+    def _decode(self, rows: npt.NDArray[np.int64], piece: npt.NDArray[np.int64], pixels: npt.NDArray[np.uint8]) -> None:
         for place in piece:
             row = int(rows[place])
             try:
@@ -122,6 +120,6 @@ class Loader:
 
     def _damaged(self, row: int, reason: str) -> DataError:
         return DataError(
-            f"picture {self.split.key(row)} (row {row}) of the prepared data set {self.split.name} cannot be decoded: {reason}",
+            f"picture {self.split.key(row)} (row {row}) of split {self.split.name} cannot be decoded: {reason}",
             "the shard is damaged: prepare the data set again with --overwrite",
         )

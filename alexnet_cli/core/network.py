@@ -59,7 +59,7 @@ class Network(nn.Module):
         self.stage1 = _stage(recipe, recipe.stage1_order, own, extra=False)
         self.stage2 = _stage(recipe, recipe.stage2_order, own, extra=recipe.within_norm_2)
         self.drop6, self.drop7 = Dropout(recipe, salt=6), Dropout(recipe, salt=7)
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor) -> Tensor:
         """Pixels to logits; softmax belongs to the loss."""
@@ -93,7 +93,11 @@ def _stage(recipe: Recipe, order: str, towers: int, *, extra: bool) -> nn.Sequen
     norm: list[nn.Module] = [ResponseNorm(recipe, towers)]
     if extra:
         norm.append(WithinMapNorm(recipe))
-    parts = {"relu": [Activation(recipe)], "norm": norm, "pool": [OverlappingPooling(recipe)]}
+    parts: dict[str, list[nn.Module]] = {
+        "relu": [Activation(recipe)],
+        "norm": norm,
+        "pool": [OverlappingPooling(recipe)],
+    }
     return nn.Sequential(*(module for word in order.split("-") for module in parts[word]))
 
 
@@ -106,9 +110,7 @@ def initial_values(recipe: Recipe) -> dict[str, tuple[float | None, float]]:
     """
     r = recipe
     deviation = dict.fromkeys(("conv1", "conv2", "fc8"), r.weight_std)
-    deviation |= dict.fromkeys(("conv3", "conv4", "conv5"), r.conv345_std) | dict.fromkeys(
-        ("fc6", "fc7"), r.fc67_std
-    )
+    deviation |= dict.fromkeys(("conv3", "conv4", "conv5"), r.conv345_std) | dict.fromkeys(("fc6", "fc7"), r.fc67_std)
     ones = {"conv2", "conv4", "conv5", "fc6", "fc7"}
     return {
         layer: (

@@ -97,9 +97,7 @@ class _Graph:
         weight = np.tile(np.float32(alpha) * band.astype(np.float32), (groups, 1))[:, :, None, None]
         return self.norm(x, name, weight, recipe.lrn_k, recipe.lrn_beta, {"group": groups})
 
-    def within_map(
-        self, x: str, name: str, channels: int, size: int, alpha: float, k: float, beta: float
-    ) -> str:
+    def within_map(self, x: str, name: str, channels: int, size: int, alpha: float, k: float, beta: float) -> str:
         """The sum runs over a `size` x `size` window of a map, zero outside; each term times `alpha`."""
         weight = np.full((channels, 1, size, size), alpha, np.float32)
         return self.norm(x, name, weight, k, beta, {"group": channels, "pads": [size // 2] * 4})
@@ -168,13 +166,9 @@ def _convolutions(graph: _Graph, x: str, model: Model) -> str:
     """Layers 1 to 5 (section 3.5): maps of 55, 27, 13, 13, 13, 6 for the paper's network."""
     recipe, weights = model.recipe, model.tensors
     activation = ACTIVATIONS[recipe.activation]
-    narrow = (
-        recipe.pool_size == 2
-    )  # 2 x 2 pooling gives larger maps: conv2 and conv5 pad less to end at 6 x 6
+    narrow = recipe.pool_size == 2  # 2 x 2 pooling gives larger maps: conv2 and conv5 pad less to end at 6 x 6
     pads = {"conv2": 1 if narrow else 2, "conv3": 1, "conv4": 1, "conv5": 0 if narrow else 1}
-    edge = (
-        3 if recipe.input_size == 224 else 0
-    )  # 224 pixels: three zero rows and columns at the right and bottom
+    edge = 3 if recipe.input_size == 224 else 0  # 224 pixels: three zero rows and columns at the right and bottom
     layers = ("conv1", "conv2", "conv3", "conv4", "conv5")
     orders = {"conv1": recipe.stage1_order, "conv2": recipe.stage2_order, "conv5": "relu-pool"}
     for layer in layers:
@@ -218,9 +212,7 @@ def _fully_connected(graph: _Graph, x: str, model: Model) -> str:
     x = graph.node("Flatten", [x], "flat", {"axis": 1})
     for layer in ("fc6", "fc7"):
         weight = weights[f"{layer}.weight"]
-        x = graph.linear(
-            x, layer, weight if layer == "fc6" or keep == 1 else weight * keep, weights[f"{layer}.bias"]
-        )
+        x = graph.linear(x, layer, weight if layer == "fc6" or keep == 1 else weight * keep, weights[f"{layer}.bias"])
         x = graph.node(ACTIVATIONS[recipe.activation], [x], f"{layer}.{recipe.activation}")
     weight = weights["fc8.weight"]
     return graph.linear(x, "logits", weight if keep == 1 else weight * keep, weights["fc8.bias"])
@@ -241,9 +233,7 @@ def write(model: Model, path: Path) -> None:
             os.fsync(file.fileno())
     except OSError as error:
         path.unlink(missing_ok=True)
-        raise StorageError(
-            f"{path} cannot be written: {error.strerror}", "choose another place with -o"
-        ) from error
+        raise StorageError(f"{path} cannot be written: {error.strerror}", "choose another place with -o") from error
 
 
 def file_sha256(path: Path) -> str:

@@ -75,6 +75,4 @@ def read(path: Path, text: Mapping[str, str]) -> Info:
         recipe = recipes.from_values(json.loads(text["recipe"]))
         return Info(classes, recipe, text["alexnet.sha256"], json.loads(text["metrics"]))
     except (KeyError, TypeError, ValueError, AttributeError, RecipeError) as error:
-        raise WeightsError(
-            f"{path} has unreadable metadata: {error}", "the file is damaged; export it anew"
-        ) from error
+        raise WeightsError(f"{path} has unreadable metadata: {error}", "the file is damaged; export it anew") from error

@@ -66,9 +66,7 @@ class _Packed(NamedTuple):
     sums: PixelSums
 
 
-def pack(
-    plan: Plan, workers: int, on_corrupt: OnCorrupt = "skip", overwrite: bool = False
-) -> Generator[Progress]:
+def pack(plan: Plan, workers: int, on_corrupt: OnCorrupt = "skip", overwrite: bool = False) -> Generator[Progress]:
     """Prepare the data set, or what is missing of it; every Progress is a picture count further.
 
     Raises:

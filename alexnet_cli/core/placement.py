@@ -61,9 +61,7 @@ def _wanted(gpus: str | None, visible: list[int]) -> int | None:
         try:
             ids = [int(word) for word in gpus.split(",")]
         except ValueError as error:
-            raise UsageError(
-                f"--gpus {gpus} is not a GPU id", "such as --gpus 0, --gpus all or --gpus none"
-            ) from error
+            raise UsageError(f"--gpus {gpus} is not a GPU id", "such as --gpus 0, --gpus all or --gpus none") from error
     missing = [i for i in ids if i not in visible]
     if missing or not ids:
         seen = ", ".join(str(i) for i in visible) or "none"
@@ -109,6 +107,4 @@ def keep_memory() -> None:
 
 def threads_for_decoding(asked: int | None) -> int:
     """How many threads decode pictures: what was asked, or one per core, at most eight."""
-    return asked or min(
-        8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
+    return asked or min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)

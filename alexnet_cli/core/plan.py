@@ -65,9 +65,7 @@ class Plan:
             self._same(self.output / RECORD, "holds another prepared data set")
             return "finished"
         if (self.output / PARTIAL / PLAN).is_file():
-            self._same(
-                self.output / PARTIAL / PLAN, "holds an unfinished data set of another source or settings"
-            )
+            self._same(self.output / PARTIAL / PLAN, "holds an unfinished data set of another source or settings")
             return "unfinished"
         check_foreign(self.output)
         return "new"
@@ -122,9 +120,7 @@ class Plan:
         except (OSError, ValueError, KeyError, TypeError):
             settings = None
         if settings != self.settings:
-            raise UsageError(
-                f"{self.output} {what}", "--overwrite replaces it; -o DIR puts this one elsewhere"
-            )
+            raise UsageError(f"{self.output} {what}", "--overwrite replaces it; -o DIR puts this one elsewhere")
 
 
 def default_output(source: Path) -> Path:

@@ -87,9 +87,7 @@ def open_classifier(path: Path, backend: Literal["auto", "onnx", "torch"], few: 
     if backend != "torch":
         return Session(path, few=few)
     if path.suffix == ".onnx":
-        raise UsageError(
-            f"--backend torch cannot run {path}", "give a run, a checkpoint or a .safetensors file"
-        )
+        raise UsageError(f"--backend torch cannot run {path}", "give a run, a checkpoint or a .safetensors file")
     from alexnet_cli.core.torch_session import TorchSession
 
     return TorchSession(path)
@@ -157,9 +155,7 @@ def predict(paths: Iterable[str], classifier: Classifier, k: int = 5, count: int
         correction = mean_correction(classifier.mean(), classifier.recipe.input_size, count)
     with contextlib.closing(_ahead(paths, 2 * together)) as loaded:
         while batch := list(islice(loaded, together)):
-            crops = [
-                views(p, classifier.recipe.input_size, count) for _, p in batch if not isinstance(p, str)
-            ]
+            crops = [views(p, classifier.recipe.input_size, count) for _, p in batch if not isinstance(p, str)]
             averages = iter(_averages(classifier, crops, count, correction))
             for path, picture in batch:
                 if isinstance(picture, str):
@@ -185,8 +181,7 @@ def ranked(probabilities: npt.NDArray[np.float32], classes: Sequence[ClassName],
     """The `k` likeliest classes, likeliest first; equal ones in class order."""
     order = np.argsort(-probabilities, kind="stable")[:k].tolist()
     return tuple(
-        Label(rank, classes[i].name, classes[i].wnid, i, float(probabilities[i]))
-        for rank, i in enumerate(order, 1)
+        Label(rank, classes[i].name, classes[i].wnid, i, float(probabilities[i])) for rank, i in enumerate(order, 1)
     )
 
 

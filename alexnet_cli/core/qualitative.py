@@ -35,9 +35,7 @@ class Specialisation:
 
     chroma: tuple[Vector, ...]  # per tower: colour share of each kernel
     means: tuple[float, ...]  # per tower: their mean, each kernel weighted by its norm
-    auc: (
-        float | None
-    )  # chance that a kernel of the colour tower has more colour than one of the other, 0.5..1
+    auc: float | None  # chance that a kernel of the colour tower has more colour than one of the other, 0.5..1
     p_value: float | None  # share of random divisions into two towers that separate as well
     smoothness: float  # correlation of neighbouring weights, -1..1
     dead: int  # kernels too faint to count; auc and p_value leave them out

@@ -43,9 +43,7 @@ class _Scratch:
         self.shape = (pixels, towers, maps)
         self.padded = x.new_zeros(pixels, towers, maps + size - 1, dtype=torch.float32)
         self.pairs = x.new_empty(pixels, towers, maps + size - 2, dtype=torch.float32)
-        self.sums, self.scale, self.x, self.grad = (
-            x.new_empty(self.shape, dtype=torch.float32) for _ in range(4)
-        )
+        self.sums, self.scale, self.x, self.grad = (x.new_empty(self.shape, dtype=torch.float32) for _ in range(4))
 
     @property
     def inner(self) -> Tensor:
@@ -85,7 +83,8 @@ class _Scratch:
 
 def _blocks(x: Tensor, images: int) -> tuple[Tensor, ...]:
     """N x C x H x W as blocks of images with the maps innermost; a view if x is channels-last."""
-    return x.permute(0, 2, 3, 1).contiguous().split(images)
+    blocks: tuple[Tensor, ...] = x.permute(0, 2, 3, 1).contiguous().split(images)
+    return blocks
 
 
 def _images_at_once(x: Tensor) -> int:

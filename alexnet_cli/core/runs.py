@@ -143,9 +143,7 @@ class Run:
     def rewind(self, step: int) -> None:
         """Drop the records after `step`: on resume they are about to be written again."""
         kept = [r for r in self.records() if r.get("step", 0) <= step and r.get("event") != "end"]
-        write_text(
-            self.path / "metrics.jsonl", "".join(json.dumps(r, separators=(",", ":")) + "\n" for r in kept)
-        )
+        write_text(self.path / "metrics.jsonl", "".join(json.dumps(r, separators=(",", ":")) + "\n" for r in kept))
         self.write_csv()
 
     def write_csv(self) -> None:

@@ -58,9 +58,7 @@ class Session:
         self.source = source
         self.path = source if isinstance(source, Path) else source.path
         if isinstance(source, Path) and not source.is_file():
-            raise WeightsError(
-                f"{source} does not exist", "name a run, or an .onnx file; `alexnet export` writes one"
-            )
+            raise WeightsError(f"{source} does not exist", "name a run, or an .onnx file; `alexnet export` writes one")
         with _contained() as said:
             providers = _providers(provider)
             self._session, self._kept = _open(source, providers, threads or _cores(), few)
@@ -69,9 +67,7 @@ class Session:
         self.fallback = _reason(said[0]) if wanted and self.device == "cpu" else ""
         if provider == "cuda" and self.device == "cpu":
             why = self.fallback or "no NVIDIA GPU, or ONNX Runtime was built without CUDA"
-            raise MissingError(
-                f"ONNX Runtime cannot open a session on the GPU: {why}", "see `alexnet doctor`"
-            )
+            raise MissingError(f"ONNX Runtime cannot open a session on the GPU: {why}", "see `alexnet doctor`")
         self.info = _checked(self.path, self._session)
 
     @property
@@ -144,10 +140,8 @@ def _open(source: Source, providers: list[Any], threads: int, few: bool) -> tupl
         options.add_external_initializers(list(apart), values)
         return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=providers), values
     except Exception as error:  # ONNX Runtime's exceptions have no common base but this one
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise WeightsError(
-            f"{path} cannot be opened: {text}", "the file is damaged; export it anew"
-        ) from error
+        text = str(error).partition("\n")[0].rpartition(" : ")[2] or type(error).__name__
+        raise WeightsError(f"{path} cannot be opened: {text}", "the file is damaged; export it anew") from error
 
 
 def _checked(path: Path, session: Any) -> onnx_metadata.Info:

@@ -79,9 +79,7 @@ class ShardWriter:
         self._temporary.unlink(missing_ok=True)
 
     def _member(self, name: str, data: bytes) -> None:
-        header = tarfile.TarInfo(
-            name
-        )  # modification time, owner and group are 0: equal pictures, equal bytes
+        header = tarfile.TarInfo(name)  # modification time, owner and group are 0: equal pictures, equal bytes
         header.size = len(data)
         padding = bytes(-len(data) % TAR_BLOCK)
         self._write(header.tobuf(tarfile.USTAR_FORMAT) + data + padding)

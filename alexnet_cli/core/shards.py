@@ -149,9 +149,7 @@ def open_dataset(path: Path) -> Dataset:
     try:
         record = json.loads(data)
         if record["schema"] != SCHEMA:
-            raise DataError(
-                f"{path} has schema {record['schema']}, not {SCHEMA}", "prepare it again with this version"
-            )
+            raise DataError(f"{path} has schema {record['schema']}, not {SCHEMA}", "prepare it again with this version")
         return Dataset(
             path=path,
             name=record["name"],
@@ -214,9 +212,7 @@ def find_dataset(spec: str | None) -> Path:
     if (ROOT / LATEST / RECORD).is_file():
         return ROOT / Path(os.readlink(ROOT / LATEST)).name if (ROOT / LATEST).is_symlink() else ROOT / LATEST
     if known:
-        raise DataError(
-            f"several data sets under {ROOT}: {', '.join(known)}", f"choose one: --data {known[0]}"
-        )
+        raise DataError(f"several data sets under {ROOT}: {', '.join(known)}", f"choose one: --data {known[0]}")
     raise DataError(f"no prepared data set under {ROOT.absolute()}", "make one: alexnet prepare SOURCE")
 
 

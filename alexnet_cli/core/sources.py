@@ -63,9 +63,7 @@ def recognise(path: Path, val_fraction: float | None = None) -> Source:
         raise UsageError(f"--val-fraction {val_fraction} is not at least 0 and below 1", "0.1 is one in ten")
     if not path.is_dir():
         missing = "is not a folder" if path.exists() else "does not exist"
-        raise DataError(
-            f"{path} {missing}", "name the folder that holds train/ and val/, or one folder per class"
-        )
+        raise DataError(f"{path} {missing}", "name the folder that holds train/ and val/, or one folder per class")
     for layout in LAYOUTS:
         source = layout(path, val_fraction)
         if source is not None:
@@ -110,9 +108,7 @@ def _train_and_val(path: Path, val_fraction: float | None) -> Source | None:
     if len(folders) < 2:
         if found is None:
             return None  # "train" may be a class, beside other vehicles
-        raise DataError(
-            f"{path / 'train'} has fewer than two class folders with pictures", "one folder per class"
-        )
+        raise DataError(f"{path / 'train'} has fewer than two class folders with pictures", "one folder per class")
     classes = _class_names(path, folders)
     train, others = listing(path, [f"train/{name}" for name in folders])
     if found is None:
@@ -181,8 +177,7 @@ def _class_names(path: Path, folders: Sequence[str]) -> tuple[ClassName, ...]:
     words = _words(path)
     full = [words.get(folder, folder) for folder in folders]
     short = [
-        text.partition(",")[0].strip() if folder in words else text
-        for folder, text in zip(folders, full, strict=True)
+        text.partition(",")[0].strip() if folder in words else text for folder, text in zip(folders, full, strict=True)
     ]
     # "crane" is a bird and a machine: where the first word is not enough, all of them are kept.
     names = [text if short.count(first) > 1 else first for first, text in zip(short, full, strict=True)]
@@ -203,7 +198,7 @@ def _notes(where: str, empty: Sequence[str], others: int) -> tuple[str, ...]:
     notes = []
     if empty:
         listed = ", ".join(f"{where}{name}" for name in empty[:3]) + (", ..." if len(empty) > 3 else "")
-        notes.append(f"{len(empty)} folders hold no pictures and are left out: {listed}")
+        notes.append(f"left out, holding no pictures: {listed}")
     if others:
-        notes.append(f"{others:,} files are no pictures by their names and are left out")
+        notes.append(f"left out, being no pictures by their names: {others:,}")
     return tuple(notes)

@@ -31,7 +31,7 @@ Event = Literal["start", "step", "validation", "checkpoint", "end"]
 
 @dataclass(frozen=True)
 class Record:
-    """What happened: a line of metrics.jsonl. Epochs count from 1, `step` is the number of steps done; errors are shares."""
+    """What happened: a line of metrics.jsonl. Epochs count from 1; `step` is the steps done; errors are shares."""
 
     event: Event
     epoch: int
@@ -56,7 +56,7 @@ class Record:
 
 @dataclass
 class Tally:
-    """Sums over training images since it was new. `seconds` and `waited` are wall time; the rest is kept in checkpoints."""
+    """Sums over training images; `seconds` and `waited` (for data) are wall time."""
 
     images: int = 0
     loss: float = 0.0
@@ -96,9 +96,7 @@ class Training:
         self.network.to(device)
         self.optimiser = Momentum(parameters_by_name(self.network), self.recipe)
         self.schedule = Schedule(self.recipe, steps_per_epoch(self.rows, self.recipe.batch_size))
-        self.pixels = Pixels(
-            self.recipe, self.data.mean_image(), self.data.colour_std, self.data.colour_axes, device
-        )
+        self.pixels = Pixels(self.recipe, self.data.mean_image(), self.data.colour_std, self.data.colour_axes, device)
 
     @property
     def first_step_of_epoch(self) -> int:
@@ -114,7 +112,7 @@ class Training:
             logits = self.network(views)
         loss = functional.cross_entropy(logits.float(), labels, label_smoothing=self.recipe.label_smoothing)
         self.optimiser.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self.optimiser.step(self.schedule.rate(self.step), self.epoch)
         self.step += 1
         return loss.detach(), (logits.detach().argmax(1) != labels).sum()
@@ -125,9 +123,7 @@ class Training:
         classify = TorchClassifier(self.network, self.pixels, self.placement)
         counts = Evaluation.empty(len(self.data.classes))
         with Loader(split, size, self.threads) as loader:
-            for _, _, _, counts in evaluate(
-                classify, loader.batches(all_batches(len(split), size)), len(self.data.classes)
-            ):
+            for _ in evaluate(classify, loader.batches(all_batches(len(split), size)), counts):
                 pass
         return counts
 
@@ -139,7 +135,7 @@ class Training:
         }  # fmt: skip
         info = {
             "data": self.data.name, "data_hash": self.data.hash, "run": self.run.path.name,
-            "epoch": self.epoch, "step": self.step, "metrics": metrics,
+            "epoch": -(-self.step // self.schedule.steps_per_epoch), "step": self.step, "metrics": metrics,
         }  # fmt: skip
         text = weights.metadata(self.recipe, self.data.classes, info)
         mean = torch.from_numpy(np.ascontiguousarray(self._mean(), dtype=np.float32))
@@ -157,11 +153,7 @@ class Training:
     def _mean(self) -> Any:
         """What predictions subtract: the mean image, or the mean colour everywhere."""
         image = self.data.mean_image()
-        return (
-            np.broadcast_to(image.mean((1, 2), keepdims=True), image.shape)
-            if self.recipe.mean == "rgb"
-            else image
-        )
+        return np.broadcast_to(image.mean((1, 2), keepdims=True), image.shape) if self.recipe.mean == "rgb" else image
 
 
 def fit(
@@ -183,9 +175,7 @@ def fit(
     run = training.run
     metrics = training.restore(resume_from) if resume_from else {}
     run.rewind(training.step)
-    yield _log(
-        run, Record("start", training.epoch, training.step, steps_per_epoch=training.schedule.steps_per_epoch)
-    )
+    yield _log(run, Record("start", training.epoch, training.step, steps_per_epoch=training.schedule.steps_per_epoch))
     reason = None
     pinned = training.placement.device.type == "cuda"
     with Loader(training.data.split("train"), training.recipe.batch_size, training.threads, pinned) as loader:
@@ -202,9 +192,7 @@ def fit(
             run.write_csv()
             training.epoch, training.tally = training.epoch + 1, Tally()
             path = training.save(metrics, best)
-            yield _log(
-                run, Record("checkpoint", training.epoch - 1, training.step, path=str(path), best=best)
-            )
+            yield _log(run, Record("checkpoint", training.epoch - 1, training.step, path=str(path), best=best))
     if reason is not None and training.step > training.first_step_of_epoch:
         path = training.save(metrics, best=False)
         yield _log(run, Record("checkpoint", training.epoch, training.step, path=str(path), best=False))
@@ -252,9 +240,7 @@ def _epoch(
             return
 
 
-def _settle(
-    training: Training, recent: Tally, pending: list[tuple[Tensor, Tensor, int]], started: float
-) -> None:
+def _settle(training: Training, recent: Tally, pending: list[tuple[Tensor, Tensor, int]], started: float) -> None:
     """Bring the losses of the steps since the last record over from the device, and check them."""
     for loss, errors, images in pending:
         recent.add(Tally(images, float(loss) * images, int(errors)))
@@ -278,7 +264,7 @@ def _step_record(training: Training, recent: Tally) -> Record:
     )  # fmt: skip
 
 
-def _validation(training: Training) -> tuple[dict[str, float], bool]:
+def _validation(training: Training) -> tuple[dict[str, Any], bool]:
     """The fields of an epoch's validation record, and whether its error is the lowest so far."""
     rate, tally = training.schedule.rate(training.step - 1), training.tally
     counts = training.validate()

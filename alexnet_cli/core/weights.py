@@ -73,13 +73,9 @@ def read(path: Path) -> Model:
             text = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except FileNotFoundError as error:
-        raise WeightsError(
-            f"{path} does not exist", "name a run, a checkpoint or a .safetensors file"
-        ) from error
+        raise WeightsError(f"{path} does not exist", "name a run, a checkpoint or a .safetensors file") from error
     except (SafetensorError, OSError, ValueError, TypeError) as error:
-        raise WeightsError(
-            f"{path} cannot be read: {error}", "the file is damaged; use another checkpoint"
-        ) from error
+        raise WeightsError(f"{path} cannot be read: {error}", "the file is damaged; use another checkpoint") from error
     if text.get("schema") != SCHEMA:
         raise WeightsError(
             f"{path} is not a model of this toolkit (schema {text.get('schema', 'missing')})",
@@ -90,9 +86,7 @@ def read(path: Path) -> Model:
         classes = tuple(ClassName(**entry) for entry in json.loads(text["classes"]))
         info = json.loads(text.get("info", "{}"))
     except (KeyError, TypeError, ValueError, RecipeError) as error:
-        raise WeightsError(
-            f"{path} has unreadable metadata: {error}", "the file is damaged or foreign"
-        ) from error
+        raise WeightsError(f"{path} has unreadable metadata: {error}", "the file is damaged or foreign") from error
     _check_tensors(path, tensors, classes)
     return Model(path, tensors, recipe, classes, info)
 
@@ -104,9 +98,7 @@ def _check_tensors(path: Path, tensors: Mapping[str, Any], classes: Sequence[Cla
         if tensors[name].dtype != np.float32:
             raise WeightsError(f"{path}: {name} is {tensors[name].dtype}, not float32", "export it anew")
     if tensors["mean"].shape != (3, 256, 256):
-        raise WeightsError(
-            f"{path}: mean is {tensors['mean'].shape}, not (3, 256, 256)", "the file is damaged"
-        )
+        raise WeightsError(f"{path}: mean is {tensors['mean'].shape}, not (3, 256, 256)", "the file is damaged")
     if tensors["fc8.bias"].shape != (len(classes),):
         raise WeightsError(
             f"{path}: {len(classes)} class names for {tensors['fc8.bias'].shape[0]} outputs",

@@ -94,8 +94,9 @@ def demo(
     started = time.monotonic()
     folder = _fresh(output)
     stage = Stage(folder, json, quiet)
+    reporter.line("demo", f"draws pictures of {len(CLASSES)} classes, such as {CLASSES[-1]}, a few seconds")
     images = draw(folder / "pictures")
-    reporter.line("drew", f"{images:,} pictures of {len(CLASSES)} classes, such as {CLASSES[-1]}")
+    reporter.line("drew", f"{images:,} pictures in {folder / 'pictures'}")
     if not quiet:
         typer.echo(f"\n$ cd {shlex.quote(str(folder))}", err=True)
     for words in STORY:
@@ -123,13 +124,9 @@ def _fresh(folder: Path) -> Path:
             elif path.exists():
                 shutil.rmtree(path)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / MARKER).write_text(
-            f"made by `alexnet demo`, which replaces {', '.join(MADE)}\n", encoding="utf-8"
-        )
+        (folder / MARKER).write_text(f"made by `alexnet demo`, which replaces {', '.join(MADE)}\n", encoding="utf-8")
     except OSError as error:
-        raise StorageError(
-            f"cannot write {folder}: {error.strerror}", "choose another folder with -o"
-        ) from error
+        raise StorageError(f"cannot write {folder}: {error.strerror}", "choose another folder with -o") from error
     return folder
 
 

@@ -74,9 +74,7 @@ def picture(name: str, rng: np.random.Generator) -> Image.Image:
 
 def _background(rng: np.random.Generator, height: int, width: int, hue: float) -> Array:
     """float32 H x W x 3 in 0..1: two muted colours, far from the object's, mixed by a ramp and by clouds."""
-    first, second = (
-        _rgb(hue + rng.uniform(70, 290), rng.uniform(0.05, 0.6), rng.uniform(0.25, 0.9)) for _ in range(2)
-    )
+    first, second = (_rgb(hue + rng.uniform(70, 290), rng.uniform(0.05, 0.6), rng.uniform(0.25, 0.9)) for _ in range(2))
     mix = 0.6 * _clouds(rng, height, width, int(rng.integers(2, 9)))
     mix += 0.4 * _ramp(rng, height, width)
     grain = _clouds(rng, height, width, int(rng.integers(24, 64))) - np.float32(0.5)
@@ -117,9 +115,7 @@ def _object(rng: np.random.Generator, scene: Array, shape: str, hue: float, shor
 
     shadow = cover(rng.uniform(-0.15, 0.15) * radius, rng.uniform(-0.15, 0.15) * radius, radius / 5)
     scene *= (1 - shadow * np.float32(rng.uniform(0.0, 0.5)))[..., None]
-    first, second = (
-        _rgb(hue + rng.uniform(-5, 5), rng.uniform(0.65, 0.95), rng.uniform(0.6, 1.0)) for _ in range(2)
-    )
+    first, second = (_rgb(hue + rng.uniform(-5, 5), rng.uniform(0.65, 0.95), rng.uniform(0.6, 1.0)) for _ in range(2))
     mix = 0.5 * (_clouds(rng, height, width, int(rng.integers(3, 20))) + _ramp(rng, height, width))
     paint = first + mix[..., None] * (second - first)
     scene += cover(0.0, 0.0, soft)[..., None] * (paint - scene)

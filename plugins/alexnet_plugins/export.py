@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from alexnet_cli.console import Reporter
-from alexnet_cli.options import DataOption, JsonFlag, QuietFlag, WeightsOption
 
+from alexnet_cli.console import Reporter
 from alexnet_cli.errors import DataError, UsageError
+from alexnet_cli.options import DataOption, JsonFlag, QuietFlag, WeightsOption
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,9 +22,7 @@ def export(
     weights: WeightsOption = None,
     output: Annotated[
         Path | None,
-        typer.Option(
-            "-o", "--output", help="The file to write; alexnet.onnx in the run, or here, if left out."
-        ),
+        typer.Option("-o", "--output", help="The file to write; alexnet.onnx in the run, or here, if left out."),
     ] = None,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Compare with PyTorch first.")] = True,
     data: DataOption = None,

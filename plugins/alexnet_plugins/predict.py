@@ -27,16 +27,12 @@ COLUMNS = ("path", "rank", "label", "wnid", "index", "probability", "error")
 def predict(
     inputs: Annotated[
         list[str],
-        typer.Argument(
-            metavar="IMAGE|DIR|GLOB|-", help="Pictures, folders, patterns; - reads paths from stdin."
-        ),
+        typer.Argument(metavar="IMAGE|DIR|GLOB|-", help="Pictures, folders, patterns; - reads paths from stdin."),
     ],
     weights: WeightsOption = None,
     k: Annotated[int, typer.Option("-k", "--top-k", min=1, help="How many labels to give.")] = 5,
     views: ViewsOption = 1,
-    csv: Annotated[
-        Path | None, typer.Option(help="Write all answers to this CSV file instead of tables.")
-    ] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write all answers to this CSV file instead of tables.")] = None,
     backend: Annotated[
         Literal["auto", "onnx", "torch"], typer.Option(help="What runs the network; auto is ONNX Runtime.")
     ] = "auto",
@@ -98,9 +94,7 @@ def _table(prediction: Prediction, headed: bool) -> str:
     names = [_printable(label.label) for label in prediction.top]
     width = max([NAME, *map(len, names)])
     for name, label in zip(names, prediction.top, strict=True):
-        lines.append(
-            f"  {name:<{width}}  {label.probability:.2f}  {block * round(BAR * label.probability)}".rstrip()
-        )
+        lines.append(f"  {name:<{width}}  {label.probability:.2f}  {block * round(BAR * label.probability)}".rstrip())
     return "\n".join(lines)
 
 

@@ -29,9 +29,7 @@ OnCorrupt = Literal["skip", "fail"]
 
 def prepare(
     source: Annotated[Path, typer.Argument(help=LAYOUTS)],
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Default: prepared/NAME OF SOURCE.")
-    ] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Default: prepared/NAME OF SOURCE.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Threads. Default: one per core.")] = None,
     quality: Annotated[int, typer.Option(min=1, max=100, help="JPEG quality of the packed images.")] = 95,
     val_fraction: Annotated[float | None, typer.Option(help=FRACTION)] = None,
@@ -56,6 +54,8 @@ def prepare(
     reporter.line("found", f"{numbers} images of {len(found.classes):,} classes    (layout: {found.layout})")
     for note in found.notes:
         reporter.line("note", note)
+    if not counts["val"]:
+        reporter.warn("no validation images", "training will not be able to say how good it is; see --val-fraction")
     plan = Plan(found, output or default_output(source), quality)
     state = plan.state(overwrite)
     if state == "finished":

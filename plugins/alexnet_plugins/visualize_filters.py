@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from alexnet_cli.console import Reporter
-from alexnet_cli.options import JsonFlag, QuietFlag, WeightsOption
 
+from alexnet_cli.console import Reporter
 from alexnet_cli.errors import StorageError, UsageError
+from alexnet_cli.options import JsonFlag, QuietFlag, WeightsOption
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -66,9 +66,7 @@ def visualize_filters(
         target.parent.mkdir(parents=True, exist_ok=True)
         qualitative.figure(panels, _title(model)).save(target, "PNG")
     except OSError as error:
-        raise StorageError(
-            f"cannot write {target}: {error.strerror or error}", "choose another -o"
-        ) from error
+        raise StorageError(f"cannot write {target}: {error.strerror or error}", "choose another -o") from error
     _report(reporter, found, target, tower, sum(len(towers[i]) for i in chosen), model)
 
 
@@ -96,15 +94,10 @@ def _caption(found: Specialisation, towers: tuple[Kernels, ...], i: int) -> str:
 
 def _title(model: Model) -> str:
     """What the kernels belong to: run and epoch, as far as the file knows."""
-    info, parts = model.info, ["conv1"]
-    parts += [f"run {info['run']}"] if "run" in info else []
-    parts += [f"epoch {info['epoch']}"] if "epoch" in info else []
-    return ", ".join(parts)
+    return ", ".join(["conv1"] + [f"{word} {model.info[word]}" for word in ("run", "epoch") if word in model.info])
 
 
-def _report(
-    reporter: Reporter, found: Specialisation, target: Path, tower: str, kernels: int, model: Model
-) -> None:
+def _report(reporter: Reporter, found: Specialisation, target: Path, tower: str, kernels: int, model: Model) -> None:
     reporter.result({
         "path": str(target), "tower": tower, "kernels": kernels,
         "chroma_fraction": {f"tower{i + 1}": mean for i, mean in enumerate(found.means)},
@@ -116,9 +109,7 @@ def _report(
     reporter.show(f"colour  {shares}   (grey 0, chance 0.67, opponent colours 1)")
     if found.auc is not None and found.p_value is not None:
         verdict = "no more than chance" if found.p_value > CHANCE else "the towers differ"
-        reporter.show(
-            f"towers  told apart by colour: AUC {found.auc:.2f}, p = {found.p_value:.4f} · {verdict}"
-        )
+        reporter.show(f"towers  told apart by colour: AUC {found.auc:.2f}, p = {found.p_value:.4f} · {verdict}")
     reporter.show(f"kernels smoothness {found.smoothness:.2f} (noise 0) · dead {found.dead}")
     reporter.line("saved", str(target))
     if found.undertrained:

@@ -1,0 +1,102 @@
+"""What an evaluation says: the numbers, per class, the confusions, and the files they are written to."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from alexnet_cli.core.evaluate import Evaluation
+from alexnet_cli.core.sources import ClassName
+from alexnet_cli.errors import StorageError
+
+
+def numbers(counts: Evaluation, views: int, backend: str) -> dict[str, Any]:
+    """The totals; errors and accuracies are shares, loss is in nats per image."""
+    return {
+        "images": counts.images,
+        "views": views,
+        "top1_error": counts.top1_error,
+        "top5_error": counts.top5_error,
+        "top1_accuracy": 1 - counts.top1_error,
+        "top5_accuracy": 1 - counts.top5_error,
+        "loss": counts.loss,
+        "backend": backend,
+    }
+
+
+def margin(error: float, images: int, z: float = 1.96) -> float:
+    """Half the width of the 95 % interval of a share measured on so many images (Wilson's, which knows its edges)."""
+    spread = error * (1 - error) / images + z**2 / (4 * images**2)
+    return z * math.sqrt(spread) / (1 + z**2 / images)
+
+
+def per_class(counts: Evaluation, classes: Sequence[ClassName]) -> list[dict[str, Any]]:
+    """A row for every class of the network that the data set has images of."""
+    rows = []
+    for i, name in enumerate(classes):
+        images = int(counts.confusion[i].sum())
+        if images:
+            errors = {
+                "top1_error": 1 - int(counts.confusion[i, i]) / images,
+                "top5_error": 1 - int(counts.top5_hits[i]) / images,
+            }
+            rows.append({"index": i, "wnid": name.wnid or "", "name": name.name, "images": images, **errors})
+    return rows
+
+
+def confused(counts: Evaluation, classes: Sequence[ClassName], most: int) -> list[tuple[str, str, int]]:
+    """The most frequent mistakes: true class, class seen instead, how often."""
+    wrong = counts.confusion.copy()
+    np.fill_diagonal(wrong, 0)
+    places = [divmod(int(place), len(wrong)) for place in np.argsort(-wrong, axis=None, kind="stable")[:most]]
+    return [(classes[t].name, classes[s].name, int(wrong[t, s])) for t, s in places if wrong[t, s]]
+
+
+def write(
+    folder: Path, stem: str, counts: Evaluation, classes: Sequence[ClassName], totals: dict[str, Any]
+) -> list[Path]:
+    """Write STEM.json, STEM_per_class.csv and STEM_confusion.csv.
+
+    Raises:
+        StorageError: they cannot be written.
+    """
+    files = [folder / f"{stem}{end}" for end in (".json", "_per_class.csv", "_confusion.csv")]
+    names = [c.name for c in classes]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        files[0].write_text(json.dumps(totals, indent=2) + "\n", encoding="utf-8")
+        with files[1].open("w", encoding="utf-8", newline="") as file:
+            rows = per_class(counts, classes)
+            table = csv.DictWriter(file, rows[0])
+            table.writeheader()
+            table.writerows(rows)
+        with files[2].open("w", encoding="utf-8", newline="") as file:
+            matrix = csv.writer(file)
+            matrix.writerow(["true \\ predicted", *names])
+            matrix.writerows([name, *row] for name, row in zip(names, counts.confusion.tolist(), strict=True))
+    except OSError as error:
+        raise StorageError(f"cannot write to {folder}: {error.strerror}", "free space, or check permissions") from error
+    return files
+
+
+def prediction_lines(
+    keys: Sequence[str],
+    labels: npt.NDArray[np.int64],
+    top: npt.NDArray[np.int64],
+    probabilities: npt.NDArray[np.float32],
+    classes: Sequence[ClassName],
+) -> Iterator[str]:
+    """One JSON line per image: its key, its class, and the likeliest classes with their probabilities."""
+    for key, label, best, chances in zip(keys, labels.tolist(), top.tolist(), probabilities.tolist(), strict=True):
+        ranked = [
+            {"rank": i, "label": classes[c].name, "wnid": classes[c].wnid, "index": c, "probability": p}
+            for i, (c, p) in enumerate(zip(best, chances, strict=True), 1)
+        ]
+        yield json.dumps({"key": key, "label": classes[label].name, "index": label, "top": ranked}) + "\n"

@@ -1,0 +1,90 @@
+"""Going on with a run: which one, with which recipe, until when."""
+
+from __future__ import annotations
+
+import re
+import signal
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+
+from alexnet_cli.core.runs import Run, write_text
+from alexnet_cli.errors import UsageError
+from alexnet_cli.recipe import Recipe
+
+FREE_TO_CHANGE = {"epochs"}  # more of the same
+EXIT_CODES = {"Ctrl-C": 130, "SIGTERM": 143, "SIGUSR1": 143, "time is up": 75}
+
+
+def to_continue(resume: str | None, name: str | None) -> Run | None:
+    """The run to go on with, or None to start one.
+
+    `resume` is a run, or "auto": the run called `name`, or else the newest if it is not finished, or else none.
+    """
+    if resume is None:
+        return None
+    if resume != "auto":
+        return Run.open(resume)
+    try:
+        run = Run.open(name or "latest")
+    except UsageError:
+        return None
+    return run if name or run.about.get("status") != "finished" else None
+
+
+def agreed(run: Run, wanted: Recipe, said: Collection[str]) -> Recipe:
+    """The recipe to go on with; keys in `said` may differ from the run's, and the run remembers them.
+
+    Raises:
+        UsageError: another key differs that would change the result.
+    """
+    saved = asdict(run.recipe)
+    for key, value in asdict(wanted).items():
+        if value != saved[key] and key not in FREE_TO_CHANGE and key not in said:
+            raise UsageError(
+                f"{key} = {value} differs from the run {run.path.name}, which has {saved[key]}",
+                f"leave it out, or go on with it all the same: --set {key}={value}",
+            )
+    if asdict(wanted) != saved:
+        write_text(run.path / "recipe.toml", wanted.to_toml())
+    return wanted
+
+
+def seconds(text: str | None) -> float | None:
+    """A length of time: 8h, 30m, 45s, 1h30m, or plain seconds. UsageError for anything else."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", text)
+    if not match or not any(match.groups()):
+        raise UsageError(f"--max-time {text} is not a length of time", "such as 8h, 30m, 1h30m or 90s")
+    hours, minutes, rest = (int(part or 0) for part in match.groups())
+    return hours * 3600 + minutes * 60 + rest
+
+
+@contextmanager
+def asked_to_stop(limit: float | None) -> Iterator[Callable[[], str | None]]:
+    """While inside: a function that gives the reason to stop (a key of EXIT_CODES) once there is one.
+
+    Ctrl-C, SIGTERM and SIGUSR1 are reasons, and so is the end of `limit` seconds. A second Ctrl-C stops at once.
+    """
+    reasons: list[str] = []
+    deadline = time.monotonic() + limit if limit is not None else None
+
+    def note(number: int, _frame: object) -> None:
+        if reasons and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        reasons.append("Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name)
+
+    def stop() -> str | None:
+        if deadline is not None and time.monotonic() >= deadline:
+            reasons.append("time is up")
+        return reasons[0] if reasons else None
+
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+    before = {number: signal.signal(number, note) for number in numbers}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,145 @@
+"""Who may import whom (the tree in the README): an edge that is not in this table belongs here first."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+SHELL = {
+    "errors": "",
+    "recipe": "errors",
+    "entry_points": "errors",
+    "console": "",
+    "options": "",
+    "cli": "errors entry_points",
+}
+CORE = {
+    "devices": "",
+    "placement": "devices",
+    # section 2: the dataset
+    "listing": "",
+    "sources": "listing",
+    "images": "",
+    "fast_images": "images",
+    "statistics": "",
+    "shards": "sources",
+    "shard_writer": "shards statistics",
+    "plan": "images shards sources",
+    "assembly": "plan shard_writer shards statistics",
+    "packing": "fast_images assembly plan shard_writer shards listing statistics",
+    "loader": "shards",
+    # sections 3 and 4: the network
+    "augment": "",
+    "response_norm": "",
+    "layers": "response_norm",
+    "towers": "",
+    "weights": "sources",
+    "network": "layers towers weights",
+    # section 5: learning
+    "learning": "",
+    "runs": "",
+    "checkpoint": "learning network runs weights",
+    "resume": "runs",
+    "evaluate": "augment loader network placement sources",
+    "results": "evaluate sources",
+    "train": "augment checkpoint evaluate learning loader network placement runs shards weights",
+    # section 6 and after: use
+    "views": "",
+    "onnx_metadata": "sources weights",
+    "onnx_graph": "onnx_metadata weights",
+    "session": "onnx_graph onnx_metadata sources weights",
+    "torch_session": "network session sources weights",
+    "export": "images onnx_graph session shards torch_session views weights",
+    "predict": "images listing session sources torch_session views",
+    "qualitative": "",
+}
+TORCH = set(
+    "devices placement fast_images packing loader augment response_norm layers towers network learning checkpoint "
+    "evaluate results train torch_session".split()
+)
+LAZY_TORCH = {"devices"}  # import it in functions only
+PLUGINS = {"errors", "recipe", "console", "options", "entry_points"}  # and anything in core
+BESIDE = {"demo": {"demo_pictures"}}
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names of every module a file imports, wherever in the file."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def inside(path: Path, package: str) -> set[str]:
+    """The modules of a package that a file imports, by their own names."""
+    folder = ROOT / package.replace(".", "/") if package.startswith("alexnet_cli") else ROOT / "plugins" / package
+    names = {name.removeprefix(f"{package}.").split(".")[0] for name in imports(path) if name.startswith(f"{package}.")}
+    return {name for name in names if (folder / f"{name}.py").is_file()}
+
+
+def modules(folder: str) -> list[str]:
+    return sorted(p.stem for p in (ROOT / folder).glob("*.py") if p.stem != "__init__")
+
+
+@pytest.mark.parametrize(("folder", "table"), [("alexnet_cli", SHELL), ("alexnet_cli/core", CORE)])
+def test_the_table_lists_what_is_there(folder: str, table: dict[str, str]) -> None:
+    assert set(modules(folder)) == set(table), "add the module, with what it may import, to the table above"
+
+
+@pytest.mark.parametrize("name", modules("alexnet_cli"))
+def test_the_shell(name: str) -> None:
+    path = ROOT / "alexnet_cli" / f"{name}.py"
+    assert inside(path, "alexnet_cli") <= set(SHELL[name].split())
+    assert not inside(path, "alexnet_cli.core"), "the shell reaches core through entry points alone"
+    tops = {module.split(".")[0] for module in imports(path)}
+    assert not tops & {"torch", "torchvision", "numpy", "PIL", "onnx", "onnxruntime", "click", "alexnet_plugins"}
+
+
+@pytest.mark.parametrize("name", modules("alexnet_cli/core"))
+def test_core(name: str) -> None:
+    path = ROOT / "alexnet_cli" / "core" / f"{name}.py"
+    extra = inside(path, "alexnet_cli.core") - set(CORE[name].split())
+    assert not extra, f"core/{name}.py imports {extra}, which the table above does not allow"
+    assert inside(path, "alexnet_cli") <= {"errors", "recipe"}, "core knows neither the shell nor the plugins"
+    tops = {module.split(".")[0] for module in imports(path)}
+    assert not tops & {"typer", "rich", "click", "alexnet_plugins"}
+    if name not in TORCH:
+        assert not tops & {"torch", "torchvision"}
+
+
+@pytest.mark.parametrize("name", modules("plugins/alexnet_plugins"))
+def test_plugins(name: str) -> None:
+    path = ROOT / "plugins" / "alexnet_plugins" / f"{name}.py"
+    assert inside(path, "alexnet_plugins") <= BESIDE.get(name, set()), "plugins never import one another"
+    assert inside(path, "alexnet_cli") <= PLUGINS
+    tops = {module.split(".")[0] for module in imports(path)}
+    assert not tops & {"torchvision", "onnxruntime", "click"}
+
+
+def test_the_arrows_have_no_cycle() -> None:
+    left = {name: set(text.split()) for name, text in CORE.items()}
+    while left:
+        ends = {name for name, targets in left.items() if not targets}
+        assert ends, f"a cycle among {sorted(left)}"
+        left = {name: targets - ends for name, targets in left.items() if name not in ends}
+
+
+def test_what_needs_no_torch_imports_none() -> None:
+    names = [f"alexnet_cli.core.{name}" for name in CORE if name not in TORCH - LAZY_TORCH]
+    code = f"import sys, {', '.join(names)}; assert 'torch' not in sys.modules; assert 'onnxruntime' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_one_noun_per_file_small_enough_to_read() -> None:
+    for path in [*ROOT.glob("alexnet_cli/**/*.py"), *ROOT.glob("plugins/**/*.py")]:
+        lines = path.read_text(encoding="utf-8").count("\n")
+        assert lines <= 300, f"{path.name} has {lines} lines"

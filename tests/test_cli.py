@@ -1,0 +1,252 @@
+"""The shell, as a subprocess where start-up matters: help, messages, exit codes, other people's commands."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from alexnet_cli import cli, entry_points
+from alexnet_cli.errors import AlexNetError, DataError, Stopped, VerificationError
+
+HEAVY = ("torch", "torchvision", "numpy", "PIL", "onnxruntime", "onnx", "safetensors")
+COMMANDS = ("prepare", "train", "evaluate", "predict", "visualize-filters", "export", "demo", "doctor", "plugins")
+
+
+def alexnet(
+    *arguments: str, path: Path | None = None, settings: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run the command as a user does; `path` is a folder of other people's plugins."""
+    environment = os.environ | {"PYTHONPATH": str(path or "")} | (settings or {})
+    command = [sys.executable, "-m", "alexnet_cli.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False)
+
+
+@pytest.fixture
+def plugin(tmp_path: Path) -> Callable[..., Path]:
+    """Make a distribution without installing it: a module and its entry points in a folder for PYTHONPATH."""
+
+    def make(command: str, body: str, distribution: str = "alexnet-extra", summary: str = "An extra.") -> Path:
+        module = distribution.replace("-", "_")
+        (tmp_path / f"{module}.py").write_text(body, encoding="utf-8")
+        info = tmp_path / f"{module}-1.2.dist-info"
+        info.mkdir()
+        about = f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.2\nSummary: {summary}\n"
+        (info / "METADATA").write_text(about, encoding="utf-8")
+        (info / "entry_points.txt").write_text(f"[alexnet.commands]\n{command} = {module}:run\n", encoding="utf-8")
+        return tmp_path
+
+    return make
+
+
+HELLO = '''
+import sys
+from typing import Annotated
+import typer
+
+def run(name: str, loud: Annotated[bool, typer.Option("--loud")] = False) -> None:
+    """Greet somebody."""
+    sys.stdout.write(f"hello {name}{'!' if loud else ''}")
+'''
+
+
+def test_help_lists_every_command_and_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom alexnet_cli import cli\n"
+        "try:\n cli.main(['--help'])\nexcept SystemExit as e:\n assert e.code == 0\n"
+        f"heavy = [m for m in {HEAVY} if m in sys.modules]\nassert not heavy, heavy"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 0, result.stderr
+    for command in COMMANDS:
+        assert f"\n  {command} " in result.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command: str) -> None:
+    for flag in ("-h", "--help"):
+        result = alexnet(command, flag)
+        assert result.returncode == 0, result.stderr
+        assert "--json" in result.stdout
+        assert "--quiet" in result.stdout
+
+
+def test_without_arguments_help_and_exit_2() -> None:
+    result = alexnet()
+    assert result.returncode == 2
+    assert "Commands:" in result.stdout
+
+
+def test_version_is_one_line() -> None:
+    assert alexnet("--version").stdout == "alexnet 0.1.0\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "hint"),
+    [
+        (("trian",), "No such command 'trian'", "did you mean 'train'?"),
+        (("train", "--epoch", "3"), "No such option: --epoch", "--epochs"),
+        (("train", "--epochs", "x"), "'--epochs'", "alexnet train --help"),
+        (("evaluate", "--views", "3"), "'--views'", "alexnet evaluate --help"),
+        (("predict",), "", "alexnet predict --help"),
+        (("train", "--recipe", "papr"), "no recipe and no file is called papr", "did you mean paper?"),
+        (("train", "--max-time", "soon"), "--max-time soon", "8h"),
+    ],
+)
+def test_mistakes_are_two_lines_and_exit_2(arguments: tuple[str, ...], error: str, hint: str) -> None:
+    result = alexnet(*arguments)
+    assert result.returncode == 2, result.stderr
+    assert result.stdout == ""
+    lines = result.stderr.splitlines()
+    assert len(lines) == 2, result.stderr
+    assert lines[0].startswith("error: ")
+    assert error in lines[0]
+    assert lines[1].startswith("hint: ")
+    assert hint in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (DataError("no pictures in x", "look elsewhere"), 3),
+        (VerificationError("differs", "again"), 6),
+        (Stopped("time is up", "go on", 75), 75),
+        (OSError(errno.ENOSPC, "No space left on device", "/full"), 7),
+        (OSError(errno.EROFS, "Read-only file system", "/cd"), 7),
+        (PermissionError(errno.EACCES, "Permission denied", "/secret"), 1),
+        (KeyboardInterrupt(), 130),
+        (ZeroDivisionError("oops"), 1),
+    ],
+)
+def test_errors_become_messages_and_codes(error: BaseException, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    def run() -> None:
+        raise error
+
+    assert cli._guarded(run, debug=False) == code
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert "Traceback" not in message
+    if isinstance(error, AlexNetError):
+        assert message == f"error: {error.what}\nhint: {error.hint}\n"
+
+
+def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    def run() -> None:
+        raise ZeroDivisionError("oops")
+
+    assert cli._guarded(run, debug=True) == 1
+    assert "ZeroDivisionError: oops" in capsys.readouterr().err
+    assert "Traceback" in alexnet("--debug", "train", "--recipe", "papr").stderr
+    assert "Traceback" not in alexnet("train", "--recipe", "papr").stderr
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    command = f"{sys.executable} -m alexnet_cli.cli --help | head -1; exit ${{PIPESTATUS[0]}}"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False)
+    assert "Traceback" not in result.stderr
+    assert "error" not in result.stderr
+
+
+def test_somebody_elses_command_is_found_and_called(plugin: Callable[..., Path]) -> None:
+    path = plugin("hello", HELLO, summary="Greets people.")
+    assert "hello              Greets people." in alexnet("--help", path=path).stdout
+    assert alexnet("hello", "world", "--loud", path=path).stdout == "hello world!"
+    assert "Greet somebody" in alexnet("hello", "--help", path=path).stdout
+    assert "did you mean 'hello'" in alexnet("helo", path=path).stderr
+
+
+def test_a_typer_app_is_a_command_too(plugin: Callable[..., Path]) -> None:
+    body = (
+        "import typer, sys\nrun = typer.Typer()\n"
+        "@run.command()\ndef one() -> None:\n    '''First.'''\n    sys.stdout.write('1')\n"
+        "@run.command()\ndef two() -> None:\n    '''Second.'''\n    sys.stdout.write('2')\n"
+    )
+    assert alexnet("pair", "two", path=plugin("pair", body)).stdout == "2"
+
+
+def test_a_broken_plugin_hurts_nobody_and_says_why(plugin: Callable[..., Path]) -> None:
+    path = plugin("grad", "import nonesuch_module\ndef run() -> None: ...\n")
+    assert alexnet("--help", path=path).returncode == 0
+    assert alexnet("plugins", path=path).returncode == 0
+    for arguments in (("grad",), ("grad", "--layer", "5", "x.jpg"), ("grad", "--help")):
+        result = alexnet(*arguments, path=path)
+        assert result.returncode == 4
+        assert "No module named 'nonesuch_module'" in result.stderr
+        assert "Traceback" not in result.stderr
+    rows = {row["name"]: row for row in json.loads(alexnet("plugins", "--json", path=path).stdout)["plugins"]}
+    assert (rows["grad"]["status"], rows["grad"]["version"], rows["train"]["status"]) == ("broken", "1.2", "ok")
+    assert "nonesuch_module" in rows["grad"]["reason"]
+    assert any("grad" in key for key in json.loads(alexnet("doctor", "--json", path=path).stdout)["broken_commands"])
+
+
+def test_a_heavy_plugin_does_not_slow_help(plugin: Callable[..., Path]) -> None:
+    path = plugin("slow", "import sys\nsys.stderr.write('IMPORTED')\n" + HELLO)
+    assert "IMPORTED" not in alexnet("--help", path=path).stderr
+    assert "IMPORTED" in alexnet("slow", "x", path=path).stderr
+
+
+def test_nobody_replaces_a_built_in(plugin: Callable[..., Path]) -> None:
+    path = plugin("train", HELLO)
+    assert "hello" not in alexnet("train", "--help", path=path).stdout
+    found = json.loads(alexnet("plugins", "--json", path=path).stdout)["plugins"]
+    assert {row["distribution"]: row["status"] for row in found if row["name"] == "train"} == {
+        "alexnet-cli": "ok", "alexnet-extra": "shadowed",
+    }  # fmt: skip
+
+
+def test_two_that_claim_one_name_are_both_named(plugin: Callable[..., Path]) -> None:
+    plugin("hello", HELLO, "alexnet-one")
+    path = plugin("hello", HELLO, "alexnet-two")
+    result = alexnet("hello", "world", path=path)
+    assert result.returncode == 4
+    assert "alexnet-one and alexnet-two" in result.stderr
+    assert alexnet("hello", "world", path=path, settings={"ALEXNET_PLUGINS": "alexnet-two"}).stdout == "hello world"
+
+
+@pytest.mark.parametrize(("allowed", "works"), [("", False), ("other", False), ("other, alexnet-extra", True)])
+def test_plugins_can_be_switched_off(plugin: Callable[..., Path], allowed: str, works: bool) -> None:
+    result = alexnet("hello", "world", path=plugin("hello", HELLO), settings={"ALEXNET_PLUGINS": allowed})
+    assert (result.stdout == "hello world") is works
+    assert result.returncode == (0 if works else 2)
+
+
+def test_completion_offers_commands_and_options() -> None:
+    def complete(words: str) -> str:
+        settings = {"_ALEXNET_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+        return alexnet(settings=settings).stdout
+
+    assert "visualize-filters" in complete("alexnet vis")
+    assert "--recipe" in complete("alexnet train --rec")
+
+
+def test_completion_survives_a_broken_plugin(plugin: Callable[..., Path]) -> None:
+    settings = {"_ALEXNET_COMPLETE": "complete_bash", "COMP_WORDS": "alexnet grad --x", "COMP_CWORD": "2"}
+    result = alexnet(path=plugin("grad", "import nonesuch_module\n"), settings=settings)
+    assert "Traceback" not in result.stderr
+
+
+def test_every_built_in_loads_and_is_called_what_it_is() -> None:
+    ours = [offer for offer in entry_points.offers({}) if offer.ours]
+    assert {offer.name for offer in ours} == set(COMMANDS)
+    for offer in ours:
+        assert offer.load().__name__.replace("_", "-") == offer.name
+
+
+def test_doctor_tells_what_really_opens() -> None:
+    found = json.loads(alexnet("doctor", "--json").stdout)
+    assert found["schema"] == "alexnet.doctor/1"
+    assert found["onnxruntime_providers"]["CPUExecutionProvider"] == "ok"
+    import torch
+
+    assert bool(found["gpus"]) == torch.cuda.is_available()
+    assert found["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    if not torch.cuda.is_available() and "CUDAExecutionProvider" in found["onnxruntime_providers"]:
+        assert found["onnxruntime_providers"]["CUDAExecutionProvider"] != "ok"
+    for name in ("ALEXNET_DATA", "ALEXNET_RUNS_DIR", "ALEXNET_PLUGINS"):
+        assert name in found["environment"]

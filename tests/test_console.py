@@ -1,0 +1,60 @@
+"""What goes to stdout and what to stderr."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+
+from alexnet_cli.console import Reporter, duration
+
+
+def test_the_result_alone_is_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:
+    reporter = Reporter("test", json=True)
+    reporter.line("data", "somewhere")
+    reporter.warn("careful", "do this")
+    reporter.show("for people")
+    reporter.result({"loss": float("nan"), "deep": [{"x": float("inf")}], "path": "é"})
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {"schema": "alexnet.test/1", "loss": None, "deep": [{"x": None}], "path": "é"}
+    assert out.count("\n") == 1
+    assert err == "data    somewhere\nwarn    careful\nhint    do this\n"
+
+
+def test_for_people_json_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
+    reporter = Reporter("test")
+    reporter.result({"x": 1})
+    reporter.show("seen")
+    assert capsys.readouterr().out == "seen\n"
+
+
+def test_quiet_keeps_warnings(capsys: pytest.CaptureFixture[str]) -> None:
+    reporter = Reporter("test", quiet=True)
+    reporter.line("data", "somewhere")
+    reporter.warn("careful")
+    with reporter.progress("work", total=3) as bar:
+        bar.advance(3)
+    assert capsys.readouterr().err == "warn    careful\n"
+
+
+def test_without_a_terminal_progress_is_lines(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    with Reporter("test").progress("train", total=1000) as bar:
+        for _ in range(10):
+            now[0] += 10
+            bar.advance(100, "loss 1.5")
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 4  # every 30 s, and the end
+    assert lines[0] == "train   300/1,000 img  loss 1.5  10 img/s  eta 1m10s"
+    assert lines[-1] == "train   1,000/1,000 img  loss 1.5  10 img/s"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0s"), (59, "59s"), (60, "1m0s"), (3725, "1h2m"), (266400, "3d2h"), (59.7, "1m0s")]
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text

@@ -1,0 +1,174 @@
+"""`alexnet prepare` as it is typed: what it prints, leaves behind and exits with."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from alexnet_cli.cli import main
+from alexnet_cli.core import shards
+
+
+def jpeg(colour: tuple[int, int, int], size: tuple[int, int] = (40, 30)) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, colour).save(buffer, "JPEG", quality=95)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def pets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """One folder per class, ten red cats and ten blue dogs, in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    for name, colour in (("cats", (200, 0, 0)), ("dogs", (0, 0, 200))):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        for i in range(10):
+            (tmp_path / "pets" / name / f"{i}.jpg").write_bytes(jpeg(colour))
+    return Path("pets")
+
+
+def run(*arguments: str | Path) -> int:
+    with pytest.raises(SystemExit) as exit:
+        main(["prepare", *map(str, arguments)])
+    assert isinstance(exit.value.code, int)
+    return exit.value.code
+
+
+def result(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    record = json.loads(capsys.readouterr().out)
+    assert record.pop("schema") == "alexnet.prepare/1"
+    return dict(record)
+
+
+def test_from_a_folder_to_a_data_set(pets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in pets.rglob("*")}
+    assert run(pets) == 0
+    said = capsys.readouterr()
+    assert not said.out
+    assert [line.split()[0] for line in said.err.splitlines()] == [
+        "found",
+        "plan",
+        "train",
+        "val",
+        "stats",
+        "done",
+        "next",
+    ]
+    assert "next    alexnet train --data prepared/pets" in said.err
+    dataset = shards.open_dataset(shards.find_dataset(None))
+    assert dataset.path == Path("prepared/pets")
+    assert os.readlink("prepared/latest") == "pets"
+    assert [c.name for c in dataset.classes] == ["cats", "dogs"]
+    assert len(dataset.split("train")) == 18
+    assert len(dataset.split("val")) == 2
+    np.testing.assert_allclose(dataset.mean_rgb, (100, 0, 100), atol=2)
+    # Red against blue is the only direction in which these pictures differ.
+    np.testing.assert_allclose(np.abs(dataset.colour_axes[:, 2]), (0.7071, 0, 0.7071), atol=0.02)
+    assert dataset.colour_std[2] == pytest.approx(100 * 2**0.5, abs=2)
+    assert {path: path.stat().st_mtime_ns for path in pets.rglob("*")} == before
+
+
+def test_the_result_as_json(pets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(pets, "-o", "out", "--json", "-q", "--val-fraction", "0.3") == 0
+    said = capsys.readouterr()
+    assert not said.err
+    record = json.loads(said.out)
+    assert record["images_per_second"] == pytest.approx(20 / record["seconds"])
+    assert {key: record[key] for key in ("schema", "output", "images", "classes", "rejected")} == {
+        "schema": "alexnet.prepare/1", "output": "out", "images": {"train": 14, "val": 6}, "classes": 2, "rejected": 0,
+    }  # fmt: skip
+    assert not Path("prepared").exists(), "latest is for what lies under prepared/"
+
+
+def test_a_second_run_finds_it_done(pets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(pets) == 0
+    first = Path("prepared/pets/dataset.json").stat().st_mtime_ns
+    assert run(pets) == 0
+    assert "is there already" in capsys.readouterr().err
+    assert run(pets, "--json") == 0
+    assert result(capsys)["images"] == {"train": 18, "val": 2}
+    assert run(pets, "--quality", "50") == 2
+    assert "hint: --overwrite replaces it" in capsys.readouterr().err
+    assert Path("prepared/pets/dataset.json").stat().st_mtime_ns == first
+    assert run(pets, "--quality", "50", "--overwrite") == 0
+    assert shards.open_dataset(Path("prepared/pets")).record["image"] == {"size": 256, "jpeg_quality": 50}
+
+
+def test_a_dry_run_leaves_nothing(pets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(pets, "--dry-run", "--json") == 0
+    record = result(capsys)
+    assert record["images"] == {"train": 18, "val": 2}
+    assert 20 * 2000 < record["bytes_needed"] < 20 * 20_000
+    assert os.listdir() == ["pets"]
+
+
+def test_bad_images_are_named(pets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = (pets / "cats" / "3.jpg").read_bytes()
+    (pets / "cats" / "3.jpg").write_bytes(good[:-20])
+    assert run(pets, "--on-corrupt", "fail", "-o", "strict") == 3
+    strict = capsys.readouterr().err
+    assert "error: cats/3.jpg: image file is truncated" in strict
+    assert "--on-corrupt skip" in strict
+    assert run(pets, "--json") == 5
+    said = capsys.readouterr()
+    assert json.loads(said.out)["rejected"] == 1
+    assert "warn    cats/3.jpg: image file is truncated" in said.err
+    assert "error: 1 of 20 images" in said.err
+    assert len(shards.open_dataset(Path("prepared/pets")).split("train")) in (17, 18)  # 18 if it was for validation
+    (pets / "cats" / "3.jpg").write_bytes(good)
+    assert run(pets, "--on-corrupt", "fail", "-o", "strict") == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["nowhere"], 3, "nowhere does not exist"),
+        (["pets/cats"], 3, "no pictures in a layout that is known"),
+        (["pets", "-o", "pets/out"], 2, "lies inside the source"),
+        (["pets", "-o", "pets/cats/1.jpg"], 2, "lies inside the source"),
+        (["pets", "-o", "."], 2, "not empty and not a prepared data set"),
+        (["pets", "--quality", "101"], 2, "quality"),
+        (["pets", "--val-fraction", "1"], 2, "val-fraction"),
+    ],
+)
+def test_refusals(
+    pets: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, message: str
+) -> None:
+    assert run(*arguments) == code
+    said = capsys.readouterr().err
+    assert "error: " in said
+    assert message in said
+    assert "hint: " in said
+
+
+def test_ctrl_c_keeps_what_is_finished(pets: Path) -> None:
+    big = jpeg((9, 99, 199), (1000, 800))
+    for i in range(1000):
+        (pets / "cats" / f"big{i}.jpg").write_bytes(big)
+    command = [sys.executable, "-m", "alexnet_cli.cli", "prepare", "pets", "--workers", "1"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list(Path("prepared").glob("pets/.partial/*.tar.tmp")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "error: interrupted after" in said
+    assert "hint: the same command goes on where it stopped" in said
+    assert not Path("prepared/pets/dataset.json").exists()
+    assert not Path("prepared/pets/.lock").exists()
+
+
+def test_a_real_data_set(tiny10: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tiny10, "-o", tmp_path / "tiny", "--dry-run") == 0
+    assert "train 5,000 · val 500 images of 10 classes" in capsys.readouterr().err

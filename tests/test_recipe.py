@@ -1,0 +1,116 @@
+"""Recipes: the paper's numbers, what the others change, TOML there and back, and refusals that help."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import pytest
+
+from alexnet_cli import recipe as recipes
+from alexnet_cli.errors import RecipeError
+from alexnet_cli.recipe import CAFFE, FAST, KRIZHEVSKY, PAPER, RECIPES, TINY, Recipe
+
+
+def changes(recipe: Recipe, base: Recipe = PAPER) -> dict[str, object]:
+    """What a recipe has that its base has not."""
+    old = asdict(base)
+    return {key: value for key, value in asdict(recipe).items() if value != old[key] and key != "name"}
+
+
+def test_paper_is_the_paper() -> None:
+    """Sections 3 to 5, typed again from the text."""
+    p = PAPER
+    assert (p.lrn_k, p.lrn_size, p.lrn_alpha, p.lrn_beta) == (2, 5, 1e-4, 0.75)
+    assert (p.pool_size, p.towers, p.activation, p.input_size) == (3, 2, "relu", 224)
+    assert (p.batch_size, p.momentum, p.weight_decay, p.learning_rate) == (128, 0.9, 0.0005, 0.01)
+    assert (p.dropout, p.epochs, p.plateau_drops, p.colour_shift) == (0.5, 90, 3, 0.1)
+    assert (p.weight_std, p.bias) == (0.01, 1)
+    assert not p.lrn_alpha_divided
+    assert not p.lrn_joint
+    assert p.conv345_std == 0.03  # the one correction
+
+
+def test_krizhevsky_is_net_145_as_run() -> None:
+    assert changes(KRIZHEVSKY) == {
+        "stage1_order": "norm-pool-relu", "within_norm_2": True, "lrn_alpha_divided": True,
+        "colour_shift_epochs": 67, "colour_shift_divide": 1.1,
+        "bias_rate": 2.0, "bias_rate_drops": False, "bias_decay": False,
+        "conv1_slow_epoch": 67, "conv1_freeze_epoch": 72,
+        "schedule": "fixed", "drop_epochs": (25, 51, 79), "epochs": 91,
+    }  # fmt: skip
+
+
+def test_caffe_is_bvlc_alexnet() -> None:
+    assert (CAFFE.input_size, CAFFE.lrn_k, CAFFE.lrn_joint, CAFFE.bias, CAFFE.fc67_std) == (227, 1, True, 0.1, 0.005)
+    assert (CAFFE.batch_size, CAFFE.dropout_inverted, CAFFE.mean) == (256, True, "image-at-crop")
+
+
+def test_tiny_is_fast_but_narrow_and_fast_is_the_same_network() -> None:
+    assert set(changes(TINY, FAST)) <= {"width", "batch_size", "epochs", "learning_rate"}
+    assert TINY.width == 0.25
+    same = ("towers", "width", "input_size", "lrn", "lrn_size", "lrn_k", "pool_size", "stage1_order", "activation")
+    assert all(getattr(FAST, key) == getattr(PAPER, key) for key in same)
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_toml_there_and_back(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "recipe.toml"
+    file.write_text(RECIPES[name].to_toml(), encoding="utf-8")
+    assert recipes.load(str(file)) == RECIPES[name] == recipes.load(name)
+
+
+def test_a_file_may_name_its_base(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text('name = "tiny"\ndropout = 0\n', encoding="utf-8")
+    assert changes(recipes.load(str(file)), TINY) == {"dropout": 0.0}
+
+
+def test_every_field_says_what_it_is_and_where_it_comes_from() -> None:
+    for field in fields(Recipe):
+        about, source = recipes.describe(field.name)
+        assert about
+        assert source in {"-", "2", "3.1", "3.2", "3.3", "3.4", "3.5", "4.1", "4.2", "5", "code"}, field.name
+
+
+@pytest.mark.parametrize(
+    ("setting", "key", "value"),
+    [("dropout=0", "dropout", 0.0), ("lrn=none", "lrn", "none"), ("crops = false", "crops", False),
+     ("drop_epochs=[3, 5]", "drop_epochs", (3, 5)), ("learning_rate=1e-3", "learning_rate", 0.001)],
+)  # fmt: skip
+def test_settings_as_typed(setting: str, key: str, value: object) -> None:
+    assert getattr(recipes.changed(PAPER, recipes.parsed([setting])), key) == value
+
+
+@pytest.mark.parametrize(
+    ("setting", "what", "hint"),
+    [
+        ("droput=0", "no key is called droput", "did you mean dropout"),
+        ("dropout", "is not key=value", "--set dropout=0"),
+        ("dropout=2", "dropout = 2", "at most 0.99"),
+        ("dropout=nan", "dropout = nan", "at least 0"),
+        ("lrn=both", "lrn = 'both'", "across-maps, within-map, none"),
+        ("epochs=1.5", "should be of type int", "passes over"),
+        ("crops=1", "should be of type bool", "random crops"),
+        ("lrn_size=4", "even", "odd"),
+        ("drop_epochs=[5, 3]", "must rise", "[25, 51, 79]"),
+        ("drop_epochs=5", "not a list", "[25, 51, 79]"),
+        ("towers=3", "out of range", "at most 2"),
+    ],
+)
+def test_refusals_help(setting: str, what: str, hint: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        recipes.changed(PAPER, recipes.parsed([setting]))
+    assert what in caught.value.what
+    assert hint in caught.value.hint
+    assert caught.value.exit_code == 2
+
+
+def test_unknown_recipes_and_broken_files(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError) as caught:
+        recipes.load("papr")
+    assert "did you mean paper" in caught.value.hint
+    file = tmp_path / "broken.toml"
+    file.write_text("dropout = = 1", encoding="utf-8")
+    with pytest.raises(RecipeError, match="is not TOML"):
+        recipes.load(str(file))

@@ -1,0 +1,143 @@
+"""Run directories and what -w means."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from alexnet_cli.core import resume
+from alexnet_cli.core.runs import Run, find_weights, point, run_of
+from alexnet_cli.errors import StorageError, UsageError, WeightsError
+from alexnet_cli.recipe import PAPER, TINY
+
+
+@pytest.fixture(autouse=True)
+def _root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def checkpoint(run: Run, step: int, *pointers: str) -> Path:
+    folder = run.checkpoints / f"{step:08d}"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"x")
+    for name in pointers:
+        point(run.checkpoints / name, folder)
+    return folder
+
+
+def test_a_new_run_has_its_recipe_and_is_the_latest() -> None:
+    run = Run.create(None, TINY, {"seed": 0})
+    assert run.recipe == TINY
+    assert run.about == {"schema": "alexnet.run/1", "status": "running", "seed": 0}
+    assert run.path.name.endswith("_tiny")
+    second = Run.create(None, TINY, {})
+    assert second.path != run.path
+    assert Run.open("latest").path.name == second.path.name
+    assert Run.open(run.path.name).path.name == Run.open(str(run.path)).path.name == run.path.name
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/b", "latest"])
+def test_names_that_would_lead_elsewhere(name: str) -> None:
+    with pytest.raises(UsageError, match="not a plain name"):
+        Run.create(name, PAPER, {})
+
+
+def test_a_name_that_is_taken_is_not_overwritten() -> None:
+    Run.create("mine", PAPER, {})
+    with pytest.raises(UsageError, match="is there already") as caught:
+        Run.create("mine", TINY, {})
+    assert "--resume mine" in caught.value.hint
+    assert Run.open("mine").recipe == PAPER
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("ALEXNET_RUNS_DIR", str(tmp_path / "file" / "runs"))
+    with pytest.raises(StorageError, match="cannot write"):
+        Run.create("x", PAPER, {})
+
+
+def test_a_record_cut_short_by_a_crash_is_left_out() -> None:
+    run = Run.create("r", PAPER, {})
+    for step in (1, 2, 3):
+        run.log({"event": "step", "step": step})
+    with (run.path / "metrics.jsonl").open("a") as file:
+        file.write('{"event":"st')
+    assert [r["step"] for r in run.records()] == [1, 2, 3]
+    run.rewind(2)
+    lines = (run.path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]
+
+
+def test_what_w_means() -> None:
+    run = Run.create("r", PAPER, {})
+    with pytest.raises(WeightsError, match="no checkpoint yet"):
+        find_weights("r")
+    first = checkpoint(run, 10, "last")
+    assert find_weights("r").resolve() == (first / "model.safetensors").resolve()
+    second = checkpoint(run, 20, "last")
+    point(run.checkpoints / "best", first)
+    for spec in (None, "r", "runs/r", str(run.path.resolve())):
+        assert find_weights(spec).resolve() == (first / "model.safetensors").resolve(), spec
+    for spec in ("runs/r/checkpoints/last", str(second), str(second / "model.safetensors")):
+        assert find_weights(spec).resolve() == (second / "model.safetensors").resolve(), spec
+    both = (".onnx", ".safetensors")
+    assert find_weights("r", both).name == "model.safetensors"
+    (run.path / "alexnet.onnx").write_bytes(b"x")
+    assert find_weights("r", both) == run.path / "alexnet.onnx"
+    assert run_of(find_weights("r")) == run.path
+    assert run_of(Path("elsewhere/model.onnx")) is None
+
+
+def test_what_w_cannot_be() -> None:
+    with pytest.raises(WeightsError, match="no run to take weights from"):
+        find_weights(None)
+    Run.create("r", PAPER, {})
+    with pytest.raises(WeightsError, match="is called nothing") as caught:
+        find_weights("nothing")
+    assert "there are: r" in caught.value.hint
+    Path("a.pth").write_bytes(b"x")
+    with pytest.raises(WeightsError, match=r"not a .safetensors file"):
+        find_weights("a.pth")
+
+
+def test_going_on_refuses_what_would_change_the_result() -> None:
+    run = Run.create("r", TINY, {})
+    assert resume.agreed(run, replace(TINY, epochs=99), set()).epochs == 99
+    assert run.recipe.epochs == 99
+    with pytest.raises(UsageError, match=r"learning_rate = 0.5 differs") as caught:
+        resume.agreed(run, replace(run.recipe, learning_rate=0.5), set())
+    assert "--set learning_rate=0.5" in caught.value.hint
+    resume.agreed(run, replace(run.recipe, learning_rate=0.5), {"learning_rate"})
+    assert run.recipe.learning_rate == 0.5
+
+
+def test_which_run_auto_goes_on_with() -> None:
+    assert resume.to_continue(None, None) is None
+    assert resume.to_continue("auto", None) is None
+    assert resume.to_continue("auto", "slurm") is None
+    run = Run.create("slurm", TINY, {})
+    for name in (None, "slurm"):
+        found = resume.to_continue("auto", name)
+        assert found is not None
+        assert found.path.name == "slurm"
+    run.update({"status": "finished"})
+    assert resume.to_continue("auto", None) is None
+    with pytest.raises(UsageError, match="no run is called other"):
+        resume.to_continue("other", None)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("8h", 28800), ("30m", 1800), ("1h30m", 5400), ("90s", 90), ("90", 90), (None, None)]
+)
+def test_lengths_of_time(text: str | None, seconds: float | None) -> None:
+    assert resume.seconds(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "soon", "-5", "1.5h", "5m1h", "h"])
+def test_no_lengths_of_time(text: str) -> None:
+    with pytest.raises(UsageError, match="not a length of time"):
+        resume.seconds(text)

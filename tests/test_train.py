@@ -1,0 +1,178 @@
+"""The loop: it learns, it repeats, and stopped at any step it goes on to the very same weights."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from alexnet_cli.core import checkpoint, weights
+from alexnet_cli.core.placement import Placement
+from alexnet_cli.core.runs import Run, find_weights
+from alexnet_cli.core.shards import open_dataset
+from alexnet_cli.core.train import Record, Training, fit
+from alexnet_cli.errors import StorageError, VerificationError, WeightsError
+from alexnet_cli.recipe import PAPER, TINY, Recipe
+
+CPU = Placement(torch.device("cpu"), "CPU", "fp32")
+SMALL = replace(TINY, width=1 / 16, batch_size=16, epochs=2, precision="fp32")
+NAMES = iter(f"run{i}" for i in range(1000))
+
+
+@pytest.fixture
+def start(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Training]:
+    monkeypatch.setenv("ALEXNET_RUNS_DIR", str(tmp_path / "runs"))
+
+    def start(recipe: Recipe = SMALL, run: Run | None = None) -> Training:
+        run = run or Run.create(next(NAMES), recipe, {})
+        return Training(recipe, open_dataset(prepared), run, CPU, threads=1)
+
+    return start
+
+
+def final(training: Training) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in training.network.named_parameters()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_it_learns_four_colours(start: Callable[..., Training]) -> None:
+    training = start(replace(SMALL, epochs=14, learning_rate=0.03))
+    records = list(fit(training))
+    validation = [r for r in records if r.event == "validation"]
+    assert validation[-1].top1_error is not None
+    assert validation[-1].top1_error <= 0.1
+    first = next(r for r in records if r.event == "step")
+    assert first.loss is not None
+    assert validation[-1].train_loss is not None
+    assert validation[-1].train_loss < first.loss / 1.5
+
+
+def test_records_tell_the_story_and_are_on_disk(start: Callable[..., Training]) -> None:
+    training = start()
+    records = list(fit(training, record_every=2))
+    assert [r.event for r in records] == (
+        ["start", *["step", "step", "validation", "checkpoint"] * 2, "end"]
+    )  # 48 images, batches of 16: three steps an epoch, a record at every second and at the end
+    assert [r.step for r in records if r.event == "step"] == [2, 3, 4, 6]
+    assert records[-1].reason == "finished"
+    assert training.run.records() == [r.as_dict() for r in records]
+    rows = (training.run.path / "metrics.csv").read_text().splitlines()
+    assert len(rows) == 3
+    assert rows[0].startswith("epoch,step,lr")
+
+
+def test_the_caller_can_take_three_records_and_leave(start: Callable[..., Training]) -> None:
+    assert [r.event for r in islice(fit(start(), record_every=1), 3)] == ["start", "step", "step"]
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_does_not(start: Callable[..., Training]) -> None:
+    trainings = [start(replace(SMALL, seed=seed, epochs=1)) for seed in (4, 4, 5)]
+    for training in trainings:
+        list(fit(training))
+    a, b, other = map(final, trainings)
+    assert same(a, b)
+    assert not same(a, other)
+
+
+@pytest.mark.parametrize("recipe", [SMALL, replace(PAPER, width=1 / 16, batch_size=16, epochs=3, conv345_std=0.1)])
+def test_interrupted_anywhere_it_ends_with_the_very_same_weights(
+    start: Callable[..., Training], recipe: Recipe
+) -> None:
+    whole = start(recipe)
+    list(fit(whole))
+    training, resume, ends = start(recipe), None, []
+    for stop_at in (1, 3, 4, 100):  # inside an epoch, between two, at the first step of one, never
+        records = list(fit(training, resume, stop=lambda t=training, n=stop_at: "Ctrl-C" if t.step >= n else None))  # type: ignore[misc]
+        ends.append(records[-1].reason)
+        if stop_at != 100:
+            resume = (training.run.checkpoints / "last").resolve()
+            training = start(recipe, Run(training.run.path))
+    assert ends == ["Ctrl-C", "Ctrl-C", "Ctrl-C", "finished"]
+    assert same(final(whole), final(training))
+    fields = ("step", "top1_error", "loss", "train_loss", "train_top1_error", "lr")
+    one, other = (
+        [[r[f] for f in fields] for r in t.run.records() if r["event"] == "validation"] for t in (whole, training)
+    )
+    np.testing.assert_allclose(one, other, rtol=1e-6)
+
+
+def test_max_steps_ends_with_a_checkpoint(start: Callable[..., Training]) -> None:
+    training = start()
+    records = list(fit(training, max_steps=4))
+    assert (records[-1].event, records[-1].reason, training.step) == ("end", "max-steps", 4)
+    saved = weights.read(find_weights(str(training.run.path / "checkpoints" / "last")))
+    assert saved.info["step"] == 4
+    torch.testing.assert_close(torch.from_numpy(saved.tensors["fc8.bias"]), final(training)["fc8.bias"])
+
+
+def test_plateau_ends_training_by_itself(start: Callable[..., Training]) -> None:
+    recipe = replace(
+        PAPER, width=1 / 16, batch_size=48, epochs=50, learning_rate=1e-7, plateau_epochs=1, plateau_drops=1
+    )
+    records = list(fit(start(recipe)))
+    rates = [r.lr for r in records if r.event == "validation"]
+    assert len(rates) < 10
+    assert rates[0] == pytest.approx(1e-7)
+    assert rates[-1] == pytest.approx(1e-8)
+    assert records[-1].reason == "finished"
+
+
+def test_a_loss_that_is_no_number_stops_with_the_step(start: Callable[..., Training]) -> None:
+    training = start(replace(SMALL, learning_rate=1e12, epochs=5))
+    with pytest.raises(VerificationError, match=r"loss became (nan|inf) at step \d+") as caught:
+        list(fit(training))
+    assert "--lr" in caught.value.hint
+
+
+def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(
+    start: Callable[..., Training], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = start()
+    records = fit(training)
+    for record in records:
+        if record.event == "checkpoint":
+            break
+    before = (training.run.checkpoints / "last").resolve()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("usage", (), {"free": 1000}))
+    with pytest.raises(StorageError, match="disk is full"):
+        list(records)
+    assert (training.run.checkpoints / "last").resolve() == before
+    checkpoint.load(before)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "state.pt"])
+@pytest.mark.parametrize("damage", ["truncate", "tamper", "remove"])
+def test_a_damaged_checkpoint_is_a_message(start: Callable[..., Training], name: str, damage: str) -> None:
+    training = start()
+    list(fit(training, max_steps=1))
+    last = (training.run.checkpoints / "last").resolve()
+    content = (last / name).read_bytes()
+    if damage == "remove":
+        (last / name).unlink()
+    else:
+        (last / name).write_bytes(content[:-50] if damage == "truncate" else content[:-50] + bytes(50))
+    with pytest.raises(WeightsError) as caught:
+        checkpoint.load(last)
+    assert str(last) in caught.value.what
+
+
+def test_only_last_and_best_are_kept(start: Callable[..., Training]) -> None:
+    training = start(replace(SMALL, epochs=4))
+    records = list(fit(training))
+    best = [r.path for r in records if r.event == "checkpoint" and r.best][-1]
+    folders = {p.name for p in training.run.checkpoints.iterdir() if not p.is_symlink()}
+    assert folders == {Path(str(best)).name, "00000012"}
+
+
+def test_records_name_their_fields() -> None:
+    record = Record("step", 1, 2, loss=0.5)
+    assert record.as_dict() == {"event": "step", "epoch": 1, "step": 2, "loss": 0.5}
