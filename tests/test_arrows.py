@@ -59,10 +59,10 @@ CORE = {
     "predict": "images listing session sources torch_session views",
     "qualitative": "",
 }
-TORCH = set(
-    "devices placement fast_images packing loader augment response_norm layers towers network learning checkpoint "
-    "evaluate results train torch_session".split()
-)
+TORCH = {
+    "devices", "placement", "fast_images", "packing", "loader", "augment", "response_norm", "layers", "towers",
+    "network", "learning", "checkpoint", "evaluate", "results", "train", "torch_session",
+}  # fmt: skip
 LAZY_TORCH = {"devices"}  # import it in functions only
 PLUGINS = {"errors", "recipe", "console", "options", "entry_points"}  # and anything in core
 BESIDE = {"demo": {"demo_pictures"}}

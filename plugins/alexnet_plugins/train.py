@@ -192,7 +192,8 @@ def _finish(reporter: Reporter, training: Training, reason: str) -> None:
 
     run = training.run
     if reason in EXIT_CODES:
-        what = f"stopped ({reason}) at step {training.step:,} of epoch {training.epoch}, checkpoint saved in {run.path}"
+        saved = f"checkpoint saved in {run.path}" if (run.checkpoints / "last").exists() else "nothing to save yet"
+        what = f"stopped ({reason}) at step {training.step:,}, epoch {training.epoch}: {saved}"
         raise Stopped(what, f"alexnet train --resume {run.path.name}", EXIT_CODES[reason])
     try:
         model = weights.read(find_weights(str(run.path)))
