@@ -84,6 +84,7 @@ class Recipe:
     init: Literal["gaussian", "scaled"] = knob(
         "gaussian", "5", "N(0, std), or N(0, 2 / inputs) with all biases 0 (He et al. 2015)"
     )
+    conv1_scale: float = knob(1.0, "-", "factor on the initial weights of layer 1", 0)
     weight_std: float = knob(0.01, "5", "deviation of the initial weights", 0)
     conv345_std: float = knob(0.03, "code", "the same in layers 3 to 5; the paper's text has 0.01", 0)
     fc67_std: float = knob(0.01, "5", "the same in layers 6 and 7", 0)
@@ -183,6 +184,7 @@ FAST = replace(
     bias_decay=False,
     label_smoothing=0.1,
     init="scaled",
+    conv1_scale=0.1,  # so that the kernels show what was learned, not the noise of the start; it learns no worse
     bias=0.0,
     precision="bf16",
 )

@@ -131,6 +131,8 @@ def initialise(network: Network) -> None:
         if deviation is None:
             # The last layer has no rectifier after it: half the variance, and a start at even odds.
             deviation = math.sqrt((1.0 if layer == "fc8" else 2.0) / weight[0].numel())
+        if layer == "conv1":
+            deviation *= network.recipe.conv1_scale
         values = torch.empty(weight.shape).normal_(0.0, deviation, generator=generator)
         weight.copy_(values)
         module.get_parameter("bias").fill_(bias)
