@@ -189,7 +189,7 @@ FAST = replace(
     precision="bf16",
 )
 
-TINY = replace(FAST, name="tiny", width=0.25, batch_size=64, epochs=12)
+TINY = replace(FAST, name="tiny", width=0.25, dropout=0.2, batch_size=64, epochs=16, learning_rate=0.03)
 
 RECIPES: Mapping[str, Recipe] = {r.name: r for r in (PAPER, KRIZHEVSKY, CAFFE, FAST, TINY)}
 

@@ -99,7 +99,7 @@ class Pixels:
     ) -> Tensor:
         gather = _gather_by_copy if self.device.type == "cpu" else gather_by_index
         at_crop = self.recipe.mean == "image-at-crop"
-        images = images.to(self.device, non_blocking=True)
+        images = images.to(self.device)  # waits, since the loader fills this buffer again before long
         out = gather(images, offsets, flips, self.size, self.mean if at_crop else None)
         if not at_crop:
             out -= self.central_mean

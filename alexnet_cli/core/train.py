@@ -106,7 +106,7 @@ class Training:
     def take_step(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
         """One step of gradient descent. Returns the mean loss and the number of wrong answers, on the device."""
         self.network.draw_dropout(key=self.recipe.seed << 40 ^ (self.step << 4))
-        labels = batch.labels.to(self.placement.device, non_blocking=True)
+        labels = batch.labels.to(self.placement.device)
         views = self.pixels.train(batch.images, batch.rows, draws, self.epoch)
         with self.placement.arithmetic():
             logits = self.network(views)
