@@ -103,6 +103,11 @@ class Training:
         """The number of steps before the current epoch."""
         return (self.epoch - 1) * self.schedule.steps_per_epoch
 
+    @property
+    def epochs_begun(self) -> int:
+        """How many epochs have had a step."""
+        return -(-self.step // self.schedule.steps_per_epoch)
+
     def take_step(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
         """One step of gradient descent. Returns the mean loss and the number of wrong answers, on the device."""
         self.network.draw_dropout(key=self.recipe.seed << 40 ^ (self.step << 4))
@@ -135,7 +140,7 @@ class Training:
         }  # fmt: skip
         info = {
             "data": self.data.name, "data_hash": self.data.hash, "run": self.run.path.name,
-            "epoch": -(-self.step // self.schedule.steps_per_epoch), "step": self.step, "metrics": metrics,
+            "epoch": self.epochs_begun, "step": self.step, "metrics": metrics,
         }  # fmt: skip
         text = weights.metadata(self.recipe, self.data.classes, info)
         mean = torch.from_numpy(np.ascontiguousarray(self._mean(), dtype=np.float32))
@@ -196,7 +201,7 @@ def fit(
     if reason is not None and training.step > training.first_step_of_epoch:
         path = training.save(metrics, best=False)
         yield _log(run, Record("checkpoint", training.epoch, training.step, path=str(path), best=False))
-    yield _log(run, Record("end", training.epoch, training.step, reason=reason or "finished"))
+    yield _log(run, Record("end", training.epochs_begun, training.step, reason=reason or "finished"))
 
 
 def _over(training: Training) -> bool:
