@@ -94,9 +94,9 @@ def _report(reporter: Reporter, counts: Evaluation, model: Model, totals: dict[s
             spread = results.margin(error, counts.images)
             reporter.show(f"top-{k}   error {error:.1%} ± {spread:.1%}   ({1 - error:.1%} right)")
     worst = sorted(results.per_class(counts, model.classes), key=lambda row: -float(row["top1_error"]))[:3]
-    reporter.show("worst   " + " · ".join(f"{row['name']} {1 - row['top1_error']:.0%} right" for row in worst))
     pairs = results.confused(counts, model.classes, 3)
     if pairs:
+        reporter.show("worst   " + " · ".join(f"{row['name']} {1 - row['top1_error']:.0%} right" for row in worst))
         reporter.show("mixed   " + " · ".join(f"{true} taken for {seen} {times}x" for true, seen, times in pairs))
     if files:
         reporter.line("files", f"{files[0].parent}: {', '.join(file.name for file in files)}")
