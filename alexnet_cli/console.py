@@ -113,50 +113,57 @@ class _Silent:
 
 def _bar() -> Any:
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TextColumn
 
-    columns = (TextColumn("{task.description:<7}"), BarColumn(bar_width=24), TextColumn("{task.percentage:>3.0f}%"),
-               TextColumn("{task.fields[note]}"), TextColumn("eta"), TimeRemainingColumn(compact=True))  # fmt: skip
+    columns = (TextColumn("{task.description:<7}"), BarColumn(bar_width=8), TextColumn("{task.fields[note]}"))
     return Progress(*columns, console=Console(stderr=True, highlight=False), transient=True)
 
 
+class _Pace:
+    """A count against the clock."""
+
+    def __init__(self, total: int | None, unit: str) -> None:
+        self.total, self.unit, self.done, self.started = total, unit, 0, time.monotonic()
+
+    def told(self) -> str:
+        """Images a second and the time that is left."""
+        rate = self.done / max(1e-9, time.monotonic() - self.started)
+        left = (self.total - self.done) / rate if self.total is not None and rate else 0
+        return f"{rate:,.0f} {self.unit}/s" + (f"  eta {duration(left)}" if left > 0 else "")
+
+
 class _Moving:
-    """Rich's bar, with the rate and a note beside it."""
+    """Rich's bar, with a note and the pace beside it."""
 
     def __init__(self, bar: Any, description: str, total: int | None, unit: str) -> None:
-        self.bar, self.unit, self.done, self.started = bar, unit, 0, time.monotonic()
+        self.bar, self.pace = bar, _Pace(total, unit)
         self.task = bar.add_task(description, total=total, note="")
 
     def advance(self, n: int, note: str = "") -> None:
         """Move the bar."""
-        self.done += n
-        rate = self.done / max(1e-9, time.monotonic() - self.started)
-        self.bar.update(self.task, advance=n, note=f"{note}  {rate:,.0f} {self.unit}/s")
+        self.pace.done += n
+        self.bar.update(self.task, advance=n, note=f"{note}{'  ' if note else ''}{self.pace.told()}")
 
 
 class _Lines:
     """A plain line now and then."""
 
     def __init__(self, write: Any, description: str, total: int | None, unit: str) -> None:
-        self.write, self.description, self.total, self.unit = write, description, total, unit
-        self.done, self.note, self.started = 0, "", time.monotonic()
-        self.said = self.started
+        self.write, self.description, self.pace, self.note = write, description, _Pace(total, unit), ""
+        self.said = self.pace.started
 
     def advance(self, n: int, note: str = "") -> None:
         """Count, and say so if the last line is half a minute old."""
-        self.done, self.note = self.done + n, note or self.note
+        self.pace.done, self.note = self.pace.done + n, note or self.note
         if time.monotonic() - self.said >= SECONDS_BETWEEN_LINES:
             self.say()
 
     def say(self) -> None:
         """Write the line."""
         self.said = time.monotonic()
-        rate = self.done / max(1e-9, self.said - self.started)
-        count = f"{self.done:,}/{self.total:,}" if self.total is not None else f"{self.done:,}"
-        left = (self.total - self.done) / rate if self.total is not None and rate else 0
-        eta = f"  eta {duration(left)}" if left > 0 else ""
-        note = f"{self.note}  " if self.note else ""
-        self.write(f"{self.description:<8}{count} {self.unit}  {note}{rate:,.0f} {self.unit}/s{eta}")
+        pace, note = self.pace, f"{self.note}  " if self.note else ""
+        count = f"{pace.done:,}" if pace.total is None else f"{pace.done:,}/{pace.total:,}"
+        self.write(f"{self.description:<8}{count} {pace.unit}  {note}{pace.told()}")
 
 
 def duration(seconds: float) -> str:

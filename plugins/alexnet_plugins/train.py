@@ -96,6 +96,9 @@ def _begin(
 
     if run and run.about.get("data_hash") != data.hash:
         raise DataError(f"run {run.path.name} was trained on other data than {data.path}", "name its own with --data")
+    for split in ("train", "val"):
+        if not len(data.split(split)):
+            raise DataError(f"{data.path}: split {split} holds no images", "prepare it anew with --val-fraction 0.1")
     placement = place(gpus, recipe.precision)
     about = _about(placement, data, recipe)
     run = run or Run.create(name, recipe, about)
@@ -143,7 +146,8 @@ def _run(reporter: Reporter, training: Training, start: Path | None, max_steps: 
     from alexnet_cli.core.train import fit
 
     status, reason = "failed", "error"
-    total = training.recipe.epochs * training.schedule.steps_per_epoch * training.recipe.batch_size
+    steps = min(training.recipe.epochs * training.schedule.steps_per_epoch, max_steps or sys.maxsize)
+    total = max(0, steps - (int(start.name) if start else 0)) * training.recipe.batch_size
     try:
         with asked_to_stop(limit) as stop, reporter.progress("train", total=total) as bar:
             reason = _show(reporter, training, bar, fit(training, start, max_steps, stop=stop))
