@@ -79,6 +79,11 @@ def test_evaluate(home: Path) -> None:
     ten = run("evaluate", "--views", "10")
     assert "top-1   error" in ten.stdout
     assert "ten views" in ten.stderr
+    for views, torch in (("1", one), ("10", lines(run("evaluate", "--views", "10", "--json"))[0])):
+        onnx = lines(run("evaluate", "-w", "runs/first/alexnet.onnx", "--views", views, "--json"))[0]
+        assert (onnx["backend"], onnx["images"]) == ("onnx", 20)
+        assert onnx["top1_error"] == pytest.approx(torch["top1_error"])
+        assert onnx["loss"] == pytest.approx(torch["loss"], abs=1e-4)
     files = {p.name for p in (home / "runs/first/eval").iterdir()}
     assert {"val-1.json", "val-10.json", "val-1_per_class.csv", "val-1_confusion.csv"} <= files
 

@@ -84,6 +84,8 @@ def test_what_w_means() -> None:
         assert find_weights(spec).resolve() == (first / "model.safetensors").resolve(), spec
     for spec in ("runs/r/checkpoints/last", str(second), str(second / "model.safetensors")):
         assert find_weights(spec).resolve() == (second / "model.safetensors").resolve(), spec
+    Path("r").mkdir()  # a folder of that name does not hide the run
+    assert find_weights("r").resolve() == (first / "model.safetensors").resolve()
     both = (".onnx", ".safetensors")
     assert find_weights("r", both).name == "model.safetensors"
     (run.path / "alexnet.onnx").write_bytes(b"x")

@@ -150,9 +150,7 @@ def predict(paths: Iterable[str], classifier: Classifier, k: int = 5, count: int
     if count not in (1, 10):
         raise UsageError(f"--views {count}: there is the centre view, 1, and the paper's ten", "use 1 or 10")
     together = max(1, BATCH // count)
-    correction = None
-    if count > 1 and classifier.recipe.mean == "image-at-crop":
-        correction = mean_correction(classifier.mean(), classifier.recipe.input_size, count)
+    correction = _correction(classifier, count)
     with contextlib.closing(_ahead(paths, 2 * together)) as loaded:
         while batch := list(islice(loaded, together)):
             crops = [views(p, classifier.recipe.input_size, count) for _, p in batch if not isinstance(p, str)]
@@ -162,6 +160,19 @@ def predict(paths: Iterable[str], classifier: Classifier, k: int = 5, count: int
                     yield Prediction(path, error=picture)
                 else:
                     yield Prediction(path, ranked(next(averages), classifier.classes, k))
+
+
+def probabilities(pictures: npt.NDArray[np.uint8], classifier: Classifier, count: int = 1) -> npt.NDArray[np.float32]:
+    """N x classes of decoded pictures, uint8 N x 256 x 256 x 3, averaged over `count` views (1 or 10)."""
+    crops = [views(picture, classifier.recipe.input_size, count) for picture in pictures]
+    return _averages(classifier, crops, count, _correction(classifier, count))
+
+
+def _correction(classifier: Classifier, count: int) -> npt.NDArray[np.float32] | None:
+    """What to add to the views of a network that was trained less the mean under the crop."""
+    if count == 1 or classifier.recipe.mean != "image-at-crop":
+        return None
+    return mean_correction(classifier.mean(), classifier.recipe.input_size, count)
 
 
 def _averages(

@@ -174,7 +174,7 @@ def find_weights(spec: str | None, suffixes: Sequence[str] = (".safetensors",)) 
         WeightsError: there is no such file, or it is of a kind this command cannot use.
     """
     path = runs_root() / (spec or "latest")
-    if spec is not None and Path(spec).exists():
+    if spec is not None and not (path / "run.json").is_file() and Path(spec).exists():
         path = Path(spec)
     if path.is_file():
         if path.suffix not in suffixes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,8 +23,10 @@ from alexnet_cli.options import (
 )
 
 if TYPE_CHECKING:
-    from alexnet_cli.core.evaluate import Evaluation
-    from alexnet_cli.core.weights import Model
+    from alexnet_cli.core.evaluate import Classify, Evaluation
+    from alexnet_cli.core.sources import ClassName
+
+    Judge = tuple[Classify, Sequence[ClassName], str]
 
 PROTOCOL = {1: "centre view", 10: "ten views, probabilities averaged (section 4.1)"}
 AT_ONCE = 128
@@ -44,29 +47,25 @@ def evaluate(
     """Measure top-1 and top-5 error on the validation split, with the centre view or the paper's ten."""
     from alexnet_cli.core import loader as loading
     from alexnet_cli.core import results
-    from alexnet_cli.core.augment import Pixels
-    from alexnet_cli.core.evaluate import Evaluation, TorchClassifier, matching
+    from alexnet_cli.core.evaluate import Evaluation, matching
     from alexnet_cli.core.evaluate import evaluate as run
-    from alexnet_cli.core.network import from_model
-    from alexnet_cli.core.placement import place, threads_for_decoding
+    from alexnet_cli.core.placement import threads_for_decoding
     from alexnet_cli.core.runs import find_weights, run_of
     from alexnet_cli.core.shards import find_dataset, open_dataset
-    from alexnet_cli.core.weights import read
 
     reporter = Reporter("evaluate", json=json, quiet=quiet)
-    path = find_weights(weights)
-    model, dataset = read(path), open_dataset(find_dataset(data))
+    path = find_weights(weights, (".safetensors", ".onnx"))
+    dataset = open_dataset(find_dataset(data))
     images = dataset.split(split)
     if not len(images):
         raise DataError(f"{dataset.path}: split {split} holds no images", "prepare it anew with --val-fraction 0.1")
-    output_of = matching(model.classes, dataset.classes, path)
-    placement = place(gpus, "fp32")
-    pixels = Pixels(model.recipe, model.mean, None, None, placement.device)
-    classify = TorchClassifier(from_model(model).to(placement.device), pixels, placement, views)
+    backend = "onnx" if path.suffix == ".onnx" else "torch"
+    classify, classes, place = _onnx(path, views) if backend == "onnx" else _torch(path, views, gpus)
+    output_of = matching(classes, dataset.classes, path)
     reporter.line("weights", str(path))
     reporter.line("data", f"{dataset.path} · {split} · {len(images):,} images, each counted once")
-    reporter.line("mode", f"{PROTOCOL[views]} · {placement.name} · {placement.precision}")
-    counts, size = Evaluation.empty(len(model.classes)), batch_size or AT_ONCE
+    reporter.line("mode", f"{PROTOCOL[views]} · {backend} · {place}")
+    counts, size = Evaluation.empty(len(classes)), batch_size or AT_ONCE
     with contextlib.ExitStack() as stack:
         out = stack.enter_context(_opened(predictions)) if predictions else None
         loader = stack.enter_context(loading.Loader(images, size, threads_for_decoding(jobs)))
@@ -77,24 +76,49 @@ def evaluate(
             if out:
                 labels = batch.labels.numpy() if output_of is None else output_of[batch.labels.numpy()]
                 keys = [images.key(int(row)) for row in batch.rows]
-                out.writelines(results.prediction_lines(keys, labels, top, chances, model.classes))
+                out.writelines(results.prediction_lines(keys, labels, top, chances, classes))
     assert counts.images == len(images), "every image is counted once"
-    totals, inside = results.numbers(counts, views, "torch"), run_of(path)
-    files = results.write(inside / "eval", f"{split}-{views}", counts, model.classes, totals) if inside else []
-    _report(reporter, counts, model, totals, files)
+    totals, inside = results.numbers(counts, views, backend), run_of(path)
+    files = results.write(inside / "eval", f"{split}-{views}", counts, classes, totals) if inside else []
+    _report(reporter, counts, classes, totals, files)
 
 
-def _report(reporter: Reporter, counts: Evaluation, model: Model, totals: dict[str, Any], files: list[Path]) -> None:
+def _torch(path: Path, views: int, gpus: str | None) -> Judge:
+    """A model file's network in PyTorch."""
+    from alexnet_cli.core.augment import Pixels
+    from alexnet_cli.core.evaluate import TorchClassifier
+    from alexnet_cli.core.network import from_model
+    from alexnet_cli.core.placement import place
+    from alexnet_cli.core.weights import read
+
+    model, placement = read(path), place(gpus, "fp32")
+    pixels = Pixels(model.recipe, model.mean, None, None, placement.device)
+    network = from_model(model).to(placement.device)
+    return TorchClassifier(network, pixels, placement, views), model.classes, f"{placement.name} · fp32"
+
+
+def _onnx(path: Path, views: int) -> Judge:
+    """An ONNX file's network in ONNX Runtime."""
+    from alexnet_cli.core.predict import probabilities
+    from alexnet_cli.core.session import Session
+
+    session = Session(path)
+    return lambda images: probabilities(images.numpy(), session, views), session.classes, session.device
+
+
+def _report(
+    reporter: Reporter, counts: Evaluation, classes: Sequence[ClassName], totals: dict[str, Any], files: list[Path]
+) -> None:
     """The result for people and programs."""
     from alexnet_cli.core import results
 
     reporter.result(totals | {"files": [str(file) for file in files]})
     for k, error in ((1, counts.top1_error), (5, counts.top5_error)):
-        if k < len(model.classes):
+        if k < len(classes):
             spread = results.margin(error, counts.images)
             reporter.show(f"top-{k}   error {error:.1%} ± {spread:.1%}   ({1 - error:.1%} right)")
-    worst = sorted(results.per_class(counts, model.classes), key=lambda row: -float(row["top1_error"]))[:3]
-    pairs = results.confused(counts, model.classes, 3)
+    worst = sorted(results.per_class(counts, classes), key=lambda row: -float(row["top1_error"]))[:3]
+    pairs = results.confused(counts, classes, 3)
     if pairs:
         reporter.show("worst   " + " · ".join(f"{row['name']} {1 - row['top1_error']:.0%} right" for row in worst))
         reporter.show("mixed   " + " · ".join(f"{true} taken for {seen} {times}x" for true, seen, times in pairs))
