@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from alexnet_cli.core import fast_images, images
 from alexnet_cli.errors import DataError
@@ -98,6 +98,20 @@ def test_orientation_is_ignored(engine: object) -> None:
     exif[0x0112] = 6
     data = saved(scene(90, 60), "JPEG", exif=exif)
     assert engine.decode(data).shape == (60, 90, 3)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_turning_is_what_pillow_does(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = saved(scene(90, 60), "PNG", exif=exif)
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"))
+    np.testing.assert_array_equal(images.upright(images.decode(data), data), expected)
+
+
+def test_damaged_exif_turns_nothing() -> None:
+    rgb = images.decode(saved(scene(), "PNG"))
+    np.testing.assert_array_equal(images.upright(rgb, b"no picture"), rgb)
 
 
 def test_sizes_and_centre() -> None:

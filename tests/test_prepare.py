@@ -20,9 +20,9 @@ from alexnet_cli.cli import main
 from alexnet_cli.core import shards
 
 
-def jpeg(colour: tuple[int, int, int], size: tuple[int, int] = (40, 30)) -> bytes:
+def jpeg(colour: tuple[int, int, int], size: tuple[int, int] = (40, 30), comment: str = "") -> bytes:
     buffer = io.BytesIO()
-    Image.new("RGB", size, colour).save(buffer, "JPEG", quality=95)
+    Image.new("RGB", size, colour).save(buffer, "JPEG", quality=95, comment=comment)
     return buffer.getvalue()
 
 
@@ -33,7 +33,7 @@ def pets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, colour in (("cats", (200, 0, 0)), ("dogs", (0, 0, 200))):
         (tmp_path / "pets" / name).mkdir(parents=True)
         for i in range(10):
-            (tmp_path / "pets" / name / f"{i}.jpg").write_bytes(jpeg(colour))
+            (tmp_path / "pets" / name / f"{i}.jpg").write_bytes(jpeg(colour, comment=str(i)))
     return Path("pets")
 
 
@@ -60,6 +60,7 @@ def test_from_a_folder_to_a_data_set(pets: Path, capsys: pytest.CaptureFixture[s
         "plan",
         "train",
         "val",
+        "stats",
         "stats",
         "done",
         "next",
@@ -101,7 +102,11 @@ def test_a_second_run_finds_it_done(pets: Path, capsys: pytest.CaptureFixture[st
     assert "hint: --overwrite replaces it" in capsys.readouterr().err
     assert Path("prepared/pets/dataset.json").stat().st_mtime_ns == first
     assert run(pets, "--quality", "50", "--overwrite") == 0
-    assert shards.open_dataset(Path("prepared/pets")).record["image"] == {"size": 256, "jpeg_quality": 50}
+    assert shards.open_dataset(Path("prepared/pets")).record["image"] == {
+        "size": 256,
+        "jpeg_quality": 50,
+        "exif_rotate": False,
+    }
 
 
 def test_a_dry_run_leaves_nothing(pets: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -172,3 +177,66 @@ def test_ctrl_c_keeps_what_is_finished(pets: Path) -> None:
 def test_a_real_data_set(tiny10: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tiny10, "-o", tmp_path / "tiny", "--dry-run") == 0
     assert "train 5,000 · val 500 images of 10 classes" in capsys.readouterr().err
+
+
+def test_a_second_run_gives_the_same_exit_code(pets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (pets / "cats" / "bad.jpg").write_bytes(b"")
+    assert run(pets) == run(pets) == 5
+    assert capsys.readouterr().err.count("warn    cats/bad.jpg: the file is empty") == 2
+
+
+def test_copies_are_told_and_leaks_are_warned_of(pets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(pets) == 0
+    capsys.readouterr()
+    for split in ("train", "val"):
+        for name in ("cats", "dogs"):
+            (pets / split / name).mkdir(parents=True)
+            for i in range(4):
+                (pets / split / name / f"{i}.jpg").write_bytes(jpeg((i, 50, 80), comment=f"{split}{name}{i}"))
+    (pets / "val" / "cats" / "leak.jpg").write_bytes((pets / "train" / "cats" / "2.jpg").read_bytes())
+    (pets / "train" / "dogs" / "copy.jpg").write_bytes((pets / "train" / "dogs" / "0.jpg").read_bytes())
+    assert run(pets, "-o", "leaky") == 0
+    told = capsys.readouterr().err
+    assert "note    4 pictures are copies of one another: duplicates.jsonl" in told
+    assert "warn    1 pictures are in train and in val: train/cats/2.jpg = val/cats/leak.jpg" in told
+    dataset = shards.open_dataset(Path("leaky"))
+    assert dataset.record["duplicates"] == {"groups": 2, "pictures": 4, "across_splits": 1}
+    assert [[entry["path"] for entry in group] for group in dataset.duplicates()] == [
+        ["train/cats/2.jpg", "val/cats/leak.jpg"],
+        ["train/dogs/0.jpg", "train/dogs/copy.jpg"],
+    ]
+
+
+def test_verify(pets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(pets) == 0
+    capsys.readouterr()
+    assert run("--verify", "prepared/pets", "--json") == 0
+    assert result(capsys) == {"output": "prepared/pets", "files": 7, "verified": True}
+    shard = Path("prepared/pets/train-000000.tar")
+    content = bytearray(shard.read_bytes())
+    content[1500] ^= 1
+    shard.write_bytes(content)
+    assert run("--verify", "prepared/pets") == 6
+    assert "train-000000.tar is damaged" in capsys.readouterr().err
+    assert run("--verify", "nowhere") == 3
+    assert run() == 2
+
+
+def test_pictures_are_turned_if_asked(pets: Path) -> None:
+    """Lying on its side in the file, red above blue once it is turned."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture = np.zeros((64, 64, 3), np.uint8)
+    picture[:, :32, 0], picture[:, 32:, 2] = 255, 255  # red left, blue right
+    for name in ("cats", "dogs"):
+        for i in range(10):
+            Image.fromarray(picture).save(pets / name / f"{i}.jpg", exif=exif, comment=f"{name}{i}")
+    assert run(pets) == run(pets, "--exif-rotate", "-o", "turned") == 0
+    plain, turned = (np.load(f"{folder}/mean.npy") for folder in ("prepared/pets", "turned"))
+    assert plain[0, 200, 50] > 200  # below, left: red
+    assert plain[0, 50, 200] < 50
+    assert turned[0, 50, 50] > 200  # orientation 6: turn clockwise, left comes to the top
+    assert turned[0, 50, 200] > 200
+    assert turned[0, 200, 50] < 50
+    assert shards.open_dataset(Path("turned")).record["image"]["exif_rotate"] is True
+    assert run(pets, "--exif-rotate") == 2, "another set of settings"

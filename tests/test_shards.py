@@ -68,7 +68,7 @@ def contents(path: Path) -> dict[str, bytes]:
 
 def test_what_is_in_the_folder(prepared: Path) -> None:
     names = [f"train-{i:06d}.tar" for i in range(5)] + ["val-000000.tar", "train.index.npy", "val.index.npy"]
-    assert set(contents(prepared)) == {*names, "mean.npy", "rejected.jsonl", "dataset.json"}
+    assert set(contents(prepared)) == {*names, "mean.npy", "duplicates.jsonl", "rejected.jsonl", "dataset.json"}
     rejected = [json.loads(line) for line in (prepared / "rejected.jsonl").read_text().splitlines()]
     assert {line["path"]: line["split"] for line in rejected} == {
         "train/star/star 07.jpg": "train",
@@ -83,8 +83,15 @@ def test_what_is_in_the_folder(prepared: Path) -> None:
         "train.index.npy",
         "val.index.npy",
         "mean.npy",
+        "duplicates.jsonl",
         "rejected.jsonl",
     ]
+    record = dataset.record
+    assert record["source_sizes"] == {
+        "width": {"min": 70, "median": 70.0, "max": 70},
+        "height": {"min": 50, "median": 50.0, "max": 50},
+    }
+    assert record["duplicates"] == {"groups": 0, "pictures": 0, "across_splits": 0}
 
 
 def test_any_tar_reader_finds_the_same_pictures(folder: Path, prepared: Path) -> None:
@@ -316,3 +323,18 @@ def test_finding_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(DataError, match="no prepared data set under") as caught:
         shards.find_dataset(None)
     assert "alexnet prepare SOURCE" in caught.value.hint
+
+
+def test_webdataset_reads_the_shards(prepared: Path) -> None:
+    """The package of that name finds the same pictures and labels, in the same order."""
+    webdataset = pytest.importorskip("webdataset")
+    dataset = shards.open_dataset(prepared)
+    for name in ("train", "val"):
+        split = dataset.split(name)
+        files = [str(prepared / shard["file"]) for shard in dataset.record["splits"][name]["shards"]]
+        read = list(webdataset.WebDataset(files, shardshuffle=False))
+        assert len(read) == len(split)
+        for row, sample in enumerate(read):
+            assert sample["__key__"] == split.key(row)
+            assert sample["jpg"] == bytes(split.jpeg(row))
+            assert int(sample["cls"]) == split.labels[row]

@@ -15,9 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 from alexnet_cli import __version__
+from alexnet_cli.core import census
+from alexnet_cli.core.census import FACT, Facts
 from alexnet_cli.core.plan import Plan
 from alexnet_cli.core.shard_writer import Finished, npy, write_durably
 from alexnet_cli.core.shards import (
+    DUPLICATES,
     LATEST,
     MEAN,
     PARTIAL,
@@ -40,6 +43,7 @@ class Totals:
     shards: list[dict[str, Any]] = field(default_factory=list)
     rows: list[npt.NDArray[np.void]] = field(default_factory=list)
     sums: PixelSums = field(default_factory=PixelSums)
+    facts: list[Facts] = field(default_factory=list)
     rejected: list[dict[str, str]] = field(default_factory=list)
 
     def add(self, shard: Finished) -> None:
@@ -47,6 +51,7 @@ class Totals:
         self.shards.append(shard.entry)
         self.rows.append(shard.rows)
         self.sums.merge(shard.sums)
+        self.facts.append(shard.facts)
         self.rejected += shard.rejected
 
     def index(self) -> npt.NDArray[np.void]:
@@ -65,6 +70,9 @@ def assemble(plan: Plan, totals: Mapping[str, Totals]) -> None:
     index = {name: split.index() for name, split in totals.items()}
     files = {index_name(name): npy(rows) for name, rows in index.items()}
     files[MEAN] = npy(totals["train"].sums.mean_image())
+    facts = {name: np.concatenate(split.facts) if split.facts else np.zeros(0, FACT) for name, split in totals.items()}
+    equal = list(census.duplicates(facts, lambda split, row: plan.source.splits[split][row].name))
+    files[DUPLICATES] = "".join(json.dumps(group) + "\n" for group in equal).encode()
     files[REJECTED] = "".join(json.dumps(line) + "\n" for line in rejected).encode()
     for name, data in files.items():
         write_durably(plan.output / name, data)
@@ -75,7 +83,9 @@ def assemble(plan: Plan, totals: Mapping[str, Totals]) -> None:
         "layout": plan.source.layout,
         "classes": _classes(plan, labels),
         "splits": {name: _split(totals[name], labels[name]) for name in totals},
-        "image": {"size": SIDE, "jpeg_quality": plan.quality},
+        "image": {"size": SIDE, "jpeg_quality": plan.quality, "exif_rotate": plan.exif_rotate},
+        "source_sizes": census.sizes(facts),
+        "duplicates": census.counted(equal),
         **totals["train"].sums.record(),
         "rejected": len(rejected),
         "files": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},

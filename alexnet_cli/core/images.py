@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import threading
 import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,17 @@ MAX_PIXELS = 89_478_485  # a quarter of a gigabyte as RGB, where Pillow begins t
 MAX_ASPECT = 16  # of a picture longer than this many times its width only the middle is resized
 
 Pixels = npt.NDArray[np.uint8]
+
+ORIENTATION = 0x0112  # the EXIF tag; 1 is upright
+TURNED: Mapping[int, Callable[[Pixels], Pixels]] = {
+    2: lambda p: p[:, ::-1],
+    3: lambda p: p[::-1, ::-1],
+    4: lambda p: p[::-1],
+    5: lambda p: p.transpose(1, 0, 2),
+    6: lambda p: p.transpose(1, 0, 2)[:, ::-1],
+    7: lambda p: p.transpose(1, 0, 2)[::-1, ::-1],
+    8: lambda p: p.transpose(1, 0, 2)[::-1],
+}
 
 _opening = threading.Lock()  # warnings.catch_warnings is not thread-safe
 
@@ -47,6 +59,17 @@ def decode(data: bytes) -> Pixels:
         raise
     except Exception as error:  # Pillow's readers raise nearly anything on damaged files, struct.error included
         raise DataError(str(error) or type(error).__name__) from error
+
+
+def upright(rgb: Pixels, data: bytes) -> Pixels:
+    """The picture turned as the EXIF orientation in its file says: phones store some of theirs lying down."""
+    try:
+        with _opened(data) as image:
+            orientation = image.getexif().get(ORIENTATION, 1)
+    except Exception:  # damaged EXIF turns nothing
+        return rgb
+    turn = TURNED.get(orientation)
+    return rgb if turn is None else np.ascontiguousarray(turn(rgb))
 
 
 def to_256(rgb: Pixels) -> Pixels:

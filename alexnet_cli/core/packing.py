@@ -24,12 +24,12 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from alexnet_cli.core import fast_images
+from alexnet_cli.core import census, fast_images, images
 from alexnet_cli.core.assembly import Totals, assemble, settle
 from alexnet_cli.core.listing import Item
 from alexnet_cli.core.plan import LOCK, PLAN, Plan, check_foreign
 from alexnet_cli.core.shard_writer import ShardWriter, finished_shard, write_durably
-from alexnet_cli.core.shards import MEAN, PARTIAL, RECORD, REJECTED, SIDE, SPLITS, index_name
+from alexnet_cli.core.shards import DUPLICATES, MEAN, PARTIAL, RECORD, REJECTED, SIDE, SPLITS, index_name
 from alexnet_cli.core.statistics import PixelSums
 from alexnet_cli.errors import DataError, StorageError
 
@@ -51,18 +51,20 @@ class Progress:
 
 
 class _Chunk(NamedTuple):
-    """Pictures for one thread: the shard they go to, their keys, and whether the shard ends with them."""
+    """Pictures for one thread: their shard, rows in the split and keys, and whether the shard ends with them."""
 
     shard: int
+    rows: list[int]
     keys: list[str]
     items: list[Item]
     last: bool
 
 
 class _Packed(NamedTuple):
-    """A chunk's JPEGs, or for a picture that was refused the reason, and the sums over its pixels."""
+    """A chunk's JPEGs, or for a picture that was refused the reason; facts and sums of those that were not."""
 
     jpegs: list[bytes | str]
+    facts: list[tuple[int, int, int, bytes]]
     sums: PixelSums
 
 
@@ -103,7 +105,7 @@ def _pack_split(
         first += 1
 
     def work(chunk: _Chunk) -> _Packed:
-        return _process(chunk.items, plan.quality, measure=split == "train")
+        return _process(chunk, plan, measure=split == "train")
 
     writer: ShardWriter | None = None
     try:
@@ -128,9 +130,10 @@ def _chunks(plan: Plan, split: str, first: int) -> Iterator[_Chunk]:
         end = min(start + plan.shard_images, len(items))
         for place in range(start, end, CHUNK):
             places = range(place, min(place + CHUNK, end))
-            chosen = [items[int(order[p])] for p in places]
+            rows = [int(order[p]) for p in places]
+            chosen = [items[row] for row in rows]
             keys = [_key(p, item.name) for p, item in zip(places, chosen, strict=True)]
-            yield _Chunk(start // plan.shard_images, keys, chosen, last=places.stop == end)
+            yield _Chunk(start // plan.shard_images, rows, keys, chosen, last=places.stop == end)
 
 
 def _key(place: int, name: str) -> str:
@@ -157,24 +160,30 @@ def _in_order(
             future.cancel()
 
 
-def _process(items: list[Item], quality: int, measure: bool) -> _Packed:
-    pixels = np.empty((len(items), SIDE, SIDE, 3), np.uint8)
+def _process(chunk: _Chunk, plan: Plan, measure: bool) -> _Packed:
+    pixels = np.empty((len(chunk.items), SIDE, SIDE, 3), np.uint8)
     jpegs: list[bytes | str] = []
+    facts = []
     good = 0
-    for item in items:
+    for row, item in zip(chunk.rows, chunk.items, strict=True):
         try:
-            pixels[good] = fast_images.to_256(fast_images.decode(item.read()))
+            data = item.read()
+            rgb = fast_images.decode(data)
+            if plan.exif_rotate:
+                rgb = images.upright(rgb, data)
+            pixels[good] = fast_images.to_256(rgb)
         except DataError as error:
             jpegs.append(error.what)
         except OSError as error:
             jpegs.append(f"it cannot be read: {error.strerror or error}")
         else:
-            jpegs.append(fast_images.encode(pixels[good], quality))
+            jpegs.append(fast_images.encode(pixels[good], plan.quality))
+            facts.append(census.fact(row, rgb, data))
             good += 1
     sums = PixelSums()
     if measure:
         sums.add(pixels[:good])
-    return _Packed(jpegs, sums)
+    return _Packed(jpegs, facts, sums)
 
 
 def _write(writer: ShardWriter, split: str, chunk: _Chunk, packed: _Packed) -> list[dict[str, str]]:
@@ -185,6 +194,7 @@ def _write(writer: ShardWriter, split: str, chunk: _Chunk, packed: _Packed) -> l
         else:
             writer.add(key, item.label, jpeg)
     writer.rejected += refused
+    writer.facts += packed.facts
     writer.sums.merge(packed.sums)
     return refused
 
@@ -236,7 +246,7 @@ def _clear(output: Path) -> None:
     """Remove a prepared data set, finished or not, and nothing else."""
     check_foreign(output)
     (output / RECORD).unlink(missing_ok=True)
-    for name in (MEAN, REJECTED, *(index_name(split) for split in SPLITS)):
+    for name in (MEAN, REJECTED, DUPLICATES, *(index_name(split) for split in SPLITS)):
         (output / name).unlink(missing_ok=True)
     for split in SPLITS:
         for shard in output.glob(f"{split}-{'[0-9]' * 6}.tar"):

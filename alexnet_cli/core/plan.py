@@ -37,6 +37,7 @@ class Plan:
     output: Path
     quality: int = QUALITY
     shard_images: int = SHARD_IMAGES
+    exif_rotate: bool = False
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -45,6 +46,7 @@ class Plan:
             "fingerprint": self.source.fingerprint(),
             "quality": self.quality,
             "shard_images": self.shard_images,
+            "exif_rotate": self.exif_rotate,
         }
 
     def state(self, overwrite: bool = False) -> State:

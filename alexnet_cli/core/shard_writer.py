@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from alexnet_cli.core.census import FACT, Facts
 from alexnet_cli.core.shards import PARTIAL, ROW, TAR_BLOCK, shard_name
 from alexnet_cli.core.statistics import PixelSums
 
@@ -27,11 +28,12 @@ TAR_END = bytes(2 * TAR_BLOCK)
 
 @dataclass(frozen=True)
 class Finished:
-    """A shard that is on disk: entry in dataset.json, rows of the index, sums, what was refused."""
+    """A shard that is on disk: entry in dataset.json, rows of the index, sums, facts, what was refused."""
 
     entry: dict[str, Any]
     rows: npt.NDArray[np.void]
     sums: PixelSums
+    facts: Facts
     rejected: list[dict[str, str]]
 
 
@@ -43,6 +45,7 @@ class ShardWriter:
         self.name = shard_name(split, number)
         self.sums = PixelSums()
         self.rejected: list[dict[str, str]] = []
+        self.facts: list[tuple[int, int, int, bytes]] = []
         self._rows: list[tuple[int, int, int, int]] = []
         self._digest = hashlib.sha256()
         self._position = 0
@@ -69,7 +72,7 @@ class ShardWriter:
             "sha256": self._digest.hexdigest(),
             "images": len(self._rows),
         }
-        finished = Finished(entry, np.array(self._rows, ROW), self.sums, self.rejected)
+        finished = Finished(entry, np.array(self._rows, ROW), self.sums, np.array(self.facts, FACT), self.rejected)
         write_durably(_sidecar(self.folder, self.name), _packed(finished))
         return finished
 
@@ -97,7 +100,7 @@ def finished_shard(folder: Path, split: str, number: int) -> Finished | None:
         with np.load(_sidecar(folder, name), allow_pickle=False) as arrays:
             text = json.loads(str(arrays["text"]))
             sums = PixelSums(int(arrays["images"]), arrays["pixels"].astype(np.int64), arrays["products"])
-            finished = Finished(text["entry"], arrays["rows"], sums, text["rejected"])
+            finished = Finished(text["entry"], arrays["rows"], sums, arrays["facts"], text["rejected"])
         whole = (folder / name).stat().st_size == finished.entry["bytes"]
     except (OSError, ValueError, KeyError, EOFError):
         return None
@@ -146,5 +149,6 @@ def _packed(finished: Finished) -> bytes:
         images=np.array(sums.images),
         pixels=sums.pixels.astype(np.uint32),  # 255 times the pictures of a shard fits
         products=sums.products,
+        facts=finished.facts,
     )
     return buffer.getvalue()

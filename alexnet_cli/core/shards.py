@@ -29,6 +29,7 @@ SIDE = 256  # pixels; the paper, section 2
 SPLITS = ("train", "val")
 RECORD = "dataset.json"
 MEAN = "mean.npy"
+DUPLICATES = "duplicates.jsonl"
 REJECTED = "rejected.jsonl"
 ROOT = Path("prepared")  # where `alexnet prepare` puts data sets, under the current directory
 LATEST = "latest"
@@ -114,6 +115,10 @@ class Dataset:
     def rejected(self) -> list[dict[str, str]]:
         """The refused files: split, path, reason."""
         return [json.loads(line) for line in (self.path / REJECTED).read_text().splitlines()]
+
+    def duplicates(self) -> list[list[dict[str, str]]]:
+        """Groups of pictures whose files were equal byte for byte: split and path of each."""
+        return [json.loads(line) for line in (self.path / DUPLICATES).read_text().splitlines()]
 
     def split(self, name: str) -> Split:
         """The pictures of a split.

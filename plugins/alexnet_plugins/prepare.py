@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from alexnet_cli.console import Reporter
-from alexnet_cli.errors import PartialError, Stopped
+from alexnet_cli.errors import PartialError, Stopped, UsageError
 from alexnet_cli.options import JsonFlag, QuietFlag
 
 if TYPE_CHECKING:
@@ -22,19 +22,24 @@ if TYPE_CHECKING:
 LAYOUTS = "A folder with train/CLASS and val/CLASS, one folder per class, or Tiny ImageNet."
 FRACTION = "Part of each class to validate on, where the source has no such split.  [default: 0.1]"
 CORRUPT = "Leave out and list images that cannot be decoded, or stop at the first."
+EXIF = "Turn pictures as their EXIF orientation says; in 2012 nobody did."
+VERIFY = "Read a prepared data set again and compare every sum, and quit."
+DUPLICATES_FILE = "duplicates.jsonl"
 SHOWN = 3  # refused files that are named on the terminal
 
 OnCorrupt = Literal["skip", "fail"]
 
 
 def prepare(
-    source: Annotated[Path, typer.Argument(help=LAYOUTS)],
+    source: Annotated[Path | None, typer.Argument(help=LAYOUTS, show_default=False)] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Default: prepared/NAME OF SOURCE.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Threads. Default: one per core.")] = None,
     quality: Annotated[int, typer.Option(min=1, max=100, help="JPEG quality of the packed images.")] = 95,
     val_fraction: Annotated[float | None, typer.Option(help=FRACTION)] = None,
     on_corrupt: Annotated[OnCorrupt, typer.Option(help=CORRUPT)] = "skip",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and quit.")] = False,
+    exif_rotate: Annotated[bool, typer.Option("--exif-rotate", help=EXIF)] = False,
+    check: Annotated[Path | None, typer.Option("--verify", metavar="DIR", help=VERIFY)] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at the output.")] = False,
     json: JsonFlag = False,
     quiet: QuietFlag = False,
@@ -48,6 +53,11 @@ def prepare(
     from alexnet_cli.core.sources import recognise
 
     reporter = Reporter("prepare", json=json, quiet=quiet)
+    if check is not None:
+        _verify(reporter, check)
+        return
+    if source is None:
+        raise UsageError("no SOURCE to prepare", "name a folder of pictures, or --verify DIR")
     found = recognise(source, val_fraction)
     counts = {name: len(items) for name, items in found.splits.items()}
     numbers = " · ".join(f"{name} {count:,}" for name, count in counts.items())
@@ -56,7 +66,7 @@ def prepare(
         reporter.line("note", note)
     if not counts["val"]:
         reporter.warn("no validation images", "training will not be able to say how good it is; see --val-fraction")
-    plan = Plan(found, output or default_output(source), quality)
+    plan = Plan(found, output or default_output(source), quality, exif_rotate=exif_rotate)
     state = plan.state(overwrite)
     if state == "finished":
         _there_already(reporter, plan)
@@ -80,7 +90,9 @@ def prepare(
     packed = _pack(reporter, plan, workers or _cores(), on_corrupt, overwrite)
     seconds = time.perf_counter() - start
     dataset = open_dataset(plan.output)
-    reporter.line("stats", _statistics(dataset))
+    for line in _statistics(dataset):
+        reporter.line("stats", line)
+    _duplicates(reporter, dataset)
     speed = f"{packed:,} images in {seconds:.1f} s, {packed / seconds:,.0f} img/s"
     reporter.line("done", f"{plan.output}  (dataset.json sha256 {dataset.hash[:12]}…)    {speed}")
     _result(reporter, dataset, seconds, packed / seconds)
@@ -117,6 +129,7 @@ def _there_already(reporter: Reporter, plan: Plan) -> None:
     settle(plan.output)
     reporter.line("done", f"{plan.output} is there already, of this source and with these settings")
     _result(reporter, dataset, 0.0, None)
+    _rejected(reporter, dataset)
 
 
 def _result(reporter: Reporter, dataset: Dataset, seconds: float, rate: float | None) -> None:
@@ -140,12 +153,46 @@ def _rejected(reporter: Reporter, dataset: Dataset) -> None:
     )
 
 
-def _statistics(dataset: Dataset) -> str:
+def _statistics(dataset: Dataset) -> list[str]:
+    record = dataset.record
     spread = "{min:,}-{max:,} training images per class, median {median:,.0f}".format(
-        **dataset.record["splits"]["train"]["images_per_class"]
+        **record["splits"]["train"]["images_per_class"]
+    )
+    width, height = (
+        "{min:,}-{max:,} (median {median:,.0f})".format(**record["source_sizes"][side]) for side in ("width", "height")
     )
     mean = " ".join(f"{value:.1f}" for value in dataset.mean_rgb)
-    return f"{len(dataset.classes):,} classes · {spread} · mean RGB {mean} · mean image saved"
+    return [
+        f"{len(dataset.classes):,} classes · {spread} · mean RGB {mean} · mean image saved",
+        f"pictures were {width} pixels wide, {height} high",
+    ]
+
+
+def _duplicates(reporter: Reporter, dataset: Dataset) -> None:
+    """Equal pictures are worth a line; ones that are in both splits make the validation error look too good."""
+    found = dataset.record["duplicates"]
+    if found["groups"]:
+        reporter.line("note", f"{found['pictures']:,} pictures are copies of one another: {DUPLICATES_FILE}")
+    if found["across_splits"]:
+        leaks = [group for group in dataset.duplicates() if len({entry["split"] for entry in group}) > 1]
+        names = ", ".join(" = ".join(entry["path"] for entry in group[:2]) for group in leaks[:SHOWN])
+        reporter.warn(
+            f"{found['across_splits']:,} pictures are in train and in val: {names}{' …' if len(leaks) > SHOWN else ''}",
+            f"the validation error will look too good; {DUPLICATES_FILE} lists them all",
+        )
+
+
+def _verify(reporter: Reporter, folder: Path) -> None:
+    """Every file of a data set against its recorded sum; VerificationError for the first that differs."""
+    from alexnet_cli.core.shards import checksums, open_dataset, verify
+
+    dataset = open_dataset(folder)
+    files = checksums(dataset.record)
+    with reporter.progress("verify", total=len(files), unit="files") as bar:
+        for _ in verify(dataset):
+            bar.advance(1)
+    reporter.result({"output": str(folder), "files": len(files), "verified": True})
+    reporter.line("done", f"{folder}: all {len(files)} files are as they were written")
 
 
 def _cores() -> int:
