@@ -10,7 +10,7 @@ import functools
 import os
 from array import array
 from collections.abc import Callable, Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
 from alexnet_cli.core.listing import Names, Pictures
@@ -77,7 +77,7 @@ def _scan(descriptor: int, place: int, end: int, where: str) -> Iterator[Member]
         header = os.pread(descriptor, BLOCK, place) if place + BLOCK <= end else b""
         if len(header) < BLOCK:
             raise DataError(f"{where} is truncated: it has no end mark after {place:,} bytes", DAMAGED)
-        if not any(header):
+        if not header.strip(b"\0"):
             return
         _check(header, where, place)
         kind, size, offset = header[156:157], _number(header[124:136], where), place + BLOCK
@@ -105,12 +105,12 @@ def _scan(descriptor: int, place: int, end: int, where: str) -> Iterator[Member]
 
 def _check(header: bytes, where: str, place: int) -> None:
     """A header's sum counts its own field as eight spaces; old writers took the bytes as signed."""
-    rest = header[:148] + b" " * 8 + header[156:]
+    total = sum(header) - sum(header[148:156]) + 8 * 32
     try:
         recorded = int(header[148:156].strip(b" \0") or b"0", 8)
     except ValueError:
         recorded = -1
-    if recorded not in (sum(rest), sum(rest) - 256 * sum(byte > 127 for byte in rest)):
+    if recorded != total and recorded != total - 256 * sum(byte > 127 for byte in header[:148] + header[156:]):
         what = f"is damaged: no header {place:,} bytes in" if place else "is not a tar archive"
         raise DataError(f"{where} {what}", DAMAGED)
 
@@ -153,8 +153,7 @@ def _pax(data: bytes, where: str, path: str, length: int) -> tuple[str, int]:
 def _reason(name: str, kind: bytes) -> int:
     if kind not in REGULAR:
         return 2
-    parts = PurePosixPath(name)
-    return int(parts.is_absolute() or ".." in parts.parts)
+    return int(name.startswith("/") or ".." in name.split("/"))
 
 
 def _read(archive: Path, offset: int, size: int, refused: int) -> bytes:

@@ -140,7 +140,7 @@ def _class_archives(archive: Path) -> tuple[list[tuple[str, Member]], int]:
 
 
 def _is_listed(name: str) -> bool:
-    return is_picture(name) and not PurePosixPath(name).name.startswith(".")
+    return is_picture(name) and not name.rpartition("/")[2].startswith(".")
 
 
 def _with_val(path: Path, folder: str, train: _Split, truth: _Truth, words: Mapping[str, str]) -> Found:
