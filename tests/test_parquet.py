@@ -21,7 +21,12 @@ from alexnet_cli.core.sources import ClassName, recognise
 from alexnet_cli.errors import DataError, MissingError
 
 WNIDS = sorted(made.CLASSES)
-SUMMED = {"use_dictionary": False, "write_page_checksum": True, "write_statistics": False, "compression": "none"}
+SUMMED: dict[str, Any] = {
+    "use_dictionary": False,
+    "write_page_checksum": True,
+    "write_statistics": False,
+    "compression": "none",
+}
 Row = tuple[bytes | None, str | None, int | None]
 
 
