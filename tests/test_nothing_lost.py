@@ -84,8 +84,8 @@ def test_files_that_are_no_pictures(source: Path, tmp_path: Path, content: bytes
 
 @pytest.mark.parametrize(
     "name",
-    ["with space.jpg", "new\nline.jpg", ".hidden.jpg", "dots.in.the.name.jpg", "UPPER.JPG", "ünïcode☃.jpeg", "-dash.jpg",
-     os.fsdecode(b"not utf-8 \xff\xfe.jpg"), "quote'\".jpg", "x" * 200 + ".jpg"],
+    ["with space.jpg", "new\nline.jpg", ".hidden.jpg", "dots.in.the.name.jpg", "UPPER.JPG", "ünïcode☃.jpeg",
+     "-dash.jpg", os.fsdecode(b"not utf-8 \xff\xfe.jpg"), "quote'\".jpg", "x" * 200 + ".jpg"],
 )  # fmt: skip
 def test_names(source: Path, tmp_path: Path, name: str) -> None:
     (source / "train" / "a" / name).write_bytes(picture(9))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import multiprocessing
@@ -325,6 +326,7 @@ def test_finding_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert "alexnet prepare SOURCE" in caught.value.hint
 
 
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_webdataset_reads_the_shards(prepared: Path) -> None:
     """The package of that name finds the same pictures and labels, in the same order."""
     webdataset = pytest.importorskip("webdataset")
@@ -338,3 +340,4 @@ def test_webdataset_reads_the_shards(prepared: Path) -> None:
             assert sample["__key__"] == split.key(row)
             assert sample["jpg"] == bytes(split.jpeg(row))
             assert int(sample["cls"]) == split.labels[row]
+    gc.collect()  # the package leaves files open: have that said here, where it is expected

@@ -1,14 +1,18 @@
-"""Pictures that are files in folders: walked in sorted order, named relative to the source, read on demand.
+"""Pictures of a source as long lists of names and places; those that are files in folders are walked here.
 
-Links are followed, since many people build a smaller data set out of them, but never round in a circle;
-a link to nowhere is listed and refused when it is read. Names that begin with a dot are skipped.
+A list holds names and numbers in compact arrays, not an object a picture: 14 million fit in memory.
+
+Links to folders are followed, since many people build a smaller data set out of them, but never round in a
+circle; a link to nowhere is listed and refused when it is read. Names that begin with a dot are skipped.
 """
 
 from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from abc import abstractmethod
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, overload
 
@@ -34,18 +38,54 @@ SUFFIXES = frozenset(
 
 
 class Item(NamedTuple):
-    """A picture of a source: index of its class, name in the source, how to get its bytes (OSError)."""
+    """A picture of a source: index of its class, name in the source, how to get its bytes (OSError, DataError)."""
 
     label: int
     name: str
     read: Callable[[], bytes]
 
 
-class Files(Sequence[Item]):
-    """Pictures that are files under `root`. Holds their names and labels only, however many there are."""
+class Names(Sequence[str]):
+    """Names, one after the other in one string of bytes. Any bytes can be in them but none are lost."""
 
-    def __init__(self, root: Path, names: list[str], labels: list[int]) -> None:
-        self.root, self.names, self.labels = root, names, labels
+    def __init__(self, names: Iterable[str] = ()) -> None:
+        self._text = bytearray()
+        self._ends = array("Q")
+        self.extend(names)
+
+    def extend(self, names: Iterable[str]) -> None:
+        """Add names at the end."""
+        for name in names:
+            self._text += name.encode(errors="surrogateescape")
+            self._ends.append(len(self._text))
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> Names: ...
+    def __getitem__(self, index: int | slice) -> str | Names:
+        """One name, or a copy of a range of them."""
+        if isinstance(index, slice):
+            return Names(self[row] for row in range(len(self))[index])
+        row = range(len(self))[index]
+        start = self._ends[row - 1] if row else 0
+        return self._text[start : self._ends[row]].decode(errors="surrogateescape")
+
+
+class Pictures(Sequence[Item]):
+    """Pictures by row: names, labels, and how to read one. What they are read from is up to the subclass."""
+
+    names: Sequence[str]
+    labels: Sequence[int]
+    blocks: Sequence[int] | None = None
+    """Number of the block that each row lies in, where blocks can only be read whole: then best in one go."""
+
+    @abstractmethod
+    def reader(self, row: int) -> Callable[[], bytes]:
+        """How to get the bytes of the picture in a row."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -53,17 +93,71 @@ class Files(Sequence[Item]):
     @overload
     def __getitem__(self, index: int) -> Item: ...
     @overload
-    def __getitem__(self, index: slice) -> Files: ...
-    def __getitem__(self, index: int | slice) -> Item | Files:
+    def __getitem__(self, index: slice) -> Pictures: ...
+    def __getitem__(self, index: int | slice) -> Item | Pictures:
         """One picture, or a range of them."""
         if isinstance(index, slice):
-            return Files(self.root, self.names[index], self.labels[index])
-        name = self.names[index]
-        return Item(self.labels[index], name, functools.partial(_read, self.root / name))
+            return self.chosen(range(len(self))[index])
+        row = range(len(self))[index]
+        return Item(self.labels[row], self.names[row], self.reader(row))
 
-    def chosen(self, rows: Sequence[int]) -> Files:
-        """The pictures of these rows."""
-        return Files(self.root, [self.names[row] for row in rows], [self.labels[row] for row in rows])
+    def chosen(self, rows: Sequence[int], labels: Sequence[int] | None = None) -> Pictures:
+        """The pictures of these rows, with their labels or others."""
+        return _Chosen(self, rows, labels)
+
+
+class _Chosen(Pictures):
+    """Some pictures of a list, which is kept and not copied."""
+
+    def __init__(self, base: Pictures, rows: Sequence[int], labels: Sequence[int] | None) -> None:
+        self.base, self.rows = base, rows
+        self.names = _View(base.names, rows)
+        self.labels = array("I", [base.labels[row] for row in rows]) if labels is None else labels
+        if base.blocks is not None:
+            self.blocks = array("I", [base.blocks[row] for row in rows])
+
+    def reader(self, row: int) -> Callable[[], bytes]:
+        return self.base.reader(self.rows[row])
+
+
+class _View(Sequence[str]):
+    def __init__(self, names: Sequence[str], rows: Sequence[int]) -> None:
+        self._names, self._rows = names, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> _View: ...
+    def __getitem__(self, index: int | slice) -> str | _View:
+        return _View(self._names, self._rows[index]) if isinstance(index, slice) else self._names[self._rows[index]]
+
+
+class Files(Pictures):
+    """Pictures that are files under `root`."""
+
+    def __init__(self, root: Path, names: Iterable[str] = (), labels: Iterable[int] = ()) -> None:
+        self.root = root
+        self.names: Names = Names(names)
+        self.labels: array[int] = array("I", labels)
+
+    def reader(self, row: int) -> Callable[[], bytes]:
+        """Reads the file."""
+        return functools.partial(_read, self.root / self.names[row])
+
+
+class Found(NamedTuple):
+    """What a reader found: classes by key (a folder's name, a wnid) in label order, their words, pictures."""
+
+    layout: str
+    keys: Sequence[str]
+    words: Mapping[str, str]
+    """Names of the classes by key, `tabby, tabby cat`, where the source has them."""
+    train: Pictures
+    val: Pictures | None
+    notes: tuple[str, ...]
 
 
 def class_folders(path: Path) -> tuple[list[str], list[str]]:
@@ -72,7 +166,7 @@ def class_folders(path: Path) -> tuple[list[str], list[str]]:
     Raises:
         DataError: a folder cannot be listed.
     """
-    folders = sorted(entry.name for entry in _entries(path) if entry.is_dir())
+    folders = sorted(entry.name for entry in _entries(path) if _is_folder(entry))
     filled = [name for name in folders if any(is_picture(file) for file in _walk(path / name))]
     return filled, sorted(set(folders) - set(filled))
 
@@ -83,16 +177,26 @@ def listing(root: Path, folders: Sequence[str]) -> tuple[Files, int]:
     Raises:
         DataError: a folder cannot be listed.
     """
-    names: list[str] = []
-    labels: list[int] = []
+    found = Files(root)
     others = 0
     for label, folder in enumerate(folders):
         files = sorted(_walk(root / folder))
         pictures = [f"{folder}/{file}" for file in files if is_picture(file)]
         others += len(files) - len(pictures)
-        names += pictures
-        labels += [label] * len(pictures)
-    return Files(root, names, labels), others
+        found.names.extend(pictures)
+        found.labels.extend([label] * len(pictures))
+    return found, others
+
+
+def left_out(where: str, empty: Sequence[str], others: int) -> tuple[str, ...]:
+    """Notes on what is not taken: classes without pictures, files that are none."""
+    notes = []
+    if empty:
+        listed = ", ".join(f"{where}{name}" for name in empty[:3]) + (", ..." if len(empty) > 3 else "")
+        notes.append(f"left out, holding no pictures: {listed}")
+    if others:
+        notes.append(f"left out, being no pictures by their names: {others:,}")
+    return tuple(notes)
 
 
 def is_picture(file: str) -> bool:
@@ -105,10 +209,18 @@ def _walk(folder: Path, inside: str = "", above: frozenset[tuple[int, int]] = fr
     entries = _entries(folder)
     above = above | {_identity(folder)}
     for entry in entries:
-        if not entry.is_dir():
+        if not _is_folder(entry):
             yield inside + entry.name
         elif not entry.is_symlink() or _identity(folder / entry.name) not in above:
             yield from _walk(folder / entry.name, f"{inside}{entry.name}/", above)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a folder, or a link to one; a link to itself is neither, and fails when it is read."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:

@@ -23,10 +23,11 @@ from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from alexnet_cli.core import census, fast_images, images
 from alexnet_cli.core.assembly import Totals, assemble, settle
-from alexnet_cli.core.listing import Item
+from alexnet_cli.core.listing import Item, Pictures
 from alexnet_cli.core.plan import LOCK, PLAN, Plan, check_foreign
 from alexnet_cli.core.shard_writer import ShardWriter, finished_shard, write_durably
 from alexnet_cli.core.shards import DUPLICATES, MEAN, PARTIAL, RECORD, REJECTED, SIDE, SPLITS, index_name
@@ -125,7 +126,7 @@ def _pack_split(
 def _chunks(plan: Plan, split: str, first: int) -> Iterator[_Chunk]:
     """The pictures of a split in shuffled order, from shard `first` on."""
     items = plan.source.splits[split]
-    order = np.random.default_rng((ORDER_SEED, SPLITS.index(split))).permutation(len(items))
+    order = _order(items, np.random.default_rng((ORDER_SEED, SPLITS.index(split))))
     for start in range(first * plan.shard_images, len(items), plan.shard_images):
         end = min(start + plan.shard_images, len(items))
         for place in range(start, end, CHUNK):
@@ -134,6 +135,16 @@ def _chunks(plan: Plan, split: str, first: int) -> Iterator[_Chunk]:
             chosen = [items[row] for row in rows]
             keys = [_key(p, item.name) for p, item in zip(places, chosen, strict=True)]
             yield _Chunk(start // plan.shard_images, rows, keys, chosen, last=places.stop == end)
+
+
+def _order(items: Pictures, generator: np.random.Generator) -> npt.NDArray[np.int64]:
+    """A permutation of the rows; where blocks can only be read whole, of the blocks and within each."""
+    order = generator.permutation(len(items))
+    if items.blocks is None or not len(items):
+        return order
+    blocks = np.asarray(items.blocks)
+    places = generator.permutation(int(blocks.max()) + 1)[blocks]
+    return order[np.argsort(places[order], kind="stable")]
 
 
 def _key(place: int, name: str) -> str:

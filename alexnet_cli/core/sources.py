@@ -1,20 +1,24 @@
 """Data sets as they are found: recognise the layout, name the classes, list the pictures. No torch.
 
-A layout is a function from a folder to a Source, or to None where the folder is not of its kind;
-`LAYOUTS` are tried in order. A split may be any sequence of Item, so that archives fit beside folders. A
-source is only read.
+A layout is a function from a folder to what is Found there, or to None where the folder is not of its kind;
+`LAYOUTS` are tried in order. Pictures may lie in folders, archives or tables. A source is only read.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
+from array import array
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from alexnet_cli.core.listing import Files, Item, class_folders, listing
+from alexnet_cli.core.ilsvrc import ilsvrc_words
+from alexnet_cli.core.imagenet import kaggle, official
+from alexnet_cli.core.listing import Files, Found, Pictures, class_folders, left_out, listing
+from alexnet_cli.core.parquet import huggingface
 from alexnet_cli.errors import DataError, UsageError
 
 VAL_FRACTION = 0.1  # of each class, where the source has no validation split of its own
@@ -36,7 +40,7 @@ class Source:
     path: Path
     layout: str
     classes: tuple[ClassName, ...]
-    splits: Mapping[str, Sequence[Item]]
+    splits: Mapping[str, Pictures]
     notes: tuple[str, ...] = ()
     """What was found and left out."""
 
@@ -45,8 +49,8 @@ class Source:
         digest = hashlib.sha256(repr([tuple(name) for name in self.classes]).encode(errors="surrogateescape"))
         for split, items in self.splits.items():
             digest.update(f"\n{split} {len(items)}\n".encode())
-            for item in items:
-                digest.update(f"{item.label} {item.name}\0".encode(errors="surrogateescape"))
+            for label, name in zip(items.labels, items.names, strict=True):
+                digest.update(f"{label} {name}\0".encode(errors="surrogateescape"))
         return digest.hexdigest()
 
 
@@ -65,21 +69,34 @@ def recognise(path: Path, val_fraction: float | None = None) -> Source:
         missing = "is not a folder" if path.exists() else "does not exist"
         raise DataError(f"{path} {missing}", "name the folder that holds train/ and val/, or one folder per class")
     for layout in LAYOUTS:
-        source = layout(path, val_fraction)
-        if source is not None:
-            return source
+        found = layout(path)
+        if found is not None:
+            return _source(path, found, val_fraction, spare=layout in (_train_and_val, _folder_of_classes))
     raise DataError(
-        f"{path} has no pictures in a layout that is known. Looked for: train/CLASS/ with val/CLASS/, "
+        f"{path} has no pictures in a layout that is known. Looked for: ILSVRC2012_img_train.tar, "
+        "ILSVRC/Data/CLS-LOC/, train-*.parquet, train/CLASS/ with val/CLASS/, "
         "Tiny ImageNet (val/val_annotations.txt), CLASS/",
         "put the pictures of each class into a folder of its own, at least two classes",
     )
 
 
-def _tiny_imagenet(path: Path, val_fraction: float | None) -> Source | None:
+def _source(path: Path, found: Found, val_fraction: float | None, spare: bool) -> Source:
+    """Names for the classes; a validation split, taken from the training pictures if that is asked for or usual."""
+    words = found.words or _words(path) or ilsvrc_words(found.keys)
+    classes = _class_names(found.keys, words)
+    if found.val is not None:
+        if val_fraction is not None:
+            raise UsageError(f"{path} has a validation split of its own", "leave --val-fraction out")
+        return Source(path, found.layout, classes, {"train": found.train, "val": found.val}, found.notes)
+    fraction = val_fraction if val_fraction is not None else VAL_FRACTION if spare else 0.0
+    splits = _split_by_name(found.train, len(classes), fraction)
+    return Source(path, found.layout, classes, splits, found.notes)
+
+
+def _tiny_imagenet(path: Path) -> Found | None:
     annotations = path / "val" / "val_annotations.txt"
     if not annotations.is_file() or not (path / "train").is_dir():
         return None
-    _refuse_fraction(path, val_fraction)
     folders, empty = class_folders(path / "train")
     train, others = listing(path, [f"train/{name}" for name in folders])
     label_of = {wnid: label for label, wnid in enumerate(folders)}
@@ -96,11 +113,10 @@ def _tiny_imagenet(path: Path, val_fraction: float | None) -> Source | None:
     names = sorted(label_of_file)  # a picture that has a line but no file is refused when it is read
     val = Files(path, names, [label_of_file[name] for name in names])
     layout = "Tiny ImageNet: train/WNID/images, val/val_annotations.txt"
-    notes = _notes("train/", empty, others + more)
-    return Source(path, layout, _class_names(path, folders), {"train": train, "val": val}, notes)
+    return Found(layout, folders, {}, train, val, left_out("train/", empty, others + more))
 
 
-def _train_and_val(path: Path, val_fraction: float | None) -> Source | None:
+def _train_and_val(path: Path) -> Found | None:
     if not (path / "train").is_dir():
         return None
     folders, empty = class_folders(path / "train")
@@ -109,12 +125,9 @@ def _train_and_val(path: Path, val_fraction: float | None) -> Source | None:
         if found is None:
             return None  # "train" may be a class, beside other vehicles
         raise DataError(f"{path / 'train'} has fewer than two class folders with pictures", "one folder per class")
-    classes = _class_names(path, folders)
     train, others = listing(path, [f"train/{name}" for name in folders])
     if found is None:
-        splits = _split_by_name(train, len(classes), val_fraction)
-        return Source(path, "train/CLASS", classes, splits, _notes("train/", empty, others))
-    _refuse_fraction(path, val_fraction)
+        return Found("train/CLASS", folders, {}, train, None, left_out("train/", empty, others))
     theirs, _ = class_folders(path / found)
     if not theirs:
         raise DataError(f"{path / found} has no class folders", "put its pictures into one folder per class")
@@ -123,65 +136,60 @@ def _train_and_val(path: Path, val_fraction: float | None) -> Source | None:
             f"{path / found} has the class {unknown[0]}, of which train/ has no pictures",
             "the folders of both splits must have the same names",
         )
+    val: Pictures
     val, more = listing(path, [f"{found}/{name}" for name in theirs])
-    labels = [folders.index(theirs[label]) for label in val.labels] if theirs != folders else val.labels
-    splits = {"train": train, "val": Files(path, val.names, labels)}
-    notes = _notes("train/", empty, others + more)
-    return Source(path, f"train/CLASS and {found}/CLASS", classes, splits, notes)
+    label_of = {name: label for label, name in enumerate(folders)}
+    val = val.chosen(range(len(val)), array("I", [label_of[theirs[label]] for label in val.labels]))
+    notes = left_out("train/", empty, others + more)
+    return Found(f"train/CLASS and {found}/CLASS", folders, {}, train, val, notes)
 
 
-def _folder_of_classes(path: Path, val_fraction: float | None) -> Source | None:
+def _folder_of_classes(path: Path) -> Found | None:
     folders, empty = class_folders(path)
     if len(folders) < 2:
         return None
     items, others = listing(path, folders)
-    splits = _split_by_name(items, len(folders), val_fraction)
-    notes = _notes("", empty, others)
-    return Source(path, "one folder per class", _class_names(path, folders), splits, notes)
+    return Found("one folder per class", folders, {}, items, None, left_out("", empty, others))
 
 
-LAYOUTS: tuple[Callable[[Path, float | None], Source | None], ...] = (
+LAYOUTS: tuple[Callable[[Path], Found | None], ...] = (
+    kaggle,
+    official,
+    huggingface,
     _tiny_imagenet,
     _train_and_val,
     _folder_of_classes,
 )
 
 
-def _refuse_fraction(path: Path, val_fraction: float | None) -> None:
-    if val_fraction is not None:
-        raise UsageError(f"{path} has a validation split of its own", "leave --val-fraction out")
-
-
-def _split_by_name(items: Files, classes: int, val_fraction: float | None) -> dict[str, Files]:
+def _split_by_name(items: Pictures, classes: int, fraction: float) -> dict[str, Pictures]:
     """Each class gives its share, at least one of two or more, in the order of its names' hashes.
 
     Pictures that are added later therefore move few of the others to the other split.
     """
-    fraction = VAL_FRACTION if val_fraction is None else val_fraction
-    by_class: list[list[int]] = [[] for _ in range(classes)]
+    by_class = [array("Q") for _ in range(classes)]
     for row, label in enumerate(items.labels):
         by_class[label].append(row)
-    chosen: set[int] = set()
+    chosen = bytearray(len(items))
     for rows in by_class:
         wanted = min(max(1, round(fraction * len(rows))), len(rows) - 1) if fraction else 0
-        chosen.update(sorted(rows, key=lambda row: _hash(items.names[row]))[:wanted])
-    kept = [row for row in range(len(items)) if row not in chosen]
-    return {"train": items.chosen(kept), "val": items.chosen(sorted(chosen))}
+        for row in sorted(rows, key=lambda row: _hash(items.names[row]))[: max(0, wanted)]:
+            chosen[row] = 1
+    train, val = (array("Q", [row for row, taken in enumerate(chosen) if taken == split]) for split in (0, 1))
+    return {"train": items.chosen(train), "val": items.chosen(val)}
 
 
 def _hash(name: str) -> bytes:
     return hashlib.sha256(name.encode(errors="surrogateescape")).digest()
 
 
-def _class_names(path: Path, folders: Sequence[str]) -> tuple[ClassName, ...]:
-    words = _words(path)
-    full = [words.get(folder, folder) for folder in folders]
-    short = [
-        text.partition(",")[0].strip() if folder in words else text for folder, text in zip(folders, full, strict=True)
-    ]
+def _class_names(keys: Sequence[str], words: Mapping[str, str]) -> tuple[ClassName, ...]:
+    full = [words.get(key, key) for key in keys]
+    short = [text.partition(",")[0].strip() if key in words else text for key, text in zip(keys, full, strict=True)]
+    times = Counter(short)
     # "crane" is a bird and a machine: where the first word is not enough, all of them are kept.
-    names = [text if short.count(first) > 1 else first for first, text in zip(short, full, strict=True)]
-    wnids = [folder if WNID.fullmatch(folder) else None for folder in folders]
+    names = [text if times[first] > 1 else first for first, text in zip(short, full, strict=True)]
+    wnids = [key if WNID.fullmatch(key) else None for key in keys]
     return tuple(ClassName(name, wnid) for name, wnid in zip(names, wnids, strict=True))
 
 
@@ -192,13 +200,3 @@ def _words(path: Path) -> dict[str, str]:
             pairs = (line.partition("\t") for line in file.read_text(errors="replace").splitlines())
             return {wnid.strip(): text.strip() for wnid, _, text in pairs if text.strip()}
     return {}
-
-
-def _notes(where: str, empty: Sequence[str], others: int) -> tuple[str, ...]:
-    notes = []
-    if empty:
-        listed = ", ".join(f"{where}{name}" for name in empty[:3]) + (", ..." if len(empty) > 3 else "")
-        notes.append(f"left out, holding no pictures: {listed}")
-    if others:
-        notes.append(f"left out, being no pictures by their names: {others:,}")
-    return tuple(notes)

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from alexnet_cli.core.plan import Plan
     from alexnet_cli.core.shards import Dataset
 
-LAYOUTS = "A folder with train/CLASS and val/CLASS, one folder per class, or Tiny ImageNet."
+LAYOUTS = (
+    "A folder: ImageNet as it is distributed (archives, Kaggle, Hugging Face parquet), train/CLASS and "
+    "val/CLASS, one folder per class, or Tiny ImageNet."
+)
 FRACTION = "Part of each class to validate on, where the source has no such split.  [default: 0.1]"
 CORRUPT = "Leave out and list images that cannot be decoded, or stop at the first."
 EXIF = "Turn pictures as their EXIF orientation says; in 2012 nobody did."

@@ -1,0 +1,37 @@
+"""What the 1000 classes of ILSVRC 2012 are called, for sources that have their wnids only.
+
+torchvision ships the names in the order of the sorted wnids, without the wnids. Its list is read from the
+installed file as text, since importing it would load all of torch.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+
+WNIDS_SHA256 = "385e0240499426c022b773be1ae4da780f057b89c9694c7f47199f62746b6edd"
+"""Of the 1000 wnids, sorted and joined by line feeds: another thousand classes have other names."""
+LIST = "_IMAGENET_CATEGORIES"
+
+
+def ilsvrc_words(wnids: Sequence[str]) -> dict[str, str]:
+    """Names by wnid, if these are the classes of ILSVRC 2012 and torchvision is there; else nothing."""
+    if len(wnids) != 1000 or hashlib.sha256("\n".join(sorted(wnids)).encode()).hexdigest() != WNIDS_SHA256:
+        return {}
+    names = _torchvision()
+    return dict(zip(sorted(wnids), names, strict=True)) if len(names) == len(wnids) else {}
+
+
+def _torchvision() -> list[str]:
+    package = importlib.util.find_spec("torchvision")
+    for folder in package.submodule_search_locations or () if package else ():
+        file = Path(folder) / "models" / "_meta.py"
+        if not file.is_file():
+            continue
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == LIST for t in node.targets):
+                return [str(name) for name in ast.literal_eval(node.value)]
+    return []

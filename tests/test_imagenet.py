@@ -1,0 +1,283 @@
+"""ImageNet as it is distributed: each layout is made here and prepared, and must come out the same."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import imagenet_files as made
+import numpy as np
+import numpy.typing as npt
+import pytest
+from imagenet_files import NAMES, VAL, val_name
+
+from alexnet_cli.core import ilsvrc, images, packing
+from alexnet_cli.core.devkit import read_devkit
+from alexnet_cli.core.plan import SHARD_IMAGES, Plan
+from alexnet_cli.core.shards import Dataset, Split, open_dataset
+from alexnet_cli.core.sources import ClassName, Source, recognise
+from alexnet_cli.errors import DataError, UsageError
+
+Maker = Callable[[Path, Mapping[str, bytes], Mapping[str, bytes]], None]
+LAYOUTS: dict[Maker, str] = {
+    made.archives: "ILSVRC2012_img_train.tar (a tar of WNID.tar), ILSVRC2012_img_val.tar, "
+    "classes from ILSVRC2012_devkit_t12.tar.gz",
+    made.flat: "train/WNID, flat val/, classes from ILSVRC2012_devkit_t12",
+    made.kaggle: "Kaggle, ILSVRC/Data/CLS-LOC/train/WNID, flat val/, classes from LOC_val_solution.csv",
+    made.torchvision: "train/CLASS and val/CLASS",
+    made.tiny: "Tiny ImageNet: train/WNID/images, val/val_annotations.txt",
+}
+
+
+@pytest.fixture(params=["drawn", "real"])
+def picture_set(request: pytest.FixtureRequest) -> tuple[dict[str, bytes], dict[str, bytes]]:
+    return made.drawn() if request.param == "drawn" else made.real(request.getfixturevalue("samples"))
+
+
+def prepared(source: Source, output: Path, shard_images: int = SHARD_IMAGES) -> Dataset:
+    for _ in packing.pack(Plan(source, output, shard_images=shard_images), workers=2):
+        pass
+    return open_dataset(output)
+
+
+def by_file(split: Split) -> Iterator[tuple[str, int, npt.NDArray[np.uint8]]]:
+    """File stem, label and pixels of each picture."""
+    for row in range(len(split)):
+        yield split.key(row).partition("_")[2], int(split.labels[row]), images.decode(bytes(split.jpeg(row)))
+
+
+def check(dataset: Dataset, train: Mapping[str, bytes], val: Mapping[str, bytes]) -> None:
+    """Every picture is there once, with its class, and looks as it did."""
+    wnids = sorted(made.CLASSES)
+    expected = {
+        "train": {Path(name).stem: (wnids.index(name.split("/")[0]), data) for name, data in train.items()},
+        "val": {Path(n).stem: (wnids.index(w), val[n]) for w, n in zip(VAL, sorted(val), strict=True)},
+    }
+    assert dataset.classes == NAMES
+    for name, pictures in expected.items():
+        found = {stem: (label, pixels) for stem, label, pixels in by_file(dataset.split(name))}
+        assert len(dataset.split(name)) == len(found) == len(pictures)
+        for stem, (label, data) in pictures.items():
+            assert found[stem][0] == label, stem
+            whole = images.to_256(images.decode(data)).astype(np.float64)
+            assert np.abs(found[stem][1] - whole).mean() < 5, stem
+
+
+@pytest.mark.parametrize("maker", LAYOUTS, ids=lambda maker: maker.__name__)
+def test_each_layout(maker: Maker, picture_set: tuple[dict[str, bytes], dict[str, bytes]], tmp_path: Path) -> None:
+    maker(made.fresh(tmp_path / "in"), *picture_set)
+    before = {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in (tmp_path / "in").rglob("*")}
+    source = recognise(tmp_path / "in")
+    assert source.layout == LAYOUTS[maker]
+    dataset = prepared(source, tmp_path / "out")
+    assert dataset.record["layout"] == LAYOUTS[maker]
+    check(dataset, *picture_set)
+    assert {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in (tmp_path / "in").rglob("*")} == before
+
+
+def test_archives_are_continued_to_the_same_bytes(tmp_path: Path) -> None:
+    made.archives(made.fresh(tmp_path / "in"), *made.drawn())
+    whole = prepared(recognise(tmp_path / "in"), tmp_path / "whole", shard_images=4)
+    plan = Plan(recognise(tmp_path / "in"), tmp_path / "cut", shard_images=4)
+    steps = packing.pack(plan, workers=1)
+    for _ in range(2):
+        next(steps)
+    steps.close()
+    plan = Plan(recognise(tmp_path / "in"), tmp_path / "cut", shard_images=4)
+    assert plan.state() == "unfinished"
+    assert [step.kept for step in packing.pack(plan, workers=2)].count(True) >= 1
+    assert open_dataset(tmp_path / "cut").hash == whole.hash
+
+
+@pytest.mark.parametrize("place", [".", "ILSVRC", "ILSVRC/Data/CLS-LOC"])
+def test_kaggle_from_each_of_its_folders(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made.kaggle(tmp_path, *made.drawn())
+    monkeypatch.chdir(tmp_path / place)
+    for path in (Path(), tmp_path / place):
+        source = recognise(path)
+        assert source.classes == NAMES
+        assert [len(items) for items in source.splits.values()] == [12, 5]
+        assert source.layout.startswith("Kaggle")
+        assert source.notes[-1].endswith("test/")
+    (tmp_path / "LOC_val_solution.csv").unlink()
+    with pytest.raises(DataError, match=r"no LOC_val_solution\.csv"):
+        recognise(tmp_path / place)
+
+
+def test_kaggle_sorted_by_hand(tmp_path: Path) -> None:
+    train, val = made.drawn()
+    made.kaggle(tmp_path, train, val)
+    place = tmp_path / "ILSVRC" / "Data" / "CLS-LOC" / "val"
+    for wnid, name in zip(VAL, sorted(val), strict=True):
+        (place / wnid).mkdir(exist_ok=True)
+        (place / name).rename(place / wnid / name)
+    check(prepared(recognise(tmp_path), tmp_path.parent / f"{tmp_path.name}-out"), train, val)
+
+
+def test_training_archive_alone(tmp_path: Path) -> None:
+    train, _ = made.drawn()
+    made.train_archive(tmp_path / "ILSVRC2012_img_train.tar", train)
+    source = recognise(tmp_path)
+    assert not len(source.splits["val"])
+    assert "--val-fraction" in source.notes[0]
+    assert source.classes[0] == ClassName("n01440764", "n01440764")
+    third = recognise(tmp_path, 0.3)
+    assert [len(items) for items in third.splits.values()] == [8, 4]
+    assert sorted(item.label for item in third.splits["val"]) == [0, 1, 2, 3]
+    names = sorted(item.name for split in third.splits.values() for item in split)
+    assert names == sorted(f"ILSVRC2012_img_train.tar/{name}" for name in train)
+    made.devkit(tmp_path)
+    assert recognise(tmp_path).classes == NAMES
+
+
+def test_fractions_are_refused_where_there_is_a_validation_split(tmp_path: Path) -> None:
+    made.archives(tmp_path, *made.drawn())
+    with pytest.raises(UsageError, match="validation split of its own"):
+        recognise(tmp_path, 0.1)
+
+
+def test_a_count_that_differs_from_the_ground_truth(tmp_path: Path) -> None:
+    train, val = made.drawn()
+    made.archives(tmp_path, train, val)
+    made.devkit(tmp_path, truth=(*VAL, VAL[0]))
+    with pytest.raises(
+        DataError, match=r"5 pictures, but .*devkit.* classes for 6: ILSVRC2012_val_00000006 is missing"
+    ):
+        recognise(tmp_path)
+    made.devkit(tmp_path, truth=VAL[:4])
+    with pytest.raises(DataError, match=r"no class for .*val_00000005"):
+        recognise(tmp_path)
+    made.devkit(tmp_path)
+    with tarfile.open(tmp_path / "ILSVRC2012_img_val.tar", "a") as archive:
+        archive.addfile(tarfile.TarInfo(val_name(2)))
+    with pytest.raises(DataError, match="val_00000002 twice"):
+        recognise(tmp_path)
+    for maker in (made.kaggle, made.flat):
+        maker(made.fresh(tmp_path), train, dict(list(val.items())[:-1]))
+        with pytest.raises(DataError, match=r"4 pictures, but .* classes for 5: ILSVRC2012_val_00000005"):
+            recognise(tmp_path)
+
+
+def test_truncated_archives(tmp_path: Path) -> None:
+    train, val = made.drawn()
+    for name in ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"):
+        made.archives(made.fresh(tmp_path), train, val)
+        for size in (0.6, 0.1):
+            os.truncate(tmp_path / name, int((tmp_path / name).stat().st_size * size))
+            with pytest.raises(DataError, match=name.replace(".", r"\.")) as caught:
+                recognise(tmp_path)
+            assert caught.value.hint
+    inner = {"n01440764.tar": b"", "n02012849.tar": b"x" * 700}
+    made.tar(made.fresh(tmp_path) / "ILSVRC2012_img_train.tar", inner)
+    with pytest.raises(DataError, match=r"n01440764\.tar\) is truncated"):
+        recognise(tmp_path)
+
+
+def test_parts_that_are_missing(tmp_path: Path) -> None:
+    train, val = made.drawn()
+    made.archives(tmp_path, train, val)
+    (tmp_path / "ILSVRC2012_devkit_t12.tar.gz").unlink()
+    with pytest.raises(DataError, match="has no ILSVRC2012_devkit_t12"):
+        recognise(tmp_path)
+    made.tar(tmp_path / "ILSVRC2012_devkit_t12.tar.gz", {"ILSVRC2012_devkit_t12/readme.txt": b"."}, "w:gz")
+    with pytest.raises(DataError, match="has no data/meta"):
+        recognise(tmp_path)
+    made.devkit(tmp_path)
+    (tmp_path / "ILSVRC2012_img_train.tar").unlink()
+    with pytest.raises(DataError, match=r"no ILSVRC2012_img_train\.tar and no train/"):
+        recognise(tmp_path)
+    made.train_archive(tmp_path / "ILSVRC2012_img_train.tar", {n: d for n, d in train.items() if "n0312" not in n})
+    with pytest.raises(DataError, match="of class n03126707, of which the training split has no pictures"):
+        recognise(tmp_path)
+
+
+def test_hostile_archives_touch_nothing_outside(tmp_path: Path) -> None:
+    train, _ = made.drawn()
+    secret = tmp_path / "secret.JPEG"
+    secret.write_bytes(made.jpeg(0, 0))
+    inside = made.fresh(tmp_path / "in")
+    bad = {f"n01440764/{name}": made.jpeg(1, 1) for name in ("../../../../evil.JPEG", str(tmp_path / "evil.JPEG"))}
+    inner = {}
+    for wnid in made.CLASSES:
+        files = {name.partition("/")[2]: data for name, data in {**train, **bad}.items() if name.startswith(wnid)}
+        path = made.tar(inside / "x.tar", files)
+        with tarfile.open(path, "a") as archive:
+            link = tarfile.TarInfo("link.JPEG")
+            link.type, link.linkname = tarfile.SYMTYPE, str(secret)
+            archive.addfile(link)
+        inner[f"{wnid}.tar"] = path.read_bytes()
+        path.unlink()
+    made.tar(inside / "ILSVRC2012_img_train.tar", inner)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    dataset = prepared(recognise(inside), tmp_path / "out")
+    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert {path: data for path, data in after.items() if tmp_path / "out" not in path.parents} == before
+    assert len(dataset.split("train")) == len(train)
+    reasons = sorted(line["reason"] for line in dataset.rejected())
+    assert reasons == ["it is a link, a device or the like, not a file"] * 4 + ["its name leads out of the archive"] * 2
+    for bad_class in ("../n09.tar", "/n09.tar"):
+        made.tar(inside / "ILSVRC2012_img_train.tar", {**inner, bad_class: inner["n01440764.tar"]})
+        with pytest.raises(DataError, match="leads out"):
+            recognise(inside)
+    made.tar(inside / "ILSVRC2012_img_train.tar", {**inner, "loose.JPEG": b""})
+    with pytest.raises(DataError, match=r"not in a WNID\.tar"):
+        recognise(inside)
+
+
+def test_a_link_in_the_devkit_is_not_followed(tmp_path: Path) -> None:
+    kit = made.devkit(tmp_path / "a", packed=False)
+    with tarfile.open(tmp_path / "kit.tar.gz", "w:gz") as archive:
+        for name in ("meta.mat", "ILSVRC2012_validation_ground_truth.txt"):
+            link = tarfile.TarInfo(f"kit/data/{name}")
+            link.type, link.linkname = tarfile.SYMTYPE, str(kit / "data" / name)
+            archive.addfile(link)
+    assert len(read_devkit(kit).truth) == len(VAL)
+    with pytest.raises(DataError, match="has no data/meta"):
+        read_devkit(tmp_path / "kit.tar.gz")
+
+
+def test_the_devkit_says_ids_not_the_sorted_order(tmp_path: Path) -> None:
+    kit = read_devkit(made.devkit(tmp_path))
+    assert kit.words["n02123045"] == "tabby, tabby cat"
+    assert "n00001740" not in kit.words
+    assert [kit.truth[f"ILSVRC2012_val_{i:08d}"] for i in range(1, 6)] == list(VAL)
+
+
+def test_a_devkit_that_scipy_wrote(tmp_path: Path) -> None:
+    scipy_io = pytest.importorskip("scipy.io")
+    path = made.devkit(tmp_path, packed=False)
+    kinds = [(key, object) for key in ("ILSVRC2012_ID", "WNID", "words", "gloss", "num_children", "children")]
+    synsets = np.zeros((5, 1), kinds)
+    for i, (wnid, (words, identity)) in enumerate(made.CLASSES.items()):
+        synsets[i, 0] = (float(identity), wnid, words, "a fish or a bird", 0.0, np.zeros((1, 0)))
+    synsets[4, 0] = (1001.0, "n00001740", "entity", "all there is", 4.0, np.array([[1.0, 2.0, 3.0, 4.0]]))
+    buffer = io.BytesIO()
+    scipy_io.savemat(buffer, {"synsets": synsets}, do_compression=True)
+    expected = read_devkit(path)
+    (path / "data" / "meta.mat").write_bytes(buffer.getvalue())
+    assert read_devkit(path) == expected
+
+
+def test_names_of_the_thousand_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    wnids = [f"n{i:08d}" for i in range(1000)]
+    assert ilsvrc.ilsvrc_words(wnids) == {}, "another thousand classes must not get these names"
+    digest = hashlib.sha256("\n".join(wnids).encode()).hexdigest()
+    monkeypatch.setattr(ilsvrc, "WNIDS_SHA256", digest)
+    from torchvision.models._meta import _IMAGENET_CATEGORIES
+
+    words = ilsvrc.ilsvrc_words(wnids[::-1])
+    assert [words[wnid] for wnid in wnids] == _IMAGENET_CATEGORIES
+    assert words[wnids[0]] == "tench"
+    assert ilsvrc.ilsvrc_words(wnids[:999]) == {}
+
+
+def test_names_are_found_without_torch() -> None:
+    code = "import sys; from alexnet_cli.core import ilsvrc; assert len(ilsvrc._torchvision()) == 1000; "
+    code += "assert not {'torch', 'torchvision'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
