@@ -58,6 +58,7 @@ CORE = {
     "export": "images onnx_graph session shards torch_session views weights",
     "predict": "images listing session sources torch_session views",
     "qualitative": "",
+    "stopwatch": "",
 }
 TORCH = {
     "devices", "placement", "fast_images", "packing", "loader", "augment", "response_norm", "layers", "towers",
@@ -65,7 +66,11 @@ TORCH = {
 }  # fmt: skip
 LAZY_TORCH = {"devices"}  # import it in functions only
 PLUGINS = {"errors", "recipe", "console", "options", "entry_points"}  # and anything in core
-BESIDE = {"demo": {"demo_pictures"}}
+BESIDE = {
+    "demo": {"demo_pictures"},
+    "benchmark": {"benchmark_pictures", "benchmark_prepare", "benchmark_load"},
+}
+RIVALS = {"benchmark_load"}  # what others use is measured here
 
 
 def imports(path: Path) -> set[str]:
@@ -122,7 +127,7 @@ def test_plugins(name: str) -> None:
     assert inside(path, "alexnet_plugins") <= BESIDE.get(name, set()), "plugins never import one another"
     assert inside(path, "alexnet_cli") <= PLUGINS
     tops = {module.split(".")[0] for module in imports(path)}
-    assert not tops & {"torchvision", "onnxruntime", "click"}
+    assert not tops & {"torchvision", "onnxruntime", "click"} or name in RIVALS
 
 
 def test_the_arrows_have_no_cycle() -> None:
