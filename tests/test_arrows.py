@@ -34,6 +34,7 @@ CORE = {
     "assembly": "plan shard_writer shards statistics",
     "packing": "fast_images assembly plan shard_writer shards listing statistics",
     "loader": "shards",
+    "cache": "loader",
     # sections 3 and 4: the network
     "augment": "",
     "response_norm": "",
@@ -48,7 +49,7 @@ CORE = {
     "resume": "runs",
     "evaluate": "augment loader network placement sources",
     "results": "evaluate sources",
-    "train": "augment checkpoint evaluate learning loader network placement runs shards weights",
+    "train": "augment cache checkpoint evaluate learning loader network placement runs shards weights",
     # section 6 and after: use
     "views": "",
     "onnx_metadata": "sources weights",
@@ -61,7 +62,7 @@ CORE = {
     "stopwatch": "",
 }
 TORCH = {
-    "devices", "placement", "fast_images", "packing", "loader", "augment", "response_norm", "layers", "towers",
+    "devices", "placement", "fast_images", "packing", "loader", "cache", "augment", "response_norm", "layers", "towers",
     "network", "learning", "checkpoint", "evaluate", "results", "train", "torch_session",
 }  # fmt: skip
 LAZY_TORCH = {"devices"}  # import it in functions only

@@ -35,8 +35,13 @@ class Times:
     """Images per second of every contestant, one value a round."""
 
     contest: Contest
-    ours: list[float] = field(default_factory=list)
-    peers: dict[str, list[float]] = field(default_factory=dict)
+    ours: list[float]
+    peers: dict[str, list[float]]
+
+    @classmethod
+    def of(cls, contest: Contest) -> Times:
+        """Before the first round."""
+        return cls(contest, [], {name: [] for name in contest.peers})
 
     def ratio(self, peer: str) -> float:
         """How many times as fast ours is: the median of the rounds' ratios."""
@@ -59,19 +64,19 @@ class Times:
         }
 
 
-def rounds(contest: Contest, count: int, seconds: float) -> Iterator[Times]:
-    """Time every contestant `count` times for at least so many seconds each; yields the times after each round.
+def rounds(times: Times, count: int, seconds: float) -> Iterator[int]:
+    """Time every contestant `count` times for at least so many seconds each; yields the number of each round.
 
     A pass of each before the first round, which does not count, loads code and files.
     """
-    times = Times(contest, peers={name: [] for name in contest.peers})
+    contest = times.contest
     for work in (contest.ours, *contest.peers.values()):
         work()
-    for _ in range(count):
+    for number in range(count):
         times.ours.append(rate(contest.ours, seconds))
         for name, work in contest.peers.items():
             times.peers[name].append(rate(work, seconds))
-        yield times
+        yield number
 
 
 def rate(work: Pass, seconds: float) -> float:

@@ -86,8 +86,9 @@ def benchmark(
 def _rounds(reporter: Reporter, contest: Contest, count: int, seconds: float) -> Times:
     from alexnet_cli.core import stopwatch
 
+    times = stopwatch.Times.of(contest)
     with reporter.progress(contest.name, total=count, unit="rounds") as bar:
-        for times in stopwatch.rounds(contest, count, seconds):
+        for _ in stopwatch.rounds(times, count, seconds):
             bar.advance(1)
     return times
 
