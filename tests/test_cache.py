@@ -24,7 +24,12 @@ def counted(loader: Loader, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The rows that are decoded from now on."""
     seen: list[int] = []
     original = loader.split.jpeg
-    monkeypatch.setattr(loader.split, "jpeg", lambda row: (seen.append(row), original(row))[1])
+
+    def jpeg(row: int) -> memoryview:
+        seen.append(row)
+        return original(row)
+
+    monkeypatch.setattr(loader.split, "jpeg", jpeg)
     return seen
 
 
