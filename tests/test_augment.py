@@ -74,6 +74,34 @@ def test_draws_belong_to_the_row_and_the_epoch() -> None:
     assert set(Draws.of_epoch(4000, CAFFE, 1).offsets.flatten().tolist()) == set(range(30))
 
 
+def test_all_places_are_equally_likely_and_nothing_depends_on_anything() -> None:
+    rows = 33 * 33 * 100
+    draws = Draws.of_epoch(rows, PAPER, 1)
+    counts = np.bincount(draws.offsets[:, 0] * 33 + draws.offsets[:, 1], minlength=33 * 33)
+    assert len(counts) == 33 * 33
+    chi2 = float(((counts - 100) ** 2 / 100).sum())  # 1088 degrees of freedom: deviation sqrt(2 x 1088) = 47
+    assert abs(chi2 - 1088) < 5 * 47
+    columns = [*draws.offsets.T, draws.flips, *draws.colour.T, np.roll(draws.offsets[:, 0], 1)]
+    correlations = np.corrcoef(np.stack([c.astype(np.float64) for c in columns]))
+    assert np.abs(correlations - np.eye(len(columns))).max() < 5 / np.sqrt(rows)
+
+
+def test_a_picture_s_view_does_not_depend_on_its_batch() -> None:
+    draws = Draws.of_epoch(12, PAPER, 2)
+    together = pixels(PAPER).train(torch.from_numpy(IMAGES), ROWS, draws, 2)
+    for order in ([3, 1], [5, 4, 0, 2]):  # two ranks, in other orders
+        part = pixels(PAPER).train(torch.from_numpy(IMAGES[order]), ROWS[order], draws, 2)
+        assert torch.equal(part, together[order])
+
+
+def test_the_colour_shift_has_the_deviations_of_the_paper() -> None:
+    draws = Draws.of_epoch(100_000, PAPER, 1)
+    shift = pixels(PAPER)._shift(draws.colour, 1)
+    assert shift is not None
+    expected = AXES @ np.diag((0.1 * STD) ** 2) @ AXES.T  # covariance of sum over axes of N(0, 0.1) x deviation
+    np.testing.assert_allclose(np.cov(shift.T), expected, atol=0.02 * float(expected.max()))
+
+
 def test_ten_views_are_four_corners_the_centre_and_their_mirrors() -> None:
     views = list(pixels(PAPER).ten_views(torch.from_numpy(IMAGES)))
     mean = MEAN[:, 16:240, 16:240]

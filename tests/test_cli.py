@@ -16,7 +16,9 @@ from alexnet_cli import cli, entry_points
 from alexnet_cli.errors import AlexNetError, DataError, Stopped, VerificationError
 
 HEAVY = ("torch", "torchvision", "numpy", "PIL", "onnxruntime", "onnx", "safetensors")
-COMMANDS = ("prepare", "train", "evaluate", "predict", "visualize-filters", "export", "demo", "doctor", "plugins")
+COMMANDS = (
+    "prepare", "train", "evaluate", "predict", "visualize-filters", "export", "demo", "benchmark", "doctor", "plugins",
+)  # fmt: skip
 
 
 def alexnet(

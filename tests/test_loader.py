@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 import simplejpeg
 
 from alexnet_cli.core.loader import Loader, all_batches, epoch_order, steps_per_epoch, training_batches
-from alexnet_cli.core.shards import open_dataset
+from alexnet_cli.core.shards import ROW, Dataset, index_name, open_dataset
 from alexnet_cli.errors import DataError
 
 
@@ -85,3 +87,59 @@ def test_a_damaged_picture_is_named(prepared: Path, tmp_path: Path) -> None:
         for _ in loader.batches(all_batches(len(damaged), 8)):
             pass
     assert damaged.key(5) in caught.value.what
+
+
+def test_after_damage_the_loader_still_works(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    split = open_dataset(prepared).split("train")
+    original = split.jpeg
+    plan = all_batches(len(split), 8)
+    with Loader(split, 8, 3) as loader:
+        monkeypatch.setattr(split, "jpeg", lambda row: original(row)[:900] if row == 11 else original(row))
+        with pytest.raises(DataError, match="row 11"):
+            list(loader.batches(plan))
+        monkeypatch.setattr(split, "jpeg", original)
+        for batch in loader.batches(plan):
+            for image, row in zip(batch.images.numpy(), batch.rows, strict=True):
+                np.testing.assert_array_equal(image, simplejpeg.decode_jpeg(bytes(original(int(row))), "RGB"))
+
+
+def test_a_picture_of_another_size_is_named(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    split = open_dataset(prepared).split("train")
+    small = memoryview(simplejpeg.encode_jpeg(np.zeros((100, 256, 3), np.uint8)))
+    monkeypatch.setattr(split, "jpeg", lambda row: small)
+    with Loader(split, 8, 1) as loader, pytest.raises(DataError, match="256x100, not 256x256"):
+        next(loader.batches(all_batches(8, 8)))
+
+
+def test_an_early_leaver_s_threads_do_not_write_into_the_next_batches(prepared: Path) -> None:
+    split = open_dataset(prepared).split("train")
+    truth = [simplejpeg.decode_jpeg(bytes(split.jpeg(row)), "RGB") for row in range(len(split))]
+    with Loader(split, 8, 3) as loader:
+        for round_ in range(10):
+            left = loader.batches(training_batches(len(split), 8, 0, round_ + 1))
+            next(left)
+            left.close()
+            for batch in loader.batches(all_batches(len(split), 8)):
+                for image, row in zip(batch.images.numpy(), batch.rows, strict=True):
+                    np.testing.assert_array_equal(image, truth[row])
+
+
+def test_a_set_as_large_as_imagenet_opens_at_once(tmp_path: Path) -> None:
+    rows, none = 1_281_167, np.zeros(0, np.float32)
+    table = np.zeros(rows, ROW)
+    table["label"] = np.arange(rows) % 1000
+    np.save(tmp_path / index_name("train"), table)
+    dataset = Dataset(tmp_path, "", "", (), none, none, none, {"splits": {"train": {"images": rows, "shards": []}}})
+    assert dataset.split("train").labels[1_000_999] == 999
+    assert shortest(lambda: dataset.split("train")) < 0.2
+    assert shortest(lambda: training_batches(rows, 128, 0, 1)) < 0.1
+
+
+def shortest(work: Callable[[], object]) -> float:
+    """Seconds of processor of the fastest of five, which a busy machine does not change much."""
+    found = []
+    for _ in range(5):
+        start = time.process_time()
+        work()
+        found.append(time.process_time() - start)
+    return min(found)

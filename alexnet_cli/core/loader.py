@@ -7,8 +7,8 @@ of that. Threads decode straight into a ring of batch buffers, so nothing is cop
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +26,10 @@ AHEAD = 3  # batches being decoded while one is used
 
 @dataclass(frozen=True)
 class Batch:
-    """Uint8 B x 256 x 256 x 3 (valid until the next batch is taken), labels int64 B, and the rows they came from."""
+    """Uint8 B x 256 x 256 x 3 (valid until the next batch is taken), labels int64 B, and the rows they came from.
+
+    The images are on the device of whoever made the batch; the labels are in ordinary memory.
+    """
 
     images: Tensor
     labels: Tensor
@@ -59,13 +62,19 @@ def all_batches(rows: int, batch_size: int) -> list[npt.NDArray[np.int64]]:
 
 
 class Loader:
-    """Decodes the batches it is asked for with `threads` threads; use it in a `with` block."""
+    """Decodes the batches it is asked for with `threads` threads; use it in a `with` block.
 
-    def __init__(self, split: Split, batch_size: int, threads: int, pinned: bool = False) -> None:
+    For a CUDA device the buffers are pinned, the batches are copied over while the host goes on, and a buffer is
+    written again only when its copy has arrived.
+    """
+
+    def __init__(self, split: Split, batch_size: int, threads: int, device: torch.device | None = None) -> None:
         self.split, self.threads = split, max(1, threads)
+        self.device = device or torch.device("cpu")
         self.pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
-        shape = (batch_size, SIDE, SIDE, 3)
+        shape, pinned = (batch_size, SIDE, SIDE, 3), self.device.type == "cuda"
         self.ring = [torch.empty(shape, dtype=torch.uint8, pin_memory=pinned) for _ in range(AHEAD + 1)]
+        self.copied: dict[int, torch.cuda.Event] = {}
 
     def __enter__(self) -> Loader:
         return self
@@ -77,35 +86,44 @@ class Loader:
         """End the threads; what they had begun is dropped."""
         self.pool.shutdown(wait=True, cancel_futures=True)
 
-    def batches(self, plan: Sequence[npt.NDArray[np.int64]]) -> Iterator[Batch]:
+    def batches(self, plan: Sequence[npt.NDArray[np.int64]]) -> Generator[Batch]:
         """Batches of the planned rows, in order.
 
         Raises:
             DataError: a picture of the data set is damaged; the message names it.
         """
-        ahead: deque[tuple[npt.NDArray[np.int64], Tensor, list[Future[None]]]] = deque()
+        ahead: deque[tuple[npt.NDArray[np.int64], int, list[Future[None]]]] = deque()
         upcoming = iter(enumerate(plan))
         try:
             while True:
-                while len(ahead) <= AHEAD - 1 and (item := next(upcoming, None)) is not None:
-                    ahead.append(self._start(item[1], self.ring[item[0] % len(self.ring)]))
+                while len(ahead) < AHEAD and (item := next(upcoming, None)) is not None:
+                    ahead.append(self._start(item[1], item[0] % len(self.ring)))
                 if not ahead:
                     return
-                rows, buffer, tasks = ahead.popleft()
+                rows, place, tasks = ahead[0]
                 for task in tasks:
                     task.result()
-                yield Batch(buffer[: len(rows)], torch.from_numpy(self.split.labels[rows]), rows)
+                ahead.popleft()
+                yield Batch(self._on_device(place, len(rows)), torch.from_numpy(self.split.labels[rows]), rows)
         finally:
-            for _, _, tasks in ahead:
-                for task in tasks:
-                    task.cancel()
+            started = [task for _, _, tasks in ahead for task in tasks if not task.cancel()]
+            wait(started)  # or they would write into the buffers of whoever asks next
 
-    def _start(
-        self, rows: npt.NDArray[np.int64], buffer: Tensor
-    ) -> tuple[npt.NDArray[np.int64], Tensor, list[Future[None]]]:
+    def _start(self, rows: npt.NDArray[np.int64], place: int) -> tuple[npt.NDArray[np.int64], int, list[Future[None]]]:
+        if place in self.copied:
+            self.copied.pop(place).synchronize()
         pieces = np.array_split(np.arange(len(rows)), min(self.threads * 2, len(rows)))
-        pixels = buffer.numpy()
-        return rows, buffer, [self.pool.submit(self._decode, rows, piece, pixels) for piece in pieces]
+        pixels = self.ring[place].numpy()
+        return rows, place, [self.pool.submit(self._decode, rows, piece, pixels) for piece in pieces]
+
+    def _on_device(self, place: int, images: int) -> Tensor:
+        buffer = self.ring[place][:images]
+        if self.device.type != "cuda":
+            return buffer
+        there = buffer.to(self.device, non_blocking=True)
+        self.copied[place] = torch.cuda.Event()
+        self.copied[place].record(torch.cuda.current_stream(self.device))
+        return there
 
     def _decode(self, rows: npt.NDArray[np.int64], piece: npt.NDArray[np.int64], pixels: npt.NDArray[np.uint8]) -> None:
         for place in piece:

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from alexnet_cli.core import checkpoint, weights
 from alexnet_cli.core.augment import Draws, Pixels
+from alexnet_cli.core.cache import Cache, Where, remembering
 from alexnet_cli.core.evaluate import Evaluation, TorchClassifier, evaluate
 from alexnet_cli.core.learning import Momentum, Schedule
 from alexnet_cli.core.loader import Batch, Loader, all_batches, steps_per_epoch, training_batches
@@ -84,6 +85,7 @@ class Training:
     run: Run
     placement: Placement
     threads: int
+    cache: Where = "auto"
     step: int = 0
     epoch: int = 1
     tally: Tally = field(default_factory=Tally)
@@ -182,8 +184,9 @@ def fit(
     run.rewind(training.step)
     yield _log(run, Record("start", training.epoch, training.step, steps_per_epoch=training.schedule.steps_per_epoch))
     reason = None
-    pinned = training.placement.device.type == "cuda"
-    with Loader(training.data.split("train"), training.recipe.batch_size, training.threads, pinned) as loader:
+    train, size, device = training.data.split("train"), training.recipe.batch_size, training.placement.device
+    with Loader(train, size, training.threads, device) as decoding:
+        loader = remembering(decoding, training.cache)
         while reason is None and not _over(training):
             for record in _epoch(training, loader, record_every, stop, max_steps):
                 reason = record.reason
@@ -215,7 +218,7 @@ def _log(run: Run, record: Record) -> Record:
 
 def _epoch(
     training: Training,
-    loader: Loader,
+    loader: Loader | Cache,
     record_every: int,
     stop: Callable[[], str | None],
     max_steps: int | None,

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from alexnet_cli.core.shards import Dataset
     from alexnet_cli.core.train import Record, Training
 
+Cache = Literal["auto", "device", "none"]
 NAMES = "paper, krizhevsky, caffe, fast, tiny, or a TOML file. [default: paper]"
 
 
@@ -46,6 +47,9 @@ def train(
     name: Annotated[str | None, typer.Option(help="Name of the run. [default: date, time and recipe]")] = None,
     max_time: Annotated[str | None, typer.Option(help="Save and stop after so long, such as 8h or 1h30m.")] = None,
     jobs: JobsOption = None,
+    cache: Annotated[
+        Cache, typer.Option(help="Keep the decoded pictures: on the device, nowhere, or there if they fit a GPU.")
+    ] = "auto",
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Show every value and its source, and quit.")
     ] = False,
@@ -73,7 +77,7 @@ def train(
     if run:
         resolved = agreed(run, resolved, said)
     dataset = open_dataset(find_dataset(data or (str(run.about["data_path"]) if run else None)))
-    training = _begin(reporter, resolved, dataset, gpus, jobs, run, name)
+    training = _begin(reporter, resolved, dataset, gpus, jobs, cache, run, name)
     last = training.run.checkpoints / "last"
     reason = _run(reporter, training, last.resolve() if run and last.exists() else None, max_steps, limit)
     _finish(reporter, training, reason)
@@ -85,6 +89,7 @@ def _begin(
     data: Dataset,
     gpus: str | None,
     jobs: int | None,
+    cache: Cache,
     run: Run | None,
     name: str | None,
 ) -> Training:
@@ -103,7 +108,7 @@ def _begin(
     about = _about(placement, data, recipe)
     run = run or Run.create(name, recipe, about)
     run.update({**about, "status": "running"})
-    training = Training(recipe, data, run, placement, threads_for_decoding(jobs))
+    training = Training(recipe, data, run, placement, threads_for_decoding(jobs), cache)
     for note in placement.notes:
         reporter.line("note", note)
     count = sum(p.numel() for _, p in parameters_by_name(training.network))

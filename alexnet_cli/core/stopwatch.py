@@ -1,0 +1,126 @@
+"""Contestants timed in turn, A B C A B C ..., so that a busy moment of the machine hits all of them alike."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+Pass = Callable[[], int]
+"""Does the work once and returns how many images that were."""
+
+
+@dataclass(frozen=True)
+class Contest:
+    """What one topic of `alexnet benchmark` compares: ours, the others by name, and what a reader should know."""
+
+    name: str
+    ours: Pass
+    peers: Mapping[str, Pass]
+    notes: Sequence[str] = ()
+    missing: Sequence[str] = ()
+    """Peers that are not installed."""
+    extra: Mapping[str, float] = field(default_factory=dict)
+    """Further measurements, in seconds, by name."""
+
+
+@dataclass
+class Times:
+    """Images per second of every contestant, one value a round."""
+
+    contest: Contest
+    ours: list[float]
+    peers: dict[str, list[float]]
+
+    @classmethod
+    def of(cls, contest: Contest) -> Times:
+        """Before the first round."""
+        return cls(contest, [], {name: [] for name in contest.peers})
+
+    def ratio(self, peer: str) -> float:
+        """How many times as fast ours is: the median of the rounds' ratios."""
+        return statistics.median(a / b for a, b in zip(self.ours, self.peers[peer], strict=True))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Medians, spreads (slowest and fastest round) and ratios."""
+        every = {"ours": self.ours, **self.peers}
+        return {
+            "name": self.contest.name,
+            "ours": statistics.median(self.ours),
+            "peers": {name: statistics.median(rates) for name, rates in self.peers.items()},
+            "ratio": {name: self.ratio(name) for name in self.peers},
+            "spread": {name: [min(rates), max(rates)] for name, rates in every.items()},
+            "unit": "img/s",
+            "rounds": len(self.ours),
+            "seconds": dict(self.contest.extra),
+            "notes": list(self.contest.notes),
+            "missing": list(self.contest.missing),
+        }
+
+
+def rounds(times: Times, count: int, seconds: float) -> Iterator[int]:
+    """Time every contestant `count` times for at least so many seconds each; yields the number of each round.
+
+    A pass of each before the first round, which does not count, loads code and files.
+    """
+    contest = times.contest
+    for work in (contest.ours, *contest.peers.values()):
+        work()
+    for number in range(count):
+        times.ours.append(rate(contest.ours, seconds))
+        for name, work in contest.peers.items():
+            times.peers[name].append(rate(work, seconds))
+        yield number
+
+
+def rate(work: Pass, seconds: float) -> float:
+    """Images per second over as many passes as last so long."""
+    images, start = 0, time.perf_counter()
+    while True:
+        images += work()
+        elapsed = time.perf_counter() - start
+        if elapsed >= seconds:
+            return images / elapsed
+
+
+def least_seconds(work: Callable[[], object], tries: int = 3) -> float:
+    """The shortest of some tries: what the work costs where nothing disturbs it."""
+    found = []
+    for _ in range(tries):
+        start = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - start)
+    return min(found)
+
+
+def hardware(workers: int) -> dict[str, Any]:
+    """The processor, its cores, the workers used, and how busy the machine was already."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    return {"cpu": _processor(), "cores": os.cpu_count(), "workers": workers, "load_before": load}
+
+
+def versions(names: Sequence[str]) -> dict[str, str]:
+    """Python's version, and those of the packages that are installed."""
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

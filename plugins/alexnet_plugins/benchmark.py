@@ -1,0 +1,172 @@
+"""`alexnet benchmark`: ours and what a user would use instead, measured side by side on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from alexnet_cli.console import Reporter
+from alexnet_cli.errors import DataError
+from alexnet_cli.options import DataOption, JsonFlag, QuietFlag
+
+if TYPE_CHECKING:
+    from alexnet_cli.core.stopwatch import Contest, Times
+
+PACKAGES = ("alexnet-cli", "torch", "torchvision", "pillow", "simplejpeg", "numpy", "opencv-python-headless",
+            "opencv-python", "nvidia-dali-cuda120", "nvidia-dali-cuda130")  # fmt: skip
+
+
+class Topic(StrEnum):
+    """What can be measured."""
+
+    prepare = "prepare"
+    load = "load"
+    all = "all"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a topic measures with; `scratch` is an empty folder of its own."""
+
+    scratch: Path
+    pictures: Path | None
+    data: str | None
+    images: int
+    workers: int
+
+
+Opening = Callable[[Setting], AbstractContextManager["Contest"]]
+
+
+def benchmark(
+    topic: Annotated[Topic, typer.Argument(help="What to measure.")] = Topic.all,
+    pictures: Annotated[
+        Path | None, typer.Option(help="Measure on the JPEGs in this folder. [default: drawn ones of 500x375]")
+    ] = None,
+    data: DataOption = None,
+    images: Annotated[int, typer.Option(min=16, help="How many pictures, at most.")] = 512,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each is timed.")] = 5,
+    seconds: Annotated[float, typer.Option(min=0.0, help="The shortest time a timing may take.")] = 1.0,
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", "-j", min=1, help="Threads, or processes. [default: one per core]")
+    ] = None,
+    json: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Time ours against what is used otherwise, on the same files and workers.
+
+    All take turns, round after round; medians, slowest and fastest rounds, and ratios are shown.
+    """
+    from alexnet_cli.core import stopwatch
+
+    reporter = Reporter("benchmark", json=json, quiet=quiet)
+    workers = jobs or _cores()
+    chosen = list(TOPICS) if topic is Topic.all else [topic]
+    for name in chosen:
+        machine = stopwatch.hardware(workers)
+        with (
+            tempfile.TemporaryDirectory(prefix="alexnet-benchmark-") as scratch,
+            TOPICS[name](Setting(Path(scratch), pictures, data, images, workers)) as contest,
+        ):
+            times = _rounds(reporter, contest, rounds, seconds)
+        about = {"hardware": machine, "versions": stopwatch.versions(PACKAGES)}
+        reporter.result({**times.as_dict(), **about})
+        _show(reporter, times, about)
+
+
+def _rounds(reporter: Reporter, contest: Contest, count: int, seconds: float) -> Times:
+    from alexnet_cli.core import stopwatch
+
+    times = stopwatch.Times.of(contest)
+    with reporter.progress(contest.name, total=count, unit="rounds") as bar:
+        for _ in stopwatch.rounds(times, count, seconds):
+            bar.advance(1)
+    return times
+
+
+def _show(reporter: Reporter, times: Times, about: dict[str, Any]) -> None:
+    """The table, and under it what it was measured on."""
+    from rich.table import Table
+
+    found = times.as_dict()
+    table = Table(found["name"], "img/s", "slowest", "fastest", "ours is", box=None)
+    for name, value in {"ours": found["ours"], **found["peers"]}.items():
+        low, high = found["spread"][name]
+        ratio = f"{found['ratio'][name]:.2f} x" if name in found["ratio"] else ""
+        table.add_row(name, f"{value:,.0f}", f"{low:,.0f}", f"{high:,.0f}", ratio)
+    reporter.show(table)
+    for name, cost in found["seconds"].items():
+        reporter.show(f"{name}: {cost * 1000:,.1f} ms")
+    for name in found["missing"]:
+        reporter.show(f"{name} is not installed: left out")
+    for note in found["notes"]:
+        reporter.show(note)
+    machine = about["hardware"]
+    load = "" if machine["load_before"] is None else f", load {machine['load_before']:.1f} before"
+    reporter.show(f"{machine['cpu']}, {machine['cores']} cores, {machine['workers']} workers{load}")
+    reporter.show(" · ".join(f"{name} {number}" for name, number in about["versions"].items()))
+
+
+@contextlib.contextmanager
+def _prepare(setting: Setting) -> Iterator[Contest]:
+    from alexnet_plugins import benchmark_prepare
+
+    source, paths, note = _source(setting)
+    with benchmark_prepare.contest(source, paths, setting.workers, setting.scratch, [note]) as contest:
+        yield contest
+
+
+@contextlib.contextmanager
+def _load(setting: Setting) -> Iterator[Contest]:
+    from alexnet_cli.core.packing import pack
+    from alexnet_cli.core.plan import Plan
+    from alexnet_cli.core.shards import find_dataset, open_dataset
+    from alexnet_cli.core.sources import recognise
+    from alexnet_plugins import benchmark_load
+
+    if setting.data is not None:
+        path = find_dataset(setting.data)
+        note = f"measured on the training split of {path}"
+    else:
+        source, _, note = _source(setting)
+        path = setting.scratch / "prepared"
+        for _ in pack(Plan(recognise(source), path), setting.workers):
+            pass
+        note += ", prepared"
+    split = open_dataset(path).split("train")
+    with benchmark_load.contest(split, setting.workers, setting.scratch, [note]) as contest:
+        yield contest
+
+
+def _source(setting: Setting) -> tuple[Path, list[Path], str]:
+    """A folder with train/CLASS and val/CLASS, the pictures in it, and a sentence about them."""
+    from alexnet_plugins import benchmark_pictures
+
+    source = setting.scratch / "source"
+    if setting.pictures is None:
+        benchmark_pictures.draw(source, setting.images)
+        note = f"measured on {setting.images:,} pictures of about 500x375, drawn for it (--pictures: your own)"
+    else:
+        chosen = benchmark_pictures.files(setting.pictures, setting.images)
+        if len(chosen) < benchmark_pictures.CLASSES:
+            raise DataError(f"{setting.pictures} holds {len(chosen)} JPEGs", "name a folder with some hundreds")
+        benchmark_pictures.tree(chosen, source)
+        note = f"measured on {len(chosen):,} pictures of {setting.pictures}"
+    return source, sorted(source.rglob("*.jpg")), note
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+TOPICS: dict[Topic, Opening] = {Topic.prepare: _prepare, Topic.load: _load}
+"""The contestants of each topic. A new topic is a file beside this one, a name in Topic and an entry here."""
