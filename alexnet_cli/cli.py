@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from alexnet_cli import __version__
-from alexnet_cli.entry_points import Offer, callable_offers
+from alexnet_cli.entry_points import HINT, Offer, callable_offers
 from alexnet_cli.errors import AlexNetError, MissingError
 
 HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
@@ -37,6 +37,10 @@ class LazyGroup(TyperGroup):
         if offer and not offer.ours and not ctx.resilient_parsing:
             command = _imported(offer)
         return name, command, rest
+
+    def invoke(self, ctx: Any) -> None:
+        """Run the command; what its function returns is no exit code."""
+        super().invoke(ctx)
 
 
 class _Loaded(dict[str, Any]):
@@ -71,6 +75,9 @@ def _imported(offer: Offer) -> Any:
         return _command(offer.name, offer.load())
     except MissingError as error:
         return _stub(offer, f"(did not load: {error.what.partition(': ')[2] or error.what})", error)
+    except Exception as error:  # Typer refuses some signatures, and does so with an assertion
+        reason = f"the command {offer.name} of {offer.distribution} cannot be built: {error}"
+        return _stub(offer, f"(did not load: {error})", MissingError(reason, HINT))
 
 
 def _command(name: str, found: Any, help_text: str | None = None, settings: dict[str, Any] = HELP_OPTIONS) -> Any:
@@ -131,11 +138,10 @@ def root(
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit with its code (see errors.py)."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    command = typer.main.get_command(app)
     debug = "--debug" in arguments[:1]
 
     def run() -> Any:
-        return command.main(args=arguments, prog_name="alexnet", standalone_mode=False)
+        return typer.main.get_command(app).main(args=arguments, prog_name="alexnet", standalone_mode=False)
 
     code = _guarded(run, debug)
     try:
@@ -164,7 +170,7 @@ def _told(error: BaseException) -> tuple[str, str, int]:
     """What to say of an error, what to do about it, and the exit code."""
     if isinstance(error, AlexNetError):
         return error.what, error.hint, error.exit_code
-    if isinstance(error, typer.TyperException):
+    if hasattr(error, "format_message"):  # the parser's errors; their base has no public name before Typer 0.27.2
         return _usage(error)
     if isinstance(error, KeyboardInterrupt | typer.Abort):
         return "stopped by Ctrl-C", "", 130
@@ -178,7 +184,7 @@ def _told(error: BaseException) -> tuple[str, str, int]:
 
 def _usage(error: Any) -> tuple[str, str, int]:
     """What the parser says, in our form: what it suggests becomes the hint."""
-    message = " ".join((error.format_message() if hasattr(error, "format_message") else str(error)).split())
+    message = " ".join(error.format_message().split())
     context = getattr(error, "ctx", None)
     hint = f"{context.command_path if context is not None else 'alexnet'} --help"
     suggested = re.search(r"(?:Did you mean (.+)\?|\(Possible options: (.+)\))$", message)

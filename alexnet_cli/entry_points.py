@@ -7,9 +7,10 @@ Our own and everybody else's come through this door; only ours cannot be replace
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from importlib.metadata import EntryPoint, distributions
+from importlib.metadata import Distribution, EntryPoint, distributions
 from typing import Any
 
 from alexnet_cli.errors import MissingError
@@ -33,7 +34,7 @@ class Offer:
     @property
     def ours(self) -> bool:
         """Whether it is built in."""
-        return self.distribution == OURS
+        return _same(self.distribution, OURS)
 
     def load(self) -> Any:
         """Import the command: a function or a typer.Typer.
@@ -45,7 +46,7 @@ class Offer:
             raise MissingError(f"the command {self.name} of {self.distribution} is {self.status}: {self.reason}", HINT)
         try:
             found = self.entry.load()
-        except Exception as error:  # a plugin may fail in any way; none may take the others with it
+        except (Exception, SystemExit) as error:  # a plugin may fail in any way; none may take the others with it
             reason = f"{type(error).__name__}: {error}"
             raise MissingError(
                 f"the command {self.name} of {self.distribution} did not load: {reason}", HINT
@@ -63,16 +64,28 @@ def offers(environment: Mapping[str, str] = os.environ) -> list[Offer]:
 
     ALEXNET_PLUGINS limits third parties to the distributions it lists, separated by commas; empty means none.
     """
-    found = []
+    found: list[Offer] = []
     for distribution in distributions():
-        for entry in distribution.entry_points:
-            if entry.group == GROUP:
-                about = distribution.metadata
-                offer = Offer(entry.name, about["Name"], distribution.version, about["Summary"] or "", entry)
-                if offer not in found:  # a folder that is on the path twice
-                    found.append(offer)
+        new = _offered(distribution)
+        if new and not any(_same(new[0].distribution, other.distribution) for other in found):
+            found += new  # of one distribution that is on the path twice the first, as import has it
     found.sort(key=lambda offer: (offer.name, not offer.ours, offer.distribution))
     return [_judged(offer, found, environment.get("ALEXNET_PLUGINS")) for offer in found]
+
+
+def _offered(distribution: Distribution) -> list[Offer]:
+    """What one distribution offers: nothing if its own records are damaged."""
+    try:
+        entries = [entry for entry in distribution.entry_points if entry.group == GROUP]
+        if not entries:
+            return []
+        about = {
+            key: distribution.metadata[key] for key in ("Name", "Version", "Summary") if key in distribution.metadata
+        }
+    except Exception:  # half an uninstallation, somebody else's: no reason for our commands to fail
+        return []
+    name, version, summary = about.get("Name", "(unnamed)"), about.get("Version", "?"), about.get("Summary", "")
+    return [Offer(entry.name, name, version, summary, entry) for entry in entries]
 
 
 def _judged(offer: Offer, every: list[Offer], allowed: str | None) -> Offer:
@@ -90,11 +103,17 @@ def _judged(offer: Offer, every: list[Offer], allowed: str | None) -> Offer:
 
 
 def _rivals(offer: Offer, other: Offer) -> bool:
-    return other.name == offer.name and other.distribution != offer.distribution
+    return other.name == offer.name and not _same(other.distribution, offer.distribution)
 
 
 def _allowed(offer: Offer, allowed: str | None) -> bool:
-    return offer.ours or allowed is None or offer.distribution in [name.strip() for name in allowed.split(",")]
+    return offer.ours or allowed is None or any(_same(offer.distribution, name) for name in allowed.split(","))
+
+
+def _same(one: str, other: str) -> bool:
+    """Whether two names mean one distribution: case, and which of - _ . is used, do not matter to installers."""
+    plain = [re.sub(r"[-_.]+", "-", name.strip()).lower() for name in (one, other)]
+    return plain[0] == plain[1]
 
 
 def callable_offers(environment: Mapping[str, str] = os.environ) -> dict[str, Offer]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import typer
 
 from alexnet_cli import cli, entry_points
 from alexnet_cli.errors import AlexNetError, DataError, Stopped, VerificationError
@@ -25,7 +27,9 @@ def alexnet(
     *arguments: str, path: Path | None = None, settings: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run the command as a user does; `path` is a folder of other people's plugins."""
-    environment = os.environ | {"PYTHONPATH": str(path or "")} | (settings or {})
+    paths = [str(path)] if path else []
+    paths += [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | (settings or {})
     command = [sys.executable, "-m", "alexnet_cli.cli", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False)
 
@@ -211,11 +215,68 @@ def test_two_that_claim_one_name_are_both_named(plugin: Callable[..., Path]) -> 
     assert alexnet("hello", "world", path=path, settings={"ALEXNET_PLUGINS": "alexnet-two"}).stdout == "hello world"
 
 
-@pytest.mark.parametrize(("allowed", "works"), [("", False), ("other", False), ("other, alexnet-extra", True)])
+@pytest.mark.parametrize(
+    ("allowed", "works"),
+    [("", False), ("other", False), ("other, alexnet-extra", True), ("Alexnet_Extra", True)],
+)
 def test_plugins_can_be_switched_off(plugin: Callable[..., Path], allowed: str, works: bool) -> None:
     result = alexnet("hello", "world", path=plugin("hello", HELLO), settings={"ALEXNET_PLUGINS": allowed})
     assert (result.stdout == "hello world") is works
     assert result.returncode == (0 if works else 2)
+
+
+def test_a_plugin_that_quits_on_import_takes_nobody_with_it(plugin: Callable[..., Path]) -> None:
+    path = plugin("leaver", "import sys\nsys.exit('bye')\n")
+    assert alexnet("leaver", "--x", path=path).returncode == 4
+    result = alexnet("plugins", "--json", path=path)
+    assert {row["name"]: row["status"] for row in json.loads(result.stdout)["plugins"]}["leaver"] == "broken"
+
+
+def test_a_signature_typer_refuses_is_the_plugins_fault(plugin: Callable[..., Path]) -> None:
+    result = alexnet("odd", "3", path=plugin("odd", "def run(x: int | str) -> None: ...\n"))
+    assert result.returncode == 4
+    assert "alexnet-extra cannot be built" in result.stderr
+
+
+def test_what_a_function_returns_is_no_exit_code(plugin: Callable[..., Path]) -> None:
+    assert alexnet("five", path=plugin("five", "def run() -> int:\n    return 5\n")).returncode == 0
+
+
+def test_an_exit_code_is_kept(plugin: Callable[..., Path]) -> None:
+    assert (
+        alexnet("five", path=plugin("five", "import typer\ndef run() -> None:\n    raise typer.Exit(5)\n")).returncode
+        == 5
+    )
+
+
+@pytest.mark.parametrize("records", [b"[alexnet.commands]\nzz\n", b"\xff\xfe", b"[alexnet.commands]\nhello = x:run\n"])
+def test_damaged_records_of_a_distribution_stop_nobody(plugin: Callable[..., Path], records: bytes) -> None:
+    path = plugin("hello", HELLO)
+    damaged = path / "half_gone-1.0.dist-info"
+    damaged.mkdir()
+    (damaged / "entry_points.txt").write_bytes(records)
+    assert alexnet("--version", path=path).returncode == 0
+    assert alexnet("plugins", path=path).returncode == 0
+
+
+def test_of_a_distribution_installed_twice_the_first_counts(plugin: Callable[..., Path], tmp_path: Path) -> None:
+    path = plugin("hello", HELLO)
+    shutil.copytree(path, tmp_path / "again", ignore=shutil.ignore_patterns("again"))
+    twice = path / "alexnet_extra-1.2.dist-info" / "METADATA"
+    twice.write_text(twice.read_text(encoding="utf-8").replace("1.2", "1.3"), encoding="utf-8")
+    older = tmp_path / "again" / "alexnet_extra-1.2.dist-info" / "entry_points.txt"
+    older.write_text(older.read_text(encoding="utf-8") + "gone = alexnet_extra:run\n", encoding="utf-8")
+    paths = os.pathsep.join([str(path), str(tmp_path / "again")])
+    rows = json.loads(alexnet("plugins", "--json", path=Path(paths)).stdout)["plugins"]
+    assert [(row["name"], row["version"]) for row in rows if row["distribution"] == "alexnet-extra"] == [
+        ("hello", "1.3")
+    ]
+
+
+def test_the_parsers_errors_need_no_new_typer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(typer, "TyperException", raising=False)
+    assert cli._told(typer.BadParameter("too big")) == ("Invalid value: too big", "alexnet --help", 2)
+    assert cli._told(ZeroDivisionError("oops"))[2] == 1
 
 
 def test_completion_offers_commands_and_options() -> None:
@@ -252,3 +313,17 @@ def test_doctor_tells_what_really_opens() -> None:
         assert found["onnxruntime_providers"]["CUDAExecutionProvider"] != "ok"
     for name in ("ALEXNET_DATA", "ALEXNET_RUNS_DIR", "ALEXNET_PLUGINS"):
         assert name in found["environment"]
+
+
+@pytest.mark.parametrize("package", ["torch", "onnxruntime"])
+def test_doctor_survives_the_patient(tmp_path: Path, package: str) -> None:
+    (tmp_path / f"{package}.py").write_text("raise ImportError('libcudart.so.13: cannot open')\n", encoding="utf-8")
+    result = alexnet("doctor", "--json", path=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["problems"] == {package: "ImportError: libcudart.so.13: cannot open"}
+    assert f"{package}: ImportError" in alexnet("doctor", path=tmp_path).stdout
+
+
+def test_what_is_switched_off_is_not_broken(plugin: Callable[..., Path]) -> None:
+    result = alexnet("doctor", "--json", path=plugin("hello", HELLO), settings={"ALEXNET_PLUGINS": ""})
+    assert not any("hello" in key for key in json.loads(result.stdout)["broken_commands"])

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, TypeVar
 
 from alexnet_cli import __version__
 from alexnet_cli.console import Reporter
@@ -18,21 +19,26 @@ PACKAGES = ("torch", "torchvision", "numpy", "pillow", "simplejpeg", "safetensor
             "onnxruntime", "typer", "rich", "tomli-w")  # fmt: skip
 VARIABLES = ("ALEXNET_DATA", "ALEXNET_RUNS_DIR", "ALEXNET_PLUGINS", "CUDA_VISIBLE_DEVICES", "NO_COLOR")
 
+Found = TypeVar("Found")
+
 
 def doctor(json: JsonFlag = False, quiet: QuietFlag = False) -> None:
     """Show versions, devices, what ONNX Runtime can really open, disk space, settings and broken commands."""
     from alexnet_cli.core.devices import cpu_bf16, onnx_providers, visible_gpus
 
     reporter = Reporter("doctor", json=json, quiet=quiet)
-    gpus = [{"index": g.index, "name": g.name, "memory": g.memory, "capability": g.capability} for g in visible_gpus()]
+    problems: dict[str, str] = {}
+    gpus = _tried("torch", visible_gpus, problems) or []
+    providers = _tried("onnxruntime", onnx_providers, problems) or {}
     found = {
         "alexnet": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: installed for name in PACKAGES if (installed := _installed(name))},
-        "gpus": gpus,
+        "gpus": [{"index": g.index, "name": g.name, "memory": g.memory, "capability": g.capability} for g in gpus],
         "cpu": {"cores": os.cpu_count(), "bf16": cpu_bf16()},
-        "onnxruntime_providers": onnx_providers(),
+        "onnxruntime_providers": providers,
+        "problems": problems,
         "disk_free": shutil.disk_usage(".").free,
         "environment": {name: os.environ.get(name) for name in VARIABLES},
         "broken_commands": _broken(),
@@ -40,6 +46,15 @@ def doctor(json: JsonFlag = False, quiet: QuietFlag = False) -> None:
     reporter.result(found)
     for label, text in _lines(found):
         reporter.show(f"{label:<10}{text}")
+
+
+def _tried(package: str, probe: Callable[[], Found], problems: dict[str, str]) -> Found | None:
+    """What a probe finds; a package that does not even import is a finding too, noted under its name."""
+    try:
+        return probe()
+    except Exception as error:
+        problems[package] = f"{type(error).__name__}: {error}"
+        return None
 
 
 def _installed(name: str) -> str | None:
@@ -52,7 +67,7 @@ def _installed(name: str) -> str | None:
 def _broken() -> dict[str, str]:
     """Commands that do not load -> why."""
     broken = {}
-    for offer in offers():
+    for offer in (offer for offer in offers() if offer.status != "disabled"):
         try:
             offer.load()
         except MissingError as error:
@@ -62,16 +77,17 @@ def _broken() -> dict[str, str]:
 
 def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
     """The same for people."""
+    none = "torch does not import" if "torch" in found["problems"] else "none for torch: training runs on the CPU"
     gpus = [f"{g['index']}: {g['name']}, {g['memory'] / 2**30:.0f} GiB" for g in found["gpus"]]
     cpu = found["cpu"]
     lines = [
         ("alexnet", f"{found['alexnet']} · Python {found['python']} · {found['platform']}"),
         ("packages", " · ".join(f"{name} {number}" for name, number in found["packages"].items())),
-        ("GPUs", " · ".join(gpus) or "none that torch can use: training runs on the CPU"),
+        ("GPUs", " · ".join(gpus) or none),
         ("CPU", f"{cpu['cores']} cores, bf16 arithmetic: {'yes' if cpu['bf16'] else 'no'}"),
     ]
     lines += [("ONNX", f"{provider}: {state}") for provider, state in found["onnxruntime_providers"].items()]
     lines.append(("disk", f"{found['disk_free'] / 1e9:,.0f} GB free here"))
     lines += [("set", f"{name}={value}") for name, value in found["environment"].items() if value is not None]
-    lines += [("broken", f"{name}: {why}") for name, why in found["broken_commands"].items()]
+    lines += [("broken", f"{name}: {why}") for name, why in (found["problems"] | found["broken_commands"]).items()]
     return lines
