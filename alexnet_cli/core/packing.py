@@ -30,7 +30,7 @@ from alexnet_cli.core.assembly import Totals, assemble, settle
 from alexnet_cli.core.listing import Item, Pictures
 from alexnet_cli.core.plan import LOCK, PLAN, Plan, check_foreign
 from alexnet_cli.core.shard_writer import ShardWriter, finished_shard, write_durably
-from alexnet_cli.core.shards import DUPLICATES, MEAN, PARTIAL, RECORD, REJECTED, SIDE, SPLITS, index_name
+from alexnet_cli.core.shards import DUPLICATES, MEAN, PARTIAL, RECORD, REJECTED, SPLITS, index_name
 from alexnet_cli.core.statistics import PixelSums
 from alexnet_cli.errors import DataError, StorageError
 
@@ -172,28 +172,26 @@ def _in_order(
 
 
 def _process(chunk: _Chunk, plan: Plan, measure: bool) -> _Packed:
-    pixels = np.empty((len(chunk.items), SIDE, SIDE, 3), np.uint8)
     jpegs: list[bytes | str] = []
-    facts = []
-    good = 0
+    facts, pictures = [], []
     for row, item in zip(chunk.rows, chunk.items, strict=True):
         try:
             data = item.read()
             rgb = fast_images.decode(data)
             if plan.exif_rotate:
                 rgb = images.upright(rgb, data)
-            pixels[good] = fast_images.to_256(rgb)
+            picture = fast_images.to_256(rgb)
         except DataError as error:
             jpegs.append(error.what)
         except OSError as error:
             jpegs.append(f"it cannot be read: {error.strerror or error}")
         else:
-            jpegs.append(fast_images.encode(pixels[good], plan.quality))
+            jpegs.append(fast_images.encode(picture, plan.quality))
             facts.append(census.fact(row, rgb, data))
-            good += 1
+            pictures.append(picture)
     sums = PixelSums()
     if measure:
-        sums.add(pixels[:good])
+        sums.add(pictures)
     return _Packed(jpegs, facts, sums)
 
 
