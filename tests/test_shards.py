@@ -142,7 +142,7 @@ def test_statistics_are_those_of_the_pixels(folder: Path, prepared: Path) -> Non
 def test_sums_are_exact_at_the_extreme() -> None:
     sums = PixelSums()
     for _ in range(3):
-        sums.add(np.full((16, 256, 256, 3), 255, np.uint8))
+        sums.add([np.full((256, 256, 3), 255, np.uint8)] * 16)
     assert (sums.products == 48 * 256 * 256 * 255 * 255).all()
     assert (sums.pixels == 48 * 255).all()
     deviations, _ = sums.colour_axes()
