@@ -60,12 +60,16 @@ class ShardWriter:
         self._member(f"{key}.cls", str(label).encode())
 
     def finish(self) -> Finished:
-        """Make the shard and then its sidecar durable."""
-        self._write(TAR_END)
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._temporary.replace(self.folder / self.name)
+        """Make the shard and then its sidecar durable, or abandon it. May run in another thread, as the last call."""
+        try:
+            self._write(TAR_END)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._temporary.replace(self.folder / self.name)
+        except BaseException:
+            self.abandon()
+            raise
         sync_folder(self.folder)
         entry = {
             "file": self.name,
@@ -73,7 +77,8 @@ class ShardWriter:
             "sha256": self._digest.hexdigest(),
             "images": len(self._rows),
         }
-        finished = Finished(entry, np.array(self._rows, ROW), self.sums, np.array(self.facts, FACT), self.rejected)
+        facts = np.array(self.facts, FACT)
+        finished = Finished(entry, np.array(self._rows, ROW), self.sums, facts, self.rejected)
         write_durably(_sidecar(self.folder, self.name), _packed(finished))
         return finished
 
