@@ -29,7 +29,7 @@ from alexnet_cli.core import census, fast_images, images
 from alexnet_cli.core.assembly import Totals, assemble, settle
 from alexnet_cli.core.listing import Item, Pictures
 from alexnet_cli.core.plan import LOCK, PLAN, Plan, check_foreign
-from alexnet_cli.core.shard_writer import ShardWriter, finished_shard, write_durably
+from alexnet_cli.core.shard_writer import Finished, ShardWriter, finished_shard, write_durably
 from alexnet_cli.core.shards import DUPLICATES, MEAN, PARTIAL, RECORD, REJECTED, SPLITS, index_name
 from alexnet_cli.core.statistics import PixelSums
 from alexnet_cli.errors import DataError, StorageError
@@ -109,18 +109,24 @@ def _pack_split(
         return _process(chunk, plan, measure=split == "train")
 
     writer: ShardWriter | None = None
-    try:
-        for chunk, packed in _in_order(pool, work, _chunks(plan, split, first), ahead=2 * workers + 2):
-            writer = writer or ShardWriter(plan.output, split, chunk.shard)
-            refused = _write(writer, split, chunk, packed)
-            _refuse(refused, on_corrupt)
-            if chunk.last:
-                totals.add(writer.finish())
-                writer = None
-            yield Progress(split, len(chunk.items), len(refused))
-    finally:
-        if writer is not None:
-            writer.abandon()
+    finishing: deque[Future[Finished]] = deque()
+    with ThreadPoolExecutor(1, thread_name_prefix="sync") as behind:  # a slow disk must not hold up the codec
+        try:
+            for chunk, packed in _in_order(pool, work, _chunks(plan, split, first), ahead=2 * workers + 2):
+                writer = writer or ShardWriter(plan.output, split, chunk.shard)
+                refused = _write(writer, split, chunk, packed)
+                _refuse(refused, on_corrupt)
+                if chunk.last:
+                    if finishing:
+                        totals.add(finishing.popleft().result())
+                    finishing.append(behind.submit(writer.finish))
+                    writer = None
+                yield Progress(split, len(chunk.items), len(refused))
+            while finishing:
+                totals.add(finishing.popleft().result())
+        finally:
+            if writer is not None:
+                writer.abandon()
 
 
 def _chunks(plan: Plan, split: str, first: int) -> Iterator[_Chunk]:

@@ -24,6 +24,7 @@ from alexnet_cli.core.shards import PARTIAL, ROW, TAR_BLOCK, shard_name
 from alexnet_cli.core.statistics import PixelSums
 
 TAR_END = bytes(2 * TAR_BLOCK)
+NO_HEADER = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,16 @@ class ShardWriter:
         self._member(f"{key}.cls", str(label).encode())
 
     def finish(self) -> Finished:
-        """Make the shard and then its sidecar durable."""
-        self._write(TAR_END)
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._temporary.replace(self.folder / self.name)
+        """Make the shard and then its sidecar durable, or abandon it. May run in another thread, as the last call."""
+        try:
+            self._write(TAR_END)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._temporary.replace(self.folder / self.name)
+        except BaseException:
+            self.abandon()
+            raise
         sync_folder(self.folder)
         entry = {
             "file": self.name,
@@ -72,7 +77,8 @@ class ShardWriter:
             "sha256": self._digest.hexdigest(),
             "images": len(self._rows),
         }
-        finished = Finished(entry, np.array(self._rows, ROW), self.sums, np.array(self.facts, FACT), self.rejected)
+        facts = np.array(self.facts, FACT)
+        finished = Finished(entry, np.array(self._rows, ROW), self.sums, facts, self.rejected)
         write_durably(_sidecar(self.folder, self.name), _packed(finished))
         return finished
 
@@ -82,15 +88,26 @@ class ShardWriter:
         self._temporary.unlink(missing_ok=True)
 
     def _member(self, name: str, data: bytes) -> None:
-        header = tarfile.TarInfo(name)  # modification time, owner and group are 0: equal pictures, equal bytes
-        header.size = len(data)
         padding = bytes(-len(data) % TAR_BLOCK)
-        self._write(header.tobuf(tarfile.USTAR_FORMAT) + data + padding)
+        self._write(tar_header(name, len(data)) + data + padding)
 
     def _write(self, data: bytes) -> None:
         self._file.write(data)
         self._digest.update(data)
         self._position += len(data)
+
+
+def tar_header(name: str, size: int) -> bytes:
+    """A ustar header with modification time, owner and group 0, so that equal pictures make equal bytes.
+
+    The same as tarfile writes, in an eighth of the time: two a picture were felt.
+    """
+    header = bytearray(NO_HEADER)
+    header[: len(name)] = name.encode("ascii")
+    header[124:135] = b"%011o" % size
+    header[148:156] = b"        "  # the sum counts its own place as blanks
+    header[148:155] = b"%06o\0" % sum(header)
+    return bytes(header)
 
 
 def finished_shard(folder: Path, split: str, number: int) -> Finished | None:
