@@ -228,7 +228,9 @@ def trained_on(path: Path) -> str | None:
     """The prepared data set that the run of a weights file was trained on, if it is still there."""
     run = run_of(path)
     data = Run(run).about.get("data_path") if run else None
-    return data if isinstance(data, str) and Path(data).is_dir() else None
+    if not isinstance(data, str) or not Path(data).is_dir():
+        return None
+    return os.path.relpath(data) if Path(data).is_relative_to(Path.cwd()) else data
 
 
 def run_of(path: Path) -> Path | None:
