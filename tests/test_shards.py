@@ -12,7 +12,6 @@ import random
 import re
 import signal
 import tarfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -199,7 +198,7 @@ def _killed(folder: Path, output: Path, at: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         synced(descriptor)
 
-    os.fsync = sync
+    os.fsync = sync  # type: ignore[assignment]
     list(pack(plan(folder, output), 2))
 
 
