@@ -138,6 +138,7 @@ def root(
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit with its code (see errors.py)."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    _make_streams_safe()
     debug = "--debug" in arguments[:1]
 
     def run() -> Any:
@@ -149,6 +150,16 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except BrokenPipeError:
         code = _quiet_pipe()
     sys.exit(code)
+
+
+def _make_streams_safe() -> None:
+    """A closed stream swallows what is written to it; what an encoding lacks is shown as an escape."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - for as long as we run
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _guarded(run: Callable[[], Any], debug: bool) -> int:
@@ -178,6 +189,8 @@ def _told(error: BaseException) -> tuple[str, str, int]:
         what = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
         if error.errno in STORAGE_ERRORS:
             return what, "free some space, or write to another disk", 7
+        if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError):
+            return what, "check the path and its permissions", 3
         return what, "check the path and its permissions", 1
     return f"internal error: {type(error).__name__}: {error}", "a bug; alexnet --debug COMMAND shows where", 1
 

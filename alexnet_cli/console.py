@@ -5,6 +5,7 @@ On a terminal progress is one moving line; elsewhere a plain line every half min
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 SECONDS_BETWEEN_LINES = 30.0
+WIDTH_OF_FILES = 160  # columns of a table that goes to a file or a pipe
 
 
 class Progress(Protocol):
@@ -61,7 +63,8 @@ class Reporter:
         else:
             from rich.console import Console
 
-            Console(highlight=False).print(renderable)
+            width = None if sys.stdout.isatty() else WIDTH_OF_FILES
+            Console(highlight=False, width=width).print(renderable)
         sys.stdout.flush()
 
     @contextmanager
@@ -85,8 +88,9 @@ class Reporter:
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
-            sys.stderr.write(text + "\n")
-            sys.stderr.flush()
+            with contextlib.suppress(BrokenPipeError):  # nobody reads on: no reason to stop working
+                sys.stderr.write(text + "\n")
+                sys.stderr.flush()
 
 
 def moving(stream: Any) -> bool:

@@ -19,7 +19,7 @@ DataOption = Annotated[
     typer.Option(
         "--data",
         metavar="D",
-        help="A prepared data set: its folder, or its name under prepared/. [default: the only one]",
+        help="A prepared data set: its folder, or its name under prepared/. [default: the only one, or the newest]",
     ),
 ]
 BatchOption = Annotated[int | None, typer.Option("--batch-size", "-b", min=1, help="Images at a time.")]

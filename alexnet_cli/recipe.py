@@ -7,6 +7,8 @@ net #145, which made the paper's ILSVRC-2012 numbers; "Caffe" is bvlc_alexnet.
 from __future__ import annotations
 
 import difflib
+import re
+import sys
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -50,6 +52,7 @@ class Recipe:
 
     # 4 Reducing overfitting
     crops: bool = knob(True, "4.1", "random crops in training; otherwise the centre")
+    crop_group: int = knob(1, "4.1", "images, one after the other, that share a crop and a reflection", 1)
     flips: bool = knob(True, "4.1", "random horizontal reflections in training")
     colour_shift: float = knob(0.1, "4.1", "deviation of the shift along each principal axis, in its own", 0)
     colour_shift_epochs: int = knob(0, "4.1", "epochs with the colour shift; 0 = all", 0)
@@ -90,7 +93,7 @@ class Recipe:
     fc67_std: float = knob(0.01, "5", "the same in layers 6 and 7", 0)
     bias: float = knob(1.0, "5", "initial biases of layers 2, 4, 5, 6, 7; the others start at 0")
     precision: Literal["fp32", "tf32", "bf16"] = knob("fp32", "5", "arithmetic of the matrix products")
-    seed: int = knob(0, "-", "of initial values, order, crops, shifts and dropout", 0)
+    seed: int = knob(0, "-", "of initial values, order, crops, shifts and dropout", 0, 2**31 - 1)
 
     def __post_init__(self) -> None:
         """Raise RecipeError for the first value that is out of range or of the wrong kind."""
@@ -126,9 +129,13 @@ def _checked(key: str, value: Any) -> Any:
         value = float(value)
     if type(value) is not kind:
         raise RecipeError(f"recipe: {key} = {value!r} should be of type {kind.__name__}", str(meta["about"]))
+    if kind is str and not re.fullmatch(r"[\w.-]*\w[\w.-]*", value):
+        raise RecipeError(f"recipe: {key} = {value!r} is not a plain name", "letters, digits, '-' and '_' do well")
     low, high = meta.get("low"), meta.get("high")
+    high = sys.float_info.max if kind is float and high is None else high
     if (low is not None and not value >= low) or (high is not None and not value <= high):
         span = f"at least {low:g}" + (f" and at most {high:g}" if high is not None else "")
+        span = span.replace(f" and at most {sys.float_info.max:g}", " and finite")
         raise RecipeError(f"recipe: {key} = {value!r} is out of range", f"it must be {span}")
     return value
 
@@ -141,6 +148,7 @@ KRIZHEVSKY = replace(
     stage1_order="norm-pool-relu",
     within_norm_2=True,
     lrn_alpha_divided=True,
+    crop_group=32,
     colour_shift_epochs=67,
     colour_shift_divide=1.1,
     bias_rate=2.0,
@@ -191,6 +199,10 @@ FAST = replace(
 
 TINY = replace(FAST, name="tiny", width=0.25, dropout=0.2, batch_size=64, epochs=16, learning_rate=0.03)
 
+LETTER = {"conv345_std": 0.01}  # what the paper's text has, where recipe `paper` differs
+
+_SOURCES = {"krizhevsky": "code", "caffe": "Caffe"}  # of the values in which a named recipe differs from the paper
+
 RECIPES: Mapping[str, Recipe] = {r.name: r for r in (PAPER, KRIZHEVSKY, CAFFE, FAST, TINY)}
 
 
@@ -210,6 +222,13 @@ def load(name_or_file: str) -> Recipe:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not TOML: {error}", "a run's recipe.toml is a good start") from error
     return from_values(values)
+
+
+def listed(name_or_file: str | None) -> dict[str, str]:
+    """The keys that a recipe file lists itself, each with the file's name; none for a named recipe."""
+    if name_or_file is None or name_or_file in RECIPES:
+        return {}
+    return dict.fromkeys(tomllib.loads(Path(name_or_file).read_text(encoding="utf-8")), name_or_file)
 
 
 def from_values(values: Mapping[str, Any]) -> Recipe:
@@ -243,7 +262,8 @@ def parsed(settings: Sequence[str]) -> dict[str, Any]:
     return values
 
 
-def describe(key: str) -> tuple[str, str]:
-    """What a key means and where its value in recipe `paper` comes from."""
+def describe(key: str, base: str = "paper") -> tuple[str, str]:
+    """What a key means, and where its value in the named recipe `base` comes from."""
     meta = _FIELDS[key].metadata
-    return str(meta["about"]) if meta else "", str(meta["source"]) if meta else ""
+    changed_by_base = base in RECIPES and getattr(RECIPES[base], key) != getattr(PAPER, key)
+    return str(meta["about"]), _SOURCES.get(base, "-") if changed_by_base else str(meta["source"])

@@ -114,3 +114,17 @@ def test_ten_views_are_four_corners_the_centre_and_their_mirrors() -> None:
         np.testing.assert_allclose(mirrored.numpy(), raw - mean, atol=1e-3)
         assert not torch.equal(view, mirrored)
     torch.testing.assert_close(views[4], pixels(PAPER).centre_view(torch.from_numpy(IMAGES)))
+
+
+def test_crops_are_shared_by_images_one_after_the_other() -> None:
+    """Net #145 drew one crop and reflection for 32 images in a row; colours stayed each image's own."""
+    order = np.random.default_rng(1).permutation(100)
+    draws = Draws.of_epoch(100, KRIZHEVSKY, 1, order)
+    offsets, flips, colour = draws.offsets[order], draws.flips[order], draws.colour[order]
+    for first in range(0, 100, 32):
+        group = slice(first, first + 32)
+        assert (offsets[group] == offsets[first]).all()
+        assert (flips[group] == flips[first]).all()
+        assert len(np.unique(colour[group, 0])) == len(colour[group])
+    assert len(np.unique(offsets[::32], axis=0)) > 1
+    assert len(np.unique(Draws.of_epoch(100, PAPER, 1, order).offsets, axis=0)) > 50

@@ -125,7 +125,7 @@ def test_mistakes_are_two_lines_and_exit_2(arguments: tuple[str, ...], error: st
         (Stopped("time is up", "go on", 75), 75),
         (OSError(errno.ENOSPC, "No space left on device", "/full"), 7),
         (OSError(errno.EROFS, "Read-only file system", "/cd"), 7),
-        (PermissionError(errno.EACCES, "Permission denied", "/secret"), 1),
+        (PermissionError(errno.EACCES, "Permission denied", "/secret"), 3),
         (KeyboardInterrupt(), 130),
         (ZeroDivisionError("oops"), 1),
     ],

@@ -103,7 +103,10 @@ def test_a_second_demo_replaces_only_what_the_first_made(tmp_path: Path) -> None
         (folder / name / "inside").mkdir(parents=True)
     (folder / "mine.txt").write_text("keep")
     assert _fresh(folder) == folder
-    assert sorted(p.name for p in folder.iterdir()) == [MARKER, "mine.txt"]
+    (folder / "runs" / "mine").mkdir()
+    assert _fresh(folder) == folder
+    left = sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
+    assert left == [MARKER, "mine.txt", "prepared", "runs", "runs/mine"]
 
 
 def test_links_are_taken_away_and_what_they_point_to_stays(tmp_path: Path) -> None:
@@ -144,7 +147,7 @@ def test_commands_run_in_the_folder_without_the_users_settings(
     with pytest.raises(AlexNetError) as caught:
         Stage(tmp_path, json=False, quiet=False).run(("visualize-filters",))
     assert caught.value.exit_code == 3
-    assert "no run to take weights from in runs" in capfd.readouterr().err
+    assert "no newest run to take weights from in runs" in capfd.readouterr().err
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from alexnet_cli.core.evaluate import Evaluation, TorchClassifier, evaluate, mat
 from alexnet_cli.core.loader import Batch
 from alexnet_cli.core.network import Network, initialise
 from alexnet_cli.core.placement import Placement
+from alexnet_cli.core.results import interval
 from alexnet_cli.core.sources import ClassName
 from alexnet_cli.errors import DataError
 from alexnet_cli.recipe import FAST
@@ -109,3 +110,11 @@ def test_a_subset_matches_and_an_unknown_class_is_an_error() -> None:
     assert renamed.tolist() == [1, 0]
     with pytest.raises(DataError, match="such as wolf"):
         matching((A, B), (A, ClassName("wolf", "n03")), Path("m"))
+
+
+@pytest.mark.parametrize(
+    ("error", "images", "low", "high"), [(0.0, 300, 0.0, 0.0126), (0.5, 100, 0.4038, 0.5962), (1.0, 10, 0.7225, 1.0)]
+)
+def test_intervals_are_wilsons(error: float, images: int, low: float, high: float) -> None:
+    """Values of the textbook formula, worked out elsewhere."""
+    assert interval(error, images) == pytest.approx((low, high), abs=5e-4)

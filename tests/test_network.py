@@ -123,7 +123,7 @@ def test_every_recipe_runs_forward_and_backward(name: str) -> None:
     recipe = replace(RECIPES[name], width=1 / 16)
     network = Network(recipe, 7)
     initialise(network)
-    network.draw_dropout(1)
+    network.draw_dropout(step=1)
     logits = network(torch.randn(2, 3, recipe.input_size, recipe.input_size) * 60 / recipe.input_divisor)
     assert logits.shape == (2, 7)
     logits.square().sum().backward()
@@ -143,6 +143,6 @@ def test_every_switch_changes_the_network(change: dict[str, object]) -> None:
     for recipe in (replace(FAST, width=1 / 16), replace(FAST, width=1 / 16, **change)):  # type: ignore[arg-type]
         network = Network(recipe, 7)
         initialise(network)
-        network.draw_dropout(1)
+        network.draw_dropout(step=1)
         outputs.append(network(x / 64))
     assert not torch.allclose(outputs[0], outputs[1])

@@ -34,7 +34,7 @@ def test_paper_is_the_paper() -> None:
 def test_krizhevsky_is_net_145_as_run() -> None:
     assert changes(KRIZHEVSKY) == {
         "stage1_order": "norm-pool-relu", "within_norm_2": True, "lrn_alpha_divided": True,
-        "colour_shift_epochs": 67, "colour_shift_divide": 1.1,
+        "crop_group": 32, "colour_shift_epochs": 67, "colour_shift_divide": 1.1,
         "bias_rate": 2.0, "bias_rate_drops": False, "bias_decay": False,
         "conv1_slow_epoch": 67, "conv1_freeze_epoch": 72,
         "schedule": "fixed", "drop_epochs": (25, 51, 79), "epochs": 91,
@@ -70,7 +70,7 @@ def test_every_field_says_what_it_is_and_where_it_comes_from() -> None:
     for field in fields(Recipe):
         about, source = recipes.describe(field.name)
         assert about
-        assert source in {"-", "2", "3.1", "3.2", "3.3", "3.4", "3.5", "4.1", "4.2", "5", "code"}, field.name
+        assert source in {"-", "2", "Caffe", "3.1", "3.2", "3.3", "3.4", "3.5", "4.1", "4.2", "5", "code"}, field.name
 
 
 @pytest.mark.parametrize(
@@ -96,6 +96,9 @@ def test_settings_as_typed(setting: str, key: str, value: object) -> None:
         ("drop_epochs=[5, 3]", "must rise", "[25, 51, 79]"),
         ("drop_epochs=5", "not a list", "[25, 51, 79]"),
         ("towers=3", "out of range", "at most 2"),
+        ("learning_rate=inf", "out of range", "finite"),
+        ("name=../up", "not a plain name", "letters"),
+        ("seed=99999999999999999999", "out of range", "at most"),
     ],
 )
 def test_refusals_help(setting: str, what: str, hint: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from alexnet_cli.core import resume
 from alexnet_cli.core.runs import Run, find_weights, point, run_of
-from alexnet_cli.errors import StorageError, UsageError, WeightsError
+from alexnet_cli.errors import DataError, StorageError, UsageError, WeightsError
 from alexnet_cli.recipe import PAPER, TINY
 
 
@@ -67,7 +67,9 @@ def test_a_record_cut_short_by_a_crash_is_left_out() -> None:
     with (run.path / "metrics.jsonl").open("a") as file:
         file.write('{"event":"st')
     assert [r["step"] for r in run.records()] == [1, 2, 3]
-    run.rewind(2)
+    (run.path / "alexnet.onnx").write_bytes(b"stale")
+    run.begin(PAPER, 2)
+    assert not (run.path / "alexnet.onnx").exists()
     lines = (run.path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2]
 
@@ -95,7 +97,7 @@ def test_what_w_means() -> None:
 
 
 def test_what_w_cannot_be() -> None:
-    with pytest.raises(WeightsError, match="no run to take weights from"):
+    with pytest.raises(WeightsError, match="no newest run to take weights from"):
         find_weights(None)
     Run.create("r", PAPER, {})
     with pytest.raises(WeightsError, match="is called nothing") as caught:
@@ -109,12 +111,13 @@ def test_what_w_cannot_be() -> None:
 def test_going_on_refuses_what_would_change_the_result() -> None:
     run = Run.create("r", TINY, {})
     assert resume.agreed(run, replace(TINY, epochs=99), set()).epochs == 99
-    assert run.recipe.epochs == 99
+    assert run.recipe == TINY, "nothing is written before the run has really gone on"
     with pytest.raises(UsageError, match=r"learning_rate = 0.5 differs") as caught:
         resume.agreed(run, replace(run.recipe, learning_rate=0.5), set())
     assert "--set learning_rate=0.5" in caught.value.hint
-    resume.agreed(run, replace(run.recipe, learning_rate=0.5), {"learning_rate"})
-    assert run.recipe.learning_rate == 0.5
+    assert resume.agreed(run, replace(TINY, learning_rate=0.5), {"learning_rate"}).learning_rate == 0.5
+    with pytest.raises(UsageError, match="is another network"):
+        resume.agreed(run, replace(TINY, width=0.5), {"width"})
 
 
 def test_which_run_auto_goes_on_with() -> None:
@@ -133,13 +136,31 @@ def test_which_run_auto_goes_on_with() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "seconds"), [("8h", 28800), ("30m", 1800), ("1h30m", 5400), ("90s", 90), ("90", 90), (None, None)]
+    ("text", "seconds"), [("8h", 28800), ("30m", 1800), ("1h30m", 5400), ("90s", 90), (None, None)]
 )
 def test_lengths_of_time(text: str | None, seconds: float | None) -> None:
     assert resume.seconds(text) == seconds
 
 
-@pytest.mark.parametrize("text", ["", "soon", "-5", "1.5h", "5m1h", "h"])
+@pytest.mark.parametrize("text", ["", "8", "soon", "-5", "1.5h", "5m1h", "h"])
 def test_no_lengths_of_time(text: str) -> None:
     with pytest.raises(UsageError, match="not a length of time"):
         resume.seconds(text)
+
+
+def test_two_commands_on_one_run() -> None:
+    run = Run.create("r", PAPER, {})
+    with run.locked(), pytest.raises(DataError, match="another command is training"), run.locked():
+        pass
+    with run.locked():
+        pass
+
+
+def test_the_newest_run_is_taken_by_its_own_name() -> None:
+    """So that results land in it even if another run becomes the newest meanwhile."""
+    run = Run.create("r", PAPER, {})
+    checkpoint(run, 1, "last")
+    assert run_of(find_weights(None)) == run.path
+    for spec in ("", "."):
+        with pytest.raises(WeightsError):
+            find_weights(spec)

@@ -165,6 +165,34 @@ def test_a_damaged_checkpoint_is_a_message(start: Callable[..., Training], name:
     assert str(last) in caught.value.what
 
 
+def test_a_network_that_broke_is_never_saved(start: Callable[..., Training]) -> None:
+    """Also when it breaks in the last step of an epoch, whose own loss was still good."""
+    training = start(replace(SMALL, batch_size=48, epochs=3, learning_rate=1e20))
+    with pytest.raises(VerificationError):
+        list(fit(training))
+    assert not list(training.run.checkpoints.iterdir())
+    assert "NaN" not in (training.run.path / "metrics.jsonl").read_text()
+
+
+def test_the_newest_whole_checkpoint_is_gone_on_from(start: Callable[..., Training]) -> None:
+    training = start(replace(SMALL, epochs=2))
+    list(fit(training))
+    other = training.run.checkpoints / "00000003"
+    last = (training.run.checkpoints / "last").resolve()
+    if not other.exists():
+        shutil.copytree(last, other)
+    (training.run.checkpoints / "last").unlink()
+    assert checkpoint.newest(training.run) == (training.run.checkpoints / last.name, [])
+    (last / "state.pt").write_bytes(b"")
+    found, damaged = checkpoint.newest(training.run)
+    assert found is not None
+    assert (found.name, [p.name for p in damaged]) == ("00000003", [last.name])
+    shutil.rmtree(other)
+    with pytest.raises(WeightsError, match="no whole checkpoint left"):
+        checkpoint.newest(training.run)
+    assert checkpoint.newest(start().run) == (None, [])
+
+
 def test_only_last_and_best_are_kept(start: Callable[..., Training]) -> None:
     training = start(replace(SMALL, epochs=4))
     records = list(fit(training))

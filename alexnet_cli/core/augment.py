@@ -29,12 +29,18 @@ class Draws:
     colour: npt.NDArray[np.float32]
 
     @classmethod
-    def of_epoch(cls, rows: int, recipe: Recipe, epoch: int) -> Draws:
-        """Draw for every row of the training set; `epoch` counts from 1. What the recipe switches off is neutral."""
+    def of_epoch(cls, rows: int, recipe: Recipe, epoch: int, order: npt.NDArray[np.int64] | None = None) -> Draws:
+        """Draw for every row of the training set; `epoch` counts from 1. What the recipe switches off is neutral.
+
+        `order` is the order of the epoch, in which `crop_group` rows, one after the other, share crop and reflection.
+        """
         generator = np.random.default_rng((recipe.seed, epoch, 0xA06))
         offsets = generator.integers(0, SIDE - recipe.input_size + 1, (rows, 2))
         flips = generator.random(rows) < 0.5
         colour = generator.standard_normal((rows, 3), dtype=np.float32)
+        if recipe.crop_group > 1 and order is not None:
+            leaders = order[np.arange(rows) // recipe.crop_group * recipe.crop_group]
+            offsets[order], flips[order] = offsets[leaders], flips[leaders]
         if not recipe.crops:
             offsets = np.full_like(offsets, (SIDE - recipe.input_size) // 2)
         if not recipe.flips:

@@ -31,6 +31,7 @@ from alexnet_cli.errors import StorageError, WeightsError
 
 SCHEMA = "alexnet.checkpoint/1"
 STATE, META = "state.pt", "meta.json"
+DAMAGED = "--resume goes on from the newest checkpoint that is whole"
 
 
 @dataclass(frozen=True)
@@ -82,25 +83,49 @@ def save(
     return final
 
 
+def newest(run: Run) -> tuple[Path | None, list[Path]]:
+    """The newest checkpoint that is whole (None before the first), and those after it that are not.
+
+    Raises:
+        WeightsError: there were checkpoints, and none is whole.
+    """
+    folders = [p for p in run.checkpoints.glob("*") if p.name.isdigit() and p.is_dir() and not p.is_symlink()]
+    damaged: list[Path] = []
+    for folder in sorted(folders, reverse=True):
+        try:
+            _check(folder)
+        except WeightsError:
+            damaged.append(folder)
+        else:
+            return folder, damaged
+    if damaged or any(record.get("event") == "checkpoint" for record in run.records()):
+        what = f"{run.path} has no whole checkpoint left" + (f": {damaged[0]} is damaged" if damaged else "")
+        raise WeightsError(what, "put one back, or start a new run")
+    return None, []
+
+
 def load(directory: Path) -> Resumable:
     """Read a checkpoint and check its sums. Nothing in it can run code.
 
     Raises:
         WeightsError: it is incomplete, damaged or foreign.
     """
-    hint = "resume from another checkpoint of the run, or start a new one"
-    try:
-        meta = json.loads((directory / META).read_text(encoding="utf-8"))
-        sums = {name: _sum(directory / name) for name in (MODEL, STATE)}
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{directory} is not a complete checkpoint: {error}", hint) from error
-    if meta.get("schema") != SCHEMA or meta.get("sha256") != sums:
-        raise WeightsError(f"{directory} is damaged: its files differ from the sums in {META}", hint)
+    _check(directory)
     try:
         state = torch.load(directory / STATE, map_location="cpu", weights_only=True)
         return Resumable(weights.read(directory / MODEL), state["velocity"], state["position"])
     except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError, EOFError) as error:
-        raise WeightsError(f"{directory / STATE} cannot be read: {error}", hint) from error
+        raise WeightsError(f"{directory / STATE} cannot be read: {error}", DAMAGED) from error
+
+
+def _check(directory: Path) -> None:
+    try:
+        meta = json.loads((directory / META).read_text(encoding="utf-8"))
+        sums = {name: _sum(directory / name) for name in (MODEL, STATE)}
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{directory} is not a complete checkpoint: {error}", DAMAGED) from error
+    if meta.get("schema") != SCHEMA or meta.get("sha256") != sums:
+        raise WeightsError(f"{directory} is damaged: its files differ from the sums in {META}", DAMAGED)
 
 
 def restore(network: Network, optimiser: Momentum, saved: Resumable) -> None:

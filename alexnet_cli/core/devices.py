@@ -69,5 +69,5 @@ def onnx_providers() -> dict[str, str]:
             opened = session.get_providers()
             found[provider] = "ok" if opened[0] == provider else f"fell back to {opened[0]}"
         except Exception as error:  # ONNX Runtime's errors share no base class; each is a finding, not a failure
-            found[provider] = str(error).splitlines()[0][:120]
+            found[provider] = f"cannot be opened here ({type(error).__name__})"
     return found

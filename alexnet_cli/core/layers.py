@@ -5,6 +5,7 @@ Each maps N x C x H x W (dropout N x C) to the same kind; towers lie side by sid
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 
 import torch
@@ -100,9 +101,11 @@ class Dropout(nn.Module):
         )
         self.key, self.first_row = 0, 0
 
-    def draw(self, key: int, first_row: int) -> None:
-        """Take the masks of the step with this key, for a batch whose first image is `first_row` of the whole."""
-        self.key, self.first_row = key, first_row
+    def draw(self, seed: int, step: int, first_row: int = 0) -> None:
+        """Take the masks of this step, for a batch whose first image is `first_row` of the whole."""
+        # Keys of neighbouring steps must have nothing in common, or their masks are each other's, shifted.
+        digest = hashlib.blake2b(f"{seed} {step} {self.salt}".encode(), digest_size=8).digest()
+        self.key, self.first_row = int.from_bytes(digest, "little"), first_row
 
     def forward(self, x: Tensor) -> Tensor:
         """N x units -> N x units."""
@@ -110,7 +113,7 @@ class Dropout(nn.Module):
             return x
         if not self.training:
             return x if self.inverted else x * (1 - self.p)
-        keep = hashed(x.shape[0], x.shape[1], self.key ^ self.salt, self.first_row, self.first_unit, x.device) >= self.p
+        keep = hashed(x.shape[0], x.shape[1], self.key, self.first_row, self.first_unit, x.device) >= self.p
         return x * keep * (1 / (1 - self.p)) if self.inverted else x * keep
 
 

@@ -76,10 +76,10 @@ class Network(nn.Module):
         x = self.drop7(self.act(self.fc7(share(x))))
         return self.towers.sum(functional.linear(x, self.fc8.weight)) + self.fc8.bias
 
-    def draw_dropout(self, key: int, first_row: int = 0) -> None:
-        """Choose the dropout masks of the coming step: the same key gives the same masks on any device."""
-        self.drop6.draw(key, first_row)
-        self.drop7.draw(key, first_row)
+    def draw_dropout(self, step: int, first_row: int = 0) -> None:
+        """Choose the dropout masks of the coming step: the same on any device."""
+        self.drop6.draw(self.recipe.seed, step, first_row)
+        self.drop7.draw(self.recipe.seed, step, first_row)
 
 
 def widths(recipe: Recipe) -> dict[str, int]:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from PIL import Image
 
 from alexnet_cli.core import images
-from alexnet_cli.core.shards import PARTIAL, RECORD, ROOT
+from alexnet_cli.core.shards import LATEST, PARTIAL, RECORD, ROOT
 from alexnet_cli.core.sources import Source
 from alexnet_cli.errors import DataError, StorageError, UsageError
 
@@ -73,6 +73,8 @@ class Plan:
         return "new"
 
     def _check_output(self) -> None:
+        if self.output.is_symlink() or self.output.absolute() == (ROOT / LATEST).absolute():
+            raise UsageError(f"{self.output} is a pointer to another data set", "name a folder of its own with -o")
         if self.output.resolve().is_relative_to(self.source.path.resolve()):
             raise UsageError(
                 f"{self.output} lies inside the source {self.source.path}, which is never written to",

@@ -31,10 +31,11 @@ def numbers(counts: Evaluation, views: int, backend: str) -> dict[str, Any]:
     }
 
 
-def margin(error: float, images: int, z: float = 1.96) -> float:
-    """Half the width of the 95 % interval of a share measured on so many images (Wilson's, which knows its edges)."""
-    spread = error * (1 - error) / images + z**2 / (4 * images**2)
-    return z * math.sqrt(spread) / (1 + z**2 / images)
+def interval(error: float, images: int, z: float = 1.96) -> tuple[float, float]:
+    """The 95 % interval of a share measured on so many images (Wilson's, which stays between 0 and 1)."""
+    middle = (error + z**2 / (2 * images)) / (1 + z**2 / images)
+    half = z * math.sqrt(error * (1 - error) / images + z**2 / (4 * images**2)) / (1 + z**2 / images)
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def per_class(counts: Evaluation, classes: Sequence[ClassName]) -> list[dict[str, Any]]:
@@ -72,12 +73,12 @@ def write(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         files[0].write_text(json.dumps(totals, indent=2) + "\n", encoding="utf-8")
-        with files[1].open("w", encoding="utf-8", newline="") as file:
+        with files[1].open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
             rows = per_class(counts, classes)
             table = csv.DictWriter(file, rows[0])
             table.writeheader()
             table.writerows(rows)
-        with files[2].open("w", encoding="utf-8", newline="") as file:
+        with files[2].open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
             matrix = csv.writer(file)
             matrix.writerow(["true \\ predicted", *names])
             matrix.writerows([name, *row] for name, row in zip(names, counts.confusion.tolist(), strict=True))

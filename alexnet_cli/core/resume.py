@@ -9,12 +9,13 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 
-from alexnet_cli.core.runs import Run, write_text
+from alexnet_cli.core.runs import Run
 from alexnet_cli.errors import UsageError
 from alexnet_cli.recipe import Recipe
 
 FREE_TO_CHANGE = {"epochs"}  # more of the same
-EXIT_CODES = {"Ctrl-C": 130, "SIGTERM": 143, "SIGUSR1": 143, "time is up": 75}
+SHAPE = {"towers", "width"}  # another network, whose weights do not fit
+EXIT_CODES = {"Ctrl-C": 130, "SIGTERM": 143, "SIGUSR1": 143, "SIGHUP": 129, "time is up": 75}
 
 
 def to_continue(resume: str | None, name: str | None) -> Run | None:
@@ -34,28 +35,29 @@ def to_continue(resume: str | None, name: str | None) -> Run | None:
 
 
 def agreed(run: Run, wanted: Recipe, said: Collection[str]) -> Recipe:
-    """The recipe to go on with; keys in `said` may differ from the run's, and the run remembers them.
+    """The recipe to go on with; keys in `said` may differ from the run's.
 
     Raises:
         UsageError: another key differs that would change the result.
     """
     saved = asdict(run.recipe)
     for key, value in asdict(wanted).items():
+        if value != saved[key] and key in SHAPE:
+            what = f"{key} = {value} is another network than that of {run.path.name}, which has {saved[key]}"
+            raise UsageError(what, "train it as a run of its own")
         if value != saved[key] and key not in FREE_TO_CHANGE and key not in said:
             raise UsageError(
                 f"{key} = {value} differs from the run {run.path.name}, which has {saved[key]}",
                 f"leave it out, or go on with it all the same: --set {key}={value}",
             )
-    if asdict(wanted) != saved:
-        write_text(run.path / "recipe.toml", wanted.to_toml())
     return wanted
 
 
 def seconds(text: str | None) -> float | None:
-    """A length of time: 8h, 30m, 45s, 1h30m, or plain seconds. UsageError for anything else."""
+    """A length of time: 8h, 30m, 45s, 1h30m. UsageError for anything else, a bare number too."""
     if text is None:
         return None
-    match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", text)
+    match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
     if not match or not any(match.groups()):
         raise UsageError(f"--max-time {text} is not a length of time", "such as 8h, 30m, 1h30m or 90s")
     hours, minutes, rest = (int(part or 0) for part in match.groups())
@@ -66,7 +68,8 @@ def seconds(text: str | None) -> float | None:
 def asked_to_stop(limit: float | None) -> Iterator[Callable[[], str | None]]:
     """While inside: a function that gives the reason to stop (a key of EXIT_CODES) once there is one.
 
-    Ctrl-C, SIGTERM and SIGUSR1 are reasons, and so is the end of `limit` seconds. A second Ctrl-C stops at once.
+    Ctrl-C, SIGTERM, SIGUSR1 and a closed terminal are reasons, and so is the end of `limit` seconds.
+    A second Ctrl-C stops at once.
     """
     reasons: list[str] = []
     deadline = time.monotonic() + limit if limit is not None else None
@@ -81,7 +84,7 @@ def asked_to_stop(limit: float | None) -> Iterator[Callable[[], str | None]]:
             reasons.append("time is up")
         return reasons[0] if reasons else None
 
-    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
     before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield stop

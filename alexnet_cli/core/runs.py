@@ -11,10 +11,12 @@ runs/latest                   points to the newest run
 from __future__ import annotations
 
 import csv
+import fcntl
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,7 +98,7 @@ class Run:
         """The run of that name, directory or `latest`; UsageError where there is none."""
         for path in (runs_root() / name, Path(name)):
             if (path / "run.json").is_file():
-                return cls(path.resolve() if path.is_symlink() else path)
+                return cls(_named(path))
         raise UsageError(f"no run is called {name} in {runs_root()}", _known_runs())
 
     @property
@@ -117,6 +119,20 @@ class Run:
         except (OSError, ValueError) as error:
             raise DataError(f"{self.path / 'run.json'} cannot be read: {error}", "start a new run") from error
         return dict(about)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run for this process alone; the kernel lets go however the process ends.
+
+        Raises:
+            DataError: another command is training it.
+        """
+        with (self.path / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise DataError(f"another command is training {self.path}", "wait until it is done") from None
+            yield
 
     def update(self, about: Mapping[str, Any]) -> None:
         """Change some entries of run.json."""
@@ -140,8 +156,10 @@ class Run:
                 continue
         return found
 
-    def rewind(self, step: int) -> None:
-        """Drop the records after `step`: on resume they are about to be written again."""
+    def begin(self, recipe: Recipe, step: int) -> None:
+        """Make ready to train from `step` on: what comes after it, and the ONNX file, are about to be made anew."""
+        (self.path / ONNX).unlink(missing_ok=True)
+        write_text(self.path / "recipe.toml", recipe.to_toml())
         kept = [r for r in self.records() if r.get("step", 0) <= step and r.get("event") != "end"]
         write_text(self.path / "metrics.jsonl", "".join(json.dumps(r, separators=(",", ":")) + "\n" for r in kept))
         self.write_csv()
@@ -164,6 +182,11 @@ def _known_runs() -> str:
     return f"there are: {', '.join(names[-5:])}" if names else "train one first: alexnet train"
 
 
+def _named(path: Path) -> Path:
+    """The run that a pointer such as runs/latest means at this moment."""
+    return path.parent / os.readlink(path) if path.is_symlink() else path
+
+
 def find_weights(spec: str | None, suffixes: Sequence[str] = (".safetensors",)) -> Path:
     """The file that -w means: a run's name or directory, a checkpoint directory, or a model file.
 
@@ -173,7 +196,9 @@ def find_weights(spec: str | None, suffixes: Sequence[str] = (".safetensors",)) 
     Raises:
         WeightsError: there is no such file, or it is of a kind this command cannot use.
     """
-    path = runs_root() / (spec or "latest")
+    if spec == "":
+        raise WeightsError("-w names nothing", _known_runs())
+    path = _named(runs_root() / (spec or "latest"))
     if spec is not None and not (path / "run.json").is_file() and Path(spec).exists():
         path = Path(spec)
     if path.is_file():
@@ -183,10 +208,7 @@ def find_weights(spec: str | None, suffixes: Sequence[str] = (".safetensors",)) 
             )
         return path
     if spec is None and not path.exists():
-        raise WeightsError(
-            f"no run to take weights from in {runs_root()}",
-            "train one first (alexnet train), or name one with -w",
-        )
+        raise WeightsError(f"no newest run to take weights from in {runs_root()}", _known_runs())
     inside = {
         ".onnx": (ONNX,),
         ".safetensors": (MODEL, f"checkpoints/best/{MODEL}", f"checkpoints/last/{MODEL}"),
@@ -195,9 +217,18 @@ def find_weights(spec: str | None, suffixes: Sequence[str] = (".safetensors",)) 
         for name in inside[suffix]:
             if (path / name).is_file():
                 return path / name
-    if path.exists():
+    if (path / "run.json").is_file():
         raise WeightsError(f"{path} holds no checkpoint yet", "let it train until the first one is saved")
+    if path.exists():
+        raise WeightsError(f"{path} is no run, checkpoint folder or model file", _known_runs())
     raise WeightsError(f"no run, folder or file is called {spec}", _known_runs())
+
+
+def trained_on(path: Path) -> str | None:
+    """The prepared data set that the run of a weights file was trained on, if it is still there."""
+    run = run_of(path)
+    data = Run(run).about.get("data_path") if run else None
+    return data if isinstance(data, str) and Path(data).is_dir() else None
 
 
 def run_of(path: Path) -> Path | None:

@@ -101,7 +101,10 @@ def _tiny_imagenet(path: Path) -> Found | None:
     train, others = listing(path, [f"train/{name}" for name in folders])
     label_of = {wnid: label for label, wnid in enumerate(folders)}
     label_of_file: dict[str, int] = {}
-    for number, line in enumerate(annotations.read_text().splitlines(), 1):
+    text = annotations.read_text(encoding="utf-8", errors="surrogateescape")
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
         file, wnid = (*line.split("\t"), "", "")[:2]
         if wnid not in label_of:
             what = f"{annotations}, line {number}: class {wnid!r} has no pictures under train/"

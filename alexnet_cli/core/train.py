@@ -19,7 +19,7 @@ from alexnet_cli.core.augment import Draws, Pixels
 from alexnet_cli.core.cache import Cache, Where, remembering
 from alexnet_cli.core.evaluate import Evaluation, TorchClassifier, evaluate
 from alexnet_cli.core.learning import Momentum, Schedule
-from alexnet_cli.core.loader import Batch, Loader, all_batches, steps_per_epoch, training_batches
+from alexnet_cli.core.loader import Batch, Loader, all_batches, epoch_order, steps_per_epoch, training_batches
 from alexnet_cli.core.network import Network, initialise, parameters_by_name
 from alexnet_cli.core.placement import Placement
 from alexnet_cli.core.runs import Run
@@ -62,6 +62,7 @@ class Tally:
     images: int = 0
     loss: float = 0.0
     errors: int = 0
+    top5_errors: int = 0
     seconds: float = 0.0
     waited: float = 0.0
 
@@ -110,9 +111,9 @@ class Training:
         """How many epochs have had a step."""
         return -(-self.step // self.schedule.steps_per_epoch)
 
-    def take_step(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
-        """One step of gradient descent. Returns the mean loss and the number of wrong answers, on the device."""
-        self.network.draw_dropout(key=self.recipe.seed << 40 ^ (self.step << 4))
+    def take_step(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
+        """One step of gradient descent. Returns the mean loss, top-1 and top-5 mistakes, still on the device."""
+        self.network.draw_dropout(self.step)
         labels = batch.labels.to(self.placement.device)
         views = self.pixels.train(batch.images, batch.rows, draws, self.epoch)
         with self.placement.arithmetic():
@@ -122,7 +123,8 @@ class Training:
         loss.backward()
         self.optimiser.step(self.schedule.rate(self.step), self.epoch)
         self.step += 1
-        return loss.detach(), (logits.detach().argmax(1) != labels).sum()
+        top = logits.detach().topk(min(5, logits.shape[1])).indices == labels.unsqueeze(1)
+        return loss.detach(), (~top[:, 0]).sum(), (~top.any(1)).sum()
 
     def validate(self) -> Evaluation:
         """The errors of the centre view over the validation split."""
@@ -181,7 +183,7 @@ def fit(
     """
     run = training.run
     metrics = training.restore(resume_from) if resume_from else {}
-    run.rewind(training.step)
+    run.begin(training.recipe, training.step)
     yield _log(run, Record("start", training.epoch, training.step, steps_per_epoch=training.schedule.steps_per_epoch))
     reason = None
     train, size, device = training.data.split("train"), training.recipe.batch_size, training.placement.device
@@ -225,11 +227,11 @@ def _epoch(
 ) -> Iterator[Record]:
     """Steps to the end of the epoch; the last record carries a reason if it was left early."""
     recipe, epoch = training.recipe, training.epoch
-    draws = Draws.of_epoch(training.rows, recipe, epoch)
+    draws = Draws.of_epoch(training.rows, recipe, epoch, epoch_order(training.rows, recipe.seed, epoch))
     first = training.step - training.first_step_of_epoch
     batches = loader.batches(training_batches(training.rows, recipe.batch_size, recipe.seed, epoch, first))
     recent = Tally()
-    pending: list[tuple[Tensor, Tensor, int]] = []
+    pending: list[tuple[Tensor, Tensor, Tensor, int]] = []
     started = time.perf_counter()
     while True:
         waiting = time.perf_counter()
@@ -248,26 +250,37 @@ def _epoch(
             return
 
 
-def _settle(training: Training, recent: Tally, pending: list[tuple[Tensor, Tensor, int]], started: float) -> None:
+def _settle(
+    training: Training, recent: Tally, pending: list[tuple[Tensor, Tensor, Tensor, int]], started: float
+) -> None:
     """Bring the losses of the steps since the last record over from the device, and check them."""
-    for loss, errors, images in pending:
-        recent.add(Tally(images, float(loss) * images, int(errors)))
+    for loss, errors, top5_errors, images in pending:
+        recent.add(Tally(images, float(loss) * images, int(errors), int(top5_errors)))
     recent.seconds += time.perf_counter() - started
     pending.clear()
     training.tally.add(recent)
-    if not math.isfinite(recent.loss):
-        last = training.run.checkpoints / "last"
-        raise VerificationError(
-            f"the loss became {recent.loss} at step {training.step} (epoch {training.epoch})",
-            (f"last good checkpoint: {last.resolve()}; " if last.exists() else "")
-            + f"train with a lower rate than {training.recipe.learning_rate:g} (--lr)",
-        )
+    _check_finite(training, recent.loss)
+
+
+def _check_finite(training: Training, loss: float) -> None:
+    """Stop before a network that is no network any more is shown or saved."""
+    broken = [name for name, p in parameters_by_name(training.network) if not bool(torch.isfinite(p).all())]
+    if math.isfinite(loss) and not broken:
+        return
+    last = training.run.checkpoints / "last"
+    raise VerificationError(
+        f"the loss became {loss} at step {training.step:,} (epoch {training.epoch})"
+        + (f", first in {broken[0]}" if broken else ""),
+        (f"last good checkpoint: {last.resolve()}; " if last.exists() else "")
+        + f"train with a lower rate than {training.recipe.learning_rate:g} (--lr)",
+    )
 
 
 def _step_record(training: Training, recent: Tally) -> Record:
     return Record(
         "step", training.epoch, training.step, loss=recent.loss / recent.images,
         lr=training.schedule.rate(training.step - 1), top1_error=recent.errors / recent.images,
+        top5_error=recent.top5_errors / recent.images,
         images_per_second=recent.rate, data_wait=recent.waited / recent.seconds,
     )  # fmt: skip
 
@@ -276,6 +289,7 @@ def _validation(training: Training) -> tuple[dict[str, Any], bool]:
     """The fields of an epoch's validation record, and whether its error is the lowest so far."""
     rate, tally = training.schedule.rate(training.step - 1), training.tally
     counts = training.validate()
+    _check_finite(training, counts.loss)
     best = training.schedule.observe(counts.top1_error)
     fields = {
         "loss": counts.loss, "top1_error": counts.top1_error, "top5_error": counts.top5_error, "lr": rate,

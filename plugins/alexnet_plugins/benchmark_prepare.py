@@ -15,7 +15,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from alexnet_cli.core.stopwatch import Contest, Pass
@@ -93,7 +93,7 @@ def by_opencv(out: Path, paths: list[Path]) -> None:
 
     cv2.setNumThreads(1)
     for path in paths:
-        bgr = cv2.imread(str(path), cv2.IMREAD_COLOR)
+        bgr: Any = cv2.imread(str(path), cv2.IMREAD_COLOR)
         height, width = bgr.shape[:2]
         scale = SIDE / min(width, height)
         size = (max(SIDE, round(width * scale)), max(SIDE, round(height * scale)))

@@ -23,11 +23,11 @@ from alexnet_cli.options import JsonFlag, QuietFlag
 MARKER = ".alexnet-demo"  # says that the folder, and what is named below, is the demo's own
 STDERR = 2
 FOREIGN = {"ALEXNET_DATA", "ALEXNET_RUNS_DIR"}  # the demo keeps to its folder
-MADE = ("pictures", "prepared", "runs")
+MADE = ("pictures", "prepared/pictures", "runs/demo")
 SHOWN = ("red-ring/000.jpg", "blue-cross/001.jpg", "green-disc/002.jpg")
 STORY = (
     ("prepare", "pictures"),
-    ("train", "--recipe", "tiny"),
+    ("train", "--recipe", "tiny", "--name", "demo"),
     ("evaluate",),
     ("predict", *(f"pictures/val/{name}" for name in SHOWN)),
     ("visualize-filters",),
@@ -132,7 +132,7 @@ def _fresh(folder: Path) -> Path:
 
 def _report(reporter: Reporter, folder: Path, seconds: float) -> None:
     """What was reached, the files that are left, and what to try next."""
-    run = folder / "runs" / (folder / "runs" / "latest").resolve().name
+    run = folder / "runs" / "demo"
     files = {
         "evaluation": run / "eval" / "val-1.json",
         "filters": run / "figures" / "conv1.png",

@@ -50,12 +50,12 @@ def evaluate(
     from alexnet_cli.core.evaluate import Evaluation, matching
     from alexnet_cli.core.evaluate import evaluate as run
     from alexnet_cli.core.placement import threads_for_decoding
-    from alexnet_cli.core.runs import find_weights, run_of
+    from alexnet_cli.core.runs import find_weights, run_of, trained_on
     from alexnet_cli.core.shards import find_dataset, open_dataset
 
     reporter = Reporter("evaluate", json=json, quiet=quiet)
     path = find_weights(weights, (".safetensors", ".onnx"))
-    dataset = open_dataset(find_dataset(data))
+    dataset = open_dataset(find_dataset(data or trained_on(path)))
     images = dataset.split(split)
     if not len(images):
         raise DataError(f"{dataset.path}: split {split} holds no images", "prepare it anew with --val-fraction 0.1")
@@ -79,8 +79,12 @@ def evaluate(
                 out.writelines(results.prediction_lines(keys, labels, top, chances, classes))
     assert counts.images == len(images), "every image is counted once"
     totals, inside = results.numbers(counts, views, backend), run_of(path)
-    files = results.write(inside / "eval", f"{split}-{views}", counts, classes, totals) if inside else []
-    _report(reporter, counts, classes, totals, files)
+    totals |= {"split": split, "weights": str(path), "data": str(dataset.path), "data_hash": dataset.hash}
+    _report(reporter, counts, classes, totals)
+    if inside:
+        files = results.write(inside / "eval", f"{split}-{views}", counts, classes, totals)
+        reporter.line("files", f"{files[0].parent}: {', '.join(file.name for file in files)}")
+    reporter.line("next", "alexnet predict PICTURE")
 
 
 def _torch(path: Path, views: int, gpus: str | None) -> Judge:
@@ -106,25 +110,22 @@ def _onnx(path: Path, views: int) -> Judge:
     return lambda images: probabilities(images.numpy(), session, views), session.classes, session.device
 
 
-def _report(
-    reporter: Reporter, counts: Evaluation, classes: Sequence[ClassName], totals: dict[str, Any], files: list[Path]
-) -> None:
+def _report(reporter: Reporter, counts: Evaluation, classes: Sequence[ClassName], totals: dict[str, Any]) -> None:
     """The result for people and programs."""
     from alexnet_cli.core import results
 
-    reporter.result(totals | {"files": [str(file) for file in files]})
+    reporter.result(totals)
     for k, error in ((1, counts.top1_error), (5, counts.top5_error)):
         if k < len(classes):
-            spread = results.margin(error, counts.images)
-            reporter.show(f"top-{k}   error {error:.1%} ± {spread:.1%}   ({1 - error:.1%} right)")
+            low, high = results.interval(error, counts.images)
+            reporter.show(
+                f"top-{k}   error {error:.1%}   (95 % interval {low:.1%} to {high:.1%}; {1 - error:.1%} right)"
+            )
     worst = sorted(results.per_class(counts, classes), key=lambda row: -float(row["top1_error"]))[:3]
     pairs = results.confused(counts, classes, 3)
     if pairs:
         reporter.show("worst   " + " · ".join(f"{row['name']} {1 - row['top1_error']:.0%} right" for row in worst))
         reporter.show("mixed   " + " · ".join(f"{true} taken for {seen} {times}x" for true, seen, times in pairs))
-    if files:
-        reporter.line("files", f"{files[0].parent}: {', '.join(file.name for file in files)}")
-    reporter.line("next", "alexnet predict PICTURE")
 
 
 def _opened(path: Path) -> Any:

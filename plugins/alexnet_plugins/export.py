@@ -41,6 +41,8 @@ def export(
     path = output or (run_of(source) or Path()) / ONNX
     if path.suffix != ".onnx":
         raise UsageError(f"-o {path} does not end in .onnx", f"such as -o {path.name or 'alexnet'}.onnx")
+    if not path.parent.is_dir():
+        raise UsageError(f"-o {path}: there is no folder {path.parent}", "make it first")
     reporter.line("weights", f"{source} · {len(model.classes):,} classes · recipe {model.recipe.name}")
     checked = None
     if verify:

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -42,7 +42,8 @@ def train(
     precision: Annotated[Precision | None, typer.Option(help="Arithmetic of the matrix products.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of initial values, order, crops and dropout.")] = None,
     resume: Annotated[
-        str | None, typer.Option(help="A run to go on with; auto: if there is one to go on with.")
+        str | None,
+        typer.Option(help="A run to go on with; auto: that of --name, or the newest if unfinished, or a new one."),
     ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the run. [default: date, time and recipe]")] = None,
     max_time: Annotated[str | None, typer.Option(help="Save and stop after so long, such as 8h or 1h30m.")] = None,
@@ -71,16 +72,16 @@ def train(
     base = run.recipe if run and recipe is None else recipes.load(recipe or "paper")
     resolved = recipes.changed(recipes.changed(base, said), explicit)
     if print_config:
-        source = run.path.name if run and recipe is None else recipe or "paper"
-        _print_config(reporter, resolved, dict.fromkeys(explicit, "option") | dict.fromkeys(said, "--set"), source)
+        sources = recipes.listed(recipe) | dict.fromkeys(said, "--set") | dict.fromkeys(explicit, "option")
+        _print_config(reporter, resolved, sources, run.path.name if run and recipe is None else base.name)
         return
     if run:
         resolved = agreed(run, resolved, said)
     dataset = open_dataset(find_dataset(data or (str(run.about["data_path"]) if run else None)))
     training = _begin(reporter, resolved, dataset, gpus, jobs, cache, run, name)
-    last = training.run.checkpoints / "last"
-    reason = _run(reporter, training, last.resolve() if run and last.exists() else None, max_steps, limit)
-    _finish(reporter, training, reason)
+    with training.run.locked():
+        reason = _run(reporter, training, max_steps, limit)
+        _finish(reporter, training, reason)
 
 
 def _begin(
@@ -106,8 +107,11 @@ def _begin(
             raise DataError(f"{data.path}: split {split} holds no images", "prepare it anew with --val-fraction 0.1")
     placement = place(gpus, recipe.precision)
     about = _about(placement, data, recipe)
-    run = run or Run.create(name, recipe, about)
-    run.update({**about, "status": "running"})
+    data.mean_image()  # raises where it is damaged, before there is a run
+    if run:
+        run.update({"resumed": [*run.about.get("resumed", []), about]})
+    else:
+        run = Run.create(name, recipe, about)
     training = Training(recipe, data, run, placement, threads_for_decoding(jobs), cache)
     for note in placement.notes:
         reporter.line("note", note)
@@ -127,14 +131,12 @@ def _begin(
 
 def _about(placement: Placement, data: Dataset, recipe: Recipe) -> dict[str, Any]:
     """What run.json says beside the status."""
-    import numpy
-    import torch
-
+    packages = ("torch", "torchvision", "numpy", "simplejpeg")
     versions = {"alexnet": __version__, "python": sys.version.split()[0]}
     return {
         "command": ["alexnet", *sys.argv[1:]],
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "versions": versions | {"torch": torch.__version__, "numpy": numpy.__version__},
+        "versions": versions | {name: version(name) for name in packages},
         "devices": [placement.name],
         "precision": placement.precision,
         "placement": {f"tower {i + 1}": placement.name for i in range(recipe.towers)},
@@ -145,24 +147,34 @@ def _about(placement: Placement, data: Dataset, recipe: Recipe) -> dict[str, Any
     }
 
 
-def _run(reporter: Reporter, training: Training, start: Path | None, max_steps: int | None, limit: float | None) -> str:
+def _run(reporter: Reporter, training: Training, max_steps: int | None, limit: float | None) -> str:
     """Run the loop and show its records. Returns why it ended."""
-    from alexnet_cli.core.resume import EXIT_CODES, asked_to_stop
+    from alexnet_cli.core.checkpoint import newest
+    from alexnet_cli.core.resume import asked_to_stop
     from alexnet_cli.core.train import fit
 
+    start, damaged = newest(training.run)
+    rows, size = training.rows, training.recipe.batch_size
+    if rows > size and (left_out := rows % size) > rows // 10:
+        reporter.line(
+            "note", f"{left_out:,} of {rows:,} pictures sit out each epoch, which has whole batches of {size}"
+        )
+    for folder in damaged:
+        reporter.warn(f"{folder} is damaged: going on from {start}")
     status, reason = "failed", "error"
+    training.run.update({"status": "running"})
     steps = min(training.recipe.epochs * training.schedule.steps_per_epoch, max_steps or sys.maxsize)
     total = max(0, steps - (int(start.name) if start else 0)) * training.recipe.batch_size
     try:
         with asked_to_stop(limit) as stop, reporter.progress("train", total=total) as bar:
-            reason = _show(reporter, training, bar, fit(training, start, max_steps, stop=stop))
-        status = "interrupted" if reason in EXIT_CODES else "finished"
+            reason = _show(reporter, training, bar, total, fit(training, start, max_steps, stop=stop))
+        status = "finished" if reason == "finished" else "interrupted"
     finally:
         training.run.update({"status": status, "reason": reason})
     return reason
 
 
-def _show(reporter: Reporter, training: Training, bar: Progress, records: Iterator[Record]) -> str:
+def _show(reporter: Reporter, training: Training, bar: Progress, total: int, records: Iterator[Record]) -> str:
     """Show each record as it comes. Returns the reason of the end."""
     recipe, done = training.recipe, 0
     for record in records:
@@ -172,24 +184,19 @@ def _show(reporter: Reporter, training: Training, bar: Progress, records: Iterat
             reporter.line("resumed", f"at {where}, step {record.step:,}")
         elif record.event == "step":
             if not done and training.placement.device.type == "cpu" and record.images_per_second:
-                _estimate(reporter, training, record)
+                seconds = total / record.images_per_second
+                reporter.line("time", f"about {duration(seconds)} on this CPU")
             note = f"{where}  loss {record.loss:.3f}  error {record.top1_error:.1%}  data {record.data_wait:.0%}"
             bar.advance((record.step - done) * recipe.batch_size, note)
         elif record.event == "validation":
-            errors = f"top-1 error {record.top1_error:.1%}  top-5 error {record.top5_error:.1%}  loss {record.loss:.3f}"
+            top5 = f"  top-5 error {record.top5_error:.1%}" if len(training.data.classes) > 5 else ""
+            errors = f"top-1 error {record.top1_error:.1%}{top5}  loss {record.loss:.3f}"
             speed = f"rate {record.lr:.2g}  {record.images_per_second:,.0f} img/s"
             reporter.line("val", f"{where}  {errors}  {speed}{'  best' if record.best else ''}")
         elif record.event == "end":
             return record.reason or "finished"
         done = record.step
     return "finished"
-
-
-def _estimate(reporter: Reporter, training: Training, record: Record) -> None:
-    """On a CPU: how long it will take, after the first steps."""
-    left = training.recipe.epochs * training.schedule.steps_per_epoch - record.step
-    seconds = left * training.recipe.batch_size / (record.images_per_second or 1)
-    reporter.line("time", f"about {duration(seconds)} for {training.recipe.epochs} epochs on this CPU")
 
 
 def _finish(reporter: Reporter, training: Training, reason: str) -> None:
@@ -210,18 +217,24 @@ def _finish(reporter: Reporter, training: Training, reason: str) -> None:
         reporter.line("saved", f"{run.path / ONNX} · differs from PyTorch by {checked.max_abs_difference:.1e} at most")
     except AlexNetError as error:
         reporter.warn(f"no {ONNX} was written: {error.what}", error.hint)
+    if training.schedule.over:
+        reporter.line("ended", "the validation error has stopped falling, after the last drop of the rate too")
     best = training.schedule.best_error
-    reporter.line("done", f"{run.path} · lowest top-1 error {best:.1%}   next: alexnet evaluate")
+    reached = f" · lowest top-1 error {best:.1%}" if best <= 1 else ""
+    reporter.line("done", f"{run.path}{reached}   next: alexnet evaluate")
 
 
 def _print_config(reporter: Reporter, recipe: Recipe, sources: dict[str, str], base: str) -> None:
-    """Every value, where it comes from, and what the paper has."""
+    """Every value, where it comes from, and what the paper's text has."""
     from rich.table import Table
 
-    paper, rows = asdict(recipes.PAPER), []
-    table = Table("key", "value", "from", "paper", "section", "meaning", title=f"recipe {recipe.name}", box=None)
+    paper, rows = asdict(recipes.PAPER) | recipes.LETTER, []
+    table = Table(title=f"recipe {recipe.name}", box=None, pad_edge=False)
+    table.add_column("key", no_wrap=True)
+    for title in ("value", "from", "paper", "section", "meaning"):
+        table.add_column(title)
     for key, value in asdict(recipe).items():
-        about, section = recipes.describe(key)
+        about, section = recipes.describe(key, recipe.name)
         source = sources.get(key, base)
         rows.append({"key": key, "value": value, "from": source, "paper": paper[key], "section": section})
         shown = [key, str(value), source, str(paper[key]), section, about]
