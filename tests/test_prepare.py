@@ -18,6 +18,7 @@ from PIL import Image
 
 from alexnet_cli.cli import main
 from alexnet_cli.core import shards
+from alexnet_cli.core.plan import Plan
 
 
 def jpeg(colour: tuple[int, int, int], size: tuple[int, int] = (40, 30), comment: str = "") -> bytes:
@@ -240,3 +241,30 @@ def test_pictures_are_turned_if_asked(pets: Path) -> None:
     assert turned[0, 200, 50] < 50
     assert shards.open_dataset(Path("turned")).record["image"]["exif_rotate"] is True
     assert run(pets, "--exif-rotate") == 2, "another set of settings"
+
+
+def test_a_disk_that_is_too_small_is_said_before_starting(
+    pets: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Plan, "free", lambda self: 1000)
+    assert run(pets) == 7
+    assert "1 MB needed in prepared/pets, but" in capsys.readouterr().err
+    assert os.listdir() == ["pets"]
+
+
+def test_a_disk_that_fills_up(pets: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    synced = os.fsync
+
+    def full(descriptor: int) -> None:
+        if Path("prepared/pets/train-000000.tar").exists():
+            raise OSError(28, "No space left on device")
+        synced(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        assert run(pets) == 7
+    said = capsys.readouterr().err
+    assert "error: prepared/pets cannot be written: No space left on device" in said
+    assert "MB more needed: free some space" in said
+    assert run(pets) == 0
+    assert len(shards.open_dataset(Path("prepared/pets")).split("train")) == 18

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gc
 import io
+import itertools
 import json
 import multiprocessing
 import os
+import random
 import re
 import signal
 import tarfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from PIL import Image
 from alexnet_cli.core import fast_images, shards, sources
 from alexnet_cli.core.packing import pack
 from alexnet_cli.core.plan import Plan
+from alexnet_cli.core.shard_writer import tar_header
 from alexnet_cli.core.statistics import PixelSums
 from alexnet_cli.errors import DataError, StorageError, UsageError, VerificationError
 
@@ -119,6 +121,13 @@ def test_any_tar_reader_finds_the_same_pictures(folder: Path, prepared: Path) ->
     assert len(set(first.tolist())) == 3, "classes are mixed within a shard"
 
 
+@pytest.mark.parametrize(("name", "size"), [("00000001_a-b.jpg", 33_333), ("x" * 73 + ".cls", 3), ("a.jpg", 8**11 - 1)])
+def test_headers_are_those_of_tarfile(name: str, size: int) -> None:
+    expected = tarfile.TarInfo(name)
+    expected.size = size
+    assert tar_header(name, size) == expected.tobuf(tarfile.USTAR_FORMAT)
+
+
 def test_statistics_are_those_of_the_pixels(folder: Path, prepared: Path) -> None:
     files = [
         file for file in sorted((folder / "train").rglob("*.jpg")) if file.name not in ("star 07.jpg", "circle 03.jpg")
@@ -141,12 +150,21 @@ def test_statistics_are_those_of_the_pixels(folder: Path, prepared: Path) -> Non
 
 def test_sums_are_exact_at_the_extreme() -> None:
     sums = PixelSums()
-    for _ in range(3):
-        sums.add([np.full((256, 256, 3), 255, np.uint8)] * 16)
-    assert (sums.products == 48 * 256 * 256 * 255 * 255).all()
-    assert (sums.pixels == 48 * 255).all()
+    for _ in range(2):
+        sums.add([np.full((256, 256, 3), 255, np.uint8)] * 257)
+    assert (sums.products == 514 * 256 * 256 * 255 * 255).all()
+    assert (sums.pixels == 514 * 255).all()
     deviations, _ = sums.colour_axes()
     np.testing.assert_array_equal(deviations, 0)
+
+
+def test_sums_are_those_of_integers() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (5, 256, 256, 3)).astype(np.uint8)
+    sums = PixelSums()
+    sums.add(list(noise))
+    flat = noise.reshape(-1, 3).astype(np.int64)
+    np.testing.assert_array_equal(sums.products, flat.T @ flat)
+    np.testing.assert_array_equal(sums.pixels, noise.sum(0, dtype=np.int64))
 
 
 @pytest.mark.parametrize("workers", [1, 5])
@@ -171,24 +189,35 @@ def test_interruptions_do_not_change_the_bytes(folder: Path, prepared: Path, tmp
     assert not list(pack(plan(folder, output), 2)), "nothing is left to do"
 
 
-def _endless(folder: Path, output: Path) -> None:
-    for _ in pack(plan(folder, output), 2):
-        time.sleep(0.02)
+def _killed(folder: Path, output: Path, at: int) -> None:
+    """Prepare until the `at`-th time something would be made durable, and vanish then."""
+    synced, times = os.fsync, itertools.count(1)
 
+    def sync(descriptor: int) -> None:
+        if next(times) == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        synced(descriptor)
 
-def test_kill_does_not_change_the_bytes(folder: Path, prepared: Path, tmp_path: Path) -> None:
-    output = tmp_path / "again"
-    process = multiprocessing.get_context("spawn").Process(target=_endless, args=(folder, output))
-    process.start()
-    deadline = time.monotonic() + 60
-    while not (output / "train-000001.tar").exists() and time.monotonic() < deadline:
-        time.sleep(0.005)
-    assert process.pid
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
-    assert not (output / "dataset.json").exists()
+    os.fsync = sync  # type: ignore[assignment]
     list(pack(plan(folder, output), 2))
-    assert contents(output) == contents(prepared)
+
+
+def test_kill_at_any_moment_does_not_change_the_bytes(folder: Path, prepared: Path, tmp_path: Path) -> None:
+    """The plan, shards and their sidecars, the last shard, the index, dataset.json itself; then at random."""
+    moments = [1, 4, 8, 23, 28, 37, random.randint(2, 36)]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["alexnet_cli.core.packing"])  # or every process would take torch's second
+    started = {}
+    for place, at in enumerate(moments):
+        started[tmp_path / f"{place}"] = context.Process(target=_killed, args=(folder, tmp_path / f"{place}", at))
+    for process in started.values():
+        process.start()
+    for output, process in started.items():
+        process.join(60)
+        assert process.exitcode == -signal.SIGKILL, f"moments: {moments}"
+        assert not (output / "dataset.json").exists()
+        list(pack(plan(folder, output), 2))
+        assert contents(output) == contents(prepared), f"moments: {moments}"
 
 
 def test_a_second_command_on_the_same_output_leaves(folder: Path, tmp_path: Path) -> None:
@@ -248,8 +277,10 @@ def test_full_disk(folder: Path, prepared: Path, tmp_path: Path, monkeypatch: py
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(StorageError, match="No space left"):
+        with pytest.raises(StorageError, match="No space left") as caught:
             list(pack(plan(folder, output), 2))
+    assert re.match(r"about \d+ MB more needed: free some space", caught.value.hint)
+    assert not list((output / ".partial").glob("*.tar.tmp"))
     list(pack(plan(folder, output), 2))
     assert contents(output) == contents(prepared)
     with pytest.raises(StorageError, match="needed in"):

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from alexnet_cli import __version__
 from alexnet_cli.core import census
-from alexnet_cli.core.census import FACT, Facts
+from alexnet_cli.core.census import Facts
 from alexnet_cli.core.plan import Plan
 from alexnet_cli.core.shard_writer import Finished, npy, write_durably
 from alexnet_cli.core.shards import (
@@ -70,7 +70,7 @@ def assemble(plan: Plan, totals: Mapping[str, Totals]) -> None:
     index = {name: split.index() for name, split in totals.items()}
     files = {index_name(name): npy(rows) for name, rows in index.items()}
     files[MEAN] = npy(totals["train"].sums.mean_image())
-    facts = {name: np.concatenate(split.facts) if split.facts else np.zeros(0, FACT) for name, split in totals.items()}
+    facts = {name: split.facts for name, split in totals.items()}
     equal = list(census.duplicates(facts, lambda split, row: plan.source.splits[split][row].name))
     files[DUPLICATES] = "".join(json.dumps(group) + "\n" for group in equal).encode()
     files[REJECTED] = "".join(json.dumps(line) + "\n" for line in rejected).encode()

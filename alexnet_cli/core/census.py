@@ -6,7 +6,7 @@ A fact is kept for every picture that was packed, 24 bytes each, so that 14 mill
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,33 +25,41 @@ def fact(row: int, rgb: npt.NDArray[np.uint8], data: bytes) -> tuple[int, int, i
     return row, width, height, hashlib.sha256(data).digest()[:16]
 
 
-def sizes(facts: Mapping[str, Facts]) -> dict[str, dict[str, float]]:
+def sizes(facts: Mapping[str, Sequence[Facts]]) -> dict[str, dict[str, float]]:
     """Width and height of the source pictures of all splits: least, median and most, in pixels."""
     found = {}
     for side in ("width", "height"):
-        values = np.concatenate([part[side] for part in facts.values()])
+        values = np.concatenate([part[side] for parts in facts.values() for part in parts])
         found[side] = {"min": int(values.min()), "median": float(np.median(values)), "max": int(values.max())}
     return found
 
 
-def duplicates(facts: Mapping[str, Facts], named: Callable[[str, int], str]) -> Iterator[list[dict[str, str]]]:
+def duplicates(
+    facts: Mapping[str, Sequence[Facts]], named: Callable[[str, int], str]
+) -> Iterator[list[dict[str, str]]]:
     """Groups of pictures whose files are equal byte for byte, each as its splits and paths, in source order.
 
     `named(split, row)` is a picture's path in the source.
     """
     splits = list(facts)
-    owner = np.concatenate([np.full(len(facts[split]), i, np.uint8) for i, split in enumerate(splits)])
-    rows = np.concatenate([facts[split]["row"] for split in splits])
-    words = np.concatenate([facts[split]["digest"] for split in splits]).view("<u8").reshape(-1, 2)
-    order = np.lexsort((words[:, 1], words[:, 0]))
-    first = np.ones(len(order), bool)  # the first of each run of equal digests
-    first[1:] = (words[order[1:]] != words[order[:-1]]).any(1)
-    starts = np.flatnonzero(first)
-    lengths = np.diff(np.append(starts, len(order)))
-    groups = [order[s : s + n] for s, n in zip(starts[lengths > 1], lengths[lengths > 1], strict=True)]
-    in_order = [sorted(group.tolist(), key=lambda i: (owner[i], rows[i])) for group in groups]
-    for group in sorted(in_order, key=lambda group: (owner[group[0]], rows[group[0]])):
-        yield [{"split": splits[owner[i]], "path": named(splits[owner[i]], int(rows[i]))} for i in group]
+    groups: dict[bytes, list[tuple[int, int]]] = {}
+    heads = np.sort(np.concatenate([_head(part) for parts in facts.values() for part in parts]))
+    again = np.unique(heads[1:][heads[1:] == heads[:-1]])  # few: only those are looked at one by one
+    if not len(again):
+        return
+    for place, parts in enumerate(facts.values()):
+        for part in parts:
+            head = _head(part)
+            candidates = part[again[np.searchsorted(again, head).clip(max=len(again) - 1)] == head]
+            for row, digest in zip(candidates["row"].tolist(), candidates["digest"].tolist(), strict=True):
+                groups.setdefault(digest, []).append((place, row))
+    for group in sorted(sorted(group) for group in groups.values() if len(group) > 1):
+        yield [{"split": splits[place], "path": named(splits[place], row)} for place, row in group]
+
+
+def _head(part: Facts) -> npt.NDArray[np.uint64]:
+    """The first eight bytes of every digest as a number."""
+    return np.ascontiguousarray(part["digest"]).view(np.uint64)[::2].copy()
 
 
 def counted(groups: list[list[dict[str, str]]]) -> dict[str, Any]:

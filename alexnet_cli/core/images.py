@@ -1,7 +1,7 @@
 """Pictures to pixels, as in section 2 of the paper: RGB, shorter side to 256, the middle 256x256. No torch.
 
 This is the definition, with Pillow; `fast_images` is its fast twin for preparing, equal within one grey
-level. EXIF orientation is ignored, as it was in 2012.
+level. EXIF orientation is ignored, as it was in 2012; `upright` follows it where that is asked for.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ import numpy.typing as npt
 from alexnet_cli.core import census, fast_images, images
 from alexnet_cli.core.assembly import Totals, assemble, settle
 from alexnet_cli.core.listing import Item, Pictures
-from alexnet_cli.core.plan import LOCK, PLAN, Plan, check_foreign
+from alexnet_cli.core.plan import LOCK, PLAN, Plan, check_foreign, megabytes
 from alexnet_cli.core.shard_writer import Finished, ShardWriter, finished_shard, write_durably
 from alexnet_cli.core.shards import DUPLICATES, MEAN, PARTIAL, RECORD, REJECTED, SPLITS, index_name
 from alexnet_cli.core.statistics import PixelSums
@@ -78,7 +78,7 @@ def pack(plan: Plan, workers: int, on_corrupt: OnCorrupt = "skip", overwrite: bo
         StorageError: the disk is full or cannot be written; what was finished stays.
     """
     plan.state(overwrite)  # before anything is made or removed
-    with _storage(plan.output):
+    with _storage(plan):
         plan.output.mkdir(parents=True, exist_ok=True)
         with _locked(plan.output):
             if overwrite:
@@ -223,17 +223,17 @@ def _refuse(rejected: list[dict[str, str]], on_corrupt: OnCorrupt) -> None:
 
 
 @contextlib.contextmanager
-def _storage(output: Path) -> Iterator[None]:
+def _storage(plan: Plan) -> Iterator[None]:
     """A full or unwritable disk as an error for the user. Reading the source has its own handling."""
     try:
         yield
     except OSError as error:
         if error.errno not in FULL:
             raise
-        raise StorageError(
-            f"{output} cannot be written: {error.strerror}",
-            "free some space or choose another place; the same command then goes on where it stopped",
-        ) from error
+        advice = "free some space or choose another place; the same command then goes on where it stopped"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            advice = f"about {megabytes(plan.missing())} more needed: {advice}"
+        raise StorageError(f"{plan.output} cannot be written: {error.strerror}", advice) from error
 
 
 @contextlib.contextmanager

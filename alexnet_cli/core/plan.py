@@ -110,12 +110,18 @@ class Plan:
         Raises:
             StorageError: it is.
         """
-        done = sum(file.stat().st_size for file in self.output.glob("*.tar")) if self.output.is_dir() else 0
-        if needed - done > self.free():
+        if needed - self._done() > self.free():
             raise StorageError(
                 f"about {megabytes(needed)} needed in {self.output}, but {megabytes(self.free())} free",
                 "name a larger disk with -o, or a lower --quality",
             )
+
+    def missing(self) -> int:
+        """Bytes that are still to be written, about."""
+        return max(0, self.estimate() - self._done())
+
+    def _done(self) -> int:
+        return sum(file.stat().st_size for file in self.output.glob("*.tar")) if self.output.is_dir() else 0
 
     def _same(self, record: Path, what: str) -> None:
         try:

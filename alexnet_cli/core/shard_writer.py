@@ -7,6 +7,7 @@ is there.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -84,7 +85,8 @@ class ShardWriter:
 
     def abandon(self) -> None:
         """Drop what was written."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # on a full disk the last bytes cannot be written even now
+            self._file.close()
         self._temporary.unlink(missing_ok=True)
 
     def _member(self, name: str, data: bytes) -> None:
