@@ -122,6 +122,12 @@ def test_links(source: Path, tmp_path: Path) -> None:
     assert dataset.record["duplicates"]["across_splits"] >= 1
 
 
+def test_a_pipe_is_refused_and_not_waited_for(source: Path, tmp_path: Path) -> None:
+    os.mkfifo(source / "train" / "a" / "pipe.jpg")
+    _, refused = packed(source, tmp_path / "out")
+    assert refused == {"train/a/pipe.jpg": "it is not a regular file"}
+
+
 def test_what_may_not_be_read(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = listing._read
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import os
+import stat
 from abc import abstractmethod
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -237,4 +238,7 @@ def _identity(folder: Path) -> tuple[int, int]:
 
 
 def _read(path: Path) -> bytes:
+    """The bytes of a regular file; a pipe or a device would keep us waiting."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise DataError("it is not a regular file")
     return path.read_bytes()
