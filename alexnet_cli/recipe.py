@@ -19,6 +19,8 @@ import tomli_w
 
 from alexnet_cli.errors import RecipeError
 
+SIDE = 256  # section 2: pictures are 256 x 256 pixels
+
 Order = Literal["relu-norm-pool", "norm-pool-relu", "relu-pool-norm"]
 
 

@@ -52,16 +52,17 @@ CORE = {
     # section 5: learning
     "learning": "",
     "runs": "",
+    "records": "",
     "checkpoint": "learning network runs weights",
     "resume": "runs",
     "evaluate": "augment loader network placement sources",
     "results": "evaluate sources",
-    "train": "augment cache checkpoint evaluate learning loader network placement runs shards weights",
+    "train": "augment cache checkpoint evaluate learning loader network placement records runs shards weights",
     # section 6 and after: use
     "views": "",
     "onnx_metadata": "sources weights",
     "onnx_graph": "onnx_metadata weights",
-    "session": "onnx_graph onnx_metadata sources weights",
+    "session": "devices onnx_graph onnx_metadata sources weights",
     "torch_session": "network session sources weights",
     "export": "images onnx_graph session shards torch_session views weights",
     "predict": "images listing session sources torch_session views",
@@ -155,4 +156,4 @@ def test_what_needs_no_torch_imports_none() -> None:
 def test_one_noun_per_file_small_enough_to_read() -> None:
     for path in [*ROOT.glob("alexnet_cli/**/*.py"), *ROOT.glob("plugins/**/*.py")]:
         lines = path.read_text(encoding="utf-8").count("\n")
-        assert lines <= 300, f"{path.name} has {lines} lines"
+        assert lines <= 280, f"{path.name} has {lines} lines"

@@ -183,6 +183,7 @@ def test_print_config_names_the_sources(home: Path) -> None:
         (("visualize-filters", "-w", "nowhere"), 3, "nowhere"),
         (("export", "-w", "nowhere"), 3, "nowhere"),
         (("train", "--gpus", "99"), 4, "--gpus 99"),
+        (("evaluate", "-w", "runs/first/alexnet.onnx", "--gpus", "99"), 4, "GPU"),
         (("train", "--gpus", "first"), 2, "--gpus first"),
         (("evaluate", "--split", "test"), 3, "test"),
     ],

@@ -14,17 +14,18 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from model_files import draw, random_model, save_model
+from PIL import Image
 from typer import Typer
 from typer.testing import CliRunner, Result
 
-from alexnet_cli.core import images, onnx_graph
+from alexnet_cli.core import images, onnx_graph, weights
 from alexnet_cli.core.predict import Prediction, expand, open_classifier, predict, ranked
 from alexnet_cli.core.session import Session
 from alexnet_cli.core.sources import ClassName
 from alexnet_cli.core.torch_session import TorchSession
 from alexnet_cli.core.views import mean_correction, views
 from alexnet_cli.errors import AlexNetError, DataError, PartialError, UsageError
-from alexnet_cli.recipe import CAFFE, PAPER, Recipe
+from alexnet_cli.recipe import CAFFE, PAPER, TINY, Recipe
 
 SMALL = replace(PAPER, width=1 / 16)
 
@@ -249,3 +250,21 @@ def test_predicting_imports_no_torch(album: Path, model_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
     assert done.stderr == ""
+
+
+def test_pictures_are_turned_for_a_network_that_was_trained_on_turned_ones(tmp_path: Path) -> None:
+    """A phone's picture that lies on its side is answered like the same one upright, by every backend and format."""
+    picture = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn clockwise to see it upright
+    lying, upright = tmp_path / "lying.png", tmp_path / "upright.png"
+    Image.fromarray(picture).save(lying, exif=exif)
+    Image.fromarray(np.rot90(picture, -1)).save(upright)
+    paths = [str(lying), str(upright)]
+    for turned in (True, False):
+        model = random_model(replace(TINY, width=1 / 16), info={"exif_rotate": turned})
+        file = save_model(model, tmp_path / "model.safetensors")
+        onnx_graph.write(weights.read(file), tmp_path / "model.onnx")
+        for classifier in (Session(file), Session(tmp_path / "model.onnx"), TorchSession(file)):
+            one, other = (p.top[0].probability for p in predict(paths, classifier))
+            assert (abs(one - other) < 1e-6) is turned

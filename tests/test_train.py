@@ -14,9 +14,10 @@ import torch
 
 from alexnet_cli.core import checkpoint, weights
 from alexnet_cli.core.placement import Placement
+from alexnet_cli.core.records import Record
 from alexnet_cli.core.runs import Run, find_weights
 from alexnet_cli.core.shards import open_dataset
-from alexnet_cli.core.train import Record, Training, fit
+from alexnet_cli.core.train import Training, fit
 from alexnet_cli.errors import StorageError, VerificationError, WeightsError
 from alexnet_cli.recipe import PAPER, TINY, Recipe
 

@@ -29,11 +29,11 @@ from alexnet_cli.core.shards import (
     ROOT,
     ROW,
     SCHEMA,
-    SIDE,
     index_name,
 )
 from alexnet_cli.core.statistics import PixelSums
 from alexnet_cli.errors import AlexNetError, DataError
+from alexnet_cli.recipe import SIDE
 
 
 @dataclass

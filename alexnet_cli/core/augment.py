@@ -15,9 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from alexnet_cli.recipe import Recipe
-
-SIDE = 256
+from alexnet_cli.recipe import SIDE, Recipe
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from alexnet_cli.core.loader import SIDE, Batch, Loader
+from alexnet_cli.core.loader import Batch, Loader
 from alexnet_cli.errors import MissingError
+from alexnet_cli.recipe import SIDE
 
 Where = Literal["auto", "device", "none"]
 BYTES = SIDE * SIDE * 3  # of a decoded picture

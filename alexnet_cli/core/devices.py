@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import warnings
 from dataclasses import dataclass
@@ -31,6 +32,11 @@ def visible_gpus() -> list[Gpu]:
         about = torch.cuda.get_device_properties(index)
         found.append(Gpu(index, about.name, about.total_memory, f"{about.major}.{about.minor}"))
     return found
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cpu_bf16() -> bool:

@@ -17,8 +17,8 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from alexnet_cli.errors import DataError
+from alexnet_cli.recipe import SIDE
 
-SIDE = 256  # pixels; the paper, section 2
 MAX_PIXELS = 89_478_485  # a quarter of a gigabyte as RGB, where Pillow begins to suspect a decompression bomb
 MAX_ASPECT = 16  # of a picture longer than this many times its width only the middle is resized
 

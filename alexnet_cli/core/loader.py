@@ -19,8 +19,8 @@ from torch import Tensor
 
 from alexnet_cli.core.shards import Split
 from alexnet_cli.errors import DataError
+from alexnet_cli.recipe import SIDE
 
-SIDE = 256
 AHEAD = 3  # batches being decoded while one is used
 
 

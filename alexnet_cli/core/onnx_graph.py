@@ -28,12 +28,11 @@ import alexnet_cli
 from alexnet_cli.core import onnx_metadata
 from alexnet_cli.core.weights import Model
 from alexnet_cli.errors import StorageError, UsageError
-from alexnet_cli.recipe import Recipe
+from alexnet_cli.recipe import SIDE, Recipe
 
 OPSET, IR_VERSION = 17, 8  # old enough for ONNX Runtime 1.12, new enough for every operator used
 LARGEST = 2**31 - 2**20  # bytes of weights in one protobuf message, with room for the rest
 APART_BYTES = 2**16
-SIDE = 256
 ACTIVATIONS = {"relu": "Relu", "tanh": "Tanh", "sigmoid": "Sigmoid"}
 
 Array = npt.NDArray[np.float32]

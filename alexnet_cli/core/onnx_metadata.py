@@ -14,7 +14,7 @@ from typing import Any
 import alexnet_cli
 from alexnet_cli import recipe as recipes
 from alexnet_cli.core.sources import ClassName
-from alexnet_cli.core.weights import Model
+from alexnet_cli.core.weights import Model, preprocess
 from alexnet_cli.errors import RecipeError, WeightsError
 from alexnet_cli.recipe import Recipe
 
@@ -29,26 +29,20 @@ class Info:
     recipe: Recipe
     sha256: str
     metrics: Mapping[str, Any]
+    exif_rotate: bool
 
 
 def describe(model: Model, sha256: str) -> dict[str, str]:
     """The metadata of a model's ONNX file."""
     wnids = [c.wnid for c in model.classes]
-    preprocess = {
-        "resize": "shorter side to 256, antialiased; centre 256x256",
-        "crop": model.recipe.input_size,
-        "channels": "RGB",
-        "range": [0, 255],
-        "subtract": "in the graph",
-        "divide": "in the graph",
-    }
+    steps = preprocess(model.recipe, model.info) | {"subtract": "in the graph", "divide": "in the graph"}
     return {
         "alexnet.schema": SCHEMA,
         "alexnet.version": alexnet_cli.__version__,
         "alexnet.sha256": sha256,
         "names": json.dumps([c.name for c in model.classes]),
         "wnids": json.dumps(wnids if any(wnids) else []),
-        "preprocess": json.dumps(preprocess),
+        "preprocess": json.dumps(steps),
         "recipe": json.dumps(asdict(model.recipe)),
         "metrics": json.dumps(model.info.get("metrics", {})),
         "info": json.dumps(dict(model.info)),
@@ -73,6 +67,7 @@ def read(path: Path, text: Mapping[str, str]) -> Info:
         names, wnids = json.loads(text["names"]), json.loads(text["wnids"])
         classes = tuple(ClassName(*pair) for pair in zip(names, wnids or [None] * len(names), strict=True))
         recipe = recipes.from_values(json.loads(text["recipe"]))
-        return Info(classes, recipe, text["alexnet.sha256"], json.loads(text["metrics"]))
+        rotate = bool(json.loads(text["preprocess"])["exif_rotate"])
+        return Info(classes, recipe, text["alexnet.sha256"], json.loads(text["metrics"]), rotate)
     except (KeyError, TypeError, ValueError, AttributeError, RecipeError) as error:
         raise WeightsError(f"{path} has unreadable metadata: {error}", "the file is damaged; export it anew") from error

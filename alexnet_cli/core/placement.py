@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
 import sys
 from dataclasses import dataclass
 
 import torch
 
-from alexnet_cli.core.devices import cpu_bf16, visible_gpus
+from alexnet_cli.core.devices import cores, cpu_bf16, visible_gpus
 from alexnet_cli.errors import MissingError, UsageError
 
 
@@ -107,4 +106,4 @@ def keep_memory() -> None:
 
 def threads_for_decoding(asked: int | None) -> int:
     """How many threads decode pictures: what was asked, or one per core, at most eight."""
-    return asked or min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    return asked or min(8, cores())

@@ -47,6 +47,10 @@ class Classifier(Protocol):
         """The classes, in the order of the outputs."""
 
     @property
+    def exif_rotate(self) -> bool:
+        """Whether pictures are turned as their EXIF orientation says."""
+
+    @property
     def recipe(self) -> Recipe:
         """What the network is."""
 
@@ -129,12 +133,14 @@ def _below(name: str) -> list[str]:
     return [os.path.join(name, file.removeprefix("./")) for file in files.names] or [name]
 
 
-def load(path: str) -> Picture | str:
-    """uint8 256 x 256 x 3, or why not."""
+def load(path: str, exif_rotate: bool = False) -> Picture | str:
+    """uint8 256 x 256 x 3, turned as its EXIF says if asked; or why not."""
     try:
         if os.path.isdir(path):
             return "a folder without readable pictures"
-        return images.to_256(images.decode(Path(path).read_bytes()))
+        data = Path(path).read_bytes()
+        rgb = images.decode(data)
+        return images.to_256(images.upright(rgb, data) if exif_rotate else rgb)
     except DataError as error:
         return error.what
     except OSError as error:
@@ -151,7 +157,7 @@ def predict(paths: Iterable[str], classifier: Classifier, k: int = 5, count: int
         raise UsageError(f"--views {count}: there is the centre view, 1, and the paper's ten", "use 1 or 10")
     together = max(1, BATCH // count)
     correction = _correction(classifier, count)
-    with contextlib.closing(_ahead(paths, 2 * together)) as loaded:
+    with contextlib.closing(_ahead(paths, 2 * together, classifier.exif_rotate)) as loaded:
         while batch := list(islice(loaded, together)):
             crops = [views(p, classifier.recipe.input_size, count) for _, p in batch if not isinstance(p, str)]
             averages = iter(_averages(classifier, crops, count, correction))
@@ -196,16 +202,16 @@ def ranked(probabilities: npt.NDArray[np.float32], classes: Sequence[ClassName],
     )
 
 
-def _ahead(paths: Iterable[str], window: int) -> Generator[tuple[str, Picture | str], None, None]:
+def _ahead(paths: Iterable[str], window: int, exif_rotate: bool) -> Generator[tuple[str, Picture | str], None, None]:
     """Every path with its picture, in order, while the next `window` are being decoded in threads."""
     remaining = iter(paths)
     waiting: deque[tuple[str, Future[Picture | str]]] = deque()
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         try:
-            waiting.extend((path, pool.submit(load, path)) for path in islice(remaining, window))
+            waiting.extend((path, pool.submit(load, path, exif_rotate)) for path in islice(remaining, window))
             while waiting:
                 path, future = waiting.popleft()
-                waiting.extend((later, pool.submit(load, later)) for later in islice(remaining, 1))
+                waiting.extend((later, pool.submit(load, later, exif_rotate)) for later in islice(remaining, 1))
                 yield path, future.result()
         finally:
             for _, future in waiting:

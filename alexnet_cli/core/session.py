@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from alexnet_cli.core import onnx_metadata, weights
+from alexnet_cli.core.devices import cores
 from alexnet_cli.core.sources import ClassName
 from alexnet_cli.errors import MissingError, WeightsError
 from alexnet_cli.recipe import Recipe
@@ -61,7 +62,8 @@ class Session:
             raise WeightsError(f"{source} does not exist", "name a run, or an .onnx file; `alexnet export` writes one")
         with _contained() as said:
             providers = _providers(provider)
-            self._session, self._kept = _open(source, providers, threads or _cores(), few)
+            # ONNX Runtime by itself would count every core of the machine, allowed or not.
+            self._session, self._kept = _open(source, providers, threads or cores(), few)
         wanted = len(providers) > 1
         self.device = "cuda" if self._session.get_providers()[0] == CUDA else "cpu"
         self.fallback = _reason(said[0]) if wanted and self.device == "cpu" else ""
@@ -79,6 +81,11 @@ class Session:
     def crop(self) -> int:
         """Side of a crop in pixels: 224 or 227."""
         return self.info.recipe.input_size
+
+    @property
+    def exif_rotate(self) -> bool:
+        """Whether pictures are turned as their EXIF orientation says."""
+        return self.info.exif_rotate
 
     @property
     def recipe(self) -> Recipe:
@@ -151,11 +158,6 @@ def _checked(path: Path, session: Any) -> onnx_metadata.Info:
     if shapes != {"input": [3, side, side], "logits": [classes], "probabilities": [classes]}:
         raise WeightsError(f"{path}: its inputs and outputs do not fit its metadata", "export it anew")
     return info
-
-
-def _cores() -> int:
-    """Cores this process may use; ONNX Runtime would count every core of the machine."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _gpu_present() -> bool:

@@ -23,9 +23,9 @@ import numpy.typing as npt
 
 from alexnet_cli.core.sources import ClassName
 from alexnet_cli.errors import DataError, VerificationError
+from alexnet_cli.recipe import SIDE
 
 SCHEMA = "alexnet.dataset/1"
-SIDE = 256  # pixels; the paper, section 2
 SPLITS = ("train", "val")
 RECORD = "dataset.json"
 MEAN = "mean.npy"

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-SIDE = 256
+from alexnet_cli.recipe import SIDE
+
 DIGITS = 9  # decimals written to dataset.json
 
 

@@ -12,7 +12,7 @@ from alexnet_cli.core import weights
 from alexnet_cli.core.network import from_model
 from alexnet_cli.core.session import Crops
 from alexnet_cli.core.sources import ClassName
-from alexnet_cli.recipe import Recipe
+from alexnet_cli.recipe import SIDE, Recipe
 
 Array = npt.NDArray[np.float32]
 
@@ -28,7 +28,7 @@ class TorchSession:
         self.path = self.model.path
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.network = from_model(self.model).to(self.device)
-        low = (256 - self.crop) // 2
+        low = (SIDE - self.crop) // 2
         mean = self.model.mean[:, low : low + self.crop, low : low + self.crop]
         if self.recipe.mean == "rgb":
             mean = self.model.mean.mean((1, 2), keepdims=True, dtype=np.float64).astype(np.float32)
@@ -43,6 +43,11 @@ class TorchSession:
     def crop(self) -> int:
         """Side of a crop in pixels: 224 or 227."""
         return self.recipe.input_size
+
+    @property
+    def exif_rotate(self) -> bool:
+        """Whether pictures are turned as their EXIF orientation says."""
+        return self.model.exif_rotate
 
     @property
     def recipe(self) -> Recipe:

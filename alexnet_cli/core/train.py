@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,59 +22,11 @@ from alexnet_cli.core.learning import Momentum, Schedule
 from alexnet_cli.core.loader import Batch, Loader, all_batches, epoch_order, steps_per_epoch, training_batches
 from alexnet_cli.core.network import Network, initialise, parameters_by_name
 from alexnet_cli.core.placement import Placement
+from alexnet_cli.core.records import Record, Tally
 from alexnet_cli.core.runs import Run
 from alexnet_cli.core.shards import Dataset
 from alexnet_cli.errors import VerificationError
 from alexnet_cli.recipe import Recipe
-
-Event = Literal["start", "step", "validation", "checkpoint", "end"]
-
-
-@dataclass(frozen=True)
-class Record:
-    """What happened: a line of metrics.jsonl. Epochs count from 1; `step` is the steps done; errors are shares."""
-
-    event: Event
-    epoch: int
-    step: int
-    loss: float | None = None
-    lr: float | None = None
-    top1_error: float | None = None
-    top5_error: float | None = None
-    images_per_second: float | None = None
-    data_wait: float | None = None
-    train_loss: float | None = None
-    train_top1_error: float | None = None
-    steps_per_epoch: int | None = None
-    best: bool | None = None
-    path: str | None = None
-    reason: str | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """The fields that say something."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
-
-
-@dataclass
-class Tally:
-    """Sums over training images; `seconds` and `waited` (for data) are wall time."""
-
-    images: int = 0
-    loss: float = 0.0
-    errors: int = 0
-    top5_errors: int = 0
-    seconds: float = 0.0
-    waited: float = 0.0
-
-    def add(self, other: Tally) -> None:
-        """Add the sums of another."""
-        for name, value in asdict(other).items():
-            setattr(self, name, getattr(self, name) + value)
-
-    @property
-    def rate(self) -> float:
-        """Images per second."""
-        return self.images / self.seconds if self.seconds else 0.0
 
 
 @dataclass
@@ -145,6 +97,7 @@ class Training:
         info = {
             "data": self.data.name, "data_hash": self.data.hash, "run": self.run.path.name,
             "epoch": self.epochs_begun, "step": self.step, "metrics": metrics,
+            "exif_rotate": self.data.record["image"].get("exif_rotate", False),
         }  # fmt: skip
         text = weights.metadata(self.recipe, self.data.classes, info)
         mean = torch.from_numpy(np.ascontiguousarray(self._mean(), dtype=np.float32))
@@ -204,6 +157,7 @@ def fit(
             path = training.save(metrics, best)
             yield _log(run, Record("checkpoint", training.epoch - 1, training.step, path=str(path), best=best))
     if reason is not None and training.step > training.first_step_of_epoch:
+        _check_finite(training, training.tally.loss)
         path = training.save(metrics, best=False)
         yield _log(run, Record("checkpoint", training.epoch, training.step, path=str(path), best=False))
     yield _log(run, Record("end", training.epochs_begun, training.step, reason=reason or "finished"))
@@ -259,7 +213,8 @@ def _settle(
     recent.seconds += time.perf_counter() - started
     pending.clear()
     training.tally.add(recent)
-    _check_finite(training, recent.loss)
+    if not math.isfinite(recent.loss):
+        _check_finite(training, recent.loss)
 
 
 def _check_finite(training: Training, loss: float) -> None:

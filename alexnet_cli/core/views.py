@@ -7,7 +7,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-SIDE = 256
+from alexnet_cli.recipe import SIDE
 
 T = TypeVar("T", bound=np.generic)
 

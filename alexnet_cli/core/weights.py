@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from alexnet_cli import recipe as recipes
 from alexnet_cli.core.sources import ClassName
 from alexnet_cli.errors import RecipeError, WeightsError
-from alexnet_cli.recipe import Recipe
+from alexnet_cli.recipe import SIDE, Recipe
 
 SCHEMA = "alexnet.model/1"
 LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
@@ -38,26 +38,36 @@ class Model:
     info: Mapping[str, Any]
 
     @property
+    def exif_rotate(self) -> bool:
+        """Whether pictures are turned as their EXIF orientation says, as those of its training set were."""
+        return bool(self.info.get("exif_rotate", False))
+
+    @property
     def mean(self) -> npt.NDArray[np.float32]:
         """float32 3 x 256 x 256, RGB, 0..255: what is subtracted from a picture."""
         return self.tensors["mean"]
 
 
-def metadata(recipe: Recipe, classes: Sequence[ClassName], info: Mapping[str, Any]) -> dict[str, str]:
-    """The strings that a model file carries beside its tensors."""
-    preprocess = {
-        "resize": "shorter side to 256, antialiased; centre 256x256",
+def preprocess(recipe: Recipe, info: Mapping[str, Any]) -> dict[str, Any]:
+    """What becomes of a picture before the mean is subtracted, for other programs to read."""
+    return {
+        "exif_rotate": bool(info.get("exif_rotate", False)),
+        "resize": f"shorter side to {SIDE}, antialiased; centre {SIDE}x{SIDE}",
         "crop": recipe.input_size,
         "channels": "RGB",
         "range": [0, 255],
-        "subtract": "tensor `mean`, centre window",
-        "divide": recipe.input_divisor,
     }
+
+
+def metadata(recipe: Recipe, classes: Sequence[ClassName], info: Mapping[str, Any]) -> dict[str, str]:
+    """The strings that a model file carries beside its tensors."""
+    window = "under the crop" if recipe.mean == "image-at-crop" else "centre window"
+    steps = preprocess(recipe, info) | {"subtract": f"tensor `mean`, {window}", "divide": recipe.input_divisor}
     return {
         "schema": SCHEMA,
         "recipe": json.dumps(asdict(recipe)),
         "classes": json.dumps([c._asdict() for c in classes]),
-        "preprocess": json.dumps(preprocess),
+        "preprocess": json.dumps(steps),
         "info": json.dumps(dict(info)),
     }
 
@@ -97,7 +107,7 @@ def _check_tensors(path: Path, tensors: Mapping[str, Any], classes: Sequence[Cla
             raise WeightsError(f"{path} has no tensor {name}", "the file is damaged or foreign")
         if tensors[name].dtype != np.float32:
             raise WeightsError(f"{path}: {name} is {tensors[name].dtype}, not float32", "export it anew")
-    if tensors["mean"].shape != (3, 256, 256):
+    if tensors["mean"].shape != (3, SIDE, SIDE):
         raise WeightsError(f"{path}: mean is {tensors['mean'].shape}, not (3, 256, 256)", "the file is damaged")
     if tensors["fc8.bias"].shape != (len(classes),):
         raise WeightsError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -67,9 +66,10 @@ def benchmark(
     All take turns, round after round; medians, slowest and fastest rounds, and ratios are shown.
     """
     from alexnet_cli.core import stopwatch
+    from alexnet_cli.core.devices import cores
 
     reporter = Reporter("benchmark", json=json, quiet=quiet)
-    workers = jobs or _cores()
+    workers = jobs or cores()
     chosen = list(TOPICS) if topic is Topic.all else [topic]
     for name in chosen:
         machine = stopwatch.hardware(workers)
@@ -162,10 +162,6 @@ def _source(setting: Setting) -> tuple[Path, list[Path], str]:
         benchmark_pictures.tree(chosen, source)
         note = f"measured on {len(chosen):,} pictures of {setting.pictures}"
     return source, sorted(source.rglob("*.jpg")), note
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 TOPICS: dict[Topic, Opening] = {Topic.prepare: _prepare, Topic.load: _load}

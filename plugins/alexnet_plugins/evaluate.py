@@ -60,7 +60,7 @@ def evaluate(
     if not len(images):
         raise DataError(f"{dataset.path}: split {split} holds no images", "prepare it anew with --val-fraction 0.1")
     backend = "onnx" if path.suffix == ".onnx" else "torch"
-    classify, classes, place = _onnx(path, views) if backend == "onnx" else _torch(path, views, gpus)
+    classify, classes, place = _onnx(path, views, gpus) if backend == "onnx" else _torch(path, views, gpus)
     output_of = matching(classes, dataset.classes, path)
     reporter.line("weights", str(path))
     reporter.line("data", f"{dataset.path} · {split} · {len(images):,} images, each counted once")
@@ -101,12 +101,12 @@ def _torch(path: Path, views: int, gpus: str | None) -> Judge:
     return TorchClassifier(network, pixels, placement, views), model.classes, f"{placement.name} · fp32"
 
 
-def _onnx(path: Path, views: int) -> Judge:
+def _onnx(path: Path, views: int, gpus: str | None) -> Judge:
     """An ONNX file's network in ONNX Runtime."""
     from alexnet_cli.core.predict import probabilities
     from alexnet_cli.core.session import Session
 
-    session = Session(path)
+    session = Session(path, provider="auto" if gpus is None else "cpu" if gpus == "none" else "cuda")
     return lambda images: probabilities(images.numpy(), session, views), session.classes, session.device
 
 

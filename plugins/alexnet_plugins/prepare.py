@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -51,6 +50,7 @@ def prepare(
 
     Interrupted, the same command goes on where it stopped. The source is never written to.
     """
+    from alexnet_cli.core.devices import cores
     from alexnet_cli.core.plan import Plan, default_output, megabytes
     from alexnet_cli.core.shards import open_dataset
     from alexnet_cli.core.sources import recognise
@@ -90,7 +90,7 @@ def prepare(
     if state == "unfinished":
         reporter.line("resume", "an earlier run was interrupted; what it finished is kept")
     start = time.perf_counter()
-    packed = _pack(reporter, plan, workers or _cores(), on_corrupt, overwrite)
+    packed = _pack(reporter, plan, workers or cores(), on_corrupt, overwrite)
     seconds = time.perf_counter() - start
     dataset = open_dataset(plan.output)
     for line in _statistics(dataset):
@@ -196,7 +196,3 @@ def _verify(reporter: Reporter, folder: Path) -> None:
             bar.advance(1)
     reporter.result({"output": str(folder), "files": len(files), "verified": True})
     reporter.line("done", f"{folder}: all {len(files)} files are as they were written")
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -20,9 +20,10 @@ from alexnet_cli.recipe import Recipe
 
 if TYPE_CHECKING:
     from alexnet_cli.core.placement import Placement
+    from alexnet_cli.core.records import Record
     from alexnet_cli.core.runs import Run
     from alexnet_cli.core.shards import Dataset
-    from alexnet_cli.core.train import Record, Training
+    from alexnet_cli.core.train import Training
 
 Cache = Literal["auto", "device", "none"]
 NAMES = "paper, krizhevsky, caffe, fast, tiny, or a TOML file. [default: paper]"

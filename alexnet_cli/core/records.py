@@ -1,0 +1,55 @@
+"""What a training run tells: its records, and the sums that they are made from. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+Event = Literal["start", "step", "validation", "checkpoint", "end"]
+
+
+@dataclass(frozen=True)
+class Record:
+    """What happened: a line of metrics.jsonl. Epochs count from 1; `step` is the steps done; errors are shares."""
+
+    event: Event
+    epoch: int
+    step: int
+    loss: float | None = None
+    lr: float | None = None
+    top1_error: float | None = None
+    top5_error: float | None = None
+    images_per_second: float | None = None
+    data_wait: float | None = None
+    train_loss: float | None = None
+    train_top1_error: float | None = None
+    steps_per_epoch: int | None = None
+    best: bool | None = None
+    path: str | None = None
+    reason: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields that say something."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+
+@dataclass
+class Tally:
+    """Sums over training images; `seconds` and `waited` (for data) are wall time."""
+
+    images: int = 0
+    loss: float = 0.0
+    errors: int = 0
+    top5_errors: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0
+
+    def add(self, other: Tally) -> None:
+        """Add the sums of another."""
+        for name, value in asdict(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+    @property
+    def rate(self) -> float:
+        """Images per second."""
+        return self.images / self.seconds if self.seconds else 0.0
