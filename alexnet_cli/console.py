@@ -10,6 +10,7 @@ import json
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 SECONDS_BETWEEN_LINES = 30.0
+SECONDS_OF_PATIENCE = 2.0
 WIDTH_OF_FILES = 160  # columns of a table that goes to a file or a pipe
 
 
@@ -83,6 +85,25 @@ class Reporter:
             lines = _Lines(self._stderr, description, total, unit)
             yield lines
             lines.say()
+
+    @contextmanager
+    def waiting(self, label: str, text: str) -> Iterator[None]:
+        """Where nothing can be counted: say what takes so long, after two seconds and then every half minute."""
+        done, started = threading.Event(), time.monotonic()
+
+        def remind() -> None:
+            pause = SECONDS_OF_PATIENCE
+            while not done.wait(pause):
+                self.line(label, f"{text} ({duration(time.monotonic() - started)} so far)")
+                pause = SECONDS_BETWEEN_LINES
+
+        thread = threading.Thread(target=remind, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
 
     def _stderr(self, text: str) -> None:
         if self._bar is not None:

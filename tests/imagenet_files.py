@@ -79,11 +79,17 @@ def tar(path: Path, files: Mapping[str, bytes], mode: str = "w") -> Path:
 def train_archive(path: Path, train: Mapping[str, bytes], order: int = -1) -> Path:
     """A tar of WNID.tar, the classes in an order that is not the sorted one."""
     inner = {}
-    for wnid in sorted({name.split("/")[0] for name in train})[::order]:
-        files = {name.split("/")[1]: data for name, data in train.items() if name.startswith(wnid)}
-        inner[f"{wnid}.tar"] = tar(path.with_name(f"{wnid}.tar"), files).read_bytes()
-        path.with_name(f"{wnid}.tar").unlink()
+    for file in class_archives(path.parent, train)[::order]:
+        inner[file.name] = file.read_bytes()
+        file.unlink()
     return tar(path, inner)
+
+
+def class_archives(root: Path, train: Mapping[str, bytes]) -> list[Path]:
+    """WNID.tar, sorted: what unpacking the training archive gives."""
+    wnids = sorted({name.split("/")[0] for name in train})
+    files = [{name.split("/")[1]: data for name, data in train.items() if name.startswith(w)} for w in wnids]
+    return [tar(root / f"{wnid}.tar", inside) for wnid, inside in zip(wnids, files, strict=True)]
 
 
 def devkit(root: Path, packed: bool = True, truth: tuple[str, ...] = VAL) -> Path:
@@ -106,6 +112,18 @@ def devkit(root: Path, packed: bool = True, truth: tuple[str, ...] = VAL) -> Pat
 def archives(root: Path, train: Mapping[str, bytes], val: Mapping[str, bytes]) -> None:
     train_archive(root / "ILSVRC2012_img_train.tar", train)
     tar(root / "ILSVRC2012_img_val.tar", dict(sorted(val.items(), reverse=True)))
+    devkit(root)
+
+
+def unpacked_once(root: Path, train: Mapping[str, bytes], val: Mapping[str, bytes]) -> None:
+    class_archives(root / "train", train)
+    write(root / "val", val)
+    devkit(root)
+
+
+def archive_and_folders(root: Path, train: Mapping[str, bytes], val: Mapping[str, bytes]) -> None:
+    torchvision(root, {}, val)
+    train_archive(root / "ILSVRC2012_img_train.tar", train)
     devkit(root)
 
 

@@ -58,3 +58,16 @@ def test_without_a_terminal_progress_is_lines(
 )
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_a_wait_is_explained_only_if_it_is_long(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reporter = Reporter("prepare")
+    with reporter.waiting("look", "reading"):
+        pass
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("alexnet_cli.console.SECONDS_OF_PATIENCE", 0.01)
+    with reporter.waiting("look", "reading"):
+        time.sleep(0.3)
+    assert capsys.readouterr().err == "look    reading (0s so far)\n"

@@ -33,26 +33,27 @@ class Member(NamedTuple):
 
 
 class Members(Pictures):
-    """Pictures inside one archive: names, labels, offsets and sizes."""
+    """Pictures inside archives: names, labels, offsets and sizes."""
 
-    def __init__(self, archive: Path) -> None:
-        self.archive = archive
+    def __init__(self, *archives: Path) -> None:
+        self.archives = archives
         self.names: Names = Names()
         self.labels: array[int] = array("I")
-        self._offsets, self._sizes, self._refused = array("Q"), array("Q"), array("B")
+        self._archive, self._offsets, self._sizes, self._refused = array("H"), array("Q"), array("Q"), array("B")
 
-    def add(self, name: str, label: int, member: Member) -> None:
-        """Append a picture, `name` being what it is called in reports."""
+    def add(self, name: str, label: int, member: Member, archive: int = 0) -> None:
+        """Append a picture, `name` being what it is called in reports, `archive` the number of its archive."""
         self.names.extend([name])
+        self._archive.append(archive)
         self.labels.append(label)
         self._offsets.append(member.offset)
         self._sizes.append(member.size)
         self._refused.append(member.refused)
 
     def reader(self, row: int) -> Callable[[], bytes]:
-        """Reads that part of the archive."""
+        """Reads that part of its archive."""
         place = self._offsets[row], self._sizes[row], self._refused[row]
-        return functools.partial(_read, self.archive, *place)
+        return functools.partial(_read, self.archives[self._archive[row]], *place)
 
 
 def members(archive: Path, inside: Member | None = None) -> Iterator[Member]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,9 @@ import numpy.typing as npt
 
 from alexnet_cli import __version__
 from alexnet_cli.core import census
-from alexnet_cli.core.census import Facts
+from alexnet_cli.core.census import Census
 from alexnet_cli.core.plan import Plan
-from alexnet_cli.core.shard_writer import Finished, npy, write_durably
+from alexnet_cli.core.shard_writer import Finished, finished_shard, npy, npy_header, write_durably
 from alexnet_cli.core.shards import (
     DUPLICATES,
     LATEST,
@@ -38,25 +37,17 @@ from alexnet_cli.recipe import SIDE
 
 @dataclass
 class Totals:
-    """What the finished shards of a split add up to, in order."""
+    """What the finished shards of a split add up to. Their rows and facts stay in the sidecars."""
 
     shards: list[dict[str, Any]] = field(default_factory=list)
-    rows: list[npt.NDArray[np.void]] = field(default_factory=list)
     sums: PixelSums = field(default_factory=PixelSums)
-    facts: list[Facts] = field(default_factory=list)
     rejected: list[dict[str, str]] = field(default_factory=list)
 
     def add(self, shard: Finished) -> None:
         """Count the next shard."""
         self.shards.append(shard.entry)
-        self.rows.append(shard.rows)
         self.sums.merge(shard.sums)
-        self.facts.append(shard.facts)
         self.rejected += shard.rejected
-
-    def index(self) -> npt.NDArray[np.void]:
-        """Rows of the whole split."""
-        return np.concatenate(self.rows) if self.rows else np.zeros(0, ROW)
 
 
 def assemble(plan: Plan, totals: Mapping[str, Totals]) -> None:
@@ -67,16 +58,19 @@ def assemble(plan: Plan, totals: Mapping[str, Totals]) -> None:
     """
     _check_counts(plan, totals)
     rejected = [line for split in totals.values() for line in split.rejected]
-    index = {name: split.index() for name, split in totals.items()}
-    files = {index_name(name): npy(rows) for name, rows in index.items()}
-    files[MEAN] = npy(totals["train"].sums.mean_image())
-    facts = {name: split.facts for name, split in totals.items()}
-    equal = list(census.duplicates(facts, lambda split, row: plan.source.splits[split][row].name))
-    files[DUPLICATES] = "".join(json.dumps(group) + "\n" for group in equal).encode()
-    files[REJECTED] = "".join(json.dumps(line) + "\n" for line in rejected).encode()
-    for name, data in files.items():
-        write_durably(plan.output / name, data)
-    labels = {name: np.bincount(rows["label"], minlength=len(plan.source.classes)) for name, rows in index.items()}
+    labels = {name: np.zeros(len(plan.source.classes), np.int64) for name in totals}
+    seen = Census()
+    sums = {}
+    for name, split in totals.items():
+        sums[index_name(name)] = write_durably(plan.output / index_name(name), _index(plan, name, split, labels, seen))
+    facts = {name: (shard.facts for shard in _again(plan, name, split)) for name, split in totals.items()}
+    equal = list(census.duplicates(seen.repeated(), facts, lambda split, row: plan.source.splits[split].names[row]))
+    for file, data in {
+        MEAN: npy(totals["train"].sums.mean_image()),
+        DUPLICATES: _lines(equal),
+        REJECTED: _lines(rejected),
+    }.items():
+        sums[file] = write_durably(plan.output / file, [data])
     record = {
         "schema": SCHEMA,
         "name": plan.source.path.resolve().name,
@@ -84,16 +78,40 @@ def assemble(plan: Plan, totals: Mapping[str, Totals]) -> None:
         "classes": _classes(plan, labels),
         "splits": {name: _split(totals[name], labels[name]) for name in totals},
         "image": {"size": SIDE, "jpeg_quality": plan.quality, "exif_rotate": plan.exif_rotate},
-        "source_sizes": census.sizes(facts),
+        "source_sizes": seen.sizes(),
         "duplicates": census.counted(equal),
         **totals["train"].sums.record(),
         "rejected": len(rejected),
-        "files": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
+        "files": sums,
         "source": str(plan.source.path.resolve()),
         "settings": plan.settings,
         "version": __version__,
     }
-    write_durably(plan.output / RECORD, (json.dumps(record, indent=1) + "\n").encode())
+    write_durably(plan.output / RECORD, [(json.dumps(record, indent=1) + "\n").encode()])
+
+
+def _again(plan: Plan, split: str, totals: Totals) -> Iterator[Finished]:
+    """The finished shards of a split, read back one by one."""
+    for number, entry in enumerate(totals.shards):
+        shard = finished_shard(plan.output, split, number)
+        if shard is None:
+            raise DataError(f"{plan.output / entry['file']} has vanished", "run the same command again")
+        yield shard
+
+
+def _index(
+    plan: Plan, split: str, totals: Totals, labels: Mapping[str, npt.NDArray[np.int64]], seen: Census
+) -> Iterator[bytes]:
+    """The bytes of a split's index, an .npy file of all rows; labels and facts are counted on the way."""
+    yield npy_header(ROW, sum(shard["images"] for shard in totals.shards))
+    for shard in _again(plan, split, totals):
+        labels[split][:] += np.bincount(shard.rows["label"], minlength=len(labels[split]))
+        seen.add(shard.facts)
+        yield shard.rows.tobytes()
+
+
+def _lines(records: Sequence[Any]) -> bytes:
+    return "".join(json.dumps(record) + "\n" for record in records).encode()
 
 
 def settle(output: Path) -> None:

@@ -1,20 +1,21 @@
 """What people want to know of their pictures before training: source sizes, exact duplicates, leaks. No torch.
 
-A fact is kept for every picture that was packed, 24 bytes each, so that 14 million of them fit in memory.
+A fact of every picture that was packed is in its shard's sidecar, 24 bytes each; they are never in memory together.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 FACT = np.dtype([("row", "<u4"), ("width", "<u2"), ("height", "<u2"), ("digest", "V16")])
-LONGEST = 65535  # a side longer than that counts as this long; JPEG has none
 """The row in the source's split, the size in pixels, and half of the sha256 of the file's bytes."""
+SIDES = ("width", "height")
+LONGEST = 65535  # a side longer than that counts as this long; JPEG has none
 
 Facts = npt.NDArray[np.void]
 
@@ -25,32 +26,55 @@ def fact(row: int, rgb: npt.NDArray[np.uint8], data: bytes) -> tuple[int, int, i
     return row, width, height, hashlib.sha256(data).digest()[:16]
 
 
-def sizes(facts: Mapping[str, Sequence[Facts]]) -> dict[str, dict[str, float]]:
-    """Width and height of the source pictures of all splits: least, median and most, in pixels."""
-    found = {}
-    for side in ("width", "height"):
-        values = np.concatenate([part[side] for parts in facts.values() for part in parts])
-        found[side] = {"min": int(values.min()), "median": float(np.median(values)), "max": int(values.max())}
-    return found
+class Census:
+    """Sizes and equal files, counted from facts that come a shard at a time; of each picture 8 bytes are kept."""
+
+    def __init__(self) -> None:
+        self._sizes = {side: np.zeros(LONGEST + 1, np.int64) for side in SIDES}
+        self._heads: list[npt.NDArray[np.uint64]] = []
+
+    def add(self, facts: Facts) -> None:
+        """Count the pictures of a shard."""
+        for side in SIDES:
+            self._sizes[side] += np.bincount(facts[side], minlength=LONGEST + 1)
+        self._heads.append(_head(facts))
+
+    def sizes(self) -> dict[str, dict[str, float]]:
+        """Width and height of the source pictures: least, median and most, in pixels."""
+        return {side: _spread(counts) for side, counts in self._sizes.items()}
+
+    def repeated(self) -> npt.NDArray[np.uint64]:
+        """Heads of digests that came more than once, sorted: those of all equal files, and hardly any other."""
+        heads = np.concatenate(self._heads)
+        heads.sort()
+        return np.unique(heads[1:][heads[1:] == heads[:-1]])
+
+
+def _spread(counts: npt.NDArray[np.int64]) -> dict[str, float]:
+    until = counts.cumsum()
+    middle = [(int(until[-1]) - 1) // 2, int(until[-1]) // 2]
+    values = np.flatnonzero(counts)
+    median = float(np.searchsorted(until, middle, side="right").mean())
+    return {"min": int(values[0]), "median": median, "max": int(values[-1])}
 
 
 def duplicates(
-    facts: Mapping[str, Sequence[Facts]], named: Callable[[str, int], str]
+    repeated: npt.NDArray[np.uint64],
+    facts: Mapping[str, Iterable[Facts]],
+    named: Callable[[str, int], str],
 ) -> Iterator[list[dict[str, str]]]:
     """Groups of pictures whose files are equal byte for byte, each as its splits and paths, in source order.
 
-    `named(split, row)` is a picture's path in the source.
+    `repeated` is what the census of all splits found, `named(split, row)` a picture's path in the source.
     """
+    if not len(repeated):
+        return
     splits = list(facts)
     groups: dict[bytes, list[tuple[int, int]]] = {}
-    heads = np.sort(np.concatenate([_head(part) for parts in facts.values() for part in parts]))
-    again = np.unique(heads[1:][heads[1:] == heads[:-1]])  # few: only those are looked at one by one
-    if not len(again):
-        return
     for place, parts in enumerate(facts.values()):
         for part in parts:
             head = _head(part)
-            candidates = part[again[np.searchsorted(again, head).clip(max=len(again) - 1)] == head]
+            candidates = part[repeated[np.searchsorted(repeated, head).clip(max=len(repeated) - 1)] == head]
             for row, digest in zip(candidates["row"].tolist(), candidates["digest"].tolist(), strict=True):
                 groups.setdefault(digest, []).append((place, row))
     for group in sorted(sorted(group) for group in groups.values() if len(group) > 1):

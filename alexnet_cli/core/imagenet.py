@@ -1,8 +1,9 @@
 """Layouts of ImageNet as it is distributed: the official archives, their flat val/, and Kaggle's tree.
 
-The training pictures are in ILSVRC2012_img_train.tar, a tar of one WNID.tar a class, or in train/WNID. The
-validation pictures are in ILSVRC2012_img_val.tar or flat in val/; their classes stand in the development
-kit or in LOC_val_solution.csv. Any mix of these is understood.
+The training pictures are in ILSVRC2012_img_train.tar, a tar of one WNID.tar a class, in train/WNID.tar once
+that is unpacked, or in train/WNID once these are too. The validation pictures are in ILSVRC2012_img_val.tar or
+flat in val/, their classes in the development kit or in LOC_val_solution.csv; or in val/WNID, sorted by hand.
+Any mix of these is understood.
 """
 
 from __future__ import annotations
@@ -41,11 +42,14 @@ class _Truth(NamedTuple):
 def official(path: Path) -> Found | None:
     """The archives of image-net.org, or train/ with the val/ that unpacking them gives, beside the kit."""
     flat = (path / "train").is_dir() and _is_flat(path / "val")
-    if not (path / TRAIN).is_file() and not (path / VAL).is_file() and not flat:
+    archives = (path / TRAIN).is_file() or (path / VAL).is_file() or _still_packed(path / "train")
+    if not archives and not flat:
         return None
     truth, words = _truth(path)
     train = _train(path, "train")
     if not flat and not (path / VAL).is_file():
+        if (path / "val").is_dir():
+            return _sorted_val(path, "val", train, words)
         note = f"no validation pictures: {VAL} with {KIT} would be, or --val-fraction takes some of these"
         return Found(train.layout, train.keys, words, train.pictures, None, (*train.notes, note))
     if truth is None:
@@ -96,31 +100,53 @@ def _train(path: Path, folder: str, layout: str = "train/WNID") -> _Split:
     if not (path / folder).is_dir():
         raise DataError(f"{path} has no {TRAIN} and no {folder}/", "validation pictures alone cannot be prepared")
     keys, empty = class_folders(path / folder)
+    if packed := _still_packed(path / folder):
+        if keys:
+            what = f"{path / folder} has class folders, and {packed[0].name} beside them is still packed"
+            raise DataError(what, f"unpack it into a folder {packed[0].stem}, or remove it")
+        classes = [(file.stem, number, None) for number, file in enumerate(packed)]
+        return _from_archives("train/WNID.tar", packed, classes, 0, f"{folder}/")
     if len(keys) < 2:
         raise DataError(f"{path / folder} has fewer than two class folders with pictures", "one folder per class")
     pictures, others = listing(path, [f"{folder}/{key}" for key in keys])
     return _Split(layout, keys, pictures, left_out(f"{folder}/", empty, others))
 
 
+def _still_packed(folder: Path) -> list[Path]:
+    """FOLDER/WNID.tar of which there is no FOLDER/WNID."""
+    return sorted(
+        file for file in folder.glob(f"n{'[0-9]' * 8}.tar") if file.is_file() and not file.with_suffix("").is_dir()
+    )
+
+
 def _train_archive(archive: Path) -> _Split:
-    classes, others = _class_archives(archive)
-    pictures = Members(archive)
+    inner, others = _class_archives(archive)
+    classes = [(key, 0, member) for key, member in inner]
+    split = _from_archives(f"{TRAIN} (a tar of WNID.tar)", [archive], classes, others, f"{archive.name}/")
+    if (archive.parent / "train").is_dir():
+        return split._replace(notes=(*split.notes, f"left out: train/, since {archive.name} is there"))
+    return split
+
+
+def _from_archives(
+    layout: str, archives: Sequence[Path], classes: Sequence[tuple[str, int, Member | None]], others: int, where: str
+) -> _Split:
+    """One archive a class: its key, the number of its file, and the member of it that it is, unless it is all of it."""
+    pictures = Members(*archives)
     keys: list[str] = []
-    for key, member in classes:
-        for picture in members(archive, inside=member):
+    for key, number, inside in classes:
+        for picture in members(archives[number], inside):
             if not _is_listed(picture.name):
                 others += 1
                 continue
             if not keys or keys[-1] != key:
                 keys.append(key)
-            pictures.add(f"{archive.name}/{key}/{picture.name}", len(keys) - 1, picture)
+            pictures.add(f"{where}{key}/{picture.name}", len(keys) - 1, picture, number)
     if len(keys) < 2:
-        raise DataError(f"{archive} has fewer than two WNID.tar with pictures inside", "is it the right archive?")
-    empty = sorted({key for key, _ in classes} - set(keys))
-    notes = left_out(f"{archive.name}/", empty, others)
-    if (archive.parent / "train").is_dir():
-        notes = (*notes, f"left out: train/, since {archive.name} is there")
-    return _Split(f"{TRAIN} (a tar of WNID.tar)", keys, pictures, notes)
+        place = archives[0] if len(archives) == 1 else archives[0].parent
+        raise DataError(f"{place} has fewer than two WNID.tar with pictures inside", "is it the right one?")
+    empty = sorted({key for key, _, _ in classes} - set(keys))
+    return _Split(layout, keys, pictures, left_out(where, empty, others))
 
 
 def _class_archives(archive: Path) -> tuple[list[tuple[str, Member]], int]:

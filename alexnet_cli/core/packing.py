@@ -85,7 +85,7 @@ def pack(plan: Plan, workers: int, on_corrupt: OnCorrupt = "skip", overwrite: bo
                 _clear(plan.output)
             if plan.state() != "finished":
                 (plan.output / PARTIAL).mkdir(exist_ok=True)
-                write_durably(plan.output / PARTIAL / PLAN, json.dumps(plan.settings).encode())
+                write_durably(plan.output / PARTIAL / PLAN, [json.dumps(plan.settings).encode()])
                 with ThreadPoolExecutor(workers, thread_name_prefix="prepare") as pool:
                     totals = {}
                     for split in plan.source.splits:

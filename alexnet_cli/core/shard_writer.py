@@ -13,6 +13,7 @@ import io
 import json
 import os
 import tarfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ class ShardWriter:
         }
         facts = np.array(self.facts, FACT)
         finished = Finished(entry, np.array(self._rows, ROW), self.sums, facts, self.rejected)
-        write_durably(_sidecar(self.folder, self.name), _packed(finished))
+        write_durably(_sidecar(self.folder, self.name), [_packed(finished)])
         return finished
 
     def abandon(self) -> None:
@@ -126,15 +127,18 @@ def finished_shard(folder: Path, split: str, number: int) -> Finished | None:
     return finished if whole else None
 
 
-def write_durably(path: Path, data: bytes) -> None:
-    """Write a file so that after a power cut it is there whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
+def write_durably(path: Path, parts: Iterable[bytes]) -> str:
+    """Write a file so that after a power cut it is there whole or not at all. Returns its sha256."""
+    temporary, digest = path.with_name(path.name + ".tmp"), hashlib.sha256()
     with temporary.open("wb") as file:
-        file.write(data)
+        for part in parts:
+            file.write(part)
+            digest.update(part)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
     sync_folder(path.parent)
+    return digest.hexdigest()
 
 
 def sync_folder(folder: Path) -> None:
@@ -150,6 +154,14 @@ def npy(array: npt.NDArray[Any]) -> bytes:
     """The bytes of an .npy file."""
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def npy_header(dtype: np.dtype[Any], rows: int) -> bytes:
+    """What comes before the rows of a one-dimensional array in an .npy file."""
+    header = np.lib.format.header_data_from_array_1_0(np.empty(0, dtype)) | {"shape": (rows,)}
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, header)
     return buffer.getvalue()
 
 

@@ -61,7 +61,8 @@ def prepare(
         return
     if source is None:
         raise UsageError("no SOURCE to prepare", "name a folder of pictures, or --verify DIR")
-    found = recognise(source, val_fraction)
+    with reporter.waiting("look", f"reading what is in {source}"):
+        found = recognise(source, val_fraction)
     counts = {name: len(items) for name, items in found.splits.items()}
     numbers = " · ".join(f"{name} {count:,}" for name, count in counts.items())
     reporter.line("found", f"{numbers} images of {len(found.classes):,} classes    (layout: {found.layout})")
