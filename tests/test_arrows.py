@@ -41,7 +41,7 @@ CORE = {
     "assembly": "census plan shard_writer shards statistics",
     "packing": "census fast_images images assembly plan shard_writer shards listing statistics",
     "loader": "shards",
-    "cache": "loader",
+    "cache": "devices loader",
     # sections 3 and 4: the network
     "augment": "",
     "response_norm": "",

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from alexnet_cli.core import cache
+from alexnet_cli.core import cache, devices
 from alexnet_cli.core.cache import Cache, Where, remembering
 from alexnet_cli.core.loader import Loader, training_batches
 from alexnet_cli.core.placement import Placement
@@ -76,8 +76,28 @@ def test_training_ends_with_the_same_weights(prepared: Path, tmp_path: Path, mon
 def test_where_it_is_used(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Loader(open_dataset(prepared).split("train"), 8, 1) as loader:
         assert remembering(loader, "none") is loader
-        assert remembering(loader, "auto") is loader  # a CPU's memory is not a device of its own
+        assert isinstance(remembering(loader, "auto"), Cache)
+        assert isinstance(remembering(loader, "device"), Cache)
+        monkeypatch.setattr(cache, "_free", lambda device: 4 * 48 * cache.BYTES - 1)
+        assert remembering(loader, "auto") is loader  # a quarter is for it at most
         assert isinstance(remembering(loader, "device"), Cache)
         monkeypatch.setattr(cache, "_free", lambda device: 48 * cache.BYTES - 1)
         with pytest.raises(MissingError, match="--cache device: 48 decoded pictures"):
             remembering(loader, "device")
+        monkeypatch.setattr(cache, "_free", lambda device: None)
+        assert remembering(loader, "auto") is loader
+        assert isinstance(remembering(loader, "device"), Cache)
+
+
+def test_a_container_may_have_less_memory_than_its_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit, used = tmp_path / "memory.max", tmp_path / "memory.current"
+    monkeypatch.setattr(devices, "CONTAINER_MEMORY", ((str(limit), str(used)),))
+    whole = devices.free_memory()
+    if whole is None:
+        pytest.skip("this system does not say how much memory is free")
+    assert whole > 1 << 27
+    used.write_text("1000\n")
+    limit.write_text("max\n")
+    assert (devices.free_memory() or 0) > 1 << 27  # "max" is no number
+    limit.write_text(f"{1 << 26}\n")
+    assert devices.free_memory() == (1 << 26) - 1000

@@ -1,4 +1,4 @@
-"""The decoded training set kept on the device: from the second epoch on nothing is decoded.
+"""The decoded training set kept on the device (the memory, on a CPU): from the second epoch on nothing is decoded.
 
 It holds the very bytes that the loader decodes, so that nothing but the time changes.
 """
@@ -7,20 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from contextlib import closing
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from alexnet_cli.core.devices import free_memory
 from alexnet_cli.core.loader import Batch, Loader
 from alexnet_cli.errors import MissingError
 from alexnet_cli.recipe import SIDE
 
 Where = Literal["auto", "device", "none"]
 BYTES = SIDE * SIDE * 3  # of a decoded picture
-SHARE = 0.5  # of the free memory that "auto" takes at most; a step of training needs the rest
+SHARE = {"cuda": 0.5, "cpu": 0.25}  # of the free memory that "auto" takes at most; others need the rest
 
 
 class Cache:
@@ -50,27 +50,21 @@ class Cache:
 
 
 def remembering(loader: Loader, where: Where) -> Loader | Cache:
-    """The loader itself, or around it a cache on its device; on a CPU the device is the memory, and "auto" means none.
+    """The loader itself, or around it a cache on its device.
 
     Raises:
         MissingError: "device" was asked for and the decoded set does not fit.
     """
     needed, free = len(loader.split) * BYTES, _free(loader.device)
-    if where == "device" and needed > free:
+    if where == "device" and free is not None and needed > free:
         raise MissingError(
             f"--cache device: {len(loader.split):,} decoded pictures take {needed / 1e9:.1f} GB, free are "
             f"{free / 1e9:.1f} GB",
             "--cache auto uses a cache only where it fits",
         )
-    fits = loader.device.type == "cuda" and needed <= SHARE * free
+    fits = free is not None and needed <= SHARE[loader.device.type] * free
     return Cache(loader) if where == "device" or (where == "auto" and fits) else loader
 
 
-def _free(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return 2**63 - 1  # unknown; the user asked for it
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 2**63 - 1)
+def _free(device: torch.device) -> int | None:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()

@@ -50,7 +50,7 @@ def train(
     max_time: Annotated[str | None, typer.Option(help="Save and stop after so long, such as 8h or 1h30m.")] = None,
     jobs: JobsOption = None,
     cache: Annotated[
-        Cache, typer.Option(help="Keep the decoded pictures: on the device, nowhere, or there if they fit a GPU.")
+        Cache, typer.Option(help="Keep the decoded pictures: on the device, nowhere, or there if they easily fit.")
     ] = "auto",
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Show every value and its source, and quit.")
