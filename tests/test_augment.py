@@ -9,7 +9,6 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from alexnet_cli.core import augment
 from alexnet_cli.core.augment import Draws, Pixels
 from alexnet_cli.recipe import CAFFE, KRIZHEVSKY, PAPER, Recipe
 
@@ -56,7 +55,7 @@ def one_by_one(recipe: Recipe, draws: Draws, epoch: int) -> npt.NDArray[np.float
 @pytest.mark.parametrize("by_index", [False, True])
 def test_training_views(recipe: Recipe, epoch: int, by_index: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if by_index:  # what a GPU does
-        monkeypatch.setattr(augment, "_gather_by_copy", augment.gather_by_index)
+        monkeypatch.setattr(Pixels, "one_by_one", Pixels.at_once)
     draws = Draws.of_epoch(12, recipe, epoch)
     views = pixels(recipe).train(torch.from_numpy(IMAGES), ROWS, draws, epoch)
     assert views.is_contiguous(memory_format=torch.channels_last)

@@ -65,6 +65,7 @@ class Pixels:
         self.mean = mean.contiguous().to(device)
         low = (SIDE - self.size) // 2
         self.centre = low
+        self.mean_at_crop = recipe.mean == "image-at-crop"
         self.central_mean = self.mean[low : low + self.size, low : low + self.size].contiguous()
         axes = colour_axes * colour_std if colour_axes is not None and colour_std is not None else np.zeros((3, 3))
         self.axes = np.asarray(axes, dtype=np.float32)
@@ -101,54 +102,49 @@ class Pixels:
         flips: npt.NDArray[np.bool_],
         shift: npt.NDArray[np.float32] | None,
     ) -> Tensor:
-        gather = _gather_by_copy if self.device.type == "cpu" else gather_by_index
-        at_crop = self.recipe.mean == "image-at-crop"
         images = images.to(self.device)  # waits, since the loader fills this buffer again before long
-        out = gather(images, offsets, flips, self.size, self.mean if at_crop else None)
-        if not at_crop:
-            out -= self.central_mean
+        # Written out along a row of pixels, since adding three numbers at a time is slow on a CPU.
+        rows = None if shift is None else torch.from_numpy(np.tile(shift, self.size))
+        along = None if rows is None else rows.to(self.device, non_blocking=True)
+        make = self.one_by_one if self.device.type == "cpu" else self.at_once
+        return make(images, offsets, flips, along).permute(0, 3, 1, 2)
+
+    def at_once(
+        self, images: Tensor, offsets: npt.NDArray[np.int64], flips: npt.NDArray[np.bool_], shift: Tensor | None
+    ) -> Tensor:
+        """Views as one gather: uint8 N x 256 x 256 x 3 -> float32 N x S x S x 3; `shift` is N x 3 S."""
+        device = images.device
+        start = torch.from_numpy(offsets).to(device, non_blocking=True)
+        mirrored = torch.from_numpy(flips).to(device, non_blocking=True)
+        step = torch.arange(self.size, device=device)
+        down = start[:, 0, None] + step
+        right = start[:, 1, None] + torch.where(mirrored[:, None], self.size - 1 - step, step)
+        which = torch.arange(len(images), device=device)[:, None, None]
+        out = images[which, down[:, :, None], right[:, None, :]].float()
+        mean = self.mean[down[:, :, None], right[:, None, :]] if self.mean_at_crop else self.central_mean
+        return self._normalise(out, mean, None if shift is None else shift[:, None, :])
+
+    def one_by_one(
+        self, images: Tensor, offsets: npt.NDArray[np.int64], flips: npt.NDArray[np.bool_], shift: Tensor | None
+    ) -> Tensor:
+        """The same, image by image: on a CPU a strided copy beats a gather, and the rest is done in the cache."""
+        out = torch.empty(len(images), self.size, self.size, 3)
+        for i, (top, left) in enumerate(offsets.tolist()):
+            window = (slice(top, top + self.size), slice(left, left + self.size))
+            crop, mean = images[i][window], self.mean[window] if self.mean_at_crop else self.central_mean
+            if flips[i]:
+                crop, mean = crop.flip(1), mean.flip(1) if self.mean_at_crop else mean
+            out[i].copy_(crop)
+            self._normalise(out[i], mean, None if shift is None else shift[i])
+        return out
+
+    def _normalise(self, out: Tensor, mean: Tensor, shift: Tensor | None) -> Tensor:
+        """In place: less the mean, plus the colour shift, over the divisor."""
+        out -= mean
         divisor = self.recipe.input_divisor
         if shift is not None:
-            out += torch.from_numpy(shift).to(self.device, non_blocking=True)[:, None, None, :]
+            out.flatten(-2).add_(shift)
             divisor *= self.recipe.colour_shift_divide
         if divisor != 1:
             out /= divisor
-        return out.permute(0, 3, 1, 2)
-
-
-def gather_by_index(
-    images: Tensor,
-    offsets: npt.NDArray[np.int64],
-    flips: npt.NDArray[np.bool_],
-    size: int,
-    mean: Tensor | None,
-) -> Tensor:
-    """Crops as one gather: uint8 N x 256 x 256 x 3 -> float32 N x size x size x 3, less `mean` under the crop."""
-    device = images.device
-    start = torch.from_numpy(offsets).to(device, non_blocking=True)
-    mirrored = torch.from_numpy(flips).to(device, non_blocking=True)
-    step = torch.arange(size, device=device)
-    down = start[:, 0, None] + step
-    right = start[:, 1, None] + torch.where(mirrored[:, None], size - 1 - step, step)
-    which = torch.arange(len(images), device=device)[:, None, None]
-    out = images[which, down[:, :, None], right[:, None, :]].float()
-    if mean is not None:
-        out -= mean[down[:, :, None], right[:, None, :]]
-    return out
-
-
-def _gather_by_copy(
-    images: Tensor,
-    offsets: npt.NDArray[np.int64],
-    flips: npt.NDArray[np.bool_],
-    size: int,
-    mean: Tensor | None,
-) -> Tensor:
-    """The same, image by image: on a CPU a strided copy beats a gather."""
-    out = torch.empty(len(images), size, size, 3)
-    for i, (top, left) in enumerate(offsets.tolist()):
-        window = (slice(top, top + size), slice(left, left + size))
-        crop: Tensor = images[i][window]
-        crop = crop - mean[window] if mean is not None else crop
-        out[i].copy_(crop.flip(1) if flips[i] else crop)
-    return out
+        return out
