@@ -19,6 +19,7 @@ from alexnet_cli.errors import AlexNetError, MissingError
 
 HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
 SWALLOW = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+CTRL_C = 130  # exit code
 STORAGE_ERRORS = {errno.ENOSPC, errno.EROFS, errno.EDQUOT}
 
 
@@ -166,6 +167,8 @@ def _guarded(run: Callable[[], Any], debug: bool) -> int:
     """The exit code of `run`; every error becomes two lines on stderr."""
     try:
         code = run()
+        if code == CTRL_C:  # the parser has caught it and says nothing
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except BrokenPipeError:
         return _quiet_pipe()
@@ -184,11 +187,13 @@ def _told(error: BaseException) -> tuple[str, str, int]:
     if hasattr(error, "format_message"):  # the parser's errors; their base has no public name before Typer 0.27.2
         return _usage(error)
     if isinstance(error, KeyboardInterrupt | typer.Abort):
-        return "stopped by Ctrl-C", "", 130
+        return "stopped by Ctrl-C", "", CTRL_C
     if isinstance(error, OSError):
         what = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
         if error.errno in STORAGE_ERRORS:
             return what, "free some space, or write to another disk", 7
+        if error.errno == errno.ENAMETOOLONG:
+            return what, "choose a shorter name", 2
         if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError):
             return what, "check the path and its permissions", 3
         return what, "check the path and its permissions", 1

@@ -30,6 +30,9 @@ class Progress(Protocol):
     def advance(self, n: int, note: str = "") -> None:
         """Count `n` more; show `note` beside the count."""
 
+    def skip(self, n: int) -> None:
+        """Count `n` that were done before: they say nothing of the pace."""
+
 
 class Reporter:
     """The voice of one command."""
@@ -41,13 +44,13 @@ class Reporter:
     def line(self, label: str, text: str) -> None:
         """A labelled line on stderr; nothing when quiet."""
         if not self.quiet:
-            self._stderr(f"{label:<8}{text}")
+            self._stderr(f"{label:<8}{_visible(text)}")
 
     def warn(self, text: str, hint: str = "") -> None:
         """A warning on stderr, and what to do about it."""
-        self._stderr(f"warn    {text}")
+        self._stderr(f"warn    {_visible(text)}")
         if hint:
-            self._stderr(f"hint    {hint}")
+            self._stderr(f"hint    {_visible(hint)}")
 
     def result(self, record: Mapping[str, Any]) -> None:
         """The result as one line of JSON, if that is what was asked for."""
@@ -120,6 +123,11 @@ def moving(stream: Any) -> bool:
     return bool(stream.isatty()) and not calm
 
 
+def _visible(text: str) -> str:
+    """Names of files can hold anything; a line of ours stays one line and moves no cursor."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+
+
 def _plain(value: Any) -> Any:
     """JSON has no NaN: null instead."""
     if isinstance(value, float):
@@ -135,6 +143,9 @@ class _Silent:
     def advance(self, n: int, note: str = "") -> None:
         """Say nothing."""
 
+    def skip(self, n: int) -> None:
+        """Say nothing."""
+
 
 def _bar() -> Any:
     from rich.console import Console
@@ -148,11 +159,11 @@ class _Pace:
     """A count against the clock."""
 
     def __init__(self, total: int | None, unit: str) -> None:
-        self.total, self.unit, self.done, self.started = total, unit, 0, time.monotonic()
+        self.total, self.unit, self.done, self.skipped, self.started = total, unit, 0, 0, time.monotonic()
 
     def told(self) -> str:
         """Images a second and the time that is left."""
-        rate = self.done / max(1e-9, time.monotonic() - self.started)
+        rate = (self.done - self.skipped) / max(1e-9, time.monotonic() - self.started)
         left = (self.total - self.done) / rate if self.total is not None and rate else 0
         return f"{rate:,.0f} {self.unit}/s" + (f"  eta {duration(left)}" if left > 0 else "")
 
@@ -169,6 +180,11 @@ class _Moving:
         self.pace.done += n
         self.bar.update(self.task, advance=n, note=f"{note}{'  ' if note else ''}{self.pace.told()}")
 
+    def skip(self, n: int) -> None:
+        """Move the bar without a word."""
+        self.pace.done, self.pace.skipped = self.pace.done + n, self.pace.skipped + n
+        self.bar.update(self.task, advance=n)
+
 
 class _Lines:
     """A plain line now and then."""
@@ -182,6 +198,10 @@ class _Lines:
         self.pace.done, self.note = self.pace.done + n, note or self.note
         if time.monotonic() - self.said >= SECONDS_BETWEEN_LINES:
             self.say()
+
+    def skip(self, n: int) -> None:
+        """Count without a word."""
+        self.pace.done, self.pace.skipped = self.pace.done + n, self.pace.skipped + n
 
     def say(self) -> None:
         """Write the line."""

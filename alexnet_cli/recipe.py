@@ -243,7 +243,7 @@ def changed(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
     """The recipe with some values replaced; unknown keys are refused with the nearest name."""
     for key in values:
         if key not in _TYPES:
-            near = difflib.get_close_matches(key, _TYPES, 1, 0.4)
+            near = difflib.get_close_matches(key, _TYPES, 1)
             guess = f"did you mean {near[0]}?" if near else "alexnet train --print-config lists all keys"
             raise RecipeError(f"recipe: no key is called {key}", guess)
     return replace(recipe, **values)

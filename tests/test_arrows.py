@@ -76,6 +76,7 @@ TORCH = {
 LAZY_TORCH = {"devices"}  # import it in functions only
 PLUGINS = {"errors", "recipe", "console", "options", "entry_points"}  # and anything in core
 BESIDE = {
+    "prepare": {"prepare_report"},
     "demo": {"demo_pictures"},
     "benchmark": {"benchmark_pictures", "benchmark_prepare", "benchmark_load"},
 }

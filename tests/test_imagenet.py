@@ -126,9 +126,11 @@ def test_training_archive_alone(tmp_path: Path) -> None:
     train, _ = made.drawn()
     made.train_archive(tmp_path / "ILSVRC2012_img_train.tar", train)
     source = recognise(tmp_path)
-    assert not len(source.splits["val"])
-    assert "--val-fraction" in source.notes[0]
+    assert [len(items) for items in source.splits.values()] == [8, 4]
+    assert source.notes[0].startswith("ILSVRC2012_img_val.tar is not there")
+    assert source.notes[1].startswith("10% of each class are kept for validation")
     assert source.classes[0] == ClassName("n01440764", "n01440764")
+    assert not len(recognise(tmp_path, 0.0).splits["val"])
     third = recognise(tmp_path, 0.3)
     assert [len(items) for items in third.splits.values()] == [8, 4]
     assert sorted(item.label for item in third.splits["val"]) == [0, 1, 2, 3]
@@ -153,7 +155,7 @@ def test_a_count_that_differs_from_the_ground_truth(tmp_path: Path) -> None:
     ):
         recognise(tmp_path)
     made.devkit(tmp_path, truth=VAL[:4])
-    with pytest.raises(DataError, match=r"no class for .*val_00000005"):
+    with pytest.raises(DataError, match=r"none for .*val_00000005"):
         recognise(tmp_path)
     made.devkit(tmp_path)
     with tarfile.open(tmp_path / "ILSVRC2012_img_val.tar", "a") as archive:
@@ -227,7 +229,7 @@ def test_hostile_archives_touch_nothing_outside(tmp_path: Path) -> None:
         path.unlink()
     made.tar(inside / "ILSVRC2012_img_train.tar", inner)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    dataset = prepared(recognise(inside), tmp_path / "out")
+    dataset = prepared(recognise(inside, 0.0), tmp_path / "out")
     after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert {path: data for path, data in after.items() if tmp_path / "out" not in path.parents} == before
     assert len(dataset.split("train")) == len(train)

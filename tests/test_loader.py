@@ -13,6 +13,7 @@ import simplejpeg
 
 from alexnet_cli.core.loader import Loader, all_batches, epoch_order, steps_per_epoch, training_batches
 from alexnet_cli.core.shards import ROW, Dataset, index_name, open_dataset
+from alexnet_cli.core.sources import ClassName
 from alexnet_cli.errors import DataError
 
 
@@ -129,10 +130,23 @@ def test_a_set_as_large_as_imagenet_opens_at_once(tmp_path: Path) -> None:
     table = np.zeros(rows, ROW)
     table["label"] = np.arange(rows) % 1000
     np.save(tmp_path / index_name("train"), table)
-    dataset = Dataset(tmp_path, "", "", (), none, none, none, {"splits": {"train": {"images": rows, "shards": []}}})
+    (tmp_path / "empty.tar").touch()
+    record = {"splits": {"train": {"images": rows, "shards": [{"file": "empty.tar", "bytes": 0}]}}}
+    dataset = Dataset(tmp_path, "", "", (ClassName("any"),) * 1000, none, none, none, record)
     assert dataset.split("train").labels[1_000_999] == 999
     assert shortest(lambda: dataset.split("train")) < 0.2
     assert shortest(lambda: training_batches(rows, 128, 0, 1)) < 0.1
+
+
+@pytest.mark.parametrize(("field", "value"), [("shard", 99), ("label", 4_000_000_000)])
+def test_an_index_that_leads_nowhere_is_named(prepared: Path, tmp_path: Path, field: str, value: int) -> None:
+    shutil.copytree(prepared, tmp_path / "copy")
+    file = tmp_path / "copy" / index_name("train")
+    rows = np.load(file)
+    rows[field][3] = value
+    np.save(file, rows)
+    with pytest.raises(DataError, match="a row names a shard or a class that does not exist"):
+        open_dataset(tmp_path / "copy").split("train")
 
 
 def shortest(work: Callable[[], object]) -> float:

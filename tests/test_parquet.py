@@ -62,8 +62,8 @@ def written(root: Path, train: Mapping[str, bytes], val: Mapping[str, bytes], pa
     shard(root / "test-00000-of-00001.parquet", [(made.jpeg(0, 0), "t.JPEG", -1)], words)
 
 
-def prepared(root: Path, output: Path) -> Dataset:
-    for _ in packing.pack(Plan(recognise(root), output, shard_images=4), workers=2):
+def prepared(root: Path, output: Path, val_fraction: float | None = None) -> Dataset:
+    for _ in packing.pack(Plan(recognise(root, val_fraction), output, shard_images=4), workers=2):
         pass
     return open_dataset(output)
 
@@ -115,7 +115,8 @@ def test_without_names_and_without_a_validation_split(tmp_path: Path) -> None:
     assert source.classes == (ClassName("0"), ClassName("1"))
     assert "numbered" in source.notes[0]
     assert [len(items) for items in source.splits.values()] == [8, 2]
-    assert not len(recognise(tmp_path).splits["val"])
+    assert [len(items) for items in recognise(tmp_path).splits.values()] == [8, 2]  # one in ten, but at least one
+    assert not len(recognise(tmp_path, 0.0).splits["val"])
     shard(tmp_path / "train.parquet", rows, ["n01440764", "n02012849"])
     (tmp_path / "words.txt").write_text("n01440764\ttench, Tinca tinca\n")
     assert recognise(tmp_path).classes[0].wnid == "n01440764"
@@ -124,7 +125,7 @@ def test_without_names_and_without_a_validation_split(tmp_path: Path) -> None:
 def test_rows_that_cannot_be_used(tmp_path: Path) -> None:
     rows: list[Row] = [(made.jpeg(i % 2, i), "../../x.jpg", i % 2) for i in range(6)]
     shard(tmp_path / "in" / "train-0.parquet", [*rows, (None, "none.jpg", 1), (b"no picture", None, 0)], ["a", "b"])
-    dataset = prepared(tmp_path / "in", tmp_path / "out")
+    dataset = prepared(tmp_path / "in", tmp_path / "out", 0.0)
     assert len(dataset.split("train")) == 6
     refused = {line["path"].rpartition("_")[2]: line["reason"] for line in dataset.rejected()}
     assert refused["none.jpg"] == "the row has no bytes"
@@ -144,7 +145,7 @@ def test_damaged_files(tmp_path: Path) -> None:
         recognise(tmp_path / "in")
     start = whole.index(rows[0][0][:20] if rows[0][0] else b"", whole.index(b"PAR1") + 1) + 50  # not the statistics
     path.write_bytes(whole[:start] + bytes(byte ^ 255 for byte in whole[start : start + 20]) + whole[start + 20 :])
-    dataset = prepared(tmp_path / "in", tmp_path / "out")
+    dataset = prepared(tmp_path / "in", tmp_path / "out", 0.0)
     assert len(dataset.split("train")) + len(dataset.rejected()) == 6
     assert all("damaged" in line["reason"] for line in dataset.rejected())
     assert dataset.rejected()

@@ -149,3 +149,40 @@ def test_real_folders(tiny10: Path, samples: Path) -> None:
     assert {name: len(items) for name, items in source.splits.items()} == {"train": 5000, "val": 500}
     assert ClassName("tabby", "n02123045") in source.classes
     assert len(recognise(samples).classes) == 500
+
+
+def test_links_between_classes_are_entered_once_each(tmp_path: Path) -> None:
+    names = [f"c{i}" for i in range(9)]
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "own.jpg").write_bytes(b".")
+    for name in names:
+        for other in names:
+            (tmp_path / name / f"to_{other}").symlink_to(tmp_path / other, target_is_directory=True)
+        (tmp_path / name / "up").symlink_to(tmp_path, target_is_directory=True)
+    source = recognise(tmp_path, 0.0)
+    assert len(source.splits["train"]) == 81  # of every class its own and those it links to, once
+    (deep := tmp_path.joinpath("c0", *["d"] * 300)).mkdir(parents=True)
+    (deep / "deep.jpg").write_bytes(b".")
+    assert len(recognise(tmp_path, 0.0).splits["train"]) == 90
+
+
+def test_a_file_that_would_fill_the_memory(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        with (tmp_path / name / "huge.jpg").open("wb") as file:
+            file.truncate(1 << 40)
+    with pytest.raises(DataError, match="it has 1,099,511,627,776 bytes"):
+        recognise(tmp_path, 0.0).splits["train"][0].read()
+
+
+def test_pictures_that_no_class_holds_are_noted(tmp_path: Path) -> None:
+    for folder in ("train/a", "train/b", "train", "val/a", "val", "test"):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        for number in range(3):
+            (tmp_path / folder / f"{number}.jpg").write_bytes(b".")
+    assert recognise(tmp_path).notes == (
+        f"left out, lying in no class's folder: 3 pictures directly in {tmp_path}/train",
+        f"left out, lying in no class's folder: 3 pictures directly in {tmp_path}/val",
+        "left out, having no labels that are known: test/",
+    )

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from alexnet_cli.core.listing import Names, Pictures
+from alexnet_cli.core.listing import Names, Pictures, check_bytes
 from alexnet_cli.errors import DataError
 
 BLOCK = 512  # bytes; headers and data are padded to it
@@ -54,6 +54,10 @@ class Members(Pictures):
         """Reads that part of its archive."""
         place = self._offsets[row], self._sizes[row], self._refused[row]
         return functools.partial(_read, self.archives[self._archive[row]], *place)
+
+    def size(self, row: int) -> int:
+        """Of the member's data."""
+        return self._sizes[row]
 
 
 def members(archive: Path, inside: Member | None = None) -> Iterator[Member]:
@@ -160,6 +164,7 @@ def _reason(name: str, kind: bytes) -> int:
 def _read(archive: Path, offset: int, size: int, refused: int) -> bytes:
     if refused:
         raise DataError(REASONS[refused], "")
+    check_bytes(size)
     with archive.open("rb", buffering=0) as file:
         data = os.pread(file.fileno(), size, offset)
     if len(data) != size:

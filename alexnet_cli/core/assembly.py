@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -121,8 +122,10 @@ def settle(output: Path) -> None:
     if output.absolute().parent != ROOT.absolute() or (link.exists() and not link.is_symlink()):
         return
     temporary = ROOT / f".{LATEST}.{os.getpid()}"
-    temporary.symlink_to(output.name, target_is_directory=True)
-    temporary.replace(link)
+    with contextlib.suppress(OSError):  # a read-only place: the set is valid all the same
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(output.name, target_is_directory=True)
+        temporary.replace(link)
 
 
 def _check_counts(plan: Plan, totals: Mapping[str, Totals]) -> None:

@@ -50,7 +50,7 @@ def official(path: Path) -> Found | None:
     if not flat and not (path / VAL).is_file():
         if (path / "val").is_dir():
             return _sorted_val(path, "val", train, words)
-        note = f"no validation pictures: {VAL} with {KIT} would be, or --val-fraction takes some of these"
+        note = f"{VAL} is not there; with it and {KIT}, validation would be on its pictures"
         return Found(train.layout, train.keys, words, train.pictures, None, (*train.notes, note))
     if truth is None:
         raise DataError(f"{path} has no {KIT}, which names the classes of the validation pictures", "put it there")
@@ -213,7 +213,10 @@ def _labels(place: Path, pictures: Pictures, truth: _Truth, keys: Sequence[str])
         if stem in seen:
             raise DataError(f"{place} has {stem} twice", "which of the two is right is unknown; remove one")
         if stem not in truth.wnids:
-            raise DataError(f"{truth.path} has no class for {name}", f"it has {len(truth.wnids):,}; remove the picture")
+            raise DataError(
+                f"{truth.path} has classes for {len(truth.wnids):,} pictures, but none for {name}",
+                "is it the kit of this data set, and whole?",
+            )
         if truth.wnids[stem] not in label_of:
             what = f"{name} is of class {truth.wnids[stem]}, of which the training split has no pictures"
             raise DataError(what, "complete the training split")

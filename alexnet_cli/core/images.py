@@ -35,6 +35,9 @@ TURNED: Mapping[int, Callable[[Pixels], Pixels]] = {
     8: lambda p: p.transpose(1, 0, 2)[::-1],
 }
 
+# Not all that Pillow knows: PostScript in a file called .jpg would be run by Ghostscript.
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
+
 _opening = threading.Lock()  # warnings.catch_warnings is not thread-safe
 
 
@@ -54,11 +57,13 @@ def decode(data: bytes) -> Pixels:
             image.load()
             return _rgb(image)
     except UnidentifiedImageError as error:
-        raise DataError(f"it is not a picture of a known format (it begins with {data[:8]!r})") from error
+        start = data[:16].decode("ascii", errors="replace")
+        begins = f" (it begins with {start!r})" if start.isprintable() and start.isascii() else ""
+        raise DataError(f"it is not a picture of a known format{begins}") from error
     except DataError:
         raise
     except Exception as error:  # Pillow's readers raise nearly anything on damaged files, struct.error included
-        raise DataError(str(error) or type(error).__name__) from error
+        raise DataError(f"it is damaged ({error or type(error).__name__})") from error
 
 
 def upright(rgb: Pixels, data: bytes) -> Pixels:
@@ -124,7 +129,7 @@ def _opened(data: bytes) -> Image.Image:
     with _opening, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the size is checked below; odd EXIF does not matter here
         try:
-            image = Image.open(io.BytesIO(data))
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
         except Image.DecompressionBombError as error:
             raise DataError(f"it is a decompression bomb: {error}") from error
     check_size(image.height, image.width)
@@ -135,8 +140,10 @@ def _rgb(image: Image.Image) -> Pixels:
     if image.mode.startswith("I"):
         # 16 bits a pixel (Pillow calls them I;16, I;16B or I): scaled, where Pillow's own conversion
         # would clip.
-        deep = np.asarray(image).astype(np.int64).clip(0, 65535)
-        grey = ((deep * 255 + 32767) // 65535).astype(np.uint8)
+        deep = np.asarray(image).clip(0, 65535).astype(np.uint32)
+        deep *= 255
+        deep += 32767
+        grey = (deep // 65535).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)
     if image.mode == "F":
         raise DataError("its pixels are floating-point numbers of unknown range")

@@ -19,23 +19,10 @@ from typing import NamedTuple, overload
 
 from alexnet_cli.errors import DataError
 
-SUFFIXES = frozenset(
-    (
-        ".jpg",
-        ".jpeg",
-        ".jpe",
-        ".jfif",
-        ".png",
-        ".bmp",
-        ".gif",
-        ".webp",
-        ".tif",
-        ".tiff",
-        ".ppm",
-        ".pgm",
-        ".pnm",
-    )
-)
+SUFFIXES = {
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pnm"
+}  # fmt: skip
+LARGEST = 1 << 28  # bytes of a picture's file: more than its pixels may take
 
 
 class Item(NamedTuple):
@@ -102,6 +89,10 @@ class Pictures(Sequence[Item]):
         row = range(len(self))[index]
         return Item(self.labels[row], self.names[row], self.reader(row))
 
+    @abstractmethod
+    def size(self, row: int) -> int:
+        """Bytes of what the picture in a row is read from; -1 if it is not there."""
+
     def chosen(self, rows: Sequence[int], labels: Sequence[int] | None = None) -> Pictures:
         """The pictures of these rows, with their labels or others."""
         return _Chosen(self, rows, labels)
@@ -113,12 +104,15 @@ class _Chosen(Pictures):
     def __init__(self, base: Pictures, rows: Sequence[int], labels: Sequence[int] | None) -> None:
         self.base, self.rows = base, rows
         self.names = _View(base.names, rows)
-        self.labels = array("I", [base.labels[row] for row in rows]) if labels is None else labels
+        self.labels = array("I", (base.labels[row] for row in rows)) if labels is None else labels
         if base.blocks is not None:
-            self.blocks = array("I", [base.blocks[row] for row in rows])
+            self.blocks = array("I", (base.blocks[row] for row in rows))
 
     def reader(self, row: int) -> Callable[[], bytes]:
         return self.base.reader(self.rows[row])
+
+    def size(self, row: int) -> int:
+        return self.base.size(self.rows[row])
 
 
 class _View(Sequence[str]):
@@ -148,6 +142,13 @@ class Files(Pictures):
         """Reads the file."""
         return functools.partial(_read, self.root / self.names[row])
 
+    def size(self, row: int) -> int:
+        """Of the file."""
+        try:
+            return os.stat(f"{self.root}/{self.names[row]}").st_size
+        except OSError:
+            return -1
+
 
 class Found(NamedTuple):
     """What a reader found: classes by key (a folder's name, a wnid) in label order, their words, pictures."""
@@ -168,7 +169,7 @@ def class_folders(path: Path) -> tuple[list[str], list[str]]:
         DataError: a folder cannot be listed.
     """
     folders = sorted(entry.name for entry in _entries(path) if _is_folder(entry))
-    filled = [name for name in folders if any(is_picture(file) for file in _walk(path / name))]
+    filled = [name for name in folders if any(is_picture(file) for file in _walk(path / name, path))]
     return filled, sorted(set(folders) - set(filled))
 
 
@@ -181,7 +182,7 @@ def listing(root: Path, folders: Sequence[str]) -> tuple[Files, int]:
     found = Files(root)
     others = 0
     for label, folder in enumerate(folders):
-        files = sorted(_walk(root / folder))
+        files = sorted(_walk(root / folder, root))
         pictures = [f"{folder}/{file}" for file in files if is_picture(file)]
         others += len(files) - len(pictures)
         found.names.extend(pictures)
@@ -200,20 +201,40 @@ def left_out(where: str, empty: Sequence[str], others: int) -> tuple[str, ...]:
     return tuple(notes)
 
 
+def loose(root: Path, *folders: str) -> tuple[str, ...]:
+    """A note on pictures that lie directly in folders which should hold folders of classes."""
+    notes = []
+    for folder in folders:
+        entries = _entries(root / folder) if (root / folder).is_dir() else []
+        count = sum(is_picture(entry.name) and not _is_folder(entry) for entry in entries)
+        if count:
+            notes.append(f"left out, lying in no class's folder: {count:,} pictures directly in {root / folder}")
+    return tuple(notes)
+
+
 def is_picture(file: str) -> bool:
     """Whether a file is a picture by its name."""
     return os.path.splitext(file)[1].lower() in SUFFIXES
 
 
-def _walk(folder: Path, inside: str = "", above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:
-    """Paths of all files below a folder, relative to it."""
-    entries = _entries(folder)
-    above = above | {_identity(folder)}
-    for entry in entries:
-        if not _is_folder(entry):
-            yield inside + entry.name
-        elif not entry.is_symlink() or _identity(folder / entry.name) not in above:
-            yield from _walk(folder / entry.name, f"{inside}{entry.name}/", above)
+def _walk(folder: Path, root: Path) -> Iterator[str]:
+    """Paths of all files below a folder, relative to it. A folder that links lead to is entered once."""
+    seen = {_identity(root), *(_identity(above) for above in folder.parents if above.is_relative_to(root))}
+    seen.add(_identity(folder))
+    waiting = [""]
+    while waiting:
+        inside = waiting.pop()
+        folders = []
+        for entry in sorted(_entries(folder / inside), key=lambda entry: entry.name):
+            if not _is_folder(entry):
+                yield inside + entry.name
+                continue
+            if entry.is_symlink():
+                if (identity := _identity(folder / inside / entry.name)) in seen:
+                    continue
+                seen.add(identity)
+            folders.append(f"{inside}{entry.name}/")
+        waiting += reversed(folders)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -239,6 +260,18 @@ def _identity(folder: Path) -> tuple[int, int]:
 
 def _read(path: Path) -> bytes:
     """The bytes of a regular file; a pipe or a device would keep us waiting."""
-    if not stat.S_ISREG(path.stat().st_mode):
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
         raise DataError("it is not a regular file")
+    check_bytes(status.st_size)
     return path.read_bytes()
+
+
+def check_bytes(size: int) -> None:
+    """Refuse a file that would fill the memory, before it is read.
+
+    Raises:
+        DataError: it has more than LARGEST bytes.
+    """
+    if size > LARGEST:
+        raise DataError(f"it has {size:,} bytes, more than {LARGEST:,}")

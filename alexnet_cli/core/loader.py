@@ -112,7 +112,7 @@ class Loader:
     def _start(self, rows: npt.NDArray[np.int64], place: int) -> tuple[npt.NDArray[np.int64], int, list[Future[None]]]:
         if place in self.copied:
             self.copied.pop(place).synchronize()
-        pieces = np.array_split(np.arange(len(rows)), min(self.threads * 2, len(rows)))
+        pieces = np.array_split(np.arange(len(rows)), max(1, min(self.threads * 2, len(rows))))
         pixels = self.ring[place].numpy()
         return rows, place, [self.pool.submit(self._decode, rows, piece, pixels) for piece in pieces]
 

@@ -28,9 +28,9 @@ import numpy.typing as npt
 from alexnet_cli.core import census, fast_images, images
 from alexnet_cli.core.assembly import Totals, assemble, settle
 from alexnet_cli.core.listing import Item, Pictures
-from alexnet_cli.core.plan import LOCK, PLAN, Plan, check_foreign, megabytes
+from alexnet_cli.core.plan import CLEARING, LOCK, PLAN, Plan, megabytes
 from alexnet_cli.core.shard_writer import Finished, ShardWriter, finished_shard, write_durably
-from alexnet_cli.core.shards import DUPLICATES, MEAN, PARTIAL, RECORD, REJECTED, SPLITS, index_name
+from alexnet_cli.core.shards import PARTIAL, RECORD, SPLITS
 from alexnet_cli.core.statistics import PixelSums
 from alexnet_cli.errors import DataError, StorageError
 
@@ -81,7 +81,7 @@ def pack(plan: Plan, workers: int, on_corrupt: OnCorrupt = "skip", overwrite: bo
     with _storage(plan):
         plan.output.mkdir(parents=True, exist_ok=True)
         with _locked(plan.output):
-            if overwrite:
+            if plan.state(overwrite) == "new":
                 _clear(plan.output)
             if plan.state() != "finished":
                 (plan.output / PARTIAL).mkdir(exist_ok=True)
@@ -230,8 +230,9 @@ def _storage(plan: Plan) -> Iterator[None]:
     except OSError as error:
         if error.errno not in FULL:
             raise
-        advice = "free some space or choose another place; the same command then goes on where it stopped"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        advice = "choose another place with -o, or see to its permissions"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            advice = "free some space or choose another place; the same command then goes on where it stopped"
             advice = f"about {megabytes(plan.missing())} more needed: {advice}"
         raise StorageError(f"{plan.output} cannot be written: {error.strerror}", advice) from error
 
@@ -258,12 +259,12 @@ def _locked(output: Path) -> Iterator[None]:
 
 
 def _clear(output: Path) -> None:
-    """Remove a prepared data set, finished or not, and nothing else."""
-    check_foreign(output)
+    """Remove a prepared data set, finished or not, and nothing else. Interrupted, the next run goes on with it."""
+    partial = output / PARTIAL
+    partial.mkdir(exist_ok=True)
+    write_durably(partial / PLAN, [json.dumps(CLEARING).encode()])
     (output / RECORD).unlink(missing_ok=True)
-    for name in (MEAN, REJECTED, DUPLICATES, *(index_name(split) for split in SPLITS)):
-        (output / name).unlink(missing_ok=True)
-    for split in SPLITS:
-        for shard in output.glob(f"{split}-{'[0-9]' * 6}.tar"):
-            shard.unlink()
-    shutil.rmtree(output / PARTIAL, ignore_errors=True)
+    for file in (*output.iterdir(), *partial.iterdir()):
+        if file.is_file() and file.name not in (LOCK, PLAN):
+            file.unlink()
+    shutil.rmtree(partial)

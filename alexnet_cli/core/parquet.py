@@ -36,11 +36,13 @@ class Rows(Pictures):
         self.labels: array[int] = array("q")
         self.blocks: array[int] = array("I")
         self._groups: list[tuple[str, int, int]] = []  # of each block: file, row group in it, its first row
+        self._bytes: dict[str, int] = {}  # of each file
         self._kept: OrderedDict[int, Any] = OrderedDict()
         self._lock = threading.Lock()
 
     def add(self, file: str) -> Any:
         """Append the rows of a file; returns its schema."""
+        self._bytes[file] = (self.root / file).stat().st_size
         with _opened(self.root / file) as parquet:
             schema = parquet.schema_arrow
             _check_columns(schema, self.root / file)
@@ -61,6 +63,10 @@ class Rows(Pictures):
         """Reads the row group, unless it is at hand."""
         block = self.blocks[row]
         return functools.partial(self._read, block, row - self._groups[block][2])
+
+    def size(self, row: int) -> int:
+        """Of the file that the row is in."""
+        return self._bytes[self._groups[self.blocks[row]][0]]
 
     def _read(self, block: int, row: int) -> bytes:
         with self._lock:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,15 +18,22 @@ from typing import Any, Literal
 from PIL import Image
 
 from alexnet_cli.core import images
-from alexnet_cli.core.shards import LATEST, PARTIAL, RECORD, ROOT
+from alexnet_cli.core.shards import DUPLICATES, LATEST, MEAN, PARTIAL, RECORD, REJECTED, ROOT, SPLITS, index_name
 from alexnet_cli.core.sources import Source
 from alexnet_cli.errors import DataError, StorageError, UsageError
 
 QUALITY = 95  # of the JPEGs, as Krizhevsky's own preparation wrote
 SHARD_IMAGES = 4096  # pictures a shard, about 130 MB: lost work after a crash is seconds
+SIDECAR = 1_000_000  # bytes beside each shard while it is needed, and of the mean picture; somewhat less
 SAMPLE = 48  # pictures looked at to estimate the space
 PLAN = "plan.json"
 LOCK = ".lock"
+CLEARING = {"clearing": True}  # a plan that says: what is here is being removed
+BEGUN = (PARTIAL, LOCK)  # what a preparation makes before its plan
+SHARD = re.compile(rf"(?:{'|'.join(SPLITS)})-\d{{6}}\.tar")
+FILES = (RECORD, MEAN, REJECTED, DUPLICATES, *(index_name(split) for split in SPLITS))
+OURS = re.compile("|".join([re.escape(name) + r"(?:\.tmp)?" for name in FILES] + [re.escape(PARTIAL), re.escape(LOCK)]))
+REPLACE = "--overwrite replaces it; -o DIR puts this one elsewhere"
 
 State = Literal["new", "unfinished", "finished"]
 
@@ -60,26 +69,37 @@ class Plan:
             return "new"
         if not self.output.is_dir():
             raise UsageError(f"{self.output} is a file", "name a folder with -o")
-        if overwrite:
-            check_foreign(self.output)
+        check_foreign(self.output)
+        if overwrite or _settings(self.output / PARTIAL / PLAN) == CLEARING:
             return "new"
         if (self.output / RECORD).is_file():
             self._same(self.output / RECORD, "holds another prepared data set")
             return "finished"
-        if (self.output / PARTIAL / PLAN).is_file():
-            self._same(self.output / PARTIAL / PLAN, "holds an unfinished data set of another source or settings")
+        if self.shards_kept():
+            self._same(self.output / PARTIAL / PLAN, "holds an unfinished data set of another preparation")
             return "unfinished"
-        check_foreign(self.output)
         return "new"
 
     def _check_output(self) -> None:
-        if self.output.is_symlink() or self.output.absolute() == (ROOT / LATEST).absolute():
+        if self.output.absolute() == (ROOT / LATEST).absolute():
             raise UsageError(f"{self.output} is a pointer to another data set", "name a folder of its own with -o")
-        if self.output.resolve().is_relative_to(self.source.path.resolve()):
+        try:
+            place = self.output.resolve()
+        except (OSError, RuntimeError) as error:  # a link that leads round in a circle
+            raise UsageError(f"{self.output} is no place to write to: {error}", "name another with -o") from error
+        if any(place.is_relative_to(folder) for folder in self._source_folders()):
             raise UsageError(
                 f"{self.output} lies inside the source {self.source.path}, which is never written to",
                 "name another place with -o",
             )
+
+    def _source_folders(self) -> Iterator[Path]:
+        """The source, and where links in it lead, down to the folders of classes."""
+        source = self.source.path
+        yield source.resolve()
+        for folder in (source, source / "train", source / "val"):
+            if folder.is_dir():
+                yield from (entry.resolve() for entry in folder.iterdir() if entry.is_symlink() and entry.is_dir())
 
     def estimate(self) -> int:
         """Bytes that the output will need, from a sample of the pictures packed in memory."""
@@ -95,7 +115,8 @@ class Plan:
                 sizes.append(buffer.tell())
         total = sum(len(items) for items in self.source.splits.values())
         beside = 1536 + 512 + 20  # two tar headers with padding, the label's block, the index row
-        return int(total * (sum(sizes) / max(1, len(sizes)) + beside))
+        shards = sum(-(-len(items) // self.shard_images) for items in self.source.splits.values())
+        return int(total * (sum(sizes) / max(1, len(sizes)) + beside) + (shards + 1) * SIDECAR)
 
     def free(self) -> int:
         """Bytes free where the output will be."""
@@ -120,17 +141,25 @@ class Plan:
         """Bytes that are still to be written, about."""
         return max(0, self.estimate() - self._done())
 
+    def shards_kept(self) -> int:
+        """How many shards an interrupted run has left finished."""
+        return len(self._shards()) if (self.output / PARTIAL).is_dir() else 0
+
+    def _shards(self) -> list[Path]:
+        return [file for file in self.output.iterdir() if SHARD.fullmatch(file.name)] if self.output.is_dir() else []
+
     def _done(self) -> int:
-        return sum(file.stat().st_size for file in self.output.glob("*.tar")) if self.output.is_dir() else 0
+        return sum(file.stat().st_size for file in self._shards())
 
     def _same(self, record: Path, what: str) -> None:
-        try:
-            found = json.loads(record.read_bytes())
-            settings = found["settings"] if record.name == RECORD else found
-        except (OSError, ValueError, KeyError, TypeError):
-            settings = None
-        if settings != self.settings:
-            raise UsageError(f"{self.output} {what}", "--overwrite replaces it; -o DIR puts this one elsewhere")
+        there = _settings(record)
+        told = [
+            "other pictures or classes" if key == "fingerprint" else f"{key} {there.get(key)}, not {value}"
+            for key, value in self.settings.items()
+            if there.get(key) != value
+        ]
+        if told:
+            raise UsageError(f"{self.output} {what}: {', '.join(told)}", REPLACE)
 
 
 def default_output(source: Path) -> Path:
@@ -146,16 +175,34 @@ def default_output(source: Path) -> Path:
 
 
 def check_foreign(output: Path) -> None:
-    """Refuse a folder that is neither empty nor a prepared data set, finished or not.
+    """Refuse a folder that holds anything but a prepared data set, finished or not, that this program wrote.
 
     Raises:
         UsageError: it holds somebody's files.
     """
-    ours = (output / RECORD).is_file() or (output / PARTIAL).is_dir()
-    if not ours and any(entry.name != LOCK for entry in output.iterdir()):
+    begun = output / PARTIAL
+    empty = not begun.is_dir() or all(file.name == f"{PLAN}.tmp" for file in begun.iterdir())
+    mine = _settings(output / RECORD) or _settings(begun / PLAN) or empty
+    if not mine or (empty and not _settings(output / RECORD) and any(e.name not in BEGUN for e in output.iterdir())):
         raise UsageError(f"{output} is not empty and not a prepared data set", "name another folder with -o")
+    foreign = sorted(e.name for e in output.iterdir() if not OURS.fullmatch(e.name) and not SHARD.fullmatch(e.name))
+    if foreign:
+        raise UsageError(
+            f"{output} holds {foreign[0]}, which is no part of a prepared data set", "name another folder with -o"
+        )
+
+
+def _settings(record: Path) -> dict[str, Any]:
+    """What a data set was made with, by its dataset.json or its plan; nothing if it is not of this program."""
+    try:
+        found = json.loads(record.read_bytes())
+        if record.name == RECORD:
+            found = found["settings"] if str(found["schema"]).startswith("alexnet.dataset/") else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return found if isinstance(found, dict) and (found == CLEARING or "fingerprint" in found) else {}
 
 
 def megabytes(size: int) -> str:
     """A size for people: "12 MB", "38.1 GB"."""
-    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{max(1, round(size / 1e6))} MB"
+    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.{0 if size >= 1e7 else 1}f} MB"

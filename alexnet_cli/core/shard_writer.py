@@ -13,6 +13,8 @@ import io
 import json
 import os
 import tarfile
+import zipfile
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,12 +119,12 @@ def finished_shard(folder: Path, split: str, number: int) -> Finished | None:
     """The shard as an earlier, interrupted run left it; None if it is not finished."""
     name = shard_name(split, number)
     try:
-        with np.load(_sidecar(folder, name), allow_pickle=False) as arrays:
+        with _sidecar(folder, name).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             text = json.loads(str(arrays["text"]))
             sums = PixelSums(int(arrays["images"]), arrays["pixels"].astype(np.int64), arrays["products"])
             finished = Finished(text["entry"], arrays["rows"], sums, arrays["facts"], text["rejected"])
         whole = (folder / name).stat().st_size == finished.entry["bytes"]
-    except (OSError, ValueError, KeyError, EOFError):
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         return None
     return finished if whole else None
 

@@ -74,7 +74,7 @@ class Split:
         """The picture's name in its shard: a number, then what the source called it."""
         place = self.rows[row]
         start = int(place["offset"]) - TAR_BLOCK
-        name = bytes(self._shard(int(place["shard"]))[start : start + 100]).rstrip(b"\0").decode("ascii")
+        name = bytes(self._shard(int(place["shard"]))[start : start + 100]).rstrip(b"\0").decode("ascii", "replace")
         return name.removesuffix(".jpg")
 
     def _shard(self, number: int) -> memoryview:
@@ -114,11 +114,19 @@ class Dataset:
 
     def rejected(self) -> list[dict[str, str]]:
         """The refused files: split, path, reason."""
-        return [json.loads(line) for line in (self.path / REJECTED).read_text().splitlines()]
+        rejected: list[dict[str, str]] = self._lines(REJECTED)
+        return rejected
 
     def duplicates(self) -> list[list[dict[str, str]]]:
         """Groups of pictures whose files were equal byte for byte: split and path of each."""
-        return [json.loads(line) for line in (self.path / DUPLICATES).read_text().splitlines()]
+        groups: list[list[dict[str, str]]] = self._lines(DUPLICATES)
+        return groups
+
+    def _lines(self, name: str) -> Any:
+        try:
+            return [json.loads(line) for line in (self.path / name).read_text().splitlines()]
+        except (OSError, ValueError) as error:
+            raise _damaged(self.path / name, str(error)) from error
 
     def split(self, name: str) -> Split:
         """The pictures of a split.
@@ -138,6 +146,8 @@ class Dataset:
         rows = _array(self.path / index_name(name), mapped=True)
         if rows.dtype != ROW or len(rows) != entry["images"]:
             raise _damaged(self.path / index_name(name), f"{len(rows):,} rows for {entry['images']:,} images")
+        if len(rows) and (rows["shard"].max() >= len(entry["shards"]) or rows["label"].max() >= len(self.classes)):
+            raise _damaged(self.path / index_name(name), "a row names a shard or a class that does not exist")
         return Split(name, self.path, rows, tuple(shard["file"] for shard in entry["shards"]))
 
 
@@ -155,6 +165,7 @@ def open_dataset(path: Path) -> Dataset:
         record = json.loads(data)
         if record["schema"] != SCHEMA:
             raise DataError(f"{path} has schema {record['schema']}, not {SCHEMA}", "prepare it again with this version")
+        checksums(record)
         return Dataset(
             path=path,
             name=record["name"],
@@ -210,7 +221,7 @@ def find_dataset(spec: str | None) -> Path:
         for path in (Path(spec), ROOT / spec):
             if (path / RECORD).is_file():
                 return path
-        listed = f"prepared here: {', '.join(known)}" if known else _advice(Path(spec))
+        listed = f"prepared here: {', '.join(known)}" if known and not Path(spec).is_dir() else _advice(Path(spec))
         raise DataError(f"no prepared data set {spec}", listed)
     if len(known) == 1:
         return ROOT / known[0]
@@ -239,7 +250,9 @@ def _array(path: Path, mapped: bool = False) -> npt.NDArray[Any]:
 def _advice(path: Path) -> str:
     if (path / PARTIAL).is_dir():
         return "its preparation was interrupted: run the same `alexnet prepare` command again to finish it"
-    return f"make it: alexnet prepare {path if path.is_dir() else 'SOURCE'}"
+    if path.is_dir():
+        return f"if it is a folder of pictures, prepare it first: alexnet prepare {path}"
+    return "make one: alexnet prepare SOURCE"
 
 
 def _damaged(path: Path, found: str) -> DataError:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from alexnet_cli.core.ilsvrc import ilsvrc_words
 from alexnet_cli.core.imagenet import kaggle, official
-from alexnet_cli.core.listing import Files, Found, Pictures, class_folders, left_out, listing
+from alexnet_cli.core.listing import Files, Found, Pictures, class_folders, left_out, listing, loose
 from alexnet_cli.core.parquet import huggingface
 from alexnet_cli.errors import DataError, UsageError
 
@@ -45,12 +45,12 @@ class Source:
     """What was found and left out."""
 
     def fingerprint(self) -> str:
-        """sha256 over the classes and every picture's split, label and name: is it still the same source?"""
+        """sha256 over the classes and every picture's split, label, name and size: is it still the same source?"""
         digest = hashlib.sha256(repr([tuple(name) for name in self.classes]).encode(errors="surrogateescape"))
         for split, items in self.splits.items():
             digest.update(f"\n{split} {len(items)}\n".encode())
-            for label, name in zip(items.labels, items.names, strict=True):
-                digest.update(f"{label} {name}\0".encode(errors="surrogateescape"))
+            for row, (label, name) in enumerate(zip(items.labels, items.names, strict=True)):
+                digest.update(f"{label} {items.size(row)} {name}\0".encode(errors="surrogateescape"))
         return digest.hexdigest()
 
 
@@ -66,12 +66,13 @@ def recognise(path: Path, val_fraction: float | None = None) -> Source:
     if val_fraction is not None and not 0 <= val_fraction < 1:
         raise UsageError(f"--val-fraction {val_fraction} is not at least 0 and below 1", "0.1 is one in ten")
     if not path.is_dir():
-        missing = "is not a folder" if path.exists() else "does not exist"
-        raise DataError(f"{path} {missing}", "name the folder that holds train/ and val/, or one folder per class")
+        if path.exists():
+            raise DataError(f"{path} is not a folder", f"name the folder that it lies in: {path.parent}")
+        raise DataError(f"{path} does not exist", "name the folder that holds train/ and val/, or one folder per class")
     for layout in LAYOUTS:
         found = layout(path)
         if found is not None:
-            return _source(path, found, val_fraction, spare=layout in (_train_and_val, _folder_of_classes))
+            return _source(path, found, val_fraction)
     raise DataError(
         f"{path} has no pictures in a layout that is known. Looked for: ILSVRC2012_img_train.tar, "
         "ILSVRC/Data/CLS-LOC/, train-*.parquet, train/CLASS/ with val/CLASS/, "
@@ -80,17 +81,18 @@ def recognise(path: Path, val_fraction: float | None = None) -> Source:
     )
 
 
-def _source(path: Path, found: Found, val_fraction: float | None, spare: bool) -> Source:
-    """Names for the classes; a validation split, taken from the training pictures if that is asked for or usual."""
+def _source(path: Path, found: Found, val_fraction: float | None) -> Source:
+    """Names for the classes; a validation split, taken from the training pictures where there is none."""
     words = found.words or _words(path) or ilsvrc_words(found.keys)
     classes = _class_names(found.keys, words)
     if found.val is not None:
         if val_fraction is not None:
             raise UsageError(f"{path} has a validation split of its own", "leave --val-fraction out")
         return Source(path, found.layout, classes, {"train": found.train, "val": found.val}, found.notes)
-    fraction = val_fraction if val_fraction is not None else VAL_FRACTION if spare else 0.0
+    fraction = VAL_FRACTION if val_fraction is None else val_fraction
     splits = _split_by_name(found.train, len(classes), fraction)
-    return Source(path, found.layout, classes, splits, found.notes)
+    notes = (*found.notes, f"{fraction:.0%} of each class are kept for validation: the source has no such split")
+    return Source(path, found.layout, classes, splits, notes if fraction else found.notes)
 
 
 def _tiny_imagenet(path: Path) -> Found | None:
@@ -106,6 +108,8 @@ def _tiny_imagenet(path: Path) -> Found | None:
         if not line.strip():
             continue
         file, wnid = (*line.split("\t"), "", "")[:2]
+        if "/" in file or label_of_file.get(f"val/images/{file}", label_of.get(wnid)) != label_of.get(wnid):
+            raise DataError(f"{annotations}, line {number}: {file!r} is no file name, or has two classes", "correct it")
         if wnid not in label_of:
             what = f"{annotations}, line {number}: class {wnid!r} has no pictures under train/"
             raise DataError(what, "complete train/, or remove the line")
@@ -130,7 +134,8 @@ def _train_and_val(path: Path) -> Found | None:
         raise DataError(f"{path / 'train'} has fewer than two class folders with pictures", "one folder per class")
     train, others = listing(path, [f"train/{name}" for name in folders])
     if found is None:
-        return Found("train/CLASS", folders, {}, train, None, left_out("train/", empty, others))
+        notes = left_out("train/", empty, others) + loose(path, "train")
+        return Found("train/CLASS", folders, {}, train, None, notes)
     theirs, _ = class_folders(path / found)
     if not theirs:
         raise DataError(f"{path / found} has no class folders", "put its pictures into one folder per class")
@@ -143,7 +148,9 @@ def _train_and_val(path: Path) -> Found | None:
     val, more = listing(path, [f"{found}/{name}" for name in theirs])
     label_of = {name: label for label, name in enumerate(folders)}
     val = val.chosen(range(len(val)), array("I", [label_of[theirs[label]] for label in val.labels]))
-    notes = left_out("train/", empty, others + more)
+    notes = left_out("train/", empty, others + more) + loose(path, "train", found)
+    if (path / "test").is_dir():
+        notes = (*notes, "left out, having no labels that are known: test/")
     return Found(f"train/CLASS and {found}/CLASS", folders, {}, train, val, notes)
 
 
@@ -152,7 +159,7 @@ def _folder_of_classes(path: Path) -> Found | None:
     if len(folders) < 2:
         return None
     items, others = listing(path, folders)
-    return Found("one folder per class", folders, {}, items, None, left_out("", empty, others))
+    return Found("one folder per class", folders, {}, items, None, left_out("", empty, others) + loose(path, "."))
 
 
 LAYOUTS: tuple[Callable[[Path], Found | None], ...] = (
@@ -170,7 +177,7 @@ def _split_by_name(items: Pictures, classes: int, fraction: float) -> dict[str, 
 
     Pictures that are added later therefore move few of the others to the other split.
     """
-    by_class = [array("Q") for _ in range(classes)]
+    by_class = [array("I") for _ in range(classes)]
     for row, label in enumerate(items.labels):
         by_class[label].append(row)
     chosen = bytearray(len(items))
@@ -178,7 +185,7 @@ def _split_by_name(items: Pictures, classes: int, fraction: float) -> dict[str, 
         wanted = min(max(1, round(fraction * len(rows))), len(rows) - 1) if fraction else 0
         for row in sorted(rows, key=lambda row: _hash(items.names[row]))[: max(0, wanted)]:
             chosen[row] = 1
-    train, val = (array("Q", [row for row, taken in enumerate(chosen) if taken == split]) for split in (0, 1))
+    train, val = (array("I", (row for row, taken in enumerate(chosen) if taken == split)) for split in (0, 1))
     return {"train": items.chosen(train), "val": items.chosen(val)}
 
 

@@ -1,5 +1,6 @@
 """What is measured of the training pixels on the way: mean picture, mean colour, colour axes (section 4.1).
 
+The pixels are those before they become JPEG; over a set the two differ by far less than a grey level on average.
 Everything is summed in integers (or in floats that hold them exactly), so the sums are exact and the same in
 whatever order and on however many threads the pictures come.
 """

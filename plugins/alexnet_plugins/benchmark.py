@@ -15,7 +15,7 @@ import typer
 
 from alexnet_cli.console import Reporter
 from alexnet_cli.errors import DataError
-from alexnet_cli.options import DataOption, JsonFlag, QuietFlag
+from alexnet_cli.options import JsonFlag, QuietFlag
 
 if TYPE_CHECKING:
     from alexnet_cli.core.stopwatch import Contest, Times
@@ -51,7 +51,9 @@ def benchmark(
     pictures: Annotated[
         Path | None, typer.Option(help="Measure on the JPEGs in this folder. [default: drawn ones of 500x375]")
     ] = None,
-    data: DataOption = None,
+    data: Annotated[
+        str | None, typer.Option("--data", metavar="D", help="Measure loading on this prepared data set.")
+    ] = None,
     images: Annotated[int, typer.Option(min=16, help="How many pictures, at most.")] = 512,
     rounds: Annotated[int, typer.Option(min=1, help="How often each is timed.")] = 5,
     seconds: Annotated[float, typer.Option(min=0.0, help="The shortest time a timing may take.")] = 1.0,
@@ -156,6 +158,8 @@ def _source(setting: Setting) -> tuple[Path, list[Path], str]:
         benchmark_pictures.draw(source, setting.images)
         note = f"measured on {setting.images:,} pictures of about 500x375, drawn for it (--pictures: your own)"
     else:
+        if not setting.pictures.is_dir():
+            raise DataError(f"{setting.pictures} is not a folder", "name one with some hundreds of JPEGs")
         chosen = benchmark_pictures.files(setting.pictures, setting.images)
         if len(chosen) < benchmark_pictures.CLASSES:
             raise DataError(f"{setting.pictures} holds {len(chosen)} JPEGs", "name a folder with some hundreds")

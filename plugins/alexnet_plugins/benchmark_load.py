@@ -145,6 +145,7 @@ def epoch_costs(scratch: Path, rows: int = ILSVRC) -> dict[str, float]:
     from alexnet_cli.core.augment import Draws
     from alexnet_cli.core.loader import epoch_order, training_batches
     from alexnet_cli.core.shards import ROW, Dataset, index_name
+    from alexnet_cli.core.sources import ClassName
     from alexnet_cli.core.stopwatch import least_seconds
     from alexnet_cli.recipe import PAPER
 
@@ -152,8 +153,9 @@ def epoch_costs(scratch: Path, rows: int = ILSVRC) -> dict[str, float]:
     folder.mkdir(parents=True, exist_ok=True)
     np.save(folder / index_name("train"), np.zeros(rows, ROW))
     none = np.zeros(0, np.float32)
-    record = {"splits": {"train": {"images": rows, "shards": []}}}
-    dataset = Dataset(folder, "index", "", (), none, none, none, record)
+    (folder / "empty.tar").touch()
+    record = {"splits": {"train": {"images": rows, "shards": [{"file": "empty.tar", "bytes": 0}]}}}
+    dataset = Dataset(folder, "index", "", (ClassName("any"),), none, none, none, record)
     return {
         f"open an index of {rows:,} rows": least_seconds(lambda: dataset.split("train")),
         "permutation of an epoch": least_seconds(lambda: epoch_order(rows, 0, 1)),

@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from alexnet_cli.console import Reporter
-from alexnet_cli.errors import PartialError, Stopped, UsageError
+from alexnet_cli.errors import Stopped, UsageError
 from alexnet_cli.options import JsonFlag, QuietFlag
 
 if TYPE_CHECKING:
     from alexnet_cli.core.plan import Plan
-    from alexnet_cli.core.shards import Dataset
 
 LAYOUTS = (
     "A folder: ImageNet as it is distributed (archives, Kaggle, Hugging Face parquet), train/CLASS and "
@@ -26,8 +25,6 @@ FRACTION = "Part of each class to validate on, where the source has no such spli
 CORRUPT = "Leave out and list images that cannot be decoded, or stop at the first."
 EXIF = "Turn pictures as their EXIF orientation says; in 2012 nobody did."
 VERIFY = "Read a prepared data set again and compare every sum, and quit."
-DUPLICATES_FILE = "duplicates.jsonl"
-SHOWN = 3  # refused files that are named on the terminal
 
 OnCorrupt = Literal["skip", "fail"]
 
@@ -52,11 +49,13 @@ def prepare(
     """
     from alexnet_cli.core.devices import cores
     from alexnet_cli.core.plan import Plan, default_output, megabytes
-    from alexnet_cli.core.shards import open_dataset
     from alexnet_cli.core.sources import recognise
+    from alexnet_plugins import prepare_report
 
     reporter = Reporter("prepare", json=json, quiet=quiet)
     if check is not None:
+        if source is not None:
+            raise UsageError(f"--verify {check} prepares nothing", f"leave {source} out")
         _verify(reporter, check)
         return
     if source is None:
@@ -69,11 +68,12 @@ def prepare(
     for note in found.notes:
         reporter.line("note", note)
     if not counts["val"]:
-        reporter.warn("no validation images", "training will not be able to say how good it is; see --val-fraction")
+        few = "--val-fraction 0.1 takes one picture of each class that has at least two"
+        reporter.warn("no validation images, which training needs", few)
     plan = Plan(found, output or default_output(source), quality, exif_rotate=exif_rotate)
     state = plan.state(overwrite)
     if state == "finished":
-        _there_already(reporter, plan)
+        prepare_report.there_already(reporter, plan)
         return
     needed, free = plan.estimate(), plan.free()
     sizes = f"about {megabytes(needed)} needed, {megabytes(free)} free"
@@ -89,111 +89,47 @@ def prepare(
         return
     plan.check_space(needed)
     if state == "unfinished":
-        reporter.line("resume", "an earlier run was interrupted; what it finished is kept")
-    start = time.perf_counter()
-    packed = _pack(reporter, plan, workers or cores(), on_corrupt, overwrite)
-    seconds = time.perf_counter() - start
-    dataset = open_dataset(plan.output)
-    for line in _statistics(dataset):
-        reporter.line("stats", line)
-    _duplicates(reporter, dataset)
-    speed = f"{packed:,} images in {seconds:.1f} s, {packed / seconds:,.0f} img/s"
-    reporter.line("done", f"{plan.output}  (dataset.json sha256 {dataset.hash[:12]}…)    {speed}")
-    _result(reporter, dataset, seconds, packed / seconds)
-    _rejected(reporter, dataset)
+        reporter.line("resume", f"an earlier run was interrupted; its {plan.shards_kept():,} finished shards are kept")
+    if overwrite and plan.output.is_dir():
+        reporter.line("note", f"{plan.output} is being replaced: what was there is gone from now on")
+    seen, seconds = _pack(reporter, plan, workers or cores(), on_corrupt, overwrite)
+    prepare_report.prepared(reporter, plan.output, seen, seconds)
 
 
-def _pack(reporter: Reporter, plan: Plan, workers: int, on_corrupt: OnCorrupt, overwrite: bool) -> int:
-    """Pack what is missing; returns how many images this run packed."""
+def _pack(reporter: Reporter, plan: Plan, workers: int, on_corrupt: OnCorrupt, overwrite: bool) -> tuple[int, float]:
+    """Pack what is missing; returns how many pictures this run dealt with, and in how many seconds."""
     from alexnet_cli.core.packing import pack
 
-    packed = rejected = done = 0
+    seen, start = 0, time.perf_counter()
     try:
         with contextlib.closing(pack(plan, workers, on_corrupt, overwrite)) as steps:
             for split, group in itertools.groupby(steps, key=lambda step: step.split):
+                left_out = 0
                 with reporter.progress(split, total=len(plan.source.splits[split])) as bar:
                     for step in group:
-                        done += step.images
-                        packed += 0 if step.kept else step.images
-                        rejected += step.rejected
-                        bar.advance(step.images, f"{rejected:,} refused" if rejected else "")
+                        left_out += step.rejected
+                        if step.kept:
+                            bar.skip(step.images)
+                        else:
+                            seen += step.images
+                            bar.advance(step.images, f"{left_out:,} left out" if left_out else "")
     except KeyboardInterrupt:
-        what = f"interrupted after {done:,} images; the finished shards stay in {plan.output}"
-        raise Stopped(what, "the same command goes on where it stopped", 130) from None
-    return packed
-
-
-def _there_already(reporter: Reporter, plan: Plan) -> None:
-    from alexnet_cli.core.assembly import settle
-    from alexnet_cli.core.shards import open_dataset
-
-    dataset = open_dataset(plan.output)
-    for name in dataset.record["splits"]:
-        dataset.split(name)  # raises where files are missing
-    settle(plan.output)
-    reporter.line("done", f"{plan.output} is there already, of this source and with these settings")
-    _result(reporter, dataset, 0.0, None)
-    _rejected(reporter, dataset)
-
-
-def _result(reporter: Reporter, dataset: Dataset, seconds: float, rate: float | None) -> None:
-    reporter.line("next", f"alexnet train --data {dataset.path}")
-    images = {name: split["images"] for name, split in dataset.record["splits"].items()}
-    found = {"classes": len(dataset.classes), "rejected": dataset.record["rejected"]}
-    timing = {"seconds": seconds, "images_per_second": rate}
-    reporter.result({"output": str(dataset.path), "images": images, **found, **timing})
-
-
-def _rejected(reporter: Reporter, dataset: Dataset) -> None:
-    refused = dataset.rejected()
-    if not refused:
-        return
-    for line in refused[:SHOWN]:
-        reporter.warn(f"{line['path']}: {line['reason']}")
-    total = len(refused) + sum(split["images"] for split in dataset.record["splits"].values())
-    raise PartialError(
-        f"{len(refused):,} of {total:,} images were left out, as {dataset.path / 'rejected.jsonl'} lists",
-        "the data set is complete without them; --on-corrupt fail stops at the first instead",
-    )
-
-
-def _statistics(dataset: Dataset) -> list[str]:
-    record = dataset.record
-    spread = "{min:,}-{max:,} training images per class, median {median:,.0f}".format(
-        **record["splits"]["train"]["images_per_class"]
-    )
-    width, height = (
-        "{min:,}-{max:,} (median {median:,.0f})".format(**record["source_sizes"][side]) for side in ("width", "height")
-    )
-    mean = " ".join(f"{value:.1f}" for value in dataset.mean_rgb)
-    return [
-        f"{len(dataset.classes):,} classes · {spread} · mean RGB {mean} · mean image saved",
-        f"pictures were {width} pixels wide, {height} high",
-    ]
-
-
-def _duplicates(reporter: Reporter, dataset: Dataset) -> None:
-    """Equal pictures are worth a line; ones that are in both splits make the validation error look too good."""
-    found = dataset.record["duplicates"]
-    if found["groups"]:
-        reporter.line("note", f"{found['pictures']:,} pictures are copies of one another: {DUPLICATES_FILE}")
-    if found["across_splits"]:
-        leaks = [group for group in dataset.duplicates() if len({entry["split"] for entry in group}) > 1]
-        names = ", ".join(" = ".join(entry["path"] for entry in group[:2]) for group in leaks[:SHOWN])
-        reporter.warn(
-            f"{found['across_splits']:,} pictures are in train and in val: {names}{' …' if len(leaks) > SHOWN else ''}",
-            f"the validation error will look too good; {DUPLICATES_FILE} lists them all",
-        )
+        kept = plan.shards_kept()
+        what = f"the {kept:,} finished shards stay in {plan.output}" if kept else "no shard was finished yet"
+        again = "goes on where it stopped" if kept else "begins anew"
+        without = " without --overwrite" if kept and overwrite else ""
+        raise Stopped(f"interrupted: {what}", f"the same command{without} {again}", 130) from None
+    return seen, time.perf_counter() - start
 
 
 def _verify(reporter: Reporter, folder: Path) -> None:
     """Every file of a data set against its recorded sum; VerificationError for the first that differs."""
-    from alexnet_cli.core.shards import checksums, open_dataset, verify
+    from alexnet_cli.core.shards import checksums, find_dataset, open_dataset, verify
 
-    dataset = open_dataset(folder)
+    dataset = open_dataset(find_dataset(str(folder)))
     files = checksums(dataset.record)
     with reporter.progress("verify", total=len(files), unit="files") as bar:
         for _ in verify(dataset):
             bar.advance(1)
-    reporter.result({"output": str(folder), "files": len(files), "verified": True})
-    reporter.line("done", f"{folder}: all {len(files)} files are as they were written")
+    reporter.result({"output": str(dataset.path), "files": len(files), "verified": True})
+    reporter.line("done", f"{dataset.path}: all {len(files)} files are as they were written")

@@ -1,0 +1,125 @@
+"""What `alexnet prepare` says of a data set once it is there: statistics, copies, pictures that were left out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from alexnet_cli.console import Reporter
+from alexnet_cli.errors import DataError, PartialError
+
+if TYPE_CHECKING:
+    from alexnet_cli.core.plan import Plan
+    from alexnet_cli.core.shards import Dataset
+
+REJECTED_FILE = "rejected.jsonl"
+DUPLICATES_FILE = "duplicates.jsonl"
+SHOWN = 3  # pictures or classes that are named on the terminal
+
+
+def prepared(reporter: Reporter, output: Path, seen: int, seconds: float) -> None:
+    """The data set is complete; this run saw so many pictures in so many seconds.
+
+    Raises:
+        PartialError: some were left out.
+    """
+    from alexnet_cli.core.shards import open_dataset
+
+    dataset = open_dataset(output)
+    for line in _statistics(dataset):
+        reporter.line("stats", line)
+    _empty_classes(reporter, dataset)
+    _duplicates(reporter, dataset)
+    _name_left_out(reporter, dataset)
+    images = sum(split["images"] for split in dataset.record["splits"].values())
+    total = images + dataset.record["rejected"]
+    part = "" if seen == total else f"{seen:,} in this run, "
+    speed = f"{images:,} images, {part}{seconds:.1f} s, {seen / seconds:,.0f} img/s"
+    reporter.line("done", f"{output}  (dataset.json sha256 {dataset.hash[:12]}…)    {speed}")
+    _result(reporter, dataset, seconds, seen / seconds)
+    _left_out(dataset)
+
+
+def there_already(reporter: Reporter, plan: Plan) -> None:
+    """Nothing is left to do: check that it is whole, and give the result again."""
+    from alexnet_cli.core.assembly import settle
+    from alexnet_cli.core.shards import checksums, open_dataset
+
+    dataset = open_dataset(plan.output)
+    for name in dataset.record["splits"]:
+        dataset.split(name)  # raises where files are missing
+    missing = [name for name in checksums(dataset.record) if not (plan.output / name).is_file()]
+    if missing:
+        raise DataError(f"{plan.output / missing[0]} is missing", "prepare the data set again with --overwrite")
+    settle(plan.output)
+    _name_left_out(reporter, dataset)
+    reporter.line("done", f"{plan.output} is there already, of this source and with these settings")
+    _result(reporter, dataset, 0.0, None)
+    _left_out(dataset)
+
+
+def _result(reporter: Reporter, dataset: Dataset, seconds: float, rate: float | None) -> None:
+    images = {name: split["images"] for name, split in dataset.record["splits"].items()}
+    if images.get("val"):
+        reporter.line("next", f"alexnet train --data {dataset.path}")
+    found = {"classes": len(dataset.classes), "rejected": dataset.record["rejected"]}
+    timing = {"seconds": seconds, "images_per_second": rate}
+    reporter.result({"output": str(dataset.path), "images": images, **found, **timing})
+
+
+def _name_left_out(reporter: Reporter, dataset: Dataset) -> None:
+    refused = dataset.rejected()
+    for line in refused[:SHOWN]:
+        reporter.warn(f"left out {line['path']}: {line['reason']}")
+    if len(refused) > SHOWN:
+        reporter.warn(f"left out {len(refused) - SHOWN:,} more: {dataset.path / REJECTED_FILE}")
+
+
+def _left_out(dataset: Dataset) -> None:
+    """The command ends with exit code 5 where pictures were left out."""
+    rejected = dataset.record["rejected"]
+    if rejected:
+        total = rejected + sum(split["images"] for split in dataset.record["splits"].values())
+        raise PartialError(
+            f"{rejected:,} of {total:,} images were left out, as {dataset.path / REJECTED_FILE} lists",
+            "the data set is complete without them; --on-corrupt fail stops at the first instead",
+        )
+
+
+def _statistics(dataset: Dataset) -> list[str]:
+    record = dataset.record
+    width, height = (_spread(record["source_sizes"][side]) for side in ("width", "height"))
+    mean = " ".join(f"{value:.1f}" for value in dataset.mean_rgb)
+    per_class = f"{_spread(record['splits']['train']['images_per_class'])} training images per class"
+    return [
+        f"{len(dataset.classes):,} classes · {per_class} · mean RGB {mean} · mean image saved",
+        f"pictures were {width} pixels wide, {height} high",
+    ]
+
+
+def _spread(values: Mapping[str, float]) -> str:
+    low, middle, high = (values[key] for key in ("min", "median", "max"))
+    return f"{low:,}" if low == high else f"{low:,} to {high:,} (median {middle:,.0f})"
+
+
+def _empty_classes(reporter: Reporter, dataset: Dataset) -> None:
+    empty = [entry["name"] for entry in dataset.record["classes"] if not entry["images"]["train"]]
+    if empty:
+        named = ", ".join(empty[:SHOWN]) + (" …" if len(empty) > SHOWN else "")
+        reporter.warn(f"no training images are left of {named}", "the network cannot learn what it never sees")
+
+
+def _duplicates(reporter: Reporter, dataset: Dataset) -> None:
+    """Equal pictures are worth a line; ones that are in both splits make the validation error look too good."""
+    found = dataset.record["duplicates"]
+    if found["groups"]:
+        reporter.line("note", f"{found['pictures']:,} pictures are copies of one another: {DUPLICATES_FILE}")
+    if found["across_splits"]:
+        leaks = [group for group in dataset.duplicates() if len({entry["split"] for entry in group}) > 1]
+        names = ", ".join(" = ".join(entry["path"] for entry in group[:2]) for group in leaks[:SHOWN])
+        many = "1 picture is" if found["across_splits"] == 1 else f"{found['across_splits']:,} pictures are"
+        reporter.warn(
+            f"{many} in train and in val: {names}{' …' if len(leaks) > SHOWN else ''}",
+            f"the validation error will look too good; {DUPLICATES_FILE} lists them all",
+        )
