@@ -26,10 +26,14 @@ WITHIN_SIZE, WITHIN_ALPHA, WITHIN_BETA = 5, 1e-3, 0.75
 
 
 class ResponseNorm(nn.Module):
-    """Local response normalisation (section 3.3) as the recipe says, inside each of `towers` towers."""
+    """Local response normalisation (section 3.3) as the recipe says, inside each of `towers` towers.
 
-    def __init__(self, recipe: Recipe, towers: int) -> None:
+    With `relu` it does the work of an activation before it too; only across maps.
+    """
+
+    def __init__(self, recipe: Recipe, towers: int, *, relu: bool = False) -> None:
         super().__init__()
+        self.function, self.relu = response_norm.fast, relu
         self.kind, self.size, self.k, self.beta = recipe.lrn, recipe.lrn_size, recipe.lrn_k, recipe.lrn_beta
         self.towers = 1 if recipe.lrn_joint else towers
         # Alpha is meant for inputs in 0..255: activations shrink with the input, their squares twice.
@@ -38,12 +42,12 @@ class ResponseNorm(nn.Module):
             self.alpha /= self.size if self.kind == "across-maps" else self.size**2
 
     def forward(self, x: Tensor) -> Tensor:
-        """N x C x H x W -> the same shape and dtype; float32 inside whatever the dtype."""
+        """N x C x H x W -> the same shape and dtype; float32 inside whatever the dtype. May reuse x's memory."""
         if self.kind == "none":
             return x
         if self.kind == "within-map":
             return within_map(x, self.size, self.k, self.alpha, self.beta)
-        return response_norm.fast(x, self.size, self.k, self.alpha, self.beta, self.towers)
+        return self.function(x, self.size, self.k, self.alpha, self.beta, self.towers, self.relu)
 
 
 def within_map(x: Tensor, size: int, k: float, alpha: float, beta: float) -> Tensor:
