@@ -58,7 +58,9 @@ CORE = {
     "resume": "runs",
     "evaluate": "augment loader network placement sources",
     "results": "evaluate sources",
-    "train": "augment cache checkpoint evaluate learning loader network placement records runs shards weights",
+    "compilation": "layers network",
+    "train": "augment cache checkpoint compilation evaluate learning loader network placement records runs shards "
+    "weights",
     # section 6 and after: use
     "views": "",
     "onnx_metadata": "sources weights",
@@ -72,8 +74,8 @@ CORE = {
 }
 TORCH = {
     "devices", "placement", "fast_images", "packing", "loader", "cache", "augment", "response_norm",
-    "response_norm_gpu", "layers", "towers", "network", "learning", "checkpoint", "evaluate", "results", "train",
-    "torch_session",
+    "response_norm_gpu", "layers", "towers", "network", "compilation", "learning", "checkpoint", "evaluate", "results",
+    "train", "torch_session",
 }  # fmt: skip
 LAZY_TORCH = {"devices"}  # import it in functions only
 PLUGINS = {"errors", "recipe", "console", "options", "entry_points"}  # and anything in core

@@ -83,11 +83,12 @@ def test_who_normalises_on_a_gpu(reason: str, used: bool, monkeypatch: pytest.Mo
 
 def test_a_gpu_that_cannot_run_them_is_told_about(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(placement, "visible_gpus", lambda: [Gpu(0, "H100", 80 << 30, "9.0")])
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)  # to be put back afterwards
+    for switch in ("benchmark", "allow_tf32"):  # to be put back afterwards
+        monkeypatch.setattr(torch.backends.cudnn, switch, getattr(torch.backends.cudnn, switch))
     monkeypatch.setattr(response_norm_gpu, "why_not", lambda index: "Failed to find C compiler.")
-    chosen = placement.place("0", "tf32")
+    chosen = placement.place("0", "fp32")
     assert chosen.device == torch.device("cuda", 0)
     assert "without its GPU kernel" in chosen.notes[0]
     assert "Failed to find C compiler." in chosen.notes[0]
     monkeypatch.setattr(response_norm_gpu, "why_not", lambda index: "")
-    assert placement.place("0", "tf32").notes == ()
+    assert placement.place("0", "fp32").notes == ()
