@@ -107,6 +107,7 @@ def test_for_a_gpu_the_network_is_one_graph(
 ) -> None:
     """Tensors without values stand for those on a GPU; each normalisation is one step, and nothing is tried out."""
     monkeypatch.setattr(torch.nn.Module, "to", lambda self, *_, **__: self)  # which such tensors do not support
+    monkeypatch.setattr(response_norm_gpu, "why_not", lambda index: pytest.fail("tried while compiling"))
     with FakeTensorMode(), torch.device("cuda"):
         network, x = Network(SMALL, 10), torch.empty(8, 3, 224, 224)
         quick: Callable[[Tensor], Tensor] = torch.compile(network, fullgraph=True, dynamic=False)
@@ -114,7 +115,6 @@ def test_for_a_gpu_the_network_is_one_graph(
     assert (out.shape, out.device.type) == ((8, 10), "cuda")
     steps = [node.target for node in graphs[0].graph.nodes if node.op == "call_function"]
     assert steps.count(torch.ops.alexnet.response_norm) == 2
-    assert response_norm_gpu.why_not.cache_info().currsize == 0
 
 
 def test_captured_graphs_are_for_the_first_piece_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:

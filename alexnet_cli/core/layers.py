@@ -106,6 +106,7 @@ class Dropout(nn.Module):
             salt,
             first_unit,
         )
+        # Each process of several has its own: whoever copies the network to others must leave buffers out.
         self.register_buffer("words", torch.zeros(3, dtype=torch.int32), persistent=False)
 
     def draw(self, seed: int, step: int, first_row: int = 0) -> None:
