@@ -21,7 +21,7 @@ SHELL = {
 }
 CORE = {
     "devices": "",
-    "placement": "devices",
+    "placement": "devices response_norm_gpu",
     # section 2: the dataset
     "listing": "",
     "archives": "listing",
@@ -44,7 +44,8 @@ CORE = {
     "cache": "devices loader",
     # sections 3 and 4: the network
     "augment": "",
-    "response_norm": "",
+    "response_norm_gpu": "",
+    "response_norm": "response_norm_gpu",
     "layers": "response_norm",
     "towers": "",
     "weights": "sources",
@@ -57,7 +58,9 @@ CORE = {
     "resume": "runs",
     "evaluate": "augment loader network placement sources",
     "results": "evaluate sources",
-    "train": "augment cache checkpoint evaluate learning loader network placement records runs shards weights",
+    "compilation": "layers network",
+    "train": "augment cache checkpoint compilation evaluate learning loader network placement records runs shards "
+    "weights",
     # section 6 and after: use
     "views": "",
     "onnx_metadata": "sources weights",
@@ -70,8 +73,9 @@ CORE = {
     "stopwatch": "",
 }
 TORCH = {
-    "devices", "placement", "fast_images", "packing", "loader", "cache", "augment", "response_norm", "layers", "towers",
-    "network", "learning", "checkpoint", "evaluate", "results", "train", "torch_session",
+    "devices", "placement", "fast_images", "packing", "loader", "cache", "augment", "response_norm",
+    "response_norm_gpu", "layers", "towers", "network", "compilation", "learning", "checkpoint", "evaluate", "results",
+    "train", "torch_session",
 }  # fmt: skip
 LAZY_TORCH = {"devices"}  # import it in functions only
 PLUGINS = {"errors", "recipe", "console", "options", "entry_points"}  # and anything in core

@@ -8,10 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from alexnet_cli.core.layers import Dropout, OverlappingPooling, hashed
+from alexnet_cli.core.layers import Dropout, OverlappingPooling, hashed, words
 from alexnet_cli.recipe import PAPER
-
-CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(("size", "side"), [(3, 55), (3, 27), (3, 13), (2, 55), (2, 26), (2, 11)])
@@ -32,7 +30,7 @@ def test_pooling_equals_a_literal_loop(size: int, side: int) -> None:
 
 
 def test_hash_is_uniform_and_uncorrelated() -> None:
-    values = hashed(256, 512, key=12345 << 32 | 678, first_row=0, first_unit=0, device=CPU).double()
+    values = hashed(words(12345 << 32 | 678, first_row=0), 256, 512, first_unit=0).double()
     n = values.numel()
     counts = torch.histc(values.float(), 64, 0, 1)
     chi_square = ((counts - n / 64) ** 2 / (n / 64)).sum().item()
@@ -42,13 +40,13 @@ def test_hash_is_uniform_and_uncorrelated() -> None:
     assert abs(centred.mean().item()) < 5 * (1 / 12 / n) ** 0.5
     for shifted in (centred.roll(1, 0), centred.roll(1, 1), centred.roll((3, 7), (0, 1))):
         assert abs((centred * shifted).mean().item()) < limit
-    other = hashed(256, 512, key=12345 << 32 | 679, first_row=0, first_unit=0, device=CPU).double() - 0.5
+    other = hashed(words(12345 << 32 | 679, first_row=0), 256, 512, first_unit=0).double() - 0.5
     assert abs((centred * other).mean().item()) < limit
 
 
 def test_masks_are_slices_of_one_whole() -> None:
-    whole = hashed(8, 20, key=99, first_row=0, first_unit=0, device=CPU)
-    part = hashed(3, 10, key=99, first_row=5, first_unit=10, device=CPU)
+    whole = hashed(words(99, first_row=0), 8, 20, first_unit=0)
+    part = hashed(words(99, first_row=5), 3, 10, first_unit=10)
     torch.testing.assert_close(part, whole[5:, 10:], rtol=0, atol=0)
 
 

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from alexnet_cli.core import response_norm
+from alexnet_cli.core.layers import OverlappingPooling, within_map
 from alexnet_cli.core.network import Network, initialise, parameters_by_name, widths
 from alexnet_cli.recipe import CAFFE, FAST, KRIZHEVSKY, PAPER, RECIPES, Recipe
 
@@ -52,7 +54,7 @@ def test_map_sizes(size: Literal[224, 227], pool: int) -> None:
     network = Network(replace(SMALL, input_size=size, pool_size=pool), 10)
     seen: list[int] = []
     for name, module in network.named_modules():
-        if name.startswith("conv") or name == "pool" or name.endswith(".2"):
+        if name.startswith("conv") or isinstance(module, OverlappingPooling):
             module.register_forward_hook(lambda _m, _i, out: seen.append(out.shape[-1]))
     network(torch.zeros(1, 3, size, size))
     assert seen == ([55, 27, 27, 13, 13, 13, 13, 6] if pool == 3 else [55, 28, 26, 13, 13, 13, 11, 6])
@@ -70,6 +72,26 @@ def test_the_padding_is_on_the_right_and_below() -> None:
     torch.testing.assert_close(maps[0], network.conv1(padded))
     corner = torch.nn.functional.conv2d(x[:, :, 216:, 216:], network.conv1.weight[:, :, :8, :8], network.conv1.bias)
     torch.testing.assert_close(maps[0][:, :, 54, 54], corner[:, :, 0, 0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("order", ["relu-norm-pool", "norm-pool-relu", "relu-pool-norm"])
+@pytest.mark.parametrize("change", [{}, {"activation": "tanh"}, {"lrn": "within-map"}, {"lrn": "none"}])
+def test_a_stage_does_what_its_order_says(order: str, change: dict[str, str]) -> None:
+    """Also where activation and normalisation are one step."""
+    recipe = replace(SMALL, stage1_order=order, **change)  # type: ignore[arg-type]
+    network = Network(recipe, 10)
+    x = torch.randn(2, 6, 55, 55, generator=torch.Generator().manual_seed(0)) * 60
+    expected = x.clone()
+    for word in order.split("-"):
+        if word == "relu":
+            expected = torch.tanh(expected) if recipe.activation == "tanh" else torch.relu(expected)
+        elif word == "pool":
+            expected = torch.nn.functional.max_pool2d(expected, 3, 2, ceil_mode=True)
+        elif recipe.lrn == "across-maps":
+            expected = response_norm.plain(expected, 5, 2.0, 1e-4, 0.75, 2)
+        elif recipe.lrn == "within-map":
+            expected = within_map(expected, 5, 2.0, 1e-4, 0.75)
+    torch.testing.assert_close(network.stage1(x), expected)
 
 
 def test_towers_meet_at_layers_3_6_7_8_only() -> None:

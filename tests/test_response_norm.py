@@ -58,6 +58,22 @@ def test_fast_equals_plain_in_values_and_gradients(layout: torch.memory_format, 
     torch.testing.assert_close(quick.grad, slow.grad)
 
 
+@pytest.mark.parametrize("function", [response_norm.plain, response_norm.fast])
+def test_joined_relu_equals_relu_and_then_the_formula(function: object) -> None:
+    x = activations(2, 12, 3, 4).requires_grad_()
+    assert callable(function)
+    out = function(x * 1, 5, K, ALPHA, BETA, 2, relu=True)  # times 1: `fast` may overwrite what it is given
+    rectified = np.maximum(x.detach().double().numpy(), 0)
+    np.testing.assert_allclose(out.detach().numpy(), literal(rectified, 5, 2), rtol=1e-5)
+    grad = activations(2, 12, 3, 4).flip(0)
+    out.backward(grad)
+    after = torch.from_numpy(rectified).float().requires_grad_()
+    response_norm.plain(after, 5, K, ALPHA, BETA, 2).backward(grad)
+    assert x.grad is not None
+    assert after.grad is not None
+    torch.testing.assert_close(x.grad, after.grad * (x.detach() > 0))
+
+
 def test_gradient_equals_finite_differences() -> None:
     x = activations(2, 8, 2, 2).double().requires_grad_()
     assert torch.autograd.gradcheck(

@@ -26,10 +26,14 @@ WITHIN_SIZE, WITHIN_ALPHA, WITHIN_BETA = 5, 1e-3, 0.75
 
 
 class ResponseNorm(nn.Module):
-    """Local response normalisation (section 3.3) as the recipe says, inside each of `towers` towers."""
+    """Local response normalisation (section 3.3) as the recipe says, inside each of `towers` towers.
 
-    def __init__(self, recipe: Recipe, towers: int) -> None:
+    With `relu` it does the work of an activation before it too; only across maps.
+    """
+
+    def __init__(self, recipe: Recipe, towers: int, *, relu: bool = False) -> None:
         super().__init__()
+        self.function, self.relu = response_norm.fast, relu
         self.kind, self.size, self.k, self.beta = recipe.lrn, recipe.lrn_size, recipe.lrn_k, recipe.lrn_beta
         self.towers = 1 if recipe.lrn_joint else towers
         # Alpha is meant for inputs in 0..255: activations shrink with the input, their squares twice.
@@ -38,12 +42,12 @@ class ResponseNorm(nn.Module):
             self.alpha /= self.size if self.kind == "across-maps" else self.size**2
 
     def forward(self, x: Tensor) -> Tensor:
-        """N x C x H x W -> the same shape and dtype; float32 inside whatever the dtype."""
+        """N x C x H x W -> the same shape and dtype; float32 inside whatever the dtype. May reuse x's memory."""
         if self.kind == "none":
             return x
         if self.kind == "within-map":
             return within_map(x, self.size, self.k, self.alpha, self.beta)
-        return response_norm.fast(x, self.size, self.k, self.alpha, self.beta, self.towers)
+        return self.function(x, self.size, self.k, self.alpha, self.beta, self.towers, self.relu)
 
 
 def within_map(x: Tensor, size: int, k: float, alpha: float, beta: float) -> Tensor:
@@ -88,8 +92,11 @@ class Dropout(nn.Module):
     """Drop units of layers 6 and 7 (section 4.2); at test time use all, times 1 - p (or nothing, if inverted).
 
     Whether a unit is dropped depends on the step, the image's place in the whole batch and the unit's place in the
-    whole layer, and on nothing else: not on devices, their number or their order. `draw` says where we are.
+    whole layer, and on nothing else: not on devices, their number or their order. `draw` says where we are; it is
+    kept in a tensor, which compiled code and captured graphs read anew at every step.
     """
+
+    words: Tensor
 
     def __init__(self, recipe: Recipe, salt: int, first_unit: int = 0) -> None:
         super().__init__()
@@ -99,13 +106,14 @@ class Dropout(nn.Module):
             salt,
             first_unit,
         )
-        self.key, self.first_row = 0, 0
+        # Each process of several has its own: whoever copies the network to others must leave buffers out.
+        self.register_buffer("words", torch.zeros(3, dtype=torch.int32), persistent=False)
 
     def draw(self, seed: int, step: int, first_row: int = 0) -> None:
         """Take the masks of this step, for a batch whose first image is `first_row` of the whole."""
         # Keys of neighbouring steps must have nothing in common, or their masks are each other's, shifted.
         digest = hashlib.blake2b(f"{seed} {step} {self.salt}".encode(), digest_size=8).digest()
-        self.key, self.first_row = int.from_bytes(digest, "little"), first_row
+        self.words.copy_(words(int.from_bytes(digest, "little"), first_row), non_blocking=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """N x units -> N x units."""
@@ -113,15 +121,21 @@ class Dropout(nn.Module):
             return x
         if not self.training:
             return x if self.inverted else x * (1 - self.p)
-        keep = hashed(x.shape[0], x.shape[1], self.key, self.first_row, self.first_unit, x.device) >= self.p
+        keep = hashed(self.words, x.shape[0], x.shape[1], self.first_unit) >= self.p
         return x * keep * (1 / (1 - self.p)) if self.inverted else x * keep
 
 
-def hashed(rows: int, units: int, key: int, first_row: int, first_unit: int, device: torch.device) -> Tensor:
+def words(key: int, first_row: int) -> Tensor:
+    """Where `hashed` starts, in three 32-bit words: low and high half of a key, and the number of the first row."""
+    return torch.tensor([_int32(key), _int32(key >> 32), first_row], dtype=torch.int32)
+
+
+def hashed(start: Tensor, rows: int, units: int, first_unit: int) -> Tensor:
     """Float32 rows x units, uniform in [0, 1), from integers alone, so that every device finds the same numbers."""
-    row = torch.arange(first_row, first_row + rows, device=device, dtype=torch.int32).unsqueeze(1)
-    unit = torch.arange(first_unit, first_unit + units, device=device, dtype=torch.int32)
-    bits = _mix(_mix(row + _int32(key)) ^ (unit * _int32(0x9E3779B1) + _int32(key >> 32)))
+    low, high, first_row = start
+    row = torch.arange(rows, device=start.device, dtype=torch.int32).unsqueeze(1) + first_row
+    unit = torch.arange(first_unit, first_unit + units, device=start.device, dtype=torch.int32)
+    bits = _mix(_mix(row + low) ^ (unit * _int32(0x9E3779B1) + high))
     return (bits & 0xFFFFFF).float() * 2.0**-24
 
 

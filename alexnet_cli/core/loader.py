@@ -64,8 +64,8 @@ def all_batches(rows: int, batch_size: int) -> list[npt.NDArray[np.int64]]:
 class Loader:
     """Decodes the batches it is asked for with `threads` threads; use it in a `with` block.
 
-    For a CUDA device the buffers are pinned, the batches are copied over while the host goes on, and a buffer is
-    written again only when its copy has arrived.
+    For a CUDA device the buffers are pinned and the batches are copied over on a stream of their own, while the device
+    computes and the host goes on; a buffer is written again only when its copy has arrived.
     """
 
     def __init__(self, split: Split, batch_size: int, threads: int, device: torch.device | None = None) -> None:
@@ -73,6 +73,7 @@ class Loader:
         self.device = device or torch.device("cpu")
         self.pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
         shape, pinned = (batch_size, SIDE, SIDE, 3), self.device.type == "cuda"
+        self.bus = torch.cuda.Stream(self.device) if pinned else None
         self.ring = [torch.empty(shape, dtype=torch.uint8, pin_memory=pinned) for _ in range(AHEAD + 1)]
         self.copied: dict[int, torch.cuda.Event] = {}
 
@@ -118,11 +119,14 @@ class Loader:
 
     def _on_device(self, place: int, images: int) -> Tensor:
         buffer = self.ring[place][:images]
-        if self.device.type != "cuda":
+        if self.bus is None:
             return buffer
-        there = buffer.to(self.device, non_blocking=True)
-        self.copied[place] = torch.cuda.Event()
-        self.copied[place].record(torch.cuda.current_stream(self.device))
+        computing = torch.cuda.current_stream(self.device)
+        with torch.cuda.stream(self.bus):
+            there = buffer.to(self.device, non_blocking=True)
+        self.copied[place] = self.bus.record_event()
+        computing.wait_event(self.copied[place])
+        there.record_stream(computing)  # or its memory would be the next copy's before the computing has begun
         return there
 
     def _decode(self, rows: npt.NDArray[np.int64], piece: npt.NDArray[np.int64], pixels: npt.NDArray[np.uint8]) -> None:

@@ -90,11 +90,12 @@ def widths(recipe: Recipe) -> dict[str, int]:
 
 def _stage(recipe: Recipe, order: str, towers: int, *, extra: bool) -> nn.Sequential:
     """What follows convolutions 1 and 2, in the recipe's order."""
-    norm: list[nn.Module] = [ResponseNorm(recipe, towers)]
+    joined = recipe.activation == "relu" and recipe.lrn == "across-maps" and "relu-norm" in order
+    norm: list[nn.Module] = [ResponseNorm(recipe, towers, relu=joined)]
     if extra:
         norm.append(WithinMapNorm(recipe))
     parts: dict[str, list[nn.Module]] = {
-        "relu": [Activation(recipe)],
+        "relu": [] if joined else [Activation(recipe)],
         "norm": norm,
         "pool": [OverlappingPooling(recipe)],
     }

@@ -46,6 +46,10 @@ def place(gpus: str | None, precision: str) -> Placement:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
     torch.backends.cudnn.benchmark = True
     gpu = visible[wanted]
+    from alexnet_cli.core import response_norm_gpu  # which imports Triton, that nobody else needs
+
+    if reason := response_norm_gpu.why_not(gpu.index):
+        notes.append(f"response normalisation runs without its GPU kernel, more slowly: {reason}")
     return Placement(torch.device("cuda", gpu.index), f"GPU {gpu.index} {gpu.name}", precision, tuple(notes))
 
 

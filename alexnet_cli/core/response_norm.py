@@ -5,6 +5,7 @@
 The stock operator costs more than all convolutions together. The fast one differentiates by hand, keeps nothing
 but its input for the way back, and works on one image at a time so that everything between stays in the cache.
 Channels-last, the sum over maps is a sum of shifted rows; zeros between the towers keep their edges apart.
+On a GPU it is a kernel of its own.
 """
 
 from __future__ import annotations
@@ -17,8 +18,12 @@ from torch import Tensor
 CPU_BLOCK = 500_000  # values worked on at once: about what a core's second-level cache holds of one array
 
 
-def plain(x: Tensor, size: int, k: float, alpha: float, beta: float, towers: int) -> Tensor:
-    """The definition, for tests and for devices without a better way: N x C x H x W in and out, any dtype."""
+def plain(x: Tensor, size: int, k: float, alpha: float, beta: float, towers: int, relu: bool = False) -> Tensor:
+    """The definition, for tests and for devices without a better way: N x C x H x W in and out, any dtype.
+
+    With `relu`, x is rectified first (section 3.1).
+    """
+    x = torch.relu(x) if relu else x
     n, c, h, w = x.shape
     squares = x.float().square().reshape(n * towers, 1, c // towers, h, w)
     padded = torch.nn.functional.pad(squares, (0, 0, 0, 0, size // 2, size // 2))
@@ -28,8 +33,15 @@ def plain(x: Tensor, size: int, k: float, alpha: float, beta: float, towers: int
     return (x.float() * scale).to(x.dtype)
 
 
-def fast(x: Tensor, size: int, k: float, alpha: float, beta: float, towers: int) -> Tensor:
-    """The same as `plain`, in values and gradients; fastest when x is channels-last."""
+def fast(x: Tensor, size: int, k: float, alpha: float, beta: float, towers: int, relu: bool = False) -> Tensor:
+    """The same as `plain`, in values and gradients; fastest when x is channels-last. `relu` may overwrite x."""
+    if x.device.type == "cuda":
+        from alexnet_cli.core import response_norm_gpu
+
+        # What is compiled is not tried first: torch.compile needs all that the kernel needs.
+        if torch.compiler.is_compiling() or not response_norm_gpu.why_not(x.device.index):
+            return response_norm_gpu.fused(x, size, k, alpha, beta, towers, relu)
+    x = torch.relu_(x) if relu else x
     out: Tensor = _AcrossMaps.apply(x, size, k, alpha, beta, towers)
     return out
 

@@ -39,6 +39,7 @@ class Training:
     placement: Placement
     threads: int
     cache: Where = "auto"
+    compile: bool = False
     step: int = 0
     epoch: int = 1
     tally: Tally = field(default_factory=Tally)
@@ -49,6 +50,11 @@ class Training:
         self.network = Network(self.recipe, len(self.data.classes))
         initialise(self.network)
         self.network.to(device)
+        self.forward: Callable[[Tensor], Tensor] = self.network
+        if self.compile:
+            from alexnet_cli.core.compilation import compiled  # which imports the compiler, that few need
+
+            self.forward = compiled(self.network, device, self.recipe.batch_size)
         self.optimiser = Momentum(parameters_by_name(self.network), self.recipe)
         self.schedule = Schedule(self.recipe, steps_per_epoch(self.rows, self.recipe.batch_size))
         self.pixels = Pixels(self.recipe, self.data.mean_image(), self.data.colour_std, self.data.colour_axes, device)
@@ -66,12 +72,12 @@ class Training:
     def take_step(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
         """One step of gradient descent. Returns the mean loss, top-1 and top-5 mistakes, still on the device."""
         self.network.draw_dropout(self.step)
-        labels = batch.labels.to(self.placement.device)
+        self.optimiser.zero_grad()
+        labels = batch.labels.to(self.placement.device, non_blocking=True)
         views = self.pixels.train(batch.images, batch.rows, draws, self.epoch)
         with self.placement.arithmetic():
-            logits = self.network(views)
+            logits = self.forward(views)
         loss = functional.cross_entropy(logits.float(), labels, label_smoothing=self.recipe.label_smoothing)
-        self.optimiser.zero_grad()
         loss.backward()
         self.optimiser.step(self.schedule.rate(self.step), self.epoch)
         self.step += 1
@@ -83,7 +89,7 @@ class Training:
         split, size = self.data.split("val"), self.recipe.batch_size
         classify = TorchClassifier(self.network, self.pixels, self.placement)
         counts = Evaluation.empty(len(self.data.classes))
-        with Loader(split, size, self.threads) as loader:
+        with Loader(split, size, self.threads, self.placement.device) as loader:
             for _ in evaluate(classify, loader.batches(all_batches(len(split), size)), counts):
                 pass
         return counts

@@ -52,6 +52,9 @@ def train(
     cache: Annotated[
         Cache, typer.Option(help="Keep the decoded pictures: on the device, nowhere, or there if they easily fit.")
     ] = "auto",
+    compile: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="Have torch.compile make code for the network first.")
+    ] = False,
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Show every value and its source, and quit.")
     ] = False,
@@ -79,7 +82,7 @@ def train(
     if run:
         resolved = agreed(run, resolved, said)
     dataset = open_dataset(find_dataset(data or (str(run.about["data_path"]) if run else None)))
-    training = _begin(reporter, resolved, dataset, gpus, jobs, cache, run, name)
+    training = _begin(reporter, resolved, dataset, gpus, jobs, cache, compile, run, name)
     with training.run.locked():
         reason = _run(reporter, training, max_steps, limit)
         _finish(reporter, training, reason)
@@ -92,6 +95,7 @@ def _begin(
     gpus: str | None,
     jobs: int | None,
     cache: Cache,
+    compile: bool,
     run: Run | None,
     name: str | None,
 ) -> Training:
@@ -113,8 +117,8 @@ def _begin(
         run.update({"resumed": [*run.about.get("resumed", []), about]})
     else:
         run = Run.create(name, recipe, about)
-    training = Training(recipe, data, run, placement, threads_for_decoding(jobs), cache)
-    for note in placement.notes:
+    training = Training(recipe, data, run, placement, threads_for_decoding(jobs), cache, compile)
+    for note in (*placement.notes, *(["the network is compiled at the first step, which takes long"] * compile)):
         reporter.line("note", note)
     count = sum(p.numel() for _, p in parameters_by_name(training.network))
     towers = "2 towers" if recipe.towers == 2 else "1 tower"
@@ -184,7 +188,8 @@ def _show(reporter: Reporter, training: Training, bar: Progress, total: int, rec
         if record.event == "start" and record.step:
             reporter.line("resumed", f"at {where}, step {record.step:,}")
         elif record.event == "step":
-            if not done and training.placement.device.type == "cpu" and record.images_per_second:
+            on_cpu = training.placement.device.type == "cpu"
+            if not done and on_cpu and not training.compile and record.images_per_second:
                 seconds = total / record.images_per_second
                 reporter.line("time", f"about {duration(seconds)} on this CPU")
             note = f"{where}  loss {record.loss:.3f}  error {record.top1_error:.1%}  data {record.data_wait:.0%}"

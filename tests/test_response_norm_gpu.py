@@ -1,0 +1,94 @@
+"""The GPU kernels where there is no GPU: run by Triton's interpreter, and compiled for GPUs that are not here."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from alexnet_cli.core import placement, response_norm, response_norm_gpu
+from alexnet_cli.core.devices import Gpu
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+
+@needs_triton
+def test_interpreted_they_equal_the_definition() -> None:
+    """In a process of its own: Triton chooses between interpreter and compiler when it is imported."""
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    program = Path(__file__).with_name("kernel_cases.py")
+    done = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", [75, 80, 90, 100])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_they_compile_for_gpus_that_are_not_here(
+    capability: int, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which the interpreter does not show: it takes Python that the compiler refuses."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    constants = {"beta": 0.75, "half": 2, "maps": 48, "relu": True, "block": response_norm_gpu.BLOCK}
+    kinds = {"x": f"*{dtype}", "grad": f"*{dtype}", "out": f"*{dtype}", "k": "fp32", "alpha": "fp32"}
+    for kernel in (response_norm_gpu._forward_kernel, response_norm_gpu._backward_kernel):
+        names = kernel.arg_names
+        signature = {name: "constexpr" if name in constants else kinds.get(name, "i32") for name in names}
+        source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()})
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+        assert compiled.metadata.shared == 0
+        reads, half = compiled.asm["ttgir"].count("tt.load"), constants["half"]
+        # Every map once, and in backward the gradients: not once for each window that it is in.
+        assert reads == (2 * half + 1 if kernel.arg_names[1] == "out" else (4 * half + 1) + (2 * half + 1))
+
+
+def test_without_triton_they_can_be_imported_and_say_so() -> None:
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "from alexnet_cli.core import response_norm_gpu\n"
+        "assert response_norm_gpu.why_not(0) == 'Triton is not installed'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize(("reason", "used"), [("", True), ("Failed to find C compiler.", False)])
+def test_who_normalises_on_a_gpu(reason: str, used: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors without values stand for those on a GPU."""
+    monkeypatch.setattr(response_norm_gpu, "why_not", lambda index: reason)
+    taken: list[tuple[object, ...]] = []
+    fused = response_norm_gpu.fused
+
+    def noted(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        taken.append(arguments)
+        return fused(x, *arguments)
+
+    monkeypatch.setattr(response_norm_gpu, "fused", noted)
+    with FakeTensorMode():
+        x = torch.empty(2, 8, 3, 5, device="cuda").contiguous(memory_format=torch.channels_last)
+        out = response_norm.fast(x, 5, 2.0, 1e-4, 0.75, 2, True)
+    assert (out.shape, out.device.type, out.stride()) == (x.shape, "cuda", x.stride())
+    assert taken == ([(5, 2.0, 1e-4, 0.75, 2, True)] if used else [])
+
+
+def test_a_gpu_that_cannot_run_them_is_told_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placement, "visible_gpus", lambda: [Gpu(0, "H100", 80 << 30, "9.0")])
+    for switch in ("benchmark", "allow_tf32"):  # to be put back afterwards
+        monkeypatch.setattr(torch.backends.cudnn, switch, getattr(torch.backends.cudnn, switch))
+    monkeypatch.setattr(response_norm_gpu, "why_not", lambda index: "Failed to find C compiler.")
+    chosen = placement.place("0", "fp32")
+    assert chosen.device == torch.device("cuda", 0)
+    assert "without its GPU kernel" in chosen.notes[0]
+    assert "Failed to find C compiler." in chosen.notes[0]
+    monkeypatch.setattr(response_norm_gpu, "why_not", lambda index: "")
+    assert placement.place("0", "fp32").notes == ()
