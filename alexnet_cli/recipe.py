@@ -85,6 +85,7 @@ class Recipe:
     drop_epochs: tuple[int, ...] = knob((), "5", "epochs after which the fixed schedule divides by ten")
     conv1_slow_epoch: int = knob(0, "code", "layer 1 learns at a tenth after this epoch; 0 = never", 0)
     conv1_freeze_epoch: int = knob(0, "code", "layer 1 is frozen after this epoch; 0 = never", 0)
+    frozen: Literal["none", "conv"] = knob("none", "-", "layers that keep their values (conv: 1 to 5), for fine-tuning")
     label_smoothing: float = knob(0.0, "5", "share of the target spread over all classes", 0, 0.99)
     init: Literal["gaussian", "scaled"] = knob(
         "gaussian", "5", "N(0, std), or N(0, 2 / inputs) with all biases 0 (He et al. 2015)"

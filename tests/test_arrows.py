@@ -57,7 +57,9 @@ CORE = {
     "resume": "runs",
     "evaluate": "augment loader network placement sources",
     "results": "evaluate sources",
-    "train": "augment cache checkpoint evaluate learning loader network placement records runs shards weights",
+    "fine_tuning": "network runs sources weights",
+    "train": "augment cache checkpoint evaluate fine_tuning learning loader network placement records runs shards "
+    "weights",
     # section 6 and after: use
     "views": "",
     "onnx_metadata": "sources weights",
@@ -71,12 +73,14 @@ CORE = {
 }
 TORCH = {
     "devices", "placement", "fast_images", "packing", "loader", "cache", "augment", "response_norm", "layers", "towers",
-    "network", "learning", "checkpoint", "evaluate", "results", "train", "torch_session",
+    "network", "learning", "checkpoint", "evaluate", "results", "fine_tuning", "train",
+    "torch_session",
 }  # fmt: skip
 LAZY_TORCH = {"devices"}  # import it in functions only
 PLUGINS = {"errors", "recipe", "console", "options", "entry_points"}  # and anything in core
 BESIDE = {
     "demo": {"demo_pictures"},
+    "train": {"train_display"},
     "benchmark": {"benchmark_pictures", "benchmark_prepare", "benchmark_load"},
 }
 RIVALS = {"benchmark_load"}  # what others use is measured here

@@ -26,6 +26,8 @@ class Record:
     steps_per_epoch: int | None = None
     best: bool | None = None
     path: str | None = None
+    loaded: list[str] | None = None
+    afresh: list[str] | None = None
     reason: str | None = None
 
     def as_dict(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from alexnet_cli.core import checkpoint, weights
 from alexnet_cli.core.augment import Draws, Pixels
 from alexnet_cli.core.cache import Cache, Where, remembering
 from alexnet_cli.core.evaluate import Evaluation, TorchClassifier, evaluate
+from alexnet_cli.core.fine_tuning import Transfer, freeze
 from alexnet_cli.core.learning import Momentum, Schedule
 from alexnet_cli.core.loader import Batch, Loader, all_batches, epoch_order, steps_per_epoch, training_batches
 from alexnet_cli.core.network import Network, initialise, parameters_by_name
@@ -42,12 +43,16 @@ class Training:
     step: int = 0
     epoch: int = 1
     tally: Tally = field(default_factory=Tally)
+    transfer: Transfer | None = None
 
     def __post_init__(self) -> None:
         device = self.placement.device
         self.rows = len(self.data.split("train"))
         self.network = Network(self.recipe, len(self.data.classes))
         initialise(self.network)
+        if self.transfer:
+            self.transfer.apply(self.network)
+        freeze(self.network, self.recipe)
         self.network.to(device)
         self.optimiser = Momentum(parameters_by_name(self.network), self.recipe)
         self.schedule = Schedule(self.recipe, steps_per_epoch(self.rows, self.recipe.batch_size))
@@ -137,7 +142,7 @@ def fit(
     run = training.run
     metrics = training.restore(resume_from) if resume_from else {}
     run.begin(training.recipe, training.step)
-    yield _log(run, Record("start", training.epoch, training.step, steps_per_epoch=training.schedule.steps_per_epoch))
+    yield _log(run, _start_record(training))
     reason = None
     train, size, device = training.data.split("train"), training.recipe.batch_size, training.placement.device
     with Loader(train, size, training.threads, device) as decoding:
@@ -160,7 +165,17 @@ def fit(
         _check_finite(training, training.tally.loss)
         path = training.save(metrics, best=False)
         yield _log(run, Record("checkpoint", training.epoch, training.step, path=str(path), best=False))
-    yield _log(run, Record("end", training.epochs_begun, training.step, reason=reason or "finished"))
+    reason = reason or "finished"
+    yield _log(run, Record("end", training.epochs_begun, training.step, path=str(run.path), reason=reason))
+
+
+def _start_record(training: Training) -> Record:
+    """Where training begins; `path` is the run's."""
+    tensors = training.transfer.tensors() if training.transfer else {}
+    return Record(
+        "start", training.epoch, training.step, steps_per_epoch=training.schedule.steps_per_epoch,
+        path=str(training.run.path), loaded=tensors.get("loaded"), afresh=tensors.get("afresh"),
+    )  # fmt: skip
 
 
 def _over(training: Training) -> bool:
