@@ -57,9 +57,10 @@ CORE = {
     "resume": "runs",
     "evaluate": "augment loader network placement sources",
     "results": "evaluate sources",
+    "gradient": "augment loader network placement",
     "fine_tuning": "network runs sources weights",
-    "train": "augment cache checkpoint evaluate fine_tuning learning loader network placement records runs shards "
-    "weights",
+    "train": "augment cache checkpoint evaluate fine_tuning gradient learning loader network placement records runs "
+    "shards weights",
     # section 6 and after: use
     "views": "",
     "onnx_metadata": "sources weights",
@@ -73,7 +74,7 @@ CORE = {
 }
 TORCH = {
     "devices", "placement", "fast_images", "packing", "loader", "cache", "augment", "response_norm", "layers", "towers",
-    "network", "learning", "checkpoint", "evaluate", "results", "fine_tuning", "train",
+    "network", "learning", "checkpoint", "evaluate", "results", "fine_tuning", "gradient", "train",
     "torch_session",
 }  # fmt: skip
 LAZY_TORCH = {"devices"}  # import it in functions only

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-Event = Literal["start", "step", "validation", "checkpoint", "end"]
+Event = Literal["start", "step", "validation", "checkpoint", "warning", "end"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class Record:
     path: str | None = None
     loaded: list[str] | None = None
     afresh: list[str] | None = None
+    text: str | None = None
+    hint: str | None = None
     reason: str | None = None
 
     def as_dict(self) -> dict[str, Any]:

@@ -11,14 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn import functional
 
 from alexnet_cli.core import checkpoint, weights
 from alexnet_cli.core.augment import Draws, Pixels
 from alexnet_cli.core.cache import Cache, Where, remembering
 from alexnet_cli.core.evaluate import Evaluation, TorchClassifier, evaluate
 from alexnet_cli.core.fine_tuning import Transfer, freeze
+from alexnet_cli.core.gradient import Gradient, Sums
 from alexnet_cli.core.learning import Momentum, Schedule
 from alexnet_cli.core.loader import Batch, Loader, all_batches, epoch_order, steps_per_epoch, training_batches
 from alexnet_cli.core.network import Network, initialise, parameters_by_name
@@ -44,6 +43,7 @@ class Training:
     epoch: int = 1
     tally: Tally = field(default_factory=Tally)
     transfer: Transfer | None = None
+    micro_batch: int | None = None
 
     def __post_init__(self) -> None:
         device = self.placement.device
@@ -57,6 +57,8 @@ class Training:
         self.optimiser = Momentum(parameters_by_name(self.network), self.recipe)
         self.schedule = Schedule(self.recipe, steps_per_epoch(self.rows, self.recipe.batch_size))
         self.pixels = Pixels(self.recipe, self.data.mean_image(), self.data.colour_std, self.data.colour_axes, device)
+        piece = min(self.micro_batch or self.recipe.batch_size, self.recipe.batch_size)
+        self.gradient = Gradient(self.network, self.pixels, self.placement, piece)
 
     @property
     def first_step_of_epoch(self) -> int:
@@ -68,24 +70,16 @@ class Training:
         """How many epochs have had a step."""
         return -(-self.step // self.schedule.steps_per_epoch)
 
-    def take_step(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
-        """One step of gradient descent. Returns the mean loss, top-1 and top-5 mistakes, still on the device."""
-        self.network.draw_dropout(self.step)
-        labels = batch.labels.to(self.placement.device)
-        views = self.pixels.train(batch.images, batch.rows, draws, self.epoch)
-        with self.placement.arithmetic():
-            logits = self.network(views)
-        loss = functional.cross_entropy(logits.float(), labels, label_smoothing=self.recipe.label_smoothing)
-        self.optimiser.zero_grad()
-        loss.backward()
+    def take_step(self, batch: Batch, draws: Draws) -> Sums:
+        """One step of gradient descent."""
+        sums = self.gradient.compute(batch, draws, self.step, self.epoch)
         self.optimiser.step(self.schedule.rate(self.step), self.epoch)
         self.step += 1
-        top = logits.detach().topk(min(5, logits.shape[1])).indices == labels.unsqueeze(1)
-        return loss.detach(), (~top[:, 0]).sum(), (~top.any(1)).sum()
+        return sums
 
     def validate(self) -> Evaluation:
         """The errors of the centre view over the validation split."""
-        split, size = self.data.split("val"), self.recipe.batch_size
+        split, size = self.data.split("val"), self.gradient.piece
         classify = TorchClassifier(self.network, self.pixels, self.placement)
         counts = Evaluation.empty(len(self.data.classes))
         with Loader(split, size, self.threads) as loader:
@@ -200,7 +194,7 @@ def _epoch(
     first = training.step - training.first_step_of_epoch
     batches = loader.batches(training_batches(training.rows, recipe.batch_size, recipe.seed, epoch, first))
     recent = Tally()
-    pending: list[tuple[Tensor, Tensor, Tensor, int]] = []
+    pending: list[tuple[Sums, int]] = []
     started = time.perf_counter()
     while True:
         waiting = time.perf_counter()
@@ -208,7 +202,10 @@ def _epoch(
         batch = None if reason else next(batches, None)
         recent.waited += time.perf_counter() - waiting
         if batch is not None:
-            pending.append((*training.take_step(batch, draws), len(batch.rows)))
+            piece = training.gradient.piece
+            pending.append((training.take_step(batch, draws), len(batch.rows)))
+            if training.gradient.piece < piece:
+                yield _smaller_pieces(training)
         if pending and (batch is None or training.step % record_every == 0):
             _settle(training, recent, pending, started)
             yield _step_record(training, recent)
@@ -219,12 +216,17 @@ def _epoch(
             return
 
 
-def _settle(
-    training: Training, recent: Tally, pending: list[tuple[Tensor, Tensor, Tensor, int]], started: float
-) -> None:
+def _smaller_pieces(training: Training) -> Record:
+    text = f"the GPU's memory is too small for the whole batch: computing {training.gradient.piece} images at a time"
+    hint = f"the batch and the numbers stay; --micro-batch {training.gradient.piece} starts that way"
+    return Record("warning", training.epoch, training.step, text=text, hint=hint)
+
+
+def _settle(training: Training, recent: Tally, pending: list[tuple[Sums, int]], started: float) -> None:
     """Bring the losses of the steps since the last record over from the device, and check them."""
-    for loss, errors, top5_errors, images in pending:
-        recent.add(Tally(images, float(loss) * images, int(errors), int(top5_errors)))
+    for sums, images in pending:
+        loss, errors, top5_errors = float(sums.loss), int(sums.errors), int(sums.top5_errors)
+        recent.add(Tally(images, loss * images, errors, top5_errors))
     recent.seconds += time.perf_counter() - started
     pending.clear()
     training.tally.add(recent)

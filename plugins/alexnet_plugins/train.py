@@ -39,6 +39,10 @@ def train(
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the training set, at most.")] = None,
     max_steps: Annotated[int | None, typer.Option(min=1, help="Stop after so many steps.")] = None,
     batch_size: BatchOption = None,
+    micro_batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="Images computed at once, for a small GPU; the batch stays. [default: all of it]"),
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="Initial learning rate.")] = None,
     gpus: GpusOption = None,
     precision: Annotated[Precision | None, typer.Option(help="Arithmetic of the matrix products.")] = None,
@@ -88,7 +92,7 @@ def train(
         resolved = agreed(run, resolved, said)
     dataset = open_dataset(find_dataset(data or (str(run.about["data_path"]) if run else None)))
     transfer = compare(init_from, first, resolved, dataset.classes) if first else None
-    training = _begin(reporter, resolved, dataset, gpus, jobs, cache, run, name, transfer)
+    training = _begin(reporter, resolved, dataset, gpus, jobs, cache, run, name, transfer, micro_batch)
     with training.run.locked():
         reason = _run(reporter, training, max_steps, limit)
         _finish(reporter, training, reason)
@@ -104,6 +108,7 @@ def _begin(
     run: Run | None,
     name: str | None,
     transfer: Transfer | None,
+    micro_batch: int | None,
 ) -> Training:
     """Place the network, make the run directory unless there is one, and say what is about to happen."""  # fmt: skip
     from alexnet_cli.core.placement import place, threads_for_decoding
@@ -122,7 +127,8 @@ def _begin(
         run.update({"resumed": [*run.about.get("resumed", []), about]})
     else:
         run = Run.create(name, recipe, about | ({"init_from": transfer.about()} if transfer else {}))
-    training = Training(recipe, data, run, placement, threads_for_decoding(jobs), cache, transfer=transfer)
+    decoders = threads_for_decoding(jobs)
+    training = Training(recipe, data, run, placement, decoders, cache, transfer=transfer, micro_batch=micro_batch)
     heading(reporter, training)
     return training
 

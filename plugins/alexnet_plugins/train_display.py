@@ -67,6 +67,8 @@ def show_records(reporter: Reporter, training: Training, bar: Progress, total: i
                 reporter.line("time", f"about {duration(seconds)} on this CPU")
             note = f"{where}  loss {record.loss:.3f}  error {record.top1_error:.1%}  data {record.data_wait:.0%}"
             bar.advance((record.step - done) * recipe.batch_size, note)
+        elif record.event == "warning":
+            reporter.warn(record.text or "", record.hint or "")
         elif record.event == "validation":
             top5 = f"  top-5 error {record.top5_error:.1%}" if len(training.data.classes) > 5 else ""
             errors = f"top-1 error {record.top1_error:.1%}{top5}  loss {record.loss:.3f}"
