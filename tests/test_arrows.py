@@ -59,8 +59,11 @@ CORE = {
     "results": "evaluate sources",
     "gradient": "augment loader network placement",
     "fine_tuning": "network runs sources weights",
-    "train": "augment cache checkpoint evaluate fine_tuning gradient learning loader network placement records runs "
-    "shards weights",
+    "diagnosis": "augment gradient loader network weights",
+    "training": "augment cache checkpoint diagnosis evaluate fine_tuning gradient learning loader network placement "
+    "records runs shards weights",
+    "advice": "records shards",
+    "train": "advice augment cache gradient loader records runs training",
     # section 6 and after: use
     "views": "",
     "onnx_metadata": "sources weights",
@@ -74,8 +77,8 @@ CORE = {
 }
 TORCH = {
     "devices", "placement", "fast_images", "packing", "loader", "cache", "augment", "response_norm", "layers", "towers",
-    "network", "learning", "checkpoint", "evaluate", "results", "fine_tuning", "gradient", "train",
-    "torch_session",
+    "network", "learning", "checkpoint", "evaluate", "results", "fine_tuning", "gradient", "diagnosis", "training",
+    "train", "torch_session",
 }  # fmt: skip
 LAZY_TORCH = {"devices"}  # import it in functions only
 PLUGINS = {"errors", "recipe", "console", "options", "entry_points"}  # and anything in core

@@ -5,116 +5,17 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-from alexnet_cli.core import checkpoint, weights
-from alexnet_cli.core.augment import Draws, Pixels
-from alexnet_cli.core.cache import Cache, Where, remembering
-from alexnet_cli.core.evaluate import Evaluation, TorchClassifier, evaluate
-from alexnet_cli.core.fine_tuning import Transfer, freeze
-from alexnet_cli.core.gradient import Gradient, Sums
-from alexnet_cli.core.learning import Momentum, Schedule
-from alexnet_cli.core.loader import Batch, Loader, all_batches, epoch_order, steps_per_epoch, training_batches
-from alexnet_cli.core.network import Network, initialise, parameters_by_name
-from alexnet_cli.core.placement import Placement
+from alexnet_cli.core import advice
+from alexnet_cli.core.augment import Draws
+from alexnet_cli.core.cache import Cache, remembering
+from alexnet_cli.core.gradient import Sums
+from alexnet_cli.core.loader import Loader, epoch_order, training_batches
 from alexnet_cli.core.records import Record, Tally
 from alexnet_cli.core.runs import Run
-from alexnet_cli.core.shards import Dataset
-from alexnet_cli.errors import VerificationError
-from alexnet_cli.recipe import Recipe
-
-
-@dataclass
-class Training:
-    """A network in training: everything a step needs, and everything a checkpoint keeps."""
-
-    recipe: Recipe
-    data: Dataset
-    run: Run
-    placement: Placement
-    threads: int
-    cache: Where = "auto"
-    step: int = 0
-    epoch: int = 1
-    tally: Tally = field(default_factory=Tally)
-    transfer: Transfer | None = None
-    micro_batch: int | None = None
-
-    def __post_init__(self) -> None:
-        device = self.placement.device
-        self.rows = len(self.data.split("train"))
-        self.network = Network(self.recipe, len(self.data.classes))
-        initialise(self.network)
-        if self.transfer:
-            self.transfer.apply(self.network)
-        freeze(self.network, self.recipe)
-        self.network.to(device)
-        self.optimiser = Momentum(parameters_by_name(self.network), self.recipe)
-        self.schedule = Schedule(self.recipe, steps_per_epoch(self.rows, self.recipe.batch_size))
-        self.pixels = Pixels(self.recipe, self.data.mean_image(), self.data.colour_std, self.data.colour_axes, device)
-        piece = min(self.micro_batch or self.recipe.batch_size, self.recipe.batch_size)
-        self.gradient = Gradient(self.network, self.pixels, self.placement, piece)
-
-    @property
-    def first_step_of_epoch(self) -> int:
-        """The number of steps before the current epoch."""
-        return (self.epoch - 1) * self.schedule.steps_per_epoch
-
-    @property
-    def epochs_begun(self) -> int:
-        """How many epochs have had a step."""
-        return -(-self.step // self.schedule.steps_per_epoch)
-
-    def take_step(self, batch: Batch, draws: Draws) -> Sums:
-        """One step of gradient descent."""
-        sums = self.gradient.compute(batch, draws, self.step, self.epoch)
-        self.optimiser.step(self.schedule.rate(self.step), self.epoch)
-        self.step += 1
-        return sums
-
-    def validate(self) -> Evaluation:
-        """The errors of the centre view over the validation split."""
-        split, size = self.data.split("val"), self.gradient.piece
-        classify = TorchClassifier(self.network, self.pixels, self.placement)
-        counts = Evaluation.empty(len(self.data.classes))
-        with Loader(split, size, self.threads) as loader:
-            for _ in evaluate(classify, loader.batches(all_batches(len(split), size)), counts):
-                pass
-        return counts
-
-    def save(self, metrics: dict[str, Any], best: bool) -> Path:
-        """Write a checkpoint of this moment."""
-        position = {
-            "step": self.step, "epoch": self.epoch, "schedule": self.schedule.state(), "metrics": metrics,
-            "tally": asdict(self.tally),
-        }  # fmt: skip
-        info = {
-            "data": self.data.name, "data_hash": self.data.hash, "run": self.run.path.name,
-            "epoch": self.epochs_begun, "step": self.step, "metrics": metrics,
-            "exif_rotate": self.data.record["image"].get("exif_rotate", False),
-        }  # fmt: skip
-        text = weights.metadata(self.recipe, self.data.classes, info)
-        mean = torch.from_numpy(np.ascontiguousarray(self._mean(), dtype=np.float32))
-        return checkpoint.save(self.run, self.step, self.network, self.optimiser, position, mean, text, best)
-
-    def restore(self, directory: Path) -> dict[str, Any]:
-        """Go on from a checkpoint. Returns the metrics it was saved with."""
-        saved = checkpoint.load(directory)
-        checkpoint.restore(self.network, self.optimiser, saved)
-        self.step, self.epoch = int(saved.position["step"]), int(saved.position["epoch"])
-        self.schedule.restore(saved.position["schedule"])
-        self.tally = Tally(**saved.position["tally"])
-        return dict(saved.position["metrics"])
-
-    def _mean(self) -> Any:
-        """What predictions subtract: the mean image, or the mean colour everywhere."""
-        image = self.data.mean_image()
-        return np.broadcast_to(image.mean((1, 2), keepdims=True), image.shape) if self.recipe.mean == "rgb" else image
+from alexnet_cli.core.training import Training
 
 
 def fit(
@@ -137,7 +38,9 @@ def fit(
     metrics = training.restore(resume_from) if resume_from else {}
     run.begin(training.recipe, training.step)
     yield _log(run, _start_record(training))
-    reason = None
+    for said in _advice(training):
+        yield _log(run, said)
+    reason, guessing = None, advice.Guessing.at(training.recipe, len(training.data.classes), training.steps)
     train, size, device = training.data.split("train"), training.recipe.batch_size, training.placement.device
     with Loader(train, size, training.threads, device) as decoding:
         loader = remembering(decoding, training.cache)
@@ -146,6 +49,8 @@ def fit(
                 reason = record.reason
                 if reason is None:
                     yield _log(run, record)
+                if record.event == "step" and (remark := guessing.heed(record)) is not None:
+                    yield _log(run, remark)
             if reason is not None and training.step < training.epoch * training.schedule.steps_per_epoch:
                 break
             validation, best = _validation(training)
@@ -156,7 +61,7 @@ def fit(
             path = training.save(metrics, best)
             yield _log(run, Record("checkpoint", training.epoch - 1, training.step, path=str(path), best=best))
     if reason is not None and training.step > training.first_step_of_epoch:
-        _check_finite(training, training.tally.loss)
+        training.check(training.tally.loss, training.step)
         path = training.save(metrics, best=False)
         yield _log(run, Record("checkpoint", training.epoch, training.step, path=str(path), best=False))
     reason = reason or "finished"
@@ -170,6 +75,14 @@ def _start_record(training: Training) -> Record:
         "start", training.epoch, training.step, steps_per_epoch=training.schedule.steps_per_epoch,
         path=str(training.run.path), loaded=tensors.get("loaded"), afresh=tensors.get("afresh"),
     )  # fmt: skip
+
+
+def _advice(training: Training) -> Iterator[Record]:
+    """What an expert would say before the first step."""
+    if training.step == 0:
+        transfer = training.transfer
+        different = transfer.different(training.recipe) if transfer else None
+        yield from advice.before(training.recipe, training.data, different)
 
 
 def _over(training: Training) -> bool:
@@ -224,28 +137,14 @@ def _smaller_pieces(training: Training) -> Record:
 
 def _settle(training: Training, recent: Tally, pending: list[tuple[Sums, int]], started: float) -> None:
     """Bring the losses of the steps since the last record over from the device, and check them."""
-    for sums, images in pending:
+    for step, (sums, images) in enumerate(pending, training.step - len(pending) + 1):
         loss, errors, top5_errors = float(sums.loss), int(sums.errors), int(sums.top5_errors)
+        if not math.isfinite(loss):
+            training.check(loss, step)
         recent.add(Tally(images, loss * images, errors, top5_errors))
     recent.seconds += time.perf_counter() - started
     pending.clear()
     training.tally.add(recent)
-    if not math.isfinite(recent.loss):
-        _check_finite(training, recent.loss)
-
-
-def _check_finite(training: Training, loss: float) -> None:
-    """Stop before a network that is no network any more is shown or saved."""
-    broken = [name for name, p in parameters_by_name(training.network) if not bool(torch.isfinite(p).all())]
-    if math.isfinite(loss) and not broken:
-        return
-    last = training.run.checkpoints / "last"
-    raise VerificationError(
-        f"the loss became {loss} at step {training.step:,} (epoch {training.epoch})"
-        + (f", first in {broken[0]}" if broken else ""),
-        (f"last good checkpoint: {last.resolve()}; " if last.exists() else "")
-        + f"train with a lower rate than {training.recipe.learning_rate:g} (--lr)",
-    )
 
 
 def _step_record(training: Training, recent: Tally) -> Record:
@@ -261,7 +160,7 @@ def _validation(training: Training) -> tuple[dict[str, Any], bool]:
     """The fields of an epoch's validation record, and whether its error is the lowest so far."""
     rate, tally = training.schedule.rate(training.step - 1), training.tally
     counts = training.validate()
-    _check_finite(training, counts.loss)
+    training.check(counts.loss, training.step)
     best = training.schedule.observe(counts.top1_error)
     fields = {
         "loss": counts.loss, "top1_error": counts.top1_error, "top5_error": counts.top5_error, "lr": rate,

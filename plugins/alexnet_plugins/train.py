@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from alexnet_cli.core.placement import Placement
     from alexnet_cli.core.runs import Run
     from alexnet_cli.core.shards import Dataset
-    from alexnet_cli.core.train import Training
+    from alexnet_cli.core.training import Training
     from alexnet_cli.core.weights import Model
 
 Cache = Literal["auto", "device", "none"]
@@ -113,7 +113,7 @@ def _begin(
     """Place the network, make the run directory unless there is one, and say what is about to happen."""  # fmt: skip
     from alexnet_cli.core.placement import place, threads_for_decoding
     from alexnet_cli.core.runs import Run
-    from alexnet_cli.core.train import Training
+    from alexnet_cli.core.training import Training
 
     if run and run.about.get("data_hash") != data.hash:
         raise DataError(f"run {run.path.name} was trained on other data than {data.path}", "name its own with --data")
@@ -177,7 +177,7 @@ def _run(reporter: Reporter, training: Training, max_steps: int | None, limit: f
         reporter.warn(f"{folder} is damaged: going on from {start}")
     status, reason = "failed", "error"
     training.run.update({"status": "running"})
-    steps = min(training.recipe.epochs * training.schedule.steps_per_epoch, max_steps or sys.maxsize)
+    steps = min(training.steps, max_steps or sys.maxsize)
     total = max(0, steps - (int(start.name) if start else 0)) * training.recipe.batch_size
     try:
         with asked_to_stop(limit) as stop, reporter.progress("train", total=total) as bar:

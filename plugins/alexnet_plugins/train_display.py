@@ -13,7 +13,7 @@ from alexnet_cli.recipe import Recipe
 if TYPE_CHECKING:
     from alexnet_cli.core.fine_tuning import Transfer
     from alexnet_cli.core.records import Record
-    from alexnet_cli.core.train import Training
+    from alexnet_cli.core.training import Training
 
 
 def heading(reporter: Reporter, training: Training) -> None:
@@ -30,7 +30,7 @@ def heading(reporter: Reporter, training: Training) -> None:
     reporter.line("data", f"{data.path} · {len(data.classes):,} classes · {splits}")
     reporter.line("model", f"AlexNet · {towers} · {count:,} parameters · {placement.name} · {placement.precision}")
     if training.transfer:
-        _taken_over(reporter, training.transfer, recipe)
+        _taken_over(reporter, training.transfer)
     reporter.line(
         "recipe",
         f"{recipe.name} · batch {recipe.batch_size} · rate {recipe.learning_rate:g} · {recipe.schedule} · "
@@ -39,18 +39,12 @@ def heading(reporter: Reporter, training: Training) -> None:
     )
 
 
-def _taken_over(reporter: Reporter, transfer: Transfer, recipe: Recipe) -> None:
-    """Say which layers start from other weights, and what would make them mean something else."""
+def _taken_over(reporter: Reporter, transfer: Transfer) -> None:
+    """Say which layers start from other weights, and why the others do not."""
     reporter.line("weights", f"{transfer.model.path}")
     reporter.line("loaded", ", ".join(transfer.loaded))
     for layer, reason in transfer.afresh.items():
         reporter.line("afresh", f"{layer}: {reason}")
-    different = transfer.different(recipe)
-    if different:
-        told = ", ".join(f"{key} = {here} here, {there} there" for key, (here, there) in different.items())
-        settings = " ".join(f"--set {key}={there}" for key, (_, there) in different.items()).lower()
-        what = f"the weights were trained with another recipe: {told}"
-        reporter.warn(what, f"leave --recipe out, or give {settings}")
 
 
 def show_records(reporter: Reporter, training: Training, bar: Progress, total: int, records: Iterator[Record]) -> str:
