@@ -63,7 +63,7 @@ CORE = {
     "training": "augment cache checkpoint diagnosis evaluate fine_tuning gradient learning loader network placement "
     "records runs shards weights",
     "advice": "records shards",
-    "train": "advice augment cache gradient loader records runs training",
+    "train": "advice augment cache evaluate gradient loader records runs training",
     # section 6 and after: use
     "views": "",
     "onnx_metadata": "sources weights",

@@ -152,7 +152,8 @@ def test_a_run_without_a_checkpoint_begins_once_more_from_the_same_weights(
     save_model(random_model(SMALL, seed=1), other)
     with pytest.raises(WeightsError, match="not as it was when the run began"):
         fine_tuning.source(None, run)
-    run.log({"event": "checkpoint", "step": 3})
+    (run.checkpoints / "00000003").mkdir()
+    (run.checkpoints / "00000003" / "meta.json").touch()
     other.unlink()
     assert fine_tuning.source("base", run) is None
 

@@ -82,9 +82,9 @@ class Guessing:
         return cls(recipe, classes, min(2000, max(100, steps // 10)))
 
     def heed(self, record: Record) -> Record | None:
-        """Look at a step's record; the warning, if it is due."""
+        """Look at a record; the warning, if it is due."""
         chance = math.log(self.classes)
-        if self.told or self.classes == 1 or record.step < self.patience:
+        if record.event != "step" or self.told or self.classes == 1 or record.step < self.patience:
             return None
         if record.loss is None or record.loss < (1 - NEAR) * chance:
             return None

@@ -79,7 +79,7 @@ def source(spec: str | None, run: Run | None) -> Model | None:
         raise UsageError(
             f"--init-from {spec}: run {run.path.name} was begun {how}", "leave it out, or start a run of another --name"
         )
-    if begun is None or any(record.get("event") == "checkpoint" for record in run.records()):
+    if begun is None or any(run.checkpoints.glob("*/meta.json")):
         return None
     path = Path(begun["path"])
     if path.is_file() and checksum(path) != begun["sha256"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from alexnet_cli.core import advice
 from alexnet_cli.core.augment import Draws
 from alexnet_cli.core.cache import Cache, remembering
+from alexnet_cli.core.evaluate import Evaluation
 from alexnet_cli.core.gradient import Sums
 from alexnet_cli.core.loader import Loader, epoch_order, training_batches
 from alexnet_cli.core.records import Record, Tally
@@ -24,11 +26,13 @@ def fit(
     max_steps: int | None = None,
     record_every: int = 10,
     stop: Callable[[], str | None] = lambda: None,
+    save_every: int = sys.maxsize,
 ) -> Iterator[Record]:
     """Train, yielding a record of each thing that happens; each is in the run's metrics.jsonl when it is yielded.
 
-    Ends when the recipe says so, after `max_steps` steps, or when `stop()` gives a reason; in each case a checkpoint
-    has been saved and the last record's reason is "finished", "max-steps" or the one given.
+    Saves a checkpoint after each epoch and each `save_every` steps. Ends when the recipe says so, after `max_steps`
+    steps, or when `stop()` gives a reason; in each case a checkpoint has been saved and the last record's reason is
+    "finished", "max-steps" or the one given.
 
     Raises:
         VerificationError: the loss is not a number any more.
@@ -45,27 +49,34 @@ def fit(
     with Loader(train, size, training.threads, device) as decoding:
         loader = remembering(decoding, training.cache)
         while reason is None and not _over(training):
-            for record in _epoch(training, loader, record_every, stop, max_steps):
+            for record in _epoch(training, loader, (record_every, save_every), stop, max_steps):
                 reason = record.reason
                 if reason is None:
                     yield _log(run, record)
-                if record.event == "step" and (remark := guessing.heed(record)) is not None:
+                if (remark := guessing.heed(record)) is not None:
                     yield _log(run, remark)
-            if reason is not None and training.step < training.epoch * training.schedule.steps_per_epoch:
+                if record.event == "step" and 0 == record.step % save_every < training.last_step_of_epoch - record.step:
+                    yield _saved(training, metrics)
+            if training.step < training.last_step_of_epoch or (counts := training.validate(stop)) is None:
+                reason = reason or stop()
                 break
-            validation, best = _validation(training)
+            validation, best = _validation(training, counts)
             metrics = {key: validation[key] for key in ("top1_error", "top5_error", "loss")}
             yield _log(run, Record("validation", training.epoch, training.step, best=best, **validation))
             run.write_csv()
             training.epoch, training.tally = training.epoch + 1, Tally()
-            path = training.save(metrics, best)
-            yield _log(run, Record("checkpoint", training.epoch - 1, training.step, path=str(path), best=best))
-    if reason is not None and training.step > training.first_step_of_epoch:
-        training.check(training.tally.loss, training.step)
-        path = training.save(metrics, best=False)
-        yield _log(run, Record("checkpoint", training.epoch, training.step, path=str(path), best=False))
+            yield _saved(training, metrics, best)
+    if training.step > training.first_step_of_epoch and training.step != training.saved:
+        yield _saved(training, metrics)
     reason = reason or "finished"
     yield _log(run, Record("end", training.epochs_begun, training.step, path=str(run.path), reason=reason))
+
+
+def _saved(training: Training, metrics: dict[str, Any], best: bool = False) -> Record:
+    """Save a checkpoint, but not of a network that is broken."""
+    training.check(training.tally.loss, training.step)
+    path = training.save(metrics, best)
+    return _log(training.run, Record("checkpoint", training.epochs_begun, training.step, path=str(path), best=best))
 
 
 def _start_record(training: Training) -> Record:
@@ -97,11 +108,11 @@ def _log(run: Run, record: Record) -> Record:
 def _epoch(
     training: Training,
     loader: Loader | Cache,
-    record_every: int,
+    every: tuple[int, int],
     stop: Callable[[], str | None],
     max_steps: int | None,
 ) -> Iterator[Record]:
-    """Steps to the end of the epoch; the last record carries a reason if it was left early."""
+    """Steps to the end of the epoch, with a record every so many steps; the last carries a reason to leave."""
     recipe, epoch = training.recipe, training.epoch
     draws = Draws.of_epoch(training.rows, recipe, epoch, epoch_order(training.rows, recipe.seed, epoch))
     first = training.step - training.first_step_of_epoch
@@ -119,7 +130,7 @@ def _epoch(
             pending.append((training.take_step(batch, draws), len(batch.rows)))
             if training.gradient.piece < piece:
                 yield _smaller_pieces(training)
-        if pending and (batch is None or training.step % record_every == 0):
+        if pending and (batch is None or any(training.step % n == 0 for n in every)):
             _settle(training, recent, pending, started)
             yield _step_record(training, recent)
             started, recent = time.perf_counter(), Tally()
@@ -156,10 +167,9 @@ def _step_record(training: Training, recent: Tally) -> Record:
     )  # fmt: skip
 
 
-def _validation(training: Training) -> tuple[dict[str, Any], bool]:
+def _validation(training: Training, counts: Evaluation) -> tuple[dict[str, Any], bool]:
     """The fields of an epoch's validation record, and whether its error is the lowest so far."""
     rate, tally = training.schedule.rate(training.step - 1), training.tally
-    counts = training.validate()
     training.check(counts.loss, training.step)
     best = training.schedule.observe(counts.top1_error)
     fields = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,9 @@ from alexnet_cli.recipe import Recipe
 
 @dataclass
 class Training:
-    """A network on its way: `step` steps are done, `epoch` (from 1) is under way, `tally` its sums so far."""
+    """A network on its way: `step` steps are done, the last checkpoint is of step `saved`, and of the current
+    `epoch` (from 1) `tally` holds the sums so far.
+    """
 
     recipe: Recipe
     data: Dataset
@@ -37,11 +40,13 @@ class Training:
     placement: Placement
     threads: int
     cache: Where = "auto"
+    transfer: Transfer | None = None
+    micro_batch: int | None = None
+    keep: int = 1
     step: int = 0
     epoch: int = 1
     tally: Tally = field(default_factory=Tally)
-    transfer: Transfer | None = None
-    micro_batch: int | None = None
+    saved: int = 0
 
     def __post_init__(self) -> None:
         device = self.placement.device
@@ -68,6 +73,11 @@ class Training:
     def first_step_of_epoch(self) -> int:
         """The number of steps before the current epoch."""
         return (self.epoch - 1) * self.schedule.steps_per_epoch
+
+    @property
+    def last_step_of_epoch(self) -> int:
+        """The number of steps at the end of the current epoch."""
+        return self.epoch * self.schedule.steps_per_epoch
 
     @property
     def epochs_begun(self) -> int:
@@ -107,14 +117,15 @@ class Training:
             + f"train with a lower rate than {rate:g} (--lr)",
         )
 
-    def validate(self) -> Evaluation:
-        """The errors of the centre view over the validation split."""
+    def validate(self, stop: Callable[[], str | None] = lambda: None) -> Evaluation | None:
+        """The errors of the centre view over the validation split, or None if `stop()` gave a reason meanwhile."""
         split, size = self.data.split("val"), self.gradient.piece
         classify = TorchClassifier(self.network, self.pixels, self.placement)
         counts = Evaluation.empty(len(self.data.classes))
         with Loader(split, size, self.threads) as loader:
             for _ in evaluate(classify, loader.batches(all_batches(len(split), size)), counts):
-                pass
+                if stop():
+                    return None
         return counts
 
     def save(self, metrics: dict[str, Any], best: bool) -> Path:
@@ -130,13 +141,16 @@ class Training:
         }  # fmt: skip
         text = weights.metadata(self.recipe, self.data.classes, info)
         mean = torch.from_numpy(np.ascontiguousarray(self._mean(), dtype=np.float32))
-        return checkpoint.save(self.run, self.step, self.network, self.optimiser, position, mean, text, best)
+        path = checkpoint.save(self.run, self.step, self.network, self.optimiser, position, mean, text, best, self.keep)
+        self.saved = self.step
+        return path
 
     def restore(self, directory: Path) -> dict[str, Any]:
         """Go on from a checkpoint. Returns the metrics it was saved with."""
         saved = checkpoint.load(directory)
         checkpoint.restore(self.network, self.optimiser, saved)
         self.step, self.epoch = int(saved.position["step"]), int(saved.position["epoch"])
+        self.saved = self.step
         self.schedule.restore(saved.position["schedule"])
         self.tally = Tally(**saved.position["tally"])
         return dict(saved.position["metrics"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import suppress
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -12,7 +13,7 @@ import typer
 from alexnet_cli import __version__
 from alexnet_cli import recipe as recipes
 from alexnet_cli.console import Reporter
-from alexnet_cli.errors import AlexNetError, DataError, Stopped
+from alexnet_cli.errors import AlexNetError, DataError, Stopped, StorageError
 from alexnet_cli.options import BatchOption, DataOption, GpusOption, JobsOption, JsonFlag, Precision, QuietFlag
 from alexnet_cli.recipe import Recipe
 from alexnet_plugins.train_display import heading, show_config, show_records
@@ -58,6 +59,12 @@ def train(
     freeze: Annotated[Frozen | None, typer.Option(help="Layers that keep their values: conv is 1 to 5.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the run. [default: date, time and recipe]")] = None,
     max_time: Annotated[str | None, typer.Option(help="Save and stop after so long, such as 8h or 1h30m.")] = None,
+    save_every: Annotated[
+        int | None, typer.Option(min=1, metavar="STEPS", help="Save so often too, not only after each epoch.")
+    ] = None,
+    keep: Annotated[
+        int | None, typer.Option(min=1, help="Newest checkpoints to keep, beside the best. [default: 1]")
+    ] = None,
     jobs: JobsOption = None,
     cache: Annotated[
         Cache, typer.Option(help="Keep the decoded pictures: on the device, nowhere, or there if they fit a GPU.")
@@ -92,9 +99,10 @@ def train(
         resolved = agreed(run, resolved, said)
     dataset = open_dataset(find_dataset(data or (str(run.about["data_path"]) if run else None)))
     transfer = compare(init_from, first, resolved, dataset.classes) if first else None
-    training = _begin(reporter, resolved, dataset, gpus, jobs, cache, run, name, transfer, micro_batch)
+    habits = _habits(run, {"save_every": save_every, "keep": keep, "micro_batch": micro_batch})
+    training = _begin(reporter, resolved, dataset, gpus, jobs, cache, run, name, transfer, habits)
     with training.run.locked():
-        reason = _run(reporter, training, max_steps, limit)
+        reason = _run(reporter, training, max_steps, limit, habits["save_every"] or sys.maxsize)
         _finish(reporter, training, reason)
 
 
@@ -108,7 +116,7 @@ def _begin(
     run: Run | None,
     name: str | None,
     transfer: Transfer | None,
-    micro_batch: int | None,
+    habits: dict[str, int | None],
 ) -> Training:
     """Place the network, make the run directory unless there is one, and say what is about to happen."""  # fmt: skip
     from alexnet_cli.core.placement import place, threads_for_decoding
@@ -124,11 +132,11 @@ def _begin(
     about = _about(placement, data, recipe)
     data.mean_image()  # raises where it is damaged, before there is a run
     if run:
-        run.update({"resumed": [*run.about.get("resumed", []), about]})
+        run.update({"resumed": [*run.about.get("resumed", []), about], **habits})
     else:
-        run = Run.create(name, recipe, about | ({"init_from": transfer.about()} if transfer else {}))
-    decoders = threads_for_decoding(jobs)
-    training = Training(recipe, data, run, placement, decoders, cache, transfer=transfer, micro_batch=micro_batch)
+        run = Run.create(name, recipe, about | ({"init_from": transfer.about()} if transfer else {}) | habits)
+    micro_batch, keep, decoders = habits["micro_batch"], habits["keep"] or 1, threads_for_decoding(jobs)
+    training = Training(recipe, data, run, placement, decoders, cache, transfer, micro_batch, keep)
     heading(reporter, training)
     return training
 
@@ -141,6 +149,12 @@ def _base(name: str | None, run: Run | None, first: Model | None) -> tuple[Recip
         return recipes.changed(first.recipe, {"frozen": "none"}), "weights"
     recipe = recipes.load(name or "paper")
     return recipe, recipe.name
+
+
+def _habits(run: Run | None, typed: dict[str, int | None]) -> dict[str, int | None]:
+    """What a run keeps to until it is told otherwise: how often it saves, and the like."""
+    known = run.about if run else {}
+    return {key: known.get(key) if value is None else value for key, value in typed.items()}
 
 
 def _about(placement: Placement, data: Dataset, recipe: Recipe) -> dict[str, Any]:
@@ -161,7 +175,7 @@ def _about(placement: Placement, data: Dataset, recipe: Recipe) -> dict[str, Any
     }
 
 
-def _run(reporter: Reporter, training: Training, max_steps: int | None, limit: float | None) -> str:
+def _run(reporter: Reporter, training: Training, max_steps: int | None, limit: float | None, save_every: int) -> str:
     """Run the loop and show its records. Returns why it ended."""
     from alexnet_cli.core.checkpoint import newest
     from alexnet_cli.core.resume import asked_to_stop
@@ -175,16 +189,18 @@ def _run(reporter: Reporter, training: Training, max_steps: int | None, limit: f
         )
     for folder in damaged:
         reporter.warn(f"{folder} is damaged: going on from {start}")
-    status, reason = "failed", "error"
     training.run.update({"status": "running"})
     steps = min(training.steps, max_steps or sys.maxsize)
     total = max(0, steps - (int(start.name) if start else 0)) * training.recipe.batch_size
     try:
         with asked_to_stop(limit) as stop, reporter.progress("train", total=total) as bar:
-            reason = show_records(reporter, training, bar, total, fit(training, start, max_steps, stop=stop))
-        status = "finished" if reason == "finished" else "interrupted"
-    finally:
-        training.run.update({"status": status, "reason": reason})
+            records = fit(training, start, max_steps, stop=stop, save_every=save_every)
+            reason = show_records(reporter, training, bar, total, records)
+    except BaseException:
+        with suppress(StorageError):  # what stopped us is what the user needs to know
+            training.run.update({"status": "failed", "reason": "error"})
+        raise
+    training.run.update({"status": "finished" if reason == "finished" else "interrupted", "reason": reason})
     return reason
 
 
