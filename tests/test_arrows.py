@@ -62,6 +62,7 @@ CORE = {
     "diagnosis": "augment gradient loader network weights",
     "training": "augment cache checkpoint diagnosis evaluate fine_tuning gradient learning loader network placement "
     "records runs shards weights",
+    "tensorboard": "records runs",
     "advice": "records shards",
     "train": "advice augment cache evaluate gradient loader records runs training",
     # section 6 and after: use
@@ -78,7 +79,7 @@ CORE = {
 TORCH = {
     "devices", "placement", "fast_images", "packing", "loader", "cache", "augment", "response_norm", "layers", "towers",
     "network", "learning", "checkpoint", "evaluate", "results", "fine_tuning", "gradient", "diagnosis", "training",
-    "train", "torch_session",
+    "train", "tensorboard", "torch_session",
 }  # fmt: skip
 LAZY_TORCH = {"devices"}  # import it in functions only
 PLUGINS = {"errors", "recipe", "console", "options", "entry_points"}  # and anything in core

@@ -69,6 +69,9 @@ def train(
     cache: Annotated[
         Cache, typer.Option(help="Keep the decoded pictures: on the device, nowhere, or there if they fit a GPU.")
     ] = "auto",
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Write RUN/tensorboard too.", show_default=False)
+    ] = False,
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Show every value and its source, and quit.")
     ] = False,
@@ -82,6 +85,7 @@ def train(
     from alexnet_cli.core.fine_tuning import compare, source
     from alexnet_cli.core.resume import agreed, seconds, to_continue
     from alexnet_cli.core.shards import find_dataset, open_dataset
+    from alexnet_cli.core.tensorboard import check_installed
 
     reporter = Reporter("train", json=json, quiet=quiet)
     limit, run = seconds(max_time), to_continue(resume, name)
@@ -100,9 +104,11 @@ def train(
     dataset = open_dataset(find_dataset(data or (str(run.about["data_path"]) if run else None)))
     transfer = compare(init_from, first, resolved, dataset.classes) if first else None
     habits = _habits(run, {"save_every": save_every, "keep": keep, "micro_batch": micro_batch})
+    if tensorboard:
+        check_installed()
     training = _begin(reporter, resolved, dataset, gpus, jobs, cache, run, name, transfer, habits)
     with training.run.locked():
-        reason = _run(reporter, training, max_steps, limit, habits["save_every"] or sys.maxsize)
+        reason = _run(reporter, training, max_steps, limit, habits["save_every"] or sys.maxsize, tensorboard)
         _finish(reporter, training, reason)
 
 
@@ -175,10 +181,18 @@ def _about(placement: Placement, data: Dataset, recipe: Recipe) -> dict[str, Any
     }
 
 
-def _run(reporter: Reporter, training: Training, max_steps: int | None, limit: float | None, save_every: int) -> str:
+def _run(
+    reporter: Reporter,
+    training: Training,
+    max_steps: int | None,
+    limit: float | None,
+    save_every: int,
+    tensorboard: bool,
+) -> str:
     """Run the loop and show its records. Returns why it ended."""
     from alexnet_cli.core.checkpoint import newest
     from alexnet_cli.core.resume import asked_to_stop
+    from alexnet_cli.core.tensorboard import recorded
     from alexnet_cli.core.train import fit
 
     start, damaged = newest(training.run)
@@ -195,6 +209,7 @@ def _run(reporter: Reporter, training: Training, max_steps: int | None, limit: f
     try:
         with asked_to_stop(limit) as stop, reporter.progress("train", total=total) as bar:
             records = fit(training, start, max_steps, stop=stop, save_every=save_every)
+            records = recorded(training.run, records) if tensorboard else records
             reason = show_records(reporter, training, bar, total, records)
     except BaseException:
         with suppress(StorageError):  # what stopped us is what the user needs to know
