@@ -266,7 +266,10 @@ def parsed(settings: Sequence[str]) -> dict[str, Any]:
 
 
 def describe(key: str, base: str = "paper") -> tuple[str, str]:
-    """What a key means, and where its value in the named recipe `base` comes from."""
-    meta = _FIELDS[key].metadata
+    """What a key means, with its values if it has few, and where its value in the named recipe `base` comes from."""
+    meta, kind = _FIELDS[key].metadata, _TYPES[key]
+    about = str(meta["about"])
+    if get_origin(kind) is Literal:
+        about += f"; one of: {', '.join(str(value) for value in get_args(kind))}"
     changed_by_base = base in RECIPES and getattr(RECIPES[base], key) != getattr(PAPER, key)
-    return str(meta["about"]), _SOURCES.get(base, "-") if changed_by_base else str(meta["source"])
+    return about, _SOURCES.get(base, "-") if changed_by_base else str(meta["source"])

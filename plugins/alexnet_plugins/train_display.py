@@ -59,7 +59,9 @@ def show_records(reporter: Reporter, training: Training, bar: Progress, total: i
             if not done and training.placement.device.type == "cpu" and record.images_per_second:
                 seconds = total / record.images_per_second
                 reporter.line("time", f"about {duration(seconds)} on this CPU")
-            note = f"{where}  loss {record.loss:.3f}  error {record.top1_error:.1%}  data {record.data_wait:.0%}"
+            shares = [record.top1_error, record.top5_error][: 2 if len(training.data.classes) > 5 else 1]
+            told = "/".join(f"{100 * (error or 0):.1f}" for error in shares)
+            note = f"{where}  loss {record.loss:.3g}  error {told}%  data {record.data_wait:.0%}"  # 80 columns hold it
             bar.advance((record.step - done) * recipe.batch_size, note)
         elif record.event == "warning":
             reporter.warn(record.text or "", record.hint or "")
@@ -70,7 +72,8 @@ def show_records(reporter: Reporter, training: Training, bar: Progress, total: i
             reporter.line("val", f"{where}  {errors}  {speed}{'  best' if record.best else ''}")
         elif record.event == "end":
             return record.reason or "finished"
-        done = record.step
+        if record.event in {"start", "step"}:
+            done = record.step
     return "finished"
 
 
@@ -86,7 +89,8 @@ def show_config(reporter: Reporter, recipe: Recipe, sources: dict[str, str], bas
     for key, value in asdict(recipe).items():
         about, section = recipes.describe(key, recipe.name)
         source = sources.get(key, base)
-        rows.append({"key": key, "value": value, "from": source, "paper": paper[key], "section": section})
+        row = {"key": key, "value": value, "from": source, "paper": paper[key], "section": section, "meaning": about}
+        rows.append(row)
         shown = [key, str(value), source, str(paper[key]), section, about]
         table.add_row(*shown, style=None if value == paper[key] else "bold")
     reporter.result({"event": "config", "values": rows})
