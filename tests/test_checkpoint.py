@@ -22,6 +22,7 @@ from alexnet_cli.core.train import fit
 from alexnet_cli.core.training import Training
 from alexnet_cli.errors import StorageError
 from alexnet_cli.recipe import TINY
+from alexnet_plugins.train import train
 
 CPU = Placement(torch.device("cpu"), "CPU", "fp32")
 SMALL = replace(TINY, width=1 / 64, batch_size=8, epochs=2, precision="fp32", dropout=0.5)  # six steps an epoch
@@ -115,6 +116,20 @@ def test_every_so_many_steps_and_so_many_are_kept(start: Callable[..., Training]
     assert [r.step for r in records if r.event == "step"] == [2, 4, 6, 8, 10, 12]
 
 
+def test_a_run_keeps_to_what_it_was_told_until_it_is_told_otherwise(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ALEXNET_RUNS_DIR", str(tmp_path))
+    settings, run = ["width=0.0625"], Run(tmp_path / "r")
+    options = {"save_every": 2, "keep": 3, "micro_batch": 5}
+    train(str(prepared), "tiny", settings, batch_size=8, max_steps=3, name="r", jobs=1, quiet=True, **options)  # type: ignore[arg-type]
+    train(resume="r", max_steps=5, jobs=1, quiet=True)
+    assert steps(run) == [3, 4, 5]
+    train(resume="r", max_steps=9, keep=1, jobs=1, quiet=True)
+    assert steps(run) == [6, 9]  # the best of the first epoch, and the last
+    assert {key: run.about[key] for key in options} == options | {"keep": 1}
+
+
 def test_any_kept_checkpoint_leads_to_the_same_weights(start: Callable[..., Training]) -> None:
     whole = start(keep=9)
     list(fit(whole, save_every=1))
@@ -153,9 +168,13 @@ def test_stopped_while_validating_it_goes_on_to_the_same_weights(start: Callable
     assert [(r.event, r.step, r.epoch) for r in records[-2:]] == [("checkpoint", 6, 1), ("end", 6, 1)]
     assert records[-1].reason == "SIGTERM"
     assert "validation" not in {r.event for r in records}
+    once_more = start(Run(training.run.path))
+    killed = fit(once_more, checkpoint.newest(once_more.run)[0])
+    assert [next(killed).event for _ in range(2)] == ["start", "validation"]
     again = start(Run(training.run.path))
     rest = list(fit(again, checkpoint.newest(again.run)[0]))
     assert [r.event for r in rest[:3]] == ["start", "validation", "checkpoint"]
+    assert len((again.run.path / "metrics.csv").read_text().splitlines()) == 3  # the epoch is told once
     assert torch.equal(values(again), values(whole))
     for record, other in zip(told, [r.as_dict() for r in rest if r.event == "validation"], strict=True):
         assert {**record, "images_per_second": 0} == {**other, "images_per_second": 0}

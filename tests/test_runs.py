@@ -84,7 +84,7 @@ def test_a_record_cut_short_by_a_crash_is_left_out() -> None:
         file.write('{"event":"st')
     assert [r["step"] for r in run.records()] == [1, 2, 3]
     (run.path / "alexnet.onnx").write_bytes(b"stale")
-    run.begin(PAPER, 2)
+    run.begin(PAPER, 2, 1)
     assert not (run.path / "alexnet.onnx").exists()
     lines = (run.path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +42,11 @@ class Transfer:
     afresh: Mapping[str, str]
 
     @torch.no_grad()
-    def apply(self, network: Network) -> None:
-        """Copy the loaded layers into a network, on whatever device it is."""
+    def applied(self, network: Network) -> Transfer:
+        """Copy the loaded layers into a network. Returns the same without the tensors, whose memory is free again."""
         for name in _tensors(self.loaded):
             network.get_parameter(name).copy_(torch.from_numpy(self.model.tensors[name]))
+        return replace(self, model=replace(self.model, tensors={}))
 
     def tensors(self) -> dict[str, list[str]]:
         """The names of the tensors loaded and of those started afresh."""

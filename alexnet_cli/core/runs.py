@@ -175,9 +175,10 @@ class Run:
                 continue
         return found
 
-    def begin(self, recipe: Recipe, step: int) -> None:
-        """Make ready to train from `step` on: what comes after it, and the ONNX file, are about to be made anew."""
+    def begin(self, recipe: Recipe, step: int, epoch: int) -> None:
+        """Make ready to go on after `step`, in `epoch`: what comes then, and the ONNX file, will be made anew."""
         kept = [r for r in self.records() if r.get("step", 0) <= step and r.get("event") != "end"]
+        kept = [r for r in kept if r.get("event") != "validation" or r["epoch"] < epoch]  # stopped while validating
         with self.storing():
             (self.path / ONNX).unlink(missing_ok=True)
             write_text(self.path / "recipe.toml", recipe.to_toml())

@@ -40,7 +40,7 @@ def fit(
     """
     run = training.run
     metrics = training.restore(resume_from) if resume_from else {}
-    run.begin(training.recipe, training.step)
+    run.begin(training.recipe, training.step, training.epoch)
     yield _log(run, _start_record(training))
     for said in _advice(training):
         yield _log(run, said)

@@ -54,7 +54,7 @@ class Training:
         self.network = Network(self.recipe, len(self.data.classes))
         initialise(self.network)
         if self.transfer:
-            self.transfer.apply(self.network)
+            self.transfer = self.transfer.applied(self.network)
         freeze(self.network, self.recipe)
         self.network.to(device)
         self.optimiser = Momentum(parameters_by_name(self.network), self.recipe)
