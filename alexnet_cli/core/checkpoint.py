@@ -93,11 +93,13 @@ def newest(run: Run) -> tuple[Path | None, list[Path]]:
 
     Raises:
         WeightsError: there were checkpoints, and none is whole.
+        StorageError: the pointers cannot be written.
     """
     for old in run.checkpoints.glob(".*.old"):
         final = run.checkpoints / old.name[1:].removesuffix(".old")
         if not final.exists():
-            old.rename(final)
+            with run.storing():
+                old.rename(final)
     folders = [p for p in run.checkpoints.glob("*") if p.name.isdigit() and p.is_dir() and not p.is_symlink()]
     damaged: list[Path] = []
     for folder in sorted(folders, reverse=True):
@@ -106,7 +108,8 @@ def newest(run: Run) -> tuple[Path | None, list[Path]]:
         except WeightsError:
             damaged.append(folder)
         else:
-            _point(folder, best)
+            with run.storing():
+                _point(folder, best)
             return folder, damaged
     if damaged or any(record.get("event") == "checkpoint" for record in run.records()):
         what = f"{run.path} has no whole checkpoint left" + (f": {damaged[0]} is damaged" if damaged else "")
