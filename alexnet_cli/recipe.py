@@ -85,6 +85,7 @@ class Recipe:
     drop_epochs: tuple[int, ...] = knob((), "5", "epochs after which the fixed schedule divides by ten")
     conv1_slow_epoch: int = knob(0, "code", "layer 1 learns at a tenth after this epoch; 0 = never", 0)
     conv1_freeze_epoch: int = knob(0, "code", "layer 1 is frozen after this epoch; 0 = never", 0)
+    frozen: Literal["none", "conv"] = knob("none", "-", "layers that keep their values (conv: 1 to 5), for fine-tuning")
     label_smoothing: float = knob(0.0, "5", "share of the target spread over all classes", 0, 0.99)
     init: Literal["gaussian", "scaled"] = knob(
         "gaussian", "5", "N(0, std), or N(0, 2 / inputs) with all biases 0 (He et al. 2015)"
@@ -265,7 +266,10 @@ def parsed(settings: Sequence[str]) -> dict[str, Any]:
 
 
 def describe(key: str, base: str = "paper") -> tuple[str, str]:
-    """What a key means, and where its value in the named recipe `base` comes from."""
-    meta = _FIELDS[key].metadata
+    """What a key means, with its values if it has few, and where its value in the named recipe `base` comes from."""
+    meta, kind = _FIELDS[key].metadata, _TYPES[key]
+    about = str(meta["about"])
+    if get_origin(kind) is Literal:
+        about += f"; one of: {', '.join(str(value) for value in get_args(kind))}"
     changed_by_base = base in RECIPES and getattr(RECIPES[base], key) != getattr(PAPER, key)
-    return str(meta["about"]), _SOURCES.get(base, "-") if changed_by_base else str(meta["source"])
+    return about, _SOURCES.get(base, "-") if changed_by_base else str(meta["source"])

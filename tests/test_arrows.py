@@ -59,8 +59,14 @@ CORE = {
     "evaluate": "augment loader network placement sources",
     "results": "evaluate sources",
     "compilation": "layers network",
-    "train": "augment cache checkpoint compilation evaluate learning loader network placement records runs shards "
-    "weights",
+    "gradient": "augment loader network placement",
+    "fine_tuning": "network runs sources weights",
+    "diagnosis": "augment gradient loader network weights",
+    "training": "augment cache checkpoint compilation diagnosis evaluate fine_tuning gradient learning "
+    "loader network placement records runs shards weights",
+    "tensorboard": "records runs",
+    "advice": "records shards",
+    "train": "advice augment cache evaluate gradient loader records runs training",
     # section 6 and after: use
     "views": "",
     "onnx_metadata": "sources weights",
@@ -75,13 +81,14 @@ CORE = {
 TORCH = {
     "devices", "placement", "fast_images", "packing", "loader", "cache", "augment", "response_norm",
     "response_norm_gpu", "layers", "towers", "network", "compilation", "learning", "checkpoint", "evaluate", "results",
-    "train", "torch_session",
+    "fine_tuning", "gradient", "diagnosis", "training", "train", "tensorboard", "torch_session",
 }  # fmt: skip
 LAZY_TORCH = {"devices"}  # import it in functions only
 PLUGINS = {"errors", "recipe", "console", "options", "entry_points"}  # and anything in core
 BESIDE = {
     "prepare": {"prepare_report"},
     "demo": {"demo_pictures"},
+    "train": {"train_display"},
     "benchmark": {"benchmark_pictures", "benchmark_prepare", "benchmark_load"},
 }
 RIVALS = {"benchmark_load"}  # what others use is measured here

@@ -15,7 +15,8 @@ from alexnet_cli.core.loader import Loader, training_batches
 from alexnet_cli.core.placement import Placement
 from alexnet_cli.core.runs import Run
 from alexnet_cli.core.shards import open_dataset
-from alexnet_cli.core.train import Training, fit
+from alexnet_cli.core.train import fit
+from alexnet_cli.core.training import Training
 from alexnet_cli.errors import MissingError
 from alexnet_cli.recipe import TINY
 

@@ -24,7 +24,8 @@ from alexnet_cli.core.network import Network, parameters_by_name
 from alexnet_cli.core.placement import Placement
 from alexnet_cli.core.runs import Run
 from alexnet_cli.core.shards import open_dataset
-from alexnet_cli.core.train import Training, fit
+from alexnet_cli.core.train import fit
+from alexnet_cli.core.training import Training
 from alexnet_cli.errors import MissingError
 from alexnet_cli.recipe import PAPER, TINY
 
@@ -60,7 +61,7 @@ def losses(prepared: Path, name: str, *, compile: bool) -> tuple[list[float], Tr
     draws = Draws.of_epoch(training.rows, SMALL, 1)
     with Loader(data.split("train"), 8, 1) as loader:
         batches = loader.batches(training_batches(training.rows, 8, 0, 1)[:3])
-        return [training.take_step(batch, draws)[0].item() for batch in batches], training
+        return [training.take_step(batch, draws).loss.item() for batch in batches], training
 
 
 def test_three_steps_give_the_same_losses_and_names(

@@ -20,7 +20,8 @@ from alexnet_cli.core.network import parameters_by_name
 from alexnet_cli.core.placement import place
 from alexnet_cli.core.runs import Run
 from alexnet_cli.core.shards import open_dataset
-from alexnet_cli.core.train import Training, fit
+from alexnet_cli.core.train import fit
+from alexnet_cli.core.training import Training
 from alexnet_cli.recipe import TINY, Recipe
 
 pytestmark = pytest.mark.skipif(not visible_gpus(), reason="no CUDA device")
@@ -49,7 +50,7 @@ def losses(training: Training, steps: int) -> list[float]:
     draws = Draws.of_epoch(training.rows, recipe, 1)
     plan = training_batches(training.rows, recipe.batch_size, recipe.seed, 1)[:steps]
     with Loader(training.data.split("train"), recipe.batch_size, 2, training.placement.device) as loader:
-        return [float(training.take_step(batch, draws)[0]) for batch in loader.batches(plan)]
+        return [float(training.take_step(batch, draws).loss) for batch in loader.batches(plan)]
 
 
 def test_the_kernels_run_here() -> None:

@@ -73,6 +73,12 @@ def test_every_field_says_what_it_is_and_where_it_comes_from() -> None:
         assert source in {"-", "2", "Caffe", "3.1", "3.2", "3.3", "3.4", "3.5", "4.1", "4.2", "5", "code"}, field.name
 
 
+def test_keys_with_few_values_list_them() -> None:
+    assert recipes.describe("frozen")[0].endswith("; one of: none, conv")
+    assert recipes.describe("input_size")[0].endswith("; one of: 224, 227")
+    assert "one of" not in recipes.describe("dropout")[0]
+
+
 @pytest.mark.parametrize(
     ("setting", "key", "value"),
     [("dropout=0", "dropout", 0.0), ("lrn=none", "lrn", "none"), ("crops = false", "crops", False),

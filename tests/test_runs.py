@@ -53,6 +53,22 @@ def test_a_name_that_is_taken_is_not_overwritten() -> None:
     assert Run.open("mine").recipe == PAPER
 
 
+def test_what_a_run_left_that_was_killed_while_it_was_made_is_taken_up() -> None:
+    """Or a requeued job, which has no run to go on with, could not start one either."""
+    for left in ((), ("checkpoints",), ("checkpoints", "recipe.toml", ".run.json.tmp")):
+        folder = Path("runs") / f"r{len(left)}"
+        folder.mkdir(parents=True)
+        for name in left:
+            (folder / name).mkdir() if name == "checkpoints" else (folder / name).write_text("cut sho")
+        assert resume.to_continue("auto", folder.name) is None
+        assert Run.create(folder.name, TINY, {}).recipe == TINY
+    for name in ("notes.txt", "checkpoints/00000003"):
+        folder = Path("runs") / f"mine-{len(name)}"
+        (folder / name).mkdir(parents=True)
+        with pytest.raises(UsageError, match="is there already"):
+            Run.create(folder.name, TINY, {})
+
+
 def test_a_place_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("ALEXNET_RUNS_DIR", str(tmp_path / "file" / "runs"))
@@ -68,7 +84,7 @@ def test_a_record_cut_short_by_a_crash_is_left_out() -> None:
         file.write('{"event":"st')
     assert [r["step"] for r in run.records()] == [1, 2, 3]
     (run.path / "alexnet.onnx").write_bytes(b"stale")
-    run.begin(PAPER, 2)
+    run.begin(PAPER, 2, 1)
     assert not (run.path / "alexnet.onnx").exists()
     lines = (run.path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,7 +19,8 @@ from alexnet_cli.core.placement import Placement
 from alexnet_cli.core.records import Record
 from alexnet_cli.core.runs import Run, find_weights
 from alexnet_cli.core.shards import open_dataset
-from alexnet_cli.core.train import Training, fit
+from alexnet_cli.core.train import fit
+from alexnet_cli.core.training import Training
 from alexnet_cli.errors import StorageError, VerificationError, WeightsError
 from alexnet_cli.recipe import PAPER, TINY, Recipe
 
@@ -132,6 +135,52 @@ def test_a_loss_that_is_no_number_stops_with_the_step(start: Callable[..., Train
     with pytest.raises(VerificationError, match=r"loss became (nan|inf) at step \d+") as caught:
         list(fit(training))
     assert "--lr" in caught.value.hint
+
+
+@pytest.mark.parametrize("layer", ["conv3", "fc7", "fc8"])
+def test_the_layer_that_overflows_is_named_and_nothing_learns_from_it(
+    start: Callable[..., Training], layer: str
+) -> None:
+    """At the eighth step, the second of its epoch; the weights that make it overflow are numbers themselves."""
+    training = start(replace(SMALL, dropout=0.5, epochs=4))
+    records = fit(training, max_steps=7)
+    list(records)
+    with torch.no_grad():
+        training.network.get_submodule(layer).get_parameter("weight").fill_(1e38)
+    before = final(training)
+    with pytest.raises(VerificationError) as caught:
+        list(fit(training))
+    assert re.match(
+        rf"the loss became (inf|nan) at step 8 \(epoch 3\), first in the outputs of {layer}$", caught.value.what
+    )
+    assert f"last good checkpoint: {(training.run.checkpoints / 'last').resolve()}; " in caught.value.hint
+    assert same(before, final(training))
+    assert checkpoint.newest(training.run)[0] == (training.run.checkpoints / "last").resolve()
+
+
+def test_a_gradient_that_overflows_is_named_by_its_layer(start: Callable[..., Training]) -> None:
+    training = start()
+    list(fit(training, max_steps=1))
+    with torch.no_grad():
+        for layer in ("conv1", "conv2", "conv3"):
+            training.network.get_submodule(layer).get_parameter("bias").fill_(math.nan)
+    with pytest.raises(VerificationError, match=r"at step 2 \(epoch 1\), first in the weights of conv3"):
+        list(fit(training))
+
+
+def test_where_losses_are_looked_at_later_the_step_is_still_the_first_bad_one(start: Callable[..., Training]) -> None:
+    """As on a GPU, which is not waited for at every step."""
+    told = []
+    for at_once in (True, False):
+        training = start(replace(SMALL, learning_rate=1e12, batch_size=4))
+        training.checks_every_step = at_once
+        with pytest.raises(VerificationError) as caught:
+            list(fit(training))
+        told.append(caught.value.what)
+        steps = training.step
+    assert steps == 10  # the first record
+    assert re.sub(r", first.*", "", told[0]) == re.sub(r", first.*", "", told[1])
+    assert "every layer" in told[1]
 
 
 def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(

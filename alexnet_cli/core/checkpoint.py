@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -18,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from alexnet_cli.core import weights
@@ -52,11 +53,12 @@ def save(
     mean: Tensor,
     metadata: Mapping[str, str],
     best: bool,
+    keep: int = 1,
 ) -> Path:
-    """Write a checkpoint whole or not at all, point `last` (and `best`) to it, and drop those nobody points to.
+    """Write a checkpoint whole or not at all, point `last` (and `best`) to it, and drop all but `keep` and the best.
 
     Raises:
-        StorageError: the disk is full or cannot be written; the checkpoint before is untouched.
+        StorageError: the disk is full, cannot be written or reads back otherwise; the checkpoint before is untouched.
     """
     final, temporary = run.checkpoints / f"{step:08d}", run.checkpoints / f".{step:08d}.tmp"
     tensors = {name: p.detach().cpu().contiguous() for name, p in parameters_by_name(network)}
@@ -64,39 +66,50 @@ def save(
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         _check_space(run.checkpoints, 4 * sum(t.numel() for t in (*tensors.values(), *velocity.values())))
-        temporary.mkdir(parents=True)
-        save_file({**tensors, "mean": mean.contiguous()}, temporary / MODEL, metadata=dict(metadata))
-        torch.save({"velocity": velocity, "position": dict(position)}, temporary / STATE)
-        sums = {name: _synced_sum(temporary / name) for name in (MODEL, STATE)}
-        write_text(temporary / META, json.dumps({"schema": SCHEMA, "step": step, "sha256": sums}, indent=2) + "\n")
+        temporary.mkdir()
+        model = safetensors.torch.save({**tensors, "mean": mean.contiguous()}, metadata=dict(metadata))
+        sums = {MODEL: _write(temporary / MODEL, model)}
+        del model
+        buffer = io.BytesIO()
+        torch.save({"velocity": velocity, "position": dict(position)}, buffer)
+        sums[STATE] = _write(temporary / STATE, buffer.getbuffer())
+        meta = {"schema": SCHEMA, "step": step, "best": best, "sha256": sums}
+        write_text(temporary / META, json.dumps(meta, indent=2) + "\n")
+        _sync(temporary)
         _replace(temporary, final)
-        point(run.checkpoints / "last", final)
-        if best:
-            point(run.checkpoints / "best", final)
+        _point(final, best)
+        _drop(run.checkpoints, step, keep)
     except (OSError, SafetensorError, RuntimeError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise StorageError(
-            f"checkpoint of step {step} cannot be written to {run.checkpoints}: {error}",
-            f"the one before is intact: free some space, then alexnet train --resume {run.path.name}",
-        ) from error
-    _drop_unpointed(run.checkpoints)
+        what = f"checkpoint of step {step} cannot be written to {run.checkpoints}: {error}"
+        raise StorageError(what, run.way_on()) from error
     return final
 
 
 def newest(run: Run) -> tuple[Path | None, list[Path]]:
     """The newest checkpoint that is whole (None before the first), and those after it that are not.
 
+    Finishes what a crash left unfinished: names that were on their way, and pointers to what has been found.
+
     Raises:
         WeightsError: there were checkpoints, and none is whole.
+        StorageError: the pointers cannot be written.
     """
+    for old in run.checkpoints.glob(".*.old"):
+        final = run.checkpoints / old.name[1:].removesuffix(".old")
+        if not final.exists():
+            with run.storing():
+                old.rename(final)
     folders = [p for p in run.checkpoints.glob("*") if p.name.isdigit() and p.is_dir() and not p.is_symlink()]
     damaged: list[Path] = []
     for folder in sorted(folders, reverse=True):
         try:
-            _check(folder)
+            best = _check(folder)["best"]
         except WeightsError:
             damaged.append(folder)
         else:
+            with run.storing():
+                _point(folder, best)
             return folder, damaged
     if damaged or any(record.get("event") == "checkpoint" for record in run.records()):
         what = f"{run.path} has no whole checkpoint left" + (f": {damaged[0]} is damaged" if damaged else "")
@@ -118,7 +131,8 @@ def load(directory: Path) -> Resumable:
         raise WeightsError(f"{directory / STATE} cannot be read: {error}", DAMAGED) from error
 
 
-def _check(directory: Path) -> None:
+def _check(directory: Path) -> Mapping[str, Any]:
+    """What a checkpoint says of itself, if it is whole; WeightsError otherwise."""
     try:
         meta = json.loads((directory / META).read_text(encoding="utf-8"))
         sums = {name: _sum(directory / name) for name in (MODEL, STATE)}
@@ -126,6 +140,14 @@ def _check(directory: Path) -> None:
         raise WeightsError(f"{directory} is not a complete checkpoint: {error}", DAMAGED) from error
     if meta.get("schema") != SCHEMA or meta.get("sha256") != sums:
         raise WeightsError(f"{directory} is damaged: its files differ from the sums in {META}", DAMAGED)
+    return {"best": False, **meta}
+
+
+def _point(checkpoint: Path, best: bool) -> None:
+    """Make `last`, and `best` if it is that, point to a checkpoint."""
+    for name in ("last", "best") if best else ("last",):
+        point(checkpoint.parent / name, checkpoint)
+    _sync(checkpoint.parent)
 
 
 def restore(network: Network, optimiser: Momentum, saved: Resumable) -> None:
@@ -142,31 +164,47 @@ def _check_space(folder: Path, needed: int) -> None:
 
 
 def _replace(temporary: Path, final: Path) -> None:
-    """Rename into place; a checkpoint of the same step, from before a resume, makes room first."""
+    """Rename into place; a checkpoint of the same step makes room first, and `newest` brings it back if need be."""
     old = final.with_name(f".{final.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
         final.rename(old)
     temporary.rename(final)
+    _sync(final.parent)
     shutil.rmtree(old, ignore_errors=True)
-    folder = os.open(final.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
-def _drop_unpointed(folder: Path) -> None:
-    kept = {(folder / name).resolve() for name in ("last", "best")}
+def _drop(folder: Path, step: int, keep: int) -> None:
+    """Remove what is neither the best, nor among the `keep` newest up to `step`."""
+    steps = sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit() and int(path.name) <= step)
+    names = [f"{number:08d}" for number in steps[-keep:]] + ["last", "best"]
+    kept = {(folder / name).resolve() for name in names}
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink() and path.resolve() not in kept:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _synced_sum(path: Path) -> str:
-    with path.open("rb") as file:
+def _write(path: Path, content: bytes | memoryview) -> str:
+    """Write and sync a file, and read it back from the disk. Returns its sum; OSError if it is not as it was meant."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
         os.fsync(file.fileno())
-    return _sum(path)
+        if hasattr(os, "posix_fadvise"):  # or what is read back is what the kernel still holds in memory
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    found = _sum(path)
+    if found != hashlib.sha256(content).hexdigest():
+        raise OSError(errno.EIO, f"{path.name} reads back otherwise than it was written")
+    return found
+
+
+def _sync(folder: Path) -> None:
+    """Make the names in a folder last."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _sum(path: Path) -> str:

@@ -64,11 +64,6 @@ class Momentum:
                 rate /= 10
         return rate, decay
 
-    def zero_grad(self) -> None:
-        """Forget the gradients."""
-        for parameter in self.parameters.values():
-            parameter.grad = None
-
 
 @dataclass
 class Schedule:

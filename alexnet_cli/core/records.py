@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-Event = Literal["start", "step", "validation", "checkpoint", "end"]
+Event = Literal["start", "step", "validation", "checkpoint", "warning", "end"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,10 @@ class Record:
     steps_per_epoch: int | None = None
     best: bool | None = None
     path: str | None = None
+    loaded: list[str] | None = None
+    afresh: list[str] | None = None
+    text: str | None = None
+    hint: str | None = None
     reason: str | None = None
 
     def as_dict(self) -> dict[str, Any]:

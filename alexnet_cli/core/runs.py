@@ -76,8 +76,8 @@ class Run:
             count += 1
             path = root / f"{stem}-{count}"
         try:
-            path.mkdir(parents=True)
-            (path / "checkpoints").mkdir()
+            path.mkdir(parents=True, exist_ok=_unborn(path))
+            (path / "checkpoints").mkdir(exist_ok=True)
             write_text(path / "recipe.toml", recipe.to_toml())
             run = cls(path)
             run.update({"schema": "alexnet.run/1", "status": "running", **about})
@@ -121,13 +121,31 @@ class Run:
         return dict(about)
 
     @contextmanager
+    def storing(self) -> Iterator[None]:
+        """While inside: an error of the disk becomes a StorageError with the way on."""
+        try:
+            yield
+        except OSError as error:
+            raise StorageError(f"{self.path} cannot be written: {error.strerror or error}", self.way_on()) from error
+
+    def way_on(self) -> str:
+        """What to do when the disk fails: it depends on what is left."""
+        last = self.checkpoints / "last"
+        if not self.path.is_dir():
+            return "the folder of the run is gone, and its checkpoints with it: start a new run"
+        saved = f"last good checkpoint: {last.resolve()}" if last.exists() else "no checkpoint was due yet"
+        return f"{saved}; free some space, or make it writable, then: alexnet train --resume {self.path.name}"
+
+    @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the run for this process alone; the kernel lets go however the process ends.
 
         Raises:
             DataError: another command is training it.
         """
-        with (self.path / ".lock").open("w") as file:
+        with self.storing():
+            file = (self.path / ".lock").open("w")
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -137,11 +155,12 @@ class Run:
     def update(self, about: Mapping[str, Any]) -> None:
         """Change some entries of run.json."""
         old = self.about if (self.path / "run.json").exists() else {}
-        write_text(self.path / "run.json", json.dumps({**old, **about}, indent=2) + "\n")
+        with self.storing():
+            write_text(self.path / "run.json", json.dumps({**old, **about}, indent=2) + "\n")
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append a record to metrics.jsonl."""
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        with self.storing(), (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(dict(record), separators=(",", ":")) + "\n")
 
     def records(self) -> list[dict[str, Any]]:
@@ -156,23 +175,34 @@ class Run:
                 continue
         return found
 
-    def begin(self, recipe: Recipe, step: int) -> None:
-        """Make ready to train from `step` on: what comes after it, and the ONNX file, are about to be made anew."""
-        (self.path / ONNX).unlink(missing_ok=True)
-        write_text(self.path / "recipe.toml", recipe.to_toml())
+    def begin(self, recipe: Recipe, step: int, epoch: int) -> None:
+        """Make ready to go on after `step`, in `epoch`: what comes then, and the ONNX file, will be made anew."""
         kept = [r for r in self.records() if r.get("step", 0) <= step and r.get("event") != "end"]
-        write_text(self.path / "metrics.jsonl", "".join(json.dumps(r, separators=(",", ":")) + "\n" for r in kept))
+        kept = [r for r in kept if r.get("event") != "validation" or r["epoch"] < epoch]  # stopped while validating
+        with self.storing():
+            (self.path / ONNX).unlink(missing_ok=True)
+            write_text(self.path / "recipe.toml", recipe.to_toml())
+            write_text(self.path / "metrics.jsonl", "".join(json.dumps(r, separators=(",", ":")) + "\n" for r in kept))
         self.write_csv()
 
     def write_csv(self) -> None:
         """Write metrics.csv anew from the records: one row per epoch."""
         rows = [r for r in self.records() if r.get("event") == "validation"]
         temporary = self.path / ".metrics.csv.tmp"
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, CSV_COLUMNS, extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(rows)
-        temporary.replace(self.path / "metrics.csv")
+        with self.storing():
+            with temporary.open("w", encoding="utf-8", newline="") as file:
+                writer = csv.DictWriter(file, CSV_COLUMNS, extrasaction="ignore")
+                writer.writeheader()
+                writer.writerows(rows)
+            temporary.replace(self.path / "metrics.csv")
+
+
+def _unborn(path: Path) -> bool:
+    """Whether a folder is what a run leaves that was killed while it was being made."""
+    own = path.is_dir() and not path.is_symlink() and not any((path / "checkpoints").glob("*"))
+    return own and all(
+        entry.name in {"checkpoints", "recipe.toml", ".recipe.toml.tmp", ".run.json.tmp"} for entry in path.iterdir()
+    )
 
 
 def _known_runs() -> str:

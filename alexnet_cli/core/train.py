@@ -3,125 +3,21 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-from torch.nn import functional
-
-from alexnet_cli.core import checkpoint, weights
-from alexnet_cli.core.augment import Draws, Pixels
-from alexnet_cli.core.cache import Cache, Where, remembering
-from alexnet_cli.core.evaluate import Evaluation, TorchClassifier, evaluate
-from alexnet_cli.core.learning import Momentum, Schedule
-from alexnet_cli.core.loader import Batch, Loader, all_batches, epoch_order, steps_per_epoch, training_batches
-from alexnet_cli.core.network import Network, initialise, parameters_by_name
-from alexnet_cli.core.placement import Placement
+from alexnet_cli.core import advice
+from alexnet_cli.core.augment import Draws
+from alexnet_cli.core.cache import Cache, remembering
+from alexnet_cli.core.evaluate import Evaluation
+from alexnet_cli.core.gradient import Sums
+from alexnet_cli.core.loader import Loader, epoch_order, training_batches
 from alexnet_cli.core.records import Record, Tally
 from alexnet_cli.core.runs import Run
-from alexnet_cli.core.shards import Dataset
-from alexnet_cli.errors import VerificationError
-from alexnet_cli.recipe import Recipe
-
-
-@dataclass
-class Training:
-    """A network in training: everything a step needs, and everything a checkpoint keeps."""
-
-    recipe: Recipe
-    data: Dataset
-    run: Run
-    placement: Placement
-    threads: int
-    cache: Where = "auto"
-    compile: bool = False
-    step: int = 0
-    epoch: int = 1
-    tally: Tally = field(default_factory=Tally)
-
-    def __post_init__(self) -> None:
-        device = self.placement.device
-        self.rows = len(self.data.split("train"))
-        self.network = Network(self.recipe, len(self.data.classes))
-        initialise(self.network)
-        self.network.to(device)
-        self.forward: Callable[[Tensor], Tensor] = self.network
-        if self.compile:
-            from alexnet_cli.core.compilation import compiled  # which imports the compiler, that few need
-
-            self.forward = compiled(self.network, device, self.recipe.batch_size)
-        self.optimiser = Momentum(parameters_by_name(self.network), self.recipe)
-        self.schedule = Schedule(self.recipe, steps_per_epoch(self.rows, self.recipe.batch_size))
-        self.pixels = Pixels(self.recipe, self.data.mean_image(), self.data.colour_std, self.data.colour_axes, device)
-
-    @property
-    def first_step_of_epoch(self) -> int:
-        """The number of steps before the current epoch."""
-        return (self.epoch - 1) * self.schedule.steps_per_epoch
-
-    @property
-    def epochs_begun(self) -> int:
-        """How many epochs have had a step."""
-        return -(-self.step // self.schedule.steps_per_epoch)
-
-    def take_step(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
-        """One step of gradient descent. Returns the mean loss, top-1 and top-5 mistakes, still on the device."""
-        self.network.draw_dropout(self.step)
-        self.optimiser.zero_grad()
-        labels = batch.labels.to(self.placement.device, non_blocking=True)
-        views = self.pixels.train(batch.images, batch.rows, draws, self.epoch)
-        with self.placement.arithmetic():
-            logits = self.forward(views)
-        loss = functional.cross_entropy(logits.float(), labels, label_smoothing=self.recipe.label_smoothing)
-        loss.backward()
-        self.optimiser.step(self.schedule.rate(self.step), self.epoch)
-        self.step += 1
-        top = logits.detach().topk(min(5, logits.shape[1])).indices == labels.unsqueeze(1)
-        return loss.detach(), (~top[:, 0]).sum(), (~top.any(1)).sum()
-
-    def validate(self) -> Evaluation:
-        """The errors of the centre view over the validation split."""
-        split, size = self.data.split("val"), self.recipe.batch_size
-        classify = TorchClassifier(self.network, self.pixels, self.placement)
-        counts = Evaluation.empty(len(self.data.classes))
-        with Loader(split, size, self.threads, self.placement.device) as loader:
-            for _ in evaluate(classify, loader.batches(all_batches(len(split), size)), counts):
-                pass
-        return counts
-
-    def save(self, metrics: dict[str, Any], best: bool) -> Path:
-        """Write a checkpoint of this moment."""
-        position = {
-            "step": self.step, "epoch": self.epoch, "schedule": self.schedule.state(), "metrics": metrics,
-            "tally": asdict(self.tally),
-        }  # fmt: skip
-        info = {
-            "data": self.data.name, "data_hash": self.data.hash, "run": self.run.path.name,
-            "epoch": self.epochs_begun, "step": self.step, "metrics": metrics,
-            "exif_rotate": self.data.record["image"].get("exif_rotate", False),
-        }  # fmt: skip
-        text = weights.metadata(self.recipe, self.data.classes, info)
-        mean = torch.from_numpy(np.ascontiguousarray(self._mean(), dtype=np.float32))
-        return checkpoint.save(self.run, self.step, self.network, self.optimiser, position, mean, text, best)
-
-    def restore(self, directory: Path) -> dict[str, Any]:
-        """Go on from a checkpoint. Returns the metrics it was saved with."""
-        saved = checkpoint.load(directory)
-        checkpoint.restore(self.network, self.optimiser, saved)
-        self.step, self.epoch = int(saved.position["step"]), int(saved.position["epoch"])
-        self.schedule.restore(saved.position["schedule"])
-        self.tally = Tally(**saved.position["tally"])
-        return dict(saved.position["metrics"])
-
-    def _mean(self) -> Any:
-        """What predictions subtract: the mean image, or the mean colour everywhere."""
-        image = self.data.mean_image()
-        return np.broadcast_to(image.mean((1, 2), keepdims=True), image.shape) if self.recipe.mean == "rgb" else image
+from alexnet_cli.core.training import Training
 
 
 def fit(
@@ -130,11 +26,13 @@ def fit(
     max_steps: int | None = None,
     record_every: int = 10,
     stop: Callable[[], str | None] = lambda: None,
+    save_every: int = sys.maxsize,
 ) -> Iterator[Record]:
     """Train, yielding a record of each thing that happens; each is in the run's metrics.jsonl when it is yielded.
 
-    Ends when the recipe says so, after `max_steps` steps, or when `stop()` gives a reason; in each case a checkpoint
-    has been saved and the last record's reason is "finished", "max-steps" or the one given.
+    Saves a checkpoint after each epoch and each `save_every` steps. Ends when the recipe says so, after `max_steps`
+    steps, or when `stop()` gives a reason; in each case a checkpoint has been saved and the last record's reason is
+    "finished", "max-steps" or the one given.
 
     Raises:
         VerificationError: the loss is not a number any more.
@@ -142,31 +40,60 @@ def fit(
     """
     run = training.run
     metrics = training.restore(resume_from) if resume_from else {}
-    run.begin(training.recipe, training.step)
-    yield _log(run, Record("start", training.epoch, training.step, steps_per_epoch=training.schedule.steps_per_epoch))
-    reason = None
+    run.begin(training.recipe, training.step, training.epoch)
+    yield _log(run, _start_record(training))
+    for said in _advice(training):
+        yield _log(run, said)
+    reason, guessing = None, advice.Guessing.at(training.recipe, len(training.data.classes), training.steps)
     train, size, device = training.data.split("train"), training.recipe.batch_size, training.placement.device
     with Loader(train, size, training.threads, device) as decoding:
         loader = remembering(decoding, training.cache)
         while reason is None and not _over(training):
-            for record in _epoch(training, loader, record_every, stop, max_steps):
+            for record in _epoch(training, loader, (record_every, save_every), stop, max_steps):
                 reason = record.reason
                 if reason is None:
                     yield _log(run, record)
-            if reason is not None and training.step < training.epoch * training.schedule.steps_per_epoch:
+                if (remark := guessing.heed(record)) is not None:
+                    yield _log(run, remark)
+                if record.event == "step" and 0 == record.step % save_every < training.last_step_of_epoch - record.step:
+                    yield _saved(training, metrics)
+            if training.step < training.last_step_of_epoch or (counts := training.validate(stop)) is None:
+                reason = reason or stop()
                 break
-            validation, best = _validation(training)
+            validation, best = _validation(training, counts)
             metrics = {key: validation[key] for key in ("top1_error", "top5_error", "loss")}
             yield _log(run, Record("validation", training.epoch, training.step, best=best, **validation))
             run.write_csv()
             training.epoch, training.tally = training.epoch + 1, Tally()
-            path = training.save(metrics, best)
-            yield _log(run, Record("checkpoint", training.epoch - 1, training.step, path=str(path), best=best))
-    if reason is not None and training.step > training.first_step_of_epoch:
-        _check_finite(training, training.tally.loss)
-        path = training.save(metrics, best=False)
-        yield _log(run, Record("checkpoint", training.epoch, training.step, path=str(path), best=False))
-    yield _log(run, Record("end", training.epochs_begun, training.step, reason=reason or "finished"))
+            yield _saved(training, metrics, best)
+    if training.step > training.first_step_of_epoch and training.step != training.saved:
+        yield _saved(training, metrics)
+    reason = reason or "finished"
+    yield _log(run, Record("end", training.epochs_begun, training.step, path=str(run.path), reason=reason))
+
+
+def _saved(training: Training, metrics: dict[str, Any], best: bool = False) -> Record:
+    """Save a checkpoint, but not of a network that is broken."""
+    training.check(training.tally.loss, training.step)
+    path = training.save(metrics, best)
+    return _log(training.run, Record("checkpoint", training.epochs_begun, training.step, path=str(path), best=best))
+
+
+def _start_record(training: Training) -> Record:
+    """Where training begins; `path` is the run's."""
+    tensors = training.transfer.tensors() if training.transfer else {}
+    return Record(
+        "start", training.epoch, training.step, steps_per_epoch=training.schedule.steps_per_epoch,
+        path=str(training.run.path), loaded=tensors.get("loaded"), afresh=tensors.get("afresh"),
+    )  # fmt: skip
+
+
+def _advice(training: Training) -> Iterator[Record]:
+    """What an expert would say before the first step."""
+    if training.step == 0:
+        transfer = training.transfer
+        different = transfer.different(training.recipe) if transfer else None
+        yield from advice.before(training.recipe, training.data, different)
 
 
 def _over(training: Training) -> bool:
@@ -181,17 +108,17 @@ def _log(run: Run, record: Record) -> Record:
 def _epoch(
     training: Training,
     loader: Loader | Cache,
-    record_every: int,
+    every: tuple[int, int],
     stop: Callable[[], str | None],
     max_steps: int | None,
 ) -> Iterator[Record]:
-    """Steps to the end of the epoch; the last record carries a reason if it was left early."""
+    """Steps to the end of the epoch, with a record every so many steps; the last carries a reason to leave."""
     recipe, epoch = training.recipe, training.epoch
     draws = Draws.of_epoch(training.rows, recipe, epoch, epoch_order(training.rows, recipe.seed, epoch))
     first = training.step - training.first_step_of_epoch
     batches = loader.batches(training_batches(training.rows, recipe.batch_size, recipe.seed, epoch, first))
     recent = Tally()
-    pending: list[tuple[Tensor, Tensor, Tensor, int]] = []
+    pending: list[tuple[Sums, int]] = []
     started = time.perf_counter()
     while True:
         waiting = time.perf_counter()
@@ -199,8 +126,11 @@ def _epoch(
         batch = None if reason else next(batches, None)
         recent.waited += time.perf_counter() - waiting
         if batch is not None:
-            pending.append((*training.take_step(batch, draws), len(batch.rows)))
-        if pending and (batch is None or training.step % record_every == 0):
+            piece = training.gradient.piece
+            pending.append((training.take_step(batch, draws), len(batch.rows)))
+            if training.gradient.piece < piece:
+                yield _smaller_pieces(training)
+        if pending and (batch is None or any(training.step % n == 0 for n in every)):
             _settle(training, recent, pending, started)
             yield _step_record(training, recent)
             started, recent = time.perf_counter(), Tally()
@@ -210,31 +140,22 @@ def _epoch(
             return
 
 
-def _settle(
-    training: Training, recent: Tally, pending: list[tuple[Tensor, Tensor, Tensor, int]], started: float
-) -> None:
+def _smaller_pieces(training: Training) -> Record:
+    text = f"the GPU's memory is too small for the whole batch: computing {training.gradient.piece} images at a time"
+    hint = f"the batch and the numbers stay; --micro-batch {training.gradient.piece} starts that way"
+    return Record("warning", training.epoch, training.step, text=text, hint=hint)
+
+
+def _settle(training: Training, recent: Tally, pending: list[tuple[Sums, int]], started: float) -> None:
     """Bring the losses of the steps since the last record over from the device, and check them."""
-    for loss, errors, top5_errors, images in pending:
-        recent.add(Tally(images, float(loss) * images, int(errors), int(top5_errors)))
+    for step, (sums, images) in enumerate(pending, training.step - len(pending) + 1):
+        loss, errors, top5_errors = float(sums.loss), int(sums.errors), int(sums.top5_errors)
+        if not math.isfinite(loss):
+            training.check(loss, step)
+        recent.add(Tally(images, loss * images, errors, top5_errors))
     recent.seconds += time.perf_counter() - started
     pending.clear()
     training.tally.add(recent)
-    if not math.isfinite(recent.loss):
-        _check_finite(training, recent.loss)
-
-
-def _check_finite(training: Training, loss: float) -> None:
-    """Stop before a network that is no network any more is shown or saved."""
-    broken = [name for name, p in parameters_by_name(training.network) if not bool(torch.isfinite(p).all())]
-    if math.isfinite(loss) and not broken:
-        return
-    last = training.run.checkpoints / "last"
-    raise VerificationError(
-        f"the loss became {loss} at step {training.step:,} (epoch {training.epoch})"
-        + (f", first in {broken[0]}" if broken else ""),
-        (f"last good checkpoint: {last.resolve()}; " if last.exists() else "")
-        + f"train with a lower rate than {training.recipe.learning_rate:g} (--lr)",
-    )
 
 
 def _step_record(training: Training, recent: Tally) -> Record:
@@ -246,11 +167,10 @@ def _step_record(training: Training, recent: Tally) -> Record:
     )  # fmt: skip
 
 
-def _validation(training: Training) -> tuple[dict[str, Any], bool]:
+def _validation(training: Training, counts: Evaluation) -> tuple[dict[str, Any], bool]:
     """The fields of an epoch's validation record, and whether its error is the lowest so far."""
     rate, tally = training.schedule.rate(training.step - 1), training.tally
-    counts = training.validate()
-    _check_finite(training, counts.loss)
+    training.check(counts.loss, training.step)
     best = training.schedule.observe(counts.top1_error)
     fields = {
         "loss": counts.loss, "top1_error": counts.top1_error, "top5_error": counts.top5_error, "lr": rate,

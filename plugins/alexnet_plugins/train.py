@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import asdict
+from contextlib import suppress
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -13,20 +12,23 @@ import typer
 
 from alexnet_cli import __version__
 from alexnet_cli import recipe as recipes
-from alexnet_cli.console import Progress, Reporter, duration
-from alexnet_cli.errors import AlexNetError, DataError, Stopped
+from alexnet_cli.console import Reporter
+from alexnet_cli.errors import AlexNetError, DataError, Stopped, StorageError
 from alexnet_cli.options import BatchOption, DataOption, GpusOption, JobsOption, JsonFlag, Precision, QuietFlag
 from alexnet_cli.recipe import Recipe
+from alexnet_plugins.train_display import heading, show_config, show_records
 
 if TYPE_CHECKING:
+    from alexnet_cli.core.fine_tuning import Transfer
     from alexnet_cli.core.placement import Placement
-    from alexnet_cli.core.records import Record
     from alexnet_cli.core.runs import Run
     from alexnet_cli.core.shards import Dataset
-    from alexnet_cli.core.train import Training
+    from alexnet_cli.core.training import Training
+    from alexnet_cli.core.weights import Model
 
 Cache = Literal["auto", "device", "none"]
-NAMES = "paper, krizhevsky, caffe, fast, tiny, or a TOML file. [default: paper]"
+Frozen = Literal["none", "conv"]
+NAMES = "paper, krizhevsky, caffe, fast, tiny, or a TOML file. [default: paper, or that of --init-from]"
 
 
 def train(
@@ -38,6 +40,10 @@ def train(
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the training set, at most.")] = None,
     max_steps: Annotated[int | None, typer.Option(min=1, help="Stop after so many steps.")] = None,
     batch_size: BatchOption = None,
+    micro_batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="Images computed at once, for a small GPU; the batch stays. [default: all of it]"),
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="Initial learning rate.")] = None,
     gpus: GpusOption = None,
     precision: Annotated[Precision | None, typer.Option(help="Arithmetic of the matrix products.")] = None,
@@ -46,14 +52,28 @@ def train(
         str | None,
         typer.Option(help="A run to go on with; auto: that of --name, or the newest if unfinished, or a new one."),
     ] = None,
+    init_from: Annotated[
+        str | None,
+        typer.Option(metavar="W", help="Start from these weights (as -w takes them); what does not fit starts afresh."),
+    ] = None,
+    freeze: Annotated[Frozen | None, typer.Option(help="Layers that keep their values: conv is 1 to 5.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the run. [default: date, time and recipe]")] = None,
     max_time: Annotated[str | None, typer.Option(help="Save and stop after so long, such as 8h or 1h30m.")] = None,
+    save_every: Annotated[
+        int | None, typer.Option(min=1, metavar="STEPS", help="Save so often too, not only after each epoch.")
+    ] = None,
+    keep: Annotated[
+        int | None, typer.Option(min=1, help="Newest checkpoints to keep, beside the best. [default: 1]")
+    ] = None,
     jobs: JobsOption = None,
     cache: Annotated[
         Cache, typer.Option(help="Keep the decoded pictures: on the device, nowhere, or there if they easily fit.")
     ] = "auto",
     compile: Annotated[
         bool, typer.Option("--compile/--no-compile", help="Have torch.compile make code for the network first.")
+    ] = False,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Write RUN/tensorboard too.", show_default=False)
     ] = False,
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Show every value and its source, and quit.")
@@ -65,26 +85,33 @@ def train(
 
     Without options: recipe `paper`, the only prepared data set, the first GPU if there is one.
     """  # fmt: skip
+    from alexnet_cli.core.fine_tuning import compare, source
     from alexnet_cli.core.resume import agreed, seconds, to_continue
     from alexnet_cli.core.shards import find_dataset, open_dataset
+    from alexnet_cli.core.tensorboard import check_installed
 
     reporter = Reporter("train", json=json, quiet=quiet)
     limit, run = seconds(max_time), to_continue(resume, name)
+    first = source(init_from, run)
     options = {"epochs": epochs, "batch_size": batch_size, "learning_rate": lr, "precision": precision, "seed": seed}
-    explicit = {key: value for key, value in options.items() if value is not None}
+    explicit = {key: value for key, value in {**options, "frozen": freeze}.items() if value is not None}
     said = recipes.parsed(settings or [])
-    base = run.recipe if run and recipe is None else recipes.load(recipe or "paper")
+    base, base_name = _base(recipe, run, first)
     resolved = recipes.changed(recipes.changed(base, said), explicit)
     if print_config:
         sources = recipes.listed(recipe) | dict.fromkeys(said, "--set") | dict.fromkeys(explicit, "option")
-        _print_config(reporter, resolved, sources, run.path.name if run and recipe is None else base.name)
+        show_config(reporter, resolved, sources, base_name)
         return
     if run:
         resolved = agreed(run, resolved, said)
     dataset = open_dataset(find_dataset(data or (str(run.about["data_path"]) if run else None)))
-    training = _begin(reporter, resolved, dataset, gpus, jobs, cache, compile, run, name)
+    transfer = compare(init_from, first, resolved, dataset.classes) if first else None
+    habits = _habits(run, {"save_every": save_every, "keep": keep, "micro_batch": micro_batch})
+    if tensorboard:
+        check_installed()
+    training = _begin(reporter, resolved, dataset, gpus, jobs, cache, compile, run, name, transfer, habits)
     with training.run.locked():
-        reason = _run(reporter, training, max_steps, limit)
+        reason = _run(reporter, training, max_steps, limit, habits["save_every"] or sys.maxsize, tensorboard)
         _finish(reporter, training, reason)
 
 
@@ -98,12 +125,13 @@ def _begin(
     compile: bool,
     run: Run | None,
     name: str | None,
+    transfer: Transfer | None,
+    habits: dict[str, int | None],
 ) -> Training:
     """Place the network, make the run directory unless there is one, and say what is about to happen."""  # fmt: skip
-    from alexnet_cli.core.network import parameters_by_name
     from alexnet_cli.core.placement import place, threads_for_decoding
     from alexnet_cli.core.runs import Run
-    from alexnet_cli.core.train import Training
+    from alexnet_cli.core.training import Training
 
     if run and run.about.get("data_hash") != data.hash:
         raise DataError(f"run {run.path.name} was trained on other data than {data.path}", "name its own with --data")
@@ -114,24 +142,29 @@ def _begin(
     about = _about(placement, data, recipe)
     data.mean_image()  # raises where it is damaged, before there is a run
     if run:
-        run.update({"resumed": [*run.about.get("resumed", []), about]})
+        run.update({"resumed": [*run.about.get("resumed", []), about], **habits})
     else:
-        run = Run.create(name, recipe, about)
-    training = Training(recipe, data, run, placement, threads_for_decoding(jobs), cache, compile)
-    for note in (*placement.notes, *(["the network is compiled at the first step, which takes long"] * compile)):
-        reporter.line("note", note)
-    count = sum(p.numel() for _, p in parameters_by_name(training.network))
-    towers = "2 towers" if recipe.towers == 2 else "1 tower"
-    splits = " · ".join(f"{split} {len(data.split(split)):,}" for split in ("train", "val"))
-    reporter.line("run", str(run.path))
-    reporter.line("data", f"{data.path} · {len(data.classes):,} classes · {splits}")
-    reporter.line("model", f"AlexNet · {towers} · {count:,} parameters · {placement.name} · {placement.precision}")
-    reporter.line(
-        "recipe",
-        f"{recipe.name} · batch {recipe.batch_size} · rate {recipe.learning_rate:g} · {recipe.schedule} · "
-        f"{recipe.epochs} epochs · seed {recipe.seed}",
-    )
+        run = Run.create(name, recipe, about | ({"init_from": transfer.about()} if transfer else {}) | habits)
+    micro_batch, keep, decoders = habits["micro_batch"], habits["keep"] or 1, threads_for_decoding(jobs)
+    training = Training(recipe, data, run, placement, decoders, cache, compile, transfer, micro_batch, keep)
+    heading(reporter, training)
     return training
+
+
+def _base(name: str | None, run: Run | None, first: Model | None) -> tuple[Recipe, str]:
+    """The recipe that --set and options change, and where it is from: a run's own, the weights', or a named one."""
+    if name is None and run:
+        return run.recipe, run.path.name
+    if name is None and first:
+        return recipes.changed(first.recipe, {"frozen": "none"}), "weights"
+    recipe = recipes.load(name or "paper")
+    return recipe, recipe.name
+
+
+def _habits(run: Run | None, typed: dict[str, int | None]) -> dict[str, int | None]:
+    """What a run keeps to until it is told otherwise: how often it saves, and the like."""
+    known = run.about if run else {}
+    return {key: known.get(key) if value is None else value for key, value in typed.items()}
 
 
 def _about(placement: Placement, data: Dataset, recipe: Recipe) -> dict[str, Any]:
@@ -152,10 +185,18 @@ def _about(placement: Placement, data: Dataset, recipe: Recipe) -> dict[str, Any
     }
 
 
-def _run(reporter: Reporter, training: Training, max_steps: int | None, limit: float | None) -> str:
+def _run(
+    reporter: Reporter,
+    training: Training,
+    max_steps: int | None,
+    limit: float | None,
+    save_every: int,
+    tensorboard: bool,
+) -> str:
     """Run the loop and show its records. Returns why it ended."""
     from alexnet_cli.core.checkpoint import newest
     from alexnet_cli.core.resume import asked_to_stop
+    from alexnet_cli.core.tensorboard import recorded
     from alexnet_cli.core.train import fit
 
     start, damaged = newest(training.run)
@@ -166,43 +207,20 @@ def _run(reporter: Reporter, training: Training, max_steps: int | None, limit: f
         )
     for folder in damaged:
         reporter.warn(f"{folder} is damaged: going on from {start}")
-    status, reason = "failed", "error"
     training.run.update({"status": "running"})
-    steps = min(training.recipe.epochs * training.schedule.steps_per_epoch, max_steps or sys.maxsize)
+    steps = min(training.steps, max_steps or sys.maxsize)
     total = max(0, steps - (int(start.name) if start else 0)) * training.recipe.batch_size
     try:
         with asked_to_stop(limit) as stop, reporter.progress("train", total=total) as bar:
-            reason = _show(reporter, training, bar, total, fit(training, start, max_steps, stop=stop))
-        status = "finished" if reason == "finished" else "interrupted"
-    finally:
-        training.run.update({"status": status, "reason": reason})
+            records = fit(training, start, max_steps, stop=stop, save_every=save_every)
+            records = recorded(training.run, records) if tensorboard else records
+            reason = show_records(reporter, training, bar, total, records)
+    except BaseException:
+        with suppress(StorageError):  # what stopped us is what the user needs to know
+            training.run.update({"status": "failed", "reason": "error"})
+        raise
+    training.run.update({"status": "finished" if reason == "finished" else "interrupted", "reason": reason})
     return reason
-
-
-def _show(reporter: Reporter, training: Training, bar: Progress, total: int, records: Iterator[Record]) -> str:
-    """Show each record as it comes. Returns the reason of the end."""
-    recipe, done = training.recipe, 0
-    for record in records:
-        reporter.result(record.as_dict())
-        where = f"epoch {record.epoch}/{recipe.epochs}"
-        if record.event == "start" and record.step:
-            reporter.line("resumed", f"at {where}, step {record.step:,}")
-        elif record.event == "step":
-            on_cpu = training.placement.device.type == "cpu"
-            if not done and on_cpu and not training.compile and record.images_per_second:
-                seconds = total / record.images_per_second
-                reporter.line("time", f"about {duration(seconds)} on this CPU")
-            note = f"{where}  loss {record.loss:.3f}  error {record.top1_error:.1%}  data {record.data_wait:.0%}"
-            bar.advance((record.step - done) * recipe.batch_size, note)
-        elif record.event == "validation":
-            top5 = f"  top-5 error {record.top5_error:.1%}" if len(training.data.classes) > 5 else ""
-            errors = f"top-1 error {record.top1_error:.1%}{top5}  loss {record.loss:.3f}"
-            speed = f"rate {record.lr:.2g}  {record.images_per_second:,.0f} img/s"
-            reporter.line("val", f"{where}  {errors}  {speed}{'  best' if record.best else ''}")
-        elif record.event == "end":
-            return record.reason or "finished"
-        done = record.step
-    return "finished"
 
 
 def _finish(reporter: Reporter, training: Training, reason: str) -> None:
@@ -228,22 +246,3 @@ def _finish(reporter: Reporter, training: Training, reason: str) -> None:
     best = training.schedule.best_error
     reached = f" · lowest top-1 error {best:.1%}" if best <= 1 else ""
     reporter.line("done", f"{run.path}{reached}   next: alexnet evaluate")
-
-
-def _print_config(reporter: Reporter, recipe: Recipe, sources: dict[str, str], base: str) -> None:
-    """Every value, where it comes from, and what the paper's text has."""
-    from rich.table import Table
-
-    paper, rows = asdict(recipes.PAPER) | recipes.LETTER, []
-    table = Table(title=f"recipe {recipe.name}", box=None, pad_edge=False)
-    table.add_column("key", no_wrap=True)
-    for title in ("value", "from", "paper", "section", "meaning"):
-        table.add_column(title)
-    for key, value in asdict(recipe).items():
-        about, section = recipes.describe(key, recipe.name)
-        source = sources.get(key, base)
-        rows.append({"key": key, "value": value, "from": source, "paper": paper[key], "section": section})
-        shown = [key, str(value), source, str(paper[key]), section, about]
-        table.add_row(*shown, style=None if value == paper[key] else "bold")
-    reporter.result({"event": "config", "values": rows})
-    reporter.show(table)

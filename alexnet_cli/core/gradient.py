@@ -1,0 +1,83 @@
+"""The gradient of a step (section 5), of the whole batch at once or in pieces that a small device can hold.
+
+Pieces change no number but by rounding: each image has the view and the dropout mask of its place in the whole batch,
+and the losses of the pieces are weighted to the mean over the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from alexnet_cli.core.augment import Draws, Pixels
+from alexnet_cli.core.loader import Batch
+from alexnet_cli.core.network import Network
+from alexnet_cli.core.placement import Placement
+from alexnet_cli.errors import MissingError
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Of a batch, still on the device: the mean loss, and how many top-1 and top-5 mistakes."""
+
+    loss: Tensor
+    errors: Tensor
+    top5_errors: Tensor
+
+
+@dataclass
+class Gradient:
+    """Computes gradients, `piece` images at a time; a GPU whose memory is too small for that gets half as many."""
+
+    network: Network
+    forward: Callable[[Tensor], Tensor]
+    """The network, or its compiled form."""
+    pixels: Pixels
+    placement: Placement
+    piece: int
+
+    def compute(self, batch: Batch, draws: Draws, step: int, epoch: int) -> Sums:
+        """Leave the gradient of the batch's mean loss in the parameters.
+
+        Raises:
+            MissingError: the device cannot hold even one image.
+        """
+        while (sums := self._attempt(batch, draws, step, epoch)) is None:  # the failed one's memory is free by now
+            if self.piece == 1:
+                raise MissingError(
+                    f"the memory of {self.placement.name} is too small for this network, one image at a time",
+                    "--gpus none trains on the CPU, --set width=0.5 half as wide a network",
+                )
+            self.piece = (min(self.piece, len(batch.rows)) + 1) // 2
+            torch.cuda.empty_cache()
+        return sums
+
+    def _attempt(self, batch: Batch, draws: Draws, step: int, epoch: int) -> Sums | None:
+        """The same, or None where the memory did not suffice."""
+        total: list[Tensor] = []
+        self.network.zero_grad()
+        try:
+            for first in range(0, len(batch.rows), self.piece):
+                sums = self._add(batch, slice(first, first + self.piece), draws, step, epoch)
+                total = [a + b for a, b in zip(total, sums, strict=True)] if total else sums
+        except torch.OutOfMemoryError:
+            return None
+        return Sums(*total)
+
+    def _add(self, batch: Batch, part: slice, draws: Draws, step: int, epoch: int) -> list[Tensor]:
+        """Add a piece's gradient to what is there. Returns its share of the mean loss, and its mistakes."""
+        self.network.draw_dropout(step, part.start)
+        labels = batch.labels[part].to(self.placement.device, non_blocking=True)
+        views = self.pixels.train(batch.images[part], batch.rows[part], draws, epoch)
+        with self.placement.arithmetic():
+            logits = self.forward(views)
+        smoothing = self.network.recipe.label_smoothing
+        loss = functional.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+        loss = loss * (len(labels) / len(batch.rows))
+        loss.backward()
+        top = logits.detach().topk(min(5, logits.shape[1])).indices == labels.unsqueeze(1)
+        return [loss.detach(), (~top[:, 0]).sum(), (~top.any(1)).sum()]

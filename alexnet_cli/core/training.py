@@ -1,0 +1,168 @@
+"""A network in training: all that a step needs, and all that a checkpoint keeps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from alexnet_cli.core import checkpoint, diagnosis, weights
+from alexnet_cli.core.augment import Draws, Pixels
+from alexnet_cli.core.cache import Where
+from alexnet_cli.core.evaluate import Evaluation, TorchClassifier, evaluate
+from alexnet_cli.core.fine_tuning import Transfer, freeze
+from alexnet_cli.core.gradient import Gradient, Sums
+from alexnet_cli.core.learning import Momentum, Schedule
+from alexnet_cli.core.loader import Batch, Loader, all_batches, steps_per_epoch
+from alexnet_cli.core.network import Network, initialise, parameters_by_name
+from alexnet_cli.core.placement import Placement
+from alexnet_cli.core.records import Tally
+from alexnet_cli.core.runs import Run
+from alexnet_cli.core.shards import Dataset
+from alexnet_cli.errors import VerificationError
+from alexnet_cli.recipe import Recipe
+
+
+@dataclass
+class Training:
+    """A network on its way: `step` steps are done, the last checkpoint is of step `saved`, and of the current
+    `epoch` (from 1) `tally` holds the sums so far.
+    """
+
+    recipe: Recipe
+    data: Dataset
+    run: Run
+    placement: Placement
+    threads: int
+    cache: Where = "auto"
+    compile: bool = False
+    transfer: Transfer | None = None
+    micro_batch: int | None = None
+    keep: int = 1
+    step: int = 0
+    epoch: int = 1
+    tally: Tally = field(default_factory=Tally)
+    saved: int = 0
+
+    def __post_init__(self) -> None:
+        device = self.placement.device
+        self.rows = len(self.data.split("train"))
+        self.network = Network(self.recipe, len(self.data.classes))
+        initialise(self.network)
+        if self.transfer:
+            self.transfer = self.transfer.applied(self.network)
+        freeze(self.network, self.recipe)
+        self.network.to(device)
+        self.optimiser = Momentum(parameters_by_name(self.network), self.recipe)
+        self.schedule = Schedule(self.recipe, steps_per_epoch(self.rows, self.recipe.batch_size))
+        self.pixels = Pixels(self.recipe, self.data.mean_image(), self.data.colour_std, self.data.colour_axes, device)
+        piece = min(self.micro_batch or self.recipe.batch_size, self.recipe.batch_size)
+        forward: Callable[[Tensor], Tensor] = self.network
+        if self.compile:
+            from alexnet_cli.core.compilation import compiled  # which imports the compiler, that few need
+
+            forward = compiled(self.network, device, piece)
+        self.gradient = Gradient(self.network, forward, self.pixels, self.placement, piece)
+        self.checks_every_step = device.type == "cpu"  # a GPU would have to be waited for
+
+    @property
+    def steps(self) -> int:
+        """How many steps the recipe takes, at most."""
+        return self.recipe.epochs * self.schedule.steps_per_epoch
+
+    @property
+    def first_step_of_epoch(self) -> int:
+        """The number of steps before the current epoch."""
+        return (self.epoch - 1) * self.schedule.steps_per_epoch
+
+    @property
+    def last_step_of_epoch(self) -> int:
+        """The number of steps at the end of the current epoch."""
+        return self.epoch * self.schedule.steps_per_epoch
+
+    @property
+    def epochs_begun(self) -> int:
+        """How many epochs have had a step."""
+        return -(-self.step // self.schedule.steps_per_epoch)
+
+    def take_step(self, batch: Batch, draws: Draws) -> Sums:
+        """One step of gradient descent.
+
+        Raises:
+            VerificationError: the loss is not a number; on a CPU, before the weights have learned from it.
+        """
+        sums = self.gradient.compute(batch, draws, self.step, self.epoch)
+        if self.checks_every_step and not bool(torch.isfinite(sums.loss)):
+            where = diagnosis.outputs(self.gradient, batch, draws, self.step, self.epoch)
+            raise self.broken(float(sums.loss), self.step + 1, where)
+        self.optimiser.step(self.schedule.rate(self.step), self.epoch)
+        self.step += 1
+        return sums
+
+    def check(self, loss: float, step: int) -> None:
+        """Stop before a network that is no network any more is shown or saved; `loss` is that of `step`, from 1.
+
+        Raises:
+            VerificationError: the loss or a weight is not a number.
+        """
+        where = diagnosis.weights(self.network)
+        if where or not math.isfinite(loss):
+            raise self.broken(loss, step, where)
+
+    def broken(self, loss: float, step: int, where: str) -> VerificationError:
+        """What to say when numbers have stopped being numbers, `where` being the first place."""
+        last, rate = self.run.checkpoints / "last", self.recipe.learning_rate
+        return VerificationError(
+            f"the loss became {loss} at step {step:,} (epoch {self.epoch})" + (f", first in {where}" if where else ""),
+            (f"last good checkpoint: {last.resolve()}; " if last.exists() else "")
+            + f"train with a lower rate than {rate:g} (--lr)",
+        )
+
+    def validate(self, stop: Callable[[], str | None] = lambda: None) -> Evaluation | None:
+        """The errors of the centre view over the validation split, or None if `stop()` gave a reason meanwhile."""
+        split, size = self.data.split("val"), self.gradient.piece
+        classify = TorchClassifier(self.network, self.pixels, self.placement)
+        counts = Evaluation.empty(len(self.data.classes))
+        with Loader(split, size, self.threads, self.placement.device) as loader:
+            for _ in evaluate(classify, loader.batches(all_batches(len(split), size)), counts):
+                if stop():
+                    return None
+        return counts
+
+    def save(self, metrics: dict[str, Any], best: bool) -> Path:
+        """Write a checkpoint of this moment."""
+        position = {
+            "step": self.step, "epoch": self.epoch, "schedule": self.schedule.state(), "metrics": metrics,
+            "tally": asdict(self.tally),
+        }  # fmt: skip
+        info = {
+            "data": self.data.name, "data_hash": self.data.hash, "run": self.run.path.name,
+            "epoch": self.epochs_begun, "step": self.step, "metrics": metrics,
+            "exif_rotate": self.data.record["image"].get("exif_rotate", False),
+        }  # fmt: skip
+        text = weights.metadata(self.recipe, self.data.classes, info)
+        mean = torch.from_numpy(np.ascontiguousarray(self._mean(), dtype=np.float32))
+        path = checkpoint.save(self.run, self.step, self.network, self.optimiser, position, mean, text, best, self.keep)
+        self.saved = self.step
+        return path
+
+    def restore(self, directory: Path) -> dict[str, Any]:
+        """Go on from a checkpoint. Returns the metrics it was saved with."""
+        saved = checkpoint.load(directory)
+        checkpoint.restore(self.network, self.optimiser, saved)
+        self.step, self.epoch = int(saved.position["step"]), int(saved.position["epoch"])
+        self.saved = self.step
+        self.schedule.restore(saved.position["schedule"])
+        self.tally = Tally(**saved.position["tally"])
+        return dict(saved.position["metrics"])
+
+    def _mean(self) -> Any:
+        """What predictions subtract: the mean image, or the mean colour everywhere."""
+        image = self.data.mean_image()
+        return np.broadcast_to(image.mean((1, 2), keepdims=True), image.shape) if self.recipe.mean == "rgb" else image

@@ -1,0 +1,101 @@
+"""What `alexnet train` shows: the heading, a line for each thing that happens, the values of a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from alexnet_cli import recipe as recipes
+from alexnet_cli.console import Progress, Reporter, duration
+from alexnet_cli.recipe import Recipe
+
+if TYPE_CHECKING:
+    from alexnet_cli.core.fine_tuning import Transfer
+    from alexnet_cli.core.records import Record
+    from alexnet_cli.core.training import Training
+
+
+def heading(reporter: Reporter, training: Training) -> None:
+    """Run, data, network, recipe: what is about to happen."""
+    from alexnet_cli.core.network import parameters_by_name
+
+    recipe, data, placement = training.recipe, training.data, training.placement
+    for note in (
+        *placement.notes,
+        *(["the network is compiled at the first step, which takes long"] * training.compile),
+    ):
+        reporter.line("note", note)
+    count = sum(p.numel() for _, p in parameters_by_name(training.network))
+    towers = "2 towers" if recipe.towers == 2 else "1 tower"
+    splits = " · ".join(f"{split} {len(data.split(split)):,}" for split in ("train", "val"))
+    reporter.line("run", str(training.run.path))
+    reporter.line("data", f"{data.path} · {len(data.classes):,} classes · {splits}")
+    reporter.line("model", f"AlexNet · {towers} · {count:,} parameters · {placement.name} · {placement.precision}")
+    if training.transfer:
+        _taken_over(reporter, training.transfer)
+    reporter.line(
+        "recipe",
+        f"{recipe.name} · batch {recipe.batch_size} · rate {recipe.learning_rate:g} · {recipe.schedule} · "
+        f"{recipe.epochs} epochs · seed {recipe.seed}"
+        + (" · conv1 to conv5 frozen" if recipe.frozen == "conv" else ""),
+    )
+
+
+def _taken_over(reporter: Reporter, transfer: Transfer) -> None:
+    """Say which layers start from other weights, and why the others do not."""
+    reporter.line("weights", f"{transfer.model.path}")
+    reporter.line("loaded", ", ".join(transfer.loaded))
+    for layer, reason in transfer.afresh.items():
+        reporter.line("afresh", f"{layer}: {reason}")
+
+
+def show_records(reporter: Reporter, training: Training, bar: Progress, total: int, records: Iterator[Record]) -> str:
+    """Show each record as it comes. Returns the reason of the end."""
+    recipe, done = training.recipe, 0
+    for record in records:
+        reporter.result(record.as_dict())
+        where = f"epoch {record.epoch}/{recipe.epochs}"
+        if record.event == "start" and record.step:
+            reporter.line("resumed", f"at {where}, step {record.step:,}")
+        elif record.event == "step":
+            steady = training.placement.device.type == "cpu" and not training.compile
+            if not done and steady and record.images_per_second:
+                seconds = total / record.images_per_second
+                reporter.line("time", f"about {duration(seconds)} on this CPU")
+            shares = [record.top1_error, record.top5_error][: 2 if len(training.data.classes) > 5 else 1]
+            told = "/".join(f"{100 * (error or 0):.1f}" for error in shares)
+            note = f"{where}  loss {record.loss:.3g}  error {told}%  data {record.data_wait:.0%}"  # 80 columns hold it
+            bar.advance((record.step - done) * recipe.batch_size, note)
+        elif record.event == "warning":
+            reporter.warn(record.text or "", record.hint or "")
+        elif record.event == "validation":
+            top5 = f"  top-5 error {record.top5_error:.1%}" if len(training.data.classes) > 5 else ""
+            errors = f"top-1 error {record.top1_error:.1%}{top5}  loss {record.loss:.3f}"
+            speed = f"rate {record.lr:.2g}  {record.images_per_second:,.0f} img/s"
+            reporter.line("val", f"{where}  {errors}  {speed}{'  best' if record.best else ''}")
+        elif record.event == "end":
+            return record.reason or "finished"
+        if record.event in {"start", "step"}:
+            done = record.step
+    return "finished"
+
+
+def show_config(reporter: Reporter, recipe: Recipe, sources: dict[str, str], base: str) -> None:
+    """Every value, where it comes from, and what the paper's text has."""
+    from rich.table import Table
+
+    paper, rows = asdict(recipes.PAPER) | recipes.LETTER, []
+    table = Table(title=f"recipe {recipe.name}", box=None, pad_edge=False)
+    table.add_column("key", no_wrap=True)
+    for title in ("value", "from", "paper", "section", "meaning"):
+        table.add_column(title)
+    for key, value in asdict(recipe).items():
+        about, section = recipes.describe(key, recipe.name)
+        source = sources.get(key, base)
+        row = {"key": key, "value": value, "from": source, "paper": paper[key], "section": section, "meaning": about}
+        rows.append(row)
+        shown = [key, str(value), source, str(paper[key]), section, about]
+        table.add_row(*shown, style=None if value == paper[key] else "bold")
+    reporter.result({"event": "config", "values": rows})
+    reporter.show(table)

@@ -1,0 +1,159 @@
+"""What is said before the first step and when nothing is learned; and that nothing is said where all is well."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from alexnet_cli.core import advice
+from alexnet_cli.core.packing import pack
+from alexnet_cli.core.placement import Placement
+from alexnet_cli.core.plan import Plan
+from alexnet_cli.core.records import Record
+from alexnet_cli.core.runs import Run
+from alexnet_cli.core.shards import Dataset, open_dataset
+from alexnet_cli.core.sources import recognise
+from alexnet_cli.core.train import fit
+from alexnet_cli.core.training import Training
+from alexnet_cli.recipe import CAFFE, FAST, KRIZHEVSKY, PAPER, RECIPES, TINY, Recipe
+from alexnet_plugins.train import train
+
+
+@pytest.fixture(scope="module")
+def odd(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A class whose training pictures are all damaged, and two validation pictures that are in train too."""
+    folder = tmp_path_factory.mktemp("odd")
+    shutil.copytree(pictures, folder / "source")
+    for file in (folder / "source" / "train" / "green").iterdir():
+        file.write_bytes(b"no picture")
+    for i in range(2):
+        shutil.copy(
+            folder / "source" / "val" / "red" / f"0{i}.jpg", folder / "source" / "train" / "red" / f"copy{i}.jpg"
+        )
+    for _ in pack(Plan(recognise(folder / "source"), folder / "odd", 95), workers=1):
+        pass
+    return folder / "odd"
+
+
+def said(recipe: Recipe, data: Dataset) -> list[str]:
+    return [str(record.text) for record in advice.before(recipe, data)]
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_nothing_is_said_where_all_is_well(prepared: Path, name: str) -> None:
+    assert said(RECIPES[name], open_dataset(prepared)) == []
+
+
+def test_classes_without_pictures_and_pictures_in_both_splits(odd: Path) -> None:
+    empty, leak = advice.before(PAPER, open_dataset(odd))
+    assert empty.text == "1 of 4 classes have no training picture: green"
+    assert leak.text == "2 pictures are in train and in val"
+    assert str(odd / "duplicates.jsonl") in str(leak.hint)
+    listed = [json.loads(line) for line in (odd / "duplicates.jsonl").read_text().splitlines()]
+    assert len(listed) == 2
+
+
+@pytest.mark.parametrize(
+    ("recipe", "lr", "batch", "far"),
+    [
+        (PAPER, 0.02, 256, False),  # as the authors' own check had it
+        (PAPER, 0.04, 512, False),  # linear
+        (PAPER, 0.02, 512, False),  # square root
+        (PAPER, 0.01, 1024, False),  # forgotten: 2.8 times too low for the square root
+        (PAPER, 0.01, 4096, True),  # 5.7 times
+        (PAPER, 0.01, 8, False),  # 4 times the square root's 0.0025
+        (PAPER, 0.1, 128, True),
+        (PAPER, 0.001, 128, True),
+        (FAST, 0.02, 64, False),
+        (TINY, 0.3, 64, True),
+        (CAFFE, 0.01, 128, False),
+        (KRIZHEVSKY, 0.0, 128, True),
+        (replace(PAPER, name="mine"), 5.0, 128, False),  # nobody knows what it should be
+    ],
+)
+def test_a_rate_far_from_the_batchs(prepared: Path, recipe: Recipe, lr: float, batch: int, far: bool) -> None:
+    told = said(replace(recipe, learning_rate=lr, batch_size=batch), open_dataset(prepared))
+    assert len(told) == far
+    assert all(f"rate {lr:g} is far from what batch {batch} asks for" in text for text in told)
+
+
+def test_fine_tuning_may_be_slow_and_frozen_layers_should_be_of_somebody(prepared: Path) -> None:
+    data, slow = open_dataset(prepared), replace(PAPER, learning_rate=1e-4, frozen="conv")
+    assert list(advice.before(slow, data, {})) == []
+    assert [text.split(" is ")[0] for text in said(slow, data)] == [
+        "rate 0.0001", "layers 1 to 5 are frozen at random values",
+    ]  # fmt: skip
+    (told,) = advice.before(slow, data, {"lrn_k": (2.0, 1.0), "lrn_joint": (False, True)})
+    assert str(told.text).endswith(": lrn_k = 2.0 here, 1.0 there, lrn_joint = False here, True there")
+    assert told.hint == "leave --recipe out, or give --set lrn_k=1.0 --set lrn_joint=true"
+
+
+@pytest.mark.parametrize(("steps", "patience"), [(48, 100), (1248, 124), (3510, 351), (900_000, 2000)])
+def test_patience_is_a_tenth_of_the_steps(steps: int, patience: int) -> None:
+    assert advice.Guessing.at(PAPER, 10, steps).patience == patience
+
+
+def test_a_loss_that_stays_at_guessing_is_told_once() -> None:
+    watch, chance = advice.Guessing.at(replace(PAPER, conv345_std=0.01), 1000, 1000), math.log(1000)
+    told = [watch.heed(Record("step", 1, step, loss=loss)) for step, loss in (
+        (90, chance), (100, 0.97 * chance), (110, 0.99 * chance), (120, chance), (130, 1.2 * chance),
+    )]  # fmt: skip
+    assert [record is not None for record in told] == [False, False, True, False, False]
+    assert told[2] is not None
+    assert told[2].step == 110
+    assert str(told[2].text).endswith("no better than guessing (ln 1000 = 6.908)")
+    assert "conv345_std=0.03" in str(told[2].hint)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "remedy"),
+    [(PAPER, "bias=0.1"), (CAFFE, "conv345_std=0.03"), (FAST, "labels"), (replace(CAFFE, conv345_std=0.03), "labels")],
+)
+def test_the_remedy_fits_the_recipe(recipe: Recipe, remedy: str) -> None:
+    told = advice.Guessing.at(recipe, 10, 100).heed(Record("step", 2, 100, loss=math.log(10)))
+    assert told is not None
+    assert remedy in str(told.hint)
+
+
+def test_the_papers_letter_stays_at_guessing_and_training_says_so(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hundred steps with 0.01 everywhere; the correction is what is proposed."""
+    monkeypatch.setenv("ALEXNET_RUNS_DIR", str(tmp_path))
+    recipe = replace(PAPER, width=1 / 64, batch_size=4, learning_rate=0.002, conv345_std=0.01, epochs=9)
+    training = Training(
+        recipe,
+        open_dataset(prepared),
+        Run.create("letter", recipe, {}),
+        Placement(torch.device("cpu"), "CPU", "fp32"),
+        1,
+    )
+    warnings = [record for record in fit(training) if record.event == "warning"]
+    assert [(record.epoch, record.step) for record in warnings] == [(9, 100)]
+    assert "no better than guessing (ln 4 = 1.386)" in str(warnings[0].text)
+    assert training.run.records().count(warnings[0].as_dict()) == 1
+
+
+def test_the_command_says_it_before_the_first_step(
+    odd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ALEXNET_RUNS_DIR", str(tmp_path))
+    settings = ["width=0.0625"]
+    train(str(odd), "tiny", settings, batch_size=16, lr=3.0, max_steps=1, jobs=1, name="a", json=True, quiet=True)
+    out, err = capsys.readouterr()
+    assert err.count("warn    ") == 3
+    assert (
+        "warn    rate 3 is far from what batch 16 asks for: recipe tiny has 0.03 at 64, which makes 0.0075 to 0.015"
+        in err
+    )
+    assert "--lr 0.0075" in err
+    events = [json.loads(line)["event"] for line in out.splitlines()]
+    assert events == ["start", "warning", "warning", "warning", "step", "checkpoint", "end"]
+    train(str(odd), resume="a", max_steps=2, jobs=1, quiet=True)
+    assert "warn" not in capsys.readouterr().err  # said once
