@@ -77,9 +77,10 @@ LAZY_TORCH = {"devices"}  # import it in functions only
 PLUGINS = {"errors", "recipe", "console", "options", "entry_points"}  # and anything in core
 BESIDE = {
     "demo": {"demo_pictures"},
-    "benchmark": {"benchmark_pictures", "benchmark_prepare", "benchmark_load"},
+    "benchmark": {"benchmark_pictures", "benchmark_prepare", "benchmark_load", "benchmark_train"},
+    "benchmark_train": {"benchmark_step"},
 }
-RIVALS = {"benchmark_load"}  # what others use is measured here
+RIVALS = {"benchmark_load", "benchmark_train", "benchmark_step"}  # what others use is measured here
 
 
 def imports(path: Path) -> set[str]:
