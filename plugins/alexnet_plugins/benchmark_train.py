@@ -81,7 +81,11 @@ class Field:
             peers["stock: channels-last, bf16"] = self._apart("stock", "channels-last", bf16=True)
         peers["limit: ours without normalisation"] = partial(self.bound.run, placement.arithmetic)
         peers["torchvision's AlexNet"] = self._apart("torchvision", "channels-last", bf16=low)
-        notes = [*notes, "torchvision's AlexNet is another, simpler network: one tower, fewer maps, no normalisation"]
+        notes = [
+            *notes,
+            "stock and torchvision's run in a process of their own, with memory as any script has it",
+            "torchvision's AlexNet is another, simpler network: one tower, fewer maps, no normalisation",
+        ]
         if self.data:
             dataset, note = self.data
             peers["ours, fed from shards"] = fed(self.ours, dataset, placement, self.stack)
