@@ -28,6 +28,8 @@ class Contest:
     """Peers that are not installed."""
     extra: Mapping[str, float] = field(default_factory=dict)
     """Further measurements, in seconds, by name."""
+    operations: float | None = None
+    """Floating-point operations that ours takes an image, if that says how well it does."""
 
 
 @dataclass
@@ -49,15 +51,17 @@ class Times:
 
     def as_dict(self) -> dict[str, Any]:
         """Medians, spreads (slowest and fastest round) and ratios."""
-        every = {"ours": self.ours, **self.peers}
+        every, operations = {"ours": self.ours, **self.peers}, self.contest.operations
+        ours = statistics.median(self.ours)
         return {
             "name": self.contest.name,
-            "ours": statistics.median(self.ours),
+            "ours": ours,
             "peers": {name: statistics.median(rates) for name, rates in self.peers.items()},
             "ratio": {name: self.ratio(name) for name in self.peers},
             "spread": {name: [min(rates), max(rates)] for name, rates in every.items()},
             "unit": "img/s",
             "rounds": len(self.ours),
+            **({"gflop_per_image": operations / 1e9, "tflops": ours * operations / 1e12} if operations else {}),
             "seconds": dict(self.contest.extra),
             "notes": list(self.contest.notes),
             "missing": list(self.contest.missing),

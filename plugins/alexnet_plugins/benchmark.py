@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -15,9 +14,10 @@ import typer
 
 from alexnet_cli.console import Reporter
 from alexnet_cli.errors import DataError
-from alexnet_cli.options import JsonFlag, QuietFlag
+from alexnet_cli.options import GpusOption, JsonFlag, QuietFlag
 
 if TYPE_CHECKING:
+    from alexnet_cli.core.shards import Dataset
     from alexnet_cli.core.stopwatch import Contest, Times
 
 PACKAGES = ("alexnet-cli", "torch", "torchvision", "pillow", "simplejpeg", "numpy", "opencv-python-headless",
@@ -29,6 +29,7 @@ class Topic(StrEnum):
 
     prepare = "prepare"
     load = "load"
+    train = "train"
     all = "all"
 
 
@@ -41,9 +42,12 @@ class Setting:
     data: str | None
     images: int
     workers: int
+    batch_size: int | None
+    gpus: str | None
 
 
-Opening = Callable[[Setting], AbstractContextManager["Contest"]]
+Opening = Callable[[Setting], Generator["Contest"]]
+"""Sets up each contest of a topic in turn; what it stands on is there until the next is asked for."""
 
 
 def benchmark(
@@ -60,6 +64,10 @@ def benchmark(
     jobs: Annotated[
         int | None, typer.Option("--jobs", "-j", min=1, help="Threads, or processes. [default: one per core]")
     ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", "-b", min=1, help="Pictures a step. [default: 64, on a GPU 128]")
+    ] = None,
+    gpus: GpusOption = None,
     json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
@@ -77,12 +85,15 @@ def benchmark(
         machine = stopwatch.hardware(workers)
         with (
             tempfile.TemporaryDirectory(prefix="alexnet-benchmark-") as scratch,
-            TOPICS[name](Setting(Path(scratch), pictures, data, images, workers)) as contest,
+            contextlib.closing(
+                TOPICS[name](Setting(Path(scratch), pictures, data, images, workers, batch_size, gpus))
+            ) as contests,
         ):
-            times = _rounds(reporter, contest, rounds, seconds)
-        about = {"hardware": machine, "versions": stopwatch.versions(PACKAGES)}
-        reporter.result({**times.as_dict(), **about})
-        _show(reporter, times, about)
+            for contest in contests:
+                times = _rounds(reporter, contest, rounds, seconds)
+                about = {"hardware": machine, "versions": stopwatch.versions(PACKAGES)}
+                reporter.result({**times.as_dict(), **about})
+                _show(reporter, times, about)
 
 
 def _rounds(reporter: Reporter, contest: Contest, count: int, seconds: float) -> Times:
@@ -106,6 +117,8 @@ def _show(reporter: Reporter, times: Times, about: dict[str, Any]) -> None:
         ratio = f"{found['ratio'][name]:.2f} x" if name in found["ratio"] else ""
         table.add_row(name, f"{value:,.0f}", f"{low:,.0f}", f"{high:,.0f}", ratio)
     reporter.show(table)
+    if "tflops" in found:
+        reporter.show(f"ours: {found['tflops']:,.2f} TFLOP/s, at {found['gflop_per_image']:.2f} GFLOP an image")
     for name, cost in found["seconds"].items():
         reporter.show(f"{name}: {cost * 1000:,.1f} ms")
     for name in found["missing"]:
@@ -118,8 +131,7 @@ def _show(reporter: Reporter, times: Times, about: dict[str, Any]) -> None:
     reporter.show(" · ".join(f"{name} {number}" for name, number in about["versions"].items()))
 
 
-@contextlib.contextmanager
-def _prepare(setting: Setting) -> Iterator[Contest]:
+def _prepare(setting: Setting) -> Generator[Contest]:
     from alexnet_plugins import benchmark_prepare
 
     source, paths, note = _source(setting)
@@ -127,26 +139,35 @@ def _prepare(setting: Setting) -> Iterator[Contest]:
         yield contest
 
 
-@contextlib.contextmanager
-def _load(setting: Setting) -> Iterator[Contest]:
+def _load(setting: Setting) -> Generator[Contest]:
+    from alexnet_plugins import benchmark_load
+
+    dataset, note = _dataset(setting)
+    with benchmark_load.contest(dataset.split("train"), setting.workers, setting.scratch, [note]) as contest:
+        yield contest
+
+
+def _train(setting: Setting) -> Generator[Contest]:
+    from alexnet_plugins import benchmark_train
+
+    yield from benchmark_train.contests(setting.gpus, setting.batch_size, setting.workers, lambda: _dataset(setting))
+
+
+def _dataset(setting: Setting) -> tuple[Dataset, str]:
+    """The data set that was named, or one prepared for this, and a sentence about it."""
     from alexnet_cli.core.packing import pack
     from alexnet_cli.core.plan import Plan
     from alexnet_cli.core.shards import find_dataset, open_dataset
     from alexnet_cli.core.sources import recognise
-    from alexnet_plugins import benchmark_load
 
     if setting.data is not None:
         path = find_dataset(setting.data)
-        note = f"measured on the training split of {path}"
-    else:
-        source, _, note = _source(setting)
-        path = setting.scratch / "prepared"
-        for _ in pack(Plan(recognise(source), path), setting.workers):
-            pass
-        note += ", prepared"
-    split = open_dataset(path).split("train")
-    with benchmark_load.contest(split, setting.workers, setting.scratch, [note]) as contest:
-        yield contest
+        return open_dataset(path), f"measured on the training split of {path}"
+    source, _, note = _source(setting)
+    path = setting.scratch / "prepared"
+    for _ in pack(Plan(recognise(source), path), setting.workers):
+        pass
+    return open_dataset(path), f"{note}, prepared"
 
 
 def _source(setting: Setting) -> tuple[Path, list[Path], str]:
@@ -168,5 +189,5 @@ def _source(setting: Setting) -> tuple[Path, list[Path], str]:
     return source, sorted(source.rglob("*.jpg")), note
 
 
-TOPICS: dict[Topic, Opening] = {Topic.prepare: _prepare, Topic.load: _load}
+TOPICS: dict[Topic, Opening] = {Topic.prepare: _prepare, Topic.load: _load, Topic.train: _train}
 """The contestants of each topic. A new topic is a file beside this one, a name in Topic and an entry here."""
