@@ -76,3 +76,9 @@ class Stopped(AlexNetError):
     def __init__(self, what: str, hint: str, exit_code: int) -> None:
         super().__init__(what, hint)
         self.exit_code = exit_code
+
+
+class Terminated(BaseException):
+    """SIGTERM has come: as after Ctrl-C, everything is unwound, and nothing stays behind."""
+
+    exit_code = 143

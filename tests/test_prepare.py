@@ -160,7 +160,8 @@ def test_refusals(
     assert "hint: " in said
 
 
-def test_ctrl_c_keeps_what_is_finished(pets: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_keeps_what_is_finished(pets: Path, number: int, code: int) -> None:
     big = jpeg((9, 99, 199), (1000, 800))
     for i in range(1000):
         (pets / "cats" / f"big{i}.jpg").write_bytes(big)
@@ -169,9 +170,10 @@ def test_ctrl_c_keeps_what_is_finished(pets: Path) -> None:
     deadline = time.monotonic() + 60
     while not list(Path("prepared").glob("pets/.partial/*.tar.tmp")) and time.monotonic() < deadline:
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, said = process.communicate(timeout=60)
-    assert process.returncode == 130, said
+    assert process.returncode == code, said
+    assert not list(Path("prepared").glob("pets/.partial/*.tar.tmp"))
     assert "error: interrupted: no shard was finished yet" in said
     assert "hint: the same command begins anew" in said
     assert not Path("prepared/pets/dataset.json").exists()

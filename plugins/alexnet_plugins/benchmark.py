@@ -58,7 +58,9 @@ def benchmark(
     data: Annotated[
         str | None, typer.Option("--data", metavar="D", help="Measure loading on this prepared data set.")
     ] = None,
-    images: Annotated[int, typer.Option(min=16, help="How many pictures, at most.")] = 512,
+    images: Annotated[
+        int, typer.Option(min=16, help="How many pictures; those of a smaller folder are used again.")
+    ] = 512,
     rounds: Annotated[int, typer.Option(min=1, help="How often each is timed.")] = 5,
     seconds: Annotated[float, typer.Option(min=0.0, help="The shortest time a timing may take.")] = 1.0,
     jobs: Annotated[
@@ -184,8 +186,10 @@ def _source(setting: Setting) -> tuple[Path, list[Path], str]:
         chosen = benchmark_pictures.files(setting.pictures, setting.images)
         if len(chosen) < benchmark_pictures.CLASSES:
             raise DataError(f"{setting.pictures} holds {len(chosen)} JPEGs", "name a folder with some hundreds")
-        benchmark_pictures.tree(chosen, source)
-        note = f"measured on {len(chosen):,} pictures of {setting.pictures}"
+        again = -(-setting.images // len(chosen))
+        benchmark_pictures.tree((chosen * again)[: setting.images], source)
+        times = f", each up to {again} times" if again > 1 else ""
+        note = f"measured on {setting.images:,} pictures: {len(chosen):,} of {setting.pictures}{times}"
     return source, sorted(source.rglob("*.jpg")), note
 
 

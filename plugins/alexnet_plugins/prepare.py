@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from alexnet_cli.console import Reporter
-from alexnet_cli.errors import Stopped, UsageError
+from alexnet_cli.errors import Stopped, Terminated, UsageError
 from alexnet_cli.options import JsonFlag, QuietFlag
 
 if TYPE_CHECKING:
@@ -113,12 +113,14 @@ def _pack(reporter: Reporter, plan: Plan, workers: int, on_corrupt: OnCorrupt, o
                         else:
                             seen += step.images
                             bar.advance(step.images, f"{left_out:,} left out" if left_out else "")
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Terminated) as stop:
         kept = plan.shards_kept()
         what = f"the {kept:,} finished shards stay in {plan.output}" if kept else "no shard was finished yet"
         again = "goes on where it stopped" if kept else "begins anew"
         without = " without --overwrite" if kept and overwrite else ""
-        raise Stopped(f"interrupted: {what}", f"the same command{without} {again}", 130) from None
+        raise Stopped(
+            f"interrupted: {what}", f"the same command{without} {again}", getattr(stop, "exit_code", 130)
+        ) from None
     return seen, time.perf_counter() - start
 
 
