@@ -327,3 +327,20 @@ def test_doctor_survives_the_patient(tmp_path: Path, package: str) -> None:
 def test_what_is_switched_off_is_not_broken(plugin: Callable[..., Path]) -> None:
     result = alexnet("doctor", "--json", path=plugin("hello", HELLO), settings={"ALEXNET_PLUGINS": ""})
     assert not any("hello" in key for key in json.loads(result.stdout)["broken_commands"])
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [({}, cli.SPINS), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+)
+def test_waiting_threads_sleep_soon_unless_told_otherwise(
+    said: dict[str, str], expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert os.environ.get("GOMP_SPINCOUNT") == expected
