@@ -31,6 +31,7 @@ class LazyGroup(TyperGroup):
     def __init__(self, *args: Any, **attributes: Any) -> None:
         super().__init__(*args, **attributes)
         self.offers = callable_offers()
+        self.theirs: Offer | None = None  # the command that runs, if it is somebody else's
         self.commands = _Loaded(self.offers)  # a mapping, so that "Did you mean" sees every name
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
@@ -38,12 +39,21 @@ class LazyGroup(TyperGroup):
         name, command, rest = super().resolve_command(ctx, args)
         offer = self.offers.get(name or "")
         if offer and not offer.ours and not ctx.resilient_parsing:
-            command = _imported(offer)
+            command, self.theirs = _imported(offer), offer
         return name, command, rest
 
     def invoke(self, ctx: Any) -> None:
-        """Run the command; what its function returns is no exit code."""
-        super().invoke(ctx)
+        """Run the command; what its function returns is no exit code. Errors of others are not ours."""
+        try:
+            super().invoke(ctx)
+        except Exception as error:
+            known = isinstance(error, AlexNetError | OSError | typer.Exit | typer.Abort)
+            if self.theirs is None or known or hasattr(error, "format_message"):
+                raise
+            what = (
+                f"the command {self.theirs.name} of {self.theirs.distribution} failed: {type(error).__name__}: {error}"
+            )
+            raise AlexNetError(what, f"tell its authors; alexnet --debug {self.theirs.name} shows where") from error
 
 
 class _Loaded(dict[str, Any]):

@@ -27,7 +27,7 @@ def before(recipe: Recipe, data: Dataset, different: Mapping[str, tuple[Any, Any
     leaks = data.record.get("duplicates", {}).get("across_splits", 0)
     if leaks:
         yield _warning(
-            f"{leaks:,} pictures are in train and in val",
+            f"{leaks:,} {'picture is' if leaks == 1 else 'pictures are'} in train and in val",
             f"the validation error will look too good; {data.path / DUPLICATES} lists them all",
         )
     yield from _odd_rate(recipe, different is not None)
