@@ -167,6 +167,18 @@ def test_somebody_elses_command_is_found_and_called(plugin: Callable[..., Path])
     assert "did you mean 'hello'" in alexnet("helo", path=path).stderr
 
 
+def test_what_goes_wrong_in_somebody_elses_command_is_theirs(plugin: Callable[..., Path]) -> None:
+    path = plugin("half", 'def run(n: int) -> None:\n    """Halve."""\n    print(1 / n)\n')
+    broken = alexnet("half", "0", path=path)
+    assert broken.returncode == 1
+    assert broken.stderr == (
+        "error: the command half of alexnet-extra failed: ZeroDivisionError: division by zero\n"
+        "hint: tell its authors; alexnet --debug half shows where\n"
+    )
+    assert "Traceback" in alexnet("--debug", "half", "0", path=path).stderr
+    assert alexnet("half", "x", path=path).returncode == 2
+
+
 def test_a_typer_app_is_a_command_too(plugin: Callable[..., Path]) -> None:
     body = (
         "import typer, sys\nrun = typer.Typer()\n"
