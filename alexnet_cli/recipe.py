@@ -41,7 +41,7 @@ class Recipe:
     width: float = knob(1.0, "-", "share of the paper's channels in every layer but the last", 1 / 64, 4)
     input_size: Literal[224, 227] = knob(224, "3.5", "side of the crop in pixels (227: Caffe, unpadded)")
     lrn: Literal["across-maps", "within-map", "none"] = knob("across-maps", "3.3", "response normalisation")
-    lrn_size: int = knob(5, "3.3", "n: adjacent maps in the sum (across) or side of the window (within)", 1)
+    lrn_size: int = knob(5, "3.3", "n: adjacent maps in the sum (across) or side of the window (within)", 1, 255)
     lrn_k: float = knob(2.0, "3.3", "k: the constant in the denominator", 1e-6)
     lrn_alpha: float = knob(1e-4, "3.3", "alpha, for inputs in 0..255", 0)
     lrn_beta: float = knob(0.75, "3.3", "beta: the power of the denominator", 0)
@@ -137,9 +137,10 @@ def _checked(key: str, value: Any) -> Any:
     low, high = meta.get("low"), meta.get("high")
     high = sys.float_info.max if kind is float and high is None else high
     if (low is not None and not value >= low) or (high is not None and not value <= high):
-        span = f"at least {low:g}" + (f" and at most {high:g}" if high is not None else "")
-        span = span.replace(f" and at most {sys.float_info.max:g}", " and finite")
-        raise RecipeError(f"recipe: {key} = {value!r} is out of range", f"it must be {span}")
+        ends = [] if low is None else [f"at least {low:g}"]
+        if high is not None:
+            ends.append("finite" if high == sys.float_info.max else f"at most {high:g}")
+        raise RecipeError(f"recipe: {key} = {value!r} is out of range", f"it must be {' and '.join(ends)}")
     return value
 
 

@@ -66,6 +66,7 @@ def test_biases_of_the_authors_code() -> None:
 def test_layer_1_is_slowed(epoch: int, factor: float) -> None:
     slowed = [rate * factor for rate in RATES]
     assert run(KRIZHEVSKY, RATES, "conv1.weight", epoch) == pytest.approx(by_hand(slowed), rel=1e-12)
+    assert run(KRIZHEVSKY, RATES, "conv1.bias", epoch) == run(KRIZHEVSKY, RATES, "conv1.bias", 1)  # as the log has it
 
 
 def test_layer_1_is_frozen_decay_and_all() -> None:

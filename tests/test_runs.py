@@ -126,7 +126,11 @@ def test_what_w_cannot_be() -> None:
 
 def test_going_on_refuses_what_would_change_the_result() -> None:
     run = Run.create("r", TINY, {})
-    assert resume.agreed(run, replace(TINY, epochs=99), set()).epochs == 99
+    with pytest.raises(UsageError, match="epochs = 99 differs"):  # every rate of the cycle would be another
+        resume.agreed(run, replace(TINY, epochs=99), set())
+    assert resume.agreed(run, replace(TINY, epochs=99), {"epochs"}).epochs == 99
+    with pytest.raises(UsageError, match="counts its steps in batches of 64"):
+        resume.agreed(run, replace(TINY, batch_size=32), {"batch_size"})
     assert run.recipe == TINY, "nothing is written before the run has really gone on"
     with pytest.raises(UsageError, match=r"learning_rate = 0.5 differs") as caught:
         resume.agreed(run, replace(run.recipe, learning_rate=0.5), set())
@@ -134,6 +138,28 @@ def test_going_on_refuses_what_would_change_the_result() -> None:
     assert resume.agreed(run, replace(TINY, learning_rate=0.5), {"learning_rate"}).learning_rate == 0.5
     with pytest.raises(UsageError, match="is another network"):
         resume.agreed(run, replace(TINY, width=0.5), {"width"})
+
+
+def test_more_epochs_may_follow_but_not_fewer_than_are_done() -> None:
+    run = Run.create("r", PAPER, {})
+    assert resume.agreed(run, replace(PAPER, epochs=99), set()).epochs == 99
+    for epoch in (1, 2, 3):
+        run.log({"event": "validation", "epoch": epoch, "step": 10 * epoch})
+    assert resume.agreed(run, replace(PAPER, epochs=3), set()).epochs == 3
+    with pytest.raises(UsageError, match="epochs = 2, but r has done 3"):
+        resume.agreed(run, replace(PAPER, epochs=2), {"epochs"})
+
+
+def test_odd_lines_and_files_of_a_run_are_messages() -> None:
+    run = Run.create("r", PAPER, {})
+    with (run.path / "metrics.jsonl").open("ab") as file:
+        file.write(b'[1]\n"text"\n\xff\xfe\n{"event":"step","step":3}\n')
+    assert run.records() == [{"event": "step", "step": 3}]
+    (run.path / "run.json").write_text("[]")
+    assert run.about == {}
+    (run.path / "run.json").write_text("[1]")
+    with pytest.raises(DataError, match="cannot be read"):
+        _ = run.about
 
 
 def test_which_run_auto_goes_on_with() -> None:

@@ -251,6 +251,31 @@ def test_only_last_and_best_are_kept(start: Callable[..., Training]) -> None:
     assert folders == {Path(str(best)).name, "00000012"}
 
 
+def test_what_somebody_puts_beside_the_checkpoints_stays(start: Callable[..., Training]) -> None:
+    training = start()
+    (training.run.checkpoints / "backup").mkdir()
+    (training.run.checkpoints / "backup" / "notes").touch()
+    list(fit(training))
+    assert (training.run.checkpoints / "backup" / "notes").exists()
+
+
+def test_a_checkpoint_of_another_network_or_place_is_a_message(start: Callable[..., Training]) -> None:
+    other, training = start(replace(SMALL, width=1 / 8)), start()
+    list(fit(other, max_steps=1))
+    last = (other.run.checkpoints / "last").resolve()
+    with pytest.raises(WeightsError, match=r"does not fit: conv1\.weight"):
+        training.restore(last)
+    moved = last.rename(last.with_name("00000099"))
+    with pytest.raises(WeightsError, match="is of step 1, not of its name"):
+        checkpoint.load(moved)
+    position = {"step": 1, "epoch": 1, "schedule": training.schedule.state(), "metrics": {}}  # no tally
+    mean = torch.from_numpy(training.data.mean_image())
+    text = weights.metadata(training.recipe, training.data.classes, {})
+    path = checkpoint.save(training.run, 1, training.network, training.optimiser, position, mean, text, False, 1)
+    with pytest.raises(WeightsError, match="does not say where training was: 'tally'"):
+        training.restore(path)
+
+
 def test_records_name_their_fields() -> None:
     record = Record("step", 1, 2, loss=0.5)
     assert record.as_dict() == {"event": "step", "epoch": 1, "step": 2, "loss": 0.5}

@@ -13,6 +13,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from alexnet_cli.errors import StorageError, WeightsError
 
 SCHEMA = "alexnet.checkpoint/1"
 STATE, META = "state.pt", "meta.json"
+OURS = re.compile(r"\d{8,}|\.\d{8,}\.(tmp|old)")  # folders of checkpoints, whole or on their way
 DAMAGED = "--resume goes on from the newest checkpoint that is whole"
 
 
@@ -126,8 +128,8 @@ def load(directory: Path) -> Resumable:
     _check(directory)
     try:
         state = torch.load(directory / STATE, map_location="cpu", weights_only=True)
-        return Resumable(weights.read(directory / MODEL), state["velocity"], state["position"])
-    except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError, EOFError) as error:
+        return Resumable(weights.read(directory / MODEL), dict(state["velocity"]), dict(state["position"]))
+    except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError, ValueError, EOFError) as error:
         raise WeightsError(f"{directory / STATE} cannot be read: {error}", DAMAGED) from error
 
 
@@ -138,8 +140,10 @@ def _check(directory: Path) -> Mapping[str, Any]:
         sums = {name: _sum(directory / name) for name in (MODEL, STATE)}
     except (OSError, ValueError) as error:
         raise WeightsError(f"{directory} is not a complete checkpoint: {error}", DAMAGED) from error
-    if meta.get("schema") != SCHEMA or meta.get("sha256") != sums:
+    if not isinstance(meta, dict) or meta.get("schema") != SCHEMA or meta.get("sha256") != sums:
         raise WeightsError(f"{directory} is damaged: its files differ from the sums in {META}", DAMAGED)
+    if directory.name.isdigit() and meta.get("step") != int(directory.name):
+        raise WeightsError(f"{directory} is of step {meta.get('step')}, not of its name", DAMAGED)
     return {"best": False, **meta}
 
 
@@ -151,7 +155,18 @@ def _point(checkpoint: Path, best: bool) -> None:
 
 
 def restore(network: Network, optimiser: Momentum, saved: Resumable) -> None:
-    """Put the saved weights and velocity in place."""
+    """Put the saved weights and velocity in place.
+
+    Raises:
+        WeightsError: they are those of another network.
+    """
+    for name, parameter in parameters_by_name(network):
+        found = {tuple(saved.model.tensors[name].shape), tuple(getattr(saved.velocity.get(name), "shape", ()))}
+        if found != {tuple(parameter.shape)}:
+            what = (
+                f"{saved.model.path} does not fit: {name} is {tuple(parameter.shape)} here, there or its velocity not"
+            )
+            raise WeightsError(what, "it is of another network: start a run of its own with --init-from")
     with torch.no_grad():
         for name, parameter in parameters_by_name(network):
             parameter.copy_(torch.from_numpy(saved.model.tensors[name]))
@@ -180,7 +195,7 @@ def _drop(folder: Path, step: int, keep: int) -> None:
     names = [f"{number:08d}" for number in steps[-keep:]] + ["last", "best"]
     kept = {(folder / name).resolve() for name in names}
     for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink() and path.resolve() not in kept:
+        if OURS.fullmatch(path.name) and path.is_dir() and not path.is_symlink() and path.resolve() not in kept:
             shutil.rmtree(path, ignore_errors=True)
 
 

@@ -60,7 +60,7 @@ class Momentum:
         if name.startswith("conv1."):
             if recipe.conv1_freeze_epoch and epoch > recipe.conv1_freeze_epoch:
                 rate = 0.0
-            elif recipe.conv1_slow_epoch and epoch > recipe.conv1_slow_epoch:
+            elif recipe.conv1_slow_epoch and epoch > recipe.conv1_slow_epoch and not name.endswith(".bias"):
                 rate /= 10
         return rate, decay
 

@@ -9,6 +9,7 @@ keeps x alone and makes the denominators again.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -138,9 +139,10 @@ def why_not(index: int) -> str:
     """Why the kernels cannot run on this GPU (no Triton, no C compiler, too old), or "" if they can: it is tried."""
     if triton is None:
         return "Triton is not installed"
-    x = torch.ones(1, 2, 1, 1, device=torch.device("cuda", index))
     try:
-        backward(x, forward(x, 3, 1.0, 1.0, 0.75, 1, False), 3, 1.0, 1.0, 0.75, 1, False).sum().item()
+        for dtype, relu in itertools.product((torch.float32, torch.bfloat16), (False, True)):
+            x = torch.ones(1, 8, 2, 2, device=torch.device("cuda", index), dtype=dtype)
+            backward(x, forward(x, 5, 1.0, 1.0, 0.75, 2, relu), 5, 1.0, 1.0, 0.75, 2, relu).sum().item()
     except Exception as error:  # Triton's, the C compiler's and the driver's have no other base in common
         return (str(error) or type(error).__name__).partition("\n")[0]
     return ""

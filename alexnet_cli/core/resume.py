@@ -13,7 +13,6 @@ from alexnet_cli.core.runs import Run
 from alexnet_cli.errors import UsageError
 from alexnet_cli.recipe import Recipe
 
-FREE_TO_CHANGE = {"epochs"}  # more of the same
 SHAPE = {"towers", "width"}  # another network, whose weights do not fit
 EXIT_CODES = {"Ctrl-C": 130, "SIGTERM": 143, "SIGUSR1": 143, "SIGHUP": 129, "time is up": 75}
 
@@ -26,6 +25,8 @@ def to_continue(resume: str | None, name: str | None) -> Run | None:
     if resume is None:
         return None
     if resume != "auto":
+        if name is not None:
+            raise UsageError(f"--resume {resume} goes on with that run", f"leave --name {name} out")
         return Run.open(resume)
     try:
         run = Run.open(name or "latest")
@@ -35,17 +36,25 @@ def to_continue(resume: str | None, name: str | None) -> Run | None:
 
 
 def agreed(run: Run, wanted: Recipe, said: Collection[str]) -> Recipe:
-    """The recipe to go on with; keys in `said` may differ from the run's.
+    """The recipe to go on with; keys in `said` may differ from the run's, and more epochs may follow.
 
     Raises:
         UsageError: another key differs that would change the result.
     """
     saved = asdict(run.recipe)
+    done = max((int(r["epoch"]) for r in run.records() if r.get("event") == "validation"), default=0)
+    if wanted.epochs < done:
+        raise UsageError(f"epochs = {wanted.epochs}, but {run.path.name} has done {done}", f"--epochs {done} or more")
+    # One cycle is planned to its end: with another end every rate is another.
+    free = set() if wanted.schedule == "one-cycle" else {"epochs"}
     for key, value in asdict(wanted).items():
         if value != saved[key] and key in SHAPE:
             what = f"{key} = {value} is another network than that of {run.path.name}, which has {saved[key]}"
             raise UsageError(what, "train it as a run of its own")
-        if value != saved[key] and key not in FREE_TO_CHANGE and key not in said:
+        if value != saved[key] and key == "batch_size":
+            what = f"batch_size = {value}, but {run.path.name} counts its steps in batches of {saved[key]}"
+            raise UsageError(what, f"leave it out, or start a run of its own: --init-from {run.path.name}")
+        if value != saved[key] and key not in free and key not in said:
             raise UsageError(
                 f"{key} = {value} differs from the run {run.path.name}, which has {saved[key]}",
                 f"leave it out, or go on with it all the same: --set {key}={value}",

@@ -14,6 +14,7 @@ import csv
 import fcntl
 import json
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -37,7 +38,7 @@ def runs_root() -> Path:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all: temporary name, sync, rename."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -115,10 +116,10 @@ class Run:
     def about(self) -> dict[str, Any]:
         """What run.json says."""
         try:
-            about = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            about = dict(json.loads((self.path / "run.json").read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
             raise DataError(f"{self.path / 'run.json'} cannot be read: {error}", "start a new run") from error
-        return dict(about)
+        return about
 
     @contextmanager
     def storing(self) -> Iterator[None]:
@@ -133,7 +134,9 @@ class Run:
         last = self.checkpoints / "last"
         if not self.path.is_dir():
             return "the folder of the run is gone, and its checkpoints with it: start a new run"
-        saved = f"last good checkpoint: {last.resolve()}" if last.exists() else "no checkpoint was due yet"
+        due = any(record.get("event") == "checkpoint" for record in self.records())
+        none = "its checkpoints are gone" if due else "no checkpoint was due yet"
+        saved = f"last good checkpoint: {last.resolve()}" if last.exists() else none
         return f"{saved}; free some space, or make it writable, then: alexnet train --resume {self.path.name}"
 
     @contextmanager
@@ -166,12 +169,12 @@ class Run:
     def records(self) -> list[dict[str, Any]]:
         """The records of metrics.jsonl; a last line that a crash cut short is left out."""
         path = self.path / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
         found = []
         for line in lines:
             try:
                 found.append(dict(json.loads(line)))
-            except ValueError:
+            except (ValueError, TypeError):
                 continue
         return found
 
@@ -180,7 +183,8 @@ class Run:
         kept = [r for r in self.records() if r.get("step", 0) <= step and r.get("event") != "end"]
         kept = [r for r in kept if r.get("event") != "validation" or r["epoch"] < epoch]  # stopped while validating
         with self.storing():
-            (self.path / ONNX).unlink(missing_ok=True)
+            for file in (self.path / ONNX, *self.path.glob(f".{Path(ONNX).stem}.*.tmp.onnx")):
+                file.unlink(missing_ok=True)
             write_text(self.path / "recipe.toml", recipe.to_toml())
             write_text(self.path / "metrics.jsonl", "".join(json.dumps(r, separators=(",", ":")) + "\n" for r in kept))
         self.write_csv()
@@ -201,7 +205,9 @@ def _unborn(path: Path) -> bool:
     """Whether a folder is what a run leaves that was killed while it was being made."""
     own = path.is_dir() and not path.is_symlink() and not any((path / "checkpoints").glob("*"))
     return own and all(
-        entry.name in {"checkpoints", "recipe.toml", ".recipe.toml.tmp", ".run.json.tmp"} for entry in path.iterdir()
+        entry.name in {"checkpoints", "recipe.toml", ".lock"}
+        or re.fullmatch(r"\.(recipe\.toml|run\.json)\..*tmp", entry.name)
+        for entry in path.iterdir()
     )
 
 

@@ -25,7 +25,7 @@ from alexnet_cli.core.placement import Placement
 from alexnet_cli.core.records import Tally
 from alexnet_cli.core.runs import Run
 from alexnet_cli.core.shards import Dataset
-from alexnet_cli.errors import VerificationError
+from alexnet_cli.errors import VerificationError, WeightsError
 from alexnet_cli.recipe import Recipe
 
 
@@ -53,6 +53,7 @@ class Training:
     def __post_init__(self) -> None:
         device = self.placement.device
         self.rows = len(self.data.split("train"))
+        self.batch = min(self.recipe.batch_size, self.rows)
         self.network = Network(self.recipe, len(self.data.classes))
         initialise(self.network)
         if self.transfer:
@@ -62,7 +63,7 @@ class Training:
         self.optimiser = Momentum(parameters_by_name(self.network), self.recipe)
         self.schedule = Schedule(self.recipe, steps_per_epoch(self.rows, self.recipe.batch_size))
         self.pixels = Pixels(self.recipe, self.data.mean_image(), self.data.colour_std, self.data.colour_axes, device)
-        piece = min(self.micro_batch or self.recipe.batch_size, self.recipe.batch_size)
+        piece = min(self.micro_batch or self.batch, self.batch)
         forward: Callable[[Tensor], Tensor] = self.network
         if self.compile:
             from alexnet_cli.core.compilation import compiled  # which imports the compiler, that few need
@@ -156,11 +157,15 @@ class Training:
         """Go on from a checkpoint. Returns the metrics it was saved with."""
         saved = checkpoint.load(directory)
         checkpoint.restore(self.network, self.optimiser, saved)
-        self.step, self.epoch = int(saved.position["step"]), int(saved.position["epoch"])
+        try:
+            self.step, self.epoch = int(saved.position["step"]), int(saved.position["epoch"])
+            self.schedule.restore(saved.position["schedule"])
+            self.tally = Tally(**saved.position["tally"])
+            metrics = dict(saved.position["metrics"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise WeightsError(f"{directory} does not say where training was: {error}", checkpoint.DAMAGED) from error
         self.saved = self.step
-        self.schedule.restore(saved.position["schedule"])
-        self.tally = Tally(**saved.position["tally"])
-        return dict(saved.position["metrics"])
+        return metrics
 
     def _mean(self) -> Any:
         """What predictions subtract: the mean image, or the mean colour everywhere."""

@@ -94,8 +94,8 @@ def read(path: Path) -> Model:
     try:
         recipe = recipes.from_values(json.loads(text["recipe"]))
         classes = tuple(ClassName(**entry) for entry in json.loads(text["classes"]))
-        info = json.loads(text.get("info", "{}"))
-    except (KeyError, TypeError, ValueError, RecipeError) as error:
+        info = dict(json.loads(text.get("info", "{}")))
+    except (KeyError, TypeError, ValueError, AttributeError, RecipeError) as error:
         raise WeightsError(f"{path} has unreadable metadata: {error}", "the file is damaged or foreign") from error
     _check_tensors(path, tensors, classes)
     return Model(path, tensors, recipe, classes, info)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -86,7 +87,7 @@ def train(
     Without options: recipe `paper`, the only prepared data set, the first GPU if there is one.
     """  # fmt: skip
     from alexnet_cli.core.fine_tuning import compare, source
-    from alexnet_cli.core.resume import agreed, seconds, to_continue
+    from alexnet_cli.core.resume import agreed, asked_to_stop, seconds, to_continue
     from alexnet_cli.core.shards import find_dataset, open_dataset
     from alexnet_cli.core.tensorboard import check_installed
 
@@ -104,14 +105,19 @@ def train(
         return
     if run:
         resolved = agreed(run, resolved, said)
-    dataset = open_dataset(find_dataset(data or (str(run.about["data_path"]) if run else None)))
+    dataset = open_dataset(find_dataset(data or (run.about.get("data_path") if run else None)))
     transfer = compare(init_from, first, resolved, dataset.classes) if first else None
     habits = _habits(run, {"save_every": save_every, "keep": keep, "micro_batch": micro_batch})
     if tensorboard:
         check_installed()
-    training = _begin(reporter, resolved, dataset, gpus, jobs, cache, compile, run, name, transfer, habits)
-    with training.run.locked():
-        reason = _run(reporter, training, max_steps, limit, habits["save_every"] or sys.maxsize, tensorboard)
+    with ExitStack() as stack:
+        stop = stack.enter_context(asked_to_stop(limit))
+        if run:
+            stack.enter_context(run.locked())
+        training = _begin(reporter, resolved, dataset, gpus, jobs, cache, compile, run, name, transfer, habits)
+        if not run:
+            stack.enter_context(training.run.locked())
+        reason = _run(reporter, training, max_steps, stop, habits["save_every"] or sys.maxsize, tensorboard)
         _finish(reporter, training, reason)
 
 
@@ -189,13 +195,12 @@ def _run(
     reporter: Reporter,
     training: Training,
     max_steps: int | None,
-    limit: float | None,
+    stop: Callable[[], str | None],
     save_every: int,
     tensorboard: bool,
 ) -> str:
     """Run the loop and show its records. Returns why it ended."""
     from alexnet_cli.core.checkpoint import newest
-    from alexnet_cli.core.resume import asked_to_stop
     from alexnet_cli.core.tensorboard import recorded
     from alexnet_cli.core.train import fit
 
@@ -205,13 +210,16 @@ def _run(
         reporter.line(
             "note", f"{left_out:,} of {rows:,} pictures sit out each epoch, which has whole batches of {size}"
         )
+    if size > rows:
+        what = f"a batch of {size:,} is not to be had from {rows:,} training pictures: every step takes them all"
+        reporter.warn(what, f"-b {max(1, rows // 10)} makes ten steps an epoch or more")
     for folder in damaged:
         reporter.warn(f"{folder} is damaged: going on from {start}")
     training.run.update({"status": "running"})
     steps = min(training.steps, max_steps or sys.maxsize)
-    total = max(0, steps - (int(start.name) if start else 0)) * training.recipe.batch_size
+    total = max(0, steps - (int(start.name) if start else 0)) * training.batch
     try:
-        with asked_to_stop(limit) as stop, reporter.progress("train", total=total) as bar:
+        with reporter.progress("train", total=total) as bar:
             records = fit(training, start, max_steps, stop=stop, save_every=save_every)
             records = recorded(training.run, records) if tensorboard else records
             reason = show_records(reporter, training, bar, total, records)
@@ -219,7 +227,8 @@ def _run(
         with suppress(StorageError):  # what stopped us is what the user needs to know
             training.run.update({"status": "failed", "reason": "error"})
         raise
-    training.run.update({"status": "finished" if reason == "finished" else "interrupted", "reason": reason})
+    if reason != "finished":  # that it is only when all its files are there
+        training.run.update({"status": "interrupted", "reason": reason})
     return reason
 
 
@@ -239,8 +248,12 @@ def _finish(reporter: Reporter, training: Training, reason: str) -> None:
         model = weights.read(find_weights(str(run.path)))
         checked = export(model, run.path / ONNX, crops_of(training.data, model))
         reporter.line("saved", f"{run.path / ONNX} · differs from PyTorch by {checked.max_abs_difference:.1e} at most")
+    except StorageError as error:
+        raise StorageError(error.what, f"free some space, then: alexnet export -w {run.path.name}") from error
     except AlexNetError as error:
         reporter.warn(f"no {ONNX} was written: {error.what}", error.hint)
+    if reason == "finished":
+        run.update({"status": "finished", "reason": reason})
     if training.schedule.over:
         reporter.line("ended", "the validation error has stopped falling, after the last drop of the rate too")
     best = training.schedule.best_error

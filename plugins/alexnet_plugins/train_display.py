@@ -66,7 +66,7 @@ def show_records(reporter: Reporter, training: Training, bar: Progress, total: i
             shares = [record.top1_error, record.top5_error][: 2 if len(training.data.classes) > 5 else 1]
             told = "/".join(f"{100 * (error or 0):.1f}" for error in shares)
             note = f"{where}  loss {record.loss:.3g}  error {told}%  data {record.data_wait:.0%}"  # 80 columns hold it
-            bar.advance((record.step - done) * recipe.batch_size, note)
+            bar.advance((record.step - done) * training.batch, note)
         elif record.event == "warning":
             reporter.warn(record.text or "", record.hint or "")
         elif record.event == "validation":
