@@ -132,7 +132,9 @@ def test_max_time_and_resume(home: Path) -> None:
     assert "hint: alexnet train --resume timed" in stopped.stderr
     finished = lines(run("train", "--resume", "timed", "--json", "-q"))
     assert finished[-1]["reason"] == "finished"
-    longer = lines(run("train", "--resume", "timed", "--epochs", "4", "--json", "-q"))
+    refused = run("train", "--resume", "timed", "--epochs", "4", code=2)
+    assert "go on with it all the same: --set epochs=4" in refused.stderr
+    longer = lines(run("train", "--resume", "timed", "--set", "epochs=4", "--json", "-q"))
     assert longer[0]["step"] == 9
     assert longer[-1]["step"] == 12
     refused = run("train", "--resume", "timed", "--lr", "0.5", code=2)

@@ -173,6 +173,9 @@ def test_which_run_auto_goes_on_with() -> None:
         assert found.path.name == "slurm"
     run.update({"status": "finished"})
     assert resume.to_continue("auto", None) is None
+    assert resume.to_continue("slurm", "slurm") is not None
+    with pytest.raises(UsageError, match="goes on with slurm"):
+        resume.to_continue("slurm", "mine")
     with pytest.raises(UsageError, match="no run is called other"):
         resume.to_continue("other", None)
 

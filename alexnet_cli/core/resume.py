@@ -25,9 +25,10 @@ def to_continue(resume: str | None, name: str | None) -> Run | None:
     if resume is None:
         return None
     if resume != "auto":
-        if name is not None:
-            raise UsageError(f"--resume {resume} goes on with that run", f"leave --name {name} out")
-        return Run.open(resume)
+        run = Run.open(resume)
+        if name not in (None, run.path.name):
+            raise UsageError(f"--resume {resume} goes on with {run.path.name}", f"leave --name {name} out")
+        return run
     try:
         run = Run.open(name or "latest")
     except UsageError:
