@@ -1,12 +1,13 @@
 """`alexnet benchmark train`: a training step of ours, of the same network from torch's own parts, and of the bound.
 
-What others have runs in a process of its own, with memory as any script has it: to keep what is freed is a good part
-of what ours gains on a CPU, and holds for a whole process.
+What others have runs in a process of its own, with threads and memory as any script has them: to keep what is freed is
+a good part of what ours gains on a CPU, and holds for a whole process.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections.abc import Callable, Generator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, nullcontext
@@ -63,7 +64,8 @@ class Field:
 
         self.conditions, self.stack = conditions, stack
         # A process that is started fresh: a forked one would inherit the settings of this one.
-        self.process = stack.enter_context(ProcessPoolExecutor(1, multiprocessing.get_context("spawn")))
+        context = multiprocessing.get_context("spawn")
+        self.process = stack.enter_context(ProcessPoolExecutor(1, context, initializer=_as_any_script))
         self.ours, self.bound = benchmark_step.ours(conditions), benchmark_step.ours(conditions, norm=False)
         self.kept = None if data else benchmark_step.other("stock", conditions, "contiguous")
         self.data = data() if data else None
@@ -99,6 +101,11 @@ class Field:
         from alexnet_plugins import benchmark_step
 
         return lambda: self.process.submit(benchmark_step.apart, kind, self.conditions, layout, bf16).result()
+
+
+def _as_any_script() -> None:
+    """Before torch is loaded: threads that wait do so as they do where nobody has told them otherwise."""
+    os.environ.pop("GOMP_SPINCOUNT", None)
 
 
 def fed(learner: Learner, dataset: Dataset, placement: Placement, stack: ExitStack) -> Pass:
