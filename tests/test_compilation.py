@@ -32,7 +32,10 @@ from alexnet_cli.recipe import PAPER, TINY
 CPU = torch.device("cpu")
 SMALL = replace(TINY, width=1 / 16, batch_size=8, dropout=0.5, epochs=1, precision="fp32")
 # torch asks for this where it compiles around something, and hides the warning itself, if it is let
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+    pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning"),  # torch 2.11 on itself
+]
 has_compiler = pytest.mark.skipif(
     shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler"
 )
