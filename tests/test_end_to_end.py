@@ -133,7 +133,7 @@ def test_max_time_and_resume(home: Path) -> None:
     finished = lines(run("train", "--resume", "timed", "--json", "-q"))
     assert finished[-1]["reason"] == "finished"
     refused = run("train", "--resume", "timed", "--epochs", "4", code=2)
-    assert "go on with it all the same: --set epochs=4" in refused.stderr
+    assert "every later rate being another: --set epochs=4" in refused.stderr
     longer = lines(run("train", "--resume", "timed", "--set", "epochs=4", "--json", "-q"))
     assert longer[0]["step"] == 9
     assert longer[-1]["step"] == 12

@@ -126,7 +126,9 @@ def test_what_w_cannot_be() -> None:
 
 def test_going_on_refuses_what_would_change_the_result() -> None:
     run = Run.create("r", TINY, {})
-    with pytest.raises(UsageError, match="epochs = 99 differs"):  # every rate of the cycle would be another
+    with pytest.raises(
+        UsageError, match="one-cycle rate of r is planned for 16 epochs, not 99"
+    ):  # every rate of the cycle would be another
         resume.agreed(run, replace(TINY, epochs=99), set())
     assert resume.agreed(run, replace(TINY, epochs=99), {"epochs"}).epochs == 99
     with pytest.raises(UsageError, match="counts its steps in batches of 64"):

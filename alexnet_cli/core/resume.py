@@ -48,6 +48,9 @@ def agreed(run: Run, wanted: Recipe, said: Collection[str]) -> Recipe:
         raise UsageError(f"epochs = {wanted.epochs}, but {run.path.name} has done {done}", f"--epochs {done} or more")
     # One cycle is planned to its end: with another end every rate is another.
     free = set() if wanted.schedule == "one-cycle" else {"epochs"}
+    if "epochs" not in free | set(said) and wanted.epochs != saved["epochs"]:
+        what = f"the one-cycle rate of {run.path.name} is planned for {saved['epochs']} epochs, not {wanted.epochs}"
+        raise UsageError(what, f"go on all the same, every later rate being another: --set epochs={wanted.epochs}")
     for key, value in asdict(wanted).items():
         if value != saved[key] and key in SHAPE:
             what = f"{key} = {value} is another network than that of {run.path.name}, which has {saved[key]}"

@@ -215,7 +215,10 @@ def _known_runs() -> str:
     root = runs_root()
     names = sorted(p.name for p in root.iterdir() if (p / "run.json").is_file()) if root.is_dir() else []
     names = [name for name in names if name != "latest"]
-    return f"there are: {', '.join(names[-5:])}" if names else "train one first: alexnet train"
+    if not names:
+        return "train one first: alexnet train"
+    more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
+    return f"there are: {', '.join(names[-5:])}{more}"
 
 
 def _named(path: Path) -> Path:
@@ -240,7 +243,7 @@ def find_weights(spec: str | None, suffixes: Sequence[str] = (".safetensors",)) 
     if path.is_file():
         if path.suffix not in suffixes:
             raise WeightsError(
-                f"{path} is not a {' or '.join(suffixes)} file", "-w takes a run, a checkpoint or such a file"
+                f"{path} is not a {' or '.join(suffixes)} file", "name a run, a checkpoint folder or such a file"
             )
         return path
     if spec is None and not path.exists():

@@ -122,7 +122,7 @@ class Training:
         return VerificationError(
             f"the loss became {loss} at step {step:,} (epoch {self.epoch})" + (f", first in {where}" if where else ""),
             (f"last good checkpoint: {last.resolve()}; " if last.exists() else "")
-            + f"train with a lower rate than {rate:g} (--lr)",
+            + f"train with a lower rate than {rate:g}, such as --set learning_rate={rate / 10:g}",
         )
 
     def validate(self, stop: Callable[[], str | None] = lambda: None) -> Evaluation | None:

@@ -254,6 +254,10 @@ def _finish(reporter: Reporter, training: Training, reason: str) -> None:
         reporter.warn(f"no {ONNX} was written: {error.what}", error.hint)
     if reason == "finished":
         run.update({"status": "finished", "reason": reason})
+    if reason == "max-steps":
+        reporter.line(
+            "stopped", f"after --max-steps, at step {training.step:,}; alexnet train --resume {run.path.name}"
+        )
     if training.schedule.over:
         reporter.line("ended", "the validation error has stopped falling, after the last drop of the rate too")
     best = training.schedule.best_error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,7 @@ def heading(reporter: Reporter, training: Training) -> None:
         "recipe",
         f"{recipe.name} · batch {recipe.batch_size} · rate {recipe.learning_rate:g} · {recipe.schedule} · "
         f"{recipe.epochs} epochs · seed {recipe.seed}"
+        + (f" · in pieces of {training.gradient.piece}" if training.gradient.piece < training.batch else "")
         + (" · conv1 to conv5 frozen" if recipe.frozen == "conv" else ""),
     )
 
@@ -54,9 +56,12 @@ def show_records(reporter: Reporter, training: Training, bar: Progress, total: i
     """Show each record as it comes. Returns the reason of the end."""
     recipe, done = training.recipe, 0
     for record in records:
-        reporter.result(record.as_dict())
+        with suppress(BrokenPipeError):  # nobody reads on: no reason to stop training
+            reporter.result(record.as_dict())
         where = f"epoch {record.epoch}/{recipe.epochs}"
-        if record.event == "start" and record.step:
+        if record.event == "start" and record.step >= training.steps:
+            reporter.line("note", f"all {recipe.epochs} epochs are done; more: --set epochs={2 * recipe.epochs}")
+        elif record.event == "start" and record.step:
             reporter.line("resumed", f"at {where}, step {record.step:,}")
         elif record.event == "step":
             steady = training.placement.device.type == "cpu" and not training.compile
