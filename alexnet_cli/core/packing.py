@@ -83,15 +83,19 @@ def pack(plan: Plan, workers: int, on_corrupt: OnCorrupt = "skip", overwrite: bo
         with _locked(plan.output):
             if plan.state(overwrite) == "new":
                 _clear(plan.output)
-            if plan.state() != "finished":
-                (plan.output / PARTIAL).mkdir(exist_ok=True)
-                write_durably(plan.output / PARTIAL / PLAN, [json.dumps(plan.settings).encode()])
-                with ThreadPoolExecutor(workers, thread_name_prefix="prepare") as pool:
-                    totals = {}
-                    for split in plan.source.splits:
-                        totals[split] = Totals()
-                        yield from _pack_split(plan, split, totals[split], pool, workers, on_corrupt)
-                assemble(plan, totals)
+            try:
+                if plan.state() != "finished":
+                    (plan.output / PARTIAL).mkdir(exist_ok=True)
+                    write_durably(plan.output / PARTIAL / PLAN, [json.dumps(plan.settings).encode()])
+                    with ThreadPoolExecutor(workers, thread_name_prefix="prepare") as pool:
+                        totals = {}
+                        for split in plan.source.splits:
+                            totals[split] = Totals()
+                            yield from _pack_split(plan, split, totals[split], pool, workers, on_corrupt)
+                    assemble(plan, totals)
+            finally:
+                for rest in (plan.output / PARTIAL).glob("*.tar.tmp"):  # a signal may come before a writer has its name
+                    rest.unlink(missing_ok=True)
             settle(plan.output)
 
 
