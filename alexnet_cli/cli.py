@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import json
 import os
 import re
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, NoReturn
@@ -16,7 +19,7 @@ from typer.core import TyperGroup
 
 from alexnet_cli import __version__
 from alexnet_cli.entry_points import HINT, Offer, callable_offers
-from alexnet_cli.errors import AlexNetError, MissingError, Terminated
+from alexnet_cli.errors import AlexNetError, LostError, MissingError, Terminated
 
 HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
 SWALLOW = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
@@ -205,8 +208,23 @@ def _guarded(run: Callable[[], Any], debug: bool) -> int:
         if debug:
             traceback.print_exc()
         what, hint, code = _told(error)
-    sys.stderr.write(f"error: {what}\n" + (f"hint: {hint}\n" if hint else ""))
-    return code
+        if not _left_for_the_launcher(error, what, hint):
+            sys.stderr.write(f"error: {what}\n" + (f"hint: {hint}\n" if hint else ""))
+        return code
+
+
+def _left_for_the_launcher(error: BaseException, what: str, hint: str) -> bool:
+    """Leave the error of one process of several where torch's launchers look. Returns whether ours tells it for us."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not path:
+        return False
+    now = time.time()
+    about = {"what": what, "hint": hint, "lost": isinstance(error, LostError), "time": now}
+    message = {"message": what, "extraInfo": {"timestamp": f"{now:.0f}"}}
+    with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
+        json.dump({"message": message, "alexnet": about}, file)
+        return "ALEXNET_LAUNCHER" in os.environ
+    return False
 
 
 def _told(error: BaseException) -> tuple[str, str, int]:

@@ -37,8 +37,9 @@ class Progress(Protocol):
 class Reporter:
     """The voice of one command."""
 
-    def __init__(self, command: str, *, json: bool = False, quiet: bool = False) -> None:
-        self.command, self.json, self.quiet = command, json, quiet
+    def __init__(self, command: str, *, json: bool = False, quiet: bool = False, speaks: bool = True) -> None:
+        """Of several processes that run one command, only one `speaks`."""
+        self.command, self.json, self.quiet, self.speaks = command, json and speaks, quiet or not speaks, speaks
         self._bar: Any = None
 
     def line(self, label: str, text: str) -> None:
@@ -48,6 +49,8 @@ class Reporter:
 
     def warn(self, text: str, hint: str = "") -> None:
         """A warning on stderr, and what to do about it."""
+        if not self.speaks:
+            return
         self._stderr(f"warn    {_visible(text)}")
         if hint:
             self._stderr(f"hint    {_visible(hint)}")
@@ -61,7 +64,7 @@ class Reporter:
 
     def show(self, renderable: RenderableType) -> None:
         """The result for people: text is printed as it is, tables and the like as wide as the terminal."""
-        if self.json:
+        if self.json or not self.speaks:
             return
         if isinstance(renderable, str):
             sys.stdout.write(renderable + "\n")

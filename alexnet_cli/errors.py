@@ -6,6 +6,7 @@
     ├── DataError           3  data missing or invalid
     │   └── WeightsError    3  a model or checkpoint file is missing, damaged or foreign
     ├── MissingError        4  the environment lacks something: a GPU, an optional package
+    │   └── LostError       4  another process of the same training does not answer
     ├── PartialError        5  finished, but some items failed
     ├── VerificationError   6  a result did not pass its own check
     ├── StorageError        7  the disk is full or read-only; the last good checkpoint is intact
@@ -50,6 +51,10 @@ class MissingError(AlexNetError):
     """The environment lacks something that was asked for."""
 
     exit_code = 4
+
+
+class LostError(MissingError):
+    """Another process of the same training does not answer any more; what happened to it, it says itself."""
 
 
 class PartialError(AlexNetError):

@@ -26,6 +26,14 @@ BatchOption = Annotated[int | None, typer.Option("--batch-size", "-b", min=1, he
 GpusOption = Annotated[
     str | None, typer.Option("--gpus", metavar="IDS", help="0, all or none. [default: the first GPU, if there is one]")
 ]
+DevicesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--gpus",
+        metavar="IDS",
+        help="0; or 0,1 for a tower each; 0,1,2,3 for two pairs; all; none. [default: the first GPU, if there is one]",
+    ),
+]
 JobsOption = Annotated[
     int | None, typer.Option("--jobs", "-j", min=1, help="Threads that decode pictures. [default: one per core]")
 ]
@@ -40,4 +48,5 @@ def _one_or_ten(views: int) -> int:
 ViewsOption = Annotated[
     int, typer.Option("--views", callback=_one_or_ten, help="1: the centre; 10: corners, centre and their mirrors.")
 ]
+Parallel = Literal["auto", "tower", "data", "hybrid"]
 Precision = Literal["fp32", "tf32", "bf16"]

@@ -21,7 +21,11 @@ SHELL = {
 }
 CORE = {
     "devices": "",
-    "placement": "devices response_norm_gpu",
+    "heartbeat": "",
+    "towers": "heartbeat",
+    "ranks": "heartbeat towers",
+    "launch": "devices ranks",
+    "placement": "devices ranks response_norm_gpu",
     # section 2: the dataset
     "listing": "",
     "archives": "listing",
@@ -47,26 +51,28 @@ CORE = {
     "response_norm_gpu": "",
     "response_norm": "response_norm_gpu",
     "layers": "response_norm",
-    "towers": "",
+    "rows": "towers",
     "weights": "sources",
-    "network": "layers towers weights",
+    "network": "layers rows towers weights",
     # section 5: learning
     "learning": "",
-    "runs": "",
+    "atomic": "",
+    "runs": "atomic",
     "records": "",
-    "checkpoint": "learning network runs weights",
+    "checkpoint": "atomic learning network runs weights",
     "resume": "runs",
     "evaluate": "augment loader network placement sources",
     "results": "evaluate sources",
+    "replicas": "network ranks",
     "compilation": "layers network",
     "gradient": "augment loader network placement",
     "fine_tuning": "network runs sources weights",
     "diagnosis": "augment gradient loader network weights",
     "training": "augment cache checkpoint compilation diagnosis evaluate fine_tuning gradient learning "
-    "loader network placement records runs shards weights",
+    "loader network placement records replicas runs shards weights",
     "tensorboard": "records runs",
     "advice": "records shards",
-    "train": "advice augment cache evaluate gradient loader records runs training",
+    "train": "advice augment cache evaluate gradient loader records resume runs training",
     # section 6 and after: use
     "views": "",
     "onnx_metadata": "sources weights",
@@ -79,7 +85,8 @@ CORE = {
     "stopwatch": "",
 }
 TORCH = {
-    "devices", "placement", "fast_images", "packing", "loader", "cache", "augment", "response_norm",
+    "devices", "ranks", "launch", "rows", "replicas", "placement", "fast_images", "packing", "loader", "cache",
+    "augment", "response_norm",
     "response_norm_gpu", "layers", "towers", "network", "compilation", "learning", "checkpoint", "evaluate", "results",
     "fine_tuning", "gradient", "diagnosis", "training", "train", "tensorboard", "torch_session",
 }  # fmt: skip
@@ -88,7 +95,7 @@ PLUGINS = {"errors", "recipe", "console", "options", "entry_points"}  # and anyt
 BESIDE = {
     "prepare": {"prepare_report"},
     "demo": {"demo_pictures"},
-    "train": {"train_display"},
+    "train": {"train_display", "train_setup"},
     "benchmark": {"benchmark_pictures", "benchmark_prepare", "benchmark_load", "benchmark_train"},
     "benchmark_train": {"benchmark_step"},
 }

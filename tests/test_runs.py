@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from alexnet_cli.core import resume
-from alexnet_cli.core.runs import Run, find_weights, point, run_of
+from alexnet_cli.core.atomic import point
+from alexnet_cli.core.runs import Run, find_weights, run_of
 from alexnet_cli.errors import DataError, StorageError, UsageError, WeightsError
 from alexnet_cli.recipe import PAPER, TINY
 

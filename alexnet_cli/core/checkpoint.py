@@ -26,9 +26,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from alexnet_cli.core import weights
+from alexnet_cli.core.atomic import point, write_text
 from alexnet_cli.core.learning import Momentum
 from alexnet_cli.core.network import Network, parameters_by_name
-from alexnet_cli.core.runs import MODEL, Run, point, write_text
+from alexnet_cli.core.runs import MODEL, Run
 from alexnet_cli.errors import StorageError, WeightsError
 
 SCHEMA = "alexnet.checkpoint/1"
@@ -49,22 +50,22 @@ class Resumable:
 def save(
     run: Run,
     step: int,
-    network: Network,
-    optimiser: Momentum,
+    tensors: Mapping[str, Tensor],
+    velocity: Mapping[str, Tensor],
     position: Mapping[str, Any],
     mean: Tensor,
     metadata: Mapping[str, str],
     best: bool,
     keep: int = 1,
 ) -> Path:
-    """Write a checkpoint whole or not at all, point `last` (and `best`) to it, and drop all but `keep` and the best.
+    """Write a checkpoint of the whole network, its tensors being on the CPU, whole or not at all.
+
+    Point `last` (and `best`) to it, and drop all but `keep` and the best.
 
     Raises:
         StorageError: the disk is full, cannot be written or reads back otherwise; the checkpoint before is untouched.
     """
     final, temporary = run.checkpoints / f"{step:08d}", run.checkpoints / f".{step:08d}.tmp"
-    tensors = {name: p.detach().cpu().contiguous() for name, p in parameters_by_name(network)}
-    velocity = {name: v.cpu().contiguous() for name, v in optimiser.velocity.items()}
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         _check_space(run.checkpoints, 4 * sum(t.numel() for t in (*tensors.values(), *velocity.values())))
@@ -73,7 +74,7 @@ def save(
         sums = {MODEL: _write(temporary / MODEL, model)}
         del model
         buffer = io.BytesIO()
-        torch.save({"velocity": velocity, "position": dict(position)}, buffer)
+        torch.save({"velocity": dict(velocity), "position": dict(position)}, buffer)
         sums[STATE] = _write(temporary / STATE, buffer.getbuffer())
         meta = {"schema": SCHEMA, "step": step, "best": best, "sha256": sums}
         write_text(temporary / META, json.dumps(meta, indent=2) + "\n")
@@ -161,7 +162,11 @@ def restore(network: Network, optimiser: Momentum, saved: Resumable) -> None:
         WeightsError: they are those of another network.
     """
     for name, parameter in parameters_by_name(network):
-        found = {tuple(saved.model.tensors[name].shape), tuple(getattr(saved.velocity.get(name), "shape", ()))}
+        whole = [torch.from_numpy(saved.model.tensors[name]), saved.velocity.get(name)]
+        found = {
+            tuple(network.own(name, t).shape) if isinstance(t, Tensor) and t.dim() == parameter.dim() else ()
+            for t in whole
+        }
         if found != {tuple(parameter.shape)}:
             what = (
                 f"{saved.model.path} does not fit: {name} is {tuple(parameter.shape)} here, there or its velocity not"
@@ -169,8 +174,8 @@ def restore(network: Network, optimiser: Momentum, saved: Resumable) -> None:
             raise WeightsError(what, "it is of another network: start a run of its own with --init-from")
     with torch.no_grad():
         for name, parameter in parameters_by_name(network):
-            parameter.copy_(torch.from_numpy(saved.model.tensors[name]))
-            optimiser.velocity[name].copy_(saved.velocity[name])
+            parameter.copy_(network.own(name, torch.from_numpy(saved.model.tensors[name])))
+            optimiser.velocity[name].copy_(network.own(name, saved.velocity[name]))
 
 
 def _check_space(folder: Path, needed: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -43,6 +44,11 @@ class Evaluation:
         true = probabilities[np.arange(len(labels)), labels].astype(np.float64)
         self.loss_sum -= float(np.log(np.maximum(true, 1e-30)).sum())
         return top
+
+    def summed(self, total: Callable[[npt.NDArray[Any]], npt.NDArray[Any]]) -> Evaluation:
+        """The counts of several, where `total` adds up an array over all of them."""
+        loss = float(total(np.array([self.loss_sum]))[0])
+        return Evaluation(total(self.confusion), total(self.top5_hits), loss)
 
     @property
     def images(self) -> int:
@@ -105,7 +111,7 @@ def evaluate(
     Classes are numbered as the network's outputs; `output_of[class of the data set]` translates, if need be.
     """
     for batch in batches:
-        probabilities = classify(batch.images)
+        probabilities = classify(batch.images)  # of no image too: other ranks may have one, and wait for this one
         labels = batch.labels.numpy()
         top = counts.add(probabilities, labels if output_of is None else output_of[labels])
         yield batch, top, np.take_along_axis(probabilities, top, 1)

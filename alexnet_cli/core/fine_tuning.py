@@ -45,7 +45,7 @@ class Transfer:
     def applied(self, network: Network) -> Transfer:
         """Copy the loaded layers into a network. Returns the same without the tensors, whose memory is free again."""
         for name in _tensors(self.loaded):
-            network.get_parameter(name).copy_(torch.from_numpy(self.model.tensors[name]))
+            network.get_parameter(name).copy_(network.own(name, torch.from_numpy(self.model.tensors[name])))
         return replace(self, model=replace(self.model, tensors={}))
 
     def tensors(self) -> dict[str, list[str]]:

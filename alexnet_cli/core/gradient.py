@@ -7,11 +7,13 @@ and the losses of the pieces are weighted to the mean over the batch.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
 
 from alexnet_cli.core.augment import Draws, Pixels
 from alexnet_cli.core.loader import Batch
@@ -35,18 +37,25 @@ class Gradient:
 
     network: Network
     forward: Callable[[Tensor], Tensor]
-    """The network, or its compiled form."""
+    """The network, its compiled form, or one of its replicas."""
     pixels: Pixels
     placement: Placement
     piece: int
+    images: int
+    """In a whole batch, over all ranks."""
 
     def compute(self, batch: Batch, draws: Draws, step: int, epoch: int) -> Sums:
-        """Leave the gradient of the batch's mean loss in the parameters.
+        """Leave the gradient of the whole batch's mean loss in the parameters; `batch` is this rank's share of it.
 
         Raises:
             MissingError: the device cannot hold even one image.
         """
         while (sums := self._attempt(batch, draws, step, epoch)) is None:  # the failed one's memory is free by now
+            if self.placement.ranks.size > 1:
+                raise MissingError(
+                    f"the memory of {self.placement.name} is too small for {self.piece} images at a time",
+                    f"--micro-batch {max(1, self.piece // 2)} computes the same in pieces",
+                )
             if self.piece == 1:
                 raise MissingError(
                     f"the memory of {self.placement.name} is too small for this network, one image at a time",
@@ -62,22 +71,28 @@ class Gradient:
         self.network.zero_grad()
         try:
             for first in range(0, len(batch.rows), self.piece):
-                sums = self._add(batch, slice(first, first + self.piece), draws, step, epoch)
+                with self._exchanging(first + self.piece >= len(batch.rows)):
+                    sums = self._add(batch, slice(first, first + self.piece), draws, step, epoch)
                 total = [a + b for a, b in zip(total, sums, strict=True)] if total else sums
         except torch.OutOfMemoryError:
             return None
         return Sums(*total)
 
+    def _exchanging(self, last: bool) -> AbstractContextManager[object]:
+        """Replicas add up their gradients once, after the last piece."""
+        waits = not last and isinstance(self.forward, DistributedDataParallel)
+        return self.forward.no_sync() if waits else nullcontext()  # type: ignore[attr-defined]
+
     def _add(self, batch: Batch, part: slice, draws: Draws, step: int, epoch: int) -> list[Tensor]:
         """Add a piece's gradient to what is there. Returns its share of the mean loss, and its mistakes."""
-        self.network.draw_dropout(step, part.start)
+        self.network.draw_dropout(step, self.placement.ranks.share(self.images).start + part.start)
         labels = batch.labels[part].to(self.placement.device, non_blocking=True)
         views = self.pixels.train(batch.images[part], batch.rows[part], draws, epoch)
         with self.placement.arithmetic():
             logits = self.forward(views)
         smoothing = self.network.recipe.label_smoothing
         loss = functional.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
-        loss = loss * (len(labels) / len(batch.rows))
+        loss = loss * (len(labels) / self.images)
         loss.backward()
         top = logits.detach().topk(min(5, logits.shape[1])).indices == labels.unsqueeze(1)
         return [loss.detach(), (~top[:, 0]).sum(), (~top.any(1)).sum()]

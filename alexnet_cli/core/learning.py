@@ -57,12 +57,15 @@ class Momentum:
         if name.endswith(".bias"):
             rate = (rate if recipe.bias_rate_drops else recipe.learning_rate) * recipe.bias_rate
             decay = recipe.weight_decay if recipe.bias_decay else 0.0
-        if name.startswith("conv1."):
-            if recipe.conv1_freeze_epoch and epoch > recipe.conv1_freeze_epoch:
-                rate = 0.0
-            elif recipe.conv1_slow_epoch and epoch > recipe.conv1_slow_epoch and not name.endswith(".bias"):
-                rate /= 10
-        return rate, decay
+        slow = recipe.conv1_slow_epoch and epoch > recipe.conv1_slow_epoch
+        if name == "conv1.weight" and slow:
+            rate /= 10
+        return (rate if self.learns(name, epoch) else 0.0), decay
+
+    def learns(self, name: str, epoch: int) -> bool:
+        """Whether a parameter still changes in an epoch: layer 1 may be frozen at last, as in net #145."""
+        freeze = self.recipe.conv1_freeze_epoch
+        return not (name.startswith("conv1.") and freeze and epoch > freeze)
 
 
 @dataclass

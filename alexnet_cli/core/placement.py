@@ -1,26 +1,33 @@
-"""Which device computes, and with what arithmetic."""
+"""Which devices compute, and with what arithmetic: one for both towers, or several and who has what."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import socket
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from alexnet_cli.core.devices import cores, cpu_bf16, visible_gpus
+from alexnet_cli.core.ranks import ALONE, Parallel, Ranks, arranged, numbers
 from alexnet_cli.errors import MissingError, UsageError
 
 
 @dataclass(frozen=True)
 class Placement:
-    """One device for both towers. `precision` is what it really computes with; `notes` is what the user should know."""
+    """The device of this process, and its place among others. `precision` is what it really computes with; `notes` is
+    what the user should know.
+    """
 
     device: torch.device
     name: str
     precision: str
     notes: tuple[str, ...] = ()
+    ranks: Ranks = ALONE
+    names: tuple[str, ...] = ()
+    """The devices of all ranks, in their order; empty where this one is alone."""
 
     def arithmetic(self) -> contextlib.AbstractContextManager[object]:
         """The context to run the network in."""
@@ -28,24 +35,86 @@ class Placement:
             return torch.autocast(self.device.type, torch.bfloat16)
         return contextlib.nullcontext()
 
+    def of_tower(self, tower: int) -> list[str]:
+        """The devices that compute a tower, counted from 0: one for each replica."""
+        each = self.ranks.size // self.ranks.replicas
+        return list(self.names[tower % each :: each]) or [self.name]
+
 
 def place(gpus: str | None, precision: str) -> Placement:
-    """Choose the device: `gpus` is an id, "all", "none", or None for the first GPU if there is one.
+    """Choose one device: `gpus` is an id, "all" (their first), "none", or None for the first GPU if there is one.
 
     Raises:
         MissingError: a GPU was asked for that is not there.
-        UsageError: `gpus` is something else.
+        UsageError: `gpus` is something else, or several.
     """
-    visible = visible_gpus()
-    wanted = _wanted(gpus, [gpu.index for gpu in visible])
-    notes = []
-    if wanted is None:
+    wanted = _wanted(gpus)
+    if len(wanted) > 1 and gpus != "all":
+        raise UsageError(f"--gpus {gpus}: this uses one device", f"--gpus {wanted[0]} gives the same numbers")
+    return _on(wanted[0] if wanted else None, gpus, precision)
+
+
+def processes(gpus: str | None, asked: int | None) -> int:
+    """How many processes to start: one a device, as listed, or `asked` on the CPU; 1 where a launcher has done so.
+
+    Raises:
+        MissingError: a GPU was asked for that is not there.
+        UsageError: the two do not go together.
+    """
+    if asked is not None and (gpus or "none") != "none":
+        raise UsageError("--processes is for the CPU", "--gpus 0,1 starts a process for each GPU named")
+    if numbers() is not None:
+        return 1
+    if asked is not None:
+        return asked
+    return max(1, len(_wanted(gpus)))
+
+
+def ours(gpus: str | None) -> list[int]:
+    """The GPUs of this machine's processes, one each; none where they are on the CPU."""
+    joined = numbers() is not None
+    return _wanted(("all" if visible_gpus() else "none") if joined and gpus is None else gpus)
+
+
+def backend(gpus: str | None) -> str:
+    """What the processes talk through: gloo where two share a GPU, which nccl does not allow."""
+    ids = ours(gpus)
+    return "cuda:nccl,cpu:gloo" if ids and len(set(ids)) == len(ids) else "gloo"
+
+
+def place_among(ranks: Ranks, gpus: str | None, precision: str, parallel: Parallel, towers: int) -> Placement:
+    """Choose this process's device, and what it has of the network.
+
+    Raises:
+        MissingError: a GPU was asked for that is not there.
+        UsageError: the devices cannot be used in the way of `parallel`.
+    """
+    mine, ids = numbers(), ours(gpus)
+    if mine is None or ranks.size == 1:
+        return _on(ids[0] if ids else None, gpus, precision)
+    if ids and mine.local_rank >= len(ids):
+        what = f"--gpus {gpus or 'all'} names {len(ids)} for {mine.local_rank + 1} processes or more on this machine"
+        raise MissingError(what, "start as many as there are GPUs, or name one for each: --gpus 0,0")
+    found = _on(ids[mine.local_rank] if ids else None, gpus or "none", precision)
+    if found.device.type == "cpu":
+        torch.set_num_threads(max(1, cores() // mine.local_size))
+        found = replace(found, name=f"CPU process {mine.rank}")
+    else:
+        torch.cuda.set_device(found.device)
+    name = found.name if mine.local_size == ranks.size else f"{found.name} of {socket.gethostname()}"
+    names = tuple(ranks.everyone(name))
+    return replace(found, ranks=arranged(ranks, parallel, towers, found.device), names=names)
+
+
+def _on(gpu_id: int | None, gpus: str | None, precision: str) -> Placement:
+    notes: list[str] = []
+    if gpu_id is None:
         if gpus is None:
             notes.append("no GPU found: training on the CPU")
         return _on_cpu(precision, notes)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
     torch.backends.cudnn.benchmark = True
-    gpu = visible[wanted]
+    gpu = next(gpu for gpu in visible_gpus() if gpu.index == gpu_id)
     from alexnet_cli.core import response_norm_gpu  # which imports Triton, that nobody else needs
 
     if reason := response_norm_gpu.why_not(gpu.index):
@@ -53,31 +122,24 @@ def place(gpus: str | None, precision: str) -> Placement:
     return Placement(torch.device("cuda", gpu.index), f"GPU {gpu.index} {gpu.name}", precision, tuple(notes))
 
 
-def _wanted(gpus: str | None, visible: list[int]) -> int | None:
+def _wanted(gpus: str | None) -> list[int]:
+    """The ids that were asked for, all of them there; none for the CPU."""
     if gpus == "none":
-        return None
+        return []
+    visible = [gpu.index for gpu in visible_gpus()]
     if gpus is None:
-        return visible[0] if visible else None
-    if gpus == "all":
-        ids = visible
-    else:
-        try:
-            ids = [int(word) for word in gpus.split(",")]
-        except ValueError as error:
-            raise UsageError(f"--gpus {gpus} is not a GPU id", "such as --gpus 0, --gpus all or --gpus none") from error
+        return visible[:1]
+    try:
+        ids = visible if gpus == "all" else [int(word) for word in gpus.split(",")]
+    except ValueError as error:
+        raise UsageError(f"--gpus {gpus} is no list of GPU ids", "such as --gpus 0, 0,1, all or none") from error
     missing = [i for i in ids if i not in visible]
     if missing or not ids:
         seen = ", ".join(str(i) for i in visible) or "none"
-        raise MissingError(
-            f"--gpus {gpus}: GPUs visible here: {seen}",
-            "--gpus none trains on the CPU; alexnet doctor shows the devices",
-        )
-    if len(ids) > 1:
-        raise UsageError(
-            f"--gpus {gpus}: training uses one device, both towers on it",
-            f"--gpus {ids[0]} gives the same numbers",
-        )
-    return ids[0]
+        way = f"--gpus {visible[0]} has both towers on one and gives the same numbers; " if visible else ""
+        hint = f"{way}--gpus none uses the CPU; alexnet doctor shows the devices"
+        raise MissingError(f"--gpus {gpus}: GPUs visible here: {seen}", hint)
+    return ids
 
 
 def _on_cpu(precision: str, notes: list[str]) -> Placement:

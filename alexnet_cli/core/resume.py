@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import time
@@ -78,10 +79,11 @@ def seconds(text: str | None) -> float | None:
 
 
 @contextmanager
-def asked_to_stop(limit: float | None) -> Iterator[Callable[[], str | None]]:
+def asked_to_stop(limit: float | None, parent: int | None = None) -> Iterator[Callable[[], str | None]]:
     """While inside: a function that gives the reason to stop (a key of EXIT_CODES) once there is one.
 
-    Ctrl-C, SIGTERM, SIGUSR1 and a closed terminal are reasons, and so is the end of `limit` seconds.
+    Ctrl-C, SIGTERM, SIGUSR1 and a closed terminal are reasons, and so are the end of `limit` seconds and that of the
+    process `parent`, which has started this one and would have passed a signal on.
     A second Ctrl-C stops at once.
     """
     reasons: list[str] = []
@@ -95,6 +97,8 @@ def asked_to_stop(limit: float | None) -> Iterator[Callable[[], str | None]]:
     def stop() -> str | None:
         if deadline is not None and time.monotonic() >= deadline:
             reasons.append("time is up")
+        if parent is not None and os.getppid() != parent:
+            reasons.append("SIGTERM")
         return reasons[0] if reasons else None
 
     numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from alexnet_cli.core.atomic import point, write_text
 from alexnet_cli.errors import DataError, StorageError, UsageError, WeightsError
 from alexnet_cli.recipe import Recipe, load
 
@@ -36,29 +37,12 @@ def runs_root() -> Path:
     return Path(os.environ.get("ALEXNET_RUNS_DIR") or "runs")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all: temporary name, sync, rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def point(link: Path, target: Path) -> None:
-    """Make `link` point to `target`, relative and in one step, so that a reader never finds nothing."""
-    temporary = link.with_name(f".{link.name}.tmp")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(os.path.relpath(target, link.parent), target_is_directory=True)
-    temporary.replace(link)
-
-
 @dataclass(frozen=True)
 class Run:
-    """One run directory."""
+    """One run directory. Of several processes that train it, only one `writes`; the others only read."""
 
     path: Path
+    writes: bool = True
 
     @classmethod
     def create(cls, name: str | None, recipe: Recipe, about: Mapping[str, Any]) -> Run:
@@ -146,6 +130,9 @@ class Run:
         Raises:
             DataError: another command is training it.
         """
+        if not self.writes:
+            yield
+            return
         with self.storing():
             file = (self.path / ".lock").open("w")
         with file:
@@ -157,12 +144,16 @@ class Run:
 
     def update(self, about: Mapping[str, Any]) -> None:
         """Change some entries of run.json."""
+        if not self.writes:
+            return
         old = self.about if (self.path / "run.json").exists() else {}
         with self.storing():
             write_text(self.path / "run.json", json.dumps({**old, **about}, indent=2) + "\n")
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append a record to metrics.jsonl."""
+        if not self.writes:
+            return
         with self.storing(), (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(dict(record), separators=(",", ":")) + "\n")
 
@@ -180,6 +171,8 @@ class Run:
 
     def begin(self, recipe: Recipe, step: int, epoch: int) -> None:
         """Make ready to go on after `step`, in `epoch`: what comes then, and the ONNX file, will be made anew."""
+        if not self.writes:
+            return
         kept = [r for r in self.records() if r.get("step", 0) <= step and r.get("event") != "end"]
         kept = [r for r in kept if r.get("event") != "validation" or r["epoch"] < epoch]  # stopped while validating
         with self.storing():
@@ -191,6 +184,8 @@ class Run:
 
     def write_csv(self) -> None:
         """Write metrics.csv anew from the records: one row per epoch."""
+        if not self.writes:
+            return
         rows = [r for r in self.records() if r.get("event") == "validation"]
         temporary = self.path / ".metrics.csv.tmp"
         with self.storing():

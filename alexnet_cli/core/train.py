@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from alexnet_cli.core import advice
 from alexnet_cli.core.augment import Draws
 from alexnet_cli.core.cache import Cache, remembering
@@ -16,6 +18,7 @@ from alexnet_cli.core.evaluate import Evaluation
 from alexnet_cli.core.gradient import Sums
 from alexnet_cli.core.loader import Loader, epoch_order, training_batches
 from alexnet_cli.core.records import Record, Tally
+from alexnet_cli.core.resume import EXIT_CODES
 from alexnet_cli.core.runs import Run
 from alexnet_cli.core.training import Training
 
@@ -38,7 +41,7 @@ def fit(
         VerificationError: the loss is not a number any more.
         StorageError: a checkpoint cannot be written; the one before is intact.
     """
-    run = training.run
+    run, stop = training.run, training.placement.ranks.agreed(stop, list(EXIT_CODES))
     metrics = training.restore(resume_from) if resume_from else {}
     run.begin(training.recipe, training.step, training.epoch)
     yield _log(run, _start_record(training))
@@ -114,11 +117,14 @@ def _epoch(
 ) -> Iterator[Record]:
     """Steps to the end of the epoch, with a record every so many steps; the last carries a reason to leave."""
     recipe, epoch = training.recipe, training.epoch
+    training.begin_epoch()
     draws = Draws.of_epoch(training.rows, recipe, epoch, epoch_order(training.rows, recipe.seed, epoch))
     first = training.step - training.first_step_of_epoch
-    batches = loader.batches(training_batches(training.rows, recipe.batch_size, recipe.seed, epoch, first))
+    ranks = training.placement.ranks
+    plan = training_batches(training.rows, recipe.batch_size, recipe.seed, epoch, first, ranks.replica, ranks.replicas)
+    batches = loader.batches(plan)
     recent = Tally()
-    pending: list[tuple[Sums, int]] = []
+    pending: list[Sums] = []
     started = time.perf_counter()
     while True:
         waiting = time.perf_counter()
@@ -127,7 +133,7 @@ def _epoch(
         recent.waited += time.perf_counter() - waiting
         if batch is not None:
             piece = training.gradient.piece
-            pending.append((training.take_step(batch, draws), len(batch.rows)))
+            pending.append(training.take_step(batch, draws))
             if training.gradient.piece < piece:
                 yield _smaller_pieces(training)
         if pending and (batch is None or any(training.step % n == 0 for n in every)):
@@ -146,13 +152,14 @@ def _smaller_pieces(training: Training) -> Record:
     return Record("warning", training.epoch, training.step, text=text, hint=hint)
 
 
-def _settle(training: Training, recent: Tally, pending: list[tuple[Sums, int]], started: float) -> None:
+def _settle(training: Training, recent: Tally, pending: list[Sums], started: float) -> None:
     """Bring the losses of the steps since the last record over from the device, and check them."""
-    for step, (sums, images) in enumerate(pending, training.step - len(pending) + 1):
-        loss, errors, top5_errors = float(sums.loss), int(sums.errors), int(sums.top5_errors)
+    own = [[float(sums.loss), float(sums.errors), float(sums.top5_errors)] for sums in pending]
+    for step, found in enumerate(training.placement.ranks.total(np.array(own)), training.step - len(pending) + 1):
+        loss, errors, top5_errors = (float(value) for value in found)
         if not math.isfinite(loss):
             training.check(loss, step)
-        recent.add(Tally(images, loss * images, errors, top5_errors))
+        recent.add(Tally(training.batch, loss * training.batch, round(errors), round(top5_errors)))
     recent.seconds += time.perf_counter() - started
     pending.clear()
     training.tally.add(recent)

@@ -16,13 +16,14 @@ from alexnet_cli.core import checkpoint, diagnosis, weights
 from alexnet_cli.core.augment import Draws, Pixels
 from alexnet_cli.core.cache import Where
 from alexnet_cli.core.evaluate import Evaluation, TorchClassifier, evaluate
-from alexnet_cli.core.fine_tuning import Transfer, freeze
+from alexnet_cli.core.fine_tuning import FROZEN, Transfer, freeze
 from alexnet_cli.core.gradient import Gradient, Sums
 from alexnet_cli.core.learning import Momentum, Schedule
 from alexnet_cli.core.loader import Batch, Loader, all_batches, steps_per_epoch
 from alexnet_cli.core.network import Network, initialise, parameters_by_name
 from alexnet_cli.core.placement import Placement
 from alexnet_cli.core.records import Tally
+from alexnet_cli.core.replicas import replicated, trainable
 from alexnet_cli.core.runs import Run
 from alexnet_cli.core.shards import Dataset
 from alexnet_cli.errors import VerificationError, WeightsError
@@ -45,16 +46,17 @@ class Training:
     transfer: Transfer | None = None
     micro_batch: int | None = None
     keep: int = 1
+    compress: bool = False
     step: int = 0
     epoch: int = 1
     tally: Tally = field(default_factory=Tally)
     saved: int = 0
 
     def __post_init__(self) -> None:
-        device = self.placement.device
+        device, ranks = self.placement.device, self.placement.ranks
         self.rows = len(self.data.split("train"))
         self.batch = min(self.recipe.batch_size, self.rows)
-        self.network = Network(self.recipe, len(self.data.classes))
+        self.network = Network(self.recipe, len(self.data.classes), ranks.towers, ranks.columns)
         initialise(self.network)
         if self.transfer:
             self.transfer = self.transfer.applied(self.network)
@@ -63,13 +65,15 @@ class Training:
         self.optimiser = Momentum(parameters_by_name(self.network), self.recipe)
         self.schedule = Schedule(self.recipe, steps_per_epoch(self.rows, self.recipe.batch_size))
         self.pixels = Pixels(self.recipe, self.data.mean_image(), self.data.colour_std, self.data.colour_axes, device)
-        piece = min(self.micro_batch or self.batch, self.batch)
+        self.share = len(range(self.batch)[ranks.share(self.batch)])
+        piece = min(self.micro_batch or self.share, self.share)
         forward: Callable[[Tensor], Tensor] = self.network
         if self.compile:
             from alexnet_cli.core.compilation import compiled  # which imports the compiler, that few need
 
             forward = compiled(self.network, device, piece)
-        self.gradient = Gradient(self.network, forward, self.pixels, self.placement, piece)
+        self.gradient = Gradient(self.network, forward, self.pixels, self.placement, piece, self.batch)
+        self.learning: list[str] = []  # the parameters that replicas exchange the gradients of
         self.checks_every_step = device.type == "cpu"  # a GPU would have to be waited for
 
     @property
@@ -92,13 +96,23 @@ class Training:
         """How many epochs have had a step."""
         return -(-self.step // self.schedule.steps_per_epoch)
 
+    def begin_epoch(self) -> None:
+        """Compute no gradient in this epoch for what does not learn in it: a frozen layer 1 costs its forward alone."""
+        for name, parameter in parameters_by_name(self.network):
+            if name.partition(".")[0] not in FROZEN[self.recipe.frozen]:
+                parameter.requires_grad_(self.optimiser.learns(name, self.epoch))
+        ranks = self.placement.ranks
+        if ranks.group is not None and self.learning != (learning := trainable(self.network)):
+            self.gradient.forward, self.learning = replicated(self.network, ranks, self.compress), learning
+
     def take_step(self, batch: Batch, draws: Draws) -> Sums:
         """One step of gradient descent.
 
         Raises:
             VerificationError: the loss is not a number; on a CPU, before the weights have learned from it.
         """
-        sums = self.gradient.compute(batch, draws, self.step, self.epoch)
+        with self.placement.ranks.together(f"step {self.step + 1}"):
+            sums = self.gradient.compute(batch, draws, self.step, self.epoch)
         if self.checks_every_step and not bool(torch.isfinite(sums.loss)):
             where = diagnosis.outputs(self.gradient, batch, draws, self.step, self.epoch)
             raise self.broken(float(sums.loss), self.step + 1, where)
@@ -127,14 +141,15 @@ class Training:
 
     def validate(self, stop: Callable[[], str | None] = lambda: None) -> Evaluation | None:
         """The errors of the centre view over the validation split, or None if `stop()` gave a reason meanwhile."""
-        split, size = self.data.split("val"), self.gradient.piece
+        split, ranks, size = self.data.split("val"), self.placement.ranks, self.gradient.piece
         classify = TorchClassifier(self.network, self.pixels, self.placement)
         counts = Evaluation.empty(len(self.data.classes))
-        with Loader(split, size, self.threads, self.placement.device) as loader:
-            for _ in evaluate(classify, loader.batches(all_batches(len(split), size)), counts):
+        plan = [rows[ranks.share(len(rows))] for rows in all_batches(len(split), size * ranks.replicas)]
+        with ranks.together("validating"), Loader(split, size, self.threads, self.placement.device) as loader:
+            for _ in evaluate(classify, loader.batches(plan), counts):
                 if stop():
                     return None
-        return counts
+        return counts.summed(ranks.total)
 
     def save(self, metrics: dict[str, Any], best: bool) -> Path:
         """Write a checkpoint of this moment."""
@@ -149,9 +164,25 @@ class Training:
         }  # fmt: skip
         text = weights.metadata(self.recipe, self.data.classes, info)
         mean = torch.from_numpy(np.ascontiguousarray(self._mean(), dtype=np.float32))
-        path = checkpoint.save(self.run, self.step, self.network, self.optimiser, position, mean, text, best, self.keep)
+        tensors, velocity = self.whole()
+        path = None
+        if self.placement.ranks.first:
+            path = checkpoint.save(self.run, self.step, tensors, velocity, position, mean, text, best, self.keep)
+        del tensors, velocity
         self.saved = self.step
-        return path
+        return Path(self.placement.ranks.broadcast(str(path), "saving"))
+
+    def whole(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Weights and velocity of the whole network, by name, on the CPU of rank 0; elsewhere what it lacks is sent."""
+        ranks = self.placement.ranks
+        found: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+        if ranks.collects:
+            with ranks.together("collecting the network"):
+                for name, parameter in parameters_by_name(self.network):
+                    for whole, own in zip(found, (parameter, self.optimiser.velocity[name]), strict=True):
+                        if (tensor := self.network.whole(name, own)) is not None:
+                            whole[name] = tensor
+        return found
 
     def restore(self, directory: Path) -> dict[str, Any]:
         """Go on from a checkpoint. Returns the metrics it was saved with."""

@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from importlib.metadata import version
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from alexnet_cli import __version__
 from alexnet_cli import recipe as recipes
 from alexnet_cli.console import Reporter
-from alexnet_cli.errors import AlexNetError, DataError, Stopped, StorageError
-from alexnet_cli.options import BatchOption, DataOption, GpusOption, JobsOption, JsonFlag, Precision, QuietFlag
-from alexnet_cli.recipe import Recipe
+from alexnet_cli.errors import AlexNetError, Stopped, StorageError
+from alexnet_cli.options import (
+    BatchOption,
+    DataOption,
+    DevicesOption,
+    JobsOption,
+    JsonFlag,
+    Parallel,
+    Precision,
+    QuietFlag,
+)
 from alexnet_plugins.train_display import heading, show_config, show_records
+from alexnet_plugins.train_setup import base_of, check, check_placement, habits_of, opened, to_continue
 
 if TYPE_CHECKING:
-    from alexnet_cli.core.fine_tuning import Transfer
-    from alexnet_cli.core.placement import Placement
-    from alexnet_cli.core.runs import Run
-    from alexnet_cli.core.shards import Dataset
     from alexnet_cli.core.training import Training
-    from alexnet_cli.core.weights import Model
 
 Cache = Literal["auto", "device", "none"]
 Frozen = Literal["none", "conv"]
@@ -46,7 +48,17 @@ def train(
         typer.Option(min=1, help="Images computed at once, for a small GPU; the batch stays. [default: all of it]"),
     ] = None,
     lr: Annotated[float | None, typer.Option(help="Initial learning rate.")] = None,
-    gpus: GpusOption = None,
+    gpus: DevicesOption = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="With --gpus none: so many processes, as if each were a device.")
+    ] = None,
+    parallel: Annotated[
+        Parallel,
+        typer.Option(help="Several devices: a tower each, images each, or (hybrid) images first and units then."),
+    ] = "auto",
+    compress: Annotated[
+        bool, typer.Option("--compress", help="Send gradients between replicas as bf16.", show_default=False)
+    ] = False,
     precision: Annotated[Precision | None, typer.Option(help="Arithmetic of the matrix products.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of initial values, order, crops and dropout.")] = None,
     resume: Annotated[
@@ -86,109 +98,56 @@ def train(
 
     Without options: recipe `paper`, the only prepared data set, the first GPU if there is one.
     """  # fmt: skip
+    from alexnet_cli.core import placement as devices
     from alexnet_cli.core.fine_tuning import compare, source
-    from alexnet_cli.core.resume import agreed, asked_to_stop, seconds, to_continue
+    from alexnet_cli.core.ranks import meeting, numbers, parent
+    from alexnet_cli.core.resume import agreed, asked_to_stop, seconds
     from alexnet_cli.core.shards import find_dataset, open_dataset
     from alexnet_cli.core.tensorboard import check_installed
+    from alexnet_cli.core.training import Training
 
-    reporter = Reporter("train", json=json, quiet=quiet)
-    limit, run = seconds(max_time), to_continue(resume, name)
-    first = source(init_from, run)
+    if not print_config and (count := devices.processes(gpus, processes)) > 1:
+        from alexnet_cli.core.launch import launch
+
+        raise typer.Exit(launch(sys.argv[1:], count))
+    limit, said = seconds(max_time), recipes.parsed(settings or [])
     options = {"epochs": epochs, "batch_size": batch_size, "learning_rate": lr, "precision": precision, "seed": seed}
     explicit = {key: value for key, value in {**options, "frozen": freeze}.items() if value is not None}
-    said = recipes.parsed(settings or [])
-    base, base_name = _base(recipe, run, first)
-    resolved = recipes.changed(recipes.changed(base, said), explicit)
-    if print_config:
-        sources = recipes.listed(recipe) | dict.fromkeys(said, "--set") | dict.fromkeys(explicit, "option")
-        show_config(reporter, resolved, sources, base_name)
-        return
-    if run:
-        resolved = agreed(run, resolved, said)
-    dataset = open_dataset(find_dataset(data or (run.about.get("data_path") if run else None)))
-    transfer = compare(init_from, first, resolved, dataset.classes) if first else None
-    habits = _habits(run, {"save_every": save_every, "keep": keep, "micro_batch": micro_batch})
     if tensorboard:
         check_installed()
     with ExitStack() as stack:
-        stop = stack.enter_context(asked_to_stop(limit))
+        ranks = stack.enter_context(meeting(numbers(), devices.backend(gpus)))
+        reporter = Reporter("train", json=json, quiet=quiet, speaks=ranks.first)
+        run = to_continue(ranks, resume, name)
+        first = source(init_from, run)
+        base, base_name = base_of(recipe, run, first)
+        resolved = recipes.changed(recipes.changed(base, said), explicit)
+        if print_config:
+            sources = recipes.listed(recipe) | dict.fromkeys(said, "--set") | dict.fromkeys(explicit, "option")
+            show_config(reporter, resolved, sources, base_name)
+            return
+        if run:
+            resolved = agreed(run, resolved, said)
+        dataset = open_dataset(find_dataset(data or (run.about.get("data_path") if run else None)))
+        transfer = compare(init_from, first, resolved, dataset.classes) if first else None
+        habits = habits_of(run, {"save_every": save_every, "keep": keep, "micro_batch": micro_batch})
+        check(resolved, dataset, run)
+        stop = stack.enter_context(asked_to_stop(limit, parent()))
+        placed = devices.place_among(ranks, gpus, resolved.precision, parallel, resolved.towers)
+        check_placement(placed, resolved, len(dataset.split("train")), habits["micro_batch"], compile)
         if run:
             stack.enter_context(run.locked())
-        training = _begin(reporter, resolved, dataset, gpus, jobs, cache, compile, run, name, transfer, habits)
+        opened_run = opened(run, name, resolved, placed, dataset, transfer, habits)
         if not run:
-            stack.enter_context(training.run.locked())
+            stack.enter_context(opened_run.locked())
+        training = Training(
+            resolved, dataset, opened_run, placed, devices.threads_for_decoding(jobs), cache, compile, transfer,
+            habits["micro_batch"], habits["keep"] or 1, compress,
+        )  # fmt: skip
+        heading(reporter, training)
         reason = _run(reporter, training, max_steps, stop, habits["save_every"] or sys.maxsize, tensorboard)
-        _finish(reporter, training, reason)
-
-
-def _begin(
-    reporter: Reporter,
-    recipe: Recipe,
-    data: Dataset,
-    gpus: str | None,
-    jobs: int | None,
-    cache: Cache,
-    compile: bool,
-    run: Run | None,
-    name: str | None,
-    transfer: Transfer | None,
-    habits: dict[str, int | None],
-) -> Training:
-    """Place the network, make the run directory unless there is one, and say what is about to happen."""  # fmt: skip
-    from alexnet_cli.core.placement import place, threads_for_decoding
-    from alexnet_cli.core.runs import Run
-    from alexnet_cli.core.training import Training
-
-    if run and run.about.get("data_hash") != data.hash:
-        raise DataError(f"run {run.path.name} was trained on other data than {data.path}", "name its own with --data")
-    for split in ("train", "val"):
-        if not len(data.split(split)):
-            raise DataError(f"{data.path}: split {split} holds no images", "prepare it anew with --val-fraction 0.1")
-    placement = place(gpus, recipe.precision)
-    about = _about(placement, data, recipe)
-    data.mean_image()  # raises where it is damaged, before there is a run
-    if run:
-        run.update({"resumed": [*run.about.get("resumed", []), about], **habits})
-    else:
-        run = Run.create(name, recipe, about | ({"init_from": transfer.about()} if transfer else {}) | habits)
-    micro_batch, keep, decoders = habits["micro_batch"], habits["keep"] or 1, threads_for_decoding(jobs)
-    training = Training(recipe, data, run, placement, decoders, cache, compile, transfer, micro_batch, keep)
-    heading(reporter, training)
-    return training
-
-
-def _base(name: str | None, run: Run | None, first: Model | None) -> tuple[Recipe, str]:
-    """The recipe that --set and options change, and where it is from: a run's own, the weights', or a named one."""
-    if name is None and run:
-        return run.recipe, run.path.name
-    if name is None and first:
-        return recipes.changed(first.recipe, {"frozen": "none"}), "weights"
-    recipe = recipes.load(name or "paper")
-    return recipe, recipe.name
-
-
-def _habits(run: Run | None, typed: dict[str, int | None]) -> dict[str, int | None]:
-    """What a run keeps to until it is told otherwise: how often it saves, and the like."""
-    known = run.about if run else {}
-    return {key: known.get(key) if value is None else value for key, value in typed.items()}
-
-
-def _about(placement: Placement, data: Dataset, recipe: Recipe) -> dict[str, Any]:
-    """What run.json says beside the status."""
-    packages = ("torch", "torchvision", "numpy", "simplejpeg")
-    versions = {"alexnet": __version__, "python": sys.version.split()[0]}
-    return {
-        "command": ["alexnet", *sys.argv[1:]],
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "versions": versions | {name: version(name) for name in packages},
-        "devices": [placement.name],
-        "precision": placement.precision,
-        "placement": {f"tower {i + 1}": placement.name for i in range(recipe.towers)},
-        "data": data.name,
-        "data_path": str(data.path.resolve()),
-        "data_hash": data.hash,
-        "seed": recipe.seed,
-    }
+        if ranks.first:
+            _finish(reporter, training, reason)
 
 
 def _run(
@@ -200,11 +159,10 @@ def _run(
     tensorboard: bool,
 ) -> str:
     """Run the loop and show its records. Returns why it ended."""
-    from alexnet_cli.core.checkpoint import newest
     from alexnet_cli.core.tensorboard import recorded
     from alexnet_cli.core.train import fit
 
-    start, damaged = newest(training.run)
+    start, damaged = _newest(training)
     rows, size = training.rows, training.recipe.batch_size
     if rows > size and (left_out := rows % size) > rows // 10:
         reporter.line(
@@ -221,7 +179,7 @@ def _run(
     try:
         with reporter.progress("train", total=total) as bar:
             records = fit(training, start, max_steps, stop=stop, save_every=save_every)
-            records = recorded(training.run, records) if tensorboard else records
+            records = recorded(training.run, records) if tensorboard and training.run.writes else records
             reason = show_records(reporter, training, bar, total, records)
     except BaseException:
         with suppress(StorageError):  # what stopped us is what the user needs to know
@@ -230,6 +188,14 @@ def _run(
     if reason != "finished":  # that it is only when all its files are there
         training.run.update({"status": "interrupted", "reason": reason})
     return reason
+
+
+def _newest(training: Training) -> tuple[Path | None, list[Path]]:
+    """The checkpoint to go on from and damaged ones after it, as rank 0 finds them and puts them in order."""
+    from alexnet_cli.core.checkpoint import newest
+
+    found = newest(training.run) if training.run.writes else None
+    return training.placement.ranks.broadcast(found, "finding the checkpoint") or (None, [])
 
 
 def _finish(reporter: Reporter, training: Training, reason: str) -> None:

@@ -13,13 +13,14 @@ from alexnet_cli.recipe import Recipe
 
 if TYPE_CHECKING:
     from alexnet_cli.core.fine_tuning import Transfer
+    from alexnet_cli.core.placement import Placement
     from alexnet_cli.core.records import Record
     from alexnet_cli.core.training import Training
 
 
 def heading(reporter: Reporter, training: Training) -> None:
     """Run, data, network, recipe: what is about to happen."""
-    from alexnet_cli.core.network import parameters_by_name
+    from alexnet_cli.core.network import parameter_count
 
     recipe, data, placement = training.recipe, training.data, training.placement
     for note in (
@@ -27,21 +28,35 @@ def heading(reporter: Reporter, training: Training) -> None:
         *(["the network is compiled at the first step, which takes long"] * training.compile),
     ):
         reporter.line("note", note)
-    count = sum(p.numel() for _, p in parameters_by_name(training.network))
+    count = parameter_count(training.network)
+    where = placement.name if placement.ranks.size == 1 else f"{placement.ranks.size} processes"
     towers = "2 towers" if recipe.towers == 2 else "1 tower"
     splits = " · ".join(f"{split} {len(data.split(split)):,}" for split in ("train", "val"))
     reporter.line("run", str(training.run.path))
     reporter.line("data", f"{data.path} · {len(data.classes):,} classes · {splits}")
-    reporter.line("model", f"AlexNet · {towers} · {count:,} parameters · {placement.name} · {placement.precision}")
+    reporter.line("model", f"AlexNet · {towers} · {count:,} parameters · {where} · {placement.precision}")
+    if placement.ranks.size > 1:
+        reporter.line("placed", _placed(placement, recipe.towers))
     if training.transfer:
         _taken_over(reporter, training.transfer)
     reporter.line(
         "recipe",
         f"{recipe.name} · batch {recipe.batch_size} · rate {recipe.learning_rate:g} · {recipe.schedule} · "
         f"{recipe.epochs} epochs · seed {recipe.seed}"
-        + (f" · in pieces of {training.gradient.piece}" if training.gradient.piece < training.batch else "")
+        + (f" · in pieces of {training.gradient.piece}" if training.gradient.piece < training.share else "")
         + (" · conv1 to conv5 frozen" if recipe.frozen == "conv" else ""),
     )
+
+
+def _placed(placement: Placement, towers: int) -> str:
+    """Which device has which tower, how many replicas there are, and what else is split."""
+    ranks = placement.ranks
+    parts = [f"tower {tower + 1} → {', '.join(placement.of_tower(tower))}" for tower in range(towers)]
+    if ranks.towers is None:
+        parts = [f"{'both towers' if towers == 2 else 'the tower'} → {', '.join(placement.of_tower(0))}"]
+    replicas = [f"{ranks.replicas} replicas, each with its share of the images"] if ranks.replicas > 1 else []
+    columns = [f"layers 6 to 8 in {ranks.columns.total} columns"] if ranks.columns else []
+    return " · ".join(parts + replicas + columns)
 
 
 def _taken_over(reporter: Reporter, transfer: Transfer) -> None:

@@ -1,0 +1,58 @@
+"""The same weights in several processes, each with images of its own: torch's DistributedDataParallel.
+
+The loss of a process is its images' share of the mean over the whole batch, so gradients are added, not averaged. What
+crosses is sent in buckets while the backward pass goes on.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from alexnet_cli.core.network import Network
+from alexnet_cli.core.ranks import Ranks
+
+Summed = torch.futures.Future[Tensor]
+
+
+def replicated(network: Network, ranks: Ranks, compress: bool) -> DistributedDataParallel:
+    """The network with gradients added up over `ranks.group`; `compress` sends them as bf16.
+
+    What is split over all ranks by columns, and so is nobody's replica, keeps its own. Parameters that learn nothing
+    must say so before: whoever freezes one wraps the network anew.
+    """
+    assert ranks.group is not None
+    apart = [name for name, _ in network.named_buffers()]  # each rank draws the dropout of its own images
+    if ranks.columns is not None:
+        apart += [name for name, _ in network.named_parameters() if name.startswith("fc")]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(network, apart)
+    wrapped = DistributedDataParallel(
+        network,
+        process_group=ranks.group,
+        init_sync=False,  # all have drawn the same initial values, or read the same file
+        gradient_as_bucket_view=True,
+    )
+    # Torch inspects what it is given and knows its own annotations only.
+    wrapped.register_comm_hook(ranks, lambda state, bucket: _added(state, bucket.buffer(), compress))
+    return wrapped
+
+
+def _added(ranks: Ranks, gradients: Tensor, compress: bool) -> Summed:
+    """The sum of a bucket's gradients over replicas, when it is there."""
+    sent = gradients.to(torch.bfloat16) if compress else gradients
+    ranks.at("adding up gradients")
+    ranks.traffic["gradients"] += 2 * sent.numel() * sent.element_size() * (ranks.replicas - 1) // ranks.replicas
+    summed: Summed = dist.all_reduce(sent, group=ranks.group, async_op=True).get_future()
+
+    def received(done: Summed) -> Tensor:
+        value: Tensor = done.value()[0]
+        return gradients.copy_(value) if compress else value
+
+    return summed.then(received)
+
+
+def trainable(network: nn.Module) -> list[str]:
+    """The parameters that learn: with others, gradients are exchanged in another way."""
+    return [name for name, parameter in network.named_parameters() if parameter.requires_grad]

@@ -1,0 +1,125 @@
+"""Placement changes the speed, never the numbers: one table over all ways to place the network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rank_cases import PLACES, result
+
+from alexnet_cli.core.evaluate import Evaluation
+from alexnet_cli.core.loader import training_batches
+from alexnet_cli.core.ranks import Ranks, arrangement, numbers
+from alexnet_cli.errors import UsageError
+from alexnet_cli.recipe import CAFFE, PAPER, Recipe
+
+SMALL = replace(PAPER, width=1 / 16, batch_size=12, epochs=3)
+JOINT = replace(CAFFE, width=1 / 16, batch_size=12, epochs=3, colour_shift=0.1)
+TEN = 10
+Results = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def results(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """What a recipe comes to in a place; each found once."""
+    found: dict[tuple[str, str], Any] = {}
+
+    def of(place: str, recipe: Recipe = SMALL) -> Any:
+        if (place, recipe.name) not in found:
+            folder = tmp_path_factory.mktemp("run") / "r"
+            found[place, recipe.name] = result(place, recipe, prepared, folder, TEN) | {"folder": folder}
+        return found[place, recipe.name]
+
+    return of
+
+
+LONG = {"data of three", "hybrid of four"}
+TABLE = [
+    pytest.param(place, recipe, id=f"{place}, {recipe.name}", marks=[pytest.mark.slow] * (place in LONG))
+    for place, recipe in [*((place, SMALL) for place in PLACES if place != "one"), ("towers", JOINT)]
+]
+
+
+@pytest.mark.parametrize(("place", "recipe"), TABLE)
+def test_the_numbers_are_those_of_one_process(results: Results, place: str, recipe: Recipe) -> None:
+    one, here = results("one", recipe), results(place, recipe)
+    np.testing.assert_allclose(here["logits"], one["logits"], rtol=0, atol=1e-6)
+    gradients = [key for key in one if key.startswith("gradient")]
+    assert len(gradients) == 16
+    for key in gradients:
+        difference = np.linalg.norm(here[key] - one[key]) / np.linalg.norm(one[key])
+        assert difference < 1e-5, key
+    assert len(one["losses"]) == TEN
+    np.testing.assert_allclose(here["losses"], one["losses"], rtol=1e-5)
+    np.testing.assert_array_equal(here["errors"], one["errors"])
+    assert len(one["validation"]) == 2
+    np.testing.assert_allclose(here["validation"], one["validation"], rtol=1e-5)
+    for key in (key for key in one if key.startswith("weight")):
+        np.testing.assert_allclose(here[key], one[key], rtol=0, atol=1e-6, err_msg=key)
+
+
+@pytest.mark.parametrize(("begun", "then"), [("towers", "one"), ("one", "data x towers"), ("data", "towers")])
+def test_a_run_goes_on_elsewhere(results: Results, prepared: Path, tmp_path: Path, begun: str, then: str) -> None:
+    result(begun, SMALL, prepared, tmp_path / "begun", 6)
+    whole = results("one")
+    rest = result(then, SMALL, prepared, tmp_path / "then", TEN, tmp_path / "begun" / "checkpoints" / "last")
+    np.testing.assert_allclose(rest["losses"], whole["losses"][6:], rtol=1e-5)
+    np.testing.assert_allclose(rest["weight fc8.weight"], whole["weight fc8.weight"], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7])
+def test_shares_make_the_batches(ranks: int) -> None:
+    whole = training_batches(100, 13, 5, 2)
+    shares = [training_batches(100, 13, 5, 2, 0, rank, ranks) for rank in range(ranks)]
+    for step, batch in enumerate(whole):
+        np.testing.assert_array_equal(np.concatenate([share[step] for share in shares]), batch)
+        for rank in range(ranks):
+            part = Ranks(rank, ranks, rank, ranks).share(len(batch))
+            np.testing.assert_array_equal(batch[part], shares[rank][step])
+
+
+def test_counts_add_up() -> None:
+    first, second = Evaluation.empty(3), Evaluation.empty(3)
+    first.add(np.eye(3, dtype=np.float32), np.array([0, 1, 1]))
+    second.add(np.eye(3, dtype=np.float32)[:1], np.array([2]))
+    parts = {id(first.confusion): second.confusion, id(first.top5_hits): second.top5_hits}
+    both = first.summed(lambda own: own + parts.get(id(own), np.array([second.loss_sum])))
+    assert (both.images, both.top1_error) == (4, 0.5)
+    assert both.loss_sum == pytest.approx(first.loss_sum + second.loss_sum)
+
+
+@pytest.mark.parametrize(
+    ("size", "parallel", "towers", "expected"),
+    [
+        (1, "auto", 2, (1, 1)), (2, "auto", 2, (1, 2)), (3, "auto", 2, (3, 1)), (4, "auto", 2, (2, 2)),
+        (2, "auto", 1, (2, 1)), (2, "data", 2, (2, 1)), (4, "hybrid", 2, (4, 1)), (64, "tower", 2, (32, 2)),
+    ],
+)  # fmt: skip
+def test_arrangements(size: int, parallel: Any, towers: int, expected: tuple[int, int]) -> None:
+    assert arrangement(size, parallel, towers) == expected
+
+
+@pytest.mark.parametrize(("size", "towers", "reason"), [(3, 2, "3 is odd"), (2, 1, "one tower")])
+def test_towers_need_pairs(size: int, towers: int, reason: str) -> None:
+    with pytest.raises(UsageError, match=reason):
+        arrangement(size, "tower", towers)
+
+
+def test_the_numbers_of_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert numbers() is None
+    for name, value in {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert numbers() is None, "a batch script is no step of its own"
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "4")
+    found = numbers()
+    assert found is not None
+    assert (found.rank, found.size, found.local_rank, found.local_size) == (5, 8, 1, 4)
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "x"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match="are no numbers"):
+        numbers()
