@@ -179,10 +179,16 @@ def normalised(x: Maps, alpha_per_term: float, k: float, beta: float = 0.75, siz
 
 
 def caffe_forward(
-    weights: Tensors, bgr: npt.NDArray[np.uint8], mean_bgr: Any = MEAN_BGR, order: str = "relu-norm-pool", k: float = 1.0
+    weights: Tensors,
+    bgr: npt.NDArray[np.uint8],
+    mean_bgr: Any = MEAN_BGR,
+    order: str = "relu-norm-pool",
+    k: float = 1.0,
 ) -> Maps:
     """Scores of a BGR crop of 227: floor in convolutions, ceil in pooling, alpha over the number of terms."""
-    x = bgr.astype(np.float64) - np.asarray(mean_bgr, np.float64).reshape(3, *(np.ndim(mean_bgr) == 1) * (1, 1), *np.shape(mean_bgr)[1:])
+    x = bgr.astype(np.float64) - np.asarray(mean_bgr, np.float64).reshape(
+        3, *(np.ndim(mean_bgr) == 1) * (1, 1), *np.shape(mean_bgr)[1:]
+    )
     for layer in ("conv1", "conv2", "conv3", "conv4", "conv5"):
         weight, bias = (value.astype(np.float64) for value in weights[layer])
         x = convolved(x, weight, bias, STRIDES.get(layer, 1), PADS.get(layer, 0), GROUPS[layer])
@@ -262,9 +268,15 @@ def onnx_model(weights: Tensors, *, side: int = 224, raw: bool = True, trans: bo
     content = inside(5, values)
     for layer, (weight, bias) in weights.items():
         weight = weight if trans or weight.ndim == 4 else np.ascontiguousarray(weight.T)
-        content += inside(5, onnx_tensor(f"{layer}_w_0", weight, raw)) + inside(5, onnx_tensor(f"{layer}_b_0", bias, raw))
+        content += inside(5, onnx_tensor(f"{layer}_w_0", weight, raw)) + inside(
+            5, onnx_tensor(f"{layer}_b_0", bias, raw)
+        )
     content += inside(11, onnx_value("data_0", (1, 3, side, side))) + inside(12, onnx_value(last, (1, 10)))
-    return integer(1, 8) + inside(7, graph + inside(2, "bvlc_alexnet") + content) + inside(8, inside(1, "") + integer(2, 12))
+    return (
+        integer(1, 8)
+        + inside(7, graph + inside(2, "bvlc_alexnet") + content)
+        + inside(8, inside(1, "") + integer(2, 12))
+    )
 
 
 # Pickles of Python 2
@@ -312,7 +324,9 @@ def _pickled(value: Any, memo: dict[int, int]) -> bytes:
 def array_pickled(shape: tuple[int, ...], dtype: str, raw: bytes, fortran: bool = False) -> bytes:
     """A NumPy array as Python 2 pickled it, whether or not its parts agree."""
     none: dict[int, int] = {}
-    made = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n" + _pickled((0,), none) + _pickled("b", none) + b"tR"
+    made = (
+        b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n" + _pickled((0,), none) + _pickled("b", none) + b"tR"
+    )
     kind = b"cnumpy\ndtype\n" + _pickled((dtype[1:], 0, 1), none) + b"R"
     kind += _pickled((3, dtype[0], None, None, None, -1, -1, 0), none) + b"b"
     return made + b"(K\x01" + _pickled(shape, none) + kind + _pickled(fortran, none) + _pickled(raw, none) + b"tb"

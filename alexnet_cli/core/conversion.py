@@ -79,15 +79,13 @@ def fitted(foreign: Foreign) -> Recipe:
         own = len(weights[layer]) / towers
         reach = ((own - 0.5) / full if own > 1 else 0.0, (own + 0.5) / full)
         if own % 1 or reach[0] > high or reach[1] < low:
-            wanted = towers * max(1, round(full * (1.0 if layer == "conv1" else (low + high) / 2)))
-            what = f"{layer} has {len(weights[layer]):,} channels, {wanted:,} in this network"
-            where = "" if layer == "conv1" else " at the width of the layers before"
-            hint = (
-                "its layers 2, 4 and 5 see one tower of two"
-                if towers == 2
-                else "layer 2 sees all of layer 1: no towers"
+            near = 1.0 if layer == "conv1" else (low + high) / 2
+            what = (
+                f"{layer} has {len(weights[layer]):,} channels, {towers * max(1, round(full * near)):,} in this network"
             )
-            raise refused(foreign.path, what + where, hint)
+            where = "" if layer == "conv1" else " at the width of the layers before"
+            alone = "" if towers == 2 else "conv2 sees every map of conv1, so that there are no towers; "
+            raise refused(foreign.path, alone + what + where)
         low, high = max(low, reach[0]), min(high, reach[1])
     exact = [len(weights[layer]) / towers / full for layer, full in reversed(table.items())]
     width = next((w for w in exact if low <= w <= high), (low + high) / 2)

@@ -192,7 +192,10 @@ def _tensors(path: Path, level: str, layer: Layer, places: list[int]) -> tuple[A
 def _array(path: Path, name: str, found: object) -> Array:
     if not isinstance(found, PickledArray):
         raise refused(path, f"{name} has no weights that are arrays")
-    return found.array()
+    array = found.array()
+    if array.dtype.kind != "f":
+        raise refused(path, f"{name} has weights of type {array.dtype}, not floats")
+    return array
 
 
 def _first(value: object, default: int) -> int:

@@ -1,8 +1,8 @@
 """What the 1000 classes of ILSVRC 2012 are called, for sources that have their wnids only.
 
 torchvision ships the names in the order of the sorted wnids, without the wnids. Its list is read from the
-installed file as text, since importing it would load all of torch. The wnids themselves are in ilsvrc_wnids.txt: names
-do not tell classes apart, since two are cranes and two maillots.
+installed file as text, since importing it would load all of torch. The wnids themselves are in ilsvrc_wnids.txt:
+a data set whose source has names of its own calls the same classes otherwise.
 """
 
 from __future__ import annotations

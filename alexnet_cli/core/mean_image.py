@@ -24,6 +24,8 @@ def read(path: Path, bgr: bool) -> npt.NDArray[np.float32]:
     Raises:
         WeightsError: it is damaged, or no mean of pictures of 256 x 256.
     """
+    if not path.is_file():
+        raise WeightsError(f"{path} is no file", "name a mean file")
     start = bytes(mapped(path)[:6])
     try:
         if start == NPY:

@@ -21,7 +21,7 @@ VARINT, EIGHT, BYTES, OPEN, CLOSE, FOUR = range(6)
 Kind = np.dtype[np.float32] | np.dtype[np.float64]
 Numbers = npt.NDArray[np.float32] | npt.NDArray[np.float64]
 NUMBERS: dict[int, Kind] = {FOUR: np.dtype("<f4"), EIGHT: np.dtype("<f8")}
-FIELDS = 1_000_000  # in a whole file; a network has some hundreds
+FIELDS = 100_000  # in a whole file; a network has some hundreds
 DIMENSIONS = 32
 
 Value = int | memoryview | Numbers
@@ -165,7 +165,9 @@ def _run(
     data: memoryview, start: int, place: int, kind: np.dtype[np.float32] | np.dtype[np.float64]
 ) -> tuple[Numbers, int]:
     """The numbers of consecutive fields with the tag at data[start:place], and the place after them."""
-    tag = bytes(data[start:place])
+    tag, end = bytes(data[start:place]), place + kind.itemsize
+    if end <= len(data) and data[end : end + len(tag)] != tag:  # one alone, the usual case
+        return np.frombuffer(data, kind, 1, place), end
     record = np.dtype([("tag", np.void, len(tag)), ("number", kind)])
     whole, count, step = (len(data) - start) // record.itemsize, 0, 1
     if not whole:

@@ -31,6 +31,8 @@ def read(path: Path, recipe: Recipe, pixels: Pixels) -> Foreign:
         raise WeightsError(f"{path} is a folder", "name the file in it: of a folder of checkpoints, the last one")
     if not path.exists():
         raise WeightsError(f"{path} does not exist", "name a weights file")
+    if not path.is_file():
+        raise WeightsError(f"{path} is no plain file", "name a weights file")
     data = mapped(path)
     start = bytes(data[:16])
     if start.startswith((torch_file.ZIP, torch_file.PLAIN)):

@@ -19,6 +19,7 @@ INSTRUCTIONS = frozenset(
     for name in "\x80.(012N\x88\x89IJKMLG\x8a\x8bFSTUVXBC]ael)t\x85\x86\x87}dsughjpqrcRb\x81ioQP"
 )
 NUMBERS = {f"{kind}{size}" for kind in "iuf" for size in (1, 2, 4, 8) if (kind, size) != ("f", 1)} | {"b1"}
+LONGEST = 1000  # characters of a name
 KEYS = (str, bytes, int, float, type(None))
 
 Allowed = Mapping[tuple[str, str], Any]
@@ -110,12 +111,10 @@ NUMPY: Allowed = {
 
 
 def text(value: object) -> str:
-    """A string of Python 2 or 3; ValueError for anything else."""
-    if isinstance(value, bytes):
-        return value.decode("latin-1")
-    if isinstance(value, str):
-        return value
-    raise ValueError(f"{type(value).__name__} where a string should be")
+    """A name, as Python 2 or 3 pickled it; ValueError for anything else, or longer than any name."""
+    if not isinstance(value, str | bytes) or len(value) > LONGEST:
+        raise ValueError(f"{type(value).__name__} where a name should be")
+    return value.decode("latin-1") if isinstance(value, bytes) else value
 
 
 def load(file: IO[bytes], allowed: Allowed, persistent: Callable[[object], object] | None = None) -> Any:
