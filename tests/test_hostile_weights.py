@@ -1,4 +1,4 @@
-"""Files that are damaged, lie, or want to run something: each ends in a message with exit code 3, and in nothing else."""
+"""Files that are damaged, lie, or want to run something: each ends in a message and exit code 3, in nothing else."""
 
 from __future__ import annotations
 
@@ -31,21 +31,20 @@ MEMORY = 64 << 20  # bytes; the whole files have a megabyte
 
 def attempt(path: Path) -> AlexNetError | None:
     """Import a file; the error, or None if it was in order. Anything else that is raised fails the test."""
+    caught: AlexNetError | None = None
     tracemalloc.start()
     try:
         found = recognition.read(path, PAPER, "rgb")
         names, _ = conversion.classes(len(found.layers["fc8"][0]), found.labels, None)
         conversion.model(found, names, None, {})
     except AlexNetError as error:
-        assert error.exit_code == 3
-        assert error.what
-        assert len(error.what) < 2000
-        return error
+        caught = error
     finally:
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        assert peak < MEMORY
-    return None
+    assert peak < MEMORY
+    assert caught is None or (caught.exit_code == 3 and 0 < len(caught.what) < 2000)
+    return caught
 
 
 def torch_file(new: bool) -> bytes:
@@ -241,7 +240,7 @@ LIES: dict[str, Content] = {
     "a group that did not begin": b"\x14",
     "wire type 7": b"\x17\x00",
     "field 0": b"\x00\x00" * 4,
-    "a million fields": b"\x08\x01" * 1_200_000,
+    "a million fields": b"\x08\x01" * 1_000_000,
     "fields of four bytes, alternating": (b"\x0d" + bytes(4) + b"\x15" + bytes(4)) * 600_000,
     "a layer of nothing": files.inside(100, b"") * 5,
     "a thousand layers": files.inside(100, files.inside(1, "x") + files.inside(2, "ReLU")) * 1000,
@@ -283,7 +282,7 @@ LIES: dict[str, Content] = {
     "a number of two gigabytes": b"\x80\x02\x8b\xff\xff\xff\x7f.",
     "a frame of an exabyte": b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\x7f.",
     "bytes of an exabyte": b"\x80\x02\x96\xff\xff\xff\xff\xff\xff\xff\x7f.",
-    "a list inside a list inside a list": b"\x80\x02" + b"](" * 200_000 + b"e" * 200_000 + b".",
+    "a list inside a list inside a list": b"\x80\x02" + b"](" * 50_000 + b"e" * 50_000 + b".",
     "a stack that is empty": b"\x80\x02000000.",
     "a mark that is missing": b"\x80\x02t.",
     "a protocol of the future": b"\x80\x63N.",

@@ -45,6 +45,7 @@ def model(
     """
     recipe = fitted(foreign)
     colour = TORCHVISION_MEAN if foreign.pixels == "imagenet" else foreign.mean
+    recipe = replace(recipe, mean="rgb")
     if mean is None:
         mean = np.ascontiguousarray(np.broadcast_to(np.array(colour, np.float32)[:, None, None], (3, SIDE, SIDE)))
     elif float(np.ptp(mean.reshape(3, -1), axis=1).max()) > 0:

@@ -163,7 +163,7 @@ def _varint(data: memoryview, place: int) -> tuple[int, int]:
 
 def _run(
     data: memoryview, start: int, place: int, kind: np.dtype[np.float32] | np.dtype[np.float64]
-) -> tuple[Numbers, int]:
+) -> tuple[Any, int]:
     """The numbers of consecutive fields with the tag at data[start:place], and the place after them."""
     tag, end = bytes(data[start:place]), place + kind.itemsize
     if end <= len(data) and data[end : end + len(tag)] != tag:  # one alone, the usual case

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -69,10 +69,12 @@ def import_weights(
     reporter.line(
         "model", f"AlexNet · {built.towers} tower{'s' if built.towers > 1 else ''} · {parameters:,} parameters"
     )
-    notes = _notes(found, order, mean, origin, classes is not None)
+    warnings, notes = _assumed(found, order, origin), _notes(found, mean, origin, bool(known or classes))
     reporter.line("reads", _described(found, built, origin))
     for note in notes:
-        reporter.warn(note)
+        reporter.line("note", note)
+    for warning in warnings:
+        reporter.warn(warning)
     name = output or re.sub(r"[^\w.-]", "_", file.stem).strip(".") or "imported"
     if name.endswith(".safetensors"):
         path = Path(name)
@@ -86,7 +88,7 @@ def import_weights(
         "path": str(path), "use": use, "format": found.format, "sha1": sha1, "published": known,
         "parameters": parameters, "classes": len(names), "class_names": origin, "towers": built.towers,
         "width": built.width, "recipe": built.name, "orders": [built.stage1_order, built.stage2_order],
-        "input_size": built.input_size, "notes": notes,
+        "input_size": built.input_size, "notes": warnings + notes,
     })  # fmt: skip
 
 
@@ -110,21 +112,27 @@ def _described(found: Foreign, built: recipes.Recipe, origin: str) -> str:
     return f"{found.pixels} · {size} · less the {subtracted} · {built.stage1_order} · norm {norm} · classes: {origin}"
 
 
-def _notes(found: Foreign, order: Any, mean: Path | None, origin: str, named: bool) -> list[str]:
-    """What had to be assumed, as the file does not tell it."""
-    notes = []
+def _assumed(found: Foreign, order: str | None, origin: str) -> list[str]:
+    """What the file does not tell, and answers depend on."""
+    warnings = []
     if found.format in BARE:
-        notes.append(
+        warnings.append(
             f"bare tensors: taken for a network of recipe {found.recipe.name}, trained on pixels as --pixels "
             f"{found.pixels}; another meaning gives wrong answers"
         )
     elif not found.order_known and order is None:
-        notes.append(f"the file does not show what follows layers 1 and 2: {found.recipe.stage1_order} is assumed")
+        warnings.append(f"the file does not show what follows layers 1 and 2: {found.recipe.stage1_order} is assumed")
+    if origin.startswith("numbers"):
+        warnings.append("the classes have no names: give a list, or ILSVRC's development kit, with --classes")
+    return warnings
+
+
+def _notes(found: Foreign, mean: Path | None, origin: str, sure: bool) -> list[str]:
+    """What was taken for granted."""
+    notes = []
     if mean is None and found.pixels != "imagenet":
         colour = " ".join(f"{value:.1f}" for value in found.mean)
         notes.append(f"no mean file: the mean colour {colour} (RGB) is subtracted, which changes answers little")
-    if origin.startswith("numbers"):
-        notes.append("the classes have no names: give a list, or ILSVRC's development kit, with --classes")
-    elif not named:
+    if not sure and not origin.startswith("numbers"):
         notes.append("1000 classes are taken for ILSVRC's; if they are others, name them with --classes")
     return notes
