@@ -52,7 +52,7 @@ def caffe_messages() -> dict[str, Any]:
         message = file.message_type.add(name=name)
         for field, number, kind, repeated, target in fields:
             label = types.LABEL_REPEATED if repeated else types.LABEL_OPTIONAL
-            made = message.field.add(name=field, number=number, type=kind, label=label, type_name=target or None)  # type: ignore[arg-type]
+            made = message.field.add(name=field, number=number, type=kind, label=label, type_name=target or None)
             if repeated and kind != types.TYPE_MESSAGE:
                 made.options.packed = True
     pool = descriptor_pool.DescriptorPool()
