@@ -151,6 +151,7 @@ ATTACKS: dict[str, bytes] = {
     "build on a class": b"cnumpy\ndtype\nN}U\x05build" + RUN + b"s\x86b.",
     "options may not be called with effect": b"coptions\nsystem\n(" + RUN + b"tR.",
     "an object of ours": b"(ialexnet_cli.core.runs\nRun\n.",
+    "an encoding with effect": b"c_codecs\nencode\n(X\x01\x00\x00\x00aX\x03\x00\x00\x00zip" + b"tR.",
     "copy_reg": b"ccopy_reg\n_reconstructor\n(cos\nsystem\nc__builtin__\nobject\nNtR.",
 }
 

@@ -86,6 +86,13 @@ def scalar(kind: object, raw: object = b"") -> object:
         return Inert()
 
 
+def latin1(characters: object, encoding: object = "latin1") -> bytes:
+    """Bytes, which Python 3 spells as text in protocol 2."""
+    if not isinstance(characters, str) or encoding not in ("latin1", b"latin1"):
+        raise pickle.UnpicklingError("it turns something into bytes that is no text")
+    return characters.encode("latin-1")
+
+
 def container(items: object = ()) -> dict[Any, Any]:
     """A dict in the place of an OrderedDict."""
     if not isinstance(items, list | tuple):
@@ -107,6 +114,7 @@ NUMPY: Allowed = {
     ("numpy", "ndarray"): "ndarray",
     ("numpy", "dtype"): PickledType,
     ("collections", "OrderedDict"): container,
+    ("_codecs", "encode"): latin1,
 }
 
 
