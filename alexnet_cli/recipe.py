@@ -40,6 +40,7 @@ class Recipe:
     towers: int = knob(2, "3.2", "2, or 1 for the one-GPU network of the paper's footnote", 1, 2)
     width: float = knob(1.0, "-", "share of the paper's channels in every layer but the last", 1 / 64, 4)
     input_size: Literal[224, 227] = knob(224, "3.5", "side of the crop in pixels (227: Caffe, unpadded)")
+    edge_padding: bool = knob(True, "code", "zeros right of and below 224 pixels: maps of 55 in layer 1, else 54")
     lrn: Literal["across-maps", "within-map", "none"] = knob("across-maps", "3.3", "response normalisation")
     lrn_size: int = knob(5, "3.3", "n: adjacent maps in the sum (across) or side of the window (within)", 1, 255)
     lrn_k: float = knob(2.0, "3.3", "k: the constant in the denominator", 1e-6)

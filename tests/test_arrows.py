@@ -82,13 +82,25 @@ CORE = {
     "export": "images onnx_graph session shards torch_session views weights",
     "predict": "images listing session sources torch_session views",
     "qualitative": "",
+    # weights of other programs
+    "protobuf": "",
+    "unpickler": "",
+    "foreign": "",
+    "caffemodel": "foreign protobuf",
+    "onnx_weights": "foreign protobuf",
+    "cuda_convnet": "foreign unpickler",
+    "state_dict": "foreign weights",
+    "torch_file": "foreign state_dict unpickler",
+    "mean_image": "caffemodel cuda_convnet foreign protobuf unpickler",
+    "recognition": "caffemodel cuda_convnet foreign onnx_weights protobuf state_dict torch_file",
+    "conversion": "devkit foreign ilsvrc network runs sources weights",
     "stopwatch": "",
 }
 TORCH = {
     "devices", "ranks", "launch", "rows", "replicas", "placement", "fast_images", "packing", "loader", "cache",
     "augment", "response_norm",
     "response_norm_gpu", "layers", "towers", "network", "compilation", "learning", "checkpoint", "evaluate", "results",
-    "fine_tuning", "gradient", "diagnosis", "training", "train", "tensorboard", "torch_session",
+    "conversion", "fine_tuning", "gradient", "diagnosis", "training", "train", "tensorboard", "torch_session",
 }  # fmt: skip
 LAZY_TORCH = {"devices"}  # import it in functions only
 PLUGINS = {"errors", "recipe", "console", "options", "entry_points"}  # and anything in core

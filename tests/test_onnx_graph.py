@@ -34,6 +34,8 @@ VARIANTS: dict[str, Recipe] = {
     "tanh": replace(PAPER, activation="tanh", input_divisor=64.0),
     "sigmoid": replace(PAPER, activation="sigmoid", dropout=0.2),
     "mean colour": replace(PAPER, mean="rgb"),
+    "unpadded 224": replace(PAPER, edge_padding=False),
+    "unpadded 224, 2x2 pooling": replace(PAPER, edge_padding=False, pool_size=2),
     "other numbers": replace(PAPER, lrn_size=3, lrn_k=1.5, lrn_alpha=1e-3, lrn_beta=0.6, input_divisor=3.0),
 }
 
@@ -118,11 +120,11 @@ def forward(model: Model, crop: npt.NDArray[np.uint8]) -> Maps:
     if r.mean == "rgb":
         mean = t["mean"].mean((1, 2), keepdims=True)
     x = (crop - mean) / r.input_divisor
-    if r.input_size == 224:
+    if r.input_size == 224 and r.edge_padding:
         x = np.pad(x, ((0, 0), (0, 3), (0, 3)))
     pad2, pad5 = (2, 1) if r.pool_size == 3 else (1, 0)
     x = convolved(x, t["conv1.weight"], t["conv1.bias"], 4, 0, 1)
-    assert x.shape[1:] == (55, 55)
+    assert x.shape[1:] == ((55, 55) if r.edge_padding else (54, 54))
     x = stage(x, r, r.stage1_order, extra=False)
     x = convolved(x, t["conv2.weight"], t["conv2.bias"], 1, pad2, r.towers)
     x = stage(x, r, r.stage2_order, extra=r.within_norm_2)

@@ -24,11 +24,15 @@ INCOMPLETE = "download ILSVRC2012_devkit_t12.tar.gz again"
 
 @dataclass(frozen=True)
 class Devkit:
-    """What the kit says: words by wnid, `tench, Tinca tinca`; wnid of each validation picture by its stem."""
+    """What the kit says: words by wnid, `tench, Tinca tinca`; wnid of each validation picture by its stem.
+
+    `wnids`: the wnid of each ILSVRC2012_ID, which count from 1.
+    """
 
     path: Path
     words: dict[str, str]
     truth: dict[str, str]
+    wnids: dict[int, str]
 
 
 def find_devkit(folder: Path) -> Path | None:
@@ -54,7 +58,7 @@ def read_devkit(path: Path) -> Devkit:
         if identity not in wnids:
             raise DataError(f"{path}, {TRUTH}, line {number}: {line!r} is no class of meta.mat", INCOMPLETE)
         truth[f"ILSVRC2012_val_{number:08d}"] = wnids[identity]
-    return Devkit(path, words, truth)
+    return Devkit(path, words, truth, wnids)
 
 
 def _unpacked(path: Path) -> dict[str, bytes]:

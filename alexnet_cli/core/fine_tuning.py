@@ -26,6 +26,7 @@ FROZEN = {"none": (), "conv": ("conv1", "conv2", "conv3", "conv4", "conv5")}
 MEANING = (  # recipe keys without which a weight is another feature
     "activation", "lrn", "lrn_size", "lrn_k", "lrn_alpha", "lrn_beta", "lrn_alpha_divided", "lrn_joint",
     "within_norm_2", "stage1_order", "stage2_order", "pool_size", "dropout_inverted", "input_divisor",
+    "edge_padding",
 )  # fmt: skip
 
 

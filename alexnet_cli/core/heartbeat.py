@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from dataclasses import dataclass
@@ -66,11 +67,11 @@ class Heartbeat:
         return min(signs, key=lambda sign: (sign.count, sign.when), default=None)
 
     def _beat(self) -> None:
-        while not self._ended.wait(SECONDS):
-            try:
+        with contextlib.suppress(RuntimeError):  # who keeps the store is gone, and so are we, soon
+            while True:
                 self.store.set(f"alive/{self.rank}", f"{time.time():.3f} {self.count} {self.place}")
-            except RuntimeError:
-                return
+                if self._ended.wait(SECONDS):
+                    return
 
 
 def told(sign: Sign) -> str:

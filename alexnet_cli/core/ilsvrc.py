@@ -1,7 +1,8 @@
 """What the 1000 classes of ILSVRC 2012 are called, for sources that have their wnids only.
 
 torchvision ships the names in the order of the sorted wnids, without the wnids. Its list is read from the
-installed file as text, since importing it would load all of torch.
+installed file as text, since importing it would load all of torch. The wnids themselves are in ilsvrc_wnids.txt:
+a data set whose source has names of its own calls the same classes otherwise.
 """
 
 from __future__ import annotations
@@ -23,6 +24,13 @@ def ilsvrc_words(wnids: Sequence[str]) -> dict[str, str]:
         return {}
     names = _torchvision()
     return dict(zip(sorted(wnids), names, strict=True)) if len(names) == len(wnids) else {}
+
+
+def sorted_classes() -> list[tuple[str, str]]:
+    """Name and wnid of each of the 1000 classes, in the order of the wnids; without torchvision a wnid is the name."""
+    wnids = (Path(__file__).parent / "ilsvrc_wnids.txt").read_text(encoding="ascii").split()
+    words = ilsvrc_words(wnids)
+    return [(words.get(wnid, wnid), wnid) for wnid in wnids]
 
 
 def _torchvision() -> list[str]:

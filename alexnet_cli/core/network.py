@@ -71,7 +71,7 @@ class Network(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Pixels to logits; softmax belongs to the loss."""
         towers, columns, images = self.towers, self.columns, x
-        if self.recipe.input_size == 224:
+        if self.recipe.input_size == 224 and self.recipe.edge_padding:
             x = functional.pad(x, PADDING_224)
         x = self.stage1(self.conv1(x.contiguous(memory_format=torch.channels_last)))
         x = self.stage2(self.conv2(x))

@@ -167,7 +167,8 @@ def _convolutions(graph: _Graph, x: str, model: Model) -> str:
     activation = ACTIVATIONS[recipe.activation]
     narrow = recipe.pool_size == 2  # 2 x 2 pooling gives larger maps: conv2 and conv5 pad less to end at 6 x 6
     pads = {"conv2": 1 if narrow else 2, "conv3": 1, "conv4": 1, "conv5": 0 if narrow else 1}
-    edge = 3 if recipe.input_size == 224 else 0  # 224 pixels: three zero rows and columns at the right and bottom
+    edge = 3 if recipe.input_size == 224 and recipe.edge_padding else 0  # zero rows and columns, right and bottom
+    clipped = narrow or (recipe.input_size == 224 and not edge)  # a last window reaches over the edge of its map
     layers = ("conv1", "conv2", "conv3", "conv4", "conv5")
     orders = {"conv1": recipe.stage1_order, "conv2": recipe.stage2_order, "conv5": "relu-pool"}
     for layer in layers:
@@ -185,7 +186,7 @@ def _convolutions(graph: _Graph, x: str, model: Model) -> str:
                 x = graph.node(activation, [x], f"{layer}.{recipe.activation}")
             elif step == "pool":
                 pool = {"kernel_shape": [recipe.pool_size] * 2, "strides": [2, 2]}
-                x = graph.node("MaxPool", [x], f"{layer}.pool", pool | ({"ceil_mode": 1} if narrow else {}))
+                x = graph.node("MaxPool", [x], f"{layer}.pool", pool | ({"ceil_mode": 1} if clipped else {}))
             else:
                 x = _normalise(graph, x, layer, len(weight), recipe)
     return x

@@ -7,6 +7,8 @@ so on. A launcher tells each its number in environment variables; there are ours
 from __future__ import annotations
 
 import os
+import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.device_mesh import init_device_mesh
 
 from alexnet_cli.core.heartbeat import Heartbeat, told
@@ -191,16 +194,43 @@ def meeting(mine: Numbers | None, backend: str) -> Iterator[Ranks]:
     patience = timedelta(seconds=float(os.environ.get(PATIENCE) or SECONDS))
     os.environ.update({"RANK": str(mine.rank), "WORLD_SIZE": str(mine.size)})
     try:
-        dist.init_process_group(backend, timeout=patience)
+        store = next(dist.rendezvous("env://", timeout=patience))[0]
+        corner = _corner(store, mine, patience.total_seconds())
+        dist.init_process_group(backend, store=corner, rank=mine.rank, world_size=mine.size, timeout=patience)
     except (RuntimeError, ValueError) as error:
         what = f"rank {mine.rank} of {mine.size} cannot meet the others: {str(error).partition(chr(10))[0]}"
         raise MissingError(what, "MASTER_ADDR and MASTER_PORT must name the same machine for all ranks") from error
-    beat = Heartbeat(mine.rank, mine.size, dist.distributed_c10d._get_default_store())
+    beat = Heartbeat(mine.rank, mine.size, corner)
     try:
         yield Ranks(mine.rank, mine.size, heartbeat=beat)
     finally:
         beat.end()
     dist.destroy_process_group()  # not after an error: it would wait for those that have died of it
+
+
+def _corner(store: dist.Store, mine: Numbers, seconds: float) -> dist.Store:
+    """A part of the store that nobody has written to.
+
+    An elastic launcher keeps its store over restarts, with the addresses of processes that are gone: who reads those
+    before they are written anew waits in vain. So each process shows a name that it has just made up, and rank 0
+    answers to that name.
+    """
+    name, deadline = uuid.uuid4().hex, time.monotonic() + seconds
+    store.set(f"here/{mine.rank}", name)
+    if mine.rank:
+        store.wait([f"welcome/{name}"])
+        corner = store.get(f"welcome/{name}").decode()
+        store.set(f"thanks/{corner}/{mine.rank}", "")
+        return PrefixStore(corner, store)
+    missing = set(range(1, mine.size))
+    while missing:
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"no sign of rank {', '.join(str(rank) for rank in sorted(missing))}")
+        for rank in [rank for rank in missing if store.check([f"here/{rank}"])]:
+            store.set(f"welcome/{store.get(f'here/{rank}').decode()}", name)
+        missing = {rank for rank in missing if not store.check([f"thanks/{name}/{rank}"])}
+        time.sleep(0.02)
+    return PrefixStore(name, store)
 
 
 def arranged(ranks: Ranks, parallel: Parallel, towers: int, device: torch.device) -> Ranks:

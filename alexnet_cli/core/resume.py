@@ -29,12 +29,20 @@ def to_continue(resume: str | None, name: str | None) -> Run | None:
         run = Run.open(resume)
         if name not in (None, run.path.name):
             raise UsageError(f"--resume {resume} goes on with {run.path.name}", f"leave --name {name} out")
-        return run
+        return _trained(run)
     try:
         run = Run.open(name or "latest")
     except UsageError:
         return None
-    return run if name or run.about.get("status") != "finished" else None
+    return _trained(run) if name or run.about.get("status") != "finished" else None
+
+
+def _trained(run: Run) -> Run:
+    """The run, unless its weights were imported: there is no training of theirs to go on with."""
+    if "imported" in run.about:
+        name = run.path.name
+        raise UsageError(f"{name} was imported, not trained", f"start from its weights: --init-from {name}")
+    return run
 
 
 def agreed(run: Run, wanted: Recipe, said: Collection[str]) -> Recipe:

@@ -106,15 +106,16 @@ def train(
     from alexnet_cli.core.tensorboard import check_installed
     from alexnet_cli.core.training import Training
 
-    if not print_config and (count := devices.processes(gpus, processes)) > 1:
-        from alexnet_cli.core.launch import launch
-
-        raise typer.Exit(launch(sys.argv[1:], count))
     limit, said = seconds(max_time), recipes.parsed(settings or [])
     options = {"epochs": epochs, "batch_size": batch_size, "learning_rate": lr, "precision": precision, "seed": seed}
     explicit = {key: value for key, value in {**options, "frozen": freeze}.items() if value is not None}
     if tensorboard:
         check_installed()
+    if not print_config and (count := devices.processes(gpus, processes)) > 1:
+        from alexnet_cli.core.launch import launch
+
+        recipes.changed(recipes.load(recipe or "paper"), {**said, **explicit})  # what is wrong is wrong before
+        raise typer.Exit(launch(sys.argv[1:], count))
     with ExitStack() as stack:
         ranks = stack.enter_context(meeting(numbers(), devices.backend(gpus)))
         reporter = Reporter("train", json=json, quiet=quiet, speaks=ranks.first)

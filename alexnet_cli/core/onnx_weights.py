@@ -1,0 +1,173 @@
+"""An AlexNet in ONNX, such as the model zoo's bvlcalexnet: its nodes, in order, as the eight layers of this network.
+
+The model zoo's takes 224 pixels without padding, so that maps of layer 1 have 54 pixels a side; its pooling is padded
+at the right and below, which is the same as clipping windows at the edge.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from alexnet_cli.core import foreign
+from alexnet_cli.core.foreign import CAFFE_MEAN, Array, Foreign, damaged, refused
+from alexnet_cli.core.protobuf import Message, mapped
+from alexnet_cli.errors import WeightsError
+from alexnet_cli.recipe import CAFFE
+
+WORDS = {"Conv": "conv", "Gemm": "fc", "Relu": "relu", "LRN": "norm", "MaxPool": "pool"}
+IDLE = {"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Dropout", "Softmax", "Identity", "Constant"}
+KINDS = {1: "<f4", 10: "<f2", 11: "<f8"}  # float, float16, double
+GRIDS = {(224, 0): 54, (224, 3): 55, (227, 0): 55}  # side and padding at the end -> side of layer 1
+POOLED = (27, 13, 6)
+
+
+@dataclass(frozen=True)
+class Node:
+    """One node of the graph."""
+
+    operator: str
+    inputs: Sequence[str]
+    outputs: Sequence[str]
+    attributes: Mapping[str, Message]
+
+    def integers(self, name: str, default: list[int]) -> list[int]:
+        """An attribute of integers."""
+        return self.attributes[name].integers(8) if name in self.attributes else default
+
+    def integer(self, name: str, default: int) -> int:
+        """An attribute of one integer."""
+        return self.attributes[name].integer(3) if name in self.attributes else default
+
+    def number(self, name: str, default: float) -> float:
+        """An attribute of one float."""
+        return self.attributes[name].number(2, default) if name in self.attributes else default
+
+
+def read(path: Path) -> Foreign:
+    """Read an .onnx file.
+
+    Raises:
+        WeightsError: it is damaged, keeps its weights elsewhere, is ours already, or another network.
+    """
+    try:
+        model = Message(mapped(path))
+        if any(entry.text(1) == "alexnet.schema" for entry in model.messages(14)):
+            raise refused(path, "it is an ONNX file of this toolkit already", f"use it as it is: -w {path}")
+        graphs = list(model.messages(7))
+        if not graphs:
+            raise WeightsError(f"{path} is no ONNX file: it holds no graph", "name a weights file")
+        return _network(path, graphs[-1])
+    except (ValueError, OverflowError, IndexError) as error:
+        raise damaged(path, error) from error
+
+
+def _network(path: Path, graph: Message) -> Foreign:
+    nodes = [_node(message) for message in graph.messages(1)]
+    for node in nodes:
+        if node.operator not in IDLE | set(WORDS):
+            raise refused(path, f"it uses {node.operator}, which this network does not (quantised files are not read)")
+    chain = [node for node in nodes if node.operator != "Constant"]
+    for before, after in itertools.pairwise(chain):
+        if not after.inputs or not before.outputs or after.inputs[0] != before.outputs[0]:
+            raise refused(path, f"a {after.operator} does not follow the {before.operator} before it")
+    values = {message.text(8): message for message in graph.messages(5)}
+    of = {word: [node for node in chain if WORDS.get(node.operator) == word] for word in WORDS.values()}
+    tensors = {}
+    for layer, node in foreign.named(path, of["conv"], of["fc"]).items():
+        missing = [name for name in node.inputs[1:3] if name not in values]
+        if missing or len(node.inputs) < 3:
+            raise refused(path, f"{layer} has no weight and bias among the file's values")
+        weight, bias = (_tensor(path, values[name]) for name in node.inputs[1:3])
+        if layer in foreign.CONNECTED and not node.integer("transB", 0):
+            weight = weight.T
+        if node.number("alpha", 1.0) != 1.0 or node.number("beta", 1.0) != 1.0:
+            raise refused(path, f"{layer} is multiplied by a factor")
+        tensors[layer] = foreign.shaped(path, layer, weight, bias)
+    grid = _grid(path, _side(graph, chain), of["conv"], of["pool"])
+    order, shown = foreign.orders(path, [WORDS[node.operator] for node in chain if node.operator in WORDS])
+    norms = foreign.same(path, [_norm(node) for node in of["norm"]])
+    recipe = foreign.built(path, CAFFE, {"mean": "rgb"} | grid | norms | order)
+    return Foreign(path, "ONNX", tensors, recipe, "bgr", CAFFE_MEAN, "wnids", shown)
+
+
+def _node(message: Message) -> Node:
+    names: dict[int, list[str]] = {1: [], 2: []}
+    operator, attributes = "", {}
+    for number, value in message.fields():
+        if isinstance(value, memoryview) and number in names:
+            names[number].append(bytes(value[:1000]).decode("utf-8", "replace"))
+        elif isinstance(value, memoryview) and number == 4:
+            operator = bytes(value[:100]).decode("utf-8", "replace")
+        elif isinstance(value, memoryview) and number == 5:
+            attribute = Message(value, message.budget)
+            attributes[attribute.text(1)] = attribute
+    return Node(operator, names[1], names[2], attributes)
+
+
+def _tensor(path: Path, message: Message) -> Array:
+    name = message.text(8)
+    if message.integer(14) or message.all(13):
+        raise refused(path, f"the numbers of {name} lie in another file", "save the model with its weights inside")
+    kind = message.integer(2)
+    if kind not in KINDS:
+        raise refused(path, f"{name} has elements of type {kind}, not floats", "take the float32 file")
+    raw = [value for value in message.all(9) if isinstance(value, memoryview)]
+    dtype = np.dtype(KINDS[kind])
+    if raw:
+        if len(raw[-1]) % dtype.itemsize:
+            raise ValueError(f"{name} has {len(raw[-1]):,} bytes")
+        return foreign.array(np.frombuffer(raw[-1], dtype), message.integers(1))
+    if kind == 10:
+        raise refused(path, f"{name} is float16 and not raw", "take the float32 file")
+    number = 4 if kind == 1 else 10
+    return foreign.array(message.numbers(number, np.dtype("<f4" if kind == 1 else "<f8")), message.integers(1))
+
+
+def _side(graph: Message, chain: Sequence[Node]) -> int:
+    """Side of the picture that the first node takes."""
+    for value in graph.messages(11):
+        if chain and value.text(1) == chain[0].inputs[0]:
+            sides = [dimension.integer(1) for dimension in value.message(2).message(1).message(2).messages(1)]
+            if len(sides) == 4 and sides[2] == sides[3]:
+                return sides[2]
+    return 224
+
+
+def _grid(path: Path, side: int, convolutions: Sequence[Node], pools: Sequence[Node]) -> dict[str, Any]:
+    """Recipe values of the input's size and padding, once every layer's geometry is as in this network."""
+    end = 0
+    for layer, node in zip(foreign.CONVOLUTIONS, convolutions, strict=True):
+        pads, strides = node.integers("pads", [0] * 4), node.integers("strides", [1, 1])
+        if layer == "conv1" and pads[:2] == [0, 0] and pads[2:] in ([0, 0], [3, 3]):
+            end, pads = pads[2], [0] * 4
+        if len(set(pads)) != 1 or len(set(strides)) != 1 or node.integers("dilations", [1, 1]) != [1, 1]:
+            raise refused(path, f"{layer} is padded by {pads}, moved by {strides}")
+        foreign.geometry(path, layer, strides[0], pads[0])
+    if (side, end) not in GRIDS:
+        raise refused(path, f"it takes pictures of {side} pixels, padded by {end}; this network 224 or 227")
+    maps = GRIDS[side, end]
+    for pooled, node in zip(POOLED, pools, strict=False):
+        pads = node.integers("pads", [0] * 4)
+        free = (maps - 3 + pads[-1]) / 2
+        found = 1 + (math.ceil(free) if node.integer("ceil_mode", 0) else math.floor(free))
+        kernel, strides = node.integers("kernel_shape", []), node.integers("strides", [1, 1])
+        if kernel != [3, 3] or strides != [2, 2] or pads[:2] != [0, 0] or len(set(pads[2:])) != 1 or found != pooled:
+            raise refused(path, f"a pooling of {kernel} at {strides}, padded by {pads}, makes {maps} pixels {found}")
+        maps = pooled
+    return {"input_size": side, "edge_padding": GRIDS[side, end] == 55}
+
+
+def _norm(node: Node) -> dict[str, Any]:
+    return {
+        "lrn_size": node.integer("size", 0),
+        "lrn_alpha": node.number("alpha", 1e-4),
+        "lrn_beta": node.number("beta", 0.75),
+        "lrn_k": node.number("bias", 1.0),
+    }

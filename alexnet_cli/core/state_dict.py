@@ -1,0 +1,68 @@
+"""Tensors by name, from a .pth or .safetensors file, as the eight layers of this network.
+
+Names are everybody's own: convolutions are the weights of four dimensions, fully connected layers those of two, each in
+the order of the names, numbers in them counted as numbers; each bias is called as its weight.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from alexnet_cli.core import foreign
+from alexnet_cli.core.foreign import CAFFE_MEAN, Array, Foreign, Pixels, refused
+from alexnet_cli.core.weights import SCHEMA
+from alexnet_cli.errors import WeightsError
+from alexnet_cli.recipe import Recipe
+
+SUFFIXES = (".weight", ".bias")
+STRANGE = ("running_mean", "running_var")
+
+
+def read_safetensors(path: Path, recipe: Recipe, pixels: Pixels) -> Foreign:
+    """Read a .safetensors file of a network that was built and fed as `recipe` and `pixels` say.
+
+    Raises:
+        WeightsError: it is damaged, ours already, or another network.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            if (file.metadata() or {}).get("schema") == SCHEMA:
+                raise refused(path, "it is a model file of this toolkit already", f"use it as it is: -w {path}")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except (SafetensorError, OSError, ValueError, TypeError, MemoryError) as error:
+        raise WeightsError(f"{path} cannot be read: {error}", "it should hold float tensors") from error
+    return network(path, "safetensors", tensors, recipe, pixels)
+
+
+def network(path: Path, form: str, tensors: Mapping[str, Array], recipe: Recipe, pixels: Pixels) -> Foreign:
+    """Eight layers from named tensors. Raises WeightsError where they are not those of this network."""
+    for name in tensors:
+        if name.endswith(STRANGE):
+            raise refused(path, f"{name} belongs to batch normalisation, which this network does not have")
+    names = sorted((name for name in tensors if name.endswith(SUFFIXES[0])), key=_natural)
+    by_dimensions = {n: [name for name in names if tensors[name].ndim == n] for n in (4, 2)}
+    other = [name for name in names if tensors[name].ndim not in by_dimensions]
+    if other:
+        raise refused(path, f"{other[0]} has {tensors[other[0]].ndim} dimensions, this network's have 4 or 2")
+    layers = {}
+    for layer, name in foreign.named(path, by_dimensions[4], by_dimensions[2]).items():
+        bias = name.removesuffix(SUFFIXES[0]) + SUFFIXES[1]
+        if bias not in tensors:
+            raise refused(path, f"{name} has no {bias}, this network's layers have one")
+        layers[layer] = foreign.shaped(path, layer, tensors[name], tensors[bias])
+    left = sorted(set(tensors) - {n.removesuffix(".weight") + end for n in names for end in SUFFIXES})
+    floats = [name for name in left if np.asarray(tensors[name]).dtype.kind == "f" and name not in ("mean", "std")]
+    if floats:
+        raise refused(path, f"it also holds {floats[0]}, which no layer of this network has")
+    return Foreign(path, form, layers, recipe, pixels, CAFFE_MEAN, "wnids", order_known=False)
+
+
+def _natural(name: str) -> list[Any]:
+    """A sort key by which conv10 follows conv9."""
+    return [(1, int(part), "") if part.isdigit() else (0, 0, part) for part in re.split(r"([0-9]+)", name)]

@@ -1,0 +1,220 @@
+"""One command as several processes: how it ends, whatever ends it. Nothing is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alexnet_cli.core.heartbeat import Heartbeat, told
+
+SECONDS = 90
+SMALL = ("--recipe", "paper", "--set", "width=0.03125", "-b", "8", "--gpus", "none")
+
+
+@dataclass
+class Command:
+    """A training in processes of its own; `runs` is where its runs are."""
+
+    process: subprocess.Popen[str]
+    runs: Path
+
+    def ranks(self) -> list[int]:
+        """The processes it has started."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        return [int(number) for number in children.read_text().split()]
+
+    def saved(self, name: str = "r", step: int = 1) -> None:
+        """Wait for a checkpoint of that step or later."""
+        deadline = time.monotonic() + SECONDS
+        last = self.runs / name / "checkpoints" / "last"
+        while not (last.exists() and int(last.resolve().name) >= step):
+            assert self.process.poll() is None, self.process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    def end(self) -> tuple[int, str, str]:
+        """Exit code, stdout and stderr."""
+        out, err = self.process.communicate(timeout=SECONDS)
+        return self.process.returncode, out, err
+
+
+@pytest.fixture
+def start(prepared: Path, tmp_path: Path) -> Iterator[Any]:
+    started: list[Command] = []
+
+    def command(*extra: str, before: tuple[str, ...] = (), settings: dict[str, str] | None = None) -> Command:
+        words = ["-m", "alexnet_cli.cli", "train", "--data", str(prepared), *SMALL, "--name", "r", *extra]
+        environment = {**os.environ, "ALEXNET_RUNS_DIR": str(tmp_path / "runs"), **(settings or {})}
+        pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        process = subprocess.Popen([sys.executable, *before, *words], text=True, env=environment, **pipes)
+        started.append(Command(process, tmp_path / "runs"))
+        return started[-1]
+
+    yield command
+    for one in started:
+        one.process.terminate()  # by which launchers end what they have started, too
+        one.process.communicate(timeout=SECONDS)
+
+
+def gone(numbers: list[int]) -> bool:
+    """Whether all these processes are gone, or will be as soon as somebody asks how they ended."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        stats = [Path(f"/proc/{number}/stat") for number in numbers]
+        left = [s for s in stats if s.exists() and s.read_text().rpartition(")")[2].split()[0] != "Z"]
+        if not left:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_a_killed_rank_ends_all(start: Any) -> None:
+    command = start("--processes", "2")
+    command.saved()
+    ranks, killed = command.ranks(), time.monotonic()
+    os.kill(ranks[1], signal.SIGKILL)
+    code, _, err = command.end()
+    assert time.monotonic() - killed < 30
+    assert code == 4
+    assert err.count("error: ") == 1
+    assert "error: rank 1 was ended by SIGKILL" in err
+    assert "Traceback" not in err
+    assert gone(ranks)
+    assert (command.runs / "r" / "checkpoints" / "last" / "meta.json").is_file()
+    assert json.loads((command.runs / "r" / "run.json").read_text())["placement"] == {
+        "tower 1": "CPU process 0", "tower 2": "CPU process 1",
+    }  # fmt: skip
+
+
+def test_sigterm_reaches_all_and_saves_once(start: Any) -> None:
+    command = start("--processes", "2", "--json")
+    command.saved()
+    ranks = command.ranks()
+    command.process.send_signal(signal.SIGTERM)
+    code, out, err = command.end()
+    assert code == 143
+    assert err.count("error: stopped (SIGTERM)") == 1
+    assert gone(ranks)
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert lines[-1]["event"] == "end"
+    assert [line["event"] for line in lines].count("start") == 1, "only rank 0 speaks"
+
+
+def test_a_wrong_word_is_told_once(start: Any) -> None:
+    code, out, err = start("--processes", "2", "--set", "widht=1").end()
+    assert (code, out) == (2, "")
+    assert err == "error: recipe: no key is called widht\nhint: did you mean width?\n"
+
+
+def test_processes_are_for_the_cpu(start: Any) -> None:
+    code, _, err = start("--gpus", "0", "--processes", "2").end()
+    assert code == 2
+    assert "--gpus 0,1 starts a process for each GPU" in err
+
+
+def test_gpus_that_are_not_there(start: Any) -> None:
+    code, _, err = start("--gpus", "98,99").end()
+    assert code == 4
+    assert "error: --gpus 98,99: GPUs visible here: " in err
+    assert "--gpus none uses the CPU" in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGUSR1, 143), (signal.SIGHUP, 129)])
+def test_other_signals(start: Any, number: signal.Signals, code: int) -> None:
+    command = start("--processes", "2")
+    command.saved()
+    ranks = command.ranks()
+    command.process.send_signal(number)
+    found, _, err = command.end()
+    assert found == code
+    assert err.count("checkpoint saved in") == 1
+    assert gone(ranks)
+
+
+@pytest.mark.slow
+def test_time_is_up(start: Any) -> None:
+    code, _, err = start("--processes", "2", "--max-time", "10s").end()
+    assert code == 75
+    assert "stopped (time is up)" in err
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_is_named(start: Any) -> None:
+    command = start("--processes", "2", settings={"ALEXNET_TIMEOUT": "5"})
+    command.saved()
+    ranks = command.ranks()
+    os.kill(ranks[1], signal.SIGSTOP)
+    code, _, err = command.end()
+    assert code == 4
+    assert "rank 0 waited for the others in vain" in err
+    assert "rank 1, last heard of" in err
+    assert gone(ranks)
+
+
+@pytest.mark.slow
+def test_ranks_save_and_end_when_their_launcher_is_killed(start: Any) -> None:
+    command = start("--processes", "2")
+    command.saved()
+    ranks = command.ranks()
+    command.process.kill()
+    assert gone(ranks)
+    assert json.loads((command.runs / "r" / "run.json").read_text())["reason"] == "SIGTERM"
+
+
+@pytest.mark.slow
+def test_torchrun_starts_again_and_the_run_goes_on(start: Any) -> None:
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "2")
+    command = start("--resume", "auto", "--epochs", "12", before=torchrun)
+    command.saved(step=12)
+    os.kill(command.ranks()[1], signal.SIGKILL)
+    code, _, err = command.end()
+    assert code == 0, err
+    about = json.loads((command.runs / "r" / "run.json").read_text())
+    assert about["status"] == "finished"
+    assert len(about["resumed"]) == 1
+    records = [json.loads(line) for line in (command.runs / "r" / "metrics.jsonl").read_text().splitlines()]
+    assert records[-1]["step"] == 12 * 6
+    assert [r["epoch"] for r in records if r["event"] == "validation"] == list(range(1, 13))
+
+
+class Memory(dict[str, str]):
+    """A store of one process."""
+
+    def set(self, key: str, value: str) -> None:
+        self[key] = value
+
+    def get(self, key: str) -> bytes:  # type: ignore[override]
+        return self[key].encode()
+
+    def check(self, keys: list[str]) -> bool:
+        return all(key in self for key in keys)
+
+
+def test_the_one_that_came_least_far_is_behind() -> None:
+    store = Memory()
+    heart = Heartbeat(0, 4, store)
+    assert heart.behind() is None
+    now = time.time()
+    for rank, count, place in ((1, 7, "step 7"), (2, 5, "exchange for conv3"), (3, 7, "step 7")):
+        store.set(f"alive/{rank}", f"{now - 30:.3f} {count} {place}")
+    sign = heart.behind()
+    assert sign is not None
+    assert (sign.rank, sign.count) == (2, 5)
+    assert told(sign) == "rank 2, last heard of 30 s ago, is behind at: exchange for conv3"
+    heart.at("step 8")
+    deadline = time.monotonic() + 20
+    while "alive/0" not in store and time.monotonic() < deadline:
+        time.sleep(0.05)
+    heart.end()
+    assert store["alive/0"].split(" ", 2)[1:] == ["1", "step 8"]
