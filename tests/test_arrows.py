@@ -48,8 +48,9 @@ CORE = {
     "response_norm": "response_norm_gpu",
     "layers": "response_norm",
     "towers": "",
-    "weights": "sources",
-    "network": "layers towers weights",
+    "shapes": "",
+    "weights": "shapes sources",
+    "network": "layers shapes towers weights",
     # section 5: learning
     "learning": "",
     "runs": "",
@@ -70,11 +71,14 @@ CORE = {
     # section 6 and after: use
     "views": "",
     "onnx_metadata": "sources weights",
+    "onnx_wire": "",
     "onnx_graph": "onnx_metadata weights",
-    "session": "devices onnx_graph onnx_metadata sources weights",
+    "session": "devices onnx_graph onnx_metadata onnx_wire sources weights",
     "torch_session": "network session sources weights",
     "export": "images onnx_graph session shards torch_session views weights",
-    "predict": "images listing session sources torch_session views",
+    "inputs": "devices images listing",
+    "predict": "images inputs session sources torch_session views",
+    "features": "predict",
     "qualitative": "",
     "stopwatch": "",
 }
