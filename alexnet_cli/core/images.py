@@ -116,7 +116,7 @@ def to_256(rgb: Pixels) -> Pixels:
         return centre(rgb)
     result = np.empty((SIDE, SIDE, 3), np.uint8)
     for channel in range(3):
-        plane = Image.fromarray(rgb[:, :, channel].astype(np.float32))
+        plane = Image.fromarray(np.ascontiguousarray(rgb[:, :, channel])).convert("F")
         scaled = plane.resize((width, height), Image.Resampling.BILINEAR)
         result[:, :, channel] = np.rint(centre(np.asarray(scaled)))
     return result
