@@ -17,7 +17,7 @@ SHELL = {
     "entry_points": "errors",
     "console": "",
     "options": "",
-    "cli": "errors entry_points",
+    "cli": "console errors entry_points",
 }
 CORE = {
     "devices": "",
@@ -34,7 +34,7 @@ CORE = {
     "images": "",
     "fast_images": "images",
     "statistics": "",
-    "shards": "sources",
+    "shards": "listing sources",
     "census": "",
     "shard_writer": "census shards statistics",
     "plan": "images shards sources",
