@@ -196,7 +196,11 @@ def _activations(layer: str, recipe: Recipe) -> str:
 
 
 def _checked(path: Path, session: Any, layer: str | None) -> onnx_metadata.Info:
-    info = onnx_metadata.read(path, session.get_modelmeta().custom_metadata_map)
+    try:
+        text = session.get_modelmeta().custom_metadata_map
+    except UnicodeDecodeError as error:
+        raise WeightsError(f"{path} has unreadable metadata: {error}", "the file is damaged; export it anew") from error
+    info = onnx_metadata.read(path, text)
     shapes = {v.name: list(v.shape[1:]) for v in (*session.get_inputs(), *session.get_outputs())}
     if layer is not None:
         shapes.pop(_activations(layer, info.recipe))

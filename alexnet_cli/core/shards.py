@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from alexnet_cli.core import dataset_record
 from alexnet_cli.core.listing import read_file
 from alexnet_cli.core.sources import ClassName, class_list
 from alexnet_cli.errors import DataError, VerificationError
@@ -171,32 +172,19 @@ def open_dataset(path: Path) -> Dataset:
         record = json.loads(data)
         if record["schema"] != SCHEMA:
             raise DataError(f"{path} has schema {record['schema']}, not {SCHEMA}", "prepare it again with this version")
-        _check(record)
+        dataset_record.check(record)
         return Dataset(
             path=path,
             name=record["name"],
             hash=hashlib.sha256(data).hexdigest(),
             classes=class_list([c["name"] for c in record["classes"]], [c.get("wnid") for c in record["classes"]]),
-            mean_rgb=np.array(record["mean_rgb"], np.float32).reshape(3),
-            colour_std=np.array(record["colour_std"], np.float32).reshape(3),
-            colour_axes=np.array(record["colour_axes"], np.float32).reshape(3, 3),
+            mean_rgb=dataset_record.numbers(record, "mean_rgb", 3),
+            colour_std=dataset_record.numbers(record, "colour_std", 3),
+            colour_axes=dataset_record.numbers(record, "colour_axes", 3, 3),
             record=record,
         )
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise _damaged(path / RECORD, f"{type(error).__name__} {error}") from error
-
-
-def _check(record: dict[str, Any]) -> None:
-    """Raise ValueError or KeyError where dataset.json is not made as ours are: its files lie in its own folder."""
-    for name in checksums(record):
-        if not isinstance(name, str) or name in {"", ".", ".."} or Path(name).name != name:
-            raise ValueError(f"{name!r} is no name of a file in this folder")
-    if not isinstance(record["image"], dict):
-        raise ValueError("image is no mapping")
-    for split in record["splits"].values():
-        counts = [split["images"], *(shard["bytes"] for shard in split["shards"])]
-        if not all(type(count) is int and count >= 0 for count in counts):
-            raise ValueError(f"{counts[0]!r} images in shards of {counts[1:4]} bytes")
 
 
 def verify(dataset: Dataset) -> Iterator[str]:
@@ -205,7 +193,7 @@ def verify(dataset: Dataset) -> Iterator[str]:
     Raises:
         VerificationError: a file is missing or its bytes have changed.
     """
-    for name, expected in checksums(dataset.record).items():
+    for name, expected in dataset_record.checksums(dataset.record).items():
         try:
             with (dataset.path / name).open("rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -217,13 +205,6 @@ def verify(dataset: Dataset) -> Iterator[str]:
                 "prepare the data set again with --overwrite",
             )
         yield name
-
-
-def checksums(record: dict[str, Any]) -> dict[str, str]:
-    """The recorded sha256 of every file of a data set but dataset.json, by file name."""
-    shards = {s["file"]: s["sha256"] for split in record["splits"].values() for s in split["shards"]}
-    others: dict[str, str] = record["files"]
-    return shards | others
 
 
 def find_dataset(spec: str | None) -> Path:
