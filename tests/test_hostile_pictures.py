@@ -211,11 +211,12 @@ def test_a_folder_of_the_largest_pictures_fits_in_two_gigabytes(tmp_path: Path) 
         (tmp_path / f"{number}.png").write_bytes(png(9459, 9459, rows=9459))
         (tmp_path / f"{number}-colour.png").write_bytes(png(9459, 9459, 8, 6, 9459))
     words = [sys.executable, "-m", "alexnet_cli.cli", "predict", str(tmp_path), "-w", str(model), "-q"]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE)
-    assert process.stdout
-    shown = process.stdout.read().decode()
-    _, status, usage = os.wait4(process.pid, 0)
-    assert os.waitstatus_to_exitcode(status) == 0
+    with subprocess.Popen(words, stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        shown = process.stdout.read().decode()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
     assert shown.count("class ") == 12 * 5
     assert usage.ru_maxrss * 1024 < 2 << 30
 
