@@ -135,9 +135,10 @@ def test_its_files_and_words(runs: Path, prepared: Path, tmp_path: Path) -> None
 
 def test_a_subset_is_a_note_and_an_unknown_class_an_error(runs: Path, prepared: Path, tmp_path: Path) -> None:
     classes = open_dataset(prepared).classes
-    more = named([*classes, ClassName("violet")], tmp_path / "more.safetensors")
+    more = named([*classes, ClassName("violet\x1b[2J")], tmp_path / "more.safetensors", seed=2)
     result = run("-w", str(more), "--data", str(prepared))
     assert result.exception is None
+    assert "\x1b" not in result.stdout + result.stderr
     assert "4 of the 5 classes" in result.stderr
     fewer = named(classes[1:], tmp_path / "fewer.safetensors")
     error = run("-w", str(fewer), "--data", str(prepared)).exception
