@@ -135,9 +135,13 @@ def test_its_files_and_words(runs: Path, prepared: Path, tmp_path: Path) -> None
 
 def test_a_subset_is_a_note_and_an_unknown_class_an_error(runs: Path, prepared: Path, tmp_path: Path) -> None:
     classes = open_dataset(prepared).classes
-    more = named([*classes, ClassName("violet\x1b[2J")], tmp_path / "more.safetensors", seed=2)
+    more = named([*classes, ClassName("violet\x1b[2J")], tmp_path / "more.safetensors")
+    liked = weights.read(more)
+    liked.tensors["fc8.bias"][4] = 1000.0  # so that it is the answer to everything
+    save_model(liked, more)
     result = run("-w", str(more), "--data", str(prepared))
     assert result.exception is None
+    assert "taken for violet\\x1b" in result.stdout
     assert "\x1b" not in result.stdout + result.stderr
     assert "4 of the 5 classes" in result.stderr
     fewer = named(classes[1:], tmp_path / "fewer.safetensors")
