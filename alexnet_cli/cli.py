@@ -18,6 +18,7 @@ import typer
 from typer.core import TyperGroup
 
 from alexnet_cli import __version__
+from alexnet_cli.console import visible
 from alexnet_cli.entry_points import HINT, Offer, callable_offers
 from alexnet_cli.errors import AlexNetError, LostError, MissingError, Terminated
 
@@ -209,7 +210,7 @@ def _guarded(run: Callable[[], Any], debug: bool) -> int:
             traceback.print_exc()
         what, hint, code = _told(error)
         if not _left_for_the_launcher(error, what, hint):
-            sys.stderr.write(f"error: {what}\n" + (f"hint: {hint}\n" if hint else ""))
+            sys.stderr.write(f"error: {visible(what)}\n" + (f"hint: {visible(hint)}\n" if hint else ""))
         return code
 
 

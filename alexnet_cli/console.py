@@ -45,15 +45,15 @@ class Reporter:
     def line(self, label: str, text: str) -> None:
         """A labelled line on stderr; nothing when quiet."""
         if not self.quiet:
-            self._stderr(f"{label:<8}{_visible(text)}")
+            self._stderr(f"{label:<8}{visible(text)}")
 
     def warn(self, text: str, hint: str = "") -> None:
         """A warning on stderr, and what to do about it."""
         if not self.speaks:
             return
-        self._stderr(f"warn    {_visible(text)}")
+        self._stderr(f"warn    {visible(text)}")
         if hint:
-            self._stderr(f"hint    {_visible(hint)}")
+            self._stderr(f"hint    {visible(hint)}")
 
     def result(self, record: Mapping[str, Any]) -> None:
         """The result as one line of JSON, if that is what was asked for."""
@@ -126,7 +126,7 @@ def moving(stream: Any) -> bool:
     return bool(stream.isatty()) and not calm
 
 
-def _visible(text: str) -> str:
+def visible(text: str) -> str:
     """Names of files can hold anything; a line of ours stays one line and moves no cursor."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
 

@@ -17,7 +17,7 @@ SHELL = {
     "entry_points": "errors",
     "console": "",
     "options": "",
-    "cli": "errors entry_points",
+    "cli": "console errors entry_points",
 }
 CORE = {
     "devices": "",
@@ -38,7 +38,8 @@ CORE = {
     "images": "",
     "fast_images": "images",
     "statistics": "",
-    "shards": "sources",
+    "dataset_record": "",
+    "shards": "dataset_record listing sources",
     "census": "",
     "shard_writer": "census shards statistics",
     "plan": "images shards sources",
@@ -52,8 +53,9 @@ CORE = {
     "response_norm": "response_norm_gpu",
     "layers": "response_norm",
     "rows": "towers",
-    "weights": "sources",
-    "network": "layers rows towers weights",
+    "shapes": "",
+    "weights": "shapes sources",
+    "network": "layers rows shapes towers weights",
     # section 5: learning
     "learning": "",
     "atomic": "",
@@ -62,7 +64,10 @@ CORE = {
     "checkpoint": "atomic learning network runs weights",
     "resume": "runs",
     "evaluate": "augment loader network placement sources",
-    "results": "evaluate sources",
+    "published": "ilsvrc sources",
+    "confusion_picture": "",
+    "results": "confusion_picture evaluate published sources",
+    "backoff": "",
     "replicas": "network ranks",
     "compilation": "layers network",
     "gradient": "augment loader network placement",
@@ -76,11 +81,14 @@ CORE = {
     # section 6 and after: use
     "views": "",
     "onnx_metadata": "sources weights",
+    "onnx_wire": "",
     "onnx_graph": "onnx_metadata weights",
-    "session": "devices onnx_graph onnx_metadata sources weights",
+    "session": "devices onnx_graph onnx_metadata onnx_wire sources weights",
     "torch_session": "network session sources weights",
     "export": "images onnx_graph session shards torch_session views weights",
-    "predict": "images listing session sources torch_session views",
+    "inputs": "devices images listing",
+    "predict": "images inputs session sources torch_session views",
+    "features": "predict",
     "qualitative": "",
     # weights of other programs
     "protobuf": "",
@@ -93,7 +101,7 @@ CORE = {
     "torch_file": "foreign state_dict unpickler",
     "mean_image": "caffemodel cuda_convnet foreign protobuf unpickler",
     "recognition": "caffemodel cuda_convnet foreign onnx_weights protobuf state_dict torch_file",
-    "conversion": "devkit foreign ilsvrc network runs sources weights",
+    "conversion": "devkit foreign ilsvrc network runs shapes sources weights",
     "stopwatch": "",
 }
 TORCH = {

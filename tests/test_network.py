@@ -11,7 +11,8 @@ import torch
 
 from alexnet_cli.core import response_norm
 from alexnet_cli.core.layers import OverlappingPooling, within_map
-from alexnet_cli.core.network import Network, initialise, parameters_by_name, widths
+from alexnet_cli.core.network import Network, initialise, parameters_by_name
+from alexnet_cli.core.shapes import widths
 from alexnet_cli.core.towers import Towers
 from alexnet_cli.recipe import CAFFE, FAST, KRIZHEVSKY, PAPER, RECIPES, Recipe
 

@@ -129,14 +129,14 @@ def test_a_pipe_is_refused_and_not_waited_for(source: Path, tmp_path: Path) -> N
 
 
 def test_what_may_not_be_read(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = listing._read
+    real = listing.read_file
 
     def read(path: Path) -> bytes:
         if path.name == "3.jpg":
             raise PermissionError(13, "Permission denied", str(path))
         return real(path)
 
-    monkeypatch.setattr(listing, "_read", read)
+    monkeypatch.setattr(listing, "read_file", read)
     _, refused = packed(source, tmp_path / "out")
     assert refused == {f"train/{name}/3.jpg": "it cannot be read: Permission denied" for name in ("a", "b")}
 

@@ -19,7 +19,8 @@ from typer import Typer
 from typer.testing import CliRunner, Result
 
 from alexnet_cli.core import images, onnx_graph, weights
-from alexnet_cli.core.predict import Prediction, expand, open_classifier, predict, ranked
+from alexnet_cli.core.inputs import expand
+from alexnet_cli.core.predict import Prediction, open_classifier, predict, ranked
 from alexnet_cli.core.session import Session
 from alexnet_cli.core.sources import ClassName
 from alexnet_cli.core.torch_session import TorchSession
@@ -54,28 +55,28 @@ def crops_of(path: str, side: int, count: int) -> npt.NDArray[np.uint8]:
 def test_folders_patterns_lists_and_files_become_paths(album: Path) -> None:
     below = [f"{album}/below/c.webp", f"{album}/below/deep/d.bmp"]
     whole = [f"{album}/a.JPG", f"{album}/b.png", *below, f"{album}/broken.jpeg"]
-    assert expand([str(album)], []) == whole
-    assert expand([f"{album}/*.png"], []) == [f"{album}/b.png"]
-    assert expand([f"{album}/**/*.bmp"], []) == [f"{album}/below/deep/d.bmp"]
-    assert expand(["-", whole[0]], [f"{whole[1]}\n", "\n", f"{album}/below\r\n"]) == [
+    assert expand([str(album)]) == whole
+    assert expand([f"{album}/*.png"]) == [f"{album}/b.png"]
+    assert expand([f"{album}/**/*.bmp"]) == [f"{album}/below/deep/d.bmp"]
+    assert expand(["-", whole[0]], io.BytesIO(f"{whole[1]}\n\n{album}/below\r\n".encode())) == [
         whole[1],
         *below,
         whole[0],
     ]
-    assert expand([f"{album}/notes.txt"], []) == [f"{album}/notes.txt"]  # named, so it is tried
-    assert expand([whole[0], "missing.jpg"], []) == [whole[0], "missing.jpg"]
+    assert expand([f"{album}/notes.txt"]) == [f"{album}/notes.txt"]  # named, so it is tried
+    assert expand([whole[0], "missing.jpg"]) == [whole[0], "missing.jpg"]
 
 
 def test_a_file_named_like_a_pattern_is_that_file(tmp_path: Path) -> None:
     odd = draw(tmp_path / "cat[1].png", 0)
     draw(tmp_path / "cat1.png", 1)
-    assert expand([odd], []) == [odd]
+    assert expand([odd]) == [odd]
 
 
 @pytest.mark.parametrize("inputs", [["missing.jpg"], ["no*such*"], ["-"]])
 def test_nothing_at_all_is_an_error(inputs: list[str]) -> None:
     with pytest.raises(DataError, match="no picture found"):
-        expand(inputs, [])
+        expand(inputs)
 
 
 def test_views_are_the_papers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,9 +12,9 @@ import hashlib
 import io
 import json
 import os
-import pickle
 import re
 import shutil
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,11 +127,28 @@ def load(directory: Path) -> Resumable:
         WeightsError: it is incomplete, damaged or foreign.
     """
     _check(directory)
+    model = weights.read(directory / MODEL)
     try:
+        _check_stored(directory / STATE)
         state = torch.load(directory / STATE, map_location="cpu", weights_only=True)
-        return Resumable(weights.read(directory / MODEL), dict(state["velocity"]), dict(state["position"]))
-    except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError, ValueError, EOFError) as error:
-        raise WeightsError(f"{directory / STATE} cannot be read: {error}", DAMAGED) from error
+        velocity, position = dict(state["velocity"]), dict(state["position"])
+        for name, value in velocity.items():
+            if not isinstance(value, Tensor) or (value.dtype, value.device.type) != (torch.float32, "cpu"):
+                raise ValueError(f"the velocity of {name} is no float32 tensor")
+        return Resumable(model, velocity, position)
+    except Exception as error:  # torch's reader raises nearly anything on damaged files
+        what = str(error).partition("\n")[0] or type(error).__name__
+        raise WeightsError(f"{directory / STATE} cannot be read: {what}", DAMAGED) from error
+
+
+def _check_stored(path: Path) -> None:
+    """Raise ValueError unless the file is an archive as torch writes it, which holds no more than its own size."""
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise ValueError("it is compressed, which ours never are")
+    if sum(entry.file_size for entry in entries) > path.stat().st_size:
+        raise ValueError("its parts are larger than the whole")
 
 
 def _check(directory: Path) -> Mapping[str, Any]:
@@ -139,7 +156,7 @@ def _check(directory: Path) -> Mapping[str, Any]:
     try:
         meta = json.loads((directory / META).read_text(encoding="utf-8"))
         sums = {name: _sum(directory / name) for name in (MODEL, STATE)}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise WeightsError(f"{directory} is not a complete checkpoint: {error}", DAMAGED) from error
     if not isinstance(meta, dict) or meta.get("schema") != SCHEMA or meta.get("sha256") != sums:
         raise WeightsError(f"{directory} is damaged: its files differ from the sums in {META}", DAMAGED)

@@ -16,8 +16,9 @@ import torch
 from alexnet_cli.core import ilsvrc
 from alexnet_cli.core.devkit import read_devkit
 from alexnet_cli.core.foreign import Array, Foreign, Labels, Pixels, refused
-from alexnet_cli.core.network import ONE_TOWER, PER_TOWER, Network
+from alexnet_cli.core.network import Network
 from alexnet_cli.core.runs import MODEL, Run, runs_root
+from alexnet_cli.core.shapes import ONE_TOWER, PER_TOWER
 from alexnet_cli.core.sources import ClassName
 from alexnet_cli.core.weights import LAYERS, Model, metadata
 from alexnet_cli.errors import StorageError, UsageError, WeightsError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,12 +121,14 @@ def evaluate(
 def matching(model: Sequence[ClassName], data: Sequence[ClassName], where: Path) -> npt.NDArray[np.int64] | None:
     """For each class of the data set, the network's output for it: by wnid, else by name, never by position.
 
-    Returns None where both number their classes alike. Raises DataError for a class that the network does not know.
+    Returns None where both number their classes alike. Raises DataError for a class that the network does not know,
+    or that could be several.
     """
     if list(model) == list(data):
         return None
     by_wnid = {c.wnid: i for i, c in enumerate(model) if c.wnid}
     by_name = {c.name: i for i, c in enumerate(model)}
+    times = Counter(c.name for c in model)
     found = [by_wnid.get(c.wnid) if c.wnid and by_wnid else by_name.get(c.name) for c in data]
     unknown = [c.name for c, i in zip(data, found, strict=True) if i is None]
     if unknown:
@@ -133,5 +136,12 @@ def matching(model: Sequence[ClassName], data: Sequence[ClassName], where: Path)
             f"{where}: {len(unknown)} of the data set's {len(data)} classes are unknown to the network, "
             f"such as {unknown[0]}",
             "evaluate it on the data set it was trained on, or train on this one",
+        )
+    doubtful = [c.name for c in data if not (c.wnid and by_wnid) and times[c.name] > 1]
+    doubtful += [model[i].name for i, count in Counter(found).items() if i is not None and count > 1]
+    if doubtful:
+        raise DataError(
+            f"{where}: {doubtful[0]} is the name of several classes, and which is which cannot be told",
+            "evaluate it on the data set it was trained on, or give the classes names of their own",
         )
     return np.array(found, dtype=np.int64)

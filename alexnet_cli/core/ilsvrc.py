@@ -18,9 +18,14 @@ WNIDS_SHA256 = "385e0240499426c022b773be1ae4da780f057b89c9694c7f47199f62746b6edd
 LIST = "_IMAGENET_CATEGORIES"
 
 
+def is_ilsvrc(wnids: Sequence[str]) -> bool:
+    """Whether these are the 1000 classes of ILSVRC 2012, in any order."""
+    return len(wnids) == 1000 and hashlib.sha256("\n".join(sorted(wnids)).encode()).hexdigest() == WNIDS_SHA256
+
+
 def ilsvrc_words(wnids: Sequence[str]) -> dict[str, str]:
     """Names by wnid, if these are the classes of ILSVRC 2012 and torchvision is there; else nothing."""
-    if len(wnids) != 1000 or hashlib.sha256("\n".join(sorted(wnids)).encode()).hexdigest() != WNIDS_SHA256:
+    if not is_ilsvrc(wnids):
         return {}
     names = _torchvision()
     return dict(zip(sorted(wnids), names, strict=True)) if len(names) == len(wnids) else {}

@@ -6,10 +6,12 @@ level. EXIF orientation is ignored, as it was in 2012; `upright` follows it wher
 
 from __future__ import annotations
 
+import contextlib
 import io
+import re
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -38,6 +40,14 @@ TURNED: Mapping[int, Callable[[Pixels], Pixels]] = {
 # Not all that Pillow knows: PostScript in a file called .jpg would be run by Ghostscript.
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 
+BEGINNINGS = re.compile(
+    rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|BM....\0\0\0\0|RIFF....WEBP|II[*+]\0|MM\0[*+]|P[1-6]\s+(?:#|\d+\s+\d+\s)",
+    re.DOTALL,
+)
+MOST_SCANS = (
+    100  # of a progressive JPEG, which has about ten; each costs a pass over all pixels, a few bytes long or not
+)
+
 _opening = threading.Lock()  # warnings.catch_warnings is not thread-safe
 
 
@@ -50,12 +60,29 @@ def decode(data: bytes) -> Pixels:
     Raises:
         DataError: it is no picture, truncated, damaged or too large; `what` is the reason.
     """
+    with _reasons(data), _opened(data) as image:
+        image.load()
+        return _rgb(image)
+
+
+def size(data: bytes) -> tuple[int, int]:
+    """Height and width of the picture in a file's bytes, none of whose pixels are decoded; raises as `decode` does."""
+    with _reasons(data), _opened(data) as image:
+        return image.height, image.width
+
+
+def is_picture(data: bytes) -> bool:
+    """Whether a file's bytes begin as those of a known format do."""
+    return BEGINNINGS.match(data[:1024]) is not None
+
+
+@contextlib.contextmanager
+def _reasons(data: bytes) -> Iterator[None]:
+    """Every error inside becomes a DataError that says why the picture cannot be used."""
     if not data:
         raise DataError("the file is empty")
     try:
-        with _opened(data) as image:
-            image.load()
-            return _rgb(image)
+        yield
     except UnidentifiedImageError as error:
         start = data[:16].decode("ascii", errors="replace")
         begins = f" (it begins with {start!r})" if start.isprintable() and start.isascii() else ""
@@ -89,7 +116,7 @@ def to_256(rgb: Pixels) -> Pixels:
         return centre(rgb)
     result = np.empty((SIDE, SIDE, 3), np.uint8)
     for channel in range(3):
-        plane = Image.fromarray(rgb[:, :, channel].astype(np.float32))
+        plane = Image.fromarray(np.ascontiguousarray(rgb[:, :, channel])).convert("F")
         scaled = plane.resize((width, height), Image.Resampling.BILINEAR)
         result[:, :, channel] = np.rint(centre(np.asarray(scaled)))
     return result
@@ -125,7 +152,28 @@ def check_size(height: int, width: int) -> None:
         raise DataError(f"it measures {width:,} x {height:,} pixels, more than {MAX_PIXELS:,}: a decompression bomb?")
 
 
+def check_scans(data: bytes) -> None:
+    """Refuse a JPEG of so many scans that decoding it would not end soon.
+
+    Raises:
+        DataError: it has more than MOST_SCANS.
+    """
+    if data[:2] != b"\xff\xd8" or data.count(b"\xff\xda") <= MOST_SCANS:
+        return
+    place, scans = 2, 0
+    while scans <= MOST_SCANS and (place := data.find(b"\xff", place)) >= 0 and place + 4 <= len(data):
+        marker = data[place + 1]
+        if marker == 0xD9:  # the end of the picture: what follows, such as a phone's film, is not decoded
+            return
+        scans += marker == 0xDA
+        stuffed = marker in (0x00, 0x01, 0xFF) or 0xD0 <= marker <= 0xD7
+        place += (1 if marker == 0xFF else 2) if stuffed else 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    if scans > MOST_SCANS:
+        raise DataError(f"it has more than {MOST_SCANS} scans: a decompression bomb?")
+
+
 def _opened(data: bytes) -> Image.Image:
+    check_scans(data)
     with _opening, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the size is checked below; odd EXIF does not matter here
         try:
@@ -149,4 +197,6 @@ def _rgb(image: Image.Image) -> Pixels:
         raise DataError("its pixels are floating-point numbers of unknown range")
     if image.mode in ("P", "PA"):
         image = image.convert("RGBA")  # by way of RGBA, or Pillow warns about transparency given as bytes
-    return np.array(image.convert("RGB"))  # a copy, because torch takes no read-only arrays
+    return np.array(
+        image if image.mode == "RGB" else image.convert("RGB")
+    )  # a copy, because torch takes no read-only arrays

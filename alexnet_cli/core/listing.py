@@ -140,7 +140,7 @@ class Files(Pictures):
 
     def reader(self, row: int) -> Callable[[], bytes]:
         """Reads the file."""
-        return functools.partial(_read, self.root / self.names[row])
+        return functools.partial(read_file, self.root / self.names[row])
 
     def size(self, row: int) -> int:
         """Of the file."""
@@ -169,7 +169,7 @@ def class_folders(path: Path) -> tuple[list[str], list[str]]:
         DataError: a folder cannot be listed.
     """
     folders = sorted(entry.name for entry in _entries(path) if _is_folder(entry))
-    filled = [name for name in folders if any(is_picture(file) for file in _walk(path / name, path))]
+    filled = [name for name in folders if any(is_picture(file) for file in walk(path / name, path))]
     return filled, sorted(set(folders) - set(filled))
 
 
@@ -182,7 +182,7 @@ def listing(root: Path, folders: Sequence[str]) -> tuple[Files, int]:
     found = Files(root)
     others = 0
     for label, folder in enumerate(folders):
-        files = sorted(_walk(root / folder, root))
+        files = sorted(walk(root / folder, root))
         pictures = [f"{folder}/{file}" for file in files if is_picture(file)]
         others += len(files) - len(pictures)
         found.names.extend(pictures)
@@ -217,20 +217,20 @@ def is_picture(file: str) -> bool:
     return os.path.splitext(file)[1].lower() in SUFFIXES
 
 
-def _walk(folder: Path, root: Path) -> Iterator[str]:
-    """Paths of all files below a folder, relative to it. A folder that links lead to is entered once."""
+def walk(folder: Path, root: Path, refused: list[str] | None = None) -> Iterator[str]:
+    """Paths of all files below a folder, relative to it; what cannot be listed is an error, or goes to `refused`."""
     seen = {_identity(root), *(_identity(above) for above in folder.parents if above.is_relative_to(root))}
     seen.add(_identity(folder))
     waiting = [""]
     while waiting:
         inside = waiting.pop()
         folders = []
-        for entry in sorted(_entries(folder / inside), key=lambda entry: entry.name):
+        for entry in sorted(_entries(folder / inside, refused), key=lambda entry: entry.name):
             if not _is_folder(entry):
                 yield inside + entry.name
                 continue
             if entry.is_symlink():
-                if (identity := _identity(folder / inside / entry.name)) in seen:
+                if (identity := _identity(folder / inside / entry.name)) in seen:  # no folder is entered twice
                     continue
                 seen.add(identity)
             folders.append(f"{inside}{entry.name}/")
@@ -245,12 +245,15 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
+def _entries(folder: Path, refused: list[str] | None = None) -> list[os.DirEntry[str]]:
     try:
         with os.scandir(folder) as entries:
             return [entry for entry in entries if not entry.name.startswith(".")]
     except OSError as error:
-        raise DataError(f"{folder} cannot be listed: {error.strerror}", "check its permissions") from error
+        if refused is None:
+            raise DataError(f"{folder} cannot be listed: {error.strerror}", "check its permissions") from error
+        refused.append(str(folder))
+        return []
 
 
 def _identity(folder: Path) -> tuple[int, int]:
@@ -258,7 +261,7 @@ def _identity(folder: Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _read(path: Path) -> bytes:
+def read_file(path: Path) -> bytes:
     """The bytes of a regular file; a pipe or a device would keep us waiting."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):

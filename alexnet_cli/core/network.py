@@ -26,12 +26,11 @@ from torch.nn import functional
 
 from alexnet_cli.core.layers import Activation, Dropout, OverlappingPooling, ResponseNorm, WithinMapNorm
 from alexnet_cli.core.rows import Rows
+from alexnet_cli.core.shapes import widths
 from alexnet_cli.core.towers import Towers
 from alexnet_cli.core.weights import PARAMETERS, Model
 from alexnet_cli.recipe import Recipe
 
-PER_TOWER = {"conv1": 48, "conv2": 128, "conv3": 192, "conv4": 192, "conv5": 128, "fc6": 2048, "fc7": 2048}
-ONE_TOWER = PER_TOWER | {"conv5": 256, "fc6": 4096, "fc7": 4096}  # the one-GPU network of the footnote in 3.2
 PADDING_224 = (0, 3, 0, 3)  # three zero columns right, rows below: the last of 55 windows reaches pixel 226
 
 
@@ -107,12 +106,6 @@ class Network(nn.Module):
         first_row = 0 if self.rows.columns else first_row
         self.drop6.draw(self.recipe.seed, step, first_row)
         self.drop7.draw(self.recipe.seed, step, first_row)
-
-
-def widths(recipe: Recipe) -> dict[str, int]:
-    """Channels (units) of each hidden layer in one tower."""
-    table = PER_TOWER if recipe.towers == 2 else ONE_TOWER
-    return {layer: max(1, round(n * recipe.width)) for layer, n in table.items()}
 
 
 class AcrossTowers(nn.Module):

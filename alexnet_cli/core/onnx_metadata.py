@@ -13,8 +13,8 @@ from typing import Any
 
 import alexnet_cli
 from alexnet_cli import recipe as recipes
-from alexnet_cli.core.sources import ClassName
-from alexnet_cli.core.weights import Model, preprocess
+from alexnet_cli.core.sources import ClassName, class_list
+from alexnet_cli.core.weights import Model, check_preprocess, preprocess
 from alexnet_cli.errors import RecipeError, WeightsError
 from alexnet_cli.recipe import Recipe
 
@@ -65,9 +65,11 @@ def read(path: Path, text: Mapping[str, str]) -> Info:
         )
     try:
         names, wnids = json.loads(text["names"]), json.loads(text["wnids"])
-        classes = tuple(ClassName(*pair) for pair in zip(names, wnids or [None] * len(names), strict=True))
+        classes = class_list(names, wnids or [None] * len(names))
         recipe = recipes.from_values(json.loads(text["recipe"]))
-        rotate = bool(json.loads(text["preprocess"])["exif_rotate"])
-        return Info(classes, recipe, text["alexnet.sha256"], json.loads(text["metrics"]), rotate)
-    except (KeyError, TypeError, ValueError, AttributeError, RecipeError) as error:
+        steps = json.loads(text["preprocess"])
+        rotate = steps["exif_rotate"]
+        check_preprocess(steps, recipe, {"exif_rotate": rotate})
+        return Info(classes, recipe, text["alexnet.sha256"], dict(json.loads(text["metrics"])), rotate)
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, RecipeError) as error:
         raise WeightsError(f"{path} has unreadable metadata: {error}", "the file is damaged; export it anew") from error

@@ -1,17 +1,12 @@
-"""Pictures to ranked labels: paths, batches, a record for each picture. No torch but for that backend.
+"""Pictures to ranked labels: batches, a record for each picture. No torch but for that backend.
 
 Names, crop and mean come with the network; the geometry is that of `images` and `views`, as in preparation.
-Pictures are decoded in threads ahead of the network, so that a folder runs at the network's speed.
 """
 
 from __future__ import annotations
 
 import contextlib
-import glob
-import os
-from collections import deque
 from collections.abc import Generator, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -20,18 +15,17 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from alexnet_cli.core import images
-from alexnet_cli.core.listing import listing
-from alexnet_cli.core.session import Session
+from alexnet_cli.core.images import Pixels
+from alexnet_cli.core.inputs import Source, ahead
+from alexnet_cli.core.session import Layer, Session
 from alexnet_cli.core.sources import ClassName
 from alexnet_cli.core.views import mean_correction, views
-from alexnet_cli.errors import DataError, UsageError
+from alexnet_cli.errors import UsageError, WeightsError
 from alexnet_cli.recipe import Recipe
 
 BATCH = 32  # views in one pass of the network
 FEW = 32  # pictures up to which a quickly opened session wins
 
-Picture = npt.NDArray[np.uint8]
 Predictions = Generator["Prediction", None, None]
 
 
@@ -60,6 +54,9 @@ class Classifier(Protocol):
     def probabilities(self, crops: Any) -> npt.NDArray[np.float32]:
         """N x 3 x S x S, RGB, 0..255 -> N x classes."""
 
+    def features(self, crops: Any) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """The same, and N x units of the layer it was opened with."""
+
 
 @dataclass(frozen=True)
 class Label:
@@ -79,99 +76,66 @@ class Prediction:
     path: str
     top: tuple[Label, ...] = ()
     error: str | None = None
+    features: npt.NDArray[np.float32] | None = None
+    """Activations of a layer (units,), if they were asked for."""
 
 
-def open_classifier(path: Path, backend: Literal["auto", "onnx", "torch"], few: bool = False) -> Classifier:
-    """The network of a model file; only backend `torch` imports torch.
+def open_classifier(
+    path: Path, backend: Literal["auto", "onnx", "torch"], few: bool = False, layer: Layer | None = None
+) -> Classifier:
+    """The network of a model file; only backend `torch` imports torch. `layer`: whose activations are wanted too.
 
     Raises:
         WeightsError: the file is missing, damaged or foreign.
         UsageError: backend `torch` with an ONNX file.
     """
     if backend != "torch":
-        return Session(path, few=few)
+        return Session(path, few=few, layer=layer)
     if path.suffix == ".onnx":
         raise UsageError(f"--backend torch cannot run {path}", "give a run, a checkpoint or a .safetensors file")
     from alexnet_cli.core.torch_session import TorchSession
 
-    return TorchSession(path)
+    return TorchSession(path, layer=layer)
 
 
-def expand(inputs: Sequence[str], stdin: Iterable[str]) -> list[str]:
-    """Files, folders (all pictures below, sorted), patterns and `-` (`stdin`, one path a line) -> paths.
+def predict(
+    sources: Iterable[Source], classifier: Classifier, k: int = 5, count: int = 1, features: bool = False
+) -> Predictions:
+    """One record for each picture, in order: the `k` likeliest classes over `count` views (1, or 10 averaged).
 
-    What is not there stays in the list, so that it gets a record with the reason.
-
-    Raises:
-        DataError: there is no file at all among them.
-    """
-    paths: list[str] = []
-    for text in inputs:
-        if text == "-":
-            lines = (line.rstrip("\r\n") for line in stdin)
-            paths += [path for line in lines if line.strip() for path in _below(line)]
-        elif not os.path.exists(text) and (found := sorted(glob.glob(text, recursive=True))):
-            paths += [path for name in found for path in _below(name)]
-        else:
-            paths += _below(text)
-    if not any(os.path.isfile(path) for path in paths):
-        raise DataError(
-            f"no picture found: {', '.join(inputs[:3])}{' …' if len(inputs) > 3 else ''}",
-            "give files, patterns, or folders with pictures in them",
-        )
-    return paths
-
-
-def _below(name: str) -> list[str]:
-    """The pictures below a folder, sorted; the name itself if it is no folder, or one without pictures."""
-    if not os.path.isdir(name):
-        return [name]
-    try:
-        files, _ = listing(Path(name), ["."])
-    except DataError:  # a folder that cannot be listed gets its record like a picture that cannot be read
-        return [name]
-    return [os.path.join(name, file.removeprefix("./")) for file in files.names] or [name]
-
-
-def load(path: str, exif_rotate: bool = False) -> Picture | str:
-    """uint8 256 x 256 x 3, turned as its EXIF says if asked; or why not."""
-    try:
-        if os.path.isdir(path):
-            return "a folder without readable pictures"
-        data = Path(path).read_bytes()
-        rgb = images.decode(data)
-        return images.to_256(images.upright(rgb, data) if exif_rotate else rgb)
-    except DataError as error:
-        return error.what
-    except OSError as error:
-        return error.strerror or str(error)
-
-
-def predict(paths: Iterable[str], classifier: Classifier, k: int = 5, count: int = 1) -> Predictions:
-    """One record for each path, in order: the `k` likeliest classes over `count` views (1, or 10 averaged).
+    With `features` each has the activations of the layer that the classifier was opened with, averaged likewise.
 
     Raises:
         UsageError: another number of views.
+        WeightsError: what the network computes is no number.
     """
     if count not in (1, 10):
         raise UsageError(f"--views {count}: there is the centre view, 1, and the paper's ten", "use 1 or 10")
     together = max(1, BATCH // count)
     correction = _correction(classifier, count)
-    with contextlib.closing(_ahead(paths, 2 * together, classifier.exif_rotate)) as loaded:
+    with contextlib.closing(ahead(sources, 2 * together, classifier.exif_rotate)) as loaded:
         while batch := list(islice(loaded, together)):
             crops = [views(p, classifier.recipe.input_size, count) for _, p in batch if not isinstance(p, str)]
-            averages = iter(_averages(classifier, crops, count, correction))
+            rows = zip(*_averages(classifier, crops, count, correction, features), strict=True)
             for path, picture in batch:
                 if isinstance(picture, str):
                     yield Prediction(path, error=picture)
                 else:
-                    yield Prediction(path, ranked(next(averages), classifier.classes, k))
+                    chances, units = next(rows)
+                    yield Prediction(path, ranked(chances, classifier.classes, k), features=units if features else None)
 
 
 def probabilities(pictures: npt.NDArray[np.uint8], classifier: Classifier, count: int = 1) -> npt.NDArray[np.float32]:
-    """N x classes of decoded pictures, uint8 N x 256 x 256 x 3, averaged over `count` views (1 or 10)."""
-    crops = [views(picture, classifier.recipe.input_size, count) for picture in pictures]
-    return _averages(classifier, crops, count, _correction(classifier, count))
+    """N x classes of decoded pictures, uint8 N x 256 x 256 x 3, averaged over `count` views (1 or 10).
+
+    The network sees as many views at once as there are pictures.
+    """
+    correction, together = _correction(classifier, count), max(1, len(pictures) // count)
+    parts = []
+    for first in range(0, len(pictures), together):
+        crops = [views(p, classifier.recipe.input_size, count) for p in pictures[first : first + together]]
+        parts.append(_averages(classifier, crops, count, correction)[0])
+    return np.concatenate(parts)
 
 
 def _correction(classifier: Classifier, count: int) -> npt.NDArray[np.float32] | None:
@@ -182,16 +146,26 @@ def _correction(classifier: Classifier, count: int) -> npt.NDArray[np.float32] |
 
 
 def _averages(
-    classifier: Classifier, crops: list[Picture], count: int, correction: npt.NDArray[np.float32] | None
-) -> npt.NDArray[np.float32]:
-    """Pictures x classes: probabilities, not logits, are averaged over a picture's views (section 4.1)."""
+    classifier: Classifier,
+    crops: list[Pixels],
+    count: int,
+    correction: npt.NDArray[np.float32] | None,
+    features: bool = False,
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Pictures x classes: probabilities, not logits, are averaged over a picture's views (section 4.1).
+
+    And pictures x units of the layer, without `features` x 0.
+    """
     if not crops:
-        return np.empty((0, len(classifier.classes)), np.float32)
-    inputs = [crop if correction is None else crop + correction for crop in crops]
-    result: npt.NDArray[np.float32] = (
-        classifier.probabilities(np.concatenate(inputs)).reshape(len(crops), count, -1).mean(1)
-    )
-    return result
+        return np.empty((0, len(classifier.classes)), np.float32), np.empty((0, 0), np.float32)
+    inputs = np.concatenate([crop if correction is None else crop + correction for crop in crops])
+    if features:
+        chances, units = classifier.features(inputs)
+    else:
+        chances, units = classifier.probabilities(inputs), np.empty((len(inputs), 0), np.float32)
+    if not np.isfinite(chances).all():
+        raise WeightsError(f"{classifier.path}: what the network computes is no number", "its weights are damaged")
+    return chances.reshape(len(crops), count, -1).mean(1), units.reshape(len(crops), count, units.shape[1]).mean(1)
 
 
 def ranked(probabilities: npt.NDArray[np.float32], classes: Sequence[ClassName], k: int) -> tuple[Label, ...]:
@@ -200,19 +174,3 @@ def ranked(probabilities: npt.NDArray[np.float32], classes: Sequence[ClassName],
     return tuple(
         Label(rank, classes[i].name, classes[i].wnid, i, float(probabilities[i])) for rank, i in enumerate(order, 1)
     )
-
-
-def _ahead(paths: Iterable[str], window: int, exif_rotate: bool) -> Generator[tuple[str, Picture | str], None, None]:
-    """Every path with its picture, in order, while the next `window` are being decoded in threads."""
-    remaining = iter(paths)
-    waiting: deque[tuple[str, Future[Picture | str]]] = deque()
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        try:
-            waiting.extend((path, pool.submit(load, path, exif_rotate)) for path in islice(remaining, window))
-            while waiting:
-                path, future = waiting.popleft()
-                waiting.extend((later, pool.submit(load, later, exif_rotate)) for later in islice(remaining, 1))
-                yield path, future.result()
-        finally:
-            for _, future in waiting:
-                future.cancel()

@@ -20,8 +20,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore
+from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
 from alexnet_cli.core.heartbeat import Heartbeat, told
 from alexnet_cli.core.towers import Towers
@@ -194,7 +195,7 @@ def meeting(mine: Numbers | None, backend: str) -> Iterator[Ranks]:
     patience = timedelta(seconds=float(os.environ.get(PATIENCE) or SECONDS))
     os.environ.update({"RANK": str(mine.rank), "WORLD_SIZE": str(mine.size)})
     try:
-        store = next(dist.rendezvous("env://", timeout=patience))[0]
+        store = next(rendezvous("env://", timeout=patience))[0]
         corner = _corner(store, mine, patience.total_seconds())
         dist.init_process_group(backend, store=corner, rank=mine.rank, world_size=mine.size, timeout=patience)
     except (RuntimeError, ValueError) as error:
@@ -208,7 +209,7 @@ def meeting(mine: Numbers | None, backend: str) -> Iterator[Ranks]:
     dist.destroy_process_group()  # not after an error: it would wait for those that have died of it
 
 
-def _corner(store: dist.Store, mine: Numbers, seconds: float) -> dist.Store:
+def _corner(store: Store, mine: Numbers, seconds: float) -> Store:
     """A part of the store that nobody has written to.
 
     An elastic launcher keeps its store over restarts, with the addresses of processes that are gone: who reads those

@@ -6,29 +6,48 @@ import csv
 import json
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from alexnet_cli.core.confusion_picture import draw
 from alexnet_cli.core.evaluate import Evaluation
+from alexnet_cli.core.published import IMAGES, Figure
 from alexnet_cli.core.sources import ClassName
 from alexnet_cli.errors import StorageError
 
+PROTOCOL = {1: "centre view", 10: "ten views, mean of softmax (paper 4.1)"}
 
-def numbers(counts: Evaluation, views: int, backend: str) -> dict[str, Any]:
-    """The totals; errors and accuracies are shares, loss is in nats per image."""
-    return {
+
+def numbers(counts: Evaluation, views: int, backend: str, figure: Figure | None = None) -> dict[str, Any]:
+    """The totals; errors, accuracies and 95 % intervals are shares, loss is in nats per image."""
+    totals = {
         "images": counts.images,
         "views": views,
+        "protocol": f"{PROTOCOL[views]}, every image once",
         "top1_error": counts.top1_error,
         "top5_error": counts.top5_error,
+        "top1_error_interval": interval(counts.top1_error, counts.images),
+        "top5_error_interval": interval(counts.top5_error, counts.images),
         "top1_accuracy": 1 - counts.top1_error,
         "top5_accuracy": 1 - counts.top5_error,
         "loss": counts.loss,
         "backend": backend,
     }
+    return totals if figure is None else totals | {"published": asdict(figure)}
+
+
+def compared(figure: Figure, views: int, images: int) -> str:
+    """A published figure in words, with what makes it another measurement than this one."""
+    differs = [f"this is the {PROTOCOL[views].partition(',')[0]}"] if figure.views != views else []
+    differs += [f"these are {images:,} images"] if images != IMAGES else []
+    other = f"; {' and '.join(differs)}" if differs else ""
+    protocol = PROTOCOL[figure.views].partition(",")[0]
+    errors = f"top-1 error {figure.top1_error:.1%}, top-5 {figure.top5_error:.1%}"
+    return f"{errors}   ({figure.source}, {protocol}, the {IMAGES:,} validation images of 2012{other})"
 
 
 def interval(error: float, images: int, z: float = 1.96) -> tuple[float, float]:
@@ -52,6 +71,12 @@ def per_class(counts: Evaluation, classes: Sequence[ClassName]) -> list[dict[str
     return rows
 
 
+def worst(counts: Evaluation, classes: Sequence[ClassName], most: int) -> list[dict[str, Any]]:
+    """The rows of the classes with the highest top-1 error, highest first; none that are always right."""
+    rows = sorted(per_class(counts, classes), key=lambda row: -float(row["top1_error"]))
+    return [row for row in rows[:most] if row["top1_error"]]
+
+
 def confused(counts: Evaluation, classes: Sequence[ClassName], most: int) -> list[tuple[str, str, int]]:
     """The most frequent mistakes: true class, class seen instead, how often."""
     wrong = counts.confusion.copy()
@@ -63,12 +88,12 @@ def confused(counts: Evaluation, classes: Sequence[ClassName], most: int) -> lis
 def write(
     folder: Path, stem: str, counts: Evaluation, classes: Sequence[ClassName], totals: dict[str, Any]
 ) -> list[Path]:
-    """Write STEM.json, STEM_per_class.csv and STEM_confusion.csv.
+    """Write STEM.json, STEM_per_class.csv, STEM_confusion.csv and STEM_confusion.png.
 
     Raises:
         StorageError: they cannot be written.
     """
-    files = [folder / f"{stem}{end}" for end in (".json", "_per_class.csv", "_confusion.csv")]
+    files = [folder / f"{stem}{end}" for end in (".json", "_per_class.csv", "_confusion.csv", "_confusion.png")]
     names = [c.name for c in classes]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -82,6 +107,8 @@ def write(
             matrix = csv.writer(file)
             matrix.writerow(["true \\ predicted", *names])
             matrix.writerows([name, *row] for name, row in zip(names, counts.confusion.tolist(), strict=True))
+        title = f"{stem} · {totals['protocol']} · {counts.images:,} images · top-1 error {counts.top1_error:.1%}"
+        draw(counts.confusion, names, title).save(files[3], "PNG")
     except OSError as error:
         raise StorageError(f"cannot write to {folder}: {error.strerror}", "free space, or check permissions") from error
     return files

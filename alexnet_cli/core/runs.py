@@ -101,7 +101,7 @@ class Run:
         """What run.json says."""
         try:
             about = dict(json.loads((self.path / "run.json").read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise DataError(f"{self.path / 'run.json'} cannot be read: {error}", "start a new run") from error
         return about
 

@@ -17,11 +17,11 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from alexnet_cli.core import onnx_metadata, weights
+from alexnet_cli.core import onnx_metadata, onnx_wire, weights
 from alexnet_cli.core.devices import cores
 from alexnet_cli.core.sources import ClassName
-from alexnet_cli.errors import MissingError, WeightsError
-from alexnet_cli.recipe import Recipe
+from alexnet_cli.errors import AlexNetError, MissingError, WeightsError
+from alexnet_cli.recipe import SIDE, Recipe
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 
@@ -30,6 +30,7 @@ Crops = npt.NDArray[np.uint8] | Array
 """N x 3 x S x S, RGB, 0..255."""
 
 Source = Path | weights.Model
+Layer = Literal["fc6", "fc7"]
 
 
 class Session:
@@ -45,10 +46,12 @@ class Session:
         provider: Literal["auto", "cpu", "cuda"] = "auto",
         threads: int | None = None,
         few: bool = False,
+        layer: Layer | None = None,
     ) -> None:
         """Open `source`: an .onnx file, any other model file, or a model in memory.
 
-        `few`: open faster for a handful of pictures, at the price of some throughput.
+        `few`: open faster for a handful of pictures, at the price of some throughput. `layer`: whose activations
+        `features` gives.
 
         Raises:
             WeightsError: the file is missing, damaged or not a network of this toolkit.
@@ -56,21 +59,23 @@ class Session:
         """
         if isinstance(source, Path) and source.suffix.lower() != ".onnx":
             source = weights.read(source)
-        self.source = source
+        self.source, self.layer = source, layer
         self.path = source if isinstance(source, Path) else source.path
         if isinstance(source, Path) and not source.is_file():
             raise WeightsError(f"{source} does not exist", "name a run, or an .onnx file; `alexnet export` writes one")
+        if isinstance(source, Path):
+            onnx_wire.check(source)
         with _contained() as said:
             providers = _providers(provider)
             # ONNX Runtime by itself would count every core of the machine, allowed or not.
-            self._session, self._kept = _open(source, providers, threads or cores(), few)
+            self._session, self._kept = _open(source, providers, threads or cores(), few, layer)
         wanted = len(providers) > 1
         self.device = "cuda" if self._session.get_providers()[0] == CUDA else "cpu"
         self.fallback = _reason(said[0]) if wanted and self.device == "cpu" else ""
         if provider == "cuda" and self.device == "cpu":
             why = self.fallback or "no NVIDIA GPU, or ONNX Runtime was built without CUDA"
             raise MissingError(f"ONNX Runtime cannot open a session on the GPU: {why}", "see `alexnet doctor`")
-        self.info = _checked(self.path, self._session)
+        self.info = _checked(self.path, self._session, layer)
 
     @property
     def classes(self) -> tuple[ClassName, ...]:
@@ -98,21 +103,31 @@ class Session:
             return self.source.mean
         import onnx
 
-        constants = onnx.load(self.source).graph.initializer
-        array: Array = onnx.numpy_helper.to_array(next(c for c in constants if c.name == "mean"))
-        return array
+        constants = onnx.load(self.source, load_external_data=False).graph.initializer
+        for constant in constants:
+            if constant.name == "mean":
+                array: Array = onnx.numpy_helper.to_array(constant).astype(np.float32)
+                if array.shape in {(3, SIDE, SIDE), (3, 1, 1)}:
+                    return array
+        raise WeightsError(f"{self.path} holds no mean image", "export it anew")
 
     def logits(self, crops: Crops) -> Array:
         """N x 3 x S x S, RGB, 0..255 -> N x classes."""
-        return self._run("logits", crops)
+        return self._run(["logits"], crops)[0]
 
     def probabilities(self, crops: Crops) -> Array:
         """N x 3 x S x S, RGB, 0..255 -> N x classes; each row sums to 1."""
-        return self._run("probabilities", crops)
+        return self._run(["probabilities"], crops)[0]
 
-    def _run(self, output: str, crops: Crops) -> Array:
-        result: Array = self._session.run([output], {"input": crops.astype(np.float32, copy=False)})[0]
-        return result
+    def features(self, crops: Crops) -> tuple[Array, Array]:
+        """The same, and N x units of `layer` as the next layer sees them: rectified, times dropout's factor (4.2)."""
+        assert self.layer, "the session was opened without a layer"
+        probabilities, units = self._run(["probabilities", _activations(self.layer, self.recipe)], crops)
+        return probabilities, units * np.float32(1 if self.recipe.dropout_inverted else 1 - self.recipe.dropout)
+
+    def _run(self, outputs: list[str], crops: Crops) -> list[Array]:
+        results = self._session.run(outputs, {"input": crops.astype(np.float32, copy=False)})
+        return [result.astype(np.float32, copy=False) for result in results]
 
 
 def _providers(provider: str) -> list[Any]:
@@ -127,7 +142,7 @@ def _providers(provider: str) -> list[Any]:
     return [(CUDA, {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}), CPU]
 
 
-def _open(source: Source, providers: list[Any], threads: int, few: bool) -> tuple[Any, list[Any]]:
+def _open(source: Source, providers: list[Any], threads: int, few: bool, layer: str | None) -> tuple[Any, list[Any]]:
     """The ONNX Runtime session, and what must live as long as it does."""
     import onnxruntime
 
@@ -136,24 +151,59 @@ def _open(source: Source, providers: list[Any], threads: int, few: bool) -> tupl
     options.intra_op_num_threads = threads
     # Prepacking copies every weight into the order of the matrix product: time that only many pictures repay.
     options.add_session_config_entry("session.disable_prepacking", "1" if few else "0")
+    options.add_session_config_entry("session.load_model_format", "ONNX")  # no other, whatever a file begins with
     path = source if isinstance(source, Path) else source.path
     try:
-        if isinstance(source, Path):
+        if isinstance(source, Path) and layer is None:
             return onnxruntime.InferenceSession(str(source), options, providers=providers), []
-        from alexnet_cli.core import onnx_graph
-
-        proto, apart = onnx_graph.build_apart(source)
+        proto, apart = _graph(source, layer)
         values = [onnxruntime.OrtValue.ortvalue_from_numpy(value) for value in apart.values()]
-        options.add_external_initializers(list(apart), values)
+        if values:
+            options.add_external_initializers(list(apart), values)
         return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=providers), values
+    except AlexNetError:
+        raise
     except Exception as error:  # ONNX Runtime's exceptions have no common base but this one
         text = str(error).partition("\n")[0].rpartition(" : ")[2] or type(error).__name__
         raise WeightsError(f"{path} cannot be opened: {text}", "the file is damaged; export it anew") from error
 
 
-def _checked(path: Path, session: Any) -> onnx_metadata.Info:
-    info = onnx_metadata.read(path, session.get_modelmeta().custom_metadata_map)
+def _graph(source: Source, layer: str | None) -> tuple[Any, dict[str, Array]]:
+    """The graph of a model, or of an ONNX file, with one more output for a layer's activations."""
+    apart: dict[str, Array] = {}
+    if isinstance(source, weights.Model):
+        from alexnet_cli.core import onnx_graph
+
+        proto, apart = onnx_graph.build_apart(source)
+        recipe = source.recipe
+    else:
+        import onnx
+
+        proto = onnx.load(source, load_external_data=False)
+        recipe = onnx_metadata.read(source, {entry.key: entry.value for entry in proto.metadata_props}).recipe
+    if layer is not None:
+        name = _activations(layer, recipe)
+        if not any(name in node.output for node in proto.graph.node):
+            hint = "give the run, the checkpoint or the .safetensors file that it was made from"
+            raise WeightsError(f"{source} does not keep the activations of {layer} apart", hint)
+        proto.graph.output.add(name=name)
+    return proto, apart
+
+
+def _activations(layer: str, recipe: Recipe) -> str:
+    """What a graph calls the activations of a fully connected layer."""
+    return f"{layer}.{recipe.activation}"
+
+
+def _checked(path: Path, session: Any, layer: str | None) -> onnx_metadata.Info:
+    try:
+        text = session.get_modelmeta().custom_metadata_map
+    except UnicodeDecodeError as error:
+        raise WeightsError(f"{path} has unreadable metadata: {error}", "the file is damaged; export it anew") from error
+    info = onnx_metadata.read(path, text)
     shapes = {v.name: list(v.shape[1:]) for v in (*session.get_inputs(), *session.get_outputs())}
+    if layer is not None:
+        shapes.pop(_activations(layer, info.recipe))
     side, classes = info.recipe.input_size, len(info.classes)
     if shapes != {"input": [3, side, side], "logits": [classes], "probabilities": [classes]}:
         raise WeightsError(f"{path}: its inputs and outputs do not fit its metadata", "export it anew")

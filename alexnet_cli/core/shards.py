@@ -21,7 +21,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from alexnet_cli.core.sources import ClassName
+from alexnet_cli.core import dataset_record
+from alexnet_cli.core.listing import read_file
+from alexnet_cli.core.sources import ClassName, class_list
 from alexnet_cli.errors import DataError, VerificationError
 from alexnet_cli.recipe import SIDE
 
@@ -65,10 +67,13 @@ class Split:
         return len(self.rows)
 
     def jpeg(self, row: int) -> memoryview:
-        """The JPEG bytes of a picture, a view into the mapped shard."""
+        """The JPEG bytes of a picture, a view into the mapped shard; DataError if it does not reach so far."""
         place = self.rows[row]
-        start = int(place["offset"])
-        return self._shard(int(place["shard"]))[start : start + int(place["size"])]
+        shard, start = self._shard(int(place["shard"])), int(place["offset"])
+        end = start + int(place["size"])
+        if start < TAR_BLOCK or end > len(shard):
+            raise _damaged(self.folder / index_name(self.name), f"row {row} lies outside of its shard")
+        return shard[start:end]
 
     def key(self, row: int) -> str:
         """The picture's name in its shard: a number, then what the source called it."""
@@ -79,8 +84,12 @@ class Split:
 
     def _shard(self, number: int) -> memoryview:
         if number not in self._maps:
-            with (self.folder / self.files[number]).open("rb") as file:
-                self._maps[number] = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            path = self.folder / self.files[number]
+            try:
+                with path.open("rb") as file:
+                    self._maps[number] = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            except (OSError, ValueError) as error:  # an empty file cannot be mapped
+                raise _damaged(path, str(error)) from error
         return self._maps[number]
 
 
@@ -107,25 +116,23 @@ class Dataset:
         Raises:
             DataError: the file is missing or damaged.
         """
-        mean: npt.NDArray[np.float32] = _array(self.path / MEAN)
+        mean = _array(self.path / MEAN)
         if mean.shape != (3, SIDE, SIDE) or mean.dtype != np.float32:
             raise _damaged(self.path / MEAN, f"it holds {mean.dtype} {mean.shape}")
-        return mean
+        return np.array(mean)
 
     def rejected(self) -> list[dict[str, str]]:
         """The refused files: split, path, reason."""
-        rejected: list[dict[str, str]] = self._lines(REJECTED)
-        return rejected
+        return self._lines(REJECTED)
 
     def duplicates(self) -> list[list[dict[str, str]]]:
         """Groups of pictures whose files were equal byte for byte: split and path of each."""
-        groups: list[list[dict[str, str]]] = self._lines(DUPLICATES)
-        return groups
+        return self._lines(DUPLICATES)
 
-    def _lines(self, name: str) -> Any:
+    def _lines(self, name: str) -> list[Any]:
         try:
             return [json.loads(line) for line in (self.path / name).read_text().splitlines()]
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise _damaged(self.path / name, str(error)) from error
 
     def split(self, name: str) -> Split:
@@ -143,9 +150,9 @@ class Dataset:
             if size != shard["bytes"]:
                 found = "it is missing" if size is None else f"{size:,} bytes instead of {shard['bytes']:,}"
                 raise _damaged(path, found)
-        rows = _array(self.path / index_name(name), mapped=True)
-        if rows.dtype != ROW or len(rows) != entry["images"]:
-            raise _damaged(self.path / index_name(name), f"{len(rows):,} rows for {entry['images']:,} images")
+        rows = _array(self.path / index_name(name))
+        if rows.dtype != ROW or rows.shape != (entry["images"],):
+            raise _damaged(self.path / index_name(name), f"{rows.dtype} {rows.shape} for {entry['images']:,} images")
         if len(rows) and (rows["shard"].max() >= len(entry["shards"]) or rows["label"].max() >= len(self.classes)):
             raise _damaged(self.path / index_name(name), "a row names a shard or a class that does not exist")
         return Split(name, self.path, rows, tuple(shard["file"] for shard in entry["shards"]))
@@ -158,26 +165,26 @@ def open_dataset(path: Path) -> Dataset:
         DataError: it is missing, unfinished, damaged, or of a schema this version does not know.
     """
     try:
-        data = (path / RECORD).read_bytes()
-    except OSError as error:
+        data = read_file(path / RECORD)
+    except (OSError, DataError) as error:
         raise DataError(f"{path} is not a prepared data set (no readable {RECORD})", _advice(path)) from error
     try:
         record = json.loads(data)
         if record["schema"] != SCHEMA:
             raise DataError(f"{path} has schema {record['schema']}, not {SCHEMA}", "prepare it again with this version")
-        checksums(record)
+        dataset_record.check(record)
         return Dataset(
             path=path,
             name=record["name"],
             hash=hashlib.sha256(data).hexdigest(),
-            classes=tuple(ClassName(entry["name"], entry.get("wnid")) for entry in record["classes"]),
-            mean_rgb=np.array(record["mean_rgb"], np.float32).reshape(3),
-            colour_std=np.array(record["colour_std"], np.float32).reshape(3),
-            colour_axes=np.array(record["colour_axes"], np.float32).reshape(3, 3),
+            classes=class_list([c["name"] for c in record["classes"]], [c.get("wnid") for c in record["classes"]]),
+            mean_rgb=dataset_record.numbers(record, "mean_rgb", 3),
+            colour_std=dataset_record.numbers(record, "colour_std", 3),
+            colour_axes=dataset_record.numbers(record, "colour_axes", 3, 3),
             record=record,
         )
-    except (KeyError, TypeError, ValueError) as error:
-        raise _damaged(path / RECORD, str(error)) from error
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+        raise _damaged(path / RECORD, f"{type(error).__name__} {error}") from error
 
 
 def verify(dataset: Dataset) -> Iterator[str]:
@@ -186,7 +193,7 @@ def verify(dataset: Dataset) -> Iterator[str]:
     Raises:
         VerificationError: a file is missing or its bytes have changed.
     """
-    for name, expected in checksums(dataset.record).items():
+    for name, expected in dataset_record.checksums(dataset.record).items():
         try:
             with (dataset.path / name).open("rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -198,13 +205,6 @@ def verify(dataset: Dataset) -> Iterator[str]:
                 "prepare the data set again with --overwrite",
             )
         yield name
-
-
-def checksums(record: dict[str, Any]) -> dict[str, str]:
-    """The recorded sha256 of every file of a data set but dataset.json, by file name."""
-    shards = {s["file"]: s["sha256"] for split in record["splits"].values() for s in split["shards"]}
-    others: dict[str, str] = record["files"]
-    return shards | others
 
 
 def find_dataset(spec: str | None) -> Path:
@@ -239,12 +239,14 @@ def _known() -> list[str]:
     return sorted(path.name for path in found)
 
 
-def _array(path: Path, mapped: bool = False) -> npt.NDArray[Any]:
+def _array(path: Path) -> npt.NDArray[Any]:
+    """A mapped .npy file: however much it says that it holds, only what is there can be read."""
+    if not path.is_file():
+        raise _damaged(path, "it is missing, or no file")
     try:
-        array: npt.NDArray[Any] = np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        return np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # the reader of its header raises nearly anything
         raise _damaged(path, str(error)) from error
-    return array
 
 
 def _advice(path: Path) -> str:

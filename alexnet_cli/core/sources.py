@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from alexnet_cli.core.ilsvrc import ilsvrc_words
 from alexnet_cli.core.imagenet import kaggle, official
@@ -31,6 +31,16 @@ class ClassName(NamedTuple):
 
     name: str
     wnid: str | None = None
+
+
+def class_list(names: Sequence[Any], wnids: Sequence[Any]) -> tuple[ClassName, ...]:
+    """The classes that a file names. Raises ValueError for what cannot be a list of names."""
+    if not names or len(names) != len(wnids):
+        raise ValueError(f"{len(names)} class names for {len(wnids)} wnids")
+    for name, wnid in zip(names, wnids, strict=True):
+        if not isinstance(name, str) or not isinstance(wnid, str | None):
+            raise ValueError(f"{name!r} ({wnid!r}) is no name of a class")
+    return tuple(map(ClassName, names, wnids))
 
 
 @dataclass(frozen=True)

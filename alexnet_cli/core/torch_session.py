@@ -10,7 +10,7 @@ import torch
 
 from alexnet_cli.core import weights
 from alexnet_cli.core.network import from_model
-from alexnet_cli.core.session import Crops
+from alexnet_cli.core.session import Crops, Layer
 from alexnet_cli.core.sources import ClassName
 from alexnet_cli.recipe import SIDE, Recipe
 
@@ -22,8 +22,9 @@ class TorchSession:
 
     fallback = ""
 
-    def __init__(self, source: Path | weights.Model, device: str | None = None) -> None:
+    def __init__(self, source: Path | weights.Model, device: str | None = None, layer: Layer | None = None) -> None:
         """Open a model file or a model in memory. Raises WeightsError if the file cannot be used."""
+        self.layer = layer
         self.model = weights.read(source) if isinstance(source, Path) else source
         self.path = self.model.path
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -65,6 +66,15 @@ class TorchSession:
     def probabilities(self, crops: Crops) -> Array:
         """N x 3 x S x S, RGB, 0..255 -> N x classes; each row sums to 1."""
         return torch.softmax(self._logits(crops), 1).cpu().numpy()
+
+    def features(self, crops: Crops) -> tuple[Array, Array]:
+        """The same, and N x units of `layer` as the next layer sees them: rectified, times dropout's factor (4.2)."""
+        assert self.layer, "the session was opened without a layer"
+        seen: list[torch.Tensor] = []
+        dropout = self.network.drop6 if self.layer == "fc6" else self.network.drop7
+        with dropout.register_forward_hook(lambda _module, _inputs, output: seen.append(output)):
+            probabilities = self.probabilities(crops)
+        return probabilities, seen[0].float().cpu().numpy()
 
     @torch.inference_mode()
     def _logits(self, crops: Crops) -> torch.Tensor:

@@ -18,7 +18,8 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from alexnet_cli import recipe as recipes
-from alexnet_cli.core.sources import ClassName
+from alexnet_cli.core.shapes import tensor_shapes
+from alexnet_cli.core.sources import ClassName, class_list
 from alexnet_cli.errors import RecipeError, WeightsError
 from alexnet_cli.recipe import SIDE, Recipe
 
@@ -73,19 +74,29 @@ def metadata(recipe: Recipe, classes: Sequence[ClassName], info: Mapping[str, An
 
 
 def read(path: Path) -> Model:
-    """Read a model file.
+    """Read a model file: first what it says of itself, and its tensors only if they measure what that asks for.
 
     Raises:
         WeightsError: the file is missing, truncated, not safetensors, or not a network of this toolkit.
     """
     try:
         with safe_open(path, framework="numpy") as file:
-            text = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            recipe, classes, info = described(path, file.metadata() or {})
+            wanted = tensor_shapes(recipe, len(classes))
+            _check_tensors(path, file, wanted, recipe)
+            return Model(path, {name: file.get_tensor(name) for name in wanted}, recipe, classes, info)
     except FileNotFoundError as error:
         raise WeightsError(f"{path} does not exist", "name a run, a checkpoint or a .safetensors file") from error
-    except (SafetensorError, OSError, ValueError, TypeError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError, MemoryError) as error:
         raise WeightsError(f"{path} cannot be read: {error}", "the file is damaged; use another checkpoint") from error
+
+
+def described(path: Path, text: Mapping[str, str]) -> tuple[Recipe, tuple[ClassName, ...], dict[str, Any]]:
+    """Recipe, classes and origin out of a model file's strings.
+
+    Raises:
+        WeightsError: it is another program's file, or what it says is damaged or contradicts itself.
+    """
     if text.get("schema") != SCHEMA:
         raise WeightsError(
             f"{path} is not a model of this toolkit (schema {text.get('schema', 'missing')})",
@@ -93,24 +104,37 @@ def read(path: Path) -> Model:
         )
     try:
         recipe = recipes.from_values(json.loads(text["recipe"]))
-        classes = tuple(ClassName(**entry) for entry in json.loads(text["classes"]))
+        entries = json.loads(text["classes"])
+        classes = class_list([entry["name"] for entry in entries], [entry.get("wnid") for entry in entries])
         info = dict(json.loads(text.get("info", "{}")))
-    except (KeyError, TypeError, ValueError, AttributeError, RecipeError) as error:
+        check_preprocess(json.loads(text.get("preprocess", "{}")), recipe, info)
+        return recipe, classes, info
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, RecipeError) as error:
         raise WeightsError(f"{path} has unreadable metadata: {error}", "the file is damaged or foreign") from error
-    _check_tensors(path, tensors, classes)
-    return Model(path, tensors, recipe, classes, info)
 
 
-def _check_tensors(path: Path, tensors: Mapping[str, Any], classes: Sequence[ClassName]) -> None:
-    for name in (*PARAMETERS, "mean"):
-        if name not in tensors:
+def check_preprocess(said: Mapping[str, Any], recipe: Recipe, info: Mapping[str, Any]) -> None:
+    """Raise ValueError where a file asks for other pictures than its recipe: one of the two is wrong."""
+    if not isinstance(info.get("exif_rotate", False), bool):
+        raise ValueError(f"exif_rotate is {info['exif_rotate']!r}")
+    for key, value in preprocess(recipe, info).items():
+        if said.get(key, value) != value:
+            raise ValueError(f"its preprocessing has {key} {said[key]!r} where its recipe has {value!r}")
+
+
+def _check_tensors(path: Path, file: Any, wanted: Mapping[str, tuple[int, ...]], recipe: Recipe) -> None:
+    """Compare names, types and shapes with what they should be, in the order of the layers."""
+    there = set(file.keys())
+    for name, shape in wanted.items():
+        if name not in there:
             raise WeightsError(f"{path} has no tensor {name}", "the file is damaged or foreign")
-        if tensors[name].dtype != np.float32:
-            raise WeightsError(f"{path}: {name} is {tensors[name].dtype}, not float32", "export it anew")
-    if tensors["mean"].shape != (3, SIDE, SIDE):
-        raise WeightsError(f"{path}: mean is {tensors['mean'].shape}, not (3, 256, 256)", "the file is damaged")
-    if tensors["fc8.bias"].shape != (len(classes),):
-        raise WeightsError(
-            f"{path}: {len(classes)} class names for {tensors['fc8.bias'].shape[0]} outputs",
-            "the file is damaged",
-        )
+        found = file.get_slice(name)
+        if found.get_dtype() != "F32":
+            raise WeightsError(f"{path}: {name} is {found.get_dtype()}, not float32", "export it anew")
+        if tuple(found.get_shape()) != shape:
+            theirs, ours = (" x ".join(map(str, sizes)) for sizes in (found.get_shape(), shape))
+            raise WeightsError(
+                f"{path} does not fit: {name} is {theirs or 'a number'}, but {ours} in recipe {recipe.name} "
+                f"with {wanted['fc8.bias'][0]} classes",
+                "its weights are those of another network than its recipe and class names",
+            )

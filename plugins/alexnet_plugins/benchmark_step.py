@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from alexnet_cli.core.learning import Momentum
-from alexnet_cli.core.network import PADDING_224, Network, initialise, parameters_by_name, widths
+from alexnet_cli.core.network import PADDING_224, Network, initialise, parameters_by_name
+from alexnet_cli.core.shapes import widths
 from alexnet_cli.recipe import Recipe
 
 CLASSES = 1000

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from alexnet_cli.console import Reporter
+from alexnet_cli.console import Reporter, visible
 from alexnet_cli.errors import DataError, StorageError
 from alexnet_cli.options import (
     BatchOption,
@@ -24,12 +24,14 @@ from alexnet_cli.options import (
 
 if TYPE_CHECKING:
     from alexnet_cli.core.evaluate import Classify, Evaluation
+    from alexnet_cli.core.shards import Split
     from alexnet_cli.core.sources import ClassName
+    from alexnet_cli.recipe import Recipe
 
-    Judge = tuple[Classify, Sequence[ClassName], str]
+    Judge = tuple[Classify, Sequence[ClassName], Recipe, str]
 
-PROTOCOL = {1: "centre view", 10: "ten views, probabilities averaged (section 4.1)"}
 AT_ONCE = 128
+WORST = 10  # classes and pairs to show, but no more than half of the classes
 
 
 def evaluate(
@@ -41,15 +43,17 @@ def evaluate(
     gpus: GpusOption = None,
     jobs: JobsOption = None,
     predictions: Annotated[Path | None, typer.Option(help="Write one JSON line per image to this file.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="Folder for classes and confusions. [default: eval/ of the run]"),
+    ] = None,
     json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
     """Measure top-1 and top-5 error on the validation split, with the centre view or the paper's ten."""
-    from alexnet_cli.core import loader as loading
     from alexnet_cli.core import results
-    from alexnet_cli.core.evaluate import Evaluation, matching
-    from alexnet_cli.core.evaluate import evaluate as run
-    from alexnet_cli.core.placement import threads_for_decoding
+    from alexnet_cli.core.evaluate import matching
+    from alexnet_cli.core.published import published
     from alexnet_cli.core.runs import find_weights, run_of, trained_on
     from alexnet_cli.core.shards import find_dataset, open_dataset
 
@@ -60,16 +64,54 @@ def evaluate(
     if not len(images):
         raise DataError(f"{dataset.path}: split {split} holds no images", "prepare it anew with --val-fraction 0.1")
     backend = "onnx" if path.suffix == ".onnx" else "torch"
-    classify, classes, place = _onnx(path, views, gpus) if backend == "onnx" else _torch(path, views, gpus)
+    classify, classes, recipe, place = _onnx(path, views, gpus) if backend == "onnx" else _torch(path, views, gpus)
     output_of = matching(classes, dataset.classes, path)
     reporter.line("weights", str(path))
     reporter.line("data", f"{dataset.path} · {split} · {len(images):,} images, each counted once")
-    reporter.line("mode", f"{PROTOCOL[views]} · {backend} · {place}")
-    counts, size = Evaluation.empty(len(classes)), batch_size or AT_ONCE
+    reporter.line("mode", f"{results.PROTOCOL[views]} · {backend} · {place}")
+    if len(dataset.classes) < len(classes):
+        known = f"{len(dataset.classes):,} of the {len(classes):,} classes that the network can answer"
+        reporter.line("note", f"the data set has {known}: an answer outside of them counts as wrong")
+    counts = _counted(reporter, images, classify, classes, output_of, batch_size, jobs, predictions)
+    figure = published(recipe, dataset.classes)
+    totals, run = results.numbers(counts, views, backend, figure), run_of(path)
+    totals |= {"split": split, "weights": str(path), "data": str(dataset.path), "data_hash": dataset.hash}
+    _report(reporter, counts, classes, totals, results.compared(figure, views, counts.images) if figure else "")
+    folder = output or (run / "eval" if run else None)
+    if folder:
+        files = results.write(folder, f"{split}-{views}", counts, classes, totals)
+        reporter.line("files", f"{files[0].parent}: {', '.join(file.name for file in files)}")
+    else:
+        reporter.line("files", "none, since the weights lie in no run: -o DIR writes classes and confusions")
+    reporter.line("next", f"alexnet predict PICTURE{f' -w {weights}' if weights else ''}")
+
+
+def _counted(
+    reporter: Reporter,
+    images: Split,
+    classify: Classify,
+    classes: Sequence[ClassName],
+    output_of: Any,
+    batch_size: int | None,
+    jobs: int | None,
+    predictions: Path | None,
+) -> Evaluation:
+    """Every image of the split, counted; its answers in the file of predictions, if there is to be one."""
+    from alexnet_cli.core import loader as loading
+    from alexnet_cli.core import results
+    from alexnet_cli.core.backoff import Backoff
+    from alexnet_cli.core.evaluate import Evaluation
+    from alexnet_cli.core.evaluate import evaluate as run
+    from alexnet_cli.core.placement import threads_for_decoding
+
+    counts, size = Evaluation.empty(len(classes)), min(batch_size or AT_ONCE, len(images))
+    classify = Backoff(
+        classify, lambda n: reporter.warn(f"the memory holds no more than {n} images at a time", f"-b {n}")
+    )
     with contextlib.ExitStack() as stack:
         out = stack.enter_context(_opened(predictions)) if predictions else None
         loader = stack.enter_context(loading.Loader(images, size, threads_for_decoding(jobs)))
-        bar = stack.enter_context(reporter.progress(split, total=len(images)))
+        bar = stack.enter_context(reporter.progress(images.name, total=len(images)))
         batches = loader.batches(loading.all_batches(len(images), size))
         for batch, top, chances in run(classify, batches, counts, output_of):
             bar.advance(len(batch.rows))
@@ -78,13 +120,7 @@ def evaluate(
                 keys = [images.key(int(row)) for row in batch.rows]
                 out.writelines(results.prediction_lines(keys, labels, top, chances, classes))
     assert counts.images == len(images), "every image is counted once"
-    totals, inside = results.numbers(counts, views, backend), run_of(path)
-    totals |= {"split": split, "weights": str(path), "data": str(dataset.path), "data_hash": dataset.hash}
-    _report(reporter, counts, classes, totals)
-    if inside:
-        files = results.write(inside / "eval", f"{split}-{views}", counts, classes, totals)
-        reporter.line("files", f"{files[0].parent}: {', '.join(file.name for file in files)}")
-    reporter.line("next", "alexnet predict PICTURE")
+    return counts
 
 
 def _torch(path: Path, views: int, gpus: str | None) -> Judge:
@@ -98,7 +134,7 @@ def _torch(path: Path, views: int, gpus: str | None) -> Judge:
     model, placement = read(path), place(gpus, "fp32")
     pixels = Pixels(model.recipe, model.mean, None, None, placement.device)
     network = from_model(model).to(placement.device)
-    return TorchClassifier(network, pixels, placement, views), model.classes, f"{placement.name} · fp32"
+    return TorchClassifier(network, pixels, placement, views), model.classes, model.recipe, f"{placement.name} · fp32"
 
 
 def _onnx(path: Path, views: int, gpus: str | None) -> Judge:
@@ -107,10 +143,13 @@ def _onnx(path: Path, views: int, gpus: str | None) -> Judge:
     from alexnet_cli.core.session import Session
 
     session = Session(path, provider="auto" if gpus is None else "cpu" if gpus == "none" else "cuda")
-    return lambda images: probabilities(images.numpy(), session, views), session.classes, session.device
+    place = f"{session.device}, since {session.fallback}" if session.fallback else session.device
+    return lambda images: probabilities(images.numpy(), session, views), session.classes, session.recipe, place
 
 
-def _report(reporter: Reporter, counts: Evaluation, classes: Sequence[ClassName], totals: dict[str, Any]) -> None:
+def _report(
+    reporter: Reporter, counts: Evaluation, classes: Sequence[ClassName], totals: dict[str, Any], compared: str
+) -> None:
     """The result for people and programs."""
     from alexnet_cli.core import results
 
@@ -121,11 +160,19 @@ def _report(reporter: Reporter, counts: Evaluation, classes: Sequence[ClassName]
             reporter.show(
                 f"top-{k}   error {error:.1%}   (95 % interval {low:.1%} to {high:.1%}; {1 - error:.1%} right)"
             )
-    worst = sorted(results.per_class(counts, classes), key=lambda row: -float(row["top1_error"]))[:3]
-    pairs = results.confused(counts, classes, 3)
-    if pairs:
-        reporter.show("worst   " + " · ".join(f"{row['name']} {1 - row['top1_error']:.0%} right" for row in worst))
-        reporter.show("mixed   " + " · ".join(f"{true} taken for {seen} {times}x" for true, seen, times in pairs))
+    if compared:
+        reporter.show(f"known   {compared}")
+    most = max(1, min(WORST, len(classes) // 2))
+    rows = [
+        (row["name"], f"{1 - row['top1_error']:.0%} of {row['images']} right")
+        for row in results.worst(counts, classes, most)
+    ]
+    pairs = [(f"{true} taken for {seen}", f"{times}x") for true, seen, times in results.confused(counts, classes, most)]
+    for word, lines in (("worst", rows), ("mixed", pairs)):
+        width = max((len(left) for left, _ in lines), default=0)
+        for left, right in lines:
+            reporter.show(visible(f"{word:<8}{left:<{width}}   {right}"))
+            word = ""
 
 
 def _opened(path: Path) -> Any:

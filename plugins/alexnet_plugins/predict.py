@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from alexnet_cli.console import Reporter
-from alexnet_cli.errors import PartialError, StorageError
+from alexnet_cli.errors import PartialError, StorageError, UsageError
 from alexnet_cli.options import JsonFlag, QuietFlag, ViewsOption, WeightsOption
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from alexnet_cli.core.predict import Prediction
+    from alexnet_cli.core.predict import Classifier, Prediction
 
 BAR, NAME = 24, 20  # characters: a full bar, a name at least
 COLUMNS = ("path", "rank", "label", "wnid", "index", "probability", "error")
@@ -27,12 +27,22 @@ COLUMNS = ("path", "rank", "label", "wnid", "index", "probability", "error")
 def predict(
     inputs: Annotated[
         list[str],
-        typer.Argument(metavar="IMAGE|DIR|GLOB|-", help="Pictures, folders, patterns; - reads paths from stdin."),
+        typer.Argument(
+            metavar="IMAGE|DIR|GLOB|@LIST|-",
+            help="Pictures, folders, patterns; @FILE lists paths; - reads paths, or one picture, from stdin.",
+        ),
     ],
     weights: WeightsOption = None,
     k: Annotated[int, typer.Option("-k", "--top-k", min=1, help="How many labels to give.")] = 5,
     views: ViewsOption = 1,
     csv: Annotated[Path | None, typer.Option(help="Write all answers to this CSV file instead of tables.")] = None,
+    features: Annotated[
+        Literal["fc6", "fc7"] | None,
+        typer.Option(help="Write this layer's activations to -o instead of tables: rectified, as the next sees them."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="F.npz", help="Where --features goes.")
+    ] = None,
     backend: Annotated[
         Literal["auto", "onnx", "torch"], typer.Option(help="What runs the network; auto is ONNX Runtime.")
     ] = "auto",
@@ -42,40 +52,51 @@ def predict(
     """Classify pictures: the likeliest labels of each, with their probabilities."""
     import time
 
-    from alexnet_cli.core.predict import FEW, expand, open_classifier
+    from alexnet_cli.core.inputs import expand
+    from alexnet_cli.core.predict import FEW, open_classifier
     from alexnet_cli.core.predict import predict as run
     from alexnet_cli.core.runs import find_weights
 
+    if (features is None) != (output is None):
+        raise UsageError("--features and -o belong together", "such as --features fc7 -o features.npz")
     reporter = Reporter("predict", json=json, quiet=quiet)
-    paths = expand(inputs, sys.stdin)
+    sources = expand(inputs, getattr(sys.stdin, "buffer", None))
     model = find_weights(weights, (".safetensors",) if backend == "torch" else (".onnx", ".safetensors"))
-    classifier = open_classifier(model, backend, few=len(paths) * views <= FEW)
+    classifier = open_classifier(model, backend, few=len(sources) * views <= FEW, layer=features)
     if classifier.fallback:
         reporter.warn(f"the network runs on the CPU: {classifier.fallback}", "see `alexnet doctor`")
-    started = time.perf_counter()
-    failed = 0
-    with _csv(csv) as write, contextlib.ExitStack() as stack:
+    started, failed, tables = time.perf_counter(), 0, csv is None and features is None
+    with _csv(csv) as write, _features(output, classifier, features) as keep, contextlib.ExitStack() as stack:
         # A moving line and tables on one terminal would overwrite each other.
-        bar = len(paths) > FEW and (csv is not None or not sys.stdout.isatty())
-        progress = stack.enter_context(reporter.progress("predict", len(paths))) if bar else None
-        for prediction in run(paths, classifier, k, views):
+        bar = len(sources) > FEW and not (tables and sys.stdout.isatty())
+        progress = stack.enter_context(reporter.progress("predict", len(sources))) if bar else None
+        for prediction in run(sources, classifier, k, views, features is not None):
             failed += prediction.error is not None
             write(prediction)
+            keep(prediction)
             if progress:
                 progress.advance(1)
             reporter.result(_record(prediction))
-            if csv is None:
-                reporter.show(_table(prediction, headed=len(paths) > 1))
-    seconds = time.perf_counter() - started
+            if tables:
+                reporter.show(_table(prediction, headed=len(sources) > 1))
     name = "torch" if backend == "torch" else "onnx"
-    speed = f"{1000 * seconds:.0f} ms" if len(paths) == 1 else f"{len(paths) / seconds:.0f} img/s"
-    unread = f" · {failed:,} unreadable" if failed else ""
-    count = "1 picture" if len(paths) == 1 else f"{len(paths):,} pictures"
-    reporter.line("done", f"{count}{unread} · {name} · {classifier.device} · {speed} · {model}")
-    if csv is not None:
-        reporter.line("saved", str(csv))
+    _conclude(reporter, len(sources), failed, time.perf_counter() - started, f"{name} · {classifier.device} · {model}")
+    for path in (csv, output):
+        if path is not None:
+            reporter.line("saved", str(path))
     if failed:
-        raise PartialError(f"{failed} of {count} could not be read", "the reasons are in the results")
+        raise PartialError(f"{failed} of {_pictures(len(sources))} could not be read", "the reasons are in the results")
+
+
+def _conclude(reporter: Reporter, pictures: int, failed: int, seconds: float, by: str) -> None:
+    """How many, how fast, by what."""
+    speed = f"{1000 * seconds:.0f} ms" if pictures == 1 else f"{pictures / seconds:.0f} img/s"
+    unread = f" · {failed:,} unreadable" if failed else ""
+    reporter.line("done", f"{_pictures(pictures)}{unread} · {speed} · {by}")
+
+
+def _pictures(count: int) -> str:
+    return "1 picture" if count == 1 else f"{count:,} pictures"
 
 
 def _record(prediction: Prediction) -> dict[str, Any]:
@@ -122,3 +143,14 @@ def _csv(path: Path | None) -> Iterator[Callable[[Prediction], None]]:
             table.writerows(record | label for label in record.pop("top", [{}]))
 
         yield write
+
+
+def _features(
+    path: Path | None, classifier: Classifier, layer: str | None
+) -> contextlib.AbstractContextManager[Callable[[Prediction], None]]:
+    """A function that takes a prediction for the file of activations; idle without a path."""
+    if path is None or layer is None:
+        return contextlib.nullcontext(lambda prediction: None)
+    from alexnet_cli.core.features import writing
+
+    return writing(path, classifier, layer)

@@ -44,7 +44,8 @@ def prepared(reporter: Reporter, output: Path, seen: int, seconds: float) -> Non
 def there_already(reporter: Reporter, plan: Plan) -> None:
     """Nothing is left to do: check that it is whole, and give the result again."""
     from alexnet_cli.core.assembly import settle
-    from alexnet_cli.core.shards import checksums, open_dataset
+    from alexnet_cli.core.dataset_record import checksums
+    from alexnet_cli.core.shards import open_dataset
 
     dataset = open_dataset(plan.output)
     for name in dataset.record["splits"]:

@@ -1,0 +1,144 @@
+"""What is to be classified, as it is typed: files, folders, patterns, lists, stdin -> decoded pictures. No torch.
+
+Pictures are decoded in threads ahead of whoever takes them, so that a folder runs at the network's speed.
+"""
+
+from __future__ import annotations
+
+import glob
+import io
+import os
+import threading
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import BinaryIO
+
+from alexnet_cli.core import images
+from alexnet_cli.core.devices import cores
+from alexnet_cli.core.images import Pixels
+from alexnet_cli.core.listing import LARGEST, check_bytes, is_picture, read_file, walk
+from alexnet_cli.errors import DataError
+
+STANDARD = "-"  # standard input, and the name of a picture that came from there
+
+Source = str | bytes
+"""The path of a picture, or the bytes of one."""
+
+
+def expand(inputs: Sequence[str], stdin: BinaryIO | None = None) -> list[Source]:
+    """Files, folders (all pictures below, sorted), patterns, `@FILE` (a list of paths) and `-` -> pictures.
+
+    `stdin` holds a picture, or a list of paths: one a line, or, so that a name can hold anything, each ended by a
+    zero byte. What is not there stays among the results, so that it gets a record with the reason.
+
+    Raises:
+        DataError: there is no file at all among them, or a list cannot be read.
+    """
+    sources: list[Source] = []
+    for text in inputs:
+        if text == STANDARD:
+            sources += _given(stdin or io.BytesIO())
+        elif text.startswith("@") and not os.path.lexists(text):
+            sources += _listed(_content(text[1:]))
+        elif not os.path.lexists(text) and (found := sorted(glob.glob(text, recursive=True))):
+            sources += [path for name in found for path in _below(name)]
+        else:
+            sources += _below(text)
+    if not any(isinstance(source, bytes) or os.path.isfile(source) for source in sources):
+        raise DataError(
+            f"no picture found: {', '.join(inputs[:3])}{' …' if len(inputs) > 3 else ''}",
+            "give files, patterns, folders with pictures in them, or a list of such: @FILE, or - for standard input",
+        )
+    return sources
+
+
+def _given(stdin: BinaryIO) -> list[Source]:
+    data = stdin.read(LARGEST + 1)
+    try:
+        check_bytes(len(data))
+    except DataError as error:
+        raise DataError(f"standard input has more than {LARGEST:,} bytes", "give a list in pieces") from error
+    return [data] if images.is_picture(data) else list(_listed(data))
+
+
+def _content(file: str) -> bytes:
+    try:
+        return read_file(Path(file))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"the list {file} cannot be read: {reason}", "it holds one path a line") from error
+    except DataError as error:
+        raise DataError(f"the list {file} cannot be read: {error.what}", "it holds one path a line") from error
+
+
+def _listed(data: bytes) -> Iterator[str]:
+    """The pictures of a list's entries, which are files and folders, not patterns."""
+    lines = data.split(b"\0") if b"\0" in data else [line.rstrip(b"\r") for line in data.split(b"\n")]
+    for line in lines:
+        if line.strip():
+            yield from _below(os.fsdecode(line))
+
+
+def _below(name: str) -> list[str]:
+    """The pictures below a folder, sorted, then what cannot be listed there; of anything else the name itself."""
+    if not os.path.isdir(name):
+        return [name]
+    refused: list[str] = []
+    files = sorted(file for file in walk(Path(name), Path(name), refused) if is_picture(file))
+    return [os.path.join(name, file) for file in files] + refused or [name]
+
+
+def load(source: Source, exif_rotate: bool, memory: Memory) -> Pixels | str:
+    """uint8 256 x 256 x 3, turned as its EXIF says if asked; or why not."""
+    try:
+        if isinstance(source, str) and os.path.isdir(source):
+            return "a folder without readable pictures"
+        data = source if isinstance(source, bytes) else read_file(Path(source))
+        height, width = images.size(data)
+        with memory.taken(height * width):
+            rgb = images.decode(data)
+            return images.to_256(images.upright(rgb, data) if exif_rotate else rgb)
+    except DataError as error:
+        return error.what
+    except (OSError, ValueError) as error:  # a name can hold what no file system takes
+        return getattr(error, "strerror", None) or str(error)
+
+
+class Memory:
+    """Room for the pixels of the largest picture that is taken, or of many smaller ones, over all threads."""
+
+    def __init__(self, most: int = images.MAX_PIXELS) -> None:
+        self.most, self.used, self.changed = most, 0, threading.Condition()
+
+    @contextmanager
+    def taken(self, pixels: int) -> Iterator[None]:
+        """Wait for so much room and hold it while inside."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.used + pixels <= self.most or not self.used)
+            self.used += pixels
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.used -= pixels
+                self.changed.notify_all()
+
+
+def ahead(sources: Iterable[Source], window: int, exif_rotate: bool) -> Generator[tuple[str, Pixels | str]]:
+    """Every picture's name and pixels (or why there are none), in order, the next `window` decoded meanwhile."""
+    remaining, memory = iter(sources), Memory()
+    waiting: deque[tuple[Source, Future[Pixels | str]]] = deque()
+    with ThreadPoolExecutor(min(8, cores())) as pool:
+        try:
+            waiting.extend((s, pool.submit(load, s, exif_rotate, memory)) for s in islice(remaining, window))
+            while waiting:
+                source, future = waiting.popleft()
+                waiting.extend((s, pool.submit(load, s, exif_rotate, memory)) for s in islice(remaining, 1))
+                yield STANDARD if isinstance(source, bytes) else source, future.result()
+        finally:
+            for _, future in waiting:
+                future.cancel()

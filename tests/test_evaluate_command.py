@@ -1,0 +1,271 @@
+"""`alexnet evaluate` from the user's seat: every kind of weights, files, words, memory that ends, published figures."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from model_files import random_model, save_model
+from PIL import Image
+from typer import Typer
+from typer.testing import CliRunner, Result
+
+from alexnet_cli.core import evaluate as evaluating
+from alexnet_cli.core import onnx_graph, results, weights
+from alexnet_cli.core.backoff import Backoff
+from alexnet_cli.core.confusion_picture import RIGHT, WRONG, draw
+from alexnet_cli.core.ilsvrc import WNIDS_SHA256
+from alexnet_cli.core.published import published
+from alexnet_cli.core.shards import open_dataset
+from alexnet_cli.core.sources import ClassName
+from alexnet_cli.errors import DataError, MissingError
+from alexnet_cli.recipe import CAFFE, FAST, KRIZHEVSKY, PAPER, Recipe
+
+SMALL = replace(FAST, width=1 / 16)
+
+
+@pytest.fixture
+def runs(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run with one checkpoint of a network for the prepared classes, in their order, and its ONNX file."""
+    monkeypatch.setenv("ALEXNET_RUNS_DIR", str(tmp_path / "runs"))
+    run = tmp_path / "runs" / "one"
+    checkpoint = run / "checkpoints" / "00000001"
+    checkpoint.mkdir(parents=True)
+    (run / "run.json").write_text(json.dumps({"data_path": str(prepared)}))
+    (run / "checkpoints" / "best").symlink_to("00000001")
+    named(open_dataset(prepared).classes, checkpoint / "model.safetensors")
+    onnx_graph.write(weights.read(checkpoint / "model.safetensors"), run / "alexnet.onnx")
+    return run
+
+
+def named(classes: Sequence[ClassName], path: Path, recipe: Recipe = SMALL, seed: int = 1) -> Path:
+    """A random network with these classes, its last layer's rows in their alphabetical order."""
+    model = random_model(recipe, len(classes), seed)
+    order = np.argsort(np.argsort([name.name for name in classes]))
+    fc8 = {f"fc8.{part}": model.tensors[f"fc8.{part}"][order] for part in ("weight", "bias")}
+    return save_model(replace(model, tensors={**model.tensors, **fc8}, classes=tuple(classes)), path)
+
+
+def run(*words: str) -> Result:
+    from alexnet_plugins.evaluate import evaluate as command
+
+    app = Typer()
+    app.command()(command)
+    return CliRunner().invoke(app, list(words))
+
+
+def numbers(*words: str) -> dict[str, Any]:
+    result = run(*words, "--json", "-q")
+    assert result.exception is None, result.exception
+    return dict(json.loads(result.stdout))
+
+
+@pytest.mark.parametrize("views", ["1", "10"])
+def test_run_checkpoint_model_file_and_onnx_file_give_the_same(runs: Path, prepared: Path, views: str) -> None:
+    kinds = ["one", str(runs), f"{runs}/checkpoints/00000001", f"{runs}/checkpoints/best/model.safetensors"]
+    found = [numbers("-w", kind, "--views", views) for kind in [*kinds, f"{runs}/alexnet.onnx"]]
+    assert [record["backend"] for record in found] == ["torch"] * 4 + ["onnx"]
+    for record in found:
+        assert (record["images"], record["views"], record["split"]) == (20, int(views), "val")
+        assert record["protocol"].startswith(
+            "centre view" if views == "1" else "ten views, mean of softmax (paper 4.1)"
+        )
+        for key in ("top1_error", "top5_error", "top1_error_interval", "top5_error_interval"):
+            assert record[key] == found[0][key]
+        assert record["loss"] == pytest.approx(found[0]["loss"], rel=1e-4)
+        assert record["top1_error_interval"][0] < record["top1_error"] < record["top1_error_interval"][1]
+    assert numbers("-w", "one", "--views", views, "-b", "3")["loss"] == pytest.approx(found[0]["loss"], rel=1e-5)
+
+
+def test_a_permuted_class_list_changes_nothing(runs: Path, prepared: Path, tmp_path: Path) -> None:
+    classes = open_dataset(prepared).classes
+    permuted = named([classes[i] for i in (2, 0, 3, 1)], tmp_path / "permuted.safetensors")
+    onnx_graph.write(weights.read(permuted), tmp_path / "permuted.onnx")
+    plain = numbers("-w", "one", "--predictions", str(tmp_path / "plain.jsonl"))
+    for name in ("permuted.safetensors", "permuted.onnx"):
+        lines = tmp_path / f"{name}.jsonl"
+        found = numbers("-w", f"{tmp_path}/{name}", "--data", str(prepared), "--predictions", str(lines))
+        assert found["top1_error"] == plain["top1_error"]
+        assert found["loss"] == pytest.approx(plain["loss"], rel=1e-4)
+        ours, theirs = (
+            [
+                (line["key"], line["label"], line["top"][0]["label"])
+                for line in map(json.loads, file.read_text().splitlines())
+            ]
+            for file in (lines, tmp_path / "plain.jsonl")
+        )
+        assert ours == theirs
+        assert len(ours) == 20
+
+
+def test_its_files_and_words(runs: Path, prepared: Path, tmp_path: Path) -> None:
+    result = run("-w", "one", "-o", str(tmp_path / "out"))
+    assert result.exception is None
+    assert not (runs / "eval").exists()
+    with (tmp_path / "out" / "val-1_confusion.csv").open() as file:
+        table = list(csv.reader(file))
+    matrix = np.array([row[1:] for row in table[1:]], int)
+    with (tmp_path / "out" / "val-1_per_class.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert matrix.sum(1).tolist() == [int(row["images"]) for row in rows] == [5] * 4
+    errors = [float(row["top1_error"]) for row in rows]
+    np.testing.assert_allclose(errors, 1 - matrix.diagonal() / matrix.sum(1))
+    with Image.open(tmp_path / "out" / "val-1_confusion.png") as picture:
+        assert picture.format == "PNG"
+    worst = max(rows, key=lambda row: float(row["top1_error"]))
+    shown = result.stdout
+    assert f"worst   {worst['name']}" in shown
+    assert f"{1 - float(worst['top1_error']):.0%} of 5 right" in shown
+    np.fill_diagonal(matrix, 0)
+    true, seen = np.unravel_index(matrix.argmax(), matrix.shape)
+    assert f"mixed   {table[0][1:][true]} taken for {table[0][1:][seen]}" in shown
+    assert run("-w", "one").exception is None
+    assert sorted(file.name for file in (runs / "eval").iterdir()) == [
+        "val-1.json", "val-1_confusion.csv", "val-1_confusion.png", "val-1_per_class.csv",
+    ]  # fmt: skip
+
+
+def test_a_subset_is_a_note_and_an_unknown_class_an_error(runs: Path, prepared: Path, tmp_path: Path) -> None:
+    classes = open_dataset(prepared).classes
+    more = named([*classes, ClassName("violet\x1b[2J")], tmp_path / "more.safetensors")
+    liked = weights.read(more)
+    liked.tensors["fc8.bias"][4] = 1000.0  # so that it is the answer to everything
+    save_model(liked, more)
+    result = run("-w", str(more), "--data", str(prepared))
+    assert result.exception is None
+    assert "taken for violet\\x1b" in result.stdout
+    assert "\x1b" not in result.stdout + result.stderr
+    assert "4 of the 5 classes" in result.stderr
+    fewer = named(classes[1:], tmp_path / "fewer.safetensors")
+    error = run("-w", str(fewer), "--data", str(prepared)).exception
+    assert isinstance(error, DataError)
+    assert "unknown to the network, such as blue" in error.what
+
+
+def test_two_classes_of_one_name_are_not_guessed_at() -> None:
+    bird, machine = ClassName("crane", "n02012849"), ClassName("crane", "n03126707")
+    order = evaluating.matching((bird, machine), (machine, bird), Path("m"))
+    assert order is not None
+    assert order.tolist() == [1, 0]  # told apart by wnid
+    for model, data in (((bird, machine), (ClassName("crane"),)), ((ClassName("crane"),), (bird, machine))):
+        with pytest.raises(DataError, match="crane is the name of several"):
+            evaluating.matching(model, data, Path("m"))
+
+
+def ended(kind: str) -> Exception:
+    """An error as PyTorch on a GPU, PyTorch on a CPU, ONNX Runtime and numpy raise it when memory ends."""
+    if kind == "onnx":
+        error = onnxruntime.capi.onnxruntime_pybind11_state.RuntimeException
+        return error("Non-zero status code: Failed to allocate memory for requested buffer of size 123")  # type: ignore[no-any-return]
+    messages = "[enforce fail at alloc_cpu.cpp:114] . DefaultCPUAllocator: can't allocate memory: you tried 1 bytes."
+    return {"cuda": torch.OutOfMemoryError("CUDA out of memory."), "cpu": RuntimeError(messages)}.get(
+        kind, MemoryError()
+    )
+
+
+@pytest.mark.parametrize("kind", ["cuda", "cpu", "onnx", "numpy"])
+def test_memory_that_ends_halves_the_batch(runs: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    plain, seen = numbers("-w", "one"), []
+
+    def poor(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            images = arguments[-1] if kind != "onnx" else arguments[0]
+            seen.append(len(images))
+            if len(images) > 3:
+                raise ended(kind)
+            return function(*arguments)
+
+        return call
+
+    monkeypatch.setattr(evaluating.TorchClassifier, "__call__", poor(evaluating.TorchClassifier.__call__))
+    monkeypatch.setattr("alexnet_cli.core.predict.probabilities", poor(results_of("probabilities")))
+    weights_of = str(runs / "alexnet.onnx") if kind == "onnx" else "one"
+    result = run("-w", weights_of, "--json", "-b", "16")
+    assert result.exception is None
+    assert seen[:3] == [16, 8, 4]
+    assert max(seen[3:]) == 2
+    assert result.stderr.count("no more than 2 images at a time") == 1
+    found = json.loads(result.stdout)
+    assert found["top1_error"] == plain["top1_error"]
+    assert found["loss"] == pytest.approx(plain["loss"], rel=1e-4)
+
+
+def results_of(name: str) -> Callable[..., Any]:
+    from alexnet_cli.core import predict
+
+    return getattr(predict, name)  # type: ignore[no-any-return]
+
+
+def test_not_one_image_and_other_errors() -> None:
+    def never(images: Any) -> Any:
+        raise MemoryError
+
+    def broken(images: Any) -> Any:
+        raise RuntimeError("shapes do not fit")
+
+    with pytest.raises(MissingError, match="one image at a time"):
+        Backoff(never, lambda _: None)(np.zeros((5, 2)))
+    with pytest.raises(RuntimeError, match="shapes"):
+        Backoff(broken, lambda _: None)(np.zeros((5, 2)))
+
+
+def test_published_figures_are_those_of_the_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Errors in % from the paper, the log of net #145 and Caffe's model pages, for the data set they are of only."""
+    import hashlib
+
+    wnids = [f"n{i:08d}" for i in range(1000)]
+    classes = [ClassName(f"class {i}", wnid) for i, wnid in enumerate(wnids)]
+    assert published(PAPER, classes) is None  # a thousand classes, but others
+    digest = hashlib.sha256("\n".join(wnids).encode()).hexdigest()
+    assert digest != WNIDS_SHA256
+    monkeypatch.setattr("alexnet_cli.core.ilsvrc.WNIDS_SHA256", digest)
+    caffenet = replace(CAFFE, stage1_order="relu-pool-norm", stage2_order="relu-pool-norm")
+    expected = {
+        PAPER: (10, 40.7, 18.2), FAST: (10, 40.7, 18.2), KRIZHEVSKY: (10, 40.664, 18.210),
+        CAFFE: (1, 42.9, 19.8), caffenet: (1, 42.6, 19.6),
+    }  # fmt: skip
+    for recipe, (views, top1, top5) in expected.items():
+        figure = published(recipe, classes[::-1])
+        assert figure is not None
+        assert (figure.views, 100 * figure.top1_error, 100 * figure.top5_error) == pytest.approx((views, top1, top5))
+    figure = published(PAPER, classes)
+    assert figure is not None
+    assert published(PAPER, classes[:-1]) is None
+    same, other = results.compared(figure, 10, 50_000), results.compared(figure, 1, 1234)
+    assert "40.7%" in same
+    assert "18.2%" in same
+    assert "this is" not in same
+    assert "this is the centre view and these are 1,234 images" in other
+
+
+@pytest.mark.parametrize("classes", [2, 10, 60, 300, 1000])
+def test_the_picture_of_the_confusions_can_be_read(classes: int) -> None:
+    """Cells hold the colours that their shares ask for; the page stays of a size that can be shown."""
+    counts = np.zeros((classes, classes), np.int64)
+    np.fill_diagonal(counts, 4)
+    counts[0] = 0
+    counts[0, 0], counts[0, 1] = 3, 1  # one in four
+    page = draw(counts, [f"class {i}" for i in range(classes)], "title")
+    pixels = np.asarray(page)
+    assert max(page.size) < 2400
+    for colour, at_least in ((RIGHT, classes - 1), (255 + 0.5 * (WRONG - 255), 1)):
+        hits = np.argwhere((np.abs(pixels - colour) <= 1).all(2))
+        assert len(hits) >= at_least
+    exact = np.argwhere((pixels == RIGHT).all(2))
+    first, last = exact.min(0), exact[exact[:, 0] < page.height - 60].max(0)
+    assert abs((last - first)[0] - (last - first)[1]) <= 40  # the diagonal goes down as it goes right
+    assert (pixels.max(2) < 120).any(1).sum() > 24  # names and title
+
+
+def test_classes_that_play_no_part_are_left_out_of_the_picture() -> None:
+    counts = np.zeros((1000, 1000), np.int64)
+    counts[5, 5], counts[7, 9] = 2, 2
+    assert draw(counts, [f"{i}" for i in range(1000)], "").size[0] < 600
