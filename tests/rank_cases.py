@@ -18,7 +18,7 @@ from alexnet_cli.core.augment import Draws
 from alexnet_cli.core.launch import variables
 from alexnet_cli.core.loader import Loader, epoch_order, training_batches
 from alexnet_cli.core.network import parameters_by_name
-from alexnet_cli.core.placement import place_among
+from alexnet_cli.core.placement import backend, place_among
 from alexnet_cli.core.ranks import Parallel, meeting, numbers
 from alexnet_cli.core.runs import Run
 from alexnet_cli.core.shards import open_dataset
@@ -69,10 +69,11 @@ def _as_rank(numbered: dict[str, str], work: Callable[..., None], arguments: tup
         raise
 
 
-def training(stack: ExitStack, place: str, recipe: Recipe, prepared: Path, folder: Path) -> Training:
-    """This process's part of a training, in touch with the others while `stack` is."""
-    ranks = stack.enter_context(meeting(numbers(), "gloo"))
-    placed = place_among(ranks, "none", recipe.precision, PLACES[place][1], recipe.towers)
+def training(stack: ExitStack, place: str, recipe: Recipe, prepared: Path, folder: Path, gpu: bool) -> Training:
+    """This process's part of a training, in touch with the others while `stack` is; all on the CPU, or all on GPU 0."""
+    gpus = ",".join(["0"] * PLACES[place][0]) if gpu else "none"
+    ranks = stack.enter_context(meeting(numbers(), backend(gpus)))
+    placed = place_among(ranks, gpus, recipe.precision, PLACES[place][1], recipe.towers)
     return Training(recipe, open_dataset(prepared), Run(folder, writes=ranks.first), placed, threads=1, cache="none")
 
 
@@ -84,10 +85,10 @@ def first_gradient(trained: Training) -> tuple[np.ndarray, dict[str, np.ndarray]
     draws = Draws.of_epoch(trained.rows, recipe, 1, order)
     plan = training_batches(trained.rows, recipe.batch_size, recipe.seed, 1, 0, ranks.replica, ranks.replicas)[:1]
     eight = [np.arange(8)[ranks.share(8)]]
-    with Loader(trained.data.split("train"), 16, 1) as loader:
+    with Loader(trained.data.split("train"), 16, 1, trained.placement.device) as loader:
         for batch in loader.batches(eight):
             with torch.inference_mode():
-                logits = trained.network.eval()(trained.pixels.centre_view(batch.images)).numpy()
+                logits = trained.network.eval()(trained.pixels.centre_view(batch.images)).cpu().numpy()
             trained.network.train()
         for batch in loader.batches(plan):
             trained.gradient.compute(batch, draws, 0, 1)
@@ -102,10 +103,12 @@ def first_gradient(trained: Training) -> tuple[np.ndarray, dict[str, np.ndarray]
     return np.concatenate(every[::each]), gradients
 
 
-def record(place: str, recipe: Recipe, prepared: Path, folder: Path, steps: int, resume: Path | None = None) -> None:
+def record(
+    place: str, recipe: Recipe, prepared: Path, folder: Path, steps: int, resume: Path | None, gpu: bool
+) -> None:
     """Train, and have rank 0 write what came of it to `folder`/result.npz."""
     with ExitStack() as stack:
-        trained = training(stack, place, recipe, prepared, folder)
+        trained = training(stack, place, recipe, prepared, folder, gpu)
         logits, gradients = first_gradient(trained)
         records = [r.as_dict() for r in fit(trained, resume, max_steps=steps, record_every=1)]
         weights, _ = trained.whole() if trained.placement.ranks.collects else ({}, {})
@@ -121,9 +124,17 @@ def record(place: str, recipe: Recipe, prepared: Path, folder: Path, steps: int,
             np.savez(folder / "result.npz", **found)
 
 
-def result(place: str, recipe: Recipe, prepared: Path, folder: Path, steps: int, resume: Path | None = None) -> Any:
+def result(
+    place: str,
+    recipe: Recipe,
+    prepared: Path,
+    folder: Path,
+    steps: int,
+    resume: Path | None = None,
+    gpu: bool = False,
+) -> Any:
     """What `record` wrote, having been run by as many processes as the place takes."""
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "recipe.toml").write_text(recipe.to_toml())
-    processes(PLACES[place][0], record, place, recipe, prepared, folder, steps, resume)
+    processes(PLACES[place][0], record, place, recipe, prepared, folder, steps, resume, gpu)
     return dict(np.load(folder / "result.npz"))

@@ -9,6 +9,7 @@ from pathlib import Path
 import kernel_cases
 import numpy as np
 import pytest
+import rank_cases
 import torch
 
 from alexnet_cli.core import response_norm, response_norm_gpu
@@ -22,7 +23,7 @@ from alexnet_cli.core.runs import Run
 from alexnet_cli.core.shards import open_dataset
 from alexnet_cli.core.train import fit
 from alexnet_cli.core.training import Training
-from alexnet_cli.recipe import TINY, Recipe
+from alexnet_cli.recipe import PAPER, TINY, Recipe
 
 pytestmark = pytest.mark.skipif(not visible_gpus(), reason="no CUDA device")
 
@@ -163,3 +164,15 @@ def test_without_the_kernels_it_gives_the_same(prepared: Path, monkeypatch: pyte
     without = training(prepared, "without", "0")
     assert "no C compiler" in without.placement.notes[0]
     assert losses(without, 2) == pytest.approx(with_them, rel=1e-5)
+
+
+@pytest.mark.parametrize("place", ["towers", "data", "hybrid"])
+def test_two_processes_on_one_gpu_have_the_numbers_of_one(prepared: Path, tmp_path: Path, place: str) -> None:
+    recipe = replace(PAPER, width=1 / 16, batch_size=12, epochs=3)
+    one = rank_cases.result("one", recipe, prepared, tmp_path / "one", 10, gpu=True)
+    two = rank_cases.result(place, recipe, prepared, tmp_path / "two", 10, gpu=True)
+    np.testing.assert_allclose(two["logits"], one["logits"], rtol=0, atol=1e-5)
+    for key in (key for key in one if key.startswith("gradient")):
+        assert np.linalg.norm(two[key] - one[key]) < 1e-4 * np.linalg.norm(one[key]), key
+    np.testing.assert_allclose(two["losses"], one["losses"], rtol=1e-4)
+    np.testing.assert_allclose(two["validation"], one["validation"], rtol=1e-4)
