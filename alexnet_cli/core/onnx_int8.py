@@ -69,10 +69,14 @@ class _Rewriting:
         self.points = _points(old)
         self.scales = {name: activation_scale(ranges[root]) for name, root in self.points.items()}
         self.renamed: dict[str, str] = {}
+        self.units: dict[str, np.float32] = {}  # tensors computed in units of a scale instead of 1
 
     def add(self, node: onnx.NodeProto) -> None:
         """Copy a node; its weights and what it yields are quantised if they are to be."""
-        inputs = [self._quantised(name) if name in self.points else name for name in node.input]
+        if node.name.endswith(".norm.last") and self._fits_codes(node):
+            inputs = [self._counted(node)]
+        else:
+            inputs = [self._quantised(name) if name in self.points else name for name in node.input]
         if node.name in LAYERS:
             inputs[1:] = self._weights(node.name, self.scales[node.input[0]][0])
         copy = self.new.node.add()
@@ -89,14 +93,32 @@ class _Rewriting:
 
     def _quantised(self, name: str) -> str:
         """There and back: what ONNX Runtime takes for the sign that the layer between two of these is of int8."""
-        result = f"{name}.back"
         if name not in self.renamed:
-            scale, zero = self.scales[name]
-            numbers = [self._constant(f"{name}.scale", np.array(scale)), self._constant(f"{name}.zero", np.array(zero))]
-            self._node("QuantizeLinear", [name, *numbers], f"{name}.quantised")
-            self._node("DequantizeLinear", [f"{name}.quantised", *numbers], result)
+            codes, result = self._codes(name), f"{name}.back"
+            self._node("DequantizeLinear", [codes, f"{name}.scale", f"{name}.zero"], result)
             self.renamed[name] = result
-        return result
+        return self.renamed[name]
+
+    def _codes(self, name: str) -> str:
+        scale, zero = self.scales[name]
+        self._constant(f"{name}.zero", np.array(zero))
+        step = self._constant(f"{name}.scale", np.array(scale))
+        if name in self.units:
+            step = self._constant(f"{name}.step", np.array(scale / self.units[name]))
+        return self._node("QuantizeLinear", [name, step, f"{name}.zero"], f"{name}.quantised")
+
+    def _fits_codes(self, node: onnx.NodeProto) -> bool:
+        """Whether normalisation may start from codes: they count from zero, and what leaves is quantised at once."""
+        return node.input[0] in self.points and not self.scales[node.input[0]][1] and _norm_of(node) in self.points
+
+    def _counted(self, node: onnx.NodeProto) -> str:
+        """What enters normalisation, as codes: ONNX Runtime would dequantise it once for each of its three uses."""
+        source, norm = node.input[0], _norm_of(node)
+        codes = self._codes(source)
+        scale = self.units[norm] = self.scales[source][0]
+        band = numpy_helper.to_array(self.constants[f"{norm}.band"])
+        self.constants[f"{norm}.band"] = numpy_helper.from_array(band * scale**2, f"{norm}.band")
+        return self._node("Cast", [codes], f"{source}.codes", to=onnx.TensorProto.FLOAT)
 
     def _weights(self, layer: str, input_scale: np.float32) -> list[str]:
         """The names of a layer's weight and bias, dequantised."""
@@ -125,8 +147,13 @@ class _Rewriting:
         self.constants[name] = numpy_helper.from_array(value, name)
         return name
 
-    def _node(self, operator: str, inputs: list[str], output: str, **attributes: Any) -> None:
+    def _node(self, operator: str, inputs: list[str], output: str, **attributes: Any) -> str:
         self.new.node.append(helper.make_node(operator, inputs, [output], output, **attributes))
+        return output
+
+
+def _norm_of(node: onnx.NodeProto) -> str:
+    return node.name.removesuffix(".last")
 
 
 def activation_scale(values: Range) -> tuple[np.float32, np.uint8]:
