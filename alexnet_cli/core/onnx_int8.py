@@ -83,6 +83,8 @@ class _Rewriting:
         copy.CopyFrom(node)
         del copy.input[:]
         copy.input.extend(self.renamed.get(name, name) for name in inputs)
+        if node.name in LAYERS and node.op_type == "Gemm":
+            del copy.attribute[:]  # its weights are the other way round now
         if node.op_type == "Slice":
             self._halve(node)
 
@@ -125,11 +127,14 @@ class _Rewriting:
         weight, bias = (numpy_helper.to_array(self.constants[f"{layer}.{part}"]) for part in ("weight", "bias"))
         scale, codes = weight_codes(weight, bias, input_scale)
         units = scale * input_scale
-        zero = np.zeros(len(scale), np.int8)
-        names = [
-            self._constant(f"{layer}.weight.{n}", v) for n, v in (("codes", codes), ("scale", scale), ("zero", zero))
-        ]
-        self._node("DequantizeLinear", names, f"{layer}.weight.back", axis=0)
+        linear = weight.ndim == 2  # inputs x outputs: what ONNX Runtime multiplies without copying it first
+        values: dict[str, npt.NDArray[Any]] = {
+            "codes": codes.T if linear else codes,
+            "scale": scale,
+            "zero": np.zeros(len(scale), np.int8),
+        }
+        names = [self._constant(f"{layer}.weight.{part}", value) for part, value in values.items()]
+        self._node("DequantizeLinear", names, f"{layer}.weight.back", axis=1 if linear else 0)
         parts = {"codes": np.rint(bias / units).astype(np.int32), "scale": units}
         names = [self._constant(f"{layer}.bias.{part}", value) for part, value in parts.items()]
         self._node("DequantizeLinear", names, f"{layer}.bias.back", axis=0)

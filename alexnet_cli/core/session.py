@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from alexnet_cli.core import onnx_metadata, weights
+from alexnet_cli.core import onnx_mapped, onnx_metadata, weights
 from alexnet_cli.core.devices import cores
 from alexnet_cli.core.sources import ClassName
 from alexnet_cli.errors import MissingError, WeightsError
@@ -139,13 +139,18 @@ def _open(source: Source, providers: list[Any], threads: int, few: bool) -> tupl
     path = source if isinstance(source, Path) else source.path
     try:
         if isinstance(source, Path):
-            return onnxruntime.InferenceSession(str(source), options, providers=providers), []
-        from alexnet_cli.core import onnx_graph
+            found = onnx_mapped.mapped(source) if few else None
+            if found is None:
+                return onnxruntime.InferenceSession(str(source), options, providers=providers), []
+            content, apart = found
+        else:
+            from alexnet_cli.core import onnx_graph
 
-        proto, apart = onnx_graph.build_apart(source)
+            proto, weights_apart = onnx_graph.build_apart(source)
+            content, apart = proto.SerializeToString(), dict(weights_apart)
         values = [onnxruntime.OrtValue.ortvalue_from_numpy(value) for value in apart.values()]
         options.add_external_initializers(list(apart), values)
-        return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=providers), values
+        return onnxruntime.InferenceSession(content, options, providers=providers), values
     except Exception as error:  # ONNX Runtime's exceptions have no common base but this one
         text = str(error).partition("\n")[0].rpartition(" : ")[2] or type(error).__name__
         raise WeightsError(f"{path} cannot be opened: {text}", "the file is damaged; export it anew") from error

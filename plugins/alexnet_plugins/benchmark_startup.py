@@ -67,15 +67,15 @@ def contests(scratch: Path, picture: Path | None) -> Generator[Contest]:
         picture.write_bytes(benchmark_pictures.picture(0))
     ours = {kind: _process("-m", "alexnet_cli.cli", "predict", str(picture), "-w", str(files[kind]), "-q")
             for kind in ("fp32", "int8", "fp16")}  # fmt: skip
-    script = _process(*_script(scratch), str(picture), *_widths())
+    rival = _process(*script(scratch), str(picture), *widths_and_classes())
     bare = _process("-c", "import numpy, PIL.Image, onnxruntime, typer")
     notes = ["each a fresh process, files in the cache of the system: start, import, open, one picture, five answers"]
-    peers = {"a script of torch and torchvision": script, "limit: the imports alone": bare}
+    peers = {"a script of torch and torchvision": rival, "limit: the imports alone": bare}
     yield Contest("startup fp32", ours["fp32"], peers | {"ours, fp16": ours["fp16"]}, notes, unit="s")
     yield Contest("startup int8", ours["int8"], peers | {"ours, fp32": ours["fp32"]}, notes, unit="s")
 
 
-def _script(scratch: Path) -> list[str]:
+def script(scratch: Path) -> list[str]:
     """The script, and the weights of the same network as anybody keeps them."""
     import torch
 
@@ -93,7 +93,7 @@ def _script(scratch: Path) -> list[str]:
     return [str(scratch / "script.py"), str(scratch / "weights.pt")]
 
 
-def _widths() -> list[str]:
+def widths_and_classes() -> list[str]:
     """Of conv1 to conv5, of fc6, and the number of classes."""
     from alexnet_cli.core.network import widths
 
