@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from model_files import ONE_TOWER, TWO_TOWERS, random_model
 from onnx import TensorProto, helper, numpy_helper
 from test_onnx_graph import VARIANTS, convolved
 
-from alexnet_cli.core import calibration, onnx_graph, onnx_int8
+from alexnet_cli.core import calibration, devices, onnx_graph, onnx_int8
 from alexnet_cli.core.accuracy import Comparison, compare
 from alexnet_cli.core.export import drawn_crops
 from alexnet_cli.core.onnx_int8 import activation_scale, weight_codes
@@ -137,3 +138,12 @@ def test_right_answers_are_counted_as_by_hand() -> None:
     # Variance of a mean of values 1, 1, -1, 0 ...: by numpy.
     half = 1.96 * np.std([1, 1, -1, 0, 0, 0, 0, 0]) / np.sqrt(8)
     assert (low, high) == pytest.approx((1 / 8 - half, 1 / 8 + half))
+
+
+def test_without_vnni_the_precise_product_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    for flags, saturates in (({"avx2"}, True), ({"avx2", "avx512_vnni"}, False), ({"avx_vnni"}, False)):
+        monkeypatch.setattr(devices, "_cpu_flags", lambda flags=flags: flags)
+        assert devices.int8_saturates() == saturates
+    monkeypatch.setattr(platform, "machine", lambda: "arm64")
+    assert not devices.int8_saturates()

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from alexnet_cli.core import onnx_mapped, onnx_metadata, weights
-from alexnet_cli.core.devices import cores
+from alexnet_cli.core.devices import cores, int8_saturates
 from alexnet_cli.core.sources import ClassName
 from alexnet_cli.errors import MissingError, WeightsError
 from alexnet_cli.recipe import Recipe
@@ -48,7 +48,8 @@ class Session:
     ) -> None:
         """Open `source`: an .onnx file, any other model file, or a model in memory.
 
-        `few`: open faster for a handful of pictures, at the price of some throughput.
+        `few`: open faster for a handful of pictures, at the price of some throughput. An .onnx file is then mapped
+        and must not be overwritten in place meanwhile.
 
         Raises:
             WeightsError: the file is missing, damaged or not a network of this toolkit.
@@ -136,6 +137,10 @@ def _open(source: Source, providers: list[Any], threads: int, few: bool) -> tupl
     options.intra_op_num_threads = threads
     # Prepacking copies every weight into the order of the matrix product: time that only many pictures repay.
     options.add_session_config_entry("session.disable_prepacking", "1" if few else "0")
+    # Between two batches the cores belong to whoever decodes the next one.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    # Slower and right, where the fast product of int8 would be wrong.
+    options.add_session_config_entry("session.x64quantprecision", "1" if int8_saturates() else "0")
     path = source if isinstance(source, Path) else source.path
     try:
         if isinstance(source, Path):
