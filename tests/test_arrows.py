@@ -83,9 +83,17 @@ CORE = {
     "onnx_metadata": "sources weights",
     "onnx_wire": "",
     "onnx_graph": "onnx_metadata weights",
-    "session": "devices onnx_graph onnx_metadata onnx_wire sources weights",
+    "onnx_fp16": "",
+    "onnx_int8": "",
+    "onnx_mapped": "",
+    "session": "devices onnx_graph onnx_mapped onnx_metadata onnx_wire sources weights",
     "torch_session": "network session sources weights",
-    "export": "images onnx_graph session shards torch_session views weights",
+    "probes": "images shards views",
+    "calibration": "devices onnx_int8",
+    "accuracy": "",
+    "export": "onnx_fp16 onnx_graph onnx_metadata probes session shards torch_session weights",
+    "export_int8": "accuracy calibration export onnx_graph onnx_int8 onnx_metadata probes session shards torch_session "
+    "weights",
     "inputs": "devices images listing",
     "predict": "images inputs session sources torch_session views",
     "features": "predict",
@@ -116,10 +124,25 @@ BESIDE = {
     "prepare": {"prepare_report"},
     "demo": {"demo_pictures"},
     "train": {"train_display", "train_setup"},
-    "benchmark": {"benchmark_pictures", "benchmark_prepare", "benchmark_load", "benchmark_train"},
+    "benchmark": {
+        "benchmark_pictures",
+        "benchmark_prepare",
+        "benchmark_load",
+        "benchmark_train",
+        "benchmark_infer",
+        "benchmark_startup",
+    },
     "benchmark_train": {"benchmark_step"},
+    "benchmark_infer": {"benchmark_step"},
+    "benchmark_startup": {"benchmark_infer", "benchmark_pictures", "benchmark_step"},
 }
-RIVALS = {"benchmark_load", "benchmark_train", "benchmark_step"}  # what others use is measured here
+RIVALS = {
+    "benchmark_load",
+    "benchmark_train",
+    "benchmark_step",
+    "benchmark_infer",
+    "benchmark_startup",
+}  # what others use is measured here
 
 
 def imports(path: Path) -> set[str]:

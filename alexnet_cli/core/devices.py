@@ -65,6 +65,12 @@ def cpu_bf16() -> bool:
     return bool(_cpu_flags() & {"avx512_bf16", "amx_bf16"})
 
 
+def int8_saturates() -> bool:
+    """Whether sums of two products of int8 may overflow: x86 without VNNI, as far as is known."""
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    return x86 and not _cpu_flags() & {"avx512_vnni", "avx_vnni"}
+
+
 def _cpu_flags() -> set[str]:
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")

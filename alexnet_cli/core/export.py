@@ -7,34 +7,55 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+import onnx
+from onnx import helper
 
-from alexnet_cli.core import images, onnx_graph
+from alexnet_cli.core import onnx_fp16, onnx_graph, onnx_metadata
+from alexnet_cli.core.probes import centres, evenly
 from alexnet_cli.core.session import Session
 from alexnet_cli.core.shards import Dataset
-from alexnet_cli.core.views import views
 from alexnet_cli.core.weights import Model
 from alexnet_cli.errors import DataError, StorageError, VerificationError
 
 LARGEST_DIFFERENCE = 1e-4  # of a probability
-SPREAD_SHARE = 1e-4  # of a picture's logits, from lowest to highest
-ROUNDING = 1e-5  # of a logit, relative to the largest: float32 sums in another order
 BATCH = 32
 
 PICTURES = 128
 
 Crops = npt.NDArray[np.uint8]
 Logits = Callable[[Crops], npt.NDArray[np.float32]]
+Precision = Literal["fp32", "fp16"]
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far two implementations may be apart.
+
+    `probability`: of a probability. `spread`: of a logit, as a share of a picture's logits from lowest to highest.
+    `rounding`: of a logit, relative to the largest; so close together, two answers count as one.
+    """
+
+    probability: float
+    spread: float
+    rounding: float
+
+
+TOLERANCES: dict[Precision, Tolerance] = {
+    "fp32": Tolerance(LARGEST_DIFFERENCE, 1e-4, 1e-5),  # float32 sums in another order
+    "fp16": Tolerance(2e-2, 1.5e-3, 5e-4),  # 11 bits: rounded weights were seen to take a quarter of it
+}
 
 
 @dataclass(frozen=True)
 class Verification:
     """How two implementations of one network differ on the same `images` pictures.
 
-    `max_abs_difference` is over probabilities, `max_logit_difference` over logits, of which `logit_tolerance`
-    is allowed. A top-1 answer agrees also if it is the other's within rounding.
+    `max_abs_difference` is over probabilities, of which `tolerance` is allowed, `max_logit_difference` over logits, of
+    which `logit_tolerance` is. A top-1 answer agrees also if it is the other's within rounding.
     """
 
     images: int
@@ -42,34 +63,35 @@ class Verification:
     max_logit_difference: float
     logit_tolerance: float
     top1_agreement: float
+    tolerance: float = LARGEST_DIFFERENCE
 
     @property
     def passed(self) -> bool:
         """Whether both give the same answers; probabilities alone hide errors of an untrained network."""
         return (
-            self.max_abs_difference < LARGEST_DIFFERENCE
+            self.max_abs_difference < self.tolerance
             and self.max_logit_difference <= self.logit_tolerance
             and self.top1_agreement == 1.0
         )
 
 
-def verify(reference: Logits, candidate: Logits, crops: Crops) -> Verification:
+def verify(reference: Logits, candidate: Logits, crops: Crops, precision: Precision = "fp32") -> Verification:
     """Compare two functions from crops to logits on `crops`, uint8 N x 3 x S x S, N > 0."""
     difference = logit_difference = tolerance = 0.0
-    agreed = 0
+    agreed, allowed = 0, TOLERANCES[precision]
     for start in range(0, len(crops), BATCH):
         part = crops[start : start + BATCH]
         expected, actual = reference(part).astype(np.float64), candidate(part).astype(np.float64)
         difference = max(difference, _largest(_softmax(expected) - _softmax(actual)))
         logit_difference = max(logit_difference, _largest(expected - actual))
-        rounding = ROUNDING * np.abs(expected).max(1)
-        tolerance = max(tolerance, float((SPREAD_SHARE * np.ptp(expected, axis=1) + rounding).max()))
+        rounding = allowed.rounding * np.abs(expected).max(1)
+        tolerance = max(tolerance, float((allowed.spread * np.ptp(expected, axis=1) + rounding).max()))
         chosen = np.take_along_axis(expected, actual.argmax(1)[:, None], 1)[:, 0]
         agreed += int((chosen >= expected.max(1) - rounding).sum())
-    return Verification(len(crops), difference, logit_difference, tolerance, agreed / len(crops))
+    return Verification(len(crops), difference, logit_difference, tolerance, agreed / len(crops), allowed.probability)
 
 
-def export(model: Model, path: Path, crops: Crops) -> Verification:
+def export(model: Model, path: Path, crops: Crops, precision: Precision = "fp32") -> Verification:
     """Write `model` to `path` as ONNX once it agrees with PyTorch on `crops`, uint8 N x 3 x S x S.
 
     Raises:
@@ -77,19 +99,37 @@ def export(model: Model, path: Path, crops: Crops) -> Verification:
         StorageError: the disk is full or the folder cannot be written.
         UsageError: the network is too large for one ONNX file.
     """
-    with _replacing(path) as temporary:
-        onnx_graph.write(model, temporary)
-        return _verified(model, temporary, crops)
+    with replacing(path) as temporary:
+        _write(model, temporary, precision)
+        result = _verified(model, temporary, crops, precision)
+        if precision != "fp32":
+            found = {"images": result.images, "max_abs_difference": result.max_abs_difference}
+            onnx_graph.save(described(onnx.load(temporary), onnx_metadata.precision(precision, found)), temporary)
+        return result
 
 
-def export_unverified(model: Model, path: Path) -> None:
+def export_unverified(model: Model, path: Path, precision: Precision = "fp32") -> None:
     """The same without the comparison, and without PyTorch. Raises StorageError, UsageError."""
-    with _replacing(path) as temporary:
-        onnx_graph.write(model, temporary)
+    with replacing(path) as temporary:
+        _write(model, temporary, precision)
+
+
+def _write(model: Model, path: Path, precision: Precision) -> None:
+    if precision == "fp32":
+        onnx_graph.write(model, path)
+    else:
+        proto = onnx_fp16.halved(onnx_graph.build(model, onnx_graph.source_sha256(model)))
+        onnx_graph.save(described(proto, onnx_metadata.precision(precision, {})), path)
+
+
+def described(proto: onnx.ModelProto, more: dict[str, str]) -> onnx.ModelProto:
+    """The same graph; `more` is added to its metadata."""
+    helper.set_model_props(proto, {entry.key: entry.value for entry in proto.metadata_props} | more)
+    return proto
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place if all goes well, and is gone otherwise."""
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp.onnx")
     try:
@@ -101,11 +141,11 @@ def _replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def _verified(model: Model, path: Path, crops: Crops) -> Verification:
+def _verified(model: Model, path: Path, crops: Crops, precision: Precision) -> Verification:
     from alexnet_cli.core.torch_session import TorchSession
 
     session = Session(path, provider="cpu")
-    result = verify(TorchSession(model, "cpu").logits, session.logits, crops)
+    result = verify(TorchSession(model, "cpu").logits, session.logits, crops, precision)
     if not result.passed:
         raise VerificationError(
             "the ONNX file disagrees with PyTorch and was removed: probabilities differ by "
@@ -132,9 +172,7 @@ def crops_of(dataset: Dataset, model: Model, count: int = PICTURES) -> Crops:
     split = next((s for s in map(dataset.split, ("val", "train")) if len(s)), None)
     if split is None:
         raise DataError(f"{dataset.path} holds no pictures", "prepare it anew")
-    rows = np.unique(np.linspace(0, len(split) - 1, min(count, len(split))).astype(int)).tolist()
-    pictures = (images.decode(bytes(split.jpeg(row))) for row in rows)
-    return np.concatenate([views(picture, model.recipe.input_size, 1) for picture in pictures])
+    return centres(split, evenly(split, count), model.recipe.input_size)
 
 
 def drawn_crops(side: int, count: int = PICTURES) -> Crops:

@@ -23,13 +23,18 @@ SCHEMA = "alexnet.onnx/1"
 
 @dataclass(frozen=True)
 class Info:
-    """The metadata, read back. `sha256` is the hash of the file the weights came from, or empty."""
+    """The metadata, read back. `sha256` is the hash of the file the weights came from, or empty.
+
+    `precision` is fp32, fp16 or int8, and `measured` says how far the latter two are from float32.
+    """
 
     classes: tuple[ClassName, ...]
     recipe: Recipe
     sha256: str
     metrics: Mapping[str, Any]
     exif_rotate: bool
+    precision: str
+    measured: Mapping[str, Any]
 
 
 def describe(model: Model, sha256: str) -> dict[str, str]:
@@ -46,10 +51,16 @@ def describe(model: Model, sha256: str) -> dict[str, str]:
         "recipe": json.dumps(asdict(model.recipe)),
         "metrics": json.dumps(model.info.get("metrics", {})),
         "info": json.dumps(dict(model.info)),
+        **precision("fp32", {}),
         "Image.BitmapPixelFormat": "Rgb8",
         "Image.NominalPixelRange": "NominalRange_0_255",
         "Image.ColorSpaceGamma": "SRGB",
     }
+
+
+def precision(name: str, measured: Mapping[str, Any]) -> dict[str, str]:
+    """What the metadata say of a file's arithmetic; files of the first version had only float32."""
+    return {"alexnet.precision": name, "alexnet.measured": json.dumps(dict(measured))}
 
 
 def read(path: Path, text: Mapping[str, str]) -> Info:
@@ -70,6 +81,7 @@ def read(path: Path, text: Mapping[str, str]) -> Info:
         steps = json.loads(text["preprocess"])
         rotate = steps["exif_rotate"]
         check_preprocess(steps, recipe, {"exif_rotate": rotate})
-        return Info(classes, recipe, text["alexnet.sha256"], dict(json.loads(text["metrics"])), rotate)
+        kind, measured = text.get("alexnet.precision", "fp32"), dict(json.loads(text.get("alexnet.measured", "{}")))
+        return Info(classes, recipe, text["alexnet.sha256"], dict(json.loads(text["metrics"])), rotate, kind, measured)
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError, RecipeError) as error:
         raise WeightsError(f"{path} has unreadable metadata: {error}", "the file is damaged; export it anew") from error

@@ -17,8 +17,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from alexnet_cli.core import onnx_metadata, onnx_wire, weights
-from alexnet_cli.core.devices import cores
+from alexnet_cli.core import onnx_mapped, onnx_metadata, onnx_wire, weights
+from alexnet_cli.core.devices import cores, int8_saturates
 from alexnet_cli.core.sources import ClassName
 from alexnet_cli.errors import AlexNetError, MissingError, WeightsError
 from alexnet_cli.recipe import SIDE, Recipe
@@ -50,8 +50,8 @@ class Session:
     ) -> None:
         """Open `source`: an .onnx file, any other model file, or a model in memory.
 
-        `few`: open faster for a handful of pictures, at the price of some throughput. `layer`: whose activations
-        `features` gives.
+        `few`: open faster for a handful of pictures, at the price of some throughput; an .onnx file is then mapped
+        and must not be overwritten in place meanwhile. `layer`: whose activations `features` gives.
 
         Raises:
             WeightsError: the file is missing, damaged or not a network of this toolkit.
@@ -152,15 +152,20 @@ def _open(source: Source, providers: list[Any], threads: int, few: bool, layer: 
     # Prepacking copies every weight into the order of the matrix product: time that only many pictures repay.
     options.add_session_config_entry("session.disable_prepacking", "1" if few else "0")
     options.add_session_config_entry("session.load_model_format", "ONNX")  # no other, whatever a file begins with
+    # Between two batches the cores belong to whoever decodes the next one.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    # Slower and right, where the fast product of int8 would be wrong.
+    options.add_session_config_entry("session.x64quantprecision", "1" if int8_saturates() else "0")
     path = source if isinstance(source, Path) else source.path
     try:
-        if isinstance(source, Path) and layer is None:
+        found = onnx_mapped.mapped(source) if isinstance(source, Path) and few and layer is None else None
+        if isinstance(source, Path) and layer is None and found is None:
             return onnxruntime.InferenceSession(str(source), options, providers=providers), []
-        proto, apart = _graph(source, layer)
+        content, apart = found or _graph(source, layer)
         values = [onnxruntime.OrtValue.ortvalue_from_numpy(value) for value in apart.values()]
         if values:
             options.add_external_initializers(list(apart), values)
-        return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=providers), values
+        return onnxruntime.InferenceSession(content, options, providers=providers), values
     except AlexNetError:
         raise
     except Exception as error:  # ONNX Runtime's exceptions have no common base but this one
@@ -168,7 +173,7 @@ def _open(source: Source, providers: list[Any], threads: int, few: bool, layer: 
         raise WeightsError(f"{path} cannot be opened: {text}", "the file is damaged; export it anew") from error
 
 
-def _graph(source: Source, layer: str | None) -> tuple[Any, dict[str, Array]]:
+def _graph(source: Source, layer: str | None) -> tuple[bytes, dict[str, Any]]:
     """The graph of a model, or of an ONNX file, with one more output for a layer's activations."""
     apart: dict[str, Array] = {}
     if isinstance(source, weights.Model):
@@ -187,7 +192,7 @@ def _graph(source: Source, layer: str | None) -> tuple[Any, dict[str, Array]]:
             hint = "give the run, the checkpoint or the .safetensors file that it was made from"
             raise WeightsError(f"{source} does not keep the activations of {layer} apart", hint)
         proto.graph.output.add(name=name)
-    return proto, apart
+    return proto.SerializeToString(), dict(apart)
 
 
 def _activations(layer: str, recipe: Recipe) -> str:

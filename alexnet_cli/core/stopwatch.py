@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 Pass = Callable[[], int]
 """Does the work once and returns how many images that were."""
@@ -30,6 +30,8 @@ class Contest:
     """Further measurements, in seconds, by name."""
     operations: float | None = None
     """Floating-point operations that ours takes an image, if that says how well it does."""
+    unit: Literal["img/s", "s"] = "img/s"
+    """How the figures are given: images per second, or seconds for an image."""
 
 
 @dataclass
@@ -50,22 +52,26 @@ class Times:
         return statistics.median(a / b for a, b in zip(self.ours, self.peers[peer], strict=True))
 
     def as_dict(self) -> dict[str, Any]:
-        """Medians, spreads (slowest and fastest round) and ratios."""
+        """Medians, spreads (lowest and highest of the rounds) and ratios."""
         every, operations = {"ours": self.ours, **self.peers}, self.contest.operations
         ours = statistics.median(self.ours)
+        figures = {name: [self._figure(rate) for rate in rates] for name, rates in every.items()}
         return {
             "name": self.contest.name,
-            "ours": ours,
-            "peers": {name: statistics.median(rates) for name, rates in self.peers.items()},
+            "ours": statistics.median(figures["ours"]),
+            "peers": {name: statistics.median(figures[name]) for name in self.peers},
             "ratio": {name: self.ratio(name) for name in self.peers},
-            "spread": {name: [min(rates), max(rates)] for name, rates in every.items()},
-            "unit": "img/s",
+            "spread": {name: [min(found), max(found)] for name, found in figures.items()},
+            "unit": self.contest.unit,
             "rounds": len(self.ours),
             **({"gflop_per_image": operations / 1e9, "tflops": ours * operations / 1e12} if operations else {}),
             "seconds": dict(self.contest.extra),
             "notes": list(self.contest.notes),
             "missing": list(self.contest.missing),
         }
+
+    def _figure(self, rate: float) -> float:
+        return rate if self.contest.unit == "img/s" else 1 / rate
 
 
 def rounds(times: Times, count: int, seconds: float) -> Iterator[int]:

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from alexnet_cli.core.shards import Dataset
     from alexnet_cli.core.stopwatch import Contest, Times
 
-PACKAGES = ("alexnet-cli", "torch", "torchvision", "pillow", "simplejpeg", "numpy", "opencv-python-headless",
-            "opencv-python", "nvidia-dali-cuda120", "nvidia-dali-cuda130")  # fmt: skip
+PACKAGES = ("alexnet-cli", "torch", "torchvision", "onnxruntime-gpu", "onnxruntime", "pillow", "simplejpeg", "numpy",
+            "opencv-python-headless", "opencv-python", "nvidia-dali-cuda120", "nvidia-dali-cuda130")  # fmt: skip
 
 
 class Topic(StrEnum):
@@ -30,6 +30,8 @@ class Topic(StrEnum):
     prepare = "prepare"
     load = "load"
     train = "train"
+    infer = "infer"
+    startup = "startup"
     all = "all"
 
 
@@ -67,7 +69,13 @@ def benchmark(
         int | None, typer.Option("--jobs", "-j", min=1, help="Threads, or processes. [default: one per core]")
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option("--batch-size", "-b", min=1, help="Pictures a step. [default: 64, on a GPU 128]")
+        int | None,
+        typer.Option(
+            "--batch-size",
+            "-b",
+            min=1,
+            help="Pictures a step, or at a time. [default: 64; train on a GPU: 128; infer: 1, then 64]",
+        ),
     ] = None,
     gpus: GpusOption = None,
     json: JsonFlag = False,
@@ -103,7 +111,7 @@ def _rounds(reporter: Reporter, contest: Contest, count: int, seconds: float) ->
 
     times = stopwatch.Times.of(contest)
     with reporter.progress(contest.name, total=count, unit="rounds") as bar:
-        for _ in stopwatch.rounds(times, count, seconds):
+        for _ in stopwatch.rounds(times, count, seconds if contest.unit == "img/s" else 0):
             bar.advance(1)
     return times
 
@@ -113,11 +121,12 @@ def _show(reporter: Reporter, times: Times, about: dict[str, Any]) -> None:
     from rich.table import Table
 
     found = times.as_dict()
-    table = Table(found["name"], "img/s", "slowest", "fastest", "ours is", box=None)
+    table = Table(found["name"], found["unit"], "lowest", "highest", "ours is", box=None)
+    shape = ",.0f" if found["unit"] == "img/s" else ".2f"
     for name, value in {"ours": found["ours"], **found["peers"]}.items():
         low, high = found["spread"][name]
         ratio = f"{found['ratio'][name]:.2f} x" if name in found["ratio"] else ""
-        table.add_row(name, f"{value:,.0f}", f"{low:,.0f}", f"{high:,.0f}", ratio)
+        table.add_row(name, *(format(number, shape) for number in (value, low, high)), ratio)
     reporter.show(table)
     if "tflops" in found:
         reporter.show(f"ours: {found['tflops']:,.2f} TFLOP/s, at {found['gflop_per_image']:.2f} GFLOP an image")
@@ -153,6 +162,24 @@ def _train(setting: Setting) -> Generator[Contest]:
     from alexnet_plugins import benchmark_train
 
     yield from benchmark_train.contests(setting.gpus, setting.batch_size, setting.workers, lambda: _dataset(setting))
+
+
+def _infer(setting: Setting) -> Generator[Contest]:
+    from alexnet_cli.core.devices import cpu_bf16
+    from alexnet_cli.core.placement import place
+    from alexnet_plugins import benchmark_infer
+
+    device = place(setting.gpus, "fp32").device
+    yield from benchmark_infer.contests(
+        str(device), setting.batch_size, setting.workers, setting.scratch, bf16=device.type == "cuda" or cpu_bf16()
+    )
+
+
+def _startup(setting: Setting) -> Generator[Contest]:
+    from alexnet_plugins import benchmark_pictures, benchmark_startup
+
+    own = benchmark_pictures.files(setting.pictures, 1) if setting.pictures else []
+    yield from benchmark_startup.contests(setting.scratch, own[0] if own else None)
 
 
 def _dataset(setting: Setting) -> tuple[Dataset, str]:
@@ -193,5 +220,11 @@ def _source(setting: Setting) -> tuple[Path, list[Path], str]:
     return source, sorted(source.rglob("*.jpg")), note
 
 
-TOPICS: dict[Topic, Opening] = {Topic.prepare: _prepare, Topic.load: _load, Topic.train: _train}
+TOPICS: dict[Topic, Opening] = {
+    Topic.prepare: _prepare,
+    Topic.load: _load,
+    Topic.train: _train,
+    Topic.infer: _infer,
+    Topic.startup: _startup,
+}
 """The contestants of each topic. A new topic is a file beside this one, a name in Topic and an entry here."""

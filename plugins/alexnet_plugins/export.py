@@ -1,9 +1,9 @@
-"""`alexnet export`: one ONNX file that carries names and preprocessing, and that gave PyTorch's answers."""
+"""`alexnet export`: one ONNX file that carries names and preprocessing, and that was measured before it was kept."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -15,63 +15,149 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from alexnet_cli.core.export import Precision, Verification
     from alexnet_cli.core.weights import Model
+
+    Crops = npt.NDArray[np.uint8]
 
 
 def export(
     weights: WeightsOption = None,
     output: Annotated[
         Path | None,
-        typer.Option("-o", "--output", help="The file to write; alexnet.onnx in the run, or here, if left out."),
+        typer.Option(
+            "-o", "--output", help="The file to write. [default: alexnet.onnx or alexnet-PRECISION.onnx in the run]"
+        ),
     ] = None,
-    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Compare with PyTorch first.")] = True,
+    precision: Annotated[
+        Literal["fp32", "fp16", "int8"],
+        typer.Option(help="fp16: half the size. int8: a quarter, and the fastest on a CPU."),
+    ] = "fp32",
+    calibrate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="D", help="The prepared set whose training pictures give int8 its ranges. [default: that of --data]"
+        ),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Keep an int8 file that loses more than a point.", show_default=False)
+    ] = False,
+    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Measure the file before it is kept.")] = True,
     data: DataOption = None,
     json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
     """Write a trained network as one ONNX file, checked against PyTorch."""
     from alexnet_cli.core import weights as model_file
-    from alexnet_cli.core.export import export as write
-    from alexnet_cli.core.export import export_unverified
-    from alexnet_cli.core.runs import ONNX, find_weights, run_of
+    from alexnet_cli.core.runs import find_weights, trained_on
 
+    if precision != "int8" and (calibrate is not None or force):
+        raise UsageError(f"{'--force' if force else '--calibrate'} is for int8", "add --precision int8")
+    if force and not verify:
+        raise UsageError("--force and --no-verify: without a measurement nothing is refused", "leave one out")
     reporter = Reporter("export", json=json, quiet=quiet)
     source = find_weights(weights)
     model = model_file.read(source)
-    path = output or (run_of(source) or Path()) / ONNX
+    path = _place(output, source, precision)
+    reporter.line("weights", f"{source} · {len(model.classes):,} classes · recipe {model.recipe.name}")
+    if precision == "int8":
+        found = _int8(reporter, model, path, (data or trained_on(source), calibrate), verify=verify, force=force)
+    else:
+        found = _float(reporter, model, path, precision, data, verify=verify)
+    size = path.stat().st_size
+    reporter.line("saved", f"{path} · {size / 1e6:,.1f} MB   next: alexnet predict PICTURE -w {path}")
+    reporter.result({"path": str(path), "bytes": size, "precision": precision, **found})
+
+
+def _place(output: Path | None, source: Path, precision: str) -> Path:
+    """Where the file goes: beside the run's own float32 file, never over it, unless that is said."""
+    from alexnet_cli.core.runs import ONNX, run_of
+
+    name = ONNX if precision == "fp32" else f"{Path(ONNX).stem}-{precision}.onnx"
+    path = output or (run_of(source) or Path()) / name
     if path.suffix != ".onnx":
         raise UsageError(f"-o {path} does not end in .onnx", f"such as -o {path.name or 'alexnet'}.onnx")
     if not path.parent.is_dir():
         raise UsageError(f"-o {path}: there is no folder {path.parent}", "make it first")
-    reporter.line("weights", f"{source} · {len(model.classes):,} classes · recipe {model.recipe.name}")
-    checked = None
-    if verify:
-        crops, shown = _crops(model, data)
-        reporter.line("check", f"against PyTorch on {len(crops)} {shown}")
-        checked = write(model, path, crops)
-        reporter.line(
-            "check",
-            f"probabilities differ by {checked.max_abs_difference:.1e} at most, logits by "
-            f"{checked.max_logit_difference:.1e} · top-1 agreement {checked.top1_agreement:.1%}",
-        )
-    else:
-        export_unverified(model, path)
+    return path
+
+
+def _float(
+    reporter: Reporter, model: Model, path: Path, precision: Precision, data: str | None, *, verify: bool
+) -> dict[str, Any]:
+    from alexnet_cli.core.export import export as write
+    from alexnet_cli.core.export import export_unverified
+
+    if not verify:
+        export_unverified(model, path, precision)
         reporter.warn("not compared with PyTorch", "leave out --no-verify to be sure")
-    size = path.stat().st_size
-    reporter.line("saved", f"{path} · {size / 1e6:,.1f} MB   next: alexnet predict PICTURE -w {path}")
-    reporter.result(
-        {
-            "path": str(path),
-            "bytes": size,
-            "precision": "fp32",
-            "max_abs_difference": checked.max_abs_difference if checked else None,
-            "top1_agreement": checked.top1_agreement if checked else None,
-            "images": checked.images if checked else 0,
-        }
+        return _numbers(None)
+    crops, shown = _crops(model, data)
+    reporter.line("check", f"against PyTorch on {len(crops)} {shown}")
+    checked = write(model, path, crops, precision)
+    _tell(reporter, checked)
+    return _numbers(checked)
+
+
+def _int8(
+    reporter: Reporter, model: Model, path: Path, sets: tuple[str | None, str | None], *, verify: bool, force: bool
+) -> dict[str, Any]:
+    """Calibrated on `sets[1]`, or else on the set that accuracy is judged on, `sets[0]`."""
+    from alexnet_cli.core import calibration, export_int8
+    from alexnet_cli.core.evaluate import matching
+    from alexnet_cli.core.export import crops_of
+    from alexnet_cli.core.probes import centres, evenly
+    from alexnet_cli.core.shards import find_dataset, open_dataset
+
+    data, calibrate = sets
+    judge = open_dataset(find_dataset(data or calibrate))
+    teacher = open_dataset(find_dataset(calibrate)) if calibrate else judge
+    split, held, side = teacher.split("train"), judge.split("val"), model.recipe.input_size
+    if not len(split):
+        raise DataError(f"{teacher.path} holds no training pictures", "int8 needs some to learn its ranges from")
+    if verify and not len(held):
+        raise DataError(
+            f"{judge.path} holds no validation pictures to count right answers on",
+            "prepare it with --val-fraction 0.1, name another set with --data, or say --no-verify",
+        )
+    training = centres(split, evenly(split, calibration.PICTURES), side)
+    reporter.line("ranges", f"of {len(training):,} training pictures of {teacher.path}")
+    about = {"calibration": {"images": len(training), "data": str(teacher.path)}}
+    if not verify:
+        export_int8.export_int8_unverified(model, path, training)
+        reporter.warn("the accuracy that is lost was not measured", "leave out --no-verify to know it")
+        return _numbers(None) | about | {"accuracy": None}
+    labelled = export_int8.labelled(held, side, matching(model.classes, judge.classes, model.path))
+    count = min(len(held), export_int8.PICTURES)
+    with reporter.waiting("check", f"float32 and int8 on {count:,} of {len(held):,} validation pictures"):
+        check = export_int8.export_int8(model, path, training, (crops_of(judge, model), labelled), force)
+    loss, (low, high) = check.loss, check.loss.interval
+    _tell(reporter, check.against_torch)
+    reporter.line(
+        "check",
+        f"top-1 {loss.other:.1%} right instead of {loss.reference:.1%} on {loss.images:,} of {len(held):,} validation "
+        f"pictures: {100 * loss.lost:+.2f} points lost (95 % interval {100 * low:+.2f} to {100 * high:+.2f})",
+    )
+    return _numbers(check.against_torch) | about | {"accuracy": loss.as_dict()}
+
+
+def _tell(reporter: Reporter, checked: Verification) -> None:
+    reporter.line(
+        "check",
+        f"probabilities differ by {checked.max_abs_difference:.1e} at most, logits by "
+        f"{checked.max_logit_difference:.1e} · top-1 agreement {checked.top1_agreement:.1%}",
     )
 
 
-def _crops(model: Model, data: str | None) -> tuple[npt.NDArray[np.uint8], str]:
+def _numbers(checked: Verification | None) -> dict[str, Any]:
+    return {
+        "max_abs_difference": checked.max_abs_difference if checked else None,
+        "top1_agreement": checked.top1_agreement if checked else None,
+        "images": checked.images if checked else 0,
+    }
+
+
+def _crops(model: Model, data: str | None) -> tuple[Crops, str]:
     """What to compare on, and what it is: pictures of the prepared set, or drawn ones if there is none."""
     from alexnet_cli.core.export import crops_of, drawn_crops
     from alexnet_cli.core.shards import find_dataset, open_dataset
