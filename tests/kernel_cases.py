@@ -1,4 +1,4 @@
-"""Cases for the GPU kernels of response normalisation, against the plain definition in float32.
+"""Cases for the GPU kernels, of response normalisation and of the update, against the plain definitions in float32.
 
 Run as a program with TRITON_INTERPRET=1, before which Triton must not be imported, they need no GPU.
 """
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from alexnet_cli.core import response_norm, response_norm_gpu
+from alexnet_cli.core import learning, response_norm, response_norm_gpu, update_gpu
 
 K, ALPHA = 2.0, 5e-4
 LAST, FIRST = torch.channels_last, torch.contiguous_format
@@ -97,6 +97,23 @@ def check_operator(device: str) -> None:
     torch.testing.assert_close(x.grad, again.grad)
 
 
+def check_update(device: str) -> None:
+    """The update in one kernel is the update, over several steps, whatever the shape and layout."""
+    generator = torch.Generator().manual_seed(3)
+    shapes = [(48, 3, 11, 11), (1000,), (7, 33), (1,)]
+    plain = [torch.randn(shape, generator=generator) for shape in shapes]
+    ours = [w.clone().to(device) for w in plain]
+    ours[0] = ours[0].contiguous(memory_format=LAST)
+    velocity = [torch.zeros_like(w) for w in ours]
+    expected = [torch.zeros_like(w) for w in plain]
+    for rate, decay in ((0.01, 5e-4), (0.01, 0.0), (0.001, 5e-4)):
+        gradients = [torch.randn(shape, generator=generator) for shape in shapes]
+        update_gpu.fused(ours, velocity, [g.to(device) for g in gradients], 0.9, rate, decay)
+        learning.update(plain, expected, gradients, 0.9, rate, decay)
+        for found, right in zip((*ours, *velocity), (*plain, *expected), strict=True):
+            torch.testing.assert_close(found.cpu(), right, rtol=1e-6, atol=1e-7)
+
+
 if __name__ == "__main__":
     for number, case in enumerate(CASES):
         try:
@@ -106,3 +123,4 @@ if __name__ == "__main__":
     check_layouts("cpu")
     check_not_a_number("cpu")
     check_operator("cpu")
+    check_update("cpu")

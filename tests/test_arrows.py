@@ -57,7 +57,8 @@ CORE = {
     "weights": "shapes sources",
     "network": "layers rows shapes towers weights",
     # section 5: learning
-    "learning": "",
+    "update_gpu": "",
+    "learning": "update_gpu",
     "atomic": "",
     "runs": "atomic",
     "records": "",
@@ -113,8 +114,8 @@ CORE = {
     "stopwatch": "",
 }
 TORCH = {
-    "devices", "ranks", "launch", "rows", "replicas", "placement", "fast_images", "packing", "loader", "cache",
-    "augment", "response_norm",
+    "devices", "ranks", "launch", "rows", "replicas", "update_gpu", "placement", "fast_images", "packing", "loader",
+    "cache", "augment", "response_norm",
     "response_norm_gpu", "layers", "towers", "network", "compilation", "learning", "checkpoint", "evaluate", "results",
     "conversion", "fine_tuning", "gradient", "diagnosis", "training", "train", "tensorboard", "torch_session",
 }  # fmt: skip

@@ -12,7 +12,7 @@ import pytest
 import rank_cases
 import torch
 
-from alexnet_cli.core import response_norm, response_norm_gpu
+from alexnet_cli.core import response_norm, response_norm_gpu, update_gpu
 from alexnet_cli.core.augment import Draws
 from alexnet_cli.core.cache import Cache
 from alexnet_cli.core.devices import visible_gpus
@@ -55,7 +55,11 @@ def losses(training: Training, steps: int) -> list[float]:
 
 
 def test_the_kernels_run_here() -> None:
-    assert response_norm_gpu.why_not(0) == ""
+    assert response_norm_gpu.why_not(0) == update_gpu.why_not(0) == ""
+
+
+def test_the_update_is_one_kernel_and_the_same() -> None:
+    kernel_cases.check_update("cuda")
 
 
 @pytest.mark.parametrize("case", kernel_cases.CASES, ids=str)

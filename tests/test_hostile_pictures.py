@@ -165,20 +165,32 @@ def test_lists_of_junk(tmp_path_factory: pytest.TempPathFactory, lines: list[byt
         assert all(isinstance(picture, str) and picture for _, picture in ahead(found, 4, False))
 
 
-def test_deep_folders_links_and_pipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    draw(tmp_path / "good.png", 0)
+@pytest.fixture
+def deep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with folders in one another, deeper than a path can be long, and than pytest could remove."""
+    levels = 1200
     monkeypatch.chdir(tmp_path)
-    for _ in range(1200):  # deeper than a path can be long
+    for _ in range(levels):
         os.mkdir("deeper")
         os.chdir("deeper")
     os.chdir(tmp_path)
-    (tmp_path / "round.png").symlink_to("round.png")
-    (tmp_path / "nowhere.png").symlink_to("gone")
-    (tmp_path / "circle").symlink_to(tmp_path)
-    os.mkfifo(tmp_path / "pipe.png")
-    found = dict(ahead(expand([str(tmp_path)]), 4, False))
+    yield tmp_path
+    for _ in range(levels):
+        os.chdir("deeper")
+    for _ in range(levels):
+        os.chdir("..")
+        os.rmdir("deeper")
+
+
+def test_deep_folders_links_and_pipes(deep: Path) -> None:
+    draw(deep / "good.png", 0)
+    (deep / "round.png").symlink_to("round.png")
+    (deep / "nowhere.png").symlink_to("gone")
+    (deep / "circle").symlink_to(deep)
+    os.mkfifo(deep / "pipe.png")
+    found = dict(ahead(expand([str(deep)]), 4, False))
     reasons = {os.path.basename(name): picture for name, picture in found.items() if isinstance(picture, str)}
-    assert not isinstance(found[f"{tmp_path}/good.png"], str)
+    assert not isinstance(found[f"{deep}/good.png"], str)
     assert reasons.keys() == {"round.png", "nowhere.png", "pipe.png", "deeper"}
     assert all(reasons.values())
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from alexnet_cli.core import placement, response_norm, response_norm_gpu
+from alexnet_cli.core import placement, response_norm, response_norm_gpu, update_gpu
 from alexnet_cli.core.devices import Gpu
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -53,11 +53,29 @@ def test_they_compile_for_gpus_that_are_not_here(
         assert reads == (2 * half + 1 if kernel.arg_names[1] == "out" else (4 * half + 1) + (2 * half + 1))
 
 
+@needs_triton
+@pytest.mark.parametrize("capability", [75, 90])
+def test_the_update_compiles_for_gpus_that_are_not_here(
+    capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    names = update_gpu._kernel.arg_names
+    kinds = {"weight": "*fp32", "velocity": "*fp32", "gradient": "*fp32", "count": "i32", "block": "constexpr"}
+    signature = {name: kinds.get(name, "fp32") for name in names}
+    source = ASTSource(update_gpu._kernel, signature, {(names.index("block"),): update_gpu.BLOCK})
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    assert (compiled.asm["ttgir"].count("tt.load"), compiled.asm["ttgir"].count("tt.store")) == (3, 2)
+
+
 def test_without_triton_they_can_be_imported_and_say_so() -> None:
     code = (
         "import sys; sys.modules['triton'] = None\n"
-        "from alexnet_cli.core import response_norm_gpu\n"
-        "assert response_norm_gpu.why_not(0) == 'Triton is not installed'"
+        "from alexnet_cli.core import response_norm_gpu, update_gpu\n"
+        "assert response_norm_gpu.why_not(0) == update_gpu.why_not(0) == 'Triton is not installed'"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 

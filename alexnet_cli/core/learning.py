@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ class Momentum:
         self.recipe = recipe
         self.parameters = dict(parameters)
         self.velocity = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
+        self.update = _fastest({p.device for p in self.parameters.values()})
 
     @torch.no_grad()
     def step(self, rate: float, epoch: int) -> None:
@@ -44,11 +45,7 @@ class Momentum:
             weights = [self.parameters[name] for name in names]
             velocity = [self.velocity[name] for name in names]
             gradients = [w.grad for w in weights if w.grad is not None]
-            torch._foreach_mul_(velocity, self.recipe.momentum)
-            torch._foreach_add_(velocity, gradients, alpha=-own_rate)
-            if decay:
-                torch._foreach_add_(velocity, weights, alpha=-decay * own_rate)
-            torch._foreach_add_(weights, velocity)
+            self.update(weights, velocity, gradients, self.recipe.momentum, own_rate, decay)
 
     def rate_and_decay(self, name: str, rate: float, epoch: int) -> tuple[float, float]:
         """Of one parameter, when the network's rate is `rate`."""
@@ -66,6 +63,33 @@ class Momentum:
         """Whether a parameter still changes in an epoch: layer 1 may be frozen at last, as in net #145."""
         freeze = self.recipe.conv1_freeze_epoch
         return not (name.startswith("conv1.") and freeze and epoch > freeze)
+
+
+@torch.no_grad()
+def update(
+    weights: list[Tensor],
+    velocity: list[Tensor],
+    gradients: list[Tensor],
+    momentum: float,
+    rate: float,
+    decay: float,
+) -> None:
+    """The rule, in place, for parameters of one rate and decay."""
+    torch._foreach_mul_(velocity, momentum)
+    torch._foreach_add_(velocity, gradients, alpha=-rate)
+    if decay:
+        torch._foreach_add_(velocity, weights, alpha=-decay * rate)
+    torch._foreach_add_(weights, velocity)
+
+
+def _fastest(devices: Collection[torch.device]) -> Callable[..., None]:
+    """`update`, or its twin where everything is on one GPU that can run it."""
+    (device, *others) = devices
+    if others or device.type != "cuda":
+        return update
+    from alexnet_cli.core import update_gpu  # which imports Triton, that nobody else needs
+
+    return update if update_gpu.why_not(device.index or 0) else update_gpu.fused
 
 
 @dataclass
