@@ -38,6 +38,7 @@ CASES = [
     Case((2, 24, 7, 1), size=1, beta=0.5),
     Case((5, 5, 3, 1), towers=1, layout=FIRST, dtype=torch.bfloat16, relu=True),
     Case((3, 10, 1, 1), size=9),
+    Case((0, 12, 3, 5), relu=True),
 ]
 
 

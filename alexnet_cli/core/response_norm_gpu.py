@@ -107,7 +107,7 @@ def forward(x: Tensor, size: int, k: float, alpha: float, beta: float, towers: i
     x, inner = _in_order(x)
     out = torch.empty_like(x)
     with torch.cuda.device_of(x):
-        _forward_kernel[(-(-x.numel() // BLOCK),)](
+        _forward_kernel[_programs(x)](
             x, out, x.numel(), inner, k, alpha, beta, size // 2, x.shape[1] // towers, relu, BLOCK
         )
     return out
@@ -121,10 +121,15 @@ def backward(
     grad = grad.contiguous(memory_format=torch.channels_last if inner == 1 else torch.contiguous_format)
     out = torch.empty_like(x)
     with torch.cuda.device_of(x):
-        _backward_kernel[(-(-x.numel() // BLOCK),)](
+        _backward_kernel[_programs(x)](
             x, grad, out, x.numel(), inner, k, alpha, beta, size // 2, x.shape[1] // towers, relu, BLOCK
         )
     return out
+
+
+def _programs(x: Tensor) -> tuple[int]:
+    """How many programs make x's values; at least one, since a GPU takes no fewer: of a batch it may have no image."""
+    return (max(1, -(-x.numel() // BLOCK)),)
 
 
 def _in_order(x: Tensor) -> tuple[Tensor, int]:
