@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy.typing as npt
 import onnx
 from onnx import helper
 
-from alexnet_cli.core import onnx_fp16, onnx_graph, onnx_metadata
+from alexnet_cli.core import atomic, onnx_fp16, onnx_graph, onnx_metadata
 from alexnet_cli.core.probes import centres, evenly
 from alexnet_cli.core.session import Session
 from alexnet_cli.core.shards import Dataset
@@ -130,15 +129,12 @@ def described(proto: onnx.ModelProto, more: dict[str, str]) -> onnx.ModelProto:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place if all goes well, and is gone otherwise."""
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp.onnx")
+    """As `atomic.replacing`. Raises StorageError."""
     try:
-        yield temporary
-        temporary.replace(path)
+        with atomic.replacing(path) as temporary:
+            yield temporary
     except OSError as error:
         raise StorageError(f"{path} cannot be written: {error.strerror}", "choose another place with -o") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _verified(model: Model, path: Path, crops: Crops, precision: Precision) -> Verification:

@@ -101,14 +101,9 @@ class Session:
         """Float32 3 x 256 x 256 (3 x 1 x 1 in a file whose recipe subtracts a colour)."""
         if isinstance(self.source, weights.Model):
             return self.source.mean
-        import onnx
-
-        constants = onnx.load(self.source, load_external_data=False).graph.initializer
-        for constant in constants:
-            if constant.name == "mean":
-                array: Array = onnx.numpy_helper.to_array(constant).astype(np.float32)
-                if array.shape in {(3, SIDE, SIDE), (3, 1, 1)}:
-                    return array
+        found = onnx_mapped.constant(self.source, "mean")
+        if found is not None and found.shape in {(3, SIDE, SIDE), (3, 1, 1)}:
+            return found.astype(np.float32)
         raise WeightsError(f"{self.path} holds no mean image", "export it anew")
 
     def logits(self, crops: Crops) -> Array:
