@@ -48,6 +48,11 @@ TOLERANCES: dict[Precision, Tolerance] = {
     "fp16": Tolerance(2e-2, 1.5e-3, 5e-4),  # 11 bits: rounded weights were seen to take a quarter of it
 }
 
+HINTS: dict[Precision, str] = {
+    "fp32": "`alexnet doctor` shows the versions in use; please report it with them",
+    "fp16": "11 bits are too few for numbers as large as in this network: take fp32, or --no-verify",
+}
+
 
 @dataclass(frozen=True)
 class Verification:
@@ -147,7 +152,7 @@ def _verified(model: Model, path: Path, crops: Crops, precision: Precision) -> V
             "the ONNX file disagrees with PyTorch and was removed: probabilities differ by "
             f"{result.max_abs_difference:.2g}, logits by {result.max_logit_difference:.2g}, "
             f"top-1 agreement {result.top1_agreement:.1%} of {result.images} pictures",
-            "`alexnet doctor` shows the versions in use; please report it with them",
+            HINTS[precision],
         )
     return result
 
