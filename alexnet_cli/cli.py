@@ -20,13 +20,12 @@ from typer.core import TyperGroup
 from alexnet_cli import __version__
 from alexnet_cli.console import visible
 from alexnet_cli.entry_points import HINT, Offer, callable_offers
-from alexnet_cli.errors import AlexNetError, LostError, MissingError, Terminated
+from alexnet_cli.errors import AlexNetError, LostError, MissingError, Terminated, memory_ended
 
 HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
 SWALLOW = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
 SPINS = "2000"  # some microseconds: enough where nobody else wants the cores
 CTRL_C = 130  # exit code
-NO_MEMORY = ("OutOfMemoryError", "can't allocate memory", "ALLOC_FAILED")  # torch has several ways to say it
 STORAGE_ERRORS = {errno.ENOSPC, errno.EROFS, errno.EDQUOT}
 
 
@@ -247,7 +246,7 @@ def _told(error: BaseException) -> tuple[str, str, int]:
         if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError):
             return what, "check the path and its permissions", 3
         return what, "check the path and its permissions", 1
-    if isinstance(error, MemoryError) or any(sign in f"{type(error).__name__} {error}" for sign in NO_MEMORY):
+    if memory_ended(error):
         what = f"the memory does not suffice: {str(error).partition(chr(10))[0] or 'it is all taken'}"
         return what, "a smaller batch (-b) takes less; so do --micro-batch and --cache none in training", 4
     return f"internal error: {type(error).__name__}: {error}", "a bug; alexnet --debug COMMAND shows where", 1

@@ -15,6 +15,16 @@
 A message is two lines: what and where, then what to do. The shell prints them; nothing else does.
 """
 
+# PyTorch on a GPU and on a CPU, cuDNN, ONNX Runtime; none of them has an exception of its own that all share.
+NO_MEMORY = (
+    "OutOfMemoryError",
+    "out of memory",
+    "can't allocate memory",
+    "ALLOC_FAILED",
+    "Failed to allocate",
+    "bad_alloc",
+)
+
 
 class AlexNetError(Exception):
     """An error with a message for the user: `what` happened and where, and a `hint` what to do about it."""
@@ -87,3 +97,8 @@ class Terminated(BaseException):
     """SIGTERM has come: as after Ctrl-C, everything is unwound, and nothing stays behind."""
 
     exit_code = 143
+
+
+def memory_ended(error: BaseException) -> bool:
+    """Whether an error of anybody's says that there was too little memory."""
+    return isinstance(error, MemoryError) or any(sign in f"{type(error).__name__} {error}" for sign in NO_MEMORY)

@@ -82,17 +82,17 @@ CORE = {
     # section 6 and after: use
     "views": "",
     "onnx_metadata": "sources weights",
-    "onnx_wire": "",
+    "onnx_wire": "protobuf",
     "onnx_graph": "onnx_metadata weights",
     "onnx_fp16": "",
     "onnx_int8": "",
-    "onnx_mapped": "",
+    "onnx_mapped": "protobuf",
     "session": "devices onnx_graph onnx_mapped onnx_metadata onnx_wire sources weights",
     "torch_session": "network session sources weights",
     "probes": "images shards views",
     "calibration": "devices onnx_int8",
     "accuracy": "",
-    "export": "onnx_fp16 onnx_graph onnx_metadata probes session shards torch_session weights",
+    "export": "atomic onnx_fp16 onnx_graph onnx_metadata probes session shards torch_session weights",
     "export_int8": "accuracy calibration export onnx_graph onnx_int8 onnx_metadata probes session shards torch_session "
     "weights",
     "inputs": "devices images listing",
@@ -102,22 +102,22 @@ CORE = {
     # weights of other programs
     "protobuf": "",
     "unpickler": "",
-    "foreign": "",
+    "foreign": "shapes",
     "caffemodel": "foreign protobuf",
     "onnx_weights": "foreign protobuf",
-    "cuda_convnet": "foreign unpickler",
+    "cuda_convnet": "foreign shapes unpickler",
     "state_dict": "foreign weights",
     "torch_file": "foreign state_dict unpickler",
     "mean_image": "caffemodel cuda_convnet foreign protobuf unpickler",
     "recognition": "caffemodel cuda_convnet foreign onnx_weights protobuf state_dict torch_file",
-    "conversion": "devkit foreign ilsvrc network runs shapes sources weights",
+    "conversion": "atomic devkit foreign ilsvrc runs shapes sources weights",
     "stopwatch": "",
 }
 TORCH = {
     "devices", "ranks", "launch", "rows", "replicas", "update_gpu", "placement", "fast_images", "packing", "loader",
     "cache", "augment", "response_norm",
     "response_norm_gpu", "layers", "towers", "network", "compilation", "learning", "checkpoint", "evaluate", "results",
-    "conversion", "fine_tuning", "gradient", "diagnosis", "training", "train", "tensorboard", "torch_session",
+    "fine_tuning", "gradient", "diagnosis", "training", "train", "tensorboard", "torch_session",
 }  # fmt: skip
 LAZY_TORCH = {"devices"}  # import it in functions only
 PLUGINS = {"errors", "recipe", "console", "options", "entry_points"}  # and anything in core

@@ -56,7 +56,12 @@ def test_a_name_that_is_taken_is_not_overwritten() -> None:
 
 def test_what_a_run_left_that_was_killed_while_it_was_made_is_taken_up() -> None:
     """Or a requeued job, which has no run to go on with, could not start one either."""
-    for left in ((), ("checkpoints",), ("checkpoints", "recipe.toml", ".run.json.tmp")):
+    for left in (
+        (),
+        ("checkpoints",),
+        ("checkpoints", ".recipe.toml.7.tmp.toml"),
+        ("checkpoints", "recipe.toml", ".lock", ".run.json.7.tmp.json"),
+    ):
         folder = Path("runs") / f"r{len(left)}"
         folder.mkdir(parents=True)
         for name in left:

@@ -8,22 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from alexnet_cli.errors import MissingError
-
-# PyTorch on a GPU and on a CPU, cuDNN, ONNX Runtime; none of them has an exception of its own that all share.
-SIGNS = (
-    "OutOfMemoryError",
-    "out of memory",
-    "can't allocate memory",
-    "ALLOC_FAILED",
-    "Failed to allocate",
-    "bad_alloc",
-)
-
-
-def memory_ended(error: BaseException) -> bool:
-    """Whether an error says that there was too little memory."""
-    return isinstance(error, MemoryError) or any(sign in f"{type(error).__name__} {error}" for sign in SIGNS)
+from alexnet_cli.errors import MissingError, memory_ended
 
 
 class Backoff:

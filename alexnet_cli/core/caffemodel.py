@@ -103,7 +103,7 @@ def blob(message: Message) -> Array:
 
 
 def _layers(net: Message) -> Iterator[Layer]:
-    for number, value in net.fields():
+    for number, value, _ in net.fields():
         if number not in (NET_LAYERS_V1, NET_LAYERS_V2) or not isinstance(value, memoryview):
             continue
         layer = Message(value, net.budget)

@@ -1,4 +1,7 @@
-"""Another program's network as a model file of this toolkit: width and towers from the shapes, names, mean, pixels."""
+"""Another program's network as a model file of this toolkit: width and towers from the shapes, names, mean, pixels.
+
+No torch.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from alexnet_cli.core import ilsvrc
+from alexnet_cli.core.atomic import replacing
 from alexnet_cli.core.devkit import read_devkit
 from alexnet_cli.core.foreign import Array, Foreign, Labels, Pixels, refused
-from alexnet_cli.core.network import Network
 from alexnet_cli.core.runs import MODEL, Run, runs_root
-from alexnet_cli.core.shapes import ONE_TOWER, PER_TOWER
+from alexnet_cli.core.shapes import ONE_TOWER, PER_TOWER, tensor_shapes
 from alexnet_cli.core.sources import ClassName
 from alexnet_cli.core.weights import LAYERS, Model, metadata
 from alexnet_cli.errors import StorageError, UsageError, WeightsError
@@ -98,14 +100,12 @@ def fitted(foreign: Foreign) -> Recipe:
 
 def _check(foreign: Foreign, recipe: Recipe) -> None:
     """Raise WeightsError for the first tensor that has another shape than in the network itself."""
-    with torch.device("meta"):
-        network = Network(recipe, len(foreign.layers["fc8"][0]))
+    wanted = tensor_shapes(recipe, len(foreign.layers["fc8"][0]))
     for layer in LAYERS:
         for part, found in zip(("weight", "bias"), foreign.layers[layer], strict=True):
-            wanted = tuple(network.get_parameter(f"{layer}.{part}").shape)
-            if found.shape != wanted:
-                what = f"{layer}.{part} is {_times(found.shape)}, in this network {_times(wanted)}"
-                raise refused(foreign.path, what)
+            name = f"{layer}.{part}"
+            if found.shape != wanted[name]:
+                raise refused(foreign.path, f"{name} is {_times(found.shape)}, in this network {_times(wanted[name])}")
 
 
 def _times(shape: Sequence[int]) -> str:
@@ -194,15 +194,10 @@ def write(made: Model, path: Path) -> None:
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file(dict(made.tensors), temporary, metadata(made.recipe, made.classes, made.info))
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            save_file(dict(made.tensors), temporary, metadata(made.recipe, made.classes, made.info))
     except (OSError, SafetensorError) as error:
         raise StorageError(
             f"{path} cannot be written: {error}", "free some space, or choose another place with -o"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -18,6 +18,7 @@ import numpy as np
 
 from alexnet_cli.core import foreign
 from alexnet_cli.core.foreign import CONVNET_MEAN, Array, Foreign, damaged, refused
+from alexnet_cli.core.shapes import KERNELS
 from alexnet_cli.core.unpickler import NUMPY, Inert, PickledArray, load, text
 from alexnet_cli.errors import WeightsError
 from alexnet_cli.recipe import KRIZHEVSKY
@@ -29,7 +30,6 @@ ALLOWED = {
     ("__builtin__", "object"): Inert,
     ("copy_reg", "_reconstructor"): Inert,
 }
-KERNELS = {"conv1": 11, "conv2": 5, "conv3": 3, "conv4": 3, "conv5": 3}
 DEEPEST = 64  # layers between two with weights
 WITHIN = {"size": 5, "alpha": 4e-5, "pow": 0.75}  # the second normalisation of net #145, per term
 

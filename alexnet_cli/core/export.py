@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy.typing as npt
 import onnx
 from onnx import helper
 
-from alexnet_cli.core import onnx_fp16, onnx_graph, onnx_metadata
+from alexnet_cli.core import atomic, onnx_fp16, onnx_graph, onnx_metadata
 from alexnet_cli.core.probes import centres, evenly
 from alexnet_cli.core.session import Session
 from alexnet_cli.core.shards import Dataset
@@ -47,6 +46,11 @@ class Tolerance:
 TOLERANCES: dict[Precision, Tolerance] = {
     "fp32": Tolerance(LARGEST_DIFFERENCE, 1e-4, 1e-5),  # float32 sums in another order
     "fp16": Tolerance(2e-2, 1.5e-3, 5e-4),  # 11 bits: rounded weights were seen to take a quarter of it
+}
+
+HINTS: dict[Precision, str] = {
+    "fp32": "`alexnet doctor` shows the versions in use; please report it with them",
+    "fp16": "11 bits are too few for numbers as large as in this network: take fp32, or --no-verify",
 }
 
 
@@ -130,15 +134,12 @@ def described(proto: onnx.ModelProto, more: dict[str, str]) -> onnx.ModelProto:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place if all goes well, and is gone otherwise."""
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp.onnx")
+    """As `atomic.replacing`. Raises StorageError."""
     try:
-        yield temporary
-        temporary.replace(path)
+        with atomic.replacing(path) as temporary:
+            yield temporary
     except OSError as error:
         raise StorageError(f"{path} cannot be written: {error.strerror}", "choose another place with -o") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _verified(model: Model, path: Path, crops: Crops, precision: Precision) -> Verification:
@@ -151,7 +152,7 @@ def _verified(model: Model, path: Path, crops: Crops, precision: Precision) -> V
             "the ONNX file disagrees with PyTorch and was removed: probabilities differ by "
             f"{result.max_abs_difference:.2g}, logits by {result.max_logit_difference:.2g}, "
             f"top-1 agreement {result.top1_agreement:.1%} of {result.images} pictures",
-            "`alexnet doctor` shows the versions in use; please report it with them",
+            HINTS[precision],
         )
     return result
 

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from alexnet_cli import recipe as recipes
+from alexnet_cli.core.shapes import KERNELS
 from alexnet_cli.errors import RecipeError, WeightsError
 from alexnet_cli.recipe import Order, Recipe
 
@@ -22,7 +23,7 @@ Labels = Literal["wnids", "ids"]
 
 CAFFE_MEAN = (122.679, 116.669, 104.007)  # of ILSVRC 2012, RGB: Caffe's ilsvrc_2012_mean.npy
 CONVNET_MEAN = (127.30, 119.72, 104.91)  # the same as cuda-convnet2's data has it
-CONVOLUTIONS = ("conv1", "conv2", "conv3", "conv4", "conv5")
+CONVOLUTIONS = tuple(KERNELS)
 CONNECTED = ("fc6", "fc7", "fc8")
 STRIDES = {"conv1": 4, "conv2": 1, "conv3": 1, "conv4": 1, "conv5": 1}
 PADDINGS = {"conv2": 2, "conv3": 1, "conv4": 1, "conv5": 1}

@@ -14,7 +14,6 @@ divisor are folded into the weights of the layer that follows.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -259,10 +258,7 @@ def write(model: Model, path: Path) -> None:
 def save(proto: onnx.ModelProto, path: Path) -> None:
     """Write a graph to `path`, or nothing. Raises StorageError."""
     try:
-        with path.open("wb") as file:
-            file.write(proto.SerializeToString())
-            file.flush()
-            os.fsync(file.fileno())
+        path.write_bytes(proto.SerializeToString())
     except OSError as error:
         path.unlink(missing_ok=True)
         raise StorageError(f"{path} cannot be written: {error.strerror}", "choose another place with -o") from error

@@ -100,7 +100,7 @@ def _network(path: Path, graph: Message) -> Foreign:
 def _node(message: Message) -> Node:
     names: dict[int, list[str]] = {1: [], 2: []}
     operator, attributes = "", {}
-    for number, value in message.fields():
+    for number, value, _ in message.fields():
         if isinstance(value, memoryview) and number in names:
             names[number].append(bytes(value[:1000]).decode("utf-8", "replace"))
         elif isinstance(value, memoryview) and number == 4:

@@ -10,7 +10,7 @@ import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,7 @@ Kind = np.dtype[np.float32] | np.dtype[np.float64]
 Numbers = npt.NDArray[np.float32] | npt.NDArray[np.float64]
 NUMBERS: dict[int, Kind] = {FOUR: np.dtype("<f4"), EIGHT: np.dtype("<f8")}
 FIELDS = 100_000  # in a whole file; a network has some hundreds
+HIGHEST = 2**29  # readers keep 32 bits of a tag: in a longer one a number could hide
 DIMENSIONS = 32
 
 Value = int | memoryview | Numbers
@@ -34,7 +35,7 @@ def mapped(path: Path) -> memoryview:
             return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "it is empty"
-        raise WeightsError(f"{path} cannot be read: {reason}", "name a weights file") from error
+        raise WeightsError(f"{path} cannot be opened: {reason}", "name a weights file") from error
 
 
 @dataclass
@@ -47,7 +48,18 @@ class Budget:
         """Count a field. Raises ValueError when there are too many."""
         self.left -= 1
         if self.left < 0:
-            raise ValueError(f"more than {FIELDS:,} fields")
+            raise ValueError(f"it has more parts than any network: over {FIELDS:,}")
+
+
+class Field(NamedTuple):
+    """A field's number, its value, and all its bytes (of a run of equal tags: of all of them).
+
+    Varints are unsigned integers; fixed-width numbers arrays, a run being one; the rest is bytes.
+    """
+
+    number: int
+    value: Value
+    whole: memoryview
 
 
 @dataclass(frozen=True)
@@ -57,27 +69,27 @@ class Message:
     data: memoryview
     budget: Budget = field(default_factory=Budget)
 
-    def fields(self) -> Iterator[tuple[int, Value]]:
-        """Number and value of each field, in the file's order.
-
-        Varints are unsigned integers; fixed-width numbers arrays, a run of equal tags being one; the rest is bytes.
-        """
-        place, depth = 0, 0
-        while place < len(self.data):
+    def fields(self) -> Iterator[Field]:
+        """The fields, in the file's order."""
+        data, place, depth = self.data, 0, 0
+        while place < len(data):
             self.budget.spend()
             start = place
-            tag, place = _varint(self.data, place)
+            tag, place = _varint(data, place)
             number, wire = tag >> 3, tag & 7
+            if not 0 < number < HIGHEST:
+                raise ValueError(f"a field of number {number}")
             value: Value
-            if wire == VARINT:
-                value, place = _varint(self.data, place)
-            elif wire == BYTES:
-                size, place = _varint(self.data, place)
-                if size > len(self.data) - place:
-                    raise ValueError(f"field {number} claims {size:,} bytes, {len(self.data) - place:,} are left")
-                value, place = self.data[place : place + size], place + size
+            if wire == BYTES:
+                size, first = _varint(data, place)
+                place = first + size
+                if place > len(data):
+                    raise ValueError(f"field {number} claims {size:,} bytes, {len(data) - first:,} are left")
+                value = data[first:place]
+            elif wire == VARINT:
+                value, place = _varint(data, place)
             elif wire in NUMBERS:
-                value, place = _run(self.data, start, place, NUMBERS[wire])
+                value, place = _run(data, start, place, NUMBERS[wire])
             elif wire in (OPEN, CLOSE):  # groups, given up before Caffe: what is inside belongs to nobody
                 depth += 1 if wire == OPEN else -1
                 if depth < 0:
@@ -85,16 +97,14 @@ class Message:
                 continue
             else:
                 raise ValueError(f"field {number} has wire type {wire}, which does not exist")
-            if number == 0:
-                raise ValueError("a field of number 0")
             if not depth:
-                yield number, value
+                yield Field(number, value, data[start:place])
         if depth:
             raise ValueError("a group that does not end")
 
     def all(self, number: int) -> list[Value]:
         """The values of a field."""
-        return [value for n, value in self.fields() if n == number]
+        return [field.value for field in self.fields() if field.number == number]
 
     def messages(self, number: int) -> Iterator[Message]:
         """The messages in a field."""
@@ -149,6 +159,8 @@ class Message:
 
 def _varint(data: memoryview, place: int) -> tuple[int, int]:
     """An integer of 7 bits a byte, lowest first, and the place after it."""
+    if place < len(data) and data[place] < 0x80:  # the usual case
+        return data[place], place + 1
     value = 0
     for shift in range(0, 70, 7):
         if place >= len(data):

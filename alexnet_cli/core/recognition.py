@@ -59,6 +59,6 @@ def _onnx(path: Path, data: memoryview) -> bool:
     if path.suffix.lower() in (".onnx", ".caffemodel"):
         return path.suffix.lower() == ".onnx"
     try:
-        return any(number == 7 and isinstance(value, memoryview) for number, value in Message(data).fields())
+        return any(field.number == 7 and isinstance(field.value, memoryview) for field in Message(data).fields())
     except ValueError as error:
         raise WeightsError(f"{path} is of no kind that is known", KNOWN) from error

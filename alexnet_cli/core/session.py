@@ -20,7 +20,7 @@ import numpy.typing as npt
 from alexnet_cli.core import onnx_mapped, onnx_metadata, onnx_wire, weights
 from alexnet_cli.core.devices import cores, int8_saturates
 from alexnet_cli.core.sources import ClassName
-from alexnet_cli.errors import AlexNetError, MissingError, WeightsError
+from alexnet_cli.errors import AlexNetError, MissingError, WeightsError, memory_ended
 from alexnet_cli.recipe import SIDE, Recipe
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
@@ -101,14 +101,9 @@ class Session:
         """Float32 3 x 256 x 256 (3 x 1 x 1 in a file whose recipe subtracts a colour)."""
         if isinstance(self.source, weights.Model):
             return self.source.mean
-        import onnx
-
-        constants = onnx.load(self.source, load_external_data=False).graph.initializer
-        for constant in constants:
-            if constant.name == "mean":
-                array: Array = onnx.numpy_helper.to_array(constant).astype(np.float32)
-                if array.shape in {(3, SIDE, SIDE), (3, 1, 1)}:
-                    return array
+        found = onnx_mapped.constant(self.source, "mean")
+        if found is not None and found.shape in {(3, SIDE, SIDE), (3, 1, 1)}:
+            return found.astype(np.float32)
         raise WeightsError(f"{self.path} holds no mean image", "export it anew")
 
     def logits(self, crops: Crops) -> Array:
@@ -126,7 +121,14 @@ class Session:
         return probabilities, units * np.float32(1 if self.recipe.dropout_inverted else 1 - self.recipe.dropout)
 
     def _run(self, outputs: list[str], crops: Crops) -> list[Array]:
-        results = self._session.run(outputs, {"input": crops.astype(np.float32, copy=False)})
+        try:
+            results = self._session.run(outputs, {"input": crops.astype(np.float32, copy=False)})
+        except Exception as error:
+            if memory_ended(error):
+                raise
+            raise WeightsError(
+                f"{self.path} cannot be run: {_words(error)}", "if it is damaged, export it anew"
+            ) from error
         return [result.astype(np.float32, copy=False) for result in results]
 
 
@@ -147,7 +149,7 @@ def _open(source: Source, providers: list[Any], threads: int, few: bool, layer: 
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # whatever goes wrong is in the exception too
     options.intra_op_num_threads = threads
     # Prepacking copies every weight into the order of the matrix product: time that only many pictures repay.
     options.add_session_config_entry("session.disable_prepacking", "1" if few else "0")
@@ -168,9 +170,15 @@ def _open(source: Source, providers: list[Any], threads: int, few: bool, layer: 
         return onnxruntime.InferenceSession(content, options, providers=providers), values
     except AlexNetError:
         raise
-    except Exception as error:  # ONNX Runtime's exceptions have no common base but this one
-        text = str(error).partition("\n")[0].rpartition(" : ")[2] or type(error).__name__
-        raise WeightsError(f"{path} cannot be opened: {text}", "the file is damaged; export it anew") from error
+    except Exception as error:
+        raise WeightsError(
+            f"{path} cannot be opened: {_words(error)}", "the file is damaged; export it anew"
+        ) from error
+
+
+def _words(error: Exception) -> str:
+    """What an exception of ONNX Runtime says; they have no base in common but this one."""
+    return str(error).partition("\n")[0].rpartition(" : ")[2] or type(error).__name__
 
 
 def _graph(source: Source, layer: str | None) -> tuple[bytes, dict[str, Any]]:

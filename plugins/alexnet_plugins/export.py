@@ -76,7 +76,7 @@ def _place(output: Path | None, source: Path, precision: str) -> Path:
     name = ONNX if precision == "fp32" else f"{Path(ONNX).stem}-{precision}.onnx"
     path = output or (run_of(source) or Path()) / name
     if path.suffix != ".onnx":
-        raise UsageError(f"-o {path} does not end in .onnx", f"such as -o {path.name or 'alexnet'}.onnx")
+        raise UsageError(f"-o {path} does not end in .onnx", f"such as -o {path.stem or 'alexnet'}.onnx")
     if not path.parent.is_dir():
         raise UsageError(f"-o {path}: there is no folder {path.parent}", "make it first")
     return path
@@ -127,7 +127,11 @@ def _int8(
         export_int8.export_int8_unverified(model, path, training)
         reporter.warn("the accuracy that is lost was not measured", "leave out --no-verify to know it")
         return _numbers(None) | about | {"accuracy": None}
-    labelled = export_int8.labelled(held, side, matching(model.classes, judge.classes, model.path))
+    try:
+        output_of = matching(model.classes, judge.classes, model.path)
+    except DataError as error:
+        raise DataError(error.what, "name a set of the network's classes with --data, or say --no-verify") from error
+    labelled = export_int8.labelled(held, side, output_of)
     count = min(len(held), export_int8.PICTURES)
     with reporter.waiting("check", f"float32 and int8 on {count:,} of {len(held):,} validation pictures"):
         check = export_int8.export_int8(model, path, training, (crops_of(judge, model), labelled), force)
