@@ -30,6 +30,8 @@ class Contest:
     """Further measurements, in seconds, by name."""
     operations: float | None = None
     """Floating-point operations that ours takes an image, if that says how well it does."""
+    sent: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Bytes that each process of a contestant sends in a step, by layer."""
 
 
 @dataclass
@@ -52,7 +54,7 @@ class Times:
     def as_dict(self) -> dict[str, Any]:
         """Medians, spreads (slowest and fastest round) and ratios."""
         every, operations = {"ours": self.ours, **self.peers}, self.contest.operations
-        ours = statistics.median(self.ours)
+        ours, sent = statistics.median(self.ours), self.contest.sent
         return {
             "name": self.contest.name,
             "ours": ours,
@@ -63,6 +65,7 @@ class Times:
             "rounds": len(self.ours),
             **({"gflop_per_image": operations / 1e9, "tflops": ours * operations / 1e12} if operations else {}),
             "seconds": dict(self.contest.extra),
+            **({"sent_bytes": {name: dict(layers) for name, layers in sent.items()}} if sent else {}),
             "notes": list(self.contest.notes),
             "missing": list(self.contest.missing),
         }
