@@ -96,10 +96,19 @@ BESIDE = {
     "prepare": {"prepare_report"},
     "demo": {"demo_pictures"},
     "train": {"train_display", "train_setup"},
-    "benchmark": {"benchmark_pictures", "benchmark_prepare", "benchmark_load", "benchmark_train"},
+    "benchmark": {"benchmark_pictures", "benchmark_prepare", "benchmark_load", "benchmark_train", "benchmark_parallel"},
     "benchmark_train": {"benchmark_step"},
+    "benchmark_parallel": {"benchmark_rank"},
 }
-RIVALS = {"benchmark_load", "benchmark_train", "benchmark_step"}  # what others use is measured here
+# What others use is measured here, and what several processes of ours exchange.
+RIVALS = {
+    "benchmark_load",
+    "benchmark_train",
+    "benchmark_step",
+    "benchmark_parallel",
+    "benchmark_rank",
+    "benchmark_costs",
+}
 
 
 def imports(path: Path) -> set[str]:

@@ -74,7 +74,8 @@ def _contest(task: Task, precision: Literal["fp32", "bf16"], workers: int) -> Ge
         sent = {name: scaled(team.ask("sent")[0]) for name, team in
                 {"ours": towers, "data": data, "hybrid": hybrid}.items()}  # fmt: skip
         notes = [
-            f"ours: a tower in each of {task.processes} processes; {where}; {task.batch} pictures a step, decoded before",
+            f"ours: a tower in each of {task.processes} processes; {where}",
+            f"{task.batch} pictures a step: noise, in memory as it comes from the loader",
             f"sent: by each process in a step of {task.recipe.batch_size} pictures, counted in a step of {task.batch}; "
             "gradients do not grow with the batch, the rest in proportion",
         ]
@@ -101,8 +102,9 @@ class Team:
         from alexnet_cli.core.launch import meeting_place, variables
 
         self.task, self.store = task, meeting_place()
-        # Processes that are started fresh: forked ones would inherit the settings of this one.
-        context = multiprocessing.get_context("spawn")
+        # Not forked from this one, whose settings they would inherit, but from one that has only loaded the code.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["alexnet_plugins.benchmark_rank"])
         self.pipes, self.processes = [], []
         for rank in range(task.processes):
             ours, theirs = context.Pipe()
