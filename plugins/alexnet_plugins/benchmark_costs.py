@@ -1,7 +1,7 @@
 """What a step costs over several devices, on paper: docs/parallel.md shows these tables and says what they mean.
 
 A step is computing, plus exchanging activations, during which nothing else is done, plus what of the exchange of
-gradients outlasts the backward pass. Towers of more than two devices are replicas of pairs.
+gradients outlasts the backward pass that it runs beside. Towers of more than two devices are replicas of pairs.
 """
 
 from __future__ import annotations
@@ -38,10 +38,14 @@ class Link:
 
 @dataclass(frozen=True)
 class Device:
-    """Floating-point operations a second that it keeps up, and seconds a step that it takes besides."""
+    """Floating-point operations a second that it keeps up, and seconds a step that it takes besides.
+
+    A CPU moves what it sends itself, and does not compute meanwhile.
+    """
 
     speed: float
     besides: float
+    overlaps: bool = True
 
 
 LINKS = (Link("NVLink", 200e9, 10e-6), Link("PCIe 4", 20e9, 15e-6), Link("Ethernet, 25 Gbit/s", 2.8e9, 50e-6))
@@ -119,13 +123,23 @@ def step(
     waiting = sum(activations(PAPER, batch, devices, way, size).values()) / link.bandwidth
     behind = sum(gradients(PAPER, devices, way, gradient_size).values()) / link.bandwidth
     before, after = (count * link.latency for count in messages(devices, way))
-    forward, backward = computing / 3, computing * 2 / 3
-    return device.besides + forward + waiting + before + max(backward, behind + after)
+    backward = computing * 2 / 3
+    late = max(0.0, behind + after - backward) if device.overlaps else behind + after
+    return device.besides + computing + waiting + before + late
 
 
 def alone(device: Device, batch: int) -> float:
     """Seconds of a step on one device."""
     return device.besides + batch * FLOP / device.speed
+
+
+def here(rate: float, exchange: float, way: Parallel, size: int, batch: int = 64) -> float:
+    """Images per second to expect of two processes on the CPU that computes `rate` of them in one process.
+
+    `exchange` is the seconds that it takes to send what conv3 needs, there and back, which tells the bandwidth.
+    """
+    link = Link("between processes", activations(PAPER, batch, 2, "tower", size)["conv3"] / exchange, 0.0)
+    return batch / step(Device(rate / 2 * FLOP, 0.0, overlaps=False), link, batch, 2, way, size)
 
 
 def bytes_table(batch: int = BATCH) -> str:
