@@ -1,4 +1,4 @@
-"""`alexnet benchmark parallel` and docs/parallel.md: bytes are those of the layers' shapes, tables what the code computes."""
+"""`alexnet benchmark parallel` and docs/parallel.md: bytes as layers' shapes have them, tables as the code computes them."""
 
 from __future__ import annotations
 

@@ -61,9 +61,10 @@ def _contest(task: Task, precision: Literal["fp32", "bf16"], workers: int) -> Ge
     from alexnet_cli.core.stopwatch import Contest
 
     task = replace(task, recipe=replace(task.recipe, precision=precision))
-    where = f"GPUs {task.gpus}" if task.gpus != "none" else f"CPU, {task.threads} threads in each"
+    on_gpus = task.gpus != "none"
+    where = f"GPUs {task.gpus}" if on_gpus else f"on the CPU, threads in each: {task.threads} (--gpus 0,1: on GPUs)"
     alone = replace(task, processes=1, threads=workers, gpus=task.gpus.partition(",")[0])
-    name = "one process" if task.gpus != "none" else f"one process, {workers} threads"
+    name = "one process" if on_gpus else f"one process, {workers} threads"
     with ExitStack() as stack:
         towers, one, data, hybrid = (
             stack.enter_context(Team(each))
