@@ -1,4 +1,4 @@
-"""`alexnet benchmark parallel` and docs/parallel.md: bytes as layers' shapes have them, tables as the code computes them."""
+"""`alexnet benchmark parallel` and docs/parallel.md: bytes as shapes have them, tables as the code computes them."""
 
 from __future__ import annotations
 
