@@ -103,7 +103,7 @@ def test_the_page_shows_what_the_code_computes(table: str) -> None:
 def test_the_page_holds_paper_against_measurement() -> None:
     """`| fp32 | tower | 46 (..) | 47 |`: measured beside what one process and the exchange alone let expect."""
     for precision, size in (("fp32", costs.FLOAT), ("bf16", costs.HALF)):
-        rate, exchange = (float(n) for n in re.findall(rf"{precision}: ([\d.]+) img/s, ([\d.]+) ms", PAGE)[0])
+        rate, exchange = (float(n) for n in re.findall(rf"{precision}:\s([\d.]+)\simg/s,\s([\d.]+)\sms", PAGE)[0])
         rows = dict(re.findall(rf"\| {precision} \| (\w+) \| [^|]*\| ([\d.]+) \|", PAGE))
         expected = {way: f"{costs.here(rate, exchange / 1000, way, size):.0f}" for way in costs.WAYS}
         assert rows == expected
