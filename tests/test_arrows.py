@@ -132,8 +132,10 @@ BESIDE = {
         "benchmark_train",
         "benchmark_infer",
         "benchmark_startup",
+        "benchmark_parallel",
     },
     "benchmark_train": {"benchmark_step"},
+    "benchmark_parallel": {"benchmark_rank"},
     "benchmark_infer": {"benchmark_step"},
     "benchmark_startup": {"benchmark_infer", "benchmark_pictures", "benchmark_step"},
 }
@@ -143,6 +145,9 @@ RIVALS = {
     "benchmark_step",
     "benchmark_infer",
     "benchmark_startup",
+    "benchmark_parallel",
+    "benchmark_rank",
+    "benchmark_costs",
 }  # what others use is measured here
 
 

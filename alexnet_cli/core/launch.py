@@ -38,8 +38,7 @@ def launch(arguments: Sequence[str], processes: int) -> int:
     """
     logging.disable(logging.ERROR)  # of the manager, which tells at length what we tell in two lines
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = HANDLED
-    # On a free port; kept by this process, since it must outlive rank 0.
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = meeting_place()
     ranks = range(processes)
     with tempfile.TemporaryDirectory(prefix="alexnet-") as folder:
         command = ("-m", "alexnet_cli.cli", *arguments)
@@ -57,6 +56,11 @@ def launch(arguments: Sequence[str], processes: int) -> int:
     if culprits := [found for found in failures if found]:
         raise min(culprits, key=lambda found: found[0])[1]
     return int(started.subprocess_handlers[0].proc.returncode)
+
+
+def meeting_place() -> TCPStore:
+    """Where the ranks find each other, on a free port; kept by this process, since it must outlive rank 0."""
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
 def variables(rank: int, size: int, port: int) -> dict[str, str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
 from alexnet_cli.core.network import Network
@@ -34,16 +35,20 @@ def replicated(network: Network, ranks: Ranks, compress: bool) -> DistributedDat
         init_sync=False,  # all have drawn the same initial values, or read the same file
         gradient_as_bucket_view=True,
     )
+    layers: dict[Tensor, str] = {p: name.partition(".")[0] for name, p in network.named_parameters()}
     # Torch inspects what it is given and knows its own annotations only.
-    wrapped.register_comm_hook(ranks, lambda state, bucket: _added(state, bucket.buffer(), compress))
+    wrapped.register_comm_hook(ranks, lambda state, bucket: _added(state, bucket, layers, compress))
     return wrapped
 
 
-def _added(ranks: Ranks, gradients: Tensor, compress: bool) -> Summed:
+def _added(ranks: Ranks, bucket: GradBucket, layers: dict[Tensor, str], compress: bool) -> Summed:
     """The sum of a bucket's gradients over replicas, when it is there."""
+    gradients = bucket.buffer()
     sent = gradients.to(torch.bfloat16) if compress else gradients
     ranks.at("adding up gradients")
-    ranks.traffic["gradients"] += 2 * sent.numel() * sent.element_size() * (ranks.replicas - 1) // ranks.replicas
+    for parameter in bucket.parameters():
+        size = parameter.numel() * sent.element_size()
+        ranks.traffic[f"{layers[parameter]} gradients"] += 2 * size * (ranks.replicas - 1) // ranks.replicas
     summed: Summed = dist.all_reduce(sent, group=ranks.group, async_op=True).get_future()
 
     def received(done: Summed) -> Tensor:

@@ -32,6 +32,8 @@ class Contest:
     """Floating-point operations that ours takes an image, if that says how well it does."""
     unit: Literal["img/s", "s"] = "img/s"
     """How the figures are given: images per second, or seconds for an image."""
+    sent: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Bytes that each process of a contestant sends in a step, by layer."""
 
 
 @dataclass
@@ -54,7 +56,7 @@ class Times:
     def as_dict(self) -> dict[str, Any]:
         """Medians, spreads (lowest and highest of the rounds) and ratios."""
         every, operations = {"ours": self.ours, **self.peers}, self.contest.operations
-        ours = statistics.median(self.ours)
+        ours, sent = statistics.median(self.ours), self.contest.sent
         figures = {name: [self._figure(rate) for rate in rates] for name, rates in every.items()}
         return {
             "name": self.contest.name,
@@ -66,6 +68,7 @@ class Times:
             "rounds": len(self.ours),
             **({"gflop_per_image": operations / 1e9, "tflops": ours * operations / 1e12} if operations else {}),
             "seconds": dict(self.contest.extra),
+            **({"sent_bytes": {name: dict(layers) for name, layers in sent.items()}} if sent else {}),
             "notes": list(self.contest.notes),
             "missing": list(self.contest.missing),
         }

@@ -17,6 +17,8 @@ from alexnet_cli.errors import DataError
 from alexnet_cli.options import GpusOption, JsonFlag, QuietFlag
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from alexnet_cli.core.shards import Dataset
     from alexnet_cli.core.stopwatch import Contest, Times
 
@@ -32,6 +34,7 @@ class Topic(StrEnum):
     train = "train"
     infer = "infer"
     startup = "startup"
+    parallel = "parallel"
     all = "all"
 
 
@@ -128,6 +131,8 @@ def _show(reporter: Reporter, times: Times, about: dict[str, Any]) -> None:
         ratio = f"{found['ratio'][name]:.2f} x" if name in found["ratio"] else ""
         table.add_row(name, *(format(number, shape) for number in (value, low, high)), ratio)
     reporter.show(table)
+    if "sent_bytes" in found:
+        reporter.show(_sent(found["sent_bytes"]))
     if "tflops" in found:
         reporter.show(f"ours: {found['tflops']:,.2f} TFLOP/s, at {found['gflop_per_image']:.2f} GFLOP an image")
     for name, cost in found["seconds"].items():
@@ -140,6 +145,19 @@ def _show(reporter: Reporter, times: Times, about: dict[str, Any]) -> None:
     load = "" if machine["load_before"] is None else f", load {machine['load_before']:.1f} before"
     reporter.show(f"{machine['cpu']}, {machine['cores']} cores, {machine['workers']} workers{load}")
     reporter.show(" · ".join(f"{name} {number}" for name, number in about["versions"].items()))
+
+
+def _sent(found: dict[str, dict[str, float]]) -> Table:
+    """The bytes that a process sends in a step, by layer, beside those of data parallelism."""
+    from rich.table import Table
+
+    table = Table("sent, MB", *found, box=None)
+    for layer in sorted(set().union(*found.values())):
+        table.add_row(layer, *(f"{layers[layer] / 1e6:,.2f}" if layer in layers else "" for layers in found.values()))
+    total = {name: sum(layers.values()) for name, layers in found.items()}
+    table.add_row("all", *(f"{size / 1e6:,.2f}" for size in total.values()))
+    table.add_row("of data's", *(f"{size / total['data']:.1%}" for size in total.values()))
+    return table
 
 
 def _prepare(setting: Setting) -> Generator[Contest]:
@@ -180,6 +198,12 @@ def _startup(setting: Setting) -> Generator[Contest]:
 
     own = benchmark_pictures.files(setting.pictures, 1) if setting.pictures else []
     yield from benchmark_startup.contests(setting.scratch, own[0] if own else None)
+
+
+def _parallel(setting: Setting) -> Generator[Contest]:
+    from alexnet_plugins import benchmark_parallel
+
+    yield from benchmark_parallel.contests(setting.gpus, setting.batch_size, setting.workers)
 
 
 def _dataset(setting: Setting) -> tuple[Dataset, str]:
@@ -226,5 +250,6 @@ TOPICS: dict[Topic, Opening] = {
     Topic.train: _train,
     Topic.infer: _infer,
     Topic.startup: _startup,
+    Topic.parallel: _parallel,
 }
 """The contestants of each topic. A new topic is a file beside this one, a name in Topic and an entry here."""

@@ -1,0 +1,33 @@
+"""What crosses between towers arrives as it was sent, in any arithmetic."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import pytest
+import torch
+from rank_cases import processes
+
+from alexnet_cli.core.placement import place_among
+from alexnet_cli.core.ranks import meeting, numbers
+
+
+def meet(dtype: torch.dtype) -> None:
+    """Share one's channels with the other tower, and get back the sum of what both say of them."""
+    with ExitStack() as stack:
+        ranks = stack.enter_context(meeting(numbers(), "gloo"))
+        towers = place_among(ranks, "none", "fp32", "tower", 2).ranks.towers
+        assert towers is not None
+        whole = torch.arange(2 * 6 * 2 * 2).reshape(2, 6, 2, 2).to(dtype)
+        own = towers.own(whole, 1).clone().requires_grad_()
+        shared = towers.share(own, "conv3")
+        assert shared.dtype == dtype
+        torch.testing.assert_close(shared, whole, rtol=0, atol=0)
+        shared.backward(whole * (1 + 2 * ranks.rank))
+        torch.testing.assert_close(own.grad, towers.own(whole * 4, 1), rtol=0, atol=0)
+        assert ranks.traffic == {"conv3": 2 * own.numel() * own.element_size()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_both_ways(dtype: torch.dtype) -> None:
+    processes(2, meet, dtype)
