@@ -13,7 +13,8 @@ from typing import Literal
 
 import torch
 
-from alexnet_cli.core.network import Network, parameters_by_name, widths
+from alexnet_cli.core.network import Network, parameters_by_name
+from alexnet_cli.core.shapes import widths
 from alexnet_cli.recipe import PAPER, Recipe
 
 Parallel = Literal["tower", "data", "hybrid"]
