@@ -5,19 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 from rank_cases import PLACES, result
 
 from alexnet_cli.core.evaluate import Evaluation
+from alexnet_cli.core.fine_tuning import freeze
 from alexnet_cli.core.loader import training_batches
+from alexnet_cli.core.network import Network
 from alexnet_cli.core.ranks import Ranks, arrangement, numbers
+from alexnet_cli.core.replicas import replicated
+from alexnet_cli.core.towers import Towers
 from alexnet_cli.errors import UsageError
 from alexnet_cli.recipe import CAFFE, PAPER, Recipe
 
-SMALL = replace(PAPER, width=1 / 16, batch_size=12, epochs=3)
+SMALL = replace(PAPER, width=1 / 16, batch_size=11, epochs=3)  # 11 divides by no number of replicas
 JOINT = replace(CAFFE, width=1 / 16, batch_size=12, epochs=3, colour_shift=0.1)
 TEN = 10
 Results = Callable[..., Any]
@@ -80,6 +85,14 @@ def test_shares_make_the_batches(ranks: int) -> None:
         for rank in range(ranks):
             part = Ranks(rank, ranks, rank, ranks).share(len(batch))
             np.testing.assert_array_equal(batch[part], shares[rank][step])
+
+
+def test_where_no_replica_learns_none_is_made() -> None:
+    frozen = replace(SMALL, frozen="conv")
+    columns, everyone = Towers(2, 1), cast(dist.ProcessGroup, object())
+    network = Network(frozen, 4, columns=columns)
+    freeze(network, frozen)
+    assert replicated(network, Ranks(0, 2, 0, 2, columns=columns, group=everyone), compress=False) is network
 
 
 def test_counts_add_up() -> None:
