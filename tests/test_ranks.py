@@ -136,3 +136,7 @@ def test_the_numbers_of_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match="are no numbers"):
         numbers()
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("RANK", "2")
+    with pytest.raises(UsageError, match="rank 2 of 2"):
+        numbers()
