@@ -9,8 +9,9 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
-from rank_cases import PLACES, result
+from rank_cases import PLACES, exchange, processes, result
 
 from alexnet_cli.core.evaluate import Evaluation
 from alexnet_cli.core.fine_tuning import freeze
@@ -93,6 +94,11 @@ def test_where_no_replica_learns_none_is_made() -> None:
     network = Network(frozen, 4, columns=columns)
     freeze(network, frozen)
     assert replicated(network, Ranks(0, 2, 0, 2, columns=columns, group=everyone), compress=False) is network
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_shared_is_what_all_have(dtype: torch.dtype) -> None:
+    processes(2, exchange, dtype)
 
 
 def test_counts_add_up() -> None:

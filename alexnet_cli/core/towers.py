@@ -87,8 +87,8 @@ class Towers:
 
 
 def _bits(x: Tensor) -> Tensor:
-    """The same bits as integers where a transport may not know the type: what only travels is not computed with."""
-    return x.view(torch.int16) if x.dtype is torch.bfloat16 else x
+    """The same as bytes where a transport may not know the type: what only travels is not computed with."""
+    return x.view(torch.uint8) if x.dtype is torch.bfloat16 else x
 
 
 class _Share(torch.autograd.Function):
