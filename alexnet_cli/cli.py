@@ -208,18 +208,18 @@ def _guarded(run: Callable[[], Any], debug: bool) -> int:
         if debug:
             traceback.print_exc()
         what, hint, code = _told(error)
-        if not _left_for_the_launcher(error, what, hint):
+        if not _left_for_the_launcher(error, what, hint, code):
             sys.stderr.write(f"error: {visible(what)}\n" + (f"hint: {visible(hint)}\n" if hint else ""))
         return code
 
 
-def _left_for_the_launcher(error: BaseException, what: str, hint: str) -> bool:
+def _left_for_the_launcher(error: BaseException, what: str, hint: str, code: int) -> bool:
     """Leave the error of one process of several where torch's launchers look. Returns whether ours tells it for us."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not path:
         return False
     now = time.time()
-    about = {"what": what, "hint": hint, "lost": isinstance(error, LostError), "time": now}
+    about = {"what": what, "hint": hint, "code": code, "lost": isinstance(error, LostError), "time": now}
     message = {"message": what, "extraInfo": {"timestamp": f"{now:.0f}"}}
     with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
         json.dump({"message": message, "alexnet": about}, file)

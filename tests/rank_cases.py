@@ -19,7 +19,7 @@ from alexnet_cli.core.launch import variables
 from alexnet_cli.core.loader import Loader, epoch_order, training_batches
 from alexnet_cli.core.network import parameters_by_name
 from alexnet_cli.core.placement import backend, place_among
-from alexnet_cli.core.ranks import Parallel, meeting, numbers
+from alexnet_cli.core.ranks import Parallel, arranged, meeting, numbers
 from alexnet_cli.core.runs import Run
 from alexnet_cli.core.shards import open_dataset
 from alexnet_cli.core.train import fit
@@ -122,6 +122,19 @@ def record(
             found |= {f"gradient {name}": value for name, value in gradients.items()}
             found |= {f"weight {name}": value.numpy() for name, value in weights.items()}
             np.savez(folder / "result.npz", **found)
+
+
+def exchange(dtype: torch.dtype) -> None:
+    """Share channels between two ranks, and check what each has then, and its gradient, against plain sums."""
+    with meeting(numbers(), "gloo") as met:
+        towers = arranged(met, "tower", 2, torch.device("cpu")).towers
+        assert towers is not None
+        both = torch.arange(16.0).reshape(2, 4, 2)
+        own = towers.own(both, 1).to(dtype).requires_grad_()
+        shared = towers.share(own, "conv3")
+        torch.testing.assert_close(shared, both.to(dtype))
+        (shared * both * (met.rank + 1)).sum().backward()
+        torch.testing.assert_close(own.grad, towers.own(both, 1).to(dtype) * 3)
 
 
 def result(

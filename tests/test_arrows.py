@@ -24,7 +24,7 @@ CORE = {
     "heartbeat": "",
     "towers": "heartbeat",
     "ranks": "heartbeat towers",
-    "launch": "devices ranks",
+    "launch": "devices ranks resume",
     "placement": "devices ranks response_norm_gpu",
     # section 2: the dataset
     "listing": "",

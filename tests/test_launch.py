@@ -143,6 +143,41 @@ def test_other_signals(start: Any, number: signal.Signals, code: int) -> None:
 
 
 @pytest.mark.slow
+def test_a_second_ctrl_c_ends_at_once(start: Any) -> None:
+    command = start("--processes", "2")
+    command.saved()
+    ranks = command.ranks()
+    command.process.send_signal(signal.SIGINT)
+    time.sleep(0.05)
+    command.process.send_signal(signal.SIGINT)
+    code, _, err = command.end()
+    assert code == 130
+    assert err.count("error: stopped") == 1
+    assert gone(ranks)
+
+
+@pytest.mark.slow
+def test_a_signal_before_anything_is_there(start: Any) -> None:
+    command = start("--processes", "2")
+    while len(command.ranks()) < 2:
+        time.sleep(0.01)
+    command.process.send_signal(signal.SIGTERM)
+    code, _, err = command.end()
+    assert (code, err) == (143, "error: stopped by SIGTERM\n")
+
+
+@pytest.mark.slow
+def test_modules_of_the_user_are_not_ours(start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "typer.py").write_text("raise SystemExit(9)")
+    monkeypatch.chdir(tmp_path)
+    root = Path(__file__).resolve().parents[1]
+    path = {"PYTHONPATH": f"{root}{os.pathsep}{root / 'plugins'}"}
+    code, _, err = start("--processes", "2", "--resume", "none", before=("-P",), settings=path).end()
+    assert code == 2
+    assert "error: no run is called none" in err
+
+
+@pytest.mark.slow
 def test_time_is_up(start: Any) -> None:
     code, _, err = start("--processes", "2", "--max-time", "10s").end()
     assert code == 75
@@ -150,15 +185,16 @@ def test_time_is_up(start: Any) -> None:
 
 
 @pytest.mark.slow
-def test_a_rank_that_hangs_is_named(start: Any) -> None:
-    command = start("--processes", "2", settings={"ALEXNET_TIMEOUT": "5"})
+@pytest.mark.parametrize("processes", ["2", "4"])
+def test_a_rank_that_hangs_is_named(start: Any, processes: str) -> None:
+    command = start("--processes", processes, settings={"ALEXNET_TIMEOUT": "5"})
     command.saved()
     ranks = command.ranks()
-    os.kill(ranks[1], signal.SIGSTOP)
+    os.kill(ranks[-1], signal.SIGSTOP)
     code, _, err = command.end()
     assert code == 4
-    assert "rank 0 waited for the others in vain" in err
-    assert "rank 1, last heard of" in err
+    assert "waited for the others in vain" in err
+    assert f"rank {len(ranks) - 1}, last heard of" in err
     assert gone(ranks)
 
 

@@ -5,19 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
-from rank_cases import PLACES, result
+import torch
+import torch.distributed as dist
+from rank_cases import PLACES, exchange, processes, result
 
 from alexnet_cli.core.evaluate import Evaluation
+from alexnet_cli.core.fine_tuning import freeze
 from alexnet_cli.core.loader import training_batches
+from alexnet_cli.core.network import Network
 from alexnet_cli.core.ranks import Ranks, arrangement, numbers
+from alexnet_cli.core.replicas import replicated
+from alexnet_cli.core.towers import Towers
 from alexnet_cli.errors import UsageError
 from alexnet_cli.recipe import CAFFE, PAPER, Recipe
 
-SMALL = replace(PAPER, width=1 / 16, batch_size=12, epochs=3)
+SMALL = replace(PAPER, width=1 / 16, batch_size=11, epochs=3)  # 11 divides by no number of replicas
 JOINT = replace(CAFFE, width=1 / 16, batch_size=12, epochs=3, colour_shift=0.1)
 TEN = 10
 Results = Callable[..., Any]
@@ -82,6 +88,19 @@ def test_shares_make_the_batches(ranks: int) -> None:
             np.testing.assert_array_equal(batch[part], shares[rank][step])
 
 
+def test_where_no_replica_learns_none_is_made() -> None:
+    frozen = replace(SMALL, frozen="conv")
+    columns, everyone = Towers(2, 1), cast(dist.ProcessGroup, object())
+    network = Network(frozen, 4, columns=columns)
+    freeze(network, frozen)
+    assert replicated(network, Ranks(0, 2, 0, 2, columns=columns, group=everyone), compress=False) is network
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_shared_is_what_all_have(dtype: torch.dtype) -> None:
+    processes(2, exchange, dtype)
+
+
 def test_counts_add_up() -> None:
     first, second = Evaluation.empty(3), Evaluation.empty(3)
     first.add(np.eye(3, dtype=np.float32), np.array([0, 1, 1]))
@@ -122,4 +141,8 @@ def test_the_numbers_of_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "x"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match="are no numbers"):
+        numbers()
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("RANK", "2")
+    with pytest.raises(UsageError, match="rank 2 of 2"):
         numbers()

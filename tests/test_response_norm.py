@@ -107,6 +107,12 @@ def test_stock_operator_agrees_where_conventions_do() -> None:
     torch.testing.assert_close(response_norm.fast(x, 5, 2.0, 1e-4, 0.75, 1), stock(x))
 
 
+def test_of_no_image_nothing() -> None:
+    empty = torch.empty(0, 8, 5, 5)
+    settings = (5, 2.0, 1e-4, 0.75, 2)
+    torch.testing.assert_close(response_norm.fast(empty, *settings), response_norm.plain(empty, *settings))
+
+
 def test_towers_never_see_each_other() -> None:
     x = activations(1, 96, 2, 2)
     loud = x.clone()

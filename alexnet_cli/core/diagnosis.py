@@ -33,8 +33,8 @@ def weights(network: Network) -> str:
 def outputs(gradient: Gradient, batch: Batch, draws: Draws, step: int, epoch: int) -> str:
     """The first layer, in the order of computing, whose output for this batch is no number; else its weights, or ""."""
     network, found = gradient.network, []
-    spoilt = weights(network)
-    if spoilt:
+    ranks, spoilt = gradient.placement.ranks, weights(network)
+    if spoilt or ranks.columns:  # a forward takes everyone there, and others may have losses that are numbers
         return spoilt
 
     def watch(layer: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
@@ -48,7 +48,7 @@ def outputs(gradient: Gradient, batch: Batch, draws: Draws, step: int, epoch: in
     try:
         for first in range(0, len(batch.rows), gradient.piece):
             part = slice(first, first + gradient.piece)
-            network.draw_dropout(step, first)
+            network.draw_dropout(step, ranks.share(gradient.images).start + first)
             with torch.no_grad(), gradient.placement.arithmetic():
                 network(gradient.pixels.train(batch.images[part], batch.rows[part], draws, epoch))
             if found:

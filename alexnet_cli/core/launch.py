@@ -13,21 +13,22 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch._C._distributed_c10d import TCPStore
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, start_processes
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
 from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 
 from alexnet_cli.core.devices import cores
 from alexnet_cli.core.ranks import LAUNCHER
-from alexnet_cli.errors import AlexNetError, MissingError
+from alexnet_cli.core.resume import EXIT_CODES, asked_to_stop
+from alexnet_cli.errors import AlexNetError, MissingError, Stopped
 
 PERIOD = 0.1  # seconds between two looks at the processes
 MERCY = 15  # seconds that the others have to end when one has failed
 GRACE = 600  # seconds that all have to save when they are asked to stop
-HANDLED = "SIGTERM,SIGINT,SIGHUP,SIGUSR1"
+HURRY = 5  # seconds that they have when they are asked again
 
 
 def launch(arguments: Sequence[str], processes: int) -> int:
@@ -37,24 +38,31 @@ def launch(arguments: Sequence[str], processes: int) -> int:
         AlexNetError: a rank failed, with its message; where several did, the one that did not just lose another.
     """
     logging.disable(logging.ERROR)  # of the manager, which tells at length what we tell in two lines
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = HANDLED
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ""  # its handlers raise, be the processes started or half of them
     store = meeting_place()
     ranks = range(processes)
-    with tempfile.TemporaryDirectory(prefix="alexnet-") as folder:
-        command = ("-m", "alexnet_cli.cli", *arguments)
+    with tempfile.TemporaryDirectory(prefix="alexnet-") as folder, asked_to_stop(None) as asked:
+        safely = [] if os.getcwd() in sys.path else ["-P"]  # or -m would import what lies in the user's folder
+        command = (*safely, "-m", "alexnet_cli.cli", *arguments)
         started = start_processes(
             "alexnet", sys.executable, dict.fromkeys(ranks, command),
             {rank: variables(rank, processes, store.port) for rank in ranks}, DefaultLogsSpecs(log_dir=folder),
         )  # fmt: skip
         assert isinstance(started, SubprocessContext)  # that of a command, not of a function
         try:
-            failed = _wait(started)
-        except SignalException as caught:
-            _ended(started, caught.sigval)
-            failed = set(ranks)
+            failed = _wait(started, asked)
+        except KeyboardInterrupt:  # the second Ctrl-C
+            started.close(signal.SIGINT, HURRY)
+            raise
+        finally:
+            started.close(signal.SIGKILL, HURRY)
         failures = [_failure(started, rank) for rank in sorted(failed)]
+        reason = asked()
     if culprits := [found for found in failures if found]:
-        raise min(culprits, key=lambda found: found[0])[1]
+        error = min(culprits, key=lambda found: found[0])[1]
+        if reason and isinstance(error, MissingError):  # ended by the signal before it could say so
+            raise Stopped(f"stopped by {reason}", "", EXIT_CODES[reason])
+        raise error
     return int(started.subprocess_handlers[0].proc.returncode)
 
 
@@ -77,22 +85,21 @@ def _codes(started: SubprocessContext) -> list[int | None]:
     return [handler.proc.poll() for handler in started.subprocess_handlers.values()]
 
 
-def _wait(started: SubprocessContext) -> set[int]:
-    """Wait until all have ended, and help the others to end when one has failed. Returns those that failed first."""
+def _wait(started: SubprocessContext, asked: Callable[[], str | None]) -> set[int]:
+    """Wait until all have ended, and help the others to end when one has failed. Returns those that failed first.
+
+    What we are asked, we pass on, and wait until all have saved.
+    """
     while None in (codes := _codes(started)) and not any(codes):
+        if reason := asked():
+            started.close(signal.SIGINT if reason == "Ctrl-C" else signal.Signals[reason], GRACE)
+            return set(started.error_files)
         time.sleep(PERIOD)
     time.sleep(PERIOD)  # one that has lost another may have ended a moment before that other is seen to be gone
-    failed = {rank for rank, code in enumerate(_codes(started)) if code}
+    # Who has said why will end, too: letting go of a device takes time.
+    failed = {rank for rank, code in enumerate(_codes(started)) if code or _told(started.error_files[rank])}
     started.close(signal.SIGTERM, MERCY)
     return failed
-
-
-def _ended(started: SubprocessContext, asked: signal.Signals) -> None:
-    """Pass a signal on and wait until all have saved; a second one ends them at once."""
-    try:
-        started.close(asked, GRACE)
-    except SignalException:
-        started.close(signal.SIGKILL, MERCY)
 
 
 def _failure(started: SubprocessContext, rank: int) -> tuple[tuple[bool, float], AlexNetError] | None:
@@ -101,13 +108,15 @@ def _failure(started: SubprocessContext, rank: int) -> tuple[tuple[bool, float],
     told = _told(started.error_files[rank])
     if told:
         error = AlexNetError(f"{told['what']}", str(told["hint"]))
-        error.exit_code = code
+        error.exit_code = int(told["code"])
         return (bool(told["lost"]), float(told["time"])), error
     if code < 0:
         name = signal.Signals(-code).name
         what = f"rank {rank} was ended by {name}, and the others with it"
         hint = "if nobody did that, memory may have run out; the last checkpoint is intact: go on with --resume"
         return (code == -signal.SIGTERM, time.time()), MissingError(what, hint)
+    if code > 0 and rank > 0:  # rank 0 is silent where nobody reads what it writes
+        return (False, time.time()), MissingError(f"rank {rank} ended with exit code {code}, and the others with it")
     return None
 
 

@@ -21,7 +21,6 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
 from alexnet_cli.core.heartbeat import Heartbeat, told
@@ -60,9 +59,13 @@ def numbers() -> Numbers | None:
     try:
         rank, size = (int(os.environ[name]) for name in names[:2])
         local_rank = int(os.environ.get(names[2], rank))
-        return Numbers(rank, size, local_rank, int(os.environ.get(names[3], size)))
+        found = Numbers(rank, size, local_rank, int(os.environ.get(names[3], size)))
     except ValueError as error:
         raise UsageError(f"the launcher's variables {', '.join(names)} are no numbers: {error}") from error
+    if not (0 <= rank < size and 0 <= local_rank < found.local_size):
+        what = f"the launcher numbers this rank {rank} of {size}, on this machine {local_rank} of {found.local_size}"
+        raise UsageError(what, f"{', '.join(names)} count from 0")
+    return found
 
 
 def parent() -> int | None:
@@ -192,7 +195,7 @@ def meeting(mine: Numbers | None, backend: str) -> Iterator[Ranks]:
     if mine is None or mine.size == 1:
         yield ALONE
         return
-    patience = timedelta(seconds=float(os.environ.get(PATIENCE) or SECONDS))
+    patience = _patience()
     os.environ.update({"RANK": str(mine.rank), "WORLD_SIZE": str(mine.size)})
     try:
         store = next(rendezvous("env://", timeout=patience))[0]
@@ -207,6 +210,10 @@ def meeting(mine: Numbers | None, backend: str) -> Iterator[Ranks]:
     finally:
         beat.end()
     dist.destroy_process_group()  # not after an error: it would wait for those that have died of it
+
+
+def _patience() -> timedelta:
+    return timedelta(seconds=float(os.environ.get(PATIENCE) or SECONDS))
 
 
 def _corner(store: Store, mine: Numbers, seconds: float) -> Store:
@@ -239,19 +246,27 @@ def arranged(ranks: Ranks, parallel: Parallel, towers: int, device: torch.device
     if ranks.size == 1:
         return ranks
     replicas, each = arrangement(ranks.size, parallel, towers)
-    nccl = "nccl" in str(dist.get_backend_config())
-    mesh = init_device_mesh("cuda" if nccl else "cpu", (replicas, each), mesh_dim_names=("data", "tower"))
     replica, tower = ranks.rank // each, ranks.rank % each
-    staged = device.type == "cuda" and not nccl
+    mesh = np.arange(ranks.size).reshape(replicas, each)
+    tower_group = _group(mesh) if each == 2 else None
+    data_group = _group(mesh.T) if replicas > 1 else None
+    staged = device.type == "cuda" and "nccl" not in str(dist.get_backend_config())
 
-    def part(total: int, first: int, group: dist.ProcessGroup) -> Towers:
+    def part(total: int, first: int, group: dist.ProcessGroup | None) -> Towers:
         return Towers(total, 1, first, group, staged, ranks.heartbeat, ranks.traffic)
 
     return replace(
         ranks,
         replica=replica,
         replicas=replicas,
-        towers=part(2, tower, mesh.get_group("tower")) if each == 2 else None,
-        columns=part(ranks.size, ranks.rank, mesh.get_group("data")) if parallel == "hybrid" else None,
-        group=mesh.get_group("data") if replicas > 1 else None,
+        towers=part(2, tower, tower_group) if tower_group else None,
+        columns=part(ranks.size, ranks.rank, data_group) if parallel == "hybrid" else None,
+        group=data_group,
     )
+
+
+def _group(mesh: npt.NDArray[np.int64]) -> dist.ProcessGroup:
+    """This rank's row of the mesh. Groups of torch's DeviceMesh wait for half an hour, whatever they are told."""
+    group = dist.new_subgroups_by_enumeration(mesh.tolist(), timeout=_patience())[0]
+    assert isinstance(group, dist.ProcessGroup)
+    return group

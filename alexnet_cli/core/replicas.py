@@ -18,16 +18,18 @@ from alexnet_cli.core.ranks import Ranks
 Summed = torch.futures.Future[Tensor]
 
 
-def replicated(network: Network, ranks: Ranks, compress: bool) -> DistributedDataParallel:
+def replicated(network: Network, ranks: Ranks, compress: bool) -> nn.Module:
     """The network with gradients added up over `ranks.group`; `compress` sends them as bf16.
 
     What is split over all ranks by columns, and so is nobody's replica, keeps its own. Parameters that learn nothing
-    must say so before: whoever freezes one wraps the network anew.
+    must say so before: whoever freezes one wraps the network anew. Where nobody's replica learns, it stays as it is.
     """
     assert ranks.group is not None
     apart = [name for name, _ in network.named_buffers()]  # each rank draws the dropout of its own images
     if ranks.columns is not None:
         apart += [name for name, _ in network.named_parameters() if name.startswith("fc")]
+    if not set(trainable(network)) - set(apart):
+        return network
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(network, apart)
     wrapped = DistributedDataParallel(
         network,

@@ -35,6 +35,8 @@ def plain(x: Tensor, size: int, k: float, alpha: float, beta: float, towers: int
 
 def fast(x: Tensor, size: int, k: float, alpha: float, beta: float, towers: int, relu: bool = False) -> Tensor:
     """The same as `plain`, in values and gradients; fastest when x is channels-last. `relu` may overwrite x."""
+    if not len(x):
+        return x
     if x.device.type == "cuda":
         from alexnet_cli.core import response_norm_gpu
 

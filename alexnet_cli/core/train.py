@@ -48,7 +48,7 @@ def fit(
     for said in _advice(training):
         yield _log(run, said)
     reason, guessing = None, advice.Guessing.at(training.recipe, len(training.data.classes), training.steps)
-    train, size, device = training.data.split("train"), training.batch, training.placement.device
+    train, size, device = training.data.split("train"), training.share, training.placement.device
     with Loader(train, size, training.threads, device) as decoding:
         loader = remembering(decoding, training.cache)
         while reason is None and not _over(training):

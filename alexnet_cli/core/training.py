@@ -65,7 +65,7 @@ class Training:
         self.optimiser = Momentum(parameters_by_name(self.network), self.recipe)
         self.schedule = Schedule(self.recipe, steps_per_epoch(self.rows, self.recipe.batch_size))
         self.pixels = Pixels(self.recipe, self.data.mean_image(), self.data.colour_std, self.data.colour_axes, device)
-        self.share = len(range(self.batch)[ranks.share(self.batch)])
+        self.share = -(-self.batch // ranks.replicas)  # of the rank with most: all plan with the same number
         piece = min(self.micro_batch or self.share, self.share)
         forward: Callable[[Tensor], Tensor] = self.network
         if self.compile:
