@@ -45,14 +45,14 @@ class Run:
     writes: bool = True
 
     @classmethod
-    def create(cls, name: str | None, recipe: Recipe, about: Mapping[str, Any]) -> Run:
-        """Make the directory of a new run and point `latest` to it.
+    def create(cls, name: str | None, recipe: Recipe, about: Mapping[str, Any], root: Path | None = None) -> Run:
+        """Make the directory of a new run, in `root` or where runs are kept, and point its `latest` to it.
 
         Raises:
             UsageError: a run of that name is there already, or the name is not a plain name.
             StorageError: the directory cannot be made.
         """
-        root = runs_root()
+        root = root or runs_root()
         if name is not None and (not name or name in {".", "..", "latest"} or Path(name).name != name):
             raise UsageError(f"--name {name!r} is not a plain name", "letters, digits, '-' and '_' do well")
         stem = name or f"{time.strftime('%Y-%m-%d_%H%M%S')}_{recipe.name}"
