@@ -82,7 +82,7 @@ CORE = {
     "switches": "",
     "ablation": "checkpoint placement records runs shards switches train training",
     "comparison": "runs switches",
-    "ablation_picture": "comparison switches",
+    "ablation_picture": "comparison",
     # section 6 and after: use
     "views": "",
     "onnx_metadata": "sources weights",

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from alexnet_cli.core.comparison import WINDOW, Row
-from alexnet_cli.core.switches import ACTIVATIONS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,7 +28,7 @@ def draw(rows: Sequence[Row], title: str, error: float) -> bytes:
     from matplotlib.figure import Figure  # not pyplot, which keeps figures and asks for a display
 
     compared = [row for row in rows if row.top1_difference]
-    activations = [row for row in rows if row.switch.name in ACTIVATIONS and any(row.curves)]
+    activations = [row for row in rows if row.activation and any(row.curves)]
     figure = Figure(figsize=(12, 1.8 + 0.42 * max(6, len(compared))), dpi=130, layout="constrained")
     figure.suptitle(title)
     left, right = figure.subplots(1, 2)
@@ -65,12 +64,15 @@ def _differences(axes: Axes, rows: Sequence[Row]) -> None:
 
 def _speeds(axes: Axes, rows: Sequence[Row], error: float) -> None:
     for row in rows:
-        name = ACTIVATIONS[row.switch.name]
-        colour, style = LINES[name]
+        colour, style = LINES[str(row.activation)]
         for number, curve in enumerate(row.curves):
             percent = [100 * e for _, e in curve]
             axes.plot(
-                [step for step, _ in curve], percent, color=colour, linestyle=style, label=None if number else name
+                [step for step, _ in curve],
+                percent,
+                color=colour,
+                linestyle=style,
+                label=None if number else row.activation,
             )
     axes.axhline(100 * error, color="grey", linewidth=1)
     axes.set_xlabel("step")

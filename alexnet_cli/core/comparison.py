@@ -42,7 +42,10 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Row:
-    """One switch: top-1 and top-5 error of the last epoch, and what the base has less, seed by seed."""
+    """One switch: top-1 and top-5 error of the last epoch, and what the base has less, seed by seed.
+
+    `activation` is that of the trainings, where it is what is compared.
+    """
 
     switch: Switch
     seeds: tuple[int, ...]
@@ -53,6 +56,7 @@ class Row:
     train_top1: Estimate | None
     top1_difference: Estimate | None
     top5_difference: Estimate | None
+    activation: str | None
     curves: tuple[Curve, ...]
 
     @property
@@ -106,6 +110,7 @@ def _row(
         switch, tuple(good), tuple(seed for seed in ends if seed not in good),
         max((end["epoch"] for end in good.values()), default=None),
         over("top1_error"), over("top5_error"), over("train_top1_error"), beyond("top1_error"), beyond("top5_error"),
+        next((runs[seed].recipe.activation for seed in good if switch.name in ACTIVATIONS), None),
         tuple(curve(runs[seed].records()) for seed in good),
     )  # fmt: skip
 
@@ -136,7 +141,7 @@ def curve(records: Sequence[Mapping[str, Any]]) -> Curve:
 
 def speeds(rows: Sequence[Row], error: float) -> dict[str, list[int | None]]:
     """Activation -> the step at which each seed's training error is that low (the paper's figure 1)."""
-    return {ACTIVATIONS[row.switch.name]: row.steps_to(error) for row in rows if row.switch.name in ACTIVATIONS}
+    return {row.activation: row.steps_to(error) for row in rows if row.activation}
 
 
 def as_dict(row: Row, error: float) -> dict[str, Any]:

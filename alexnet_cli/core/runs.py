@@ -17,7 +17,7 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,12 @@ class Run:
         raise UsageError(f"no run is called {name} in {runs_root()}", _known_runs())
 
     @property
+    def name(self) -> str:
+        """What -w and --resume call it: such as NAME, or ABLATION/CELL."""
+        path, root = self.path.resolve(), runs_root().resolve()
+        return str(path.relative_to(root)) if path.is_relative_to(root) else path.name
+
+    @property
     def checkpoints(self) -> Path:
         """The folder of checkpoints."""
         return self.path / "checkpoints"
@@ -121,7 +127,7 @@ class Run:
         due = any(record.get("event") == "checkpoint" for record in self.records())
         none = "its checkpoints are gone" if due else "no checkpoint was due yet"
         saved = f"last good checkpoint: {last.resolve()}" if last.exists() else none
-        return f"{saved}; free some space, or make it writable, then: alexnet train --resume {self.path.name}"
+        return f"{saved}; free some space, or make it writable, then: alexnet train --resume {self.name}"
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -163,10 +169,8 @@ class Run:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
         found = []
         for line in lines:
-            try:
+            with suppress(ValueError, TypeError):
                 found.append(dict(json.loads(line)))
-            except (ValueError, TypeError):
-                continue
         return found
 
     def begin(self, recipe: Recipe, step: int, epoch: int) -> None:

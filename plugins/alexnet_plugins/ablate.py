@@ -106,20 +106,30 @@ def _train_all(
     recipe = todo[0].recipe
     each = steps_per_epoch(rows, recipe.batch_size) * recipe.epochs * min(recipe.batch_size, rows)
     with reporter.progress("ablate", total=each * len(todo)) as bar:
+        first = True
         for number, cell in enumerate(todo, 1):
             if cell in done:
                 bar.skip(each)
                 continue
-            if stop() or (reason := _train(reporter, bar, made, cell, f"{number}/{len(todo)} {cell.name}", stop)):
+            if stop() or (
+                reason := _train(reporter, bar, made, cell, f"{number}/{len(todo)} {cell.name}", stop, first)
+            ):
                 return stop() or reason
             report(reporter, made, error, show=False)
+            first = False
     return None
 
 
 def _train(
-    reporter: Reporter, bar: Progress, made: Ablation, cell: Cell, title: str, stop: Callable[[], str | None]
+    reporter: Reporter,
+    bar: Progress,
+    made: Ablation,
+    cell: Cell,
+    title: str,
+    stop: Callable[[], str | None],
+    first: bool,
 ) -> str | None:
-    """Train one cell. Returns the reason to stop, if it was stopped."""
+    """Train one cell. Returns the reason to stop, if it was stopped. Advice on the data is for the `first` alone."""
     done, last, reason = 0, None, None
     batch = min(cell.recipe.batch_size, len(made.data.split("train")))
     for record in made.train(cell, stop):
@@ -128,7 +138,7 @@ def _train(
         elif record.event == "step":
             note = f"{title}  epoch {record.epoch}/{cell.recipe.epochs}  loss {record.loss:.3g}"
             bar.advance((record.step - done) * batch, note)
-        elif record.event == "warning" and record.step:
+        elif record.event == "warning" and (record.step or first):
             reporter.warn(f"{cell.name}: {record.text}", record.hint or "")
         elif record.event == "validation":
             last = record
