@@ -53,7 +53,9 @@ def _differences(axes: Axes, rows: Sequence[Row]) -> None:
     low, high = axes.get_xlim()
     most = WIDEST * 100 * max([0.01, *map(abs, drawn)])  # two seeds make intervals beside which all else is a point
     axes.set_xlim(max(low, -most), min(high, most))
-    axes.plot([], [], "o", color=OURS, label="here, with the 95 % interval over seeds")
+    intervals = any(row.top1_difference and row.top1_difference.half is not None for row in rows)
+    ours = "here, with the 95 % interval over seeds" if intervals else "here, one seed"
+    axes.plot([], [], "o", color=OURS, label=ours)
     axes.plot([], [], "D", mfc="none", color=PAPERS, label="the paper, on ILSVRC")
     axes.set_yticks(range(len(rows)), [row.switch.name for row in rows])
     axes.invert_yaxis()

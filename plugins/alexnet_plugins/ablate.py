@@ -51,7 +51,7 @@ def ablate(
     """
     from alexnet_cli.core import ablation_picture, placement, switches
     from alexnet_cli.core.ablation import Ablation, cells
-    from alexnet_cli.core.resume import asked_to_stop
+    from alexnet_cli.core.resume import EXIT_CODES, asked_to_stop
     from alexnet_cli.core.shards import find_dataset, open_dataset
 
     level = training_error / 100
@@ -71,12 +71,11 @@ def ablate(
         reason = _train_all(reporter, made, todo, done, stop, level)
     rows = report(reporter, made, level, show=True)
     if reason:
-        from alexnet_cli.core.resume import EXIT_CODES
-
         again = shlex.join(["alexnet", *sys.argv[1:]])
         raise Stopped(f"stopped ({reason}): what was learned is saved in {made.folder}", again, EXIT_CODES[reason])
     if broken := sum(len(row.diverged) for row in rows):
-        what = f"{broken} of {len(todo)} trainings broke down: their loss became no number"
+        every = broken + sum(len(row.seeds) for row in rows)
+        what = f"{broken} of {every} trainings broke down: their loss became no number"
         raise PartialError(what, "a lower rate for all: --set learning_rate=..., with another --name")
 
 
