@@ -79,6 +79,11 @@ CORE = {
     "tensorboard": "records runs",
     "advice": "records shards",
     "train": "advice augment cache evaluate gradient loader records resume runs training",
+    # the paper's claims, switched off
+    "switches": "",
+    "ablation": "checkpoint placement records runs shards switches train training",
+    "comparison": "runs switches",
+    "ablation_picture": "comparison",
     # section 6 and after: use
     "views": "",
     "onnx_metadata": "sources weights",
@@ -117,13 +122,15 @@ TORCH = {
     "devices", "ranks", "launch", "rows", "replicas", "update_gpu", "placement", "fast_images", "packing", "loader",
     "cache", "augment", "response_norm",
     "response_norm_gpu", "layers", "towers", "network", "compilation", "learning", "checkpoint", "evaluate", "results",
-    "fine_tuning", "gradient", "diagnosis", "training", "train", "tensorboard", "torch_session",
+    "fine_tuning", "gradient", "diagnosis", "training", "train", "ablation", "tensorboard",
+    "torch_session",
 }  # fmt: skip
 LAZY_TORCH = {"devices"}  # import it in functions only
 PLUGINS = {"errors", "recipe", "console", "options", "entry_points"}  # and anything in core
 BESIDE = {
     "prepare": {"prepare_report"},
     "demo": {"demo_pictures"},
+    "ablate": {"ablate_table"},
     "train": {"train_display", "train_setup"},
     "benchmark": {
         "benchmark_pictures",

@@ -217,3 +217,11 @@ def test_the_newest_run_is_taken_by_its_own_name() -> None:
     for spec in ("", "."):
         with pytest.raises(WeightsError):
             find_weights(spec)
+
+
+def test_a_run_inside_a_folder_of_runs_is_called_by_both_names() -> None:
+    run = Run.create("cell", PAPER, {}, Path("runs/several"))
+    assert (run.name, Run.open("several/cell").path) == ("several/cell", run.path)
+    assert Run(Path("elsewhere/cell")).name == "cell"
+    assert "alexnet train --resume several/cell" in run.way_on()
+    assert not Path("runs/latest").exists()

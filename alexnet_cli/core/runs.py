@@ -17,7 +17,7 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,14 +45,14 @@ class Run:
     writes: bool = True
 
     @classmethod
-    def create(cls, name: str | None, recipe: Recipe, about: Mapping[str, Any]) -> Run:
-        """Make the directory of a new run and point `latest` to it.
+    def create(cls, name: str | None, recipe: Recipe, about: Mapping[str, Any], root: Path | None = None) -> Run:
+        """Make the directory of a new run, in `root` or where runs are kept, and point its `latest` to it.
 
         Raises:
             UsageError: a run of that name is there already, or the name is not a plain name.
             StorageError: the directory cannot be made.
         """
-        root = runs_root()
+        root = root or runs_root()
         if name is not None and (not name or name in {".", "..", "latest"} or Path(name).name != name):
             raise UsageError(f"--name {name!r} is not a plain name", "letters, digits, '-' and '_' do well")
         stem = name or f"{time.strftime('%Y-%m-%d_%H%M%S')}_{recipe.name}"
@@ -85,6 +85,12 @@ class Run:
             if (path / "run.json").is_file():
                 return cls(_named(path))
         raise UsageError(f"no run is called {name} in {runs_root()}", _known_runs())
+
+    @property
+    def name(self) -> str:
+        """What -w and --resume call it: such as NAME, or ABLATION/CELL."""
+        path, root = self.path.resolve(), runs_root().resolve()
+        return str(path.relative_to(root)) if path.is_relative_to(root) else path.name
 
     @property
     def checkpoints(self) -> Path:
@@ -121,7 +127,7 @@ class Run:
         due = any(record.get("event") == "checkpoint" for record in self.records())
         none = "its checkpoints are gone" if due else "no checkpoint was due yet"
         saved = f"last good checkpoint: {last.resolve()}" if last.exists() else none
-        return f"{saved}; free some space, or make it writable, then: alexnet train --resume {self.path.name}"
+        return f"{saved}; free some space, or make it writable, then: alexnet train --resume {self.name}"
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -163,10 +169,8 @@ class Run:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
         found = []
         for line in lines:
-            try:
+            with suppress(ValueError, TypeError):
                 found.append(dict(json.loads(line)))
-            except (ValueError, TypeError):
-                continue
         return found
 
     def begin(self, recipe: Recipe, step: int, epoch: int) -> None:
