@@ -59,7 +59,7 @@ def test_whatever_export_writes_is_let_in_and_runs(tmp_path: Path, name: str) ->
         assert {node.op_type.encode() for node in proto.graph.node} <= onnx_wire.OPERATORS
         onnx_wire.check(path)
         answers[precision] = Session(path, provider="cpu", few=True).logits(crops)
-    spread = np.ptp(answers["fp32"])
+    spread = float(np.ptp(answers["fp32"]))
     for precision, share in (("fp16", 0.005), ("int8", 0.1)):
         np.testing.assert_allclose(answers[precision], answers["fp32"], atol=share * spread)
 

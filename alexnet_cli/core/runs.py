@@ -238,9 +238,8 @@ def find_weights(spec: str | None, suffixes: Sequence[str] = (".safetensors",)) 
         path = Path(spec)
     if path.is_file():
         if path.suffix not in suffixes:
-            raise WeightsError(
-                f"{path} is not a {' or '.join(suffixes)} file", "name a run, a checkpoint folder or such a file"
-            )
+            hint = "name a run, a checkpoint folder or such a file; other formats: alexnet import-weights"
+            raise WeightsError(f"{path} is not a {' or '.join(suffixes)} file", hint)
         return path
     if spec is None and not path.exists():
         raise WeightsError(f"no newest run to take weights from in {runs_root()}", _known_runs())
