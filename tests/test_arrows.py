@@ -115,7 +115,7 @@ CORE = {
     "torch_file": "foreign state_dict unpickler",
     "mean_image": "caffemodel cuda_convnet foreign protobuf unpickler",
     "recognition": "caffemodel cuda_convnet foreign onnx_weights protobuf state_dict torch_file",
-    "conversion": "atomic devkit foreign ilsvrc runs shapes sources weights",
+    "conversion": "atomic devkit foreign ilsvrc listing runs shapes sources weights",
     "stopwatch": "",
 }
 TORCH = {

@@ -26,7 +26,7 @@ from alexnet_cli.core.ilsvrc import WNIDS_SHA256
 from alexnet_cli.core.published import published
 from alexnet_cli.core.shards import open_dataset
 from alexnet_cli.core.sources import ClassName
-from alexnet_cli.errors import DataError, MissingError
+from alexnet_cli.errors import DataError, MissingError, StorageError
 from alexnet_cli.recipe import CAFFE, FAST, KRIZHEVSKY, PAPER, Recipe
 
 SMALL = replace(FAST, width=1 / 16)
@@ -131,6 +131,21 @@ def test_its_files_and_words(runs: Path, prepared: Path, tmp_path: Path) -> None
     assert sorted(file.name for file in (runs / "eval").iterdir()) == [
         "val-1.json", "val-1_confusion.csv", "val-1_confusion.png", "val-1_per_class.csv",
     ]  # fmt: skip
+
+
+def test_files_of_one_run_keep_their_results_apart(runs: Path) -> None:
+    onnx_graph.write(weights.read(runs / "checkpoints" / "best" / "model.safetensors"), runs / "alexnet-int8.onnx")
+    assert run("-w", str(runs / "alexnet-int8.onnx")).exception is None
+    assert json.loads((runs / "eval" / "val-1-alexnet-int8.json").read_text())["backend"] == "onnx"
+
+
+def test_a_folder_that_cannot_be_is_known_before_the_work(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(evaluating, "evaluate", None)
+    result = run("-w", "one", "-o", str(tmp_path / "file"))
+    assert isinstance(result.exception, StorageError)
 
 
 def test_a_subset_is_a_note_and_an_unknown_class_an_error(runs: Path, prepared: Path, tmp_path: Path) -> None:

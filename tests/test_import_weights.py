@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -350,6 +351,9 @@ def test_lists_of_classes_that_cannot_be_right() -> None:
     Path("twice.txt").write_text("a\n" * 10)
     with pytest.raises(WeightsError, match="twice"):
         imported(content, "--classes", "twice.txt")
+    os.mkfifo("pipe.txt")  # would keep us waiting
+    with pytest.raises(WeightsError, match="not a regular file"):
+        imported(content, "--classes", "pipe.txt")
 
 
 def test_torchvisions_network_is_another() -> None:

@@ -19,11 +19,12 @@ from alexnet_cli.core import ilsvrc
 from alexnet_cli.core.atomic import replacing
 from alexnet_cli.core.devkit import read_devkit
 from alexnet_cli.core.foreign import Array, Foreign, Labels, Pixels, refused
+from alexnet_cli.core.listing import read_file
 from alexnet_cli.core.runs import MODEL, Run, runs_root
 from alexnet_cli.core.shapes import ONE_TOWER, PER_TOWER, tensor_shapes
 from alexnet_cli.core.sources import ClassName
 from alexnet_cli.core.weights import LAYERS, Model, metadata
-from alexnet_cli.errors import StorageError, UsageError, WeightsError
+from alexnet_cli.errors import DataError, StorageError, UsageError, WeightsError
 from alexnet_cli.recipe import SIDE, Recipe
 
 TORCHVISION_MEAN = (255 * 0.485, 255 * 0.456, 255 * 0.406)
@@ -32,7 +33,7 @@ OTHER = (
     "another network of the same name: Krizhevsky's of 2014 has one tower, 64 filters in layer 1 and no response "
     "normalisation"
 )
-LONGEST = 1 << 24  # bytes of a list of classes
+ONE_A_LINE = "a text file of a line a class is needed"
 
 
 def model(
@@ -147,10 +148,11 @@ def _listed(path: Path) -> list[ClassName]:
         if path.is_dir() or path.suffix in (".gz", ".tgz", ".tar"):
             kit = read_devkit(path)
             return [ClassName(kit.words[kit.wnids[i]], kit.wnids[i]) for i in sorted(kit.wnids)]
-        with path.open("rb") as file:
-            text = file.read(LONGEST).decode("utf-8-sig")
+        text = read_file(path).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise WeightsError(f"{path} cannot be read: {error}", "a text file of a line a class is needed") from error
+        raise WeightsError(f"{path} cannot be read: {error}", ONE_A_LINE) from error
+    except DataError as error:
+        raise WeightsError(f"{path} cannot be read: {error.what}", error.hint or ONE_A_LINE) from error
     found, words = [], {wnid: name for name, wnid in ilsvrc.sorted_classes()}
     for line in text.strip().splitlines():
         first, _, rest = line.strip().partition(" ")

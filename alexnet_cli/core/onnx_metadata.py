@@ -72,7 +72,7 @@ def read(path: Path, text: Mapping[str, str]) -> Info:
     if text.get("alexnet.schema") != SCHEMA:
         raise WeightsError(
             f"{path} is not an ONNX file of this toolkit (schema {text.get('alexnet.schema', 'missing')})",
-            f"expected {SCHEMA}, as `alexnet export` writes it",
+            f"expected {SCHEMA}, as `alexnet export` writes it; another program's network: alexnet import-weights FILE",
         )
     try:
         names, wnids = json.loads(text["names"]), json.loads(text["wnids"])

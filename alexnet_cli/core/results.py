@@ -85,6 +85,14 @@ def confused(counts: Evaluation, classes: Sequence[ClassName], most: int) -> lis
     return [(classes[t].name, classes[s].name, int(wrong[t, s])) for t, s in places if wrong[t, s]]
 
 
+def make(folder: Path) -> None:
+    """The folder of results, so that a wrong one is known before the work is done. Raises StorageError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot write to {folder}: {error.strerror}", "free space, or choose another -o") from error
+
+
 def write(
     folder: Path, stem: str, counts: Evaluation, classes: Sequence[ClassName], totals: dict[str, Any]
 ) -> list[Path]:
@@ -93,10 +101,10 @@ def write(
     Raises:
         StorageError: they cannot be written.
     """
+    make(folder)
     files = [folder / f"{stem}{end}" for end in (".json", "_per_class.csv", "_confusion.csv", "_confusion.png")]
     names = [c.name for c in classes]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         files[0].write_text(json.dumps(totals, indent=2) + "\n", encoding="utf-8")
         with files[1].open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
             rows = per_class(counts, classes)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alexnet_cli.core.atomic import point, replacing, write_text
+from alexnet_cli.core.atomic import point, write_text
 from alexnet_cli.errors import DataError, StorageError, UsageError, WeightsError
 from alexnet_cli.recipe import Recipe, load
 
@@ -191,14 +191,13 @@ class Run:
         if not self.writes:
             return
         rows = [r for r in self.records() if r.get("event") == "validation"]
-        with (
-            self.storing(),
-            replacing(self.path / "metrics.csv") as temporary,
-            temporary.open("w", encoding="utf-8", newline="") as file,
-        ):
-            writer = csv.DictWriter(file, CSV_COLUMNS, extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(rows)
+        temporary = self.path / ".metrics.csv.tmp"
+        with self.storing():
+            with temporary.open("w", encoding="utf-8", newline="") as file:
+                writer = csv.DictWriter(file, CSV_COLUMNS, extrasaction="ignore")
+                writer.writeheader()
+                writer.writerows(rows)
+            temporary.replace(self.path / "metrics.csv")
 
 
 def _unborn(path: Path) -> bool:
@@ -206,7 +205,7 @@ def _unborn(path: Path) -> bool:
     own = path.is_dir() and not path.is_symlink() and not any((path / "checkpoints").glob("*"))
     return own and all(
         entry.name in {"checkpoints", "recipe.toml", ".lock"}
-        or re.fullmatch(r"\.(recipe\.toml|run\.json)\..*tmp(\.\w+)?", entry.name)
+        or re.fullmatch(r"\.(recipe\.toml|run\.json)\..*tmp", entry.name)
         for entry in path.iterdir()
     )
 
@@ -242,9 +241,8 @@ def find_weights(spec: str | None, suffixes: Sequence[str] = (".safetensors",)) 
         path = Path(spec)
     if path.is_file():
         if path.suffix not in suffixes:
-            raise WeightsError(
-                f"{path} is not a {' or '.join(suffixes)} file", "name a run, a checkpoint folder or such a file"
-            )
+            hint = "name a run, a checkpoint folder or such a file; other formats: alexnet import-weights"
+            raise WeightsError(f"{path} is not a {' or '.join(suffixes)} file", hint)
         return path
     if spec is None and not path.exists():
         raise WeightsError(f"no newest run to take weights from in {runs_root()}", _known_runs())

@@ -72,14 +72,19 @@ def evaluate(
     if len(dataset.classes) < len(classes):
         known = f"{len(dataset.classes):,} of the {len(classes):,} classes that the network can answer"
         reporter.line("note", f"the data set has {known}: an answer outside of them counts as wrong")
-    counts = _counted(reporter, images, classify, classes, output_of, batch_size, jobs, predictions)
-    figure = published(recipe, dataset.classes)
-    totals, run = results.numbers(counts, views, backend, figure), run_of(path)
-    totals |= {"split": split, "weights": str(path), "data": str(dataset.path), "data_hash": dataset.hash}
-    _report(reporter, counts, classes, totals, results.compared(figure, views, counts.images) if figure else "")
+    run = run_of(path)
     folder = output or (run / "eval" if run else None)
     if folder:
-        files = results.write(folder, f"{split}-{views}", counts, classes, totals)
+        results.make(folder)
+    counts = _counted(reporter, images, classify, classes, output_of, batch_size, jobs, predictions)
+    figure = published(recipe, dataset.classes)
+    totals = results.numbers(counts, views, backend, figure)
+    totals |= {"split": split, "weights": str(path), "data": str(dataset.path), "data_hash": dataset.hash}
+    _report(reporter, counts, classes, totals, results.compared(figure, views, counts.images) if figure else "")
+    if folder:
+        # A run has several ONNX files, and none is to overwrite what another gave.
+        stem = f"{split}-{views}{f'-{path.stem}' if backend == 'onnx' else ''}"
+        files = results.write(folder, stem, counts, classes, totals)
         reporter.line("files", f"{files[0].parent}: {', '.join(file.name for file in files)}")
     else:
         reporter.line("files", "none, since the weights lie in no run: -o DIR writes classes and confusions")
