@@ -79,6 +79,7 @@ def test_where_it_is_used(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> No
         assert remembering(loader, "none") is loader
         assert isinstance(remembering(loader, "auto"), Cache)
         assert isinstance(remembering(loader, "device"), Cache)
+        assert remembering(loader, "auto", 10**6) is loader  # as many processes as that take more
         monkeypatch.setattr(cache, "_free", lambda device: 4 * 48 * cache.BYTES - 1)
         assert remembering(loader, "auto") is loader  # a quarter is for it at most
         assert isinstance(remembering(loader, "device"), Cache)

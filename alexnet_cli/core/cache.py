@@ -49,17 +49,17 @@ class Cache:
         return torch.from_numpy(rows).to(self.images.device, non_blocking=True)
 
 
-def remembering(loader: Loader, where: Where) -> Loader | Cache:
-    """The loader itself, or around it a cache on its device.
+def remembering(loader: Loader, where: Where, processes: int = 1) -> Loader | Cache:
+    """The loader itself, or around it a cache on its device; so many `processes` have one in the same memory.
 
     Raises:
         MissingError: "device" was asked for and the decoded set does not fit.
     """
-    needed, free = len(loader.split) * BYTES, _free(loader.device)
+    needed, free = len(loader.split) * BYTES * processes, _free(loader.device)
     if where == "device" and free is not None and needed > free:
         raise MissingError(
-            f"--cache device: {len(loader.split):,} decoded pictures take {needed / 1e9:.1f} GB, free are "
-            f"{free / 1e9:.1f} GB",
+            f"--cache device: {len(loader.split):,} decoded pictures take {needed / 1e9:.1f} GB"
+            f"{f' in {processes} processes' if processes > 1 else ''}, free are {free / 1e9:.1f} GB",
             "--cache auto uses a cache only where it fits",
         )
     fits = free is not None and needed <= SHARE[loader.device.type] * free

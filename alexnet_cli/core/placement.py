@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from alexnet_cli.core.devices import cores, cpu_bf16, visible_gpus
-from alexnet_cli.core.ranks import ALONE, Parallel, Ranks, arranged, numbers
+from alexnet_cli.core.ranks import ALONE, Parallel, Ranks, arranged, numbers, parent
 from alexnet_cli.errors import MissingError, UsageError
 
 
@@ -34,6 +34,13 @@ class Placement:
         if self.precision == "bf16":
             return torch.autocast(self.device.type, torch.bfloat16)
         return contextlib.nullcontext()
+
+    @property
+    def sharing(self) -> int:
+        """How many processes use the memory of this one's device; at most, where it is that of a CPU."""
+        if self.device.type == "cpu" or not self.names:
+            return self.ranks.size
+        return self.names.count(self.names[self.ranks.rank])
 
     def of_tower(self, tower: int) -> list[str]:
         """The devices that compute a tower, counted from 0: one for each replica."""
@@ -97,7 +104,8 @@ def place_among(ranks: Ranks, gpus: str | None, precision: str, parallel: Parall
         raise MissingError(what, "start as many as there are GPUs, or name one for each: --gpus 0,0")
     found = _on(ids[mine.local_rank] if ids else None, gpus or "none", precision)
     if found.device.type == "cpu":
-        torch.set_num_threads(max(1, cores() // mine.local_size))
+        if parent() is None:  # our launcher has done so, or has been told otherwise
+            torch.set_num_threads(max(1, cores() // mine.local_size))
         found = replace(found, name=f"CPU process {mine.rank}")
     else:
         torch.cuda.set_device(found.device)
@@ -171,5 +179,6 @@ def keep_memory() -> None:
 
 
 def threads_for_decoding(asked: int | None) -> int:
-    """How many threads decode pictures: what was asked, or one per core, at most eight."""
-    return asked or min(8, cores())
+    """How many threads decode pictures: what was asked, or one per core that is this process's, at most eight."""
+    mine = numbers()
+    return asked or min(8, max(1, cores() // (mine.local_size if mine else 1)))

@@ -50,7 +50,7 @@ def fit(
     reason, guessing = None, advice.Guessing.at(training.recipe, len(training.data.classes), training.steps)
     train, size, device = training.data.split("train"), training.share, training.placement.device
     with Loader(train, size, training.threads, device) as decoding:
-        loader = remembering(decoding, training.cache)
+        loader = remembering(decoding, training.cache, training.placement.sharing)
         while reason is None and not _over(training):
             for record in _epoch(training, loader, (record_every, save_every), stop, max_steps):
                 reason = record.reason

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from alexnet_cli import __version__
 from alexnet_cli import recipe as recipes
+from alexnet_cli.core.shapes import widths
 from alexnet_cli.errors import DataError, UsageError
 from alexnet_cli.recipe import Recipe
 
@@ -67,9 +68,9 @@ def check_placement(placement: Placement, recipe: Recipe, rows: int, micro_batch
         raise UsageError(f"a batch of {batch} is not to be had from {ranks.replicas} replicas", "-b takes more")
     if ranks.columns and micro_batch:
         raise UsageError("--parallel hybrid computes whole batches", "leave --micro-batch out, or use --parallel data")
-    units = [round(4096 * recipe.width)]
-    if ranks.columns and any(n % ranks.size for n in units):
-        raise UsageError(f"{units[0]} units of layer 6 do not divide by {ranks.size}", "use another number of devices")
+    units = recipe.towers * widths(recipe)["fc6"]
+    if ranks.columns and units % ranks.size:
+        raise UsageError(f"{units:,} units of layer 6 do not divide by {ranks.size}", "use another number of devices")
 
 
 def opened(
