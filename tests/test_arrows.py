@@ -77,7 +77,7 @@ CORE = {
     "loader network placement records replicas runs shards weights",
     "tensorboard": "records runs",
     "advice": "records shards",
-    "train": "advice augment cache evaluate gradient loader records resume runs training",
+    "train": "advice augment cache evaluate gradient loader qualitative records resume runs training",
     # section 6 and after: use
     "views": "",
     "onnx_metadata": "sources weights",
@@ -89,7 +89,15 @@ CORE = {
     "inputs": "devices images listing",
     "predict": "images inputs session sources torch_session views",
     "features": "predict",
-    "qualitative": "",
+    "responses": "images inputs session shards views",
+    "stimuli": "responses",
+    "receptive_field": "shapes",
+    "contact_sheet": "",
+    "neighbours": "atomic devices onnx_graph responses session shards",
+    "qualitative_sheets": "contact_sheet images receptive_field responses shards sources stimuli",
+    "spectra": "",
+    "qualitative": "spectra",
+    "filter_picture": "qualitative",
     # weights of other programs
     "protobuf": "",
     "unpickler": "",
@@ -116,6 +124,7 @@ BESIDE = {
     "prepare": {"prepare_report"},
     "demo": {"demo_pictures"},
     "train": {"train_display", "train_setup"},
+    "visualize_filters": {"visualize_patches", "visualize_terminal"},
     "benchmark": {"benchmark_pictures", "benchmark_prepare", "benchmark_load", "benchmark_train"},
     "benchmark_train": {"benchmark_step"},
 }

@@ -19,8 +19,8 @@ from alexnet_cli.errors import AlexNetError, DataError, Stopped, VerificationErr
 
 HEAVY = ("torch", "torchvision", "numpy", "PIL", "onnxruntime", "onnx", "safetensors")
 COMMANDS = (
-    "prepare", "train", "evaluate", "predict", "visualize-filters", "export", "import-weights", "demo", "benchmark",
-    "doctor", "plugins",
+    "prepare", "train", "evaluate", "predict", "neighbors", "visualize-filters", "export", "import-weights", "demo",
+    "benchmark", "doctor", "plugins",
 )  # fmt: skip
 
 
