@@ -78,7 +78,7 @@ CORE = {
     "loader network placement records replicas runs shards weights",
     "tensorboard": "records runs",
     "advice": "records shards",
-    "train": "advice augment cache evaluate gradient loader records resume runs training",
+    "train": "advice augment cache evaluate gradient loader qualitative records resume runs training",
     # the paper's claims, switched off
     "switches": "",
     "ablation": "checkpoint placement records runs shards switches train training",
@@ -103,7 +103,15 @@ CORE = {
     "inputs": "devices images listing",
     "predict": "images inputs session sources torch_session views",
     "features": "predict",
-    "qualitative": "",
+    "responses": "images inputs session shards views",
+    "stimuli": "responses",
+    "receptive_field": "shapes",
+    "contact_sheet": "",
+    "neighbours": "atomic devices onnx_graph responses session shards",
+    "qualitative_sheets": "contact_sheet images receptive_field responses shards sources stimuli",
+    "spectra": "",
+    "qualitative": "spectra",
+    "filter_picture": "qualitative",
     # weights of other programs
     "protobuf": "",
     "unpickler": "",
@@ -132,6 +140,7 @@ BESIDE = {
     "demo": {"demo_pictures"},
     "ablate": {"ablate_table"},
     "train": {"train_display", "train_setup"},
+    "visualize_filters": {"visualize_patches", "visualize_terminal"},
     "benchmark": {
         "benchmark_pictures",
         "benchmark_prepare",

@@ -115,36 +115,68 @@ def test_noise_is_called_undertrained_and_gratings_are_not() -> None:
     assert not qualitative.specialisation([gratings[:4], gratings[4:]]).undertrained
 
 
-def test_grid_puts_every_weight_on_its_pixel_and_zero_on_mid_grey() -> None:
-    kernels = np.zeros((5, 3, 11, 11), np.float32)
-    kernels[3, 0, 10, 2], kernels[3, 2, 0, 0] = 2.0, -1.0
-    page = qualitative.grid(kernels, 2.0, columns=3)
-    assert page.shape == (2 * 12 + 1, 3 * 12 + 1, 3)
-    assert page[5, 5].tolist() == [128, 128, 128]
-    assert page[13 + 10, 1 + 2].tolist() == [255, 128, 128]  # kernel 3 opens the second row
-    assert page[13, 1].tolist() == [128, 128, 64]
-    assert (page[0] == 255).all()
-    assert (page[:, 12] == 255).all()
-    assert (page[13:24, 25:36] == 255).all()  # there is no sixth kernel
-    assert np.count_nonzero((page == 128).all(axis=2)) == 5 * 121 - 2
+def test_separation_and_its_chance_are_those_of_scipy() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    rng = np.random.default_rng(5)
+    first, second = rng.normal(0.3, 0.2, 48), rng.normal(0.4, 0.2, 46)
+    known = stats.mannwhitneyu(first, second)
+    share = known.statistic / (48 * 46)
+    assert qualitative.separation(first, second) == pytest.approx(max(share, 1 - share))
+    assert qualitative.permutation_p(first, second) == pytest.approx(known.pvalue, abs=0.01)
 
 
-def test_rows_are_those_of_figure_3() -> None:
-    assert qualitative.columns_for(48) == 16  # three rows a tower
-    assert qualitative.columns_for(96) == 16
-    assert qualitative.columns_for(24) == 8
-    assert qualitative.columns_for(12) == 6
-    assert qualitative.columns_for(3) == 3
+@pytest.mark.parametrize(("first", "second"), [(48, 48), (12, 12), (40, 47)])
+def test_the_interval_holds_a_half_exactly_where_the_mann_whitney_test_sees_no_difference(
+    first: int, second: int
+) -> None:
+    edge = 0.5 + 1.96 * np.sqrt((first + second + 1) / (12 * first * second))  # the variance of its statistic
+    assert qualitative.auc_interval(edge - 0.001, first, second)[0] < 0.5
+    assert qualitative.auc_interval(edge + 0.001, first, second)[0] > 0.5
+    low, high = qualitative.auc_interval(1.0, first, second)
+    assert 0.8 < low < 1.0 == high  # groups apart: the interval still has a width
 
 
-def test_figure_enlarges_without_mixing_neighbours() -> None:
-    kernels = noise(12)
-    pixels = qualitative.grid(kernels, qualitative.limit_of([kernels]), 6)
-    image = np.asarray(qualitative.figure([("tower 1", pixels)], "title"))
-    zoom = image.shape[1] // pixels.shape[1]
-    assert image.shape[1] == zoom * pixels.shape[1] >= 700
-    assert zoom >= 4
-    top = 26  # below the caption
-    assert (image[top + zoom // 2 :: zoom, zoom // 2 :: zoom][: len(pixels)] == pixels).all()
-    assert (image[top : top + zoom * len(pixels) : zoom, ::zoom] == pixels).all()
-    assert (image[:top] < 128).any()  # the caption is written
+def test_nineteen_random_networks_of_twenty_have_a_half_in_their_interval() -> None:
+    inside = 0
+    for seed in range(100):
+        chroma = [qualitative.chroma_fraction(kernels) for kernels in qualitative.split(noise(96, 100 + seed), 2)]
+        low, high = qualitative.auc_interval(qualitative.separation(chroma[0], chroma[1]), 48, 48)
+        inside += low <= 0.5 <= high
+    assert 88 <= inside <= 100  # 95 expected, deviation 2.2
+
+
+def test_means_weigh_kernels_by_their_norm() -> None:
+    kernels = np.concatenate([3 * grey(1) / np.linalg.norm(grey(1)), opponent(1, 2) / np.linalg.norm(opponent(1, 2))])
+    found = qualitative.specialisation([kernels.astype(np.float32)])
+    assert found.means[0] == pytest.approx(0.25, abs=1e-5)  # 3 parts without colour, one with nothing else
+    assert found.towers[0].norm == pytest.approx([3, 1], rel=1e-5)
+
+
+def test_each_kernel_s_smoothness_is_that_of_the_whole_if_it_were_alone() -> None:
+    kernels = np.concatenate([noise(3), np.cumsum(noise(3, 1), axis=-1), np.zeros((1, 3, 11, 11), np.float32)])
+    alone = [qualitative.smoothness(kernel[None]) for kernel in kernels]
+    assert qualitative.kernel_smoothness(kernels) == pytest.approx(alone)
+    assert alone[-1] == 0
+
+
+def test_noise_between_learned_kernels_is_flagged_kernel_by_kernel() -> None:
+    smooth = np.cumsum(np.cumsum(noise(20, 3), axis=-1), axis=-2)
+    smooth /= np.linalg.norm(smooth.reshape(20, -1), axis=1)[:, None, None, None]
+    towers = [smooth[:10].copy(), smooth[10:].copy()]
+    towers[0][[2, 7]] = noise(2, 9) / 19
+    towers[1][4] = 0
+    found = qualitative.specialisation(towers)
+    assert np.flatnonzero(found.towers[0].undertrained).tolist() == [2, 7]
+    assert np.flatnonzero(found.towers[1].dead).tolist() == [4]
+    assert not found.towers[1].undertrained.any()
+    assert (found.noisy, found.dead, found.undertrained) == (2, 1, False)
+
+
+@pytest.mark.parametrize("towers", [1, 2])
+def test_the_index_of_an_epoch_is_that_of_the_whole_measurement(towers: int) -> None:
+    weight = np.concatenate([noise(24, 1) * 0.3 + grey(24, 2), noise(24, 3)])
+    weight[5] = 0
+    found, told = qualitative.specialisation(qualitative.split(weight, towers)), qualitative.index(weight, towers)
+    assert told.get("specialisation") == found.auc
+    assert [told[f"chroma_tower{i + 1}"] for i in range(towers)] == pytest.approx(list(found.means))
+    assert len(told) == (3 if towers == 2 else 1)

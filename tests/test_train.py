@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 import re
 import shutil
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from alexnet_cli.core import checkpoint, weights
+from alexnet_cli.core import checkpoint, qualitative, weights
 from alexnet_cli.core.placement import Placement
 from alexnet_cli.core.records import Record
 from alexnet_cli.core.runs import Run, find_weights
@@ -72,6 +73,18 @@ def test_records_tell_the_story_and_are_on_disk(start: Callable[..., Training]) 
     rows = (training.run.path / "metrics.csv").read_text().splitlines()
     assert len(rows) == 3
     assert rows[0].startswith("epoch,step,lr")
+
+
+def test_each_epoch_tells_how_far_the_towers_specialise(start: Callable[..., Training]) -> None:
+    training = start()
+    told = [record for record in fit(training) if record.event == "validation"]
+    weight = training.network.conv1.weight.detach().numpy()
+    found = qualitative.specialisation(qualitative.split(weight, 2))
+    assert told[-1].specialisation == found.auc
+    assert (told[-1].chroma_tower1, told[-1].chroma_tower2) == pytest.approx(found.means)
+    assert told[0].chroma_tower1 != told[1].chroma_tower1
+    with (training.run.path / "metrics.csv").open(newline="") as file:
+        assert [float(row["specialisation"]) for row in csv.DictReader(file)] == [r.specialisation for r in told]
 
 
 def test_the_caller_can_take_three_records_and_leave(start: Callable[..., Training]) -> None:

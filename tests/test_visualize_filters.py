@@ -11,10 +11,14 @@ import pytest
 from model_files import random_model, save_model
 from PIL import Image
 
-from alexnet_cli.core import qualitative
+from alexnet_cli.core import filter_picture
+from alexnet_cli.core.responses import responses
+from alexnet_cli.core.session import Convolution, Layer, Session
+from alexnet_cli.core.shards import open_dataset
 from alexnet_cli.errors import UsageError
 from alexnet_cli.recipe import PAPER
-from alexnet_plugins.visualize_filters import _half_blocks, visualize_filters
+from alexnet_plugins.visualize_filters import visualize_filters
+from alexnet_plugins.visualize_terminal import blocks
 
 SMALL = replace(PAPER, width=1 / 4)
 
@@ -54,7 +58,7 @@ def test_one_tower_is_its_half_of_the_kernels_on_the_scale_of_all(
     visualize_filters(weights="first", tower="2", output=Path("new/two.png"), no_terminal=True)
     assert "tower 2 of 2 · 12 kernels" in capsys.readouterr().err
     weight = random_model(SMALL).tensors["conv1.weight"]
-    expected = qualitative.grid(weight[12:], float(np.abs(weight).max()), 6)
+    expected = filter_picture.grid(weight[12:], np.full(12, np.abs(weight).max()), 6)
     with Image.open("new/two.png") as image:
         pixels = np.asarray(image)
     zoom = pixels.shape[1] // expected.shape[1]
@@ -93,7 +97,7 @@ def test_a_file_outside_a_run_is_drawn_into_the_current_folder(
 def test_half_blocks_carry_two_pixels_each() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (5, 4, 3), dtype=np.uint8)
     pixels[0] = 255
-    text = _half_blocks(pixels)
+    text = blocks(pixels)
     assert text.plain == ("▀" * 4 + "\n") * 3
     styles = [span.style for span in text.spans]
     for y in range(3):
@@ -101,3 +105,93 @@ def test_half_blocks_carry_two_pixels_each() -> None:
             upper, lower = pixels[2 * y, x], pixels[2 * y + 1, x] if y < 2 else pixels[0, x]
             expected = "#{:02x}{:02x}{:02x} on #{:02x}{:02x}{:02x}".format(*upper, *lower)
             assert str(styles[4 * y + x]) == expected
+
+
+def test_sorting_and_scaling_change_the_picture_and_say_so(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    visualize_filters(weights="first", sort="chroma", scale="each", output=Path("f.png"), json=True)
+    result = json.loads(capsys.readouterr().out)
+    weight = random_model(SMALL).tensors["conv1.weight"][:12]
+    chroma = result["kernel_chroma"]["tower1"]
+    order = result["order"]["tower1"]
+    assert [chroma[i] for i in order] == sorted(chroma, reverse=True)
+    expected = filter_picture.grid(weight[order], np.abs(weight[order]).max(axis=(1, 2, 3)), 6)
+    with Image.open("f.png") as image:
+        pixels = np.asarray(image)
+    zoom = pixels.shape[1] // expected.shape[1]
+    assert (pixels[26 : 26 + zoom * len(expected) : zoom, ::zoom] == expected).all()
+
+
+def test_every_kernel_is_measured_for_programs(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    visualize_filters(weights="first", json=True)
+    result = json.loads(capsys.readouterr().out)
+    rows = result["kernel_statistics"]["tower2"]
+    assert [row["chroma"] for row in rows] == result["kernel_chroma"]["tower2"]
+    assert all(row["undertrained"] for row in rows)  # as random as they are
+    assert result["towers"]["tower2"]["undertrained"] == len(rows) == 12
+    low, high = result["auc_interval"]
+    assert low <= 0.5 <= result["auc"] <= high
+
+
+def test_the_suffix_asks_for_svg(run: Path) -> None:
+    visualize_filters(weights="first", tower="1", output=Path("f.svg"), quiet=True, no_terminal=True)
+    text = Path("f.svg").read_text()
+    assert text.startswith("<svg")
+    assert "conv1, run first, epoch 0" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"unit": 3}, "--unit belongs to --layer"),
+        ({"data": "x"}, "--data belongs to --layer"),
+        ({"layer": "conv2", "sort": "chroma"}, "--sort is about kernels"),
+        ({"layer": "conv2", "output": Path("f.svg")}, "not a .png file"),
+        ({"output": Path("f.gif")}, "not a .png or .svg file"),
+        ({"layer": "conv2", "unit": 64}, "conv2 has units 0 to 63"),
+        ({"layer": "conv2", "unit": 40, "tower": "1"}, "--unit 40 is in tower 2"),
+    ],
+)
+def test_options_that_say_nothing_are_refused(run: Path, options: dict[str, object], said: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        visualize_filters(weights="first", **options)  # type: ignore[arg-type]
+    assert said in caught.value.what
+
+
+@pytest.mark.parametrize("layer", ["conv4", "fc6"])
+@pytest.mark.parametrize("towers", [1, 2])
+def test_patches_of_a_unit_are_parts_of_the_pictures_that_excite_it_most(
+    layer: Layer | Convolution, towers: int, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = random_model(replace(SMALL, width=1 / 32, towers=towers))
+    path, picture = save_model(model, tmp_path / "m.safetensors"), tmp_path / "p.png"
+    visualize_filters(weights=str(path), layer=layer, unit=2, data=str(prepared), output=picture, json=True)
+    result = json.loads(capsys.readouterr().out)
+    [unit] = result["units"]
+    split = open_dataset(prepared).split("val")
+    values = np.concatenate([values for _, values in responses(split, Session(model, layer=layer))])[:, 2]
+    best = values.reshape(20, -1).max(axis=1)
+    assert [patch["row"] for patch in unit["patches"]] == np.argsort(-best, kind="stable")[:9].tolist()
+    assert [patch["response"] for patch in unit["patches"]] == pytest.approx(np.sort(best)[::-1][:9].tolist())
+    first = unit["patches"][0]
+    assert first["key"] == split.key(first["row"])
+    left, top, right, bottom = first["box"]
+    assert 16 <= left < right <= 240
+    assert 16 <= top < bottom <= 240
+    with Image.open(picture) as image:
+        assert image.width > 9 * 128
+        assert image.height < 250
+
+
+def test_a_page_shows_the_strongest_units_of_the_chosen_tower(
+    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = save_model(random_model(replace(SMALL, width=1 / 32)), tmp_path / "m.safetensors")
+    visualize_filters(
+        weights=str(path), layer="conv3", tower="2", data=str(prepared), output=tmp_path / "p.png", json=True
+    )
+    units = json.loads(capsys.readouterr().out)["units"]
+    assert len(units) == 6  # a tower of 192 / 32
+    assert {unit["tower"] for unit in units} == {2}
+    assert {unit["unit"] for unit in units} == set(range(6, 12))
+    highest = [unit["patches"][0]["response"] for unit in units]
+    assert highest == sorted(highest, reverse=True)

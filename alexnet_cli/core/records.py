@@ -23,6 +23,9 @@ class Record:
     data_wait: float | None = None
     train_loss: float | None = None
     train_top1_error: float | None = None
+    specialisation: float | None = None
+    chroma_tower1: float | None = None
+    chroma_tower2: float | None = None
     steps_per_epoch: int | None = None
     best: bool | None = None
     path: str | None = None

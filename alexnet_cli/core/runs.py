@@ -29,6 +29,7 @@ from alexnet_cli.recipe import Recipe, load
 MODEL, ONNX = "model.safetensors", "alexnet.onnx"
 CSV_COLUMNS = (
     "epoch", "step", "lr", "train_loss", "train_top1_error", "loss", "top1_error", "top5_error", "images_per_second",
+    "specialisation", "chroma_tower1", "chroma_tower2",
 )  # fmt: skip
 
 

@@ -31,6 +31,7 @@ Crops = npt.NDArray[np.uint8] | Array
 
 Source = Path | weights.Model
 Layer = Literal["fc6", "fc7"]
+Convolution = Literal["conv1", "conv2", "conv3", "conv4", "conv5"]
 
 
 class Session:
@@ -46,12 +47,12 @@ class Session:
         provider: Literal["auto", "cpu", "cuda"] = "auto",
         threads: int | None = None,
         few: bool = False,
-        layer: Layer | None = None,
+        layer: Layer | Convolution | None = None,
     ) -> None:
         """Open `source`: an .onnx file, any other model file, or a model in memory.
 
         `few`: open faster for a handful of pictures, at the price of some throughput; an .onnx file is then mapped
-        and must not be overwritten in place meanwhile. `layer`: whose activations `features` gives.
+        and must not be overwritten in place meanwhile. `layer`: whose activations `features` or `responses` gives.
 
         Raises:
             WeightsError: the file is missing, damaged or not a network of this toolkit.
@@ -120,9 +121,22 @@ class Session:
         probabilities, units = self._run(["probabilities", _activations(self.layer, self.recipe)], crops)
         return probabilities, units * np.float32(1 if self.recipe.dropout_inverted else 1 - self.recipe.dropout)
 
-    def _run(self, outputs: list[str], crops: Crops) -> list[Array]:
+    def responses(self, crops: Crops) -> Array:
+        """Units of layer 6 or 7 as `features` has them, or N x maps x rows x columns of a convolution before its
+        nonlinearity. What comes after that layer is not computed.
+        """
+        import onnxruntime
+
+        assert self.layer, "the session was opened without a layer"
+        options = onnxruntime.RunOptions()
+        options.only_execute_path_to_fetches = True
+        units = self._run([_activations(self.layer, self.recipe)], crops, options)[0]
+        halved = self.layer.startswith("fc") and not self.recipe.dropout_inverted
+        return units * np.float32(1 - self.recipe.dropout) if halved else units
+
+    def _run(self, outputs: list[str], crops: Crops, options: Any = None) -> list[Array]:
         try:
-            results = self._session.run(outputs, {"input": crops.astype(np.float32, copy=False)})
+            results = self._session.run(outputs, {"input": crops.astype(np.float32, copy=False)}, options)
         except Exception as error:
             if memory_ended(error):
                 raise
@@ -204,8 +218,8 @@ def _graph(source: Source, layer: str | None) -> tuple[bytes, dict[str, Any]]:
 
 
 def _activations(layer: str, recipe: Recipe) -> str:
-    """What a graph calls the activations of a fully connected layer."""
-    return f"{layer}.{recipe.activation}"
+    """What a graph calls a convolution before its nonlinearity, a fully connected layer after it."""
+    return layer if layer.startswith("conv") else f"{layer}.{recipe.activation}"
 
 
 def _checked(path: Path, session: Any, layer: str | None) -> onnx_metadata.Info:

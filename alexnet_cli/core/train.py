@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from alexnet_cli.core import advice
+from alexnet_cli.core import advice, qualitative
 from alexnet_cli.core.augment import Draws
 from alexnet_cli.core.cache import Cache, remembering
 from alexnet_cli.core.evaluate import Evaluation
@@ -184,4 +184,14 @@ def _validation(training: Training, counts: Evaluation) -> tuple[dict[str, Any],
         "train_loss": tally.loss / tally.images, "train_top1_error": tally.errors / tally.images,
         "images_per_second": tally.rate,
     }  # fmt: skip
-    return fields, best
+    return fields | _specialisation(training), best
+
+
+def _specialisation(training: Training) -> dict[str, float]:
+    """How far the towers' kernels differ in colour by now (section 6.1), for whoever writes the run."""
+    ranks, network = training.placement.ranks, training.network
+    if not ranks.collects:
+        return {}
+    with ranks.together("collecting layer 1"):
+        weight = network.whole("conv1.weight", network.conv1.weight)
+    return {} if weight is None else qualitative.index(weight.numpy(), training.recipe.towers)

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from alexnet_cli.console import Reporter
 from alexnet_cli.errors import StorageError, UsageError
-from alexnet_cli.options import JsonFlag, QuietFlag, WeightsOption
+from alexnet_cli.options import DataOption, JsonFlag, QuietFlag, WeightsOption
+from alexnet_plugins import visualize_patches, visualize_terminal
 
 if TYPE_CHECKING:
-    from rich.text import Text
-
-    from alexnet_cli.core.qualitative import Kernels, Pixels, Specialisation
+    from alexnet_cli.core.qualitative import Kernels, Specialisation
     from alexnet_cli.core.weights import Model
 
 CHANCE = 0.05  # p-values above this are called chance
+Layer = Literal["conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7"]
 
 
 def visualize_filters(
@@ -28,8 +26,23 @@ def visualize_filters(
         str,
         typer.Option(help="Which tower's kernels: 1, 2 or both.", autocompletion=lambda: ["1", "2", "both"]),
     ] = "both",
+    scale: Annotated[
+        Literal["joint", "each"] | None,
+        typer.Option(help="One scale for all kernels, or one for each, to look at faint ones. [default: joint]"),
+    ] = None,
+    sort: Annotated[
+        Literal["chroma"] | None, typer.Option(help="Most colourful kernels first. [default: as they are numbered]")
+    ] = None,
+    layer: Annotated[
+        Layer | None, typer.Option(help="Instead of kernels, the parts of validation pictures that excite its units.")
+    ] = None,
+    unit: Annotated[
+        int | None, typer.Option(min=0, help="Of --layer, this unit alone. [default: the strongest ones]")
+    ] = None,
+    data: DataOption = None,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="PNG file. Left out: figures/ of the run.")
+        Path | None,
+        typer.Option("-o", "--output", help="PNG file, or SVG by its suffix. [default: figures/ of the run]"),
     ] = None,
     no_terminal: Annotated[
         bool, typer.Option("--no-terminal", help="No picture in the terminal.", show_default=False)
@@ -41,33 +54,84 @@ def visualize_filters(
 
     All kernels share one scale, and zero is mid-grey: what looks faint is faint.
     """
-    from alexnet_cli.core import qualitative
     from alexnet_cli.core.runs import find_weights, run_of
     from alexnet_cli.core.weights import read
 
+    _check(layer, [("--unit", unit), ("--data", data)], [("--scale", scale), ("--sort", sort)], output)
     reporter = Reporter("visualize-filters", json=json, quiet=quiet)
     path = find_weights(weights)
     model = read(path)
-    towers = qualitative.split(model.tensors["conv1.weight"], model.recipe.towers)
-    chosen = _chosen(tower, len(towers))
-    found = qualitative.specialisation(towers)
+    chosen = _chosen(tower, model.recipe.towers)
     reporter.line("weights", str(path))
-    reporter.line("layer", f"conv1 · {_described(towers, chosen)} · one scale, zero = mid-grey")
-    limit = qualitative.limit_of(towers)
-    if not no_terminal and not json and _shows_colour():
-        for i in chosen:
-            reporter.show(_half_blocks(qualitative.grid(towers[i], limit, _columns(towers[i]))))
-    columns = qualitative.columns_for(len(towers[0]))
-    panels = [(_caption(found, towers, i), qualitative.grid(towers[i], limit, columns)) for i in chosen]
-    name = "conv1.png" if len(chosen) == len(towers) else f"conv1-tower{chosen[0] + 1}.png"
     run = run_of(path)
+    part = f"-tower{chosen[0] + 1}" if len(chosen) < model.recipe.towers else ""
+    name = (
+        f"{layer}-unit{unit}.png" if unit is not None else f"{layer}-units{part}.png" if layer else f"conv1{part}.png"
+    )
     target = output or ((run / "figures" if run else Path()) / name)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        qualitative.figure(panels, _title(model)).save(target, "PNG")
-    except OSError as error:
-        raise StorageError(f"cannot write {target}: {error.strerror or error}", "choose another -o") from error
-    _report(reporter, found, target, tower, sum(len(towers[i]) for i in chosen), model)
+    title = _title(layer or "conv1", model, run)
+    if layer is not None:
+        record, image = visualize_patches.strongest(reporter, model, layer, unit, chosen, data, title)
+        _write(target, lambda: image.save(target, "PNG"))
+        reporter.result({"path": str(target), "tower": tower, **record})
+        reporter.line("saved", str(target))
+        return
+    _kernels(reporter, model, chosen, scale or "joint", sort is not None, target, title, terminal=not no_terminal)
+
+
+def _check(
+    layer: str | None, with_layer: list[tuple[str, Any]], without: list[tuple[str, Any]], output: Path | None
+) -> None:
+    """Refuse options that say nothing here."""
+    for option, value in without if layer else with_layer:
+        if value is not None:
+            other = "is about kernels, not about --layer" if layer else "belongs to --layer"
+            raise UsageError(f"{option} {other}", "leave it out" if layer else "such as --layer conv5 --unit 12")
+    suffixes = (".png",) if layer else (".png", ".svg")
+    if output is not None and output.suffix.lower() not in suffixes:
+        raise UsageError(f"-o {output}: not a {' or '.join(suffixes)} file", f"such as -o filters{suffixes[-1]}")
+
+
+def _kernels(
+    reporter: Reporter,
+    model: Model,
+    chosen: list[int],
+    scale: str,
+    sort: bool,
+    target: Path,
+    title: str,
+    terminal: bool,
+) -> None:
+    """The kernels of the chosen towers as a picture, and the numbers."""
+    import numpy as np
+
+    from alexnet_cli.core import filter_picture, qualitative
+
+    towers = qualitative.split(model.tensors["conv1.weight"], model.recipe.towers)
+    found = qualitative.specialisation(towers)
+    limits = filter_picture.joint_limits(towers) if scale == "joint" else filter_picture.own_limits(towers)
+    orders = [np.argsort(-t.chroma, kind="stable") if sort else np.arange(len(t.chroma)) for t in found.towers]
+    grids = {i: (towers[i][orders[i]], limits[i][orders[i]]) for i in chosen}
+    words = ("one scale" if scale == "joint" else "a scale for each", ", most colourful first" if sort else "")
+    reporter.line("layer", f"conv1 · {_described(towers, chosen)} · {words[0]}, zero = mid-grey{words[1]}")
+    if terminal and not reporter.json and visualize_terminal.shows_colour():
+        for kernels, limit in grids.values():
+            reporter.show(visualize_terminal.half_blocks(kernels, limit))
+    columns = filter_picture.columns_for(len(towers[0]))
+    note = "" if scale == "joint" else f", {words[0]}"
+    panels = [(_caption(found, i) + note, filter_picture.grid(*grids[i], columns)) for i in chosen]
+    if target.suffix.lower() == ".svg":
+        _write(target, lambda: target.write_text(filter_picture.svg(panels, title), encoding="utf-8"))
+    else:
+        _write(target, lambda: filter_picture.figure(panels, title).save(target, "PNG"))
+    numbers = qualitative.numbers(found) | {
+        "order": {f"tower{i + 1}": orders[i].tolist() for i in chosen},
+        "scale": scale,
+    }
+    tower = "both" if len(chosen) == len(towers) else str(chosen[0] + 1)
+    count = sum(len(towers[i]) for i in chosen)
+    reporter.result({"path": str(target), "tower": tower, "kernels": count} | numbers)
+    _tell(reporter, found, target, model)
 
 
 def _chosen(tower: str, towers: int) -> list[int]:
@@ -88,29 +152,42 @@ def _described(towers: tuple[Kernels, ...], chosen: list[int]) -> str:
     return f"{noun} {names} of {len(towers)} · {count} kernels {height}×{width}×3{each}"
 
 
-def _caption(found: Specialisation, towers: tuple[Kernels, ...], i: int) -> str:
-    return f"tower {i + 1} of {len(towers)}, {len(towers[i])} kernels, colour share {found.means[i]:.2f}"
+def _caption(found: Specialisation, i: int) -> str:
+    tower = found.towers[i]
+    return f"tower {i + 1} of {len(found.towers)}, {len(tower.chroma)} kernels, colour share {found.means[i]:.2f}"
 
 
-def _title(model: Model) -> str:
+def _title(layer: str, model: Model, run: Path | None) -> str:
     """What the kernels belong to: run and epoch, as far as the file knows."""
-    return ", ".join(["conv1"] + [f"{word} {model.info[word]}" for word in ("run", "epoch") if word in model.info])
+    known = ({"run": run.name} if run else {}) | dict(model.info)
+    return ", ".join([layer] + [f"{word} {known[word]}" for word in ("run", "epoch") if word in known])
 
 
-def _report(reporter: Reporter, found: Specialisation, target: Path, tower: str, kernels: int, model: Model) -> None:
-    reporter.result({
-        "path": str(target), "tower": tower, "kernels": kernels,
-        "chroma_fraction": {f"tower{i + 1}": mean for i, mean in enumerate(found.means)},
-        "auc": found.auc, "p_value": found.p_value,
-        "smoothness": found.smoothness, "undertrained": found.undertrained, "dead": found.dead,
-        "kernel_chroma": {f"tower{i + 1}": c.tolist() for i, c in enumerate(found.chroma)},
-    })  # fmt: skip
+def _write(target: Path, write: Any) -> None:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write()
+    except OSError as error:
+        raise StorageError(f"cannot write {target}: {error.strerror or error}", "choose another -o") from error
+
+
+def _tell(reporter: Reporter, found: Specialisation, target: Path, model: Model) -> None:
+    """The numbers for people."""
     shares = " · ".join(f"tower {i + 1} {mean:.2f}" for i, mean in enumerate(found.means))
     reporter.show(f"colour  {shares}   (grey 0, chance 0.67, opponent colours 1)")
-    if found.auc is not None and found.p_value is not None:
+    if found.auc is not None and found.p_value is not None and found.interval is not None:
         verdict = "no more than chance" if found.p_value > CHANCE else "the towers differ"
-        reporter.show(f"towers  told apart by colour: AUC {found.auc:.2f}, p = {found.p_value:.4f} · {verdict}")
-    reporter.show(f"kernels smoothness {found.smoothness:.2f} (noise 0) · dead {found.dead}")
+        verdict = "of noise, it says nothing" if found.undertrained else verdict
+        low, high = found.interval
+        reporter.show(
+            f"towers  told apart by colour: AUC {found.auc:.2f} ({low:.2f} to {high:.2f}), "
+            f"p = {found.p_value:.4f} · {verdict}"
+        )
+    waves = " · ".join(
+        f"tower {i + 1} {t.mean(t.frequency):.2f} and {t.mean(t.selectivity):.2f}" for i, t in enumerate(found.towers)
+    )
+    reporter.show(f"stripes {waves}   (cycles a pixel, and how far one orientation prevails, 0 to 1)")
+    reporter.show(f"kernels smoothness {found.smoothness:.2f} (noise 0) · noise {found.noisy} · dead {found.dead}")
     reporter.line("saved", str(target))
     if found.undertrained:
         epoch = f": this checkpoint is from epoch {model.info['epoch']}" if "epoch" in model.info else ""
@@ -118,36 +195,3 @@ def _report(reporter: Reporter, found: Specialisation, target: Path, tower: str,
             f"kernels look like noise (smoothness {found.smoothness:.2f}){epoch}",
             "read nothing into colour or orientation yet; more training or more pictures make them smooth",
         )
-
-
-def _shows_colour() -> bool:
-    """Whether stdout is a terminal that shows 16 million colours and may."""
-    from rich.console import Console
-
-    return sys.stdout.isatty() and "NO_COLOR" not in os.environ and Console().color_system == "truecolor"
-
-
-def _columns(kernels: Kernels) -> int:
-    """As many kernels in a row as the terminal has room for, at most those of the figure."""
-    import shutil
-
-    from alexnet_cli.core.qualitative import columns_for
-
-    room = (shutil.get_terminal_size().columns - 1) // (int(kernels.shape[-1]) + 1)
-    return max(1, min(columns_for(len(kernels)), room))
-
-
-def _half_blocks(pixels: Pixels) -> Text:
-    """Two pixels in a character: the upper one is the ink of U+2580, the lower one its ground."""
-    from rich.style import Style
-    from rich.text import Text
-
-    rows = [[f"#{r:02x}{g:02x}{b:02x}" for r, g, b in row] for row in pixels.tolist()]
-    if len(rows) % 2:
-        rows.append(rows[0])  # the page around the tiles
-    text = Text(no_wrap=True)
-    for upper, lower in zip(rows[::2], rows[1::2], strict=True):
-        for ink, ground in zip(upper, lower, strict=True):
-            text.append("▀", Style(color=ink, bgcolor=ground))
-        text.append("\n")
-    return text

@@ -1,0 +1,179 @@
+"""Figure 4 (right) of the paper: the training pictures whose layer-7 activations are nearest to a picture's. No torch.
+
+An index lies beside the network that it is of:
+
+fc7.npy        float16 N x units (4096 at full width): a row for each training picture, in the order of the set
+squares.npy    float32 N: the squared length of each row
+index.json     written last: the hashes of the weights and of the data set, without which the others say nothing
+
+The search is exact over these rows: blocks are multiplied with all pictures at once, and what is nearest by
+|x|^2 - 2 x.q + |q|^2 in float32 is measured again in float64, so that cancellation cannot choose.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from alexnet_cli.core.atomic import write_text
+from alexnet_cli.core.devices import cores
+from alexnet_cli.core.responses import responses
+from alexnet_cli.core.session import Layer, Session
+from alexnet_cli.core.shards import Dataset, Split
+from alexnet_cli.errors import StorageError, WeightsError
+
+SCHEMA = "alexnet.neighbours/1"
+LAYER: Layer = "fc7"
+VECTORS, SQUARES, RECORD = f"{LAYER}.npy", "squares.npy", "index.json"
+BLOCK = 2**22  # activations that a thread takes at once: 16 MB as float32
+HINT = "no trained network's do: look at its training"
+SPARE = 16  # of each block, how many more than asked for are measured in float64
+
+Vectors = npt.NDArray[np.float16]
+Activations = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What an index is of: SHA-256 of the weights file and of the data set, and how many pictures."""
+
+    weights: str
+    data: str
+    images: int
+
+    @classmethod
+    def of(cls, weights: Path, dataset: Dataset, split: Split) -> Origin:
+        """Read the whole weights file for its hash."""
+        with weights.open("rb") as file:
+            return cls(hashlib.file_digest(file, "sha256").hexdigest(), dataset.hash, len(split))
+
+
+@dataclass(frozen=True)
+class Index:
+    """An index on disk, mapped: a search reads it once, from front to back."""
+
+    vectors: Vectors
+    squares: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """The `k` nearest rows of each picture, nearest first, and their Euclidean distances: Q x k each."""
+
+    rows: npt.NDArray[np.int64]
+    distances: npt.NDArray[np.float64]
+
+
+def place(weights: Path, run: Path | None) -> Path:
+    """The folder of a network's index: in its run, or beside its file."""
+    return run / "neighbours" if run else weights.with_name(f"{weights.stem}.neighbours")
+
+
+def open_index(folder: Path, origin: Origin) -> Index | None:
+    """The index in a folder; None if there is none, or it is of other weights or data, or damaged."""
+    try:
+        if json.loads((folder / RECORD).read_text(encoding="utf-8")) != {"schema": SCHEMA, **asdict(origin)}:
+            return None
+        vectors, squares = (np.lib.format.open_memmap(folder / name, mode="r") for name in (VECTORS, SQUARES))
+    except Exception:  # the reader of a .npy header raises nearly anything; whatever it is, the index is made anew
+        return None
+    whole = vectors.dtype == np.float16 and vectors.ndim == 2 and len(vectors) == origin.images
+    whole = whole and squares.dtype == np.float32 and squares.shape == (origin.images,)
+    return Index(vectors, squares) if whole else None
+
+
+def write_index(
+    folder: Path, origin: Origin, split: Split, session: Session, advance: Callable[[int], None] = lambda n: None
+) -> Index:
+    """Run the split through the network, in order, and write the index whole or not at all.
+
+    Raises:
+        StorageError: it cannot be written.
+        WeightsError: activations are no numbers, or too large for float16.
+    """
+    squares = np.zeros(origin.images, np.float32)
+    with _replacing(folder) as new:
+        with (new / VECTORS).open("wb") as file:  # not mapped: a full disk shall be an error, not a signal
+            for rows, values in responses(split, session):
+                vectors = half(values, session.path)
+                if file.tell() == 0:
+                    header = {"descr": "<f2", "fortran_order": False, "shape": (origin.images, vectors.shape[1])}
+                    np.lib.format.write_array_header_1_0(file, header)
+                file.write(vectors.astype("<f2").tobytes())
+                squares[rows] = (vectors.astype(np.float32) ** 2).sum(axis=1)
+                advance(len(rows))
+            file.flush()
+            os.fsync(file.fileno())
+        np.save(new / SQUARES, squares)
+        write_text(new / RECORD, json.dumps({"schema": SCHEMA, **asdict(origin)}) + "\n")
+    index = open_index(folder, origin)
+    if index is None:
+        raise StorageError(f"{folder} does not hold what was written to it", "check the disk")
+    return index
+
+
+def half(values: Activations, path: Path) -> Vectors:
+    """Activations as the index keeps them."""
+    with np.errstate(over="ignore"):
+        rounded = values.astype(np.float16)
+    if not np.isfinite(rounded).all():
+        raise WeightsError(f"{path}: activations of {LAYER} reach {values.max():.0f}, too large for float16", HINT)
+    return rounded
+
+
+def search(index: Index, queries: Vectors, k: int) -> Neighbours:
+    """The nearest rows of every query, Q x units; equal ones in the order of the set."""
+    exact = queries.astype(np.float32)
+    k = min(k, len(index.vectors))
+    size = max(1, BLOCK // max(1, index.vectors.shape[1]))
+    starts = range(0, len(index.vectors), size)
+    with ThreadPoolExecutor(cores()) as pool:
+        found = list(pool.map(lambda first: _nearest(index, exact, first, first + size, k), starts))
+    rows = np.concatenate([part.rows for part in found], axis=1)
+    distances = np.concatenate([part.distances for part in found], axis=1)
+    return _best(rows, distances, k)
+
+
+def _nearest(index: Index, queries: Activations, first: int, end: int, k: int) -> Neighbours:
+    """The same among the rows of a block."""
+    block = index.vectors[first:end].astype(np.float32)
+    products = queries @ block.T
+    products *= -2
+    products += index.squares[first:end]  # less |q|^2, which is the same for all
+    few = min(k + SPARE, len(block))
+    near = np.sort(np.argpartition(products, few - 1, axis=1)[:, :few], axis=1)
+    distances = np.empty(near.shape)
+    for query, rows, result in zip(queries, near, distances, strict=True):
+        result[:] = np.sqrt(((block[rows].astype(np.float64) - query) ** 2).sum(axis=1))
+    return _best(near + first, distances, k)
+
+
+def _best(rows: npt.NDArray[np.int64], distances: npt.NDArray[np.float64], k: int) -> Neighbours:
+    order = np.argsort(distances, axis=1, kind="stable")[:, :k]
+    return Neighbours(np.take_along_axis(rows, order, 1), np.take_along_axis(distances, order, 1))
+
+
+@contextlib.contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """A new folder that takes the place of `folder` when the block ends well, and is gone if it does not."""
+    new = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        new.mkdir(parents=True)
+        yield new
+        shutil.rmtree(folder, ignore_errors=True)
+        new.replace(folder)
+    except OSError as error:
+        reason = error.strerror or error
+        raise StorageError(f"{folder} cannot be written: {reason}", "free some space, or copy the run") from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)

@@ -1,0 +1,142 @@
+"""`alexnet neighbors`: figure 4 (right) of the paper, the training pictures nearest to a picture in layer 7."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from alexnet_cli.console import Reporter, visible
+from alexnet_cli.errors import PartialError, StorageError
+from alexnet_cli.options import DataOption, JsonFlag, QuietFlag, WeightsOption
+
+if TYPE_CHECKING:
+    from alexnet_cli.core.contact_sheet import Row
+    from alexnet_cli.core.images import Pixels
+    from alexnet_cli.core.inputs import Source
+    from alexnet_cli.core.neighbours import Index
+    from alexnet_cli.core.session import Session
+    from alexnet_cli.core.shards import Dataset, Split
+
+AT_ONCE = 32  # pictures to which the index is compared in one reading of it
+SHOWN = 50  # pictures on the sheet, at most
+
+
+def neighbors(
+    inputs: Annotated[
+        list[str],
+        typer.Argument(metavar="PICTURE...", help="Pictures, folders, patterns; @FILE lists paths; - reads stdin."),
+    ],
+    weights: WeightsOption = None,
+    data: DataOption = None,
+    k: Annotated[int, typer.Option("-k", "--neighbors", min=1, help="How many neighbours to show.")] = 6,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", metavar="F.png", help="Contact sheet. [default: figures/ of the run]"),
+    ] = None,
+    json: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Find the training pictures that the network takes for most alike: nearest in the activations of layer 7.
+
+    The first time, the training set runs through the network once, and its activations stay beside the run.
+    """
+    from alexnet_cli.core import qualitative_sheets
+    from alexnet_cli.core.contact_sheet import sheet
+    from alexnet_cli.core.inputs import expand
+    from alexnet_cli.core.runs import find_weights, run_of, trained_on
+    from alexnet_cli.core.shards import find_dataset, open_dataset
+
+    reporter = Reporter("neighbors", json=json, quiet=quiet)
+    sources = expand(inputs, getattr(sys.stdin, "buffer", None))
+    path = find_weights(weights, (".onnx", ".safetensors"))
+    dataset = open_dataset(find_dataset(data or trained_on(path)))
+    split = dataset.split("train")
+    reporter.line("weights", str(path))
+    reporter.line("data", f"{dataset.path} · train · {len(split):,} images")
+    session, index = _index(reporter, path, dataset, split, len(sources))
+    rows: list[Row] = []
+    failed = 0
+    for name, picture, near, distances in _found(sources, session, index, k):
+        failed += isinstance(picture, str)
+        if isinstance(picture, str):
+            reporter.result({"path": name, "error": picture})
+            reporter.show(visible(f"{name}\n  cannot be read: {picture}".replace("\n", " ")))
+            continue
+        records = qualitative_sheets.neighbour_records(near, distances, split, dataset.classes)
+        reporter.result({"path": name, "neighbours": records})
+        reporter.show(_table(name, records))
+        if len(rows) < SHOWN:
+            rows.append(qualitative_sheets.neighbour_row(name, picture, near, distances, split, dataset.classes))
+    if rows:
+        run = run_of(path)
+        target = output or ((run / "figures" if run else Path()) / "neighbors.png")
+        title = f"nearest training pictures of {dataset.name} in fc7, Euclidean distance, {path}"
+        _save(reporter, sheet(rows, title), target, len(rows), len(sources) - failed)
+    if failed:
+        raise PartialError(f"{failed} of {len(sources)} pictures could not be read", "the reasons are in the results")
+
+
+def _index(reporter: Reporter, path: Path, dataset: Dataset, split: Split, pictures: int) -> tuple[Session, Index]:
+    """The network up to layer 7, and the index of the training set, made now if it is not there."""
+    from alexnet_cli.core import neighbours
+    from alexnet_cli.core.predict import FEW
+    from alexnet_cli.core.runs import run_of
+    from alexnet_cli.core.session import Session
+
+    folder, origin = neighbours.place(path, run_of(path)), neighbours.Origin.of(path, dataset, split)
+    index = neighbours.open_index(folder, origin)
+    session = Session(path, few=index is not None and pictures <= FEW, layer=neighbours.LAYER)
+    if session.fallback:
+        reporter.warn(f"the network runs on the CPU: {session.fallback}", "see `alexnet doctor`")
+    if index is None:
+        with reporter.progress("index", len(split)) as progress:
+            index = neighbours.write_index(folder, origin, split, session, progress.advance)
+    bytes_ = f"{index.vectors.nbytes / 1e6:,.1f} MB"
+    reporter.line("index", f"{folder} · {len(split):,} x {index.vectors.shape[1]:,} float16 · {bytes_}")
+    return session, index
+
+
+def _found(
+    sources: list[Source], session: Session, index: Index, k: int
+) -> Iterator[tuple[str, Pixels | str, Any, Any]]:
+    """Every picture's name, pixels (or why there are none), and the rows and distances of its neighbours."""
+    from alexnet_cli.core import neighbours
+    from alexnet_cli.core.inputs import ahead
+    from alexnet_cli.core.responses import answers
+
+    with contextlib.closing(ahead(sources, 2 * AT_ONCE, session.exif_rotate)) as loaded:
+        while batch := list(islice(loaded, AT_ONCE)):
+            readable = [picture for _, picture in batch if not isinstance(picture, str)]
+            near: Iterator[tuple[Any, Any]] = iter(())
+            if readable:
+                queries = neighbours.half(answers(session, readable), session.path)
+                found = neighbours.search(index, queries, k)
+                near = zip(found.rows, found.distances, strict=True)
+            for name, picture in batch:
+                rows, distances = (None, None) if isinstance(picture, str) else next(near)
+                yield name, picture, rows, distances
+
+
+def _table(name: str, records: list[dict[str, Any]]) -> str:
+    """A line for each neighbour: rank, distance, class, and what the data set calls it."""
+    width = max(len(visible(record["label"])) for record in records)
+    lines = [visible(name)]
+    for record in records:
+        label = f"{visible(record['label']):<{width}}"
+        lines.append(f"  {record['rank']:>2}  {record['distance']:8.3f}  {label}  {visible(record['key'])}")
+    return "\n".join(lines)
+
+
+def _save(reporter: Reporter, image: Any, target: Path, shown: int, found: int) -> None:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        image.save(target, "PNG")
+    except OSError as error:
+        raise StorageError(f"cannot write {target}: {error.strerror or error}", "choose another -o") from error
+    reporter.line("saved", f"{target}{f' · the first {shown} of {found:,} pictures' if shown < found else ''}")
