@@ -51,6 +51,13 @@ def test_long_vectors_that_hardly_differ_are_told_apart() -> None:
     assert found.distances[0] == pytest.approx(0.03125 * np.sqrt(np.arange(1, 13)))
 
 
+def test_every_float16_keeps_its_value() -> None:
+    every = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    finite = every[np.isfinite(every)]
+    assert (neighbours.shifted(finite) * np.float32(2.0**112) == finite.astype(np.float32)).all()
+    assert (np.signbit(neighbours.shifted(finite)) == np.signbit(finite)).all()
+
+
 def test_fewer_pictures_than_neighbours_are_all_there_is() -> None:
     vectors = np.eye(3, 8, dtype=np.float16)
     assert neighbours.search(index_of(vectors), vectors[:1], 9).rows.tolist() == [[0, 1, 2]]
