@@ -179,7 +179,7 @@ def test_modules_of_the_user_are_not_ours(start: Any, tmp_path: Path, monkeypatc
 
 @pytest.mark.slow
 def test_time_is_up(start: Any) -> None:
-    code, _, err = start("--processes", "2", "--max-time", "10s").end()
+    code, _, err = start("--processes", "2", "--max-time", "2s").end()
     assert code == 75
     assert "stopped (time is up)" in err
 
