@@ -116,6 +116,14 @@ def test_a_wrong_word_is_told_once(start: Any) -> None:
     assert err == "error: recipe: no key is called widht\nhint: did you mean width?\n"
 
 
+def test_three_are_no_pairs(start: Any) -> None:
+    code, out, err = start("--processes", "3", "--parallel", "tower").end()
+    assert (code, out) == (2, "")
+    assert err.splitlines() == [
+        "error: --parallel tower needs pairs of devices for two towers, and 3 is odd", "hint: --parallel data needs none"
+    ]  # fmt: skip
+
+
 def test_processes_are_for_the_cpu(start: Any) -> None:
     code, _, err = start("--gpus", "0", "--processes", "2").end()
     assert code == 2

@@ -113,7 +113,7 @@ def _failure(started: SubprocessContext, rank: int) -> tuple[tuple[bool, float],
     if code < 0:
         name = signal.Signals(-code).name
         what = f"rank {rank} was ended by {name}, and the others with it"
-        hint = "if nobody did that, memory may have run out; the last checkpoint is intact: go on with --resume"
+        hint = "memory may have run out, if nobody did that; --resume goes on from the last checkpoint, if any"
         return (code == -signal.SIGTERM, time.time()), MissingError(what, hint)
     if code > 0 and rank > 0:  # rank 0 is silent where nobody reads what it writes
         return (False, time.time()), MissingError(f"rank {rank} ended with exit code {code}, and the others with it")

@@ -167,7 +167,7 @@ class Ranks:
             sign = self.heartbeat.behind() if self.heartbeat else None
             found = told(sign) if sign else str(error).partition("\n")[0]
             what = f"rank {self.rank} waited for the others in vain, at: {place}; {found}"
-            raise LostError(what, "the last checkpoint is intact; go on with --resume") from error
+            raise LostError(what, "--resume goes on from the last checkpoint, if any") from error
 
 
 ALONE = Ranks()

@@ -100,7 +100,7 @@ def train(
     """  # fmt: skip
     from alexnet_cli.core import placement as devices
     from alexnet_cli.core.fine_tuning import compare, source
-    from alexnet_cli.core.ranks import meeting, numbers, parent
+    from alexnet_cli.core.ranks import arrangement, meeting, numbers, parent
     from alexnet_cli.core.resume import agreed, asked_to_stop, seconds
     from alexnet_cli.core.shards import find_dataset, open_dataset
     from alexnet_cli.core.tensorboard import check_installed
@@ -114,7 +114,8 @@ def train(
     if not print_config and (count := devices.processes(gpus, processes)) > 1:
         from alexnet_cli.core.launch import launch
 
-        recipes.changed(recipes.load(recipe or "paper"), {**said, **explicit})  # what is wrong is wrong before
+        tried = recipes.changed(recipes.load(recipe or "paper"), {**said, **explicit})  # what is wrong is wrong before
+        arrangement(count, parallel, tried.towers)
         raise typer.Exit(launch(sys.argv[1:], count))
     with ExitStack() as stack:
         ranks = stack.enter_context(meeting(numbers(), devices.backend(gpus)))
@@ -146,6 +147,8 @@ def train(
             habits["micro_batch"], habits["keep"] or 1, compress,
         )  # fmt: skip
         heading(reporter, training)
+        if parallel != "auto" and ranks.size == 1:
+            reporter.line("note", f"--parallel {parallel} is for several devices, and there is one: --gpus names more")
         reason = _run(reporter, training, max_steps, stop, habits["save_every"] or sys.maxsize, tensorboard)
         if ranks.first:
             _finish(reporter, training, reason)
