@@ -154,6 +154,19 @@ def test_command_puts_the_file_into_the_run(tmp_path: Path, monkeypatch: pytest.
     assert Session(tmp_path / "runs" / "first" / "alexnet.onnx", provider="cpu").crop == 224
 
 
+def test_command_compares_on_what_the_run_was_trained_on(
+    tmp_path: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    checkpoint = tmp_path / "runs" / "first" / "checkpoints" / "last"
+    checkpoint.mkdir(parents=True)
+    (tmp_path / "runs" / "first" / "run.json").write_text(json.dumps({"data_path": str(prepared)}))
+    save_model(random_model(SMALL), checkpoint / "model.safetensors")
+    result = run("-w", "first")
+    assert result.exception is None
+    assert f"against PyTorch on 20 pictures of {prepared}" in result.stderr
+
+
 def test_command_refuses_a_name_that_is_no_onnx_file(tmp_path: Path) -> None:
     model = save_model(random_model(SMALL), tmp_path / "model.safetensors")
     result = run("-w", str(model), "-o", str(tmp_path / "out.bin"))

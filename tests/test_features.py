@@ -112,6 +112,13 @@ def test_the_command_writes_what_numpy_reads(tmp_path: Path, model_path: Path) -
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
+def test_the_file_is_called_what_it_is(tmp_path: Path, model_path: Path) -> None:
+    picture = draw(tmp_path / "a.png", 0)
+    result = run(picture, "-w", str(model_path), "--features", "fc7", "-o", str(tmp_path / "f.csv"))
+    assert isinstance(result.exception, UsageError)
+    assert result.exception.hint == "such as -o f.npz"
+
+
 def test_a_full_disk_leaves_nothing(tmp_path: Path, model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = draw(tmp_path / "a.png", 0)
 

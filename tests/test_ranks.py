@@ -17,7 +17,7 @@ from alexnet_cli.core.evaluate import Evaluation
 from alexnet_cli.core.fine_tuning import freeze
 from alexnet_cli.core.loader import training_batches
 from alexnet_cli.core.network import Network
-from alexnet_cli.core.ranks import Ranks, arrangement, numbers
+from alexnet_cli.core.ranks import Numbers, Ranks, arrangement, meeting, numbers
 from alexnet_cli.core.replicas import replicated
 from alexnet_cli.core.towers import Towers
 from alexnet_cli.errors import UsageError
@@ -146,3 +146,10 @@ def test_the_numbers_of_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "2")
     with pytest.raises(UsageError, match="rank 2 of 2"):
         numbers()
+
+
+@pytest.mark.parametrize("asked", ["soon", "0", "nan", "1e99"])
+def test_a_patience_that_is_none_is_a_message(monkeypatch: pytest.MonkeyPatch, asked: str) -> None:
+    monkeypatch.setenv("ALEXNET_TIMEOUT", asked)
+    with pytest.raises(UsageError, match=f"ALEXNET_TIMEOUT={asked}"), meeting(Numbers(0, 2, 0, 2), "gloo"):
+        pass

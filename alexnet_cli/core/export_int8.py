@@ -59,7 +59,7 @@ def export_int8(model: Model, path: Path, training: Crops, check: tuple[Crops, L
             raise VerificationError(
                 f"int8 gives {100 * loss.lost:.1f} points fewer right answers than float32 on {loss.images:,} "
                 f"pictures ({loss.other:.1%} instead of {loss.reference:.1%}): no file was written",
-                "--force keeps it all the same; --precision fp16 is half the size of float32 and loses nothing",
+                "--force keeps it all the same; --precision fp16 is half the size of float32 and differs far less",
             )
         found = calibrated | {"accuracy": loss.as_dict(), "max_abs_difference": against_torch.max_abs_difference}
         onnx_graph.save(described(proto, onnx_metadata.precision("int8", found)), temporary)

@@ -75,7 +75,7 @@ def parent() -> int | None:
 
 @dataclass(frozen=True)
 class Ranks:
-    """The place of this process: rank of `size`, in `replica` of `replicas`; alone unless `join` says otherwise."""
+    """The place of this process: rank of `size`, in `replica` of `replicas`; alone unless `arranged` says otherwise."""
 
     rank: int = 0
     size: int = 1
@@ -213,7 +213,15 @@ def meeting(mine: Numbers | None, backend: str) -> Iterator[Ranks]:
 
 
 def _patience() -> timedelta:
-    return timedelta(seconds=float(os.environ.get(PATIENCE) or SECONDS))
+    """How long a rank waits for the others. Raises UsageError if what the user set is no such time."""
+    asked = os.environ.get(PATIENCE) or str(SECONDS)
+    try:
+        patience = timedelta(seconds=float(asked))
+    except (ValueError, OverflowError) as error:
+        raise UsageError(f"{PATIENCE}={asked} is no number of seconds", f"such as {PATIENCE}=600") from error
+    if patience <= timedelta(0):
+        raise UsageError(f"{PATIENCE}={asked} leaves no time at all", f"such as {PATIENCE}=600")
+    return patience
 
 
 def _corner(store: Store, mine: Numbers, seconds: float) -> Store:

@@ -136,11 +136,12 @@ def _int8(
     with reporter.waiting("check", f"float32 and int8 on {count:,} of {len(held):,} validation pictures"):
         check = export_int8.export_int8(model, path, training, (crops_of(judge, model), labelled), force)
     loss, (low, high) = check.loss, check.loss.interval
+    change, least, most = (100 * (0 - lost) for lost in (loss.lost, high, low))
     _tell(reporter, check.against_torch)
     reporter.line(
         "check",
         f"top-1 {loss.other:.1%} right instead of {loss.reference:.1%} on {loss.images:,} of {len(held):,} validation "
-        f"pictures: {100 * loss.lost:+.2f} points lost (95 % interval {100 * low:+.2f} to {100 * high:+.2f})",
+        f"pictures: {change:+.2f} points (95 % interval {least:+.2f} to {most:+.2f})",
     )
     return _numbers(check.against_torch) | about | {"accuracy": loss.as_dict()}
 
@@ -164,10 +165,11 @@ def _numbers(checked: Verification | None) -> dict[str, Any]:
 def _crops(model: Model, data: str | None) -> tuple[Crops, str]:
     """What to compare on, and what it is: pictures of the prepared set, or drawn ones if there is none."""
     from alexnet_cli.core.export import crops_of, drawn_crops
+    from alexnet_cli.core.runs import trained_on
     from alexnet_cli.core.shards import find_dataset, open_dataset
 
     try:
-        dataset = open_dataset(find_dataset(data))
+        dataset = open_dataset(find_dataset(data or trained_on(model.path)))
     except DataError:
         if data is not None:
             raise

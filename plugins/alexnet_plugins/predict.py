@@ -59,6 +59,8 @@ def predict(
 
     if (features is None) != (output is None):
         raise UsageError("--features and -o belong together", "such as --features fc7 -o features.npz")
+    if output is not None and output.suffix != ".npz":
+        raise UsageError(f"-o {output} does not end in .npz", f"such as -o {output.stem or 'features'}.npz")
     reporter = Reporter("predict", json=json, quiet=quiet)
     sources = expand(inputs, getattr(sys.stdin, "buffer", None))
     model = find_weights(weights, (".safetensors",) if backend == "torch" else (".onnx", ".safetensors"))

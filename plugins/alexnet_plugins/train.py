@@ -213,21 +213,19 @@ def _finish(reporter: Reporter, training: Training, reason: str) -> None:
     if reason in EXIT_CODES:
         saved = f"checkpoint saved in {run.path}" if (run.checkpoints / "last").exists() else "nothing to save yet"
         what = f"stopped ({reason}) at step {training.step:,}, epoch {training.epoch}: {saved}"
-        raise Stopped(what, f"alexnet train --resume {run.path.name}", EXIT_CODES[reason])
+        raise Stopped(what, f"alexnet train --resume {run.name}", EXIT_CODES[reason])
     try:
         model = weights.read(find_weights(str(run.path)))
         checked = export(model, run.path / ONNX, crops_of(training.data, model))
         reporter.line("saved", f"{run.path / ONNX} · differs from PyTorch by {checked.max_abs_difference:.1e} at most")
     except StorageError as error:
-        raise StorageError(error.what, f"free some space, then: alexnet export -w {run.path.name}") from error
+        raise StorageError(error.what, f"free some space, then: alexnet export -w {run.name}") from error
     except AlexNetError as error:
         reporter.warn(f"no {ONNX} was written: {error.what}", error.hint)
     if reason == "finished":
         run.update({"status": "finished", "reason": reason})
     if reason == "max-steps":
-        reporter.line(
-            "stopped", f"after --max-steps, at step {training.step:,}; alexnet train --resume {run.path.name}"
-        )
+        reporter.line("stopped", f"after --max-steps, at step {training.step:,}; alexnet train --resume {run.name}")
     if training.schedule.over:
         reporter.line("ended", "the validation error has stopped falling, after the last drop of the rate too")
     best = training.schedule.best_error
