@@ -64,6 +64,7 @@ CORE = {
     "records": "",
     "checkpoint": "atomic learning network runs weights",
     "resume": "runs",
+    "origin": "runs shards",
     "evaluate": "augment loader network placement sources",
     "published": "ilsvrc sources",
     "confusion_picture": "",

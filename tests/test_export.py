@@ -154,6 +154,21 @@ def test_command_puts_the_file_into_the_run(tmp_path: Path, monkeypatch: pytest.
     assert Session(tmp_path / "runs" / "first" / "alexnet.onnx", provider="cpu").crop == 224
 
 
+def test_a_checkpoint_that_is_not_the_best_is_not_written_over_the_runs_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    checkpoints = tmp_path / "runs" / "first" / "checkpoints"
+    for step, pointer in (("00000020", "best"), ("00000030", "last")):
+        (checkpoints / step).mkdir(parents=True)
+        save_model(random_model(SMALL), checkpoints / step / "model.safetensors")
+        (checkpoints / pointer).symlink_to(step)
+    (tmp_path / "runs" / "first" / "run.json").write_text("{}")
+    for spec, name in (("first", "alexnet.onnx"), (str(checkpoints / "last"), "alexnet-00000030.onnx")):
+        result = run("-w", spec, "--no-verify", "--json", "-q")
+        assert Path(json.loads(result.stdout)["path"]).name == name
+
+
 def test_command_compares_on_what_the_run_was_trained_on(
     tmp_path: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

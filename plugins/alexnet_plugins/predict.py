@@ -53,6 +53,7 @@ def predict(
     import time
 
     from alexnet_cli.core.inputs import expand
+    from alexnet_cli.core.origin import told
     from alexnet_cli.core.predict import FEW, open_classifier
     from alexnet_cli.core.predict import predict as run
     from alexnet_cli.core.runs import find_weights
@@ -65,6 +66,7 @@ def predict(
     sources = expand(inputs, getattr(sys.stdin, "buffer", None))
     model = find_weights(weights, (".safetensors",) if backend == "torch" else (".onnx", ".safetensors"))
     classifier = open_classifier(model, backend, few=len(sources) * views <= FEW, layer=features)
+    reporter.line("weights", told(model, classifier.about))
     if classifier.fallback:
         reporter.warn(f"the network runs on the CPU: {classifier.fallback}", "see `alexnet doctor`")
     started, failed, tables = time.perf_counter(), 0, csv is None and features is None
@@ -82,7 +84,7 @@ def predict(
             if tables:
                 reporter.show(_table(prediction, headed=len(sources) > 1))
     name = "torch" if backend == "torch" else "onnx"
-    _conclude(reporter, len(sources), failed, time.perf_counter() - started, f"{name} · {classifier.device} · {model}")
+    _conclude(reporter, len(sources), failed, time.perf_counter() - started, f"{name} · {classifier.device}")
     for path in (csv, output):
         if path is not None:
             reporter.line("saved", str(path))

@@ -61,7 +61,9 @@ def _placed(placement: Placement, towers: int) -> str:
 
 def _taken_over(reporter: Reporter, transfer: Transfer) -> None:
     """Say which layers start from other weights, and why the others do not."""
-    reporter.line("weights", f"{transfer.model.path}")
+    from alexnet_cli.core.origin import told
+
+    reporter.line("weights", told(transfer.model.path, transfer.model.info))
     reporter.line("loaded", ", ".join(transfer.loaded))
     for layer, reason in transfer.afresh.items():
         reporter.line("afresh", f"{layer}: {reason}")
