@@ -101,7 +101,7 @@ CORE = {
     "export": "atomic onnx_fp16 onnx_graph onnx_metadata probes session shards torch_session weights",
     "export_int8": "accuracy calibration export onnx_graph onnx_int8 onnx_metadata probes session shards torch_session "
     "weights",
-    "inputs": "devices images listing",
+    "inputs": "devices images listing runs",
     "predict": "images inputs session sources torch_session views",
     "features": "predict",
     "responses": "images inputs session shards views",

@@ -41,6 +41,7 @@ def test_a_file_of_a_run_is_its_best_or_its_last_or_neither(run: Run) -> None:
 def test_which_checkpoint_a_run_stands_for(run: Run) -> None:
     for name, best in (("best", True), ("00000020", True), ("last", False), ("00000030", False)):
         assert is_best(run.checkpoints / name / "model.safetensors") is best, name
+    Path("elsewhere.safetensors").write_bytes(b"")
     assert is_best(Path("elsewhere.safetensors"))
     (run.checkpoints / "best").unlink()  # none yet: the last one stands for the run
     assert is_best(run.checkpoints / "last" / "model.safetensors")

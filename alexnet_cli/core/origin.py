@@ -35,8 +35,8 @@ def _rank(run: Path, step: Any) -> str:
 def is_best(path: Path) -> bool:
     """Whether a weights file is what its run stands for: its best checkpoint, or the only file that it has."""
     run = run_of(path)
-    best = run / "checkpoints" / "best" if run else path
-    return not best.exists() or path.resolve().parent == best.resolve()
+    best = run / "checkpoints" / "best" if run else None
+    return best is None or not best.exists() or path.resolve().parent == best.resolve()
 
 
 def own_data(path: Path, dataset: Dataset) -> bool:

@@ -63,10 +63,14 @@ def predict(
     if output is not None and output.suffix != ".npz":
         raise UsageError(f"-o {output} does not end in .npz", f"such as -o {output.stem or 'features'}.npz")
     reporter = Reporter("predict", json=json, quiet=quiet)
-    sources = expand(inputs, getattr(sys.stdin, "buffer", None))
+    ours: list[str] = []
+    sources = expand(inputs, getattr(sys.stdin, "buffer", None), ours)
     model = find_weights(weights, (".safetensors",) if backend == "torch" else (".onnx", ".safetensors"))
     classifier = open_classifier(model, backend, few=len(sources) * views <= FEW, layer=features)
     reporter.line("weights", told(model, classifier.about))
+    if ours:
+        drawn = "a picture" if len(ours) == 1 else f"{len(ours):,} pictures"
+        reporter.line("note", f"left out: {drawn} drawn for runs, such as {ours[0]}")
     if classifier.fallback:
         reporter.warn(f"the network runs on the CPU: {classifier.fallback}", "see `alexnet doctor`")
     started, failed, tables = time.perf_counter(), 0, csv is None and features is None
