@@ -18,7 +18,16 @@ from typer.testing import CliRunner, Result
 
 from alexnet_cli.core import export as exporting
 from alexnet_cli.core import images, onnx_graph
-from alexnet_cli.core.export import Verification, crops_of, drawn_crops, export, export_unverified, verify
+from alexnet_cli.core.export import (
+    TOLERANCES,
+    Precision,
+    Verification,
+    crops_of,
+    drawn_crops,
+    export,
+    export_unverified,
+    verify,
+)
 from alexnet_cli.core.packing import pack
 from alexnet_cli.core.plan import Plan
 from alexnet_cli.core.session import Session
@@ -49,6 +58,23 @@ def test_the_comparison_notices_a_wrong_network(change: dict[str, Any]) -> None:
     wrong = replace(model, recipe=replace(SMALL, **change))
     crops = drawn_crops(224, 6)
     assert not verify(TorchSession(model, "cpu").logits, Session(wrong, provider="cpu").logits, crops).passed
+
+
+@pytest.mark.parametrize(("precision", "rounding"), [("fp32", 1e-6), ("fp16", 2.0**-11)])
+def test_large_logits_may_differ_by_their_own_rounding(precision: Precision, rounding: float) -> None:
+    """The logits of some imported networks are in the thousands, and a softmax of two close ones shows every digit."""
+    generator = np.random.default_rng(0)
+    crops = np.zeros((32, 3, 2, 2), np.uint8)
+    small = generator.uniform(-20, 20, (32, 10)).astype(np.float32)
+    small[:, 1] = small[:, 0] = 20.0  # two that are close: their probabilities say most
+    noise = generator.uniform(-1, 1, (32, 10)).astype(np.float32)
+    for scale in (1, 10, 100):
+        large = scale * small
+        rounded = large + rounding * np.abs(large) * noise
+        assert verify(lambda _, a=large: a, lambda _, b=rounded: b, crops, precision).passed, scale
+        wrong = large + 0.01 * np.abs(large) * noise
+        assert not verify(lambda _, a=large: a, lambda _, b=wrong: b, crops, precision).passed, scale
+    assert verify(lambda _: small, lambda _: small, crops, precision).tolerance == TOLERANCES[precision].probability
 
 
 def test_verification_counts_as_by_hand() -> None:

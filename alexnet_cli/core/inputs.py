@@ -56,7 +56,7 @@ def expand(inputs: Sequence[str], stdin: BinaryIO | None = None, ours: list[str]
         raise DataError(
             f"no picture found: {', '.join(named[:3]) or empty}{' …' if len(named) > 3 else ''}",
             "give files, patterns or folders with pictures in them; @FILE, or - for standard input, lists files and "
-            "folders",
+            "folders; of an address: curl -s URL | alexnet predict -",
         )
     return sources
 

@@ -135,9 +135,10 @@ def _table(name: str, records: list[dict[str, Any]]) -> str:
 
 
 def _save(reporter: Reporter, image: Any, target: Path, shown: int, found: int) -> None:
+    again = " · in place of the one before" if target.is_file() else ""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         image.save(target, "PNG")
     except OSError as error:
         raise StorageError(f"cannot write {target}: {error.strerror or error}", "choose another -o") from error
-    reporter.line("saved", f"{target}{f' · the first {shown} of {found:,} pictures' if shown < found else ''}")
+    reporter.line("saved", f"{target}{f' · the first {shown} of {found:,} pictures' if shown < found else ''}{again}")
