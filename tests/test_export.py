@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from model_files import draw, random_model, save_model
 from test_onnx_graph import VARIANTS
@@ -20,6 +21,7 @@ from alexnet_cli.core import export as exporting
 from alexnet_cli.core import images, onnx_graph
 from alexnet_cli.core.export import (
     TOLERANCES,
+    Logits,
     Precision,
     Verification,
     crops_of,
@@ -68,13 +70,16 @@ def test_large_logits_may_differ_by_their_own_rounding(precision: Precision, rou
     small = generator.uniform(-20, 20, (32, 10)).astype(np.float32)
     small[:, 1] = small[:, 0] = 20.0  # two that are close: their probabilities say most
     noise = generator.uniform(-1, 1, (32, 10)).astype(np.float32)
+
+    def given(logits: npt.NDArray[np.float32]) -> Logits:
+        return lambda _: logits
+
     for scale in (1, 10, 100):
         large = scale * small
-        rounded = large + rounding * np.abs(large) * noise
-        assert verify(lambda _, a=large: a, lambda _, b=rounded: b, crops, precision).passed, scale
-        wrong = large + 0.01 * np.abs(large) * noise
-        assert not verify(lambda _, a=large: a, lambda _, b=wrong: b, crops, precision).passed, scale
-    assert verify(lambda _: small, lambda _: small, crops, precision).tolerance == TOLERANCES[precision].probability
+        rounded, wrong = (large + share * np.abs(large) * noise for share in (rounding, 0.01))
+        assert verify(given(large), given(rounded), crops, precision).passed, scale
+        assert not verify(given(large), given(wrong), crops, precision).passed, scale
+    assert verify(given(small), given(small), crops, precision).tolerance == TOLERANCES[precision].probability
 
 
 def test_verification_counts_as_by_hand() -> None:

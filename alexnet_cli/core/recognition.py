@@ -36,10 +36,8 @@ def read(path: Path, recipe: Recipe, pixels: Pixels) -> Foreign:
     if path.is_dir():
         raise WeightsError(f"{path} is a folder", "name the file in it: of a folder of checkpoints, the last one")
     if not path.exists():
-        address = path.parts[0] in ("http:", "https:")
-        raise WeightsError(
-            f"{path} does not exist", "fetch it first: curl -LO URL" if address else "name a weights file"
-        )
+        way = "fetch it first: curl -LO URL" if path.parts[0] in ("http:", "https:") else "name a weights file"
+        raise WeightsError(f"{path} does not exist", way)
     if not path.is_file():
         raise WeightsError(f"{path} is no plain file", "name a weights file")
     data = mapped(path)
