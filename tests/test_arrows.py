@@ -17,7 +17,8 @@ SHELL = {
     "entry_points": "errors",
     "console": "",
     "options": "",
-    "cli": "console errors entry_points",
+    "usage": "",
+    "cli": "console errors entry_points usage",
 }
 CORE = {
     "devices": "",

@@ -76,7 +76,7 @@ def test_large_logits_may_differ_by_their_own_rounding(precision: Precision, rou
 
     for scale in (1, 10, 100):
         large = scale * small
-        rounded, wrong = (large + share * np.abs(large) * noise for share in (rounding, 0.01))
+        rounded, wrong = ((large + share * np.abs(large) * noise).astype(np.float32) for share in (rounding, 0.01))
         assert verify(given(large), given(rounded), crops, precision).passed, scale
         assert not verify(given(large), given(wrong), crops, precision).passed, scale
     assert verify(given(small), given(small), crops, precision).tolerance == TOLERANCES[precision].probability
