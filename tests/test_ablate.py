@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import alexnet
 from PIL import Image
 
 from alexnet_cli.core import ablation
@@ -161,10 +162,14 @@ def test_without_matplotlib_there_is_a_hint_and_no_chart(
     assert {path.name for path in (tmp_path / "runs" / "a").glob("ablation.*")} == {"ablation.csv", "ablation.json"}
 
 
+def words(prepared: Path, only: str) -> list[str]:
+    settings = [word for setting in SETTINGS for word in ("--set", setting)]
+    return ["ablate", "--data", str(prepared), *settings, "--epochs", "3", "--only", only, "--seeds", "1", "-j", "1",
+            "--gpus", "none"]  # fmt: skip
+
+
 def started(prepared: Path, folder: Path, only: str) -> subprocess.Popen[str]:
-    words = ["ablate", "--data", str(prepared), *(w for s in SETTINGS for w in ("--set", s)), "--epochs", "3"]
-    words += ["--only", only, "--seeds", "1", "-j", "1", "--gpus", "none"]
-    command = [sys.executable, "-m", "alexnet_cli.cli", *words]
+    command = [sys.executable, "-m", "alexnet_cli.cli", *words(prepared, only)]
     return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -181,9 +186,9 @@ def test_ctrl_c_saves_and_says_how_to_go_on(prepared: Path, tmp_path: Path) -> N
     _, errors = child.communicate(timeout=60)
     assert child.returncode == 130, errors
     assert errors.splitlines()[-1].startswith(f"hint: alexnet ablate --data {prepared} --set width=0.03125 ")
-    out, errors = started(prepared, tmp_path, "pool-2x2").communicate(timeout=60)
-    assert "2 trainings, 1 of them finished" in errors
-    assert "pool-2x2" in out
+    again = alexnet(*words(prepared, "pool-2x2"), folder=tmp_path)
+    assert "2 trainings, 1 of them finished" in again.stderr
+    assert "pool-2x2" in again.stdout
 
 
 @pytest.mark.slow

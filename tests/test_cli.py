@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from commands import alexnet
 
 from alexnet_cli import cli, entry_points
 from alexnet_cli.errors import AlexNetError, DataError, Stopped, VerificationError
@@ -25,13 +26,11 @@ COMMANDS = (
 )  # fmt: skip
 
 
-def alexnet(
-    *arguments: str, path: Path | None = None, settings: dict[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
-    """Run the command as a user does; `path` is a folder of other people's plugins."""
+def started(*arguments: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the command as a user does; `path` is a folder of other people's modules."""
     paths = [str(path)] if path else []
     paths += [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | (settings or {})
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, "-m", "alexnet_cli.cli", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False)
 
@@ -92,7 +91,7 @@ def test_without_arguments_help_and_exit_2() -> None:
 
 
 def test_version_is_one_line() -> None:
-    assert alexnet("--version").stdout == "alexnet 0.1.0\n"
+    assert started("--version").stdout == "alexnet 0.1.0\n"
 
 
 @pytest.mark.parametrize(
@@ -122,6 +121,17 @@ def test_mistakes_are_two_lines_and_exit_2(arguments: tuple[str, ...], error: st
     assert error in lines[0]
     assert lines[1].startswith("hint: ")
     assert hint in lines[1]
+
+
+@pytest.mark.parametrize("typed", ["--recipe papr", "--recipe tiny --set widht=1", "--set width", "--max-time soon"])
+def test_what_is_mistyped_is_told_before_torch_is_loaded(typed: str) -> None:
+    code = (
+        f"import sys\nsys.modules['torch'] = None\nfrom alexnet_cli import cli\ncli.main({['train', *typed.split()]})"
+    )
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 2, result.stderr
+    assert "error: " in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -168,22 +178,22 @@ def test_a_reader_that_leaves_is_no_error() -> None:
 
 def test_somebody_elses_command_is_found_and_called(plugin: Callable[..., Path]) -> None:
     path = plugin("hello", HELLO, summary="Greets people.")
-    assert "hello              Greets people." in alexnet("--help", path=path).stdout
-    assert alexnet("hello", "world", "--loud", path=path).stdout == "hello world!"
-    assert "Greet somebody" in alexnet("hello", "--help", path=path).stdout
-    assert "did you mean 'hello'" in alexnet("helo", path=path).stderr
+    assert "hello              Greets people." in alexnet("--help", plugins=path).stdout
+    assert alexnet("hello", "world", "--loud", plugins=path).stdout == "hello world!"
+    assert "Greet somebody" in alexnet("hello", "--help", plugins=path).stdout
+    assert "did you mean 'hello'" in alexnet("helo", plugins=path).stderr
 
 
 def test_what_goes_wrong_in_somebody_elses_command_is_theirs(plugin: Callable[..., Path]) -> None:
     path = plugin("half", 'def run(n: int) -> None:\n    """Halve."""\n    print(1 / n)\n')
-    broken = alexnet("half", "0", path=path)
+    broken = alexnet("half", "0", plugins=path)
     assert broken.returncode == 1
     assert broken.stderr == (
         "error: the command half of alexnet-extra failed: ZeroDivisionError: division by zero\n"
         "hint: tell its authors; alexnet --debug half shows where\n"
     )
-    assert "Traceback" in alexnet("--debug", "half", "0", path=path).stderr
-    assert alexnet("half", "x", path=path).returncode == 2
+    assert "Traceback" in alexnet("--debug", "half", "0", plugins=path).stderr
+    assert alexnet("half", "x", plugins=path).returncode == 2
 
 
 def test_a_typer_app_is_a_command_too(plugin: Callable[..., Path]) -> None:
@@ -192,34 +202,34 @@ def test_a_typer_app_is_a_command_too(plugin: Callable[..., Path]) -> None:
         "@run.command()\ndef one() -> None:\n    '''First.'''\n    sys.stdout.write('1')\n"
         "@run.command()\ndef two() -> None:\n    '''Second.'''\n    sys.stdout.write('2')\n"
     )
-    assert alexnet("pair", "two", path=plugin("pair", body)).stdout == "2"
+    assert alexnet("pair", "two", plugins=plugin("pair", body)).stdout == "2"
 
 
 def test_a_broken_plugin_hurts_nobody_and_says_why(plugin: Callable[..., Path]) -> None:
     path = plugin("grad", "import nonesuch_module\ndef run() -> None: ...\n")
-    assert alexnet("--help", path=path).returncode == 0
-    assert alexnet("plugins", path=path).returncode == 0
+    assert alexnet("--help", plugins=path).returncode == 0
+    assert alexnet("plugins", plugins=path).returncode == 0
     for arguments in (("grad",), ("grad", "--layer", "5", "x.jpg"), ("grad", "--help")):
-        result = alexnet(*arguments, path=path)
+        result = alexnet(*arguments, plugins=path)
         assert result.returncode == 4
         assert "No module named 'nonesuch_module'" in result.stderr
         assert "Traceback" not in result.stderr
-    rows = {row["name"]: row for row in json.loads(alexnet("plugins", "--json", path=path).stdout)["plugins"]}
+    rows = {row["name"]: row for row in json.loads(alexnet("plugins", "--json", plugins=path).stdout)["plugins"]}
     assert (rows["grad"]["status"], rows["grad"]["version"], rows["train"]["status"]) == ("broken", "1.2", "ok")
     assert "nonesuch_module" in rows["grad"]["reason"]
-    assert any("grad" in key for key in json.loads(alexnet("doctor", "--json", path=path).stdout)["broken_commands"])
+    assert any("grad" in key for key in json.loads(alexnet("doctor", "--json", plugins=path).stdout)["broken_commands"])
 
 
 def test_a_heavy_plugin_does_not_slow_help(plugin: Callable[..., Path]) -> None:
     path = plugin("slow", "import sys\nsys.stderr.write('IMPORTED')\n" + HELLO)
-    assert "IMPORTED" not in alexnet("--help", path=path).stderr
-    assert "IMPORTED" in alexnet("slow", "x", path=path).stderr
+    assert "IMPORTED" not in alexnet("--help", plugins=path).stderr
+    assert "IMPORTED" in alexnet("slow", "x", plugins=path).stderr
 
 
 def test_nobody_replaces_a_built_in(plugin: Callable[..., Path]) -> None:
     path = plugin("train", HELLO)
-    assert "hello" not in alexnet("train", "--help", path=path).stdout
-    found = json.loads(alexnet("plugins", "--json", path=path).stdout)["plugins"]
+    assert "hello" not in alexnet("train", "--help", plugins=path).stdout
+    found = json.loads(alexnet("plugins", "--json", plugins=path).stdout)["plugins"]
     assert {row["distribution"]: row["status"] for row in found if row["name"] == "train"} == {
         "alexnet-cli": "ok", "alexnet-extra": "shadowed",
     }  # fmt: skip
@@ -228,10 +238,10 @@ def test_nobody_replaces_a_built_in(plugin: Callable[..., Path]) -> None:
 def test_two_that_claim_one_name_are_both_named(plugin: Callable[..., Path]) -> None:
     plugin("hello", HELLO, "alexnet-one")
     path = plugin("hello", HELLO, "alexnet-two")
-    result = alexnet("hello", "world", path=path)
+    result = alexnet("hello", "world", plugins=path)
     assert result.returncode == 4
     assert "alexnet-one and alexnet-two" in result.stderr
-    assert alexnet("hello", "world", path=path, settings={"ALEXNET_PLUGINS": "alexnet-two"}).stdout == "hello world"
+    assert alexnet("hello", "world", plugins=path, settings={"ALEXNET_PLUGINS": "alexnet-two"}).stdout == "hello world"
 
 
 @pytest.mark.parametrize(
@@ -239,31 +249,33 @@ def test_two_that_claim_one_name_are_both_named(plugin: Callable[..., Path]) -> 
     [("", False), ("other", False), ("other, alexnet-extra", True), ("Alexnet_Extra", True)],
 )
 def test_plugins_can_be_switched_off(plugin: Callable[..., Path], allowed: str, works: bool) -> None:
-    result = alexnet("hello", "world", path=plugin("hello", HELLO), settings={"ALEXNET_PLUGINS": allowed})
+    result = alexnet("hello", "world", plugins=plugin("hello", HELLO), settings={"ALEXNET_PLUGINS": allowed})
     assert (result.stdout == "hello world") is works
     assert result.returncode == (0 if works else 2)
 
 
 def test_a_plugin_that_quits_on_import_takes_nobody_with_it(plugin: Callable[..., Path]) -> None:
     path = plugin("leaver", "import sys\nsys.exit('bye')\n")
-    assert alexnet("leaver", "--x", path=path).returncode == 4
-    result = alexnet("plugins", "--json", path=path)
+    assert alexnet("leaver", "--x", plugins=path).returncode == 4
+    result = alexnet("plugins", "--json", plugins=path)
     assert {row["name"]: row["status"] for row in json.loads(result.stdout)["plugins"]}["leaver"] == "broken"
 
 
 def test_a_signature_typer_refuses_is_the_plugins_fault(plugin: Callable[..., Path]) -> None:
-    result = alexnet("odd", "3", path=plugin("odd", "def run(x: int | str) -> None: ...\n"))
+    result = alexnet("odd", "3", plugins=plugin("odd", "def run(x: int | str) -> None: ...\n"))
     assert result.returncode == 4
     assert "alexnet-extra cannot be built" in result.stderr
 
 
 def test_what_a_function_returns_is_no_exit_code(plugin: Callable[..., Path]) -> None:
-    assert alexnet("five", path=plugin("five", "def run() -> int:\n    return 5\n")).returncode == 0
+    assert alexnet("five", plugins=plugin("five", "def run() -> int:\n    return 5\n")).returncode == 0
 
 
 def test_an_exit_code_is_kept(plugin: Callable[..., Path]) -> None:
     assert (
-        alexnet("five", path=plugin("five", "import typer\ndef run() -> None:\n    raise typer.Exit(5)\n")).returncode
+        alexnet(
+            "five", plugins=plugin("five", "import typer\ndef run() -> None:\n    raise typer.Exit(5)\n")
+        ).returncode
         == 5
     )
 
@@ -274,8 +286,8 @@ def test_damaged_records_of_a_distribution_stop_nobody(plugin: Callable[..., Pat
     damaged = path / "half_gone-1.0.dist-info"
     damaged.mkdir()
     (damaged / "entry_points.txt").write_bytes(records)
-    assert alexnet("--version", path=path).returncode == 0
-    assert alexnet("plugins", path=path).returncode == 0
+    assert alexnet("--version", plugins=path).returncode == 0
+    assert alexnet("plugins", plugins=path).returncode == 0
 
 
 def test_of_a_distribution_installed_twice_the_first_counts(plugin: Callable[..., Path], tmp_path: Path) -> None:
@@ -286,7 +298,7 @@ def test_of_a_distribution_installed_twice_the_first_counts(plugin: Callable[...
     older = tmp_path / "again" / "alexnet_extra-1.2.dist-info" / "entry_points.txt"
     older.write_text(older.read_text(encoding="utf-8") + "gone = alexnet_extra:run\n", encoding="utf-8")
     paths = os.pathsep.join([str(path), str(tmp_path / "again")])
-    rows = json.loads(alexnet("plugins", "--json", path=Path(paths)).stdout)["plugins"]
+    rows = json.loads(started("plugins", "--json", path=Path(paths)).stdout)["plugins"]
     assert [(row["name"], row["version"]) for row in rows if row["distribution"] == "alexnet-extra"] == [
         ("hello", "1.3")
     ]
@@ -309,7 +321,7 @@ def test_completion_offers_commands_and_options() -> None:
 
 def test_completion_survives_a_broken_plugin(plugin: Callable[..., Path]) -> None:
     settings = {"_ALEXNET_COMPLETE": "complete_bash", "COMP_WORDS": "alexnet grad --x", "COMP_CWORD": "2"}
-    result = alexnet(path=plugin("grad", "import nonesuch_module\n"), settings=settings)
+    result = alexnet(plugins=plugin("grad", "import nonesuch_module\n"), settings=settings)
     assert "Traceback" not in result.stderr
 
 
@@ -321,7 +333,7 @@ def test_every_built_in_loads_and_is_called_what_it_is() -> None:
 
 
 def test_doctor_tells_what_really_opens() -> None:
-    found = json.loads(alexnet("doctor", "--json").stdout)
+    found = json.loads(started("doctor", "--json").stdout)
     assert found["schema"] == "alexnet.doctor/1"
     assert found["onnxruntime_providers"]["CPUExecutionProvider"] == "ok"
     import torch
@@ -337,14 +349,14 @@ def test_doctor_tells_what_really_opens() -> None:
 @pytest.mark.parametrize("package", ["torch", "onnxruntime"])
 def test_doctor_survives_the_patient(tmp_path: Path, package: str) -> None:
     (tmp_path / f"{package}.py").write_text("raise ImportError('libcudart.so.13: cannot open')\n", encoding="utf-8")
-    result = alexnet("doctor", "--json", path=tmp_path)
+    result = started("doctor", "--json", path=tmp_path)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["problems"] == {package: "ImportError: libcudart.so.13: cannot open"}
-    assert f"{package}: ImportError" in alexnet("doctor", path=tmp_path).stdout
+    assert f"{package}: ImportError" in started("doctor", path=tmp_path).stdout
 
 
 def test_what_is_switched_off_is_not_broken(plugin: Callable[..., Path]) -> None:
-    result = alexnet("doctor", "--json", path=plugin("hello", HELLO), settings={"ALEXNET_PLUGINS": ""})
+    result = alexnet("doctor", "--json", plugins=plugin("hello", HELLO), settings={"ALEXNET_PLUGINS": ""})
     assert not any("hello" in key for key in json.loads(result.stdout)["broken_commands"])
 
 

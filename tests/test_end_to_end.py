@@ -13,25 +13,30 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import alexnet
 from PIL import Image
 
 from alexnet_cli.core.runs import Run
 
-Alexnet = Callable[..., subprocess.CompletedProcess[str]]
+Done = subprocess.CompletedProcess[str]
+Alexnet = Callable[..., Done]
 QUICK = ("--recipe", "tiny", "--set", "width=0.0625", "--set", "learning_rate=0.03", "-b", "16")
 
 
-def run_in(folder: Path) -> Alexnet:
-    def run(*words: str, code: int = 0, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "alexnet_cli.cli", *words]
-        result = subprocess.run(
-            command, cwd=folder, capture_output=True, text=True, timeout=120, input=stdin, check=False
-        )
+def run_in(folder: Path, alexnet: Alexnet = alexnet) -> Alexnet:
+    def run(*words: str, code: int = 0) -> Done:
+        result = alexnet(*words, folder=folder)
         assert result.returncode == code, f"{' '.join(words)}\n{result.stdout}\n{result.stderr}"
         assert "Traceback" not in result.stderr
         return result
 
     return run
+
+
+def typed(*words: str, folder: Path) -> Done:
+    """In a process of its own, as users do."""
+    command = [sys.executable, "-m", "alexnet_cli.cli", *words]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
 
 
 def lines(result: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
@@ -43,7 +48,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
     """A folder in which the story has been lived through once."""
     folder = tmp_path_factory.mktemp("home")
     shutil.copytree(pictures, folder / "colours")
-    run = run_in(folder)
+    run = run_in(folder, typed)
     prepared = run("prepare", "colours")
     assert "next" in prepared.stderr
     trained = run("train", *QUICK, "--epochs", "12", "--name", "first")
@@ -157,9 +162,42 @@ def test_max_steps_counts_from_the_start_and_says_the_way_on(home: Path) -> None
     assert "resumed from the beginning: no checkpoint had been saved yet" in anew.stderr
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 143)])
-def test_signals_save_and_stop(home: Path, number: signal.Signals, code: int) -> None:
-    name = f"signal{int(number)}"
+SIGNALS = pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 143)]
+)
+
+
+def stopped(home: Path, name: str, errors: str) -> None:
+    """A run that a signal has ended has a checkpoint, and goes on from there."""
+    assert f"hint: alexnet train --resume {name}" in errors
+    assert json.loads((home / "runs" / name / "run.json").read_text())["status"] == "interrupted"
+    step = int((home / "runs" / name / "checkpoints" / "last").resolve().name)
+    resumed = lines(run_in(home)("train", "--resume", name, "--max-steps", str(step + 1), "--json", "-q"))
+    assert resumed[0]["step"] == step
+    assert resumed[-1]["step"] == step + 1
+
+
+@SIGNALS
+def test_signals_save_and_stop(home: Path, number: signal.Signals, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The signal comes between the first epoch and the second, to this process."""
+    log = Run.log
+
+    def signalled(self: Run, record: dict[str, Any]) -> None:
+        log(self, record)
+        if record["event"] == "checkpoint":
+            signal.raise_signal(number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "log", signalled)
+        name = f"signal{int(number)}"
+        errors = run_in(home)("train", *QUICK, "--epochs", "500", "--name", name, code=code).stderr
+    stopped(home, name, errors)
+
+
+@pytest.mark.slow
+@SIGNALS
+def test_signals_save_and_stop_a_process(home: Path, number: signal.Signals, code: int) -> None:
+    name = f"process{int(number)}"
     command = [sys.executable, "-m", "alexnet_cli.cli", "train", *QUICK, "--epochs", "500", "--name", name]
     child = subprocess.Popen(command, cwd=home, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     try:
@@ -172,12 +210,7 @@ def test_signals_save_and_stop(home: Path, number: signal.Signals, code: int) ->
         child.kill()
         child.wait()
     assert child.returncode == code, errors
-    assert f"hint: alexnet train --resume {name}" in errors
-    assert json.loads((home / "runs" / name / "run.json").read_text())["status"] == "interrupted"
-    step = int((home / "runs" / name / "checkpoints" / "last").resolve().name)
-    resumed = lines(run_in(home)("train", "--resume", name, "--max-steps", str(step + 1), "--json", "-q"))
-    assert resumed[0]["step"] == step
-    assert resumed[-1]["step"] == step + 1
+    stopped(home, name, errors)
 
 
 def test_print_config_names_the_sources(home: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import alexnet
 
 from alexnet_cli.core import weights
 from alexnet_cli.core.runs import Run
@@ -55,7 +56,8 @@ def life(words: list[str], folder: Path, ripe: Callable[[], bool]) -> int:
 
 def finish(words: list[str], folder: Path) -> None:
     """Run the command to its end."""
-    subprocess.run([sys.executable, "-m", "alexnet_cli.cli", *words], cwd=folder, check=True, capture_output=True)
+    done = alexnet(*words, folder=folder)
+    assert done.returncode == 0, done.stderr
 
 
 def same(one: Path, other: Path) -> None:

@@ -8,13 +8,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import alexnet
 
+from alexnet_cli.core import launch
 from alexnet_cli.core.heartbeat import Heartbeat, told
 
 SECONDS = 90
@@ -66,6 +68,22 @@ def start(prepared: Path, tmp_path: Path) -> Iterator[Any]:
         one.process.communicate(timeout=SECONDS)
 
 
+Said = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def said(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Said:
+    """What a command says that starts no process: exit code, stdout and stderr."""
+    monkeypatch.setenv("ALEXNET_RUNS_DIR", str(tmp_path / "runs"))
+    monkeypatch.setattr(launch, "launch", None)
+
+    def command(*extra: str) -> tuple[int, str, str]:
+        result = alexnet("train", "--data", str(prepared), *SMALL, "--name", "r", *extra)
+        return result.returncode, result.stdout, result.stderr
+
+    return command
+
+
 def gone(numbers: list[int]) -> bool:
     """Whether all these processes are gone, or will be as soon as somebody asks how they ended."""
     deadline = time.monotonic() + 20
@@ -110,33 +128,35 @@ def test_sigterm_reaches_all_and_saves_once(start: Any) -> None:
     assert [line["event"] for line in lines].count("start") == 1, "only rank 0 speaks"
 
 
-def test_a_wrong_word_is_told_once(start: Any) -> None:
-    code, out, err = start("--processes", "2", "--set", "widht=1").end()
+def test_a_wrong_word_is_told_once(said: Said) -> None:
+    code, out, err = said("--processes", "2", "--set", "widht=1")
     assert (code, out) == (2, "")
     assert err == "error: recipe: no key is called widht\nhint: did you mean width?\n"
 
 
-def test_three_are_no_pairs(start: Any) -> None:
-    code, out, err = start("--processes", "3", "--parallel", "tower").end()
+def test_three_are_no_pairs(said: Said) -> None:
+    code, out, err = said("--processes", "3", "--parallel", "tower")
     assert (code, out) == (2, "")
     assert err.count("\n") == 2
     assert "needs pairs of devices for two towers, and 3 is odd" in err
 
 
-def test_processes_are_for_the_cpu(start: Any) -> None:
-    code, _, err = start("--gpus", "0", "--processes", "2").end()
+def test_processes_are_for_the_cpu(said: Said) -> None:
+    code, _, err = said("--gpus", "0", "--processes", "2")
     assert code == 2
     assert "--gpus 0,1 starts a process for each GPU" in err
 
 
-def test_processes_are_the_launchers_affair_where_there_is_one(start: Any) -> None:
-    code, _, err = start("--processes", "2", settings={"RANK": "0", "WORLD_SIZE": "1"}).end()
+def test_processes_are_the_launchers_affair_where_there_is_one(said: Said, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    code, _, err = said("--processes", "2")
     assert code == 2
     assert "error: --processes 2: a launcher has started this one as 1 of 1\nhint: leave --processes to it" in err
 
 
-def test_gpus_that_are_not_there(start: Any) -> None:
-    code, _, err = start("--gpus", "98,99").end()
+def test_gpus_that_are_not_there(said: Said) -> None:
+    code, _, err = said("--gpus", "98,99")
     assert code == 4
     assert "error: --gpus 98,99: GPUs visible here: " in err
     assert "--gpus none uses the CPU" in err

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -127,3 +129,28 @@ def test_an_interrupted_index_leaves_the_old_one_and_nothing_else(
     with pytest.raises(StorageError, match="No space left"):
         neighbours.write_index(folder, origin, split, session)
     assert {path.name for path in folder.parent.iterdir()} == {"m.safetensors"}
+
+
+def test_what_a_killed_indexing_left_goes_with_the_next_and_what_another_writes_stays(
+    prepared: Path, tmp_path: Path
+) -> None:
+    """Two processes are killed with -9 in the midst of it, one after the other has ended; a third is alive."""
+    path = save_model(random_model(replace(PAPER, width=1 / 32)), tmp_path / "m.safetensors")
+    dataset = open_dataset(prepared)
+    split = dataset.split("train")
+    origin, folder = Origin.of(path, dataset, split), neighbours.place(path, None)
+    writing = "import sys; from pathlib import Path; from alexnet_cli.core.neighbours import _replacing\n"
+    writing += "with _replacing(Path(sys.argv[1])) as new:\n (new / 'fc7.npy').write_bytes(b'half'); print(); input()"
+    for number in range(3):
+        command = [sys.executable, "-uc", writing, str(folder)]
+        child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"\n"
+        assert [left.name for left in tmp_path.glob(".*")] == [f".m.neighbours.{child.pid}.tmp"]
+        if number == 2:
+            neighbours.write_index(folder, origin, split, Session(path, layer="fc7"))
+            assert [left.name for left in tmp_path.glob(".*")] == [f".m.neighbours.{child.pid}.tmp"]
+        child.kill()
+        child.communicate()
+    neighbours.write_index(folder, origin, split, Session(path, layer="fc7"))
+    assert {left.name for left in tmp_path.iterdir()} == {"m.safetensors", "m.neighbours"}

@@ -162,9 +162,9 @@ def test_refusals(
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_ctrl_c_keeps_what_is_finished(pets: Path, number: int, code: int) -> None:
-    big = jpeg((9, 99, 199), (1000, 800))
-    for i in range(1000):
-        (pets / "cats" / f"big{i}.jpg").write_bytes(big)
+    (pets / "cats" / "big.jpg").write_bytes(jpeg((9, 99, 199), (500, 400)))
+    for i in range(2000):
+        (pets / "cats" / f"big{i}.jpg").hardlink_to(pets / "cats" / "big.jpg")
     command = [sys.executable, "-m", "alexnet_cli.cli", "prepare", "pets", "--workers", "1"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60

@@ -13,6 +13,7 @@ The search is exact over these rows: blocks are multiplied with all pictures at 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -194,12 +195,27 @@ def _replacing(folder: Path) -> Iterator[Path]:
     """A new folder that takes the place of `folder` when the block ends well, and is gone if it does not."""
     new = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
+        for left in folder.parent.glob(f".{folder.name}.*.tmp"):
+            with contextlib.suppress(BlockingIOError), _held(left):  # unless somebody is writing it: killed
+                shutil.rmtree(left, ignore_errors=True)
         new.mkdir(parents=True)
-        yield new
-        shutil.rmtree(folder, ignore_errors=True)
-        new.replace(folder)
+        with _held(new):
+            yield new
+            shutil.rmtree(folder, ignore_errors=True)
+            new.replace(folder)
     except OSError as error:
         reason = error.strerror or error
         raise StorageError(f"{folder} cannot be written: {reason}", "free some space, or copy the run") from error
     finally:
         shutil.rmtree(new, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process alone; the kernel lets go however the process ends. Raises BlockingIOError."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)

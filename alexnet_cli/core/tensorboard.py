@@ -11,8 +11,11 @@ from alexnet_cli.errors import MissingError
 
 SCALARS = {
     "step": ("loss", "top1_error", "top5_error", "lr", "images_per_second", "data_wait"),
-    "validation": ("loss", "top1_error", "top5_error"),
-}
+    "validation": (
+        "loss", "top1_error", "top5_error", "lr", "train_loss", "train_top1_error", "images_per_second",
+        "specialisation", "chroma_tower1", "chroma_tower2",
+    ),
+}  # fmt: skip
 GROUP = {"step": "train", "validation": "validation"}
 
 
@@ -38,7 +41,8 @@ def recorded(run: Run, records: Iterator[Record]) -> Iterator[Record]:
         for record in records:
             with run.storing():
                 for name in SCALARS.get(record.event, ()):
-                    writer.add_scalar(f"{GROUP[record.event]}/{name}", getattr(record, name), record.step)
+                    if (value := getattr(record, name)) is not None:
+                        writer.add_scalar(f"{GROUP[record.event]}/{name}", value, record.step)
                 if record.event == "validation":
                     writer.flush()
             yield record

@@ -98,15 +98,19 @@ def train(
 
     Without options: recipe `paper`, the only prepared data set, the first GPU if there is one.
     """  # fmt: skip
+    from alexnet_cli.core.resume import agreed, asked_to_stop, seconds
+
+    limit, said = seconds(max_time), recipes.parsed(settings or [])
+    if recipe:
+        recipes.changed(recipes.load(recipe), said)  # what is mistyped is told before torch is loaded
+
     from alexnet_cli.core import placement as devices
     from alexnet_cli.core.fine_tuning import compare, source
     from alexnet_cli.core.ranks import arrangement, meeting, numbers, parent
-    from alexnet_cli.core.resume import agreed, asked_to_stop, seconds
     from alexnet_cli.core.shards import find_dataset, open_dataset
     from alexnet_cli.core.tensorboard import check_installed
     from alexnet_cli.core.training import Training
 
-    limit, said = seconds(max_time), recipes.parsed(settings or [])
     options = {"epochs": epochs, "batch_size": batch_size, "learning_rate": lr, "precision": precision, "seed": seed}
     explicit = {key: value for key, value in {**options, "frozen": freeze}.items() if value is not None}
     if tensorboard:
