@@ -45,10 +45,12 @@ def find(
         DataError, WeightsError, StorageError: as `neighbours` and `responses` do.
     """
     train, val = data.split("train"), data.split("val")
+    if not len(train) or not len(val) or not affordable(QUERIES):
+        return ()
     source, folder = _source(model, run), neighbours.place(model.path, run)
     origin = neighbours.Origin.of(source, data, train)
     index = neighbours.open_index(folder, origin)
-    if not len(train) or not len(val) or not affordable(QUERIES if index else len(train)):
+    if index is None and not affordable(len(train)):
         return ()
     session = Session(source, few=index is not None, layer=neighbours.LAYER)
     if index is None:
