@@ -97,6 +97,7 @@ def _curves(
             axes.set_yscale("log")
         elif not level:
             axes.set_ylim(bottom=0)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xlabel("epochs")
         axes.set_ylabel(unit)
         if len(told) > 1 or history.drops:
