@@ -115,8 +115,8 @@ CORE = {
     # one page about a run
     "history": "",
     "neighbourhoods": "images neighbours responses runs session shards weights",
-    "evidence": "augment backoff evaluate images loader neighbourhoods neighbours network placement published responses "
-    "results shards weights",
+    "evidence": "augment backoff evaluate images loader neighbourhoods neighbours network placement published "
+    "responses results shards weights",
     "report": "evaluate evidence history placement qualitative runs shards sources weights",
     "report_charts": "history",
     "report_pictures": "",

@@ -84,9 +84,12 @@ def _curves(
         return None
     factor = 100 if percent else 1
 
+    from matplotlib.ticker import MaxNLocator
+
     def draw(axes: Axes) -> None:
         for line, (ink, style) in told:
-            marker = "o" if line.marked and len(line.points) <= 30 else None
+            few = len(line.points) == 1 or (line.marked and len(line.points) <= 30)
+            marker = "o" if few else None
             places, values = [at for at, _ in line.points], [factor * value for _, value in line.points]
             axes.plot(places, values, color=ink, linestyle=style, marker=marker, markersize=4, label=line.name)
         for number, drop in enumerate(history.drops):
@@ -97,7 +100,7 @@ def _curves(
             axes.set_yscale("log")
         elif not level:
             axes.set_ylim(bottom=0)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("epochs")
         axes.set_ylabel(unit)
         if len(told) > 1 or history.drops:
