@@ -122,7 +122,7 @@ CORE = {
     "report_pictures": "",
     "report_sections": "confusion_picture evidence filter_picture history published report report_charts "
     "report_pictures results",
-    "report_page": "ablation_picture atomic history report report_charts report_sections",
+    "report_page": "ablation_picture atomic history report report_charts report_sections results",
     # weights of other programs
     "protobuf": "",
     "unpickler": "",

@@ -129,6 +129,7 @@ def test_it_prints_whole_figures_and_no_navigation(page: Page, pages: dict[str, 
     cut = "[...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > innerWidth).map(e => e.innerText)"
     assert page.evaluate(cut) == []
     assert page.evaluate("document.documentElement.scrollWidth") == 680
-    assert page.get_by_text("Values of the recipe that are the paper's").is_visible(), "what is folded is printed"
+    assert page.get_by_text("Loss in nats, errors in %").is_visible(), "what is folded is printed"
+    assert not page.get_by_text("Values of the recipe that are the paper's").is_visible(), "but for what is as ever"
     content = page.pdf(path=str(tmp_path / "report.pdf"), format="A4")
     assert content.startswith(b"%PDF")

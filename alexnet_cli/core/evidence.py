@@ -115,8 +115,10 @@ def stored(run: Path, weights: str, subject: Subject) -> list[tuple[Mapping[str,
             if (totals["weights_sha256"], totals["data_hash"]) != (weights, subject.data.hash):
                 continue
             counts = _read(run / "eval" / stem, len(subject.model.classes), float(totals["loss"]))
-            if counts.images != totals["images"] or not counts.images:
+            if counts.images != totals["images"] or totals["views"] not in results.PROTOCOL or not counts.images:
                 continue
+            figure = published(subject.model.recipe, subject.data.classes)
+            totals = results.numbers(counts, totals["views"], str(totals["backend"]), figure)
         except (OSError, ValueError, TypeError, KeyError, IndexError, RecursionError, csv.Error):
             continue  # whatever is the matter with them, they are made anew
         found.append((totals, counts))

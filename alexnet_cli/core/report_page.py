@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 import alexnet_cli
-from alexnet_cli.core import report_charts, report_sections
+from alexnet_cli.core import report_charts, report_sections, results
 from alexnet_cli.core.ablation_picture import HINT, can_draw
 from alexnet_cli.core.atomic import write_text
 from alexnet_cli.core.history import number
@@ -121,7 +121,7 @@ def _lead(report: Report) -> str:
         five = "" if few else f", top-5 error {first['top5_error']:.1%}"
         return (
             f"Top-1 error {first['top1_error']:.1%} (95 % interval {low:.1%} to {high:.1%}){five}, "
-            f"on the {first['images']:,} validation pictures{of}."
+            f"on the {first['images']:,} validation pictures{of}, {results.PROTOCOL[first['views']]}."
         )
     if best:
         five = "" if few or number(best, "top5_error") is None else f", top-5 error {best['top5_error']:.1%}"

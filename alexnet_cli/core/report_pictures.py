@@ -11,6 +11,7 @@ from PIL import Image
 
 SIDE = 160  # pixels of a photograph on the page
 QUALITY = 85
+ZOOM = 8  # of kernels
 COLOURS = 128  # of a drawing; a confusion matrix has few
 
 
@@ -22,10 +23,10 @@ def photograph(pixels: npt.NDArray[np.uint8]) -> str:
     return _uri("image/jpeg", file.getvalue())
 
 
-def exact(pixels: npt.NDArray[np.uint8]) -> str:
-    """uint8 H x W x 3, as it is."""
+def enlarged(pixels: npt.NDArray[np.uint8]) -> str:
+    """uint8 H x W x 3, each pixel a square of ZOOM: what prints the page may smooth."""
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG", optimize=True)
+    Image.fromarray(pixels.repeat(ZOOM, axis=0).repeat(ZOOM, axis=1)).save(file, "PNG", optimize=True)
     return _uri("image/png", file.getvalue())
 
 

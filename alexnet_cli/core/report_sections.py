@@ -35,7 +35,7 @@ def recipe(report: Report) -> Names:
         "the one correction that it needs to start learning, a deviation of 0.03 in layers 3 to 5, as in the authors' "
         "code."
     )
-    heads = ("Value", "Here", "The paper", "Says the paper in")
+    heads = ("Value", "Here", "The paper", "Where in the paper")
     return {"words": words, "heads": heads, "changed": changed, "same": same, "about": {v.key: v.about for v in values}}
 
 
@@ -90,7 +90,7 @@ def filters(report: Report, charts: Mapping[str, Chart]) -> Names | None:
         share = f"{found.means[i - 1]:.2f}"
         alt = f"The {len(kernels)} kernels of tower {i}, {size} pixels each, zero in grey; colour share {share}."
         caption = f"Tower {i} of {len(found.towers)}: {len(kernels)} kernels of {size}, colour share {share}"
-        towers.append({"uri": report_pictures.exact(grid), "alt": alt, "caption": caption})
+        towers.append({"uri": report_pictures.enlarged(grid), "alt": alt, "caption": caption})
         rows.append((
             f"Tower {i}", len(kernels), share, f"{tower.mean(tower.frequency):.2f}",
             f"{tower.mean(tower.selectivity):.2f}", int(tower.dead.sum()), int(tower.undertrained.sum()),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from alexnet_cli.console import Reporter
+from alexnet_cli.console import Progress, Reporter
 from alexnet_cli.errors import PartialError, UsageError, WeightsError
 from alexnet_cli.options import DataOption, JsonFlag, QuietFlag, WeightsOption
 
@@ -45,8 +46,15 @@ def report(
     dataset = data_of(run, data)
     shown = f"{dataset.path}" if isinstance(dataset, Dataset) else dataset
     reporter.line("data", shown)
-    with reporter.progress("report", total=None) as bar:
-        found = gather(run, model, dataset, place(None, "fp32") if model else None, advance=bar.advance)
+    with ExitStack() as stack:
+        started: list[Progress] = []
+
+        def advance(pictures: int) -> None:
+            if not started:  # where all is there, nothing is counted
+                started.append(stack.enter_context(reporter.progress("report", total=None)))
+            started[0].advance(pictures)
+
+        found = gather(run, model, dataset, place(None, "fp32") if model else None, advance=advance)
     target = output or (run.path if run else Path()) / report_page.FILE
     sections = report_page.write(found, target)
     size = target.stat().st_size
