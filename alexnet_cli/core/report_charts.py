@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 CHANCE = 2 / 3  # colour share of independent random weights
 FEW = 5  # with no more classes, every answer is among the five likeliest
+FEW_POINTS = 30  # that can be marked without covering their line
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # letters stay text: small, sharp, and in the font of the page
     "svg.hashsalt": "alexnet",  # else every drawing would have other names inside
@@ -39,6 +40,8 @@ class Line(NamedTuple):
     name: str
     points: Curve
     marked: bool = True
+    constant: bool = False
+    """Whether each value holds since the one before it, as the rate of a schedule does."""
 
 
 def charts(history: History, classes: int | None) -> dict[str, Chart]:
@@ -56,7 +59,9 @@ def charts(history: History, classes: int | None) -> dict[str, Chart]:
                 Line("top-1, validation", history.curve("top1_error")), *top5,
             ], percent=True,
         ),
-        "rate": _curves("Learning rate", "rate", history, [Line("rate", history.steps("lr"), False)], log=True),
+        "rate": _curves(
+            "Learning rate", "rate", history, [Line("rate", history.steps("lr"), False, bool(history.drops))], log=True,
+        ),
         "towers": _curves(
             "Specialisation", "share, and area under the curve", history,
             [
@@ -84,14 +89,14 @@ def _curves(
         return None
     factor = 100 if percent else 1
 
-    from matplotlib.ticker import MaxNLocator
-
     def draw(axes: Axes) -> None:
+        from matplotlib.ticker import MaxNLocator
+
         for line, (ink, style) in told:
-            few = len(line.points) == 1 or (line.marked and len(line.points) <= 30)
-            marker = "o" if few else None
+            marker = "o" if len(line.points) == 1 or (line.marked and len(line.points) <= FEW_POINTS) else None
+            steps = "steps-pre" if line.constant else "default"
             places, values = [at for at, _ in line.points], [factor * value for _, value in line.points]
-            axes.plot(places, values, color=ink, linestyle=style, marker=marker, markersize=4, label=line.name)
+            axes.plot(places, values, color=ink, linestyle=style, marker=marker, ms=4, ds=steps, label=line.name)
         for number, drop in enumerate(history.drops):
             axes.axvline(drop, color="#555555", linestyle="dotted", label=None if number else "rate drops")
         if level:
