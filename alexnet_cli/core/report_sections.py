@@ -47,7 +47,7 @@ def _value(value: Value) -> Row:
 def _written(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
-    return value if isinstance(value, str) else json.dumps(value)
+    return value if isinstance(value, str) else json.dumps(value) if value != () else "none"
 
 
 def curves(report: Report, charts: Mapping[str, Chart]) -> Names:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -83,5 +84,7 @@ def _subject(spec: str | None) -> tuple[Run | None, Path | None]:
         except UsageError:
             pass
         raise
+    if path.parent.is_symlink():  # such as `best`, which a training that goes on may point elsewhere meanwhile
+        path = path.parent.parent / os.readlink(path.parent) / path.name
     run = run_of(path)
     return (Run(run) if run else None), path
