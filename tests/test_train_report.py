@@ -67,6 +67,19 @@ def test_who_stops_it_waits_for_no_picture(trained: Trained, monkeypatch: pytest
     assert len(drawn) == (4 if steps == 4 else 3)
 
 
+def test_a_second_interrupt_ends_the_waiting_and_no_more(
+    trained: Trained, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def impatient(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    training = trained(1)
+    monkeypatch.setattr("alexnet_cli.core.report_charts._svg", impatient)
+    leave_report(Reporter("train"), training, stopped=True)
+    assert capsys.readouterr().err.startswith("warn    no report was written: interrupted\nhint    alexnet report -w ")
+    assert not (training.run.path / "report.html").exists()
+
+
 def test_a_slow_network_is_not_waited_for(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
     training = trained(6)
     monkeypatch.setattr("alexnet_plugins.train_report.SECONDS", 1e-9)

@@ -37,4 +37,7 @@ def leave_report(reporter: Reporter, training: Training, stopped: bool) -> None:
         what = error.what if isinstance(error, AlexNetError) else f"{type(error).__name__}: {error}"
         reporter.warn(f"no report was written: {what}", f"the training is safe; alexnet report -w {training.run.name}")
         return
+    except KeyboardInterrupt:  # a second Ctrl-C: go on to the message that says what is saved
+        reporter.warn("no report was written: interrupted", f"alexnet report -w {training.run.name} writes it")
+        return
     reporter.line("report", str(run.path / report_page.FILE))
