@@ -250,9 +250,19 @@ def test_an_imported_network_has_no_training_to_tell_of(
     save_model(replace(random_model(RECIPE, len(NAMES)), classes=data.classes), run.path / "model.safetensors")
     found = told(report("-w", "caffe", "--json", "-q"))
     assert [s["id"] for s in found["sections"]] == ["recipe", "filters", "results", "examples", "neighbours", "origin"]
+    assert "no data set; alexnet report --data D names one" in found["sections"][2]["note"]
     page = Page(Path("runs/caffe/report.html"))
     assert "x.caffemodel" in page.all_text
     assert [image["alt"] for image in page.images if "kernels of tower" in (image["alt"] or "")]
+
+
+def test_a_data_set_that_merely_lies_about_is_no_failure(
+    tmp_path: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(prepared, "prepared/colours")
+    save_model(random_model(RECIPE), Path("net.safetensors"))
+    assert "unknown to the network" in told(report("-w", "net.safetensors", "--json", "-q"))["sections"][2]["note"]
 
 
 def test_a_model_file_of_no_run(tmp_path: Path, data: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
