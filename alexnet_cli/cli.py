@@ -6,7 +6,6 @@ import contextlib
 import errno
 import json
 import os
-import re
 import signal
 import sys
 import time
@@ -17,7 +16,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from alexnet_cli import __version__
+from alexnet_cli import __version__, usage
 from alexnet_cli.console import visible
 from alexnet_cli.entry_points import HINT, Offer, callable_offers
 from alexnet_cli.errors import AlexNetError, LostError, MissingError, Terminated, memory_ended
@@ -232,7 +231,7 @@ def _told(error: BaseException) -> tuple[str, str, int]:
     if isinstance(error, AlexNetError):
         return error.what, error.hint, error.exit_code
     if hasattr(error, "format_message"):  # the parser's errors; their base has no public name before Typer 0.27.2
-        return _usage(error)
+        return usage.told(error)
     if isinstance(error, KeyboardInterrupt | typer.Abort):
         return "stopped by Ctrl-C", "", CTRL_C
     if isinstance(error, Terminated):
@@ -250,17 +249,6 @@ def _told(error: BaseException) -> tuple[str, str, int]:
         what = f"the memory does not suffice: {str(error).partition(chr(10))[0] or 'it is all taken'}"
         return what, "a smaller batch (-b) takes less; so do --micro-batch and --cache none in training", 4
     return f"internal error: {type(error).__name__}: {error}", "a bug; alexnet --debug COMMAND shows where", 1
-
-
-def _usage(error: Any) -> tuple[str, str, int]:
-    """What the parser says, in our form: what it suggests becomes the hint."""
-    message = " ".join(error.format_message().split())
-    context = getattr(error, "ctx", None)
-    hint = f"{context.command_path if context is not None else 'alexnet'} --help"
-    suggested = re.search(r"(?:Did you mean (.+)\?|\(Possible options: (.+)\))$", message)
-    if suggested:
-        message, hint = message[: suggested.start()], f"did you mean {suggested[1] or suggested[2]}?"
-    return message.strip().rstrip("."), hint, int(getattr(error, "exit_code", 2))
 
 
 def _quiet_pipe() -> int:

@@ -87,7 +87,7 @@ class Recipe:
     conv1_slow_epoch: int = knob(0, "code", "layer 1 learns at a tenth after this epoch; 0 = never", 0)
     conv1_freeze_epoch: int = knob(0, "code", "layer 1 is frozen after this epoch; 0 = never", 0)
     frozen: Literal["none", "conv"] = knob("none", "-", "layers that keep their values (conv: 1 to 5), for fine-tuning")
-    label_smoothing: float = knob(0.0, "5", "share of the target spread over all classes", 0, 0.99)
+    label_smoothing: float = knob(0.0, "-", "share of the target spread over all classes", 0, 0.99)
     init: Literal["gaussian", "scaled"] = knob(
         "gaussian", "5", "N(0, std), or N(0, 2 / inputs) with all biases 0 (He et al. 2015)"
     )
@@ -96,7 +96,7 @@ class Recipe:
     conv345_std: float = knob(0.03, "code", "the same in layers 3 to 5; the paper's text has 0.01", 0)
     fc67_std: float = knob(0.01, "5", "the same in layers 6 and 7", 0)
     bias: float = knob(1.0, "5", "initial biases of layers 2, 4, 5, 6, 7; the others start at 0")
-    precision: Literal["fp32", "tf32", "bf16"] = knob("fp32", "5", "arithmetic of the matrix products")
+    precision: Literal["fp32", "tf32", "bf16"] = knob("fp32", "code", "arithmetic of the matrix products")
     seed: int = knob(0, "-", "of initial values, order, crops, shifts and dropout", 0, 2**31 - 1)
 
     def __post_init__(self) -> None:
@@ -273,5 +273,6 @@ def describe(key: str, base: str = "paper") -> tuple[str, str]:
     about = str(meta["about"])
     if get_origin(kind) is Literal:
         about += f"; one of: {', '.join(str(value) for value in get_args(kind))}"
-    changed_by_base = base in RECIPES and getattr(RECIPES[base], key) != getattr(PAPER, key)
-    return about, _SOURCES.get(base, "-") if changed_by_base else str(meta["source"])
+    own = base in RECIPES and getattr(RECIPES[base], key) != getattr(PAPER, key)
+    own = own or (base, key) == ("caffe", "epochs")  # 450,000 steps of 256 images are 90 epochs, too
+    return about, _SOURCES.get(base, "-") if own else str(meta["source"])

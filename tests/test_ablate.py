@@ -23,7 +23,7 @@ from alexnet_cli.core.placement import Placement
 from alexnet_cli.core.records import Record
 from alexnet_cli.core.runs import Run, find_weights
 from alexnet_cli.core.shards import open_dataset
-from alexnet_cli.core.switches import SWITCHES
+from alexnet_cli.core.switches import SWITCHES, chosen
 from alexnet_cli.errors import PartialError, UsageError
 from alexnet_cli.recipe import PAPER, TINY
 from alexnet_plugins.ablate import ablate
@@ -74,6 +74,15 @@ def test_a_cell_is_a_run_that_goes_on_to_the_same_weights(made: Ablation) -> Non
     assert all(torch.equal(value, tensors[1][name]) for name, value in tensors[0].items())
     assert find_weights("a/base-seed0").parts[:3] == ("runs", "a", "base-seed0")
     assert {switch.name: list(runs) for switch, runs in made.runs().items()} == {"base": [0], "pool-2x2": [0]}
+
+
+@pytest.mark.parametrize(
+    ("word", "near"), [("lrn", "no-norm or norm-within-map"), ("no-nrm", "no-norm"), ("crops", "no-crops-flips")]
+)
+def test_a_word_that_is_no_switch_finds_the_nearest(word: str, near: str) -> None:
+    with pytest.raises(UsageError, match=f"--only {word}: no switch") as caught:
+        chosen(SMALL, [word])
+    assert caught.value.hint.startswith(f"did you mean {near}? there are: base, no-norm, ")
 
 
 def test_what_cannot_be_compared_is_refused(made: Ablation) -> None:

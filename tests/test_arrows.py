@@ -17,7 +17,8 @@ SHELL = {
     "entry_points": "errors",
     "console": "",
     "options": "",
-    "cli": "console errors entry_points",
+    "usage": "",
+    "cli": "console errors entry_points usage",
 }
 CORE = {
     "devices": "",
@@ -64,6 +65,7 @@ CORE = {
     "records": "",
     "checkpoint": "atomic learning network runs weights",
     "resume": "runs",
+    "origin": "runs shards",
     "evaluate": "augment loader network placement sources",
     "published": "ilsvrc sources",
     "confusion_picture": "",
@@ -100,7 +102,7 @@ CORE = {
     "export": "atomic onnx_fp16 onnx_graph onnx_metadata probes session shards torch_session weights",
     "export_int8": "accuracy calibration export onnx_graph onnx_int8 onnx_metadata probes session shards torch_session "
     "weights",
-    "inputs": "devices images listing",
+    "inputs": "devices images listing runs",
     "predict": "images inputs session sources torch_session views",
     "features": "predict",
     "responses": "images inputs session shards views",
@@ -115,8 +117,8 @@ CORE = {
     # one page about a run
     "history": "",
     "neighbourhoods": "images neighbours responses runs session shards weights",
-    "evidence": "augment backoff evaluate images loader neighbourhoods neighbours network placement published "
-    "responses results shards weights",
+    "evidence": "augment backoff evaluate images loader neighbourhoods neighbours network origin placement "
+    "published responses results shards weights",
     "report": "evaluate evidence history placement qualitative runs shards sources weights",
     "report_charts": "history",
     "report_pictures": "",

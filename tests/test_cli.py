@@ -100,8 +100,13 @@ def test_version_is_one_line() -> None:
     [
         (("trian",), "No such command 'trian'", "did you mean 'train'?"),
         (("train", "--epoch", "3"), "No such option: --epoch", "--epochs"),
-        (("train", "--epochs", "x"), "'--epochs'", "alexnet train --help"),
-        (("evaluate", "--views", "3"), "'--views'", "alexnet evaluate --help"),
+        (("train", "--epochs", "x"), "error: --epochs: ", "alexnet train --help"),
+        (
+            ("train", "--parallel", "towers"),
+            "--parallel towers: there is no such",
+            "did you mean tower? there are: auto,",
+        ),
+        (("evaluate", "--views", "3"), "error: --views: ", "alexnet evaluate --help"),
         (("predict",), "", "alexnet predict --help"),
         (("train", "--recipe", "papr"), "no recipe and no file is called papr", "did you mean paper?"),
         (("train", "--max-time", "soon"), "--max-time soon", "8h"),

@@ -144,6 +144,20 @@ def test_max_time_and_resume(home: Path) -> None:
     assert [record["event"] for record in auto] == ["start", "end"]
 
 
+def test_max_steps_counts_from_the_start_and_says_the_way_on(home: Path) -> None:
+    run = run_in(home)
+    first = run("train", *QUICK, "--epochs", "5", "--name", "steps", "--max-steps", "2")
+    assert "stopped runs/steps · by --max-steps at step 2 of 15\nnext    alexnet train --resume steps" in first.stderr
+    assert "done" not in first.stderr
+    again = run("train", "--resume", "steps", "--max-steps", "2")
+    assert "note    --max-steps 2 counts from the run's start, and 2 are done" in again.stderr
+    shutil.rmtree(home / "runs" / "steps" / "checkpoints")  # as if killed before there was one
+    (home / "runs" / "steps" / "checkpoints").mkdir()
+    (home / "runs" / "steps" / "metrics.jsonl").unlink()
+    anew = run("train", "--resume", "steps", "--max-steps", "1")
+    assert "resumed from the beginning: no checkpoint had been saved yet" in anew.stderr
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 143)])
 def test_signals_save_and_stop(home: Path, number: signal.Signals, code: int) -> None:
     name = f"signal{int(number)}"

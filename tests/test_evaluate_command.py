@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -137,6 +138,22 @@ def test_files_of_one_run_keep_their_results_apart(runs: Path) -> None:
     onnx_graph.write(weights.read(runs / "checkpoints" / "best" / "model.safetensors"), runs / "alexnet-int8.onnx")
     assert run("-w", str(runs / "alexnet-int8.onnx")).exception is None
     assert json.loads((runs / "eval" / "val-1-alexnet-int8.json").read_text())["backend"] == "onnx"
+
+
+def test_another_data_set_than_the_runs_own_keeps_its_results_apart(runs: Path, prepared: Path, tmp_path: Path) -> None:
+    shutil.copytree(prepared, tmp_path / "other")
+    assert run("-w", "one").exception is None
+    assert run("-w", "one", "--data", str(tmp_path / "other")).exception is None
+    found = {file.name: json.loads(file.read_text())["data"] for file in (runs / "eval").glob("*.json")}
+    assert found == {"val-1.json": str(prepared), "val-1-other.json": str(tmp_path / "other")}
+
+
+def test_a_run_that_was_stopped_is_said_to_be_so(runs: Path) -> None:
+    assert "note" not in run("-w", "one").stderr
+    about = json.loads((runs / "run.json").read_text())
+    (runs / "run.json").write_text(json.dumps(about | {"status": "interrupted"}))
+    (runs / "recipe.toml").write_text(SMALL.to_toml())
+    assert "note    the run has not finished: epoch 0 of 30 so far" in run("-w", "one").stderr
 
 
 def test_a_folder_that_cannot_be_is_known_before_the_work(

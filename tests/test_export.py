@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from model_files import draw, random_model, save_model
 from test_onnx_graph import VARIANTS
@@ -18,7 +19,17 @@ from typer.testing import CliRunner, Result
 
 from alexnet_cli.core import export as exporting
 from alexnet_cli.core import images, onnx_graph
-from alexnet_cli.core.export import Verification, crops_of, drawn_crops, export, export_unverified, verify
+from alexnet_cli.core.export import (
+    TOLERANCES,
+    Logits,
+    Precision,
+    Verification,
+    crops_of,
+    drawn_crops,
+    export,
+    export_unverified,
+    verify,
+)
 from alexnet_cli.core.packing import pack
 from alexnet_cli.core.plan import Plan
 from alexnet_cli.core.session import Session
@@ -49,6 +60,26 @@ def test_the_comparison_notices_a_wrong_network(change: dict[str, Any]) -> None:
     wrong = replace(model, recipe=replace(SMALL, **change))
     crops = drawn_crops(224, 6)
     assert not verify(TorchSession(model, "cpu").logits, Session(wrong, provider="cpu").logits, crops).passed
+
+
+@pytest.mark.parametrize(("precision", "rounding"), [("fp32", 1e-6), ("fp16", 2.0**-11)])
+def test_large_logits_may_differ_by_their_own_rounding(precision: Precision, rounding: float) -> None:
+    """The logits of some imported networks are in the thousands, and a softmax of two close ones shows every digit."""
+    generator = np.random.default_rng(0)
+    crops = np.zeros((32, 3, 2, 2), np.uint8)
+    small = generator.uniform(-20, 20, (32, 10)).astype(np.float32)
+    small[:, 1] = small[:, 0] = 20.0  # two that are close: their probabilities say most
+    noise = generator.uniform(-1, 1, (32, 10)).astype(np.float32)
+
+    def given(logits: npt.NDArray[np.float32]) -> Logits:
+        return lambda _: logits
+
+    for scale in (1, 10, 100):
+        large = scale * small
+        rounded, wrong = ((large + share * np.abs(large) * noise).astype(np.float32) for share in (rounding, 0.01))
+        assert verify(given(large), given(rounded), crops, precision).passed, scale
+        assert not verify(given(large), given(wrong), crops, precision).passed, scale
+    assert verify(given(small), given(small), crops, precision).tolerance == TOLERANCES[precision].probability
 
 
 def test_verification_counts_as_by_hand() -> None:
@@ -152,6 +183,21 @@ def test_command_puts_the_file_into_the_run(tmp_path: Path, monkeypatch: pytest.
     assert result.exception is None
     assert json.loads(result.stdout)["top1_agreement"] is None
     assert Session(tmp_path / "runs" / "first" / "alexnet.onnx", provider="cpu").crop == 224
+
+
+def test_a_checkpoint_that_is_not_the_best_is_not_written_over_the_runs_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    checkpoints = tmp_path / "runs" / "first" / "checkpoints"
+    for step, pointer in (("00000020", "best"), ("00000030", "last")):
+        (checkpoints / step).mkdir(parents=True)
+        save_model(random_model(SMALL), checkpoints / step / "model.safetensors")
+        (checkpoints / pointer).symlink_to(step)
+    (tmp_path / "runs" / "first" / "run.json").write_text("{}")
+    for spec, name in (("first", "alexnet.onnx"), (str(checkpoints / "last"), "alexnet-00000030.onnx")):
+        result = run("-w", spec, "--no-verify", "--json", "-q")
+        assert Path(json.loads(result.stdout)["path"]).name == name
 
 
 def test_command_compares_on_what_the_run_was_trained_on(

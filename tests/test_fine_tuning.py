@@ -91,10 +91,24 @@ def test_where_nothing_fits_the_first_layer_is_named() -> None:
     assert "--set width=0.0625 --set towers=2" in caught.value.hint
 
 
+def test_weights_that_are_no_numbers_are_named() -> None:
+    model = random_model(SMALL)
+    model.tensors["conv3.weight"][1, 0, 2, 2] = np.nan
+    with pytest.raises(WeightsError, match=r"random: conv3\.weight holds values that are no numbers"):
+        fine_tuning.compare("x", model, SMALL, model.classes)
+    model.tensors["conv3.weight"][1, 0, 2, 2] = 0
+    model.tensors["fc8.bias"][0] = np.inf  # of a layer that starts afresh
+    assert fine_tuning.compare("x", model, SMALL, model.classes[::-1]).loaded[-1] == "fc7"
+    with pytest.raises(WeightsError, match=r"fc8\.bias"):
+        fine_tuning.compare("x", model, SMALL, model.classes)
+
+
 def test_a_recipe_under_which_the_weights_mean_something_else_is_told() -> None:
     model = random_model(SMALL)
     transfer = fine_tuning.compare("x", model, SMALL, model.classes)
     assert transfer.different(replace(SMALL, epochs=3, learning_rate=1, dropout=0)) == {}
+    halved = replace(SMALL, dropout_inverted=False, dropout=0.0, input_size=227, mean="rgb")
+    assert set(transfer.different(halved)) == {"dropout_inverted", "dropout", "input_size", "mean"}
     assert transfer.different(replace(SMALL, input_divisor=1.0, lrn_k=1.0)) == {
         "input_divisor": (1.0, 64.0),
         "lrn_k": (1.0, 2.0),

@@ -23,7 +23,7 @@ from alexnet_cli.core import ilsvrc, images, weights
 from alexnet_cli.core.session import Session
 from alexnet_cli.core.torch_session import TorchSession
 from alexnet_cli.core.views import views
-from alexnet_cli.errors import StorageError, UsageError, WeightsError
+from alexnet_cli.errors import UsageError, WeightsError
 from alexnet_cli.recipe import PAPER
 
 
@@ -410,10 +410,35 @@ def test_where_it_goes() -> None:
     assert run("a.caffemodel", "-o", "first").exception is None
     assert isinstance(run("a.caffemodel", "-o", "first").exception, UsageError)
     assert isinstance(run("a.caffemodel", "-o", "x/y").exception, UsageError)
-    assert isinstance(run("a.caffemodel", "-o", "no/where.safetensors").exception, StorageError)
+    for place in ("no/where.safetensors", "x.onnx"):
+        refused = run("a.caffemodel", "-o", place)
+        assert isinstance(refused.exception, UsageError)
+        assert not refused.stderr, "nothing is read first"
     assert isinstance(run("a.caffemodel", "--recipe", "fast").exception, UsageError)
     assert isinstance(run("runs/first/model.safetensors").exception, WeightsError)  # ours already
     assert sorted(p.name for p in Path("runs").iterdir()) == ["first", "latest"]
+
+
+@pytest.mark.parametrize(
+    ("start", "what"),
+    [
+        (b"\xff\xd8\xff\xe0\0\x10JFIF", "a JPEG picture"),
+        (b"\x89PNG\r\n\x1a\n", "a PNG picture"),
+        (b"<!DOCTYPE html>", "a web page"),
+        (b'name: "AlexNet"\ninput: ', "text"),
+        (b"\x1f\x8b\x08", "packed by gzip"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.caffemodel", "a.onnx", "a.pth", "a.bin"])
+def test_what_is_given_by_mistake_is_called_what_it_is(start: bytes, what: str, name: str) -> None:
+    with pytest.raises(WeightsError, match=f"{name} holds no weights: it is {what}"):
+        imported(start + bytes(100), name=name)
+
+
+def test_an_address_is_to_be_fetched_first() -> None:
+    error = run("https://example.org/a.caffemodel").exception
+    assert isinstance(error, WeightsError)
+    assert error.hint == "fetch it first: curl -LO URL"
 
 
 def test_published_files_are_known_by_their_sum(monkeypatch: pytest.MonkeyPatch) -> None:

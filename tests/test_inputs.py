@@ -30,6 +30,35 @@ def test_a_file_that_begins_with_an_at_sign_is_that_file(tmp_path: Path, monkeyp
     assert expand(["@one.png"]) == ["@one.png"]
 
 
+def test_what_was_drawn_for_runs_is_left_out_unless_it_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    photo, drawn = draw(Path("photos/cat.png"), 0), draw(Path("runs/a/figures/conv1.png"), 1)
+    ours: list[str] = []
+    assert expand(["."], None, ours) == ["./photos/cat.png", "./runs/a/figures/conv1.png"]  # no run of ours
+    Path("runs/a/run.json").write_text("{}")
+    assert expand(["."], None, ours) == ["./photos/cat.png"]
+    assert ours == ["./runs/a/figures/conv1.png"]
+    assert expand([str(tmp_path), "photos"], None, []) == [f"{tmp_path}/photos/cat.png", photo]
+    for asked in ("runs", "runs/a", drawn, "runs/a/figures/*.png"):
+        assert expand([asked], None, ours) == [drawn]
+    assert expand(["."]) == ["./photos/cat.png", "./runs/a/figures/conv1.png"]
+    assert len(ours) == 1
+
+
+def test_nothing_to_classify_is_said_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "empty").write_text("\n")
+    for typed, stdin, words in (
+        (["-"], b"", "standard input is empty"),
+        (["-"], b"gone.jpg\n", "gone.jpg"),
+        ([f"@{tmp_path}/empty"], b"", "the list is empty"),
+        (["a", "b", "c", "d"], b"", "a, b, c …"),
+    ):
+        with pytest.raises(DataError, match=f"no picture found: {words}"):
+            expand(typed, io.BytesIO(stdin))
+
+
 @pytest.mark.parametrize("name", ["missing", "", "folder", "a\0b", "x" * 300])
 def test_a_list_that_cannot_be_read(tmp_path: Path, name: str) -> None:
     (tmp_path / "folder").mkdir()

@@ -129,6 +129,12 @@ def test_processes_are_for_the_cpu(start: Any) -> None:
     assert "--gpus 0,1 starts a process for each GPU" in err
 
 
+def test_processes_are_the_launchers_affair_where_there_is_one(start: Any) -> None:
+    code, _, err = start("--processes", "2", settings={"RANK": "0", "WORLD_SIZE": "1"}).end()
+    assert code == 2
+    assert "error: --processes 2: a launcher has started this one as 1 of 1\nhint: leave --processes to it" in err
+
+
 def test_gpus_that_are_not_there(start: Any) -> None:
     code, _, err = start("--gpus", "98,99").end()
     assert code == 4

@@ -23,9 +23,10 @@ def index_of(vectors: Vectors) -> Index:
     return Index(vectors, (vectors.astype(np.float32) ** 2).sum(axis=1))
 
 
-@pytest.mark.parametrize("block", [1, 7 * 64, 2**22])
-def test_the_search_is_exact(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("block", "piece"), [(1, 1), (7 * 64, 3 * 64), (100 * 64, 64), (2**24, 2**18)])
+def test_the_search_is_exact(block: int, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(neighbours, "BLOCK", block)
+    monkeypatch.setattr(neighbours, "PIECE", piece)
     rng = np.random.default_rng(0)
     vectors = np.maximum(rng.standard_normal((300, 64)), 0).astype(np.float16)
     vectors[200:210] = vectors[5]  # ties, told in the order of the set
@@ -54,8 +55,9 @@ def test_long_vectors_that_hardly_differ_are_told_apart() -> None:
 def test_every_float16_keeps_its_value() -> None:
     every = np.arange(2**16, dtype=np.uint16).view(np.float16)
     finite = every[np.isfinite(every)]
-    assert (neighbours.shifted(finite) * np.float32(2.0**112) == finite.astype(np.float32)).all()
-    assert (np.signbit(neighbours.shifted(finite)) == np.signbit(finite)).all()
+    found = neighbours.shifted(finite, np.empty(finite.shape, np.int32))
+    assert (found * np.float32(2.0**112) == finite.astype(np.float32)).all()
+    assert (np.signbit(found) == np.signbit(finite)).all()
 
 
 def test_fewer_pictures_than_neighbours_are_all_there_is() -> None:

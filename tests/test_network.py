@@ -8,10 +8,11 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 
 from alexnet_cli.core import response_norm
 from alexnet_cli.core.layers import OverlappingPooling, within_map
-from alexnet_cli.core.network import Network, initialise, parameters_by_name
+from alexnet_cli.core.network import PADDING_224, Network, initialise, padded, parameters_by_name
 from alexnet_cli.core.shapes import widths
 from alexnet_cli.core.towers import Towers
 from alexnet_cli.recipe import CAFFE, FAST, KRIZHEVSKY, PAPER, RECIPES, Recipe
@@ -74,6 +75,20 @@ def test_the_padding_is_on_the_right_and_below() -> None:
     torch.testing.assert_close(maps[0], network.conv1(padded))
     corner = torch.nn.functional.conv2d(x[:, :, 216:, 216:], network.conv1.weight[:, :, :8, :8], network.conv1.bias)
     torch.testing.assert_close(maps[0][:, :, 54, 54], corner[:, :, 0, 0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_padding_in_one_copy_is_padding(bf16: bool) -> None:
+    x = torch.randn(2, 3, 224, 224, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        ours = padded(x)
+    usual = functional.pad(x, PADDING_224).to(torch.bfloat16 if bf16 else torch.float32)
+    assert ours.dtype == usual.dtype
+    assert ours.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(ours, usual)
+    (gradient,) = torch.autograd.grad(ours.float().square().sum(), x)
+    (expected,) = torch.autograd.grad(usual.float().square().sum(), x)
+    assert torch.equal(gradient, expected)
 
 
 @pytest.mark.parametrize("order", ["relu-norm-pool", "norm-pool-relu", "relu-pool-norm"])

@@ -73,6 +73,14 @@ def test_every_field_says_what_it_is_and_where_it_comes_from() -> None:
         assert source in {"-", "2", "Caffe", "3.1", "3.2", "3.3", "3.4", "3.5", "4.1", "4.2", "5", "code"}, field.name
 
 
+def test_sources_are_those_that_have_the_value() -> None:
+    sources = {
+        key: recipes.describe(key, "caffe")[1] for key in ("epochs", "label_smoothing", "precision", "bias", "crops")
+    }
+    assert sources == {"epochs": "Caffe", "label_smoothing": "-", "precision": "code", "bias": "Caffe", "crops": "4.1"}
+    assert recipes.describe("epochs", "paper")[1] == recipes.describe("epochs", "mine")[1] == "5"
+
+
 def test_keys_with_few_values_list_them() -> None:
     assert recipes.describe("frozen")[0].endswith("; one of: none, conv")
     assert recipes.describe("input_size")[0].endswith("; one of: 224, 227")

@@ -16,7 +16,7 @@ import pytest
 from model_files import random_model, save_model
 from report_cases import HOSTILE, NAMES, RECIPE, Page, hostile_data, make_run, report, told
 
-from alexnet_cli.core import report_page
+from alexnet_cli.core import report_page, weights
 from alexnet_cli.core.evaluate import Evaluation
 from alexnet_cli.core.evidence import Evidence
 from alexnet_cli.core.history import History, of
@@ -26,8 +26,14 @@ from alexnet_cli.core.runs import Run
 from alexnet_cli.core.shards import Dataset
 from alexnet_cli.core.sources import ClassName
 from alexnet_cli.core.training import Training
+from alexnet_cli.core.weights import Model
 from alexnet_cli.errors import DataError, PartialError, UsageError, WeightsError
 from alexnet_cli.recipe import PAPER
+
+
+def read(run: Run) -> Model:
+    """Its best checkpoint."""
+    return weights.read(run.checkpoints / "best" / "model.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +143,19 @@ def test_what_is_there_is_used_if_it_is_of_these_weights(copy: Run) -> None:
     assert index.stat().st_mtime_ns == made
     file.write_text("{")
     assert told(report("-w", str(copy.path), "--json", "-q"))["top1_error"] == said["top1_error"]
+
+
+def test_another_checkpoint_has_a_page_of_its_own(copy: Run) -> None:
+    before = {path: path.read_bytes() for path in (copy.path / "report.html", copy.path / "eval" / "val-1.json")}
+    other = copy.checkpoints / "00000099"
+    other.mkdir()
+    save_model(
+        replace(random_model(RECIPE, len(NAMES), seed=7), classes=read(copy).classes), other / "model.safetensors"
+    )
+    found = told(report("-w", str(other), "--json", "-q"))
+    assert found["path"] == str(copy.path / "report-00000099.html")
+    assert found["top1_error"] is not None
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_drops_are_marked_after_the_epochs_that_the_schedule_has(prepared: Path, tmp_path: Path) -> None:

@@ -126,8 +126,14 @@ def test_what_w_cannot_be() -> None:
         find_weights("nothing")
     assert "there are: r" in caught.value.hint
     Path("a.pth").write_bytes(b"x")
-    with pytest.raises(WeightsError, match=r"not a .safetensors file"):
+    with pytest.raises(WeightsError, match=r"not a .safetensors file") as caught:
         find_weights("a.pth")
+    assert caught.value.hint.endswith("another program's network: alexnet import-weights")
+    for onnx, way in ((Path("runs/r/alexnet.onnx"), ".safetensors file: -w r"), (Path("b.onnx"), ".safetensors file")):
+        onnx.write_bytes(b"x")
+        with pytest.raises(WeightsError, match=r"not a .safetensors file") as caught:
+            find_weights(str(onnx))
+        assert caught.value.hint.endswith(way)
 
 
 def test_going_on_refuses_what_would_change_the_result() -> None:

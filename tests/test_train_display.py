@@ -18,9 +18,16 @@ from alexnet_cli.core.shards import open_dataset
 from alexnet_cli.core.sources import ClassName
 from alexnet_cli.core.training import Training
 from alexnet_cli.recipe import TINY
-from alexnet_plugins.train_display import show_records
+from alexnet_plugins.train_display import show_records, told_once
 
 RECIPE = replace(TINY, width=1 / 64, batch_size=16, precision="fp32")
+
+
+def test_that_it_stops_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    answers = iter([None, "SIGTERM", "SIGTERM"])
+    ask = told_once(Reporter("train"), lambda: next(answers))
+    assert [ask(), ask(), ask()] == [None, "SIGTERM", "SIGTERM"]
+    assert capsys.readouterr().err == ("stop    SIGTERM: saving what was learned; another Ctrl-C stops without that\n")
 
 
 @pytest.fixture

@@ -33,6 +33,7 @@ OTHER = (
     "another network of the same name: Krizhevsky's of 2014 has one tower, 64 filters in layer 1 and no response "
     "normalisation"
 )
+MODEL_SUFFIX = Path(MODEL).suffix
 ONE_A_LINE = "a text file of a line a class is needed"
 
 
@@ -164,18 +165,33 @@ def _listed(path: Path) -> list[ClassName]:
     return found
 
 
+def check_place(name: str) -> None:
+    """Whether a network can go there: a file NAME.safetensors, or a new run.
+
+    Raises:
+        UsageError: there is no folder for the file, or there is such a run already, or it is no plain name.
+    """
+    path, run = Path(name), runs_root() / name
+    if path.suffix == MODEL_SUFFIX:
+        if not path.parent.is_dir():
+            raise UsageError(f"-o {name}: there is no folder {path.parent}", "make it first")
+        return
+    if path.name != name or path.suffix in (".onnx", ".pth"):
+        hint = f"a name for the run, or a file that ends in {MODEL_SUFFIX}; alexnet export makes ONNX of it"
+        raise UsageError(f"-o {name} is not a plain name", hint)
+    if run.exists() or run.is_symlink():
+        raise UsageError(f"a run called {name} is there already: {run}", "choose another name with -o")
+
+
 def save(made: Model, name: str, about: Mapping[str, Any]) -> Path:
     """Make a run of that name that holds the network, and point runs/latest to it. Returns its model file.
 
     Raises:
-        UsageError: there is such a run already, or it is no plain name.
+        UsageError: see `check_place`.
         StorageError: it cannot be written; nothing is left behind.
     """
+    check_place(name)
     root = runs_root()
-    if (root / name).exists() or (root / name).is_symlink():
-        raise UsageError(f"a run called {name} is there already: {root / name}", "choose another name with -o")
-    if Path(name).name != name:
-        raise UsageError(f"-o {name} is not a plain name", "a name, or a file that ends in .safetensors")
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -26,6 +26,7 @@ from alexnet_cli.core.images import Pixels as Picture
 from alexnet_cli.core.loader import Loader, all_batches
 from alexnet_cli.core.neighbourhoods import Neighbourhood
 from alexnet_cli.core.network import from_model
+from alexnet_cli.core.origin import is_best, own_data
 from alexnet_cli.core.placement import Placement, threads_for_decoding
 from alexnet_cli.core.published import published
 from alexnet_cli.core.responses import pictures
@@ -109,7 +110,7 @@ def collect(
 def stored(run: Path, weights: str, subject: Subject) -> list[tuple[Mapping[str, Any], Evaluation]]:
     """The results in a run's eval/ that are of these weights and data, one for each number of views."""
     found: list[tuple[Mapping[str, Any], Evaluation]] = []
-    for stem in FILES:
+    for stem in (file + _of_other_data(subject) for file in FILES):
         try:
             totals = dict(json.loads((run / "eval" / f"{stem}.json").read_text(encoding="utf-8")))
             if (totals["weights_sha256"], totals["data_hash"]) != (weights, subject.data.hash):
@@ -137,6 +138,11 @@ def _read(stem: Path, classes: int, loss: float) -> Evaluation:
     return counts
 
 
+def _of_other_data(subject: Subject) -> str:
+    """How the names of such results end where the data set is not the run's own, as `alexnet evaluate` has it."""
+    return "" if own_data(subject.model.path, subject.data) else f"-{subject.data.path.resolve().name}"
+
+
 def _classifier(subject: Subject) -> Classify:
     model, placement = subject.model, subject.placement
     pixels = Pixels(model.recipe, model.mean, None, None, placement.device)
@@ -156,8 +162,8 @@ def _measured(
     totals = results.numbers(counts, 1, "torch", published(model.recipe, subject.data.classes))
     totals |= {"split": "val", "weights": str(model.path), "weights_sha256": weights}
     totals |= {"data": str(subject.data.path), "data_hash": subject.data.hash}
-    if subject.run:
-        results.write(subject.run / "eval", FILES[0], counts, model.classes, totals)
+    if subject.run and is_best(model.path):
+        results.write(subject.run / "eval", FILES[0] + _of_other_data(subject), counts, model.classes, totals)
     return totals, counts
 
 

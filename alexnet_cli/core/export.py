@@ -21,8 +21,8 @@ from alexnet_cli.core.weights import Model
 from alexnet_cli.errors import DataError, StorageError, VerificationError
 
 LARGEST_DIFFERENCE = 1e-4  # of a probability
+LARGE = 50.0  # a logit; trained networks stay below
 BATCH = 32
-
 PICTURES = 128
 
 Crops = npt.NDArray[np.uint8]
@@ -34,7 +34,8 @@ Precision = Literal["fp32", "fp16"]
 class Tolerance:
     """How far two implementations may be apart.
 
-    `probability`: of a probability. `spread`: of a logit, as a share of a picture's logits from lowest to highest.
+    `probability`: of a probability, in a picture whose logits reach LARGE; where they are larger, so is rounding.
+    `spread`: of a logit, as a share of a picture's logits from lowest to highest.
     `rounding`: of a logit, relative to the largest; so close together, two answers count as one.
     """
 
@@ -81,18 +82,20 @@ class Verification:
 
 def verify(reference: Logits, candidate: Logits, crops: Crops, precision: Precision = "fp32") -> Verification:
     """Compare two functions from crops to logits on `crops`, uint8 N x 3 x S x S, N > 0."""
-    difference = logit_difference = tolerance = 0.0
     agreed, allowed = 0, TOLERANCES[precision]
+    difference = logit_difference = tolerance = 0.0
+    probability = allowed.probability
     for start in range(0, len(crops), BATCH):
         part = crops[start : start + BATCH]
         expected, actual = reference(part).astype(np.float64), candidate(part).astype(np.float64)
         difference = max(difference, _largest(_softmax(expected) - _softmax(actual)))
+        probability = max(probability, allowed.probability * float(np.abs(expected).max()) / LARGE)
         logit_difference = max(logit_difference, _largest(expected - actual))
         rounding = allowed.rounding * np.abs(expected).max(1)
         tolerance = max(tolerance, float((allowed.spread * np.ptp(expected, axis=1) + rounding).max()))
         chosen = np.take_along_axis(expected, actual.argmax(1)[:, None], 1)[:, 0]
         agreed += int((chosen >= expected.max(1) - rounding).sum())
-    return Verification(len(crops), difference, logit_difference, tolerance, agreed / len(crops), allowed.probability)
+    return Verification(len(crops), difference, logit_difference, tolerance, agreed / len(crops), probability)
 
 
 def export(model: Model, path: Path, crops: Crops, precision: Precision = "fp32") -> Verification:

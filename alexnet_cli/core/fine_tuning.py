@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from alexnet_cli.core import weights
@@ -26,7 +27,7 @@ FROZEN = {"none": (), "conv": ("conv1", "conv2", "conv3", "conv4", "conv5")}
 MEANING = (  # recipe keys without which a weight is another feature
     "activation", "lrn", "lrn_size", "lrn_k", "lrn_alpha", "lrn_beta", "lrn_alpha_divided", "lrn_joint",
     "within_norm_2", "stage1_order", "stage2_order", "pool_size", "dropout_inverted", "input_divisor",
-    "edge_padding",
+    "edge_padding", "input_size", "mean",
 )  # fmt: skip
 
 
@@ -60,7 +61,8 @@ class Transfer:
 
     def different(self, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
         """Recipe keys that change what the loaded weights mean: key -> (value here, value there)."""
-        values = {key: (getattr(recipe, key), getattr(self.model.recipe, key)) for key in MEANING}
+        keys = MEANING if recipe.dropout_inverted else (*MEANING, "dropout")  # which then counts at test time
+        values = {key: (getattr(recipe, key), getattr(self.model.recipe, key)) for key in keys}
         return {key: (here, there) for key, (here, there) in values.items() if here != there}
 
 
@@ -95,7 +97,7 @@ def compare(spec: str | None, model: Model, recipe: Recipe, classes: Sequence[Cl
     The last layer counts as fitting only if the classes are the same, in the same order.
 
     Raises:
-        WeightsError: no layer fits.
+        WeightsError: no layer fits, or one that does holds values that are no numbers.
     """
     with torch.device("meta"):
         network = Network(recipe, len(classes))
@@ -115,6 +117,10 @@ def compare(spec: str | None, model: Model, recipe: Recipe, classes: Sequence[Cl
             f"no layer of {model.path} fits this network; the first, {LAYERS[0]}, is {afresh[LAYERS[0]]}",
             f"leave --recipe out to take that of the weights, or give {settings}",
         )
+    for name in _tensors(loaded):
+        if not np.isfinite(model.tensors[name]).all():
+            what = f"{model.path}: {name} holds values that are no numbers"
+            raise WeightsError(what, "training broke down before it was saved: take an earlier checkpoint")
     return Transfer(spec or "", model, tuple(loaded), afresh)
 
 

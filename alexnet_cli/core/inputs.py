@@ -21,6 +21,7 @@ from alexnet_cli.core import images
 from alexnet_cli.core.devices import cores
 from alexnet_cli.core.images import Pixels
 from alexnet_cli.core.listing import LARGEST, check_bytes, is_picture, read_file, walk
+from alexnet_cli.core.runs import runs_root
 from alexnet_cli.errors import DataError
 
 STANDARD = "-"  # standard input, and the name of a picture that came from there
@@ -29,11 +30,12 @@ Source = str | bytes
 """The path of a picture, or the bytes of one."""
 
 
-def expand(inputs: Sequence[str], stdin: BinaryIO | None = None) -> list[Source]:
+def expand(inputs: Sequence[str], stdin: BinaryIO | None = None, ours: list[str] | None = None) -> list[Source]:
     """Files, folders (all pictures below, sorted), patterns, `@FILE` (a list of paths) and `-` -> pictures.
 
     `stdin` holds a picture, or a list of paths: one a line, or, so that a name can hold anything, each ended by a
-    zero byte. What is not there stays among the results, so that it gets a record with the reason.
+    zero byte. What is not there stays among the results, so that it gets a record with the reason. What was drawn for
+    runs that lie below a folder goes to `ours` instead, if that is given.
 
     Raises:
         DataError: there is no file at all among them, or a list cannot be read.
@@ -41,28 +43,31 @@ def expand(inputs: Sequence[str], stdin: BinaryIO | None = None) -> list[Source]
     sources: list[Source] = []
     for text in inputs:
         if text == STANDARD:
-            sources += _given(stdin or io.BytesIO())
+            sources += _given(stdin or io.BytesIO(), ours)
         elif text.startswith("@") and not os.path.lexists(text):
-            sources += _listed(_content(text[1:]))
+            sources += _listed(_content(text[1:]), ours)
         elif not os.path.lexists(text) and (found := sorted(glob.glob(text, recursive=True))):
-            sources += [path for name in found for path in _below(name)]
+            sources += [path for name in found for path in _below(name, ours)]
         else:
-            sources += _below(text)
+            sources += _below(text, ours)
     if not any(isinstance(source, bytes) or os.path.isfile(source) for source in sources):
+        named = [source for source in sources if isinstance(source, str)]
+        empty = "standard input is empty" if STANDARD in inputs else "the list is empty"
         raise DataError(
-            f"no picture found: {', '.join(inputs[:3])}{' …' if len(inputs) > 3 else ''}",
-            "give files, patterns, folders with pictures in them, or a list of such: @FILE, or - for standard input",
+            f"no picture found: {', '.join(named[:3]) or empty}{' …' if len(named) > 3 else ''}",
+            "give files, patterns or folders with pictures in them; @FILE, or - for standard input, lists files and "
+            "folders; of an address: curl -s URL | alexnet predict -",
         )
     return sources
 
 
-def _given(stdin: BinaryIO) -> list[Source]:
+def _given(stdin: BinaryIO, ours: list[str] | None) -> list[Source]:
     data = stdin.read(LARGEST + 1)
     try:
         check_bytes(len(data))
     except DataError as error:
         raise DataError(f"standard input has more than {LARGEST:,} bytes", "give a list in pieces") from error
-    return [data] if images.is_picture(data) else list(_listed(data))
+    return [data] if images.is_picture(data) else list(_listed(data, ours))
 
 
 def _content(file: str) -> bytes:
@@ -75,21 +80,32 @@ def _content(file: str) -> bytes:
         raise DataError(f"the list {file} cannot be read: {error.what}", "it holds one path a line") from error
 
 
-def _listed(data: bytes) -> Iterator[str]:
+def _listed(data: bytes, ours: list[str] | None) -> Iterator[str]:
     """The pictures of a list's entries, which are files and folders, not patterns."""
     lines = data.split(b"\0") if b"\0" in data else [line.rstrip(b"\r") for line in data.split(b"\n")]
     for line in lines:
         if line.strip():
-            yield from _below(os.fsdecode(line))
+            yield from _below(os.fsdecode(line), ours)
 
 
-def _below(name: str) -> list[str]:
+def _below(name: str, ours: list[str] | None) -> list[str]:
     """The pictures below a folder, sorted, then what cannot be listed there; of anything else the name itself."""
     if not os.path.isdir(name):
         return [name]
     refused: list[str] = []
     files = sorted(file for file in walk(Path(name), Path(name), refused) if is_picture(file))
+    if ours is not None and (runs := _runs_below(name)):
+        ours += [os.path.join(name, file) for file in files if file.startswith(runs)]
+        files = [file for file in files if not file.startswith(runs)]
     return [os.path.join(name, file) for file in files] + refused or [name]
+
+
+def _runs_below(name: str) -> str:
+    """How the folder of runs is called from a folder that it lies below, with a slash; empty if it does not."""
+    root, folder = (Path(os.path.realpath(path)) for path in (runs_root(), name))
+    if root == folder or not root.is_relative_to(folder) or not any(root.glob("*/run.json")):
+        return ""
+    return f"{root.relative_to(folder)}{os.sep}"
 
 
 def load(source: Source, exif_rotate: bool, memory: Memory) -> Pixels | str:

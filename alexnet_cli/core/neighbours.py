@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from threadpoolctl import threadpool_limits
 
 from alexnet_cli.core.atomic import write_text
 from alexnet_cli.core.devices import cores
@@ -35,7 +36,8 @@ from alexnet_cli.errors import StorageError, WeightsError
 SCHEMA = "alexnet.neighbours/1"
 LAYER: Layer = "fc7"
 VECTORS, SQUARES, RECORD = f"{LAYER}.npy", "squares.npy", "index.json"
-BLOCK = 2**22  # activations that a thread takes at once: 16 MB as float32
+BLOCK = 2**24  # activations that a thread searches at once
+PIECE = 2**18  # of them, those that it converts at once: 1 MB as float32, which stays in the cache
 SHIFT = 2.0**112  # between the exponents of float16 and float32
 HINT = "no trained network's do: look at its training"
 SPARE = 16  # of each block, how many more than asked for are measured in float64
@@ -143,7 +145,8 @@ def search(index: Index, queries: Vectors, k: int) -> Neighbours:
     k = min(k, len(index.vectors))
     size = max(1, BLOCK // max(1, index.vectors.shape[1]))
     starts = range(0, len(index.vectors), size)
-    with ThreadPoolExecutor(cores()) as pool:
+    # Each thread multiplies by itself: those of the BLAS, called by several at once, would wait for one another.
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(cores()) as pool:
         found = list(pool.map(lambda first: _nearest(index, exact, first, first + size, k), starts))
     rows = np.concatenate([part.rows for part in found], axis=1)
     distances = np.concatenate([part.distances for part in found], axis=1)
@@ -152,26 +155,38 @@ def search(index: Index, queries: Vectors, k: int) -> Neighbours:
 
 def _nearest(index: Index, queries: Activations, first: int, end: int, k: int) -> Neighbours:
     """The same among the rows of a block."""
-    block = shifted(index.vectors[first:end])
-    products = (queries * np.float32(-2 * SHIFT)) @ block.T
+    products = _products(index.vectors[first:end], queries)
     products += index.squares[first:end]  # less |q|^2, which is the same for all
-    few = min(k + SPARE, len(block))
-    near = np.sort(np.argpartition(products, few - 1, axis=1)[:, :few], axis=1)
+    few = min(k + SPARE, products.shape[1])
+    near = first + np.sort(np.argpartition(products, few - 1, axis=1)[:, :few], axis=1)
     distances = np.empty(near.shape)
     for query, rows, result in zip(queries, near, distances, strict=True):
-        result[:] = np.sqrt(((block[rows].astype(np.float64) * SHIFT - query) ** 2).sum(axis=1))
-    return _best(near + first, distances, k)
+        result[:] = np.sqrt(((index.vectors[rows].astype(np.float64) - query) ** 2).sum(axis=1))
+    return _best(near, distances, k)
 
 
-def shifted(vectors: Vectors) -> Activations:
+def _products(vectors: Vectors, queries: Activations) -> Activations:
+    """-2 x.q of each query (down) and each vector (along), a piece at a time."""
+    scaled = queries * np.float32(-2 * SHIFT)
+    products = np.empty((len(queries), len(vectors)), np.float32)
+    size = max(1, PIECE // max(1, vectors.shape[1]))
+    work = np.empty((size, vectors.shape[1]), np.int32)
+    for start in range(0, len(vectors), size):
+        piece = vectors[start : start + size]
+        products[:, start : start + size] = scaled @ shifted(piece, work[: len(piece)]).T
+    return products
+
+
+def shifted(vectors: Vectors, work: npt.NDArray[np.int32]) -> Activations:
     """The same numbers times 2^-112, without infinities: the bits of a float16 in the place of those of a float32.
 
-    numpy converts float16 one by one, which would take five times as long as everything else here.
+    numpy converts float16 one by one, which would take five times as long as everything else here. `work` has the
+    shape of `vectors`, and becomes the result.
     """
-    bits = vectors.view(np.int16).astype(np.int32)  # which repeats the sign
-    bits <<= 13
-    bits &= ~(7 << 28)
-    return bits.view(np.float32)
+    np.copyto(work, vectors.view(np.int16))  # which repeats the sign
+    work <<= 13
+    work &= ~(7 << 28)
+    return work.view(np.float32)
 
 
 def _best(rows: npt.NDArray[np.int64], distances: npt.NDArray[np.float64], k: int) -> Neighbours:

@@ -71,7 +71,7 @@ class Network(nn.Module):
         """Pixels to logits; softmax belongs to the loss."""
         towers, columns, images = self.towers, self.columns, x
         if self.recipe.input_size == 224 and self.recipe.edge_padding:
-            x = functional.pad(x, PADDING_224)
+            x = padded(x)
         x = self.stage1(self.conv1(x.contiguous(memory_format=torch.channels_last)))
         x = self.stage2(self.conv2(x))
         x = self.act(self.conv3(towers.share(x, "conv3")))
@@ -106,6 +106,21 @@ class Network(nn.Module):
         first_row = 0 if self.rows.columns else first_row
         self.drop6.draw(self.recipe.seed, step, first_row)
         self.drop7.draw(self.recipe.seed, step, first_row)
+
+
+def padded(x: Tensor) -> Tensor:
+    """`functional.pad(x, PADDING_224)`, channels-last and in the type that convolution 1 computes in.
+
+    The picture is copied once, instead of filled with zeros, copied and converted.
+    """
+    n, c, height, width = x.shape
+    kind, (_, right, _, below) = x.device.type, PADDING_224
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    out = x.new_empty(n, height + below, width + right, c, dtype=dtype).permute(0, 3, 1, 2)
+    out[:, :, height:] = 0
+    out[:, :, :height, width:] = 0
+    out[:, :, :height, :width] = x
+    return out
 
 
 class AcrossTowers(nn.Module):

@@ -25,6 +25,7 @@ SCHEMA = "alexnet.onnx/1"
 class Info:
     """The metadata, read back. `sha256` is the hash of the file the weights came from, or empty.
 
+    `about` says how the weights came to be, as a model file's `info`.
     `precision` is fp32, fp16 or int8, and `measured` says how far the latter two are from float32.
     """
 
@@ -35,6 +36,7 @@ class Info:
     exif_rotate: bool
     precision: str
     measured: Mapping[str, Any]
+    about: Mapping[str, Any]
 
 
 def describe(model: Model, sha256: str) -> dict[str, str]:
@@ -82,6 +84,7 @@ def read(path: Path, text: Mapping[str, str]) -> Info:
         rotate = steps["exif_rotate"]
         check_preprocess(steps, recipe, {"exif_rotate": rotate})
         kind, measured = text.get("alexnet.precision", "fp32"), dict(json.loads(text.get("alexnet.measured", "{}")))
-        return Info(classes, recipe, text["alexnet.sha256"], dict(json.loads(text["metrics"])), rotate, kind, measured)
+        metrics, about = dict(json.loads(text["metrics"])), dict(json.loads(text.get("info", "{}")))
+        return Info(classes, recipe, text["alexnet.sha256"], metrics, rotate, kind, measured, about)
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError, RecipeError) as error:
         raise WeightsError(f"{path} has unreadable metadata: {error}", "the file is damaged; export it anew") from error

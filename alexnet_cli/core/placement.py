@@ -70,7 +70,10 @@ def processes(gpus: str | None, asked: int | None) -> int:
     """
     if asked is not None and (gpus or "none") != "none":
         raise UsageError("--processes is for the CPU", "--gpus 0,1 starts a process for each GPU named")
-    if numbers() is not None:
+    if (joined := numbers()) is not None:
+        if asked not in (None, joined.size):
+            what = f"--processes {asked}: a launcher has started this one as {joined.rank + 1} of {joined.size}"
+            raise UsageError(what, "leave --processes to it, or unset WORLD_SIZE and RANK (SLURM_STEP_ID)")
         return 1
     if asked is not None:
         return asked

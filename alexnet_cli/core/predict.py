@@ -6,7 +6,7 @@ Names, crop and mean come with the network; the geometry is that of `images` and
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -35,6 +35,8 @@ class Classifier(Protocol):
     path: Path
     device: str
     fallback: str
+    about: Mapping[str, Any]
+    """How the weights came to be: run, epoch, step."""
 
     @property
     def classes(self) -> tuple[ClassName, ...]:

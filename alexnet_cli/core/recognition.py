@@ -18,6 +18,12 @@ PUBLISHED: Mapping[str, str] = {
 }
 """SHA-1 of files that everybody means by their names."""
 HDF5 = b"\x89HDF\r\n\x1a\n"
+OTHERS = (  # what is given by mistake: how it begins, what it is, what to do
+    (b"\xff\xd8\xff", "a JPEG picture", "alexnet predict classifies pictures"),
+    (b"\x89PNG", "a PNG picture", "alexnet predict classifies pictures"),
+    (b"\x1f\x8b", "packed by gzip", "unpack it first: gunzip"),
+    (b"<", "a web page, or other text", "the download gave a page instead of the file: fetch the file itself"),
+)
 KNOWN = "import-weights reads .caffemodel, .onnx, .pth, .safetensors and checkpoints of cuda-convnet"
 
 
@@ -30,7 +36,8 @@ def read(path: Path, recipe: Recipe, pixels: Pixels) -> Foreign:
     if path.is_dir():
         raise WeightsError(f"{path} is a folder", "name the file in it: of a folder of checkpoints, the last one")
     if not path.exists():
-        raise WeightsError(f"{path} does not exist", "name a weights file")
+        way = "fetch it first: curl -LO URL" if path.parts[0] in ("http:", "https:") else "name a weights file"
+        raise WeightsError(f"{path} does not exist", way)
     if not path.is_file():
         raise WeightsError(f"{path} is no plain file", "name a weights file")
     data = mapped(path)
@@ -41,6 +48,11 @@ def read(path: Path, recipe: Recipe, pixels: Pixels) -> Foreign:
         return cuda_convnet.read(path)
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < len(data):
         return state_dict.read_safetensors(path, recipe, pixels)
+    for known, what, way in OTHERS:
+        if start.startswith(known):
+            raise WeightsError(f"{path} holds no weights: it is {what}", way)
+    if start.isascii() and start[:1] != b"\n" and start.decode().replace("\n", " ").isprintable():
+        raise WeightsError(f"{path} holds no weights: it is text", "the weights are in a file of their own beside it")
     if start.startswith(HDF5):
         raise WeightsError(f"{path} is an HDF5 file", "save the network as .caffemodel: snapshot_format: BINARYPROTO")
     if start.startswith(b"\x80"):

@@ -213,8 +213,7 @@ def _unborn(path: Path) -> bool:
 
 def _known_runs() -> str:
     root = runs_root()
-    names = sorted(p.name for p in root.iterdir() if (p / "run.json").is_file()) if root.is_dir() else []
-    names = [name for name in names if name != "latest"]
+    names = sorted(file.parent.name for file in root.glob("*/run.json") if file.parent.name != "latest")
     if not names:
         return "train one first: alexnet train"
     more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
@@ -242,15 +241,17 @@ def find_weights(spec: str | None, suffixes: Sequence[str] = (".safetensors",)) 
         path = Path(spec)
     if path.is_file():
         if path.suffix not in suffixes:
-            hint = "name a run, a checkpoint folder or such a file; other formats: alexnet import-weights"
+            hint = f"this takes a run, a checkpoint folder or a {' or '.join(suffixes)} file"
+            if path.suffix != ".onnx":
+                hint += "; another program's network: alexnet import-weights"
+            elif run := run_of(path):
+                hint += f": -w {Run(run).name}"
             raise WeightsError(f"{path} is not a {' or '.join(suffixes)} file", hint)
         return path
     if spec is None and not path.exists():
         raise WeightsError(f"no newest run to take weights from in {runs_root()}", _known_runs())
-    inside = {
-        ".onnx": (ONNX,),
-        ".safetensors": (MODEL, f"checkpoints/best/{MODEL}", f"checkpoints/last/{MODEL}"),
-    }
+    checkpoints = [f"checkpoints/{name}/{MODEL}" for name in ("best", "last")]
+    inside = {".onnx": (ONNX,), ".safetensors": (MODEL, *checkpoints)}
     for suffix in suffixes:
         for name in inside[suffix]:
             if (path / name).is_file():

@@ -77,6 +77,7 @@ class Session:
             why = self.fallback or "no NVIDIA GPU, or ONNX Runtime was built without CUDA"
             raise MissingError(f"ONNX Runtime cannot open a session on the GPU: {why}", "see `alexnet doctor`")
         self.info = _checked(self.path, self._session, layer)
+        self.about = self.info.about
 
     @property
     def classes(self) -> tuple[ClassName, ...]:

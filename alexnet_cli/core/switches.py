@@ -70,8 +70,9 @@ def chosen(base: Recipe, only: Sequence[str] = ()) -> tuple[list[Switch], list[S
     names = [switch.name for switch in SWITCHES]
     for name in only:
         if name not in names:
-            near = difflib.get_close_matches(name, names, 1)
-            guess = f"did you mean {near[0]}? " if near else ""
+            near = [switch.name for switch in SWITCHES if name in switch.changes]  # the recipe's own word for it
+            near = near or difflib.get_close_matches(name, names, 1)
+            guess = f"did you mean {' or '.join(near)}? " if near else ""
             raise UsageError(f"--only {name}: no switch is called so", f"{guess}there are: {', '.join(names)}")
     wanted = [switch for switch in SWITCHES if not only or switch is BASE or switch.name in only]
     off = [switch for switch in wanted if switch is not BASE and switch.applied(base) == base]

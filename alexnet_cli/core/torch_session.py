@@ -26,7 +26,7 @@ class TorchSession:
         """Open a model file or a model in memory. Raises WeightsError if the file cannot be used."""
         self.layer = layer
         self.model = weights.read(source) if isinstance(source, Path) else source
-        self.path = self.model.path
+        self.path, self.about = self.model.path, self.model.info
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.network = from_model(self.model).to(self.device)
         low = (SIDE - self.crop) // 2

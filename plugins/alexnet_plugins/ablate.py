@@ -87,7 +87,8 @@ def _heading(reporter: Reporter, made: Ablation, base: Recipe, off: Sequence[Swi
     train, val = (len(made.data.split(split)) for split in ("train", "val"))
     reporter.line("ablate", f"{made.folder} · {count}")
     reporter.line("data", f"{made.data.path} · {len(made.data.classes):,} classes · train {train:,} · val {val:,}")
-    reporter.line("recipe", f"{base.name} · {base.epochs} epochs · {made.placement.name} · {made.placement.precision}")
+    epochs = f"{base.epochs} epoch{'' if base.epochs == 1 else 's'}"
+    reporter.line("recipe", f"{base.name} · {epochs} · {made.placement.name} · {made.placement.precision}")
 
 
 def _train_all(

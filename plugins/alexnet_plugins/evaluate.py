@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from alexnet_cli.core.sources import ClassName
     from alexnet_cli.recipe import Recipe
 
-    Judge = tuple[Classify, Sequence[ClassName], Recipe, str]
+    Judge = tuple[Classify, Sequence[ClassName], Recipe, str, Mapping[str, Any]]
 
 AT_ONCE = 128
 WORST = 10  # classes and pairs to show, but no more than half of the classes
@@ -54,6 +54,7 @@ def evaluate(
     from alexnet_cli.core import results
     from alexnet_cli.core.evaluate import matching
     from alexnet_cli.core.neighbours import sha256
+    from alexnet_cli.core.origin import own_data, told, unfinished
     from alexnet_cli.core.published import published
     from alexnet_cli.core.runs import find_weights, run_of, trained_on
     from alexnet_cli.core.shards import find_dataset, open_dataset
@@ -65,9 +66,11 @@ def evaluate(
     if not len(images):
         raise DataError(f"{dataset.path}: split {split} holds no images", "prepare it anew with --val-fraction 0.1")
     backend = "onnx" if path.suffix == ".onnx" else "torch"
-    classify, classes, recipe, place = _onnx(path, views, gpus) if backend == "onnx" else _torch(path, views, gpus)
+    classify, classes, recipe, place, about = (_onnx if backend == "onnx" else _torch)(path, views, gpus)
     output_of = matching(classes, dataset.classes, path)
-    reporter.line("weights", str(path))
+    reporter.line("weights", told(path, about))
+    if remark := unfinished(path):
+        reporter.line("note", remark)
     reporter.line("data", f"{dataset.path} · {split} · {len(images):,} images, each counted once")
     reporter.line("mode", f"{results.PROTOCOL[views]} · {backend} · {place}")
     if len(dataset.classes) < len(classes):
@@ -84,8 +87,9 @@ def evaluate(
     totals |= {"weights_sha256": sha256(path)}
     _report(reporter, counts, classes, totals, results.compared(figure, views, counts.images) if figure else "")
     if folder:
-        # A run has several ONNX files, and none is to overwrite what another gave.
-        stem = f"{split}-{views}{f'-{path.stem}' if backend == 'onnx' else ''}"
+        # A run has several files and is measured on several data sets; none is to overwrite what another gave.
+        other = [path.stem] * (backend == "onnx") + [dataset.path.resolve().name] * (not own_data(path, dataset))
+        stem = "-".join([split, str(views), *other])
         files = results.write(folder, stem, counts, classes, totals)
         reporter.line("files", f"{files[0].parent}: {', '.join(file.name for file in files)}")
     else:
@@ -141,7 +145,8 @@ def _torch(path: Path, views: int, gpus: str | None) -> Judge:
     model, placement = read(path), place(gpus, "fp32")
     pixels = Pixels(model.recipe, model.mean, None, None, placement.device)
     network = from_model(model).to(placement.device)
-    return TorchClassifier(network, pixels, placement, views), model.classes, model.recipe, f"{placement.name} · fp32"
+    classify = TorchClassifier(network, pixels, placement, views)
+    return classify, model.classes, model.recipe, f"{placement.name} · fp32", model.info
 
 
 def _onnx(path: Path, views: int, gpus: str | None) -> Judge:
@@ -151,7 +156,8 @@ def _onnx(path: Path, views: int, gpus: str | None) -> Judge:
 
     session = Session(path, provider="auto" if gpus is None else "cpu" if gpus == "none" else "cuda")
     place = f"{session.device}, since {session.fallback}" if session.fallback else session.device
-    return lambda images: probabilities(images.numpy(), session, views), session.classes, session.recipe, place
+    classify = lambda images: probabilities(images.numpy(), session, views)  # noqa: E731 - its type is Judge's
+    return classify, session.classes, session.recipe, place, session.about
 
 
 def _report(

@@ -49,6 +49,7 @@ def export(
 ) -> None:
     """Write a trained network as one ONNX file, checked against PyTorch."""
     from alexnet_cli.core import weights as model_file
+    from alexnet_cli.core.origin import told, unfinished
     from alexnet_cli.core.runs import find_weights, trained_on
 
     if precision != "int8" and (calibrate is not None or force):
@@ -59,7 +60,10 @@ def export(
     source = find_weights(weights)
     model = model_file.read(source)
     path = _place(output, source, precision)
-    reporter.line("weights", f"{source} · {len(model.classes):,} classes · recipe {model.recipe.name}")
+    said = told(source, model.info)
+    reporter.line("weights", f"{said} · {len(model.classes):,} classes · recipe {model.recipe.name}")
+    if remark := unfinished(source):
+        reporter.line("note", remark)
     if precision == "int8":
         found = _int8(reporter, model, path, (data or trained_on(source), calibrate), verify=verify, force=force)
     else:
@@ -70,11 +74,13 @@ def export(
 
 
 def _place(output: Path | None, source: Path, precision: str) -> Path:
-    """Where the file goes: beside the run's own float32 file, never over it, unless that is said."""
+    """Where the file goes: beside the run's own, which is of its best checkpoint in float32, and never over it."""
+    from alexnet_cli.core.origin import is_best
     from alexnet_cli.core.runs import ONNX, run_of
 
-    name = ONNX if precision == "fp32" else f"{Path(ONNX).stem}-{precision}.onnx"
-    path = output or (run_of(source) or Path()) / name
+    other = [] if is_best(source) else [source.resolve().parent.name]
+    name = "-".join([Path(ONNX).stem, *other, *([] if precision == "fp32" else [precision])])
+    path = output or (run_of(source) or Path()) / f"{name}.onnx"
     if path.suffix != ".onnx":
         raise UsageError(f"-o {path} does not end in .onnx", f"such as -o {path.stem or 'alexnet'}.onnx")
     if not path.parent.is_dir():

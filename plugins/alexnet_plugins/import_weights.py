@@ -53,6 +53,9 @@ def import_weights(
     from alexnet_cli.core import conversion, mean_image, recognition
 
     reporter = Reporter("import-weights", json=json, quiet=quiet)
+    name = output or re.sub(r"[^\w.-]", "_", file.stem).strip(".") or "imported"
+    if file.is_file():
+        conversion.check_place(name)  # before a large file is read
     found = recognition.read(file, recipes.load(recipe or "paper"), pixels or "rgb")
     if found.format not in BARE and (recipe or pixels):
         raise UsageError(f"{file} says itself how its network is built", "leave --recipe and --pixels out")
@@ -75,7 +78,6 @@ def import_weights(
         reporter.line("note", note)
     for warning in warnings:
         reporter.warn(warning)
-    name = output or re.sub(r"[^\w.-]", "_", file.stem).strip(".") or "imported"
     if name.endswith(".safetensors"):
         path = Path(name)
         conversion.write(made, path)

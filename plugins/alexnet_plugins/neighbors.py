@@ -57,7 +57,6 @@ def neighbors(
     path = find_weights(weights, (".onnx", ".safetensors"))
     dataset = open_dataset(find_dataset(data or trained_on(path)))
     split = dataset.split("train")
-    reporter.line("weights", str(path))
     reporter.line("data", f"{dataset.path} · train · {len(split):,} images")
     session, index = _index(reporter, path, dataset, split, len(sources))
     rows: list[Row] = []
@@ -85,6 +84,7 @@ def neighbors(
 def _index(reporter: Reporter, path: Path, dataset: Dataset, split: Split, pictures: int) -> tuple[Session, Index]:
     """The network up to layer 7, and the index of the training set, made now if it is not there."""
     from alexnet_cli.core import neighbours
+    from alexnet_cli.core.origin import told
     from alexnet_cli.core.predict import FEW
     from alexnet_cli.core.runs import run_of
     from alexnet_cli.core.session import Session
@@ -92,6 +92,7 @@ def _index(reporter: Reporter, path: Path, dataset: Dataset, split: Split, pictu
     folder, origin = neighbours.place(path, run_of(path)), neighbours.Origin.of(path, dataset, split)
     index = neighbours.open_index(folder, origin)
     session = Session(path, few=index is not None and pictures <= FEW, layer=neighbours.LAYER)
+    reporter.line("weights", told(path, session.about))
     if session.fallback:
         reporter.warn(f"the network runs on the CPU: {session.fallback}", "see `alexnet doctor`")
     if index is None:
@@ -134,9 +135,10 @@ def _table(name: str, records: list[dict[str, Any]]) -> str:
 
 
 def _save(reporter: Reporter, image: Any, target: Path, shown: int, found: int) -> None:
+    again = " · in place of the one before" if target.is_file() else ""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         image.save(target, "PNG")
     except OSError as error:
         raise StorageError(f"cannot write {target}: {error.strerror or error}", "choose another -o") from error
-    reporter.line("saved", f"{target}{f' · the first {shown} of {found:,} pictures' if shown < found else ''}")
+    reporter.line("saved", f"{target}{f' · the first {shown} of {found:,} pictures' if shown < found else ''}{again}")

@@ -53,6 +53,7 @@ def predict(
     import time
 
     from alexnet_cli.core.inputs import expand
+    from alexnet_cli.core.origin import told
     from alexnet_cli.core.predict import FEW, open_classifier
     from alexnet_cli.core.predict import predict as run
     from alexnet_cli.core.runs import find_weights
@@ -62,9 +63,14 @@ def predict(
     if output is not None and output.suffix != ".npz":
         raise UsageError(f"-o {output} does not end in .npz", f"such as -o {output.stem or 'features'}.npz")
     reporter = Reporter("predict", json=json, quiet=quiet)
-    sources = expand(inputs, getattr(sys.stdin, "buffer", None))
+    ours: list[str] = []
+    sources = expand(inputs, getattr(sys.stdin, "buffer", None), ours)
     model = find_weights(weights, (".safetensors",) if backend == "torch" else (".onnx", ".safetensors"))
     classifier = open_classifier(model, backend, few=len(sources) * views <= FEW, layer=features)
+    reporter.line("weights", told(model, classifier.about))
+    if ours:
+        drawn = "a picture" if len(ours) == 1 else f"{len(ours):,} pictures"
+        reporter.line("note", f"left out: {drawn} drawn for runs, such as {ours[0]}")
     if classifier.fallback:
         reporter.warn(f"the network runs on the CPU: {classifier.fallback}", "see `alexnet doctor`")
     started, failed, tables = time.perf_counter(), 0, csv is None and features is None
@@ -82,7 +88,7 @@ def predict(
             if tables:
                 reporter.show(_table(prediction, headed=len(sources) > 1))
     name = "torch" if backend == "torch" else "onnx"
-    _conclude(reporter, len(sources), failed, time.perf_counter() - started, f"{name} · {classifier.device} · {model}")
+    _conclude(reporter, len(sources), failed, time.perf_counter() - started, f"{name} · {classifier.device}")
     for path in (csv, output):
         if path is not None:
             reporter.line("saved", str(path))

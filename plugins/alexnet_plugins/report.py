@@ -33,6 +33,7 @@ def report(
     """
     from alexnet_cli.core import report_page
     from alexnet_cli.core.ablation_picture import HINT, can_draw
+    from alexnet_cli.core.origin import is_best, told
     from alexnet_cli.core.placement import place
     from alexnet_cli.core.report import data_of, gather
     from alexnet_cli.core.shards import Dataset
@@ -43,7 +44,7 @@ def report(
         raise UsageError(f"-o {output}: not an .html file", "such as -o report.html")
     run, path = _subject(weights)
     model = read(path) if path else None
-    reporter.line("weights", str(path or f"none yet in {run.path}" if run else path))
+    reporter.line("weights", told(path, model.info) if path and model else f"none yet in {run.path if run else path}")
     dataset = data_of(run, data)
     shown = f"{dataset.path}" if isinstance(dataset, Dataset) else dataset
     reporter.line("data", shown)
@@ -56,7 +57,9 @@ def report(
             started[0].advance(pictures)
 
         found = gather(run, model, dataset, place(None, "fp32") if model else None, advance=advance)
-    target = output or (run.path if run else Path()) / report_page.FILE
+    # The run's own page is of its best checkpoint, and no other's is written over it.
+    other = "" if path is None or is_best(path) else f"-{path.resolve().parent.name}"
+    target = output or (run.path if run else Path()) / f"report{other}.html"
     sections = report_page.write(found, target)
     size = target.stat().st_size
     reporter.result({

@@ -23,7 +23,7 @@ from alexnet_cli.options import (
     Precision,
     QuietFlag,
 )
-from alexnet_plugins.train_display import heading, show_config, show_records
+from alexnet_plugins.train_display import heading, show_config, show_records, told_once
 from alexnet_plugins.train_report import leave_report
 from alexnet_plugins.train_setup import base_of, check, check_placement, habits_of, opened, to_continue
 
@@ -164,6 +164,7 @@ def _run(
     tensorboard: bool,
 ) -> str:
     """Run the loop and show its records. Returns why it ended."""
+    from alexnet_cli.core.resume import EXIT_CODES
     from alexnet_cli.core.tensorboard import recorded
     from alexnet_cli.core.train import fit
 
@@ -179,16 +180,24 @@ def _run(
     for folder in damaged:
         reporter.warn(f"{folder} is damaged: going on from {start}")
     training.run.update({"status": "running"})
-    steps = min(training.steps, max_steps or sys.maxsize)
-    total = max(0, steps - (int(start.name) if start else 0)) * training.batch
+    steps, done = min(training.steps, max_steps or sys.maxsize), int(start.name) if start else 0
+    if max_steps and done >= max_steps:
+        reporter.line("note", f"--max-steps {max_steps:,} counts from the run's start, and {done:,} are done")
+    total = max(0, steps - done) * training.batch
     try:
         with reporter.progress("train", total=total) as bar:
-            records = fit(training, start, max_steps, stop=stop, save_every=save_every)
+            records = fit(training, start, max_steps, stop=told_once(reporter, stop), save_every=save_every)
             records = recorded(training.run, records) if tensorboard and training.run.writes else records
             reason = show_records(reporter, training, bar, total, records)
-    except BaseException:
+    except BaseException as error:
+        at_once = isinstance(error, KeyboardInterrupt)
         with suppress(StorageError):  # what stopped us is what the user needs to know
-            training.run.update({"status": "failed", "reason": "error"})
+            training.run.update(
+                {"status": "interrupted", "reason": "Ctrl-C"} if at_once else {"status": "failed", "reason": "error"}
+            )
+        if at_once:
+            what = "stopped at once by a second Ctrl-C: what came after the last checkpoint is lost"
+            raise Stopped(what, f"alexnet train --resume {training.run.name}", EXIT_CODES["Ctrl-C"]) from error
         raise
     if reason != "finished":  # that it is only when all its files are there
         training.run.update({"status": "interrupted", "reason": reason})
@@ -228,7 +237,9 @@ def _finish(reporter: Reporter, training: Training, reason: str) -> None:
         run.update({"status": "finished", "reason": reason})
     leave_report(reporter, training, stopped=False)
     if reason == "max-steps":
-        reporter.line("stopped", f"after --max-steps, at step {training.step:,}; alexnet train --resume {run.name}")
+        reporter.line("stopped", f"{run.path} · by --max-steps at step {training.step:,} of {training.steps:,}")
+        reporter.line("next", f"alexnet train --resume {run.name} goes on; alexnet evaluate measures it as it is")
+        return
     if training.schedule.over:
         reporter.line("ended", "the validation error has stopped falling, after the last drop of the rate too")
     best = training.schedule.best_error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -42,7 +42,7 @@ def heading(reporter: Reporter, training: Training) -> None:
     reporter.line(
         "recipe",
         f"{recipe.name} · batch {recipe.batch_size} · rate {recipe.learning_rate:g} · {recipe.schedule} · "
-        f"{recipe.epochs} epochs · seed {recipe.seed}"
+        f"{recipe.epochs} epoch{'' if recipe.epochs == 1 else 's'} · seed {recipe.seed}"
         + (f" · in pieces of {training.gradient.piece}" if training.gradient.piece < training.share else "")
         + (" · conv1 to conv5 frozen" if recipe.frozen == "conv" else ""),
     )
@@ -61,10 +61,26 @@ def _placed(placement: Placement, towers: int) -> str:
 
 def _taken_over(reporter: Reporter, transfer: Transfer) -> None:
     """Say which layers start from other weights, and why the others do not."""
-    reporter.line("weights", f"{transfer.model.path}")
+    from alexnet_cli.core.origin import told
+
+    reporter.line("weights", told(transfer.model.path, transfer.model.info))
     reporter.line("loaded", ", ".join(transfer.loaded))
     for layer, reason in transfer.afresh.items():
         reporter.line("afresh", f"{layer}: {reason}")
+
+
+def told_once(reporter: Reporter, stop: Callable[[], str | None]) -> Callable[[], str | None]:
+    """The same question; the first time that there is a reason to stop, it is said: saving takes a while."""
+    said = False
+
+    def ask() -> str | None:
+        nonlocal said
+        if (reason := stop()) and not said:
+            said = True
+            reporter.line("stop", f"{reason}: saving what was learned; another Ctrl-C stops without that")
+        return reason
+
+    return ask
 
 
 def show_records(reporter: Reporter, training: Training, bar: Progress, total: int, records: Iterator[Record]) -> str:
@@ -78,6 +94,8 @@ def show_records(reporter: Reporter, training: Training, bar: Progress, total: i
             reporter.line("note", f"all {recipe.epochs} epochs are done; more: --set epochs={2 * recipe.epochs}")
         elif record.event == "start" and record.step:
             reporter.line("resumed", f"at {where}, step {record.step:,}")
+        elif record.event == "start" and training.run.about.get("resumed"):
+            reporter.line("resumed", "from the beginning: no checkpoint had been saved yet")
         elif record.event == "step":
             steady = training.placement.device.type == "cpu" and not training.compile
             if not done and steady and record.images_per_second:

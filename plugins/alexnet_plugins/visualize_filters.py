@@ -54,6 +54,7 @@ def visualize_filters(
 
     All kernels share one scale, and zero is mid-grey: what looks faint is faint.
     """
+    from alexnet_cli.core.origin import told
     from alexnet_cli.core.runs import find_weights, run_of
     from alexnet_cli.core.weights import read
 
@@ -62,7 +63,7 @@ def visualize_filters(
     path = find_weights(weights)
     model = read(path)
     chosen = _chosen(tower, model.recipe.towers)
-    reporter.line("weights", str(path))
+    reporter.line("weights", told(path, model.info))
     run = run_of(path)
     part = f"-tower{chosen[0] + 1}" if len(chosen) < model.recipe.towers else ""
     name = (
