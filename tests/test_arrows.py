@@ -114,6 +114,17 @@ CORE = {
     "spectra": "",
     "qualitative": "spectra",
     "filter_picture": "qualitative",
+    # one page about a run
+    "history": "",
+    "neighbourhoods": "images neighbours responses runs session shards weights",
+    "evidence": "augment backoff evaluate images loader neighbourhoods neighbours network origin placement "
+    "published responses results shards weights",
+    "report": "evaluate evidence history placement qualitative runs shards sources weights",
+    "report_charts": "history",
+    "report_pictures": "",
+    "report_sections": "confusion_picture evidence filter_picture history published report report_charts "
+    "report_pictures results",
+    "report_page": "ablation_picture atomic history report report_charts report_sections results",
     # weights of other programs
     "protobuf": "",
     "unpickler": "",
@@ -133,7 +144,7 @@ TORCH = {
     "cache", "augment", "response_norm",
     "response_norm_gpu", "layers", "towers", "network", "compilation", "learning", "checkpoint", "evaluate", "results",
     "fine_tuning", "gradient", "diagnosis", "training", "train", "ablation", "tensorboard",
-    "torch_session",
+    "torch_session", "evidence", "report", "report_sections", "report_page",
 }  # fmt: skip
 LAZY_TORCH = {"devices"}  # import it in functions only
 PLUGINS = {"errors", "recipe", "console", "options", "entry_points"}  # and anything in core
@@ -141,7 +152,7 @@ BESIDE = {
     "prepare": {"prepare_report"},
     "demo": {"demo_pictures"},
     "ablate": {"ablate_table"},
-    "train": {"train_display", "train_setup"},
+    "train": {"train_display", "train_report", "train_setup"},
     "visualize_filters": {"visualize_patches", "visualize_terminal"},
     "benchmark": {
         "benchmark_pictures",

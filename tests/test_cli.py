@@ -20,8 +20,8 @@ from alexnet_cli.errors import AlexNetError, DataError, Stopped, VerificationErr
 
 HEAVY = ("torch", "torchvision", "numpy", "PIL", "onnxruntime", "onnx", "safetensors")
 COMMANDS = (
-    "prepare", "train", "evaluate", "predict", "neighbors", "visualize-filters", "export", "import-weights", "ablate",
-    "demo",
+    "prepare", "train", "evaluate", "predict", "neighbors", "visualize-filters", "report", "export", "import-weights",
+    "ablate", "demo",
     "benchmark", "doctor", "plugins",
 )  # fmt: skip
 

@@ -65,7 +65,8 @@ def test_what_a_run_leaves(home: Path) -> None:
     assert about["command"][:2] == ["alexnet", "train"]
     assert {"schema", "versions", "devices", "data_hash", "seed", "placement"} <= set(about)
     assert set(about["placement"]) == {"tower 1", "tower 2"}
-    for name in ("recipe.toml", "metrics.jsonl", "metrics.csv", "alexnet.onnx", "checkpoints/last", "checkpoints/best"):
+    made = ("recipe.toml", "metrics.jsonl", "metrics.csv", "alexnet.onnx", "report.html")
+    for name in (*made, "checkpoints/last", "checkpoints/best"):
         assert (run / name).exists(), name
     assert (home / "runs" / "latest").resolve() == run.resolve()
 
@@ -170,6 +171,7 @@ SIGNALS = pytest.mark.parametrize(
 def stopped(home: Path, name: str, errors: str) -> None:
     """A run that a signal has ended has a checkpoint, and goes on from there."""
     assert f"hint: alexnet train --resume {name}" in errors
+    assert f"alexnet train --resume {name}" in (home / "runs" / name / "report.html").read_text()
     assert json.loads((home / "runs" / name / "run.json").read_text())["status"] == "interrupted"
     step = int((home / "runs" / name / "checkpoints" / "last").resolve().name)
     resumed = lines(run_in(home)("train", "--resume", name, "--max-steps", str(step + 1), "--json", "-q"))

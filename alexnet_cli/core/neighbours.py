@@ -58,8 +58,7 @@ class Origin:
     @classmethod
     def of(cls, weights: Path, dataset: Dataset, split: Split) -> Origin:
         """Read the whole weights file for its hash."""
-        with weights.open("rb") as file:
-            return cls(hashlib.file_digest(file, "sha256").hexdigest(), dataset.hash, len(split))
+        return cls(sha256(weights), dataset.hash, len(split))
 
 
 @dataclass(frozen=True)
@@ -76,6 +75,12 @@ class Neighbours:
 
     rows: npt.NDArray[np.int64]
     distances: npt.NDArray[np.float64]
+
+
+def sha256(path: Path) -> str:
+    """Of a whole file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def place(weights: Path, run: Path | None) -> Path:

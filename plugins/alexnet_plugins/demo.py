@@ -136,6 +136,7 @@ def _report(reporter: Reporter, folder: Path, seconds: float) -> None:
     files = {
         "evaluation": run / "eval" / "val-1.json",
         "filters": run / "figures" / "conv1.png",
+        "report": run / "report.html",
         "network": run / "alexnet.onnx",
     }
     result: dict[str, Any] = jsonlib.loads(files["evaluation"].read_text(encoding="utf-8"))

@@ -53,6 +53,7 @@ def evaluate(
     """Measure top-1 and top-5 error on the validation split, with the centre view or the paper's ten."""
     from alexnet_cli.core import results
     from alexnet_cli.core.evaluate import matching
+    from alexnet_cli.core.neighbours import sha256
     from alexnet_cli.core.origin import own_data, told, unfinished
     from alexnet_cli.core.published import published
     from alexnet_cli.core.runs import find_weights, run_of, trained_on
@@ -83,6 +84,7 @@ def evaluate(
     figure = published(recipe, dataset.classes)
     totals = results.numbers(counts, views, backend, figure)
     totals |= {"split": split, "weights": str(path), "data": str(dataset.path), "data_hash": dataset.hash}
+    totals |= {"weights_sha256": sha256(path)}
     _report(reporter, counts, classes, totals, results.compared(figure, views, counts.images) if figure else "")
     if folder:
         # A run has several files and is measured on several data sets; none is to overwrite what another gave.

@@ -24,6 +24,7 @@ from alexnet_cli.options import (
     QuietFlag,
 )
 from alexnet_plugins.train_display import heading, show_config, show_records, told_once
+from alexnet_plugins.train_report import leave_report
 from alexnet_plugins.train_setup import base_of, check, check_placement, habits_of, opened, to_continue
 
 if TYPE_CHECKING:
@@ -224,6 +225,7 @@ def _finish(reporter: Reporter, training: Training, reason: str) -> None:
 
     run = training.run
     if reason in EXIT_CODES:
+        leave_report(reporter, training, stopped=True)
         saved = f"checkpoint saved in {run.path}" if (run.checkpoints / "last").exists() else "nothing to save yet"
         what = f"stopped ({reason}) at step {training.step:,}, epoch {training.epoch}: {saved}"
         raise Stopped(what, f"alexnet train --resume {run.name}", EXIT_CODES[reason])
@@ -237,6 +239,7 @@ def _finish(reporter: Reporter, training: Training, reason: str) -> None:
         reporter.warn(f"no {ONNX} was written: {error.what}", error.hint)
     if reason == "finished":
         run.update({"status": "finished", "reason": reason})
+    leave_report(reporter, training, stopped=False)
     if reason == "max-steps":
         reporter.line("stopped", f"{run.path} · by --max-steps at step {training.step:,} of {training.steps:,}")
         reporter.line("next", f"alexnet train --resume {run.name} goes on; alexnet evaluate measures it as it is")

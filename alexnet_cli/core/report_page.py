@@ -1,0 +1,207 @@
+"""A report as one HTML file that needs nothing beside it: no script, no font, no picture from elsewhere. No dates but
+those of the run: the same run gives the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+import alexnet_cli
+from alexnet_cli.core import report_charts, report_sections, results
+from alexnet_cli.core.ablation_picture import HINT, can_draw
+from alexnet_cli.core.atomic import write_text
+from alexnet_cli.core.history import number
+from alexnet_cli.core.report import Report
+from alexnet_cli.core.report_charts import Chart
+from alexnet_cli.errors import StorageError
+
+FILE = "report.html"
+STATUS = {
+    "running": "This run is under way, or was ended without a word: the page shows it as far as it has come.",
+    "interrupted": "This run was interrupted ({reason}) and can be continued: alexnet train --resume {name}",
+    "failed": "This run failed. What it had reached until then is below.",
+}
+
+
+@dataclass(frozen=True)
+class Section:
+    """A section of the page; `note` says what is missing in it."""
+
+    id: str
+    title: str
+    note: str = ""
+
+
+def write(report: Report, path: Path) -> list[Section]:
+    """Write the page, whole or not at all. Returns its sections.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    text, shown = html(report)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, text)
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror or error}", "choose another -o") from error
+    return shown
+
+
+def html(report: Report) -> tuple[str, list[Section]]:
+    """The page, and its sections."""
+    charts: Mapping[str, Chart] = {}
+    if can_draw():
+        charts = report_charts.charts(report.history, len(report.classes) or None)
+    names = {
+        "recipe": report_sections.recipe(report), "curves": report_sections.curves(report, charts),
+        "filters": report_sections.filters(report, charts), "results": report_sections.outcome(report),
+        "examples": report_sections.examples(report), "nearest": report_sections.nearest(report),
+        "speed": _speed(report), "origin": _origin(report),
+    }  # fmt: skip
+    environment = Environment(
+        loader=PackageLoader("alexnet_cli.core", "pages"), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True, finalize=_plain,
+    )  # fmt: skip
+    style = Markup(environment.get_template("report.css").render())
+    shown, title = sections(report), f"AlexNet, {'run' if _trained(report) else 'network'} {report.name}"
+    text = environment.get_template("report.html").render(
+        names, title=title, lead=_lead(report), remarks=_remarks(report), facts=_facts(report),
+        sections=shown, style=style, version=alexnet_cli.__version__,
+    )  # fmt: skip
+    return text, shown
+
+
+def sections(report: Report) -> list[Section]:
+    """The sections that a page has: those of a training only if there was one."""
+    history, missing = report.history, report.evidence.missing
+    trained = _trained(report)
+    found = [Section("recipe", "The recipe beside the paper's")]
+    if trained:
+        none = "" if history.pieces or history.epochs else "No step has been recorded yet."
+        undrawn = "" if can_draw() or none else f"Curves need a plotting library: {HINT}, then alexnet report."
+        found.append(Section("curves", "Loss and errors", none or undrawn))
+    absent = "" if report.model else "The run has no checkpoint yet."
+    found += [
+        Section("filters", "Filters of the towers", absent),
+        Section("results", "Classes and confusions", _none(missing.get("results"))),
+        Section("examples", "Right and wrong pictures", _none(missing.get("examples"))),
+        Section("neighbours", "Neighbours", _none(missing.get("neighbours"))),
+    ]
+    if trained:
+        found.append(Section("speed", "Speed and placement"))
+    if report.about:
+        found.append(Section("origin", "To make it again"))
+    return found
+
+
+def _trained(report: Report) -> bool:
+    """Whether there is a training to tell of, and not only a network."""
+    return bool(report.about) and "imported" not in report.about
+
+
+def _none(reason: str | None) -> str:
+    return f"Not here: {reason}." if reason else ""
+
+
+def _lead(report: Report) -> str:
+    """The result in a sentence."""
+    totals, best = report.evidence.totals, report.history.best
+    data = report.about.get("data") or (report.data.name if report.data else "")
+    of = f" of {data}" if data else ""
+    few = report_sections.few_classes(report)
+    if totals:
+        first = totals[0]
+        low, high = first["top1_error_interval"]
+        five = "" if few else f", top-5 error {first['top5_error']:.1%}"
+        return (
+            f"Top-1 error {first['top1_error']:.1%} (95 % interval {low:.1%} to {high:.1%}){five}, "
+            f"on the {first['images']:,} validation pictures{of}, {results.PROTOCOL[first['views']]}."
+        )
+    if best:
+        five = "" if few or number(best, "top5_error") is None else f", top-5 error {best['top5_error']:.1%}"
+        at = f"after epoch {best['epoch']}, on the validation pictures{of}"
+        return f"Lowest top-1 error {best['top1_error']:.1%}{five}, {at}."
+    return ""
+
+
+def _remarks(report: Report) -> list[str]:
+    about = report.about
+    said = STATUS.get(str(about.get("status")), "").format(
+        reason=about.get("reason", "no reason told"), name=report.name
+    )
+    return [text for text in (said, _none(report.failed)) if text]
+
+
+def _facts(report: Report) -> list[tuple[str, str]]:
+    """What one asks first."""
+    about, history, info = report.about, report.history, report.model.info if report.model else {}
+    done = len(history.epochs)
+    time = _duration(history.seconds) if history.seconds else ""
+    imported = about.get("imported")
+    found = [
+        ("Status", "imported" if imported else str(about.get("status", ""))),
+        ("Data set", str(about.get("data") or (report.data.name if report.data else ""))),
+        ("Classes", f"{len(report.classes):,}" if report.classes else ""),
+        ("Epochs", f"{done} of {report.recipe.epochs}" if _trained(report) else ""),
+        ("Weights of", f"epoch {info['epoch']}, step {info['step']}" if "epoch" in info and "step" in info else ""),
+        ("Parameters", f"{report.parameters / 1e6:,.2f} million" if report.parameters else ""),
+        ("Towers", f"{report.recipe.towers}, width {report.recipe.width:g}"),
+        ("Time of training", time),
+    ]  # fmt: skip
+    return [(term, text) for term, text in found if text]
+
+
+def _speed(report: Report) -> list[tuple[str, str]]:
+    about, history = report.about, report.history
+    placement = about.get("placement")
+    towers = placement.items() if isinstance(placement, dict) else ()
+    found = [
+        ("Images per second", f"{history.speed:,.0f} (the median)" if history.speed else ""),
+        (
+            "Time of all steps",
+            f"{_duration(history.seconds)}, validation and pauses not counted" if history.seconds else "",
+        ),
+        ("Devices", ", ".join(map(str, about.get("devices") or ()))),
+        *((f"Where {tower} was computed", str(place)) for tower, place in towers),
+        ("Replicas", str(about.get("replicas") or "")),
+        ("Arithmetic", str(about.get("precision") or "")),
+        ("Batch", f"{report.recipe.batch_size:,} pictures"),
+    ]
+    return [(term, text) for term, text in found if text]
+
+
+def _origin(report: Report) -> list[tuple[str, str]]:
+    about = report.about
+    versions, imported = about.get("versions"), about.get("imported")
+    found = [
+        ("Command", " ".join(map(str, about.get("command") or ()))),
+        ("Started", str(about.get("started") or "")),
+        ("Seed", str(about.get("seed", ""))),
+        ("Data set, SHA-256", str(about.get("data_hash") or "")),
+        ("Versions", ", ".join(f"{k} {v}" for k, v in versions.items()) if isinstance(versions, dict) else ""),
+        *((f"Imported: {k}", str(v)) for k, v in (imported.items() if isinstance(imported, dict) else ()) if v),
+    ]
+    return [(term, text) for term, text in found if text]
+
+
+def _duration(seconds: float) -> str:
+    """Such as 45 s, 3 min 20 s, 5 h 12 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600:,} h {whole % 3600 // 60} min"
+
+
+def _plain(value: Any) -> Any:
+    """Names can hold anything: what cannot be shown, or would turn the line around, becomes a question mark."""
+    if isinstance(value, Markup):
+        return value
+    return "".join(c if c.isprintable() else "?" for c in str(value))

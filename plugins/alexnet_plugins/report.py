@@ -1,0 +1,93 @@
+"""`alexnet report`: one HTML page about a run, to be opened from disk, printed, or shown to a class."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from alexnet_cli.console import Progress, Reporter
+from alexnet_cli.errors import PartialError, UsageError, WeightsError
+from alexnet_cli.options import DataOption, JsonFlag, QuietFlag, WeightsOption
+
+if TYPE_CHECKING:
+    from alexnet_cli.core.runs import Run
+
+
+def report(
+    weights: WeightsOption = None,
+    data: DataOption = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", metavar="F.html", help="The page. [default: report.html in the run]"),
+    ] = None,
+    json: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Write one page about a run: recipe, curves, filters, confusions, examples, neighbours, speed.
+
+    Results of `evaluate` and the index of `neighbors` are used if they are of these weights, and made otherwise.
+    """
+    from alexnet_cli.core import report_page
+    from alexnet_cli.core.ablation_picture import HINT, can_draw
+    from alexnet_cli.core.origin import is_best, told
+    from alexnet_cli.core.placement import place
+    from alexnet_cli.core.report import data_of, gather
+    from alexnet_cli.core.shards import Dataset
+    from alexnet_cli.core.weights import read
+
+    reporter = Reporter("report", json=json, quiet=quiet)
+    if output is not None and output.suffix.lower() not in (".html", ".htm"):
+        raise UsageError(f"-o {output}: not an .html file", "such as -o report.html")
+    run, path = _subject(weights)
+    model = read(path) if path else None
+    reporter.line("weights", told(path, model.info) if path and model else f"none yet in {run.path if run else path}")
+    dataset = data_of(run, data)
+    shown = f"{dataset.path}" if isinstance(dataset, Dataset) else dataset
+    reporter.line("data", shown)
+    with ExitStack() as stack:
+        started: list[Progress] = []
+
+        def advance(pictures: int) -> None:
+            if not started:  # where all is there, nothing is counted
+                started.append(stack.enter_context(reporter.progress("report", total=None)))
+            started[0].advance(pictures)
+
+        found = gather(run, model, dataset, place(None, "fp32") if model else None, advance=advance)
+    # The run's own page is of its best checkpoint, and no other's is written over it.
+    other = "" if path is None or is_best(path) else f"-{path.resolve().parent.name}"
+    target = output or (run.path if run else Path()) / f"report{other}.html"
+    sections = report_page.write(found, target)
+    size = target.stat().st_size
+    reporter.result({
+        "path": str(target), "bytes": size, "weights": str(path) if path else None, "charts": can_draw(),
+        "data": str(dataset.path) if isinstance(dataset, Dataset) else None,
+        "top1_error": found.evidence.totals[0]["top1_error"] if found.evidence.totals else None,
+        "sections": [{"id": s.id, "title": s.title, "note": s.note or None} for s in sections],
+    })  # fmt: skip
+    if not can_draw():
+        reporter.warn("the page has tables in the place of curves: no plotting library is installed", HINT)
+    reporter.show(f"{target}   ({size / 1e6:.1f} MB, {len(sections)} sections; open it in a browser)")
+    if found.failed and (data or "data_path" in found.about):  # not for a set that was merely lying about
+        raise PartialError(f"{target} is without what needs pictures: {found.failed}", "--data D names the right set")
+
+
+def _subject(spec: str | None) -> tuple[Run | None, Path | None]:
+    """What -w means: a run, with its best weights if it has any, or weights alone."""
+    from alexnet_cli.core.runs import Run, find_weights, run_of
+
+    try:
+        path = find_weights(spec)
+    except WeightsError:
+        try:
+            return Run.open(spec or "latest"), None
+        except UsageError:
+            pass
+        raise
+    if path.parent.is_symlink():  # such as `best`, which a training that goes on may point elsewhere meanwhile
+        path = path.parent.parent / os.readlink(path.parent) / path.name
+    run = run_of(path)
+    return (Run(run) if run else None), path

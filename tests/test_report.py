@@ -1,0 +1,319 @@
+"""`alexnet report`: the page says what metrics.csv and eval/ say, and what is missing."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from model_files import random_model, save_model
+from report_cases import HOSTILE, NAMES, RECIPE, Page, hostile_data, make_run, report, told
+
+from alexnet_cli.core import report_page, weights
+from alexnet_cli.core.evaluate import Evaluation
+from alexnet_cli.core.evidence import Evidence
+from alexnet_cli.core.history import History, of
+from alexnet_cli.core.report import gather
+from alexnet_cli.core.results import numbers
+from alexnet_cli.core.runs import Run
+from alexnet_cli.core.shards import Dataset
+from alexnet_cli.core.sources import ClassName
+from alexnet_cli.core.training import Training
+from alexnet_cli.core.weights import Model
+from alexnet_cli.errors import DataError, PartialError, UsageError, WeightsError
+from alexnet_cli.recipe import PAPER
+
+
+def read(run: Run) -> Model:
+    """Its best checkpoint."""
+    return weights.read(run.checkpoints / "best" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return hostile_data(tmp_path_factory.mktemp("hostile"))
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory, data: Dataset) -> Run:
+    """A run with its report."""
+    run = make_run(tmp_path_factory.mktemp("runs"), data)
+    assert told(report("-w", str(run.path), "--json", "-q"))["path"] == str(run.path / "report.html")
+    return run
+
+
+@pytest.fixture
+def copy(shown: Run, tmp_path: Path) -> Run:
+    """Another one like it, to be changed."""
+    shutil.copytree(shown.path, tmp_path / "copy")
+    return Run(tmp_path / "copy")
+
+
+def test_the_page_says_what_the_files_say(shown: Run) -> None:
+    page = Page(shown.path / "report.html")
+    with (shown.path / "metrics.csv").open(newline="") as file:
+        epochs = list(csv.DictReader(file))
+    heads, *rows = page.tables["Loss in nats, errors in % of the pictures, at the end of each epoch"]
+    assert heads[:6] == [
+        "Epoch", "Training loss", "Validation loss", "Training top-1", "Validation top-1", "Validation top-5"
+    ]  # fmt: skip
+    for row, epoch in zip(rows, epochs, strict=True):
+        assert row[0] == epoch["epoch"]
+        assert [float(v) for v in row[1:3]] == pytest.approx(
+            [float(epoch["train_loss"]), float(epoch["loss"])], abs=5e-4
+        )
+        errors = [float(epoch[key]) for key in ("train_top1_error", "top1_error", "top5_error")]
+        assert [float(v.rstrip("%")) / 100 for v in row[3:6]] == pytest.approx(errors, abs=5e-4)
+        assert float(row[6]) == pytest.approx(float(epoch["lr"]))
+    assert [row[0] for row in rows if row[-1]] == ["2", "4"]
+    said = json.loads((shown.path / "eval" / "val-1.json").read_text())
+    (row,) = page.tables["Errors, each with its 95 % interval"][1:]
+    low, high = said["top1_error_interval"]
+    assert row[1:3] == ["12", f"{said['top1_error']:.1%} ({low:.1%} to {high:.1%})"]
+    with (shown.path / "eval" / "val-1_confusion.csv").open(newline="", encoding="utf-8") as file:
+        matrix = [row[1:] for row in list(csv.reader(file))[1:]]
+    caption = "Confusion matrix: rows are true classes, columns what the network saw, in pictures"
+    assert [row[1:] for row in page.tables[caption][1:]] == matrix
+    assert f"Top-1 error {said['top1_error']:.1%}" in page.all_text
+
+
+def test_the_recipe_stands_beside_the_papers(shown: Run) -> None:
+    page = Page(shown.path / "report.html")
+    differ = {row[0].split()[0]: row[1:3] for row in page.tables["Where the recipe differs from the paper's text"][1:]}
+    assert differ == {
+        "width": ["0.03125", "1"], "epochs": ["6", "90"], "schedule": ["fixed", "plateau"],
+        "drop_epochs": ["[2, 4]", "none"], "batch_size": ["8", "128"],
+    }  # fmt: skip
+    same = page.tables["Values of the recipe that are the paper's"][1:]
+    assert len(differ) + len(same) == len(PAPER.__dataclass_fields__) - 1  # all but the name
+
+
+def test_names_of_classes_stay_text(shown: Run) -> None:
+    page = Page(shown.path / "report.html")
+    assert not page.tags & {"script", "iframe", "object", "link", "svg", "base", "form"}
+    for image in page.images:
+        assert (image["src"] or "").startswith("data:image/")
+        assert image["alt"]
+        assert "onerror" not in image
+    caption = "Confusion matrix: rows are true classes, columns what the network saw, in pictures"
+    names = [row[0] for row in page.tables[caption][1:]]
+    assert sorted(names) == sorted(name.replace("‮", "?") for name in NAMES)
+    assert HOSTILE[0] in page.all_text
+    assert "‮" not in page.all_text
+
+
+def test_it_has_every_section_and_a_table_of_contents(shown: Run) -> None:
+    page = Page(shown.path / "report.html")
+    assert page.headings[0] == (1, f"AlexNet, run {shown.name}")
+    assert all(after <= before + 1 for (before, _), (after, _) in zip(page.headings, page.headings[1:], strict=False))
+    assert {link.removeprefix("#") for link in page.links} <= page.ids
+    assert {"recipe", "curves", "filters", "results", "examples", "neighbours", "speed", "origin"} <= page.ids
+    assert "Not here" not in page.all_text
+    assert sum((image["alt"] or "").startswith("Training picture of") for image in page.images) == 30
+    recognised = [image for image in page.images if "recognised" in (image["alt"] or "")]
+    mistaken = [image for image in page.images if "taken for" in (image["alt"] or "") and "width" in image]
+    said = json.loads((shown.path / "eval" / "val-1.json").read_text())
+    assert len(recognised) == min(8, round(12 * said["top1_accuracy"]))
+    assert len(mistaken) >= min(8, round(12 * said["top1_error"]))
+
+
+def test_the_same_run_gives_the_same_bytes(shown: Run, copy: Run, tmp_path: Path) -> None:
+    for name in ("one.html", "two.html"):
+        assert told(report("-w", str(copy.path), "-o", str(tmp_path / name), "--json", "-q"))["charts"] is True
+    assert (tmp_path / "one.html").read_bytes() == (tmp_path / "two.html").read_bytes()
+    assert (tmp_path / "one.html").stat().st_size < 1e6
+
+
+def test_what_is_there_is_used_if_it_is_of_these_weights(copy: Run) -> None:
+    file, index = copy.path / "eval" / "val-1.json", copy.path / "neighbours" / "fc7.npy"
+    said, made = json.loads(file.read_text()), index.stat().st_mtime_ns
+    assert said["weights_sha256"]
+    for sha, loss in ((said["weights_sha256"], "4.321"), ("0" * 64, f"{said['loss']:.3f}")):
+        file.write_text(json.dumps(said | {"loss": 4.321, "weights_sha256": sha}))
+        told(report("-w", str(copy.path), "--json", "-q"))
+        page = Page(copy.path / "report.html")
+        assert page.tables["Errors, each with its 95 % interval"][1][-1] == loss
+    assert index.stat().st_mtime_ns == made
+    file.write_text("{")
+    assert told(report("-w", str(copy.path), "--json", "-q"))["top1_error"] == said["top1_error"]
+
+
+def test_another_checkpoint_has_a_page_of_its_own(copy: Run) -> None:
+    before = {path: path.read_bytes() for path in (copy.path / "report.html", copy.path / "eval" / "val-1.json")}
+    other = copy.checkpoints / "00000099"
+    other.mkdir()
+    save_model(
+        replace(random_model(RECIPE, len(NAMES), seed=7), classes=read(copy).classes), other / "model.safetensors"
+    )
+    found = told(report("-w", str(other), "--json", "-q"))
+    assert found["path"] == str(copy.path / "report-00000099.html")
+    assert found["top1_error"] is not None
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_drops_are_marked_after_the_epochs_that_the_schedule_has(prepared: Path, tmp_path: Path) -> None:
+    """The records are those of a real training, and the lines are at the ticks of these epochs."""
+    from alexnet_cli.core.placement import place
+    from alexnet_cli.core.report_charts import charts
+    from alexnet_cli.core.shards import open_dataset
+    from alexnet_cli.core.train import fit
+
+    recipe = replace(PAPER, width=1 / 32, batch_size=48, epochs=5, schedule="fixed", drop_epochs=(1, 3))
+    run = Run.create("drops", recipe, {}, tmp_path)
+    list(fit(Training(recipe, open_dataset(prepared), run, place("none", "fp32"), 1)))
+    history = of(run.records(), recipe)
+    assert history.drops == (1, 3)
+    drawn = charts(history, 10)["loss"]
+    assert drawn.alt.endswith("Rate drops after epoch 1, 3.")
+    lines = re.findall(
+        r'd="M ([\d.]+) [\d.]+ *\nL ([\d.]+) [\d.]+ *\n" clip-path="[^"]*" style="[^"]*#555555', drawn.svg
+    )
+    ticks = re.findall(r'id="xtick_\d+">.*?<use [^>]*x="([\d.]+)".*?<text[^>]*>(\d+)</text>', drawn.svg, re.DOTALL)
+    places = {label: float(x) for x, label in ticks}
+    assert [float(a) for a, _ in lines] == pytest.approx([places["1"], places["3"]], abs=0.01)
+    assert all(a == b for a, b in lines)
+
+
+def test_time_and_speed_are_those_of_the_steps(shown: Run) -> None:
+    history: History = of(shown.records(), RECIPE)
+    assert history.seconds == pytest.approx(6 * 20 * 8 / 40)
+    assert history.speed == 40
+    assert "24 s, validation and pauses not counted" in Page(shown.path / "report.html").all_text
+    broken: list[dict[str, Any]] = [
+        {},
+        {"event": "validation"},
+        {"event": "step", "step": "x"},
+        {"event": "validation", "epoch": 1, "loss": None},
+    ]
+    assert of(broken, RECIPE).seconds is None
+
+
+def test_curves_are_thinned_without_changing_their_mean() -> None:
+    records = [{"event": "start", "steps_per_epoch": 10_000}]
+    losses = np.random.default_rng(0).normal(3, 1, 5000)
+    records += [{"event": "step", "step": 10 * i + 10, "loss": float(v)} for i, v in enumerate(losses)]
+    curve = of(records, RECIPE).steps("loss")
+    assert len(curve) == 200
+    assert curve[-1][0] == 5
+    assert np.mean([v for _, v in curve]) == pytest.approx(losses.mean())
+
+
+def test_without_the_plotting_library_tables_stand_in(copy: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("alexnet_cli.core.report_page.can_draw", lambda: False)
+    monkeypatch.setattr("alexnet_cli.core.ablation_picture.can_draw", lambda: False)
+    result = report("-w", str(copy.path))
+    assert result.exit_code == 0
+    assert "pip install 'alexnet-cli[charts]'" in result.stderr
+    page = Page(copy.path / "report.html")
+    assert "pip install 'alexnet-cli[charts]', then alexnet report" in page.all_text
+    assert not [image for image in page.images if "svg" in (image["src"] or "")]
+    assert (copy.path / "report.html").read_text().count("<details open>") == 2
+
+
+def test_a_run_whose_data_are_gone(copy: Run, data: Dataset) -> None:
+    shutil.rmtree(copy.path / "eval")
+    copy.update({"data_path": "/nowhere/at/all"})
+    notes = {s["id"]: s["note"] for s in told(report("-w", str(copy.path), "--json", "-q"))["sections"]}
+    assert "is not where the run found it" in notes["results"]
+    assert {notes["results"]} == {notes["examples"], notes["neighbours"]}.union({notes["results"]})
+    assert notes["filters"] is notes["curves"] is None
+    assert told(report("-w", str(copy.path), "--json", "-q", "--data", str(data.path)))["top1_error"] is not None
+
+
+def test_other_data_than_the_runs_are_said(copy: Run, prepared: Path) -> None:
+    copy.update({"data_path": str(prepared)})
+    notes = {s["id"]: s["note"] for s in told(report("-w", str(copy.path), "--json", "-q"))["sections"]}
+    assert "not the one that the run was trained on" in notes["results"]
+    result = report("-w", str(copy.path), "--data", str(prepared))
+    assert isinstance(result.exception, PartialError)
+    assert "unknown to the network" in Page(copy.path / "report.html").all_text
+    assert isinstance(report("-w", str(copy.path), "--data", "nowhere").exception, DataError)
+
+
+def test_a_damaged_picture_spares_the_rest(copy: Run, data: Dataset, tmp_path: Path) -> None:
+    shutil.copytree(data.path, tmp_path / "damaged")
+    shard = tmp_path / "damaged" / "val-000000.tar"
+    content = bytearray(shard.read_bytes())
+    content[512 + 200 : 512 + 4000] = bytes(3800)
+    shard.write_bytes(content)
+    shutil.rmtree(copy.path / "eval")
+    result = report("-w", str(copy.path), "--data", str(tmp_path / "damaged"), "-q")
+    assert isinstance(result.exception, PartialError), result.exception
+    assert "cannot be decoded" in Page(copy.path / "report.html").all_text
+
+
+@pytest.mark.parametrize("status", ["running", "failed", "interrupted"])
+def test_a_run_before_its_first_checkpoint(tmp_path: Path, data: Dataset, status: str) -> None:
+    run = make_run(tmp_path, data, epochs=0, status=status)
+    found = told(report("-w", str(run.path), "--json", "-q"))
+    assert (found["weights"], found["top1_error"]) == (None, None)
+    notes = {s["id"]: s["note"] for s in found["sections"]}
+    assert notes["curves"] == "No step has been recorded yet."
+    assert notes["filters"] == "The run has no checkpoint yet."
+    said = {"running": "under way", "failed": "This run failed", "interrupted": "alexnet train --resume"}
+    assert said[status] in Page(run.path / "report.html").all_text
+
+
+def test_an_imported_network_has_no_training_to_tell_of(
+    tmp_path: Path, data: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = Run.create("caffe", RECIPE, {"status": "finished", "imported": {"file": "x.caffemodel", "format": "Caffe"}})
+    save_model(replace(random_model(RECIPE, len(NAMES)), classes=data.classes), run.path / "model.safetensors")
+    found = told(report("-w", "caffe", "--json", "-q"))
+    assert [s["id"] for s in found["sections"]] == ["recipe", "filters", "results", "examples", "neighbours", "origin"]
+    assert "no data set; alexnet report --data D names one" in found["sections"][2]["note"]
+    page = Page(Path("runs/caffe/report.html"))
+    assert "x.caffemodel" in page.all_text
+    assert [image["alt"] for image in page.images if "kernels of tower" in (image["alt"] or "")]
+
+
+def test_a_data_set_that_merely_lies_about_is_no_failure(
+    tmp_path: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(prepared, "prepared/colours")
+    save_model(random_model(RECIPE), Path("net.safetensors"))
+    assert "unknown to the network" in told(report("-w", "net.safetensors", "--json", "-q"))["sections"][2]["note"]
+
+
+def test_a_model_file_of_no_run(tmp_path: Path, data: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    one = replace(RECIPE, towers=1)
+    save_model(replace(random_model(one, len(NAMES)), classes=data.classes), Path("net.safetensors"))
+    assert told(report("-w", "net.safetensors", "--data", str(data.path), "--json", "-q"))["path"] == "report.html"
+    assert "no two towers to compare" in Page(Path("report.html")).all_text
+    assert not Path("eval").exists()
+
+
+def test_mistakes(copy: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert isinstance(report("-w", "nothing").exception, WeightsError)
+    assert isinstance(report().exception, WeightsError)
+    assert isinstance(report("-w", str(copy.path), "-o", "page.pdf").exception, UsageError)
+
+
+def test_a_thousand_classes_stay_readable_and_small(tmp_path: Path) -> None:
+    generator = np.random.default_rng(1)
+    classes = tuple(ClassName(f"class {i}", None) for i in range(1000))
+    model = replace(random_model(replace(PAPER, width=1 / 32), 1000), classes=classes)
+    counts = Evaluation(np.diag(np.full(1000, 30)), np.full(1000, 45))
+    np.add.at(counts.confusion, tuple(generator.integers(0, 1000, (2, 20_000))), 1)
+    found = gather(None, model, "none")
+    page = replace(found, evidence=Evidence((numbers(counts, 1, "torch"),), counts, missing=found.evidence.missing))
+    report_page.write(page, tmp_path / "page.html")
+    assert (tmp_path / "page.html").stat().st_size < 2e6
+    read = Page(tmp_path / "page.html")
+    true, seen, times = read.tables["The most frequent mistakes"][1]
+    wrong = counts.confusion - np.diag(np.diag(counts.confusion))
+    assert int(times) == wrong.max() == wrong[int(true.split()[1]), int(seen.split()[1])]
+    assert len(read.tables["Classes that are recognised best"]) == 11
+    picture = next(image for image in read.images if "Confusion matrix of 1000" in (image["alt"] or ""))
+    assert base64.b64decode((picture["src"] or "").partition(",")[2])[:4] == b"\x89PNG"

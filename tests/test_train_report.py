@@ -1,0 +1,119 @@
+"""`alexnet train` leaves a report behind: whole at the end, what is quick when stopped, and never at a price."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from report_cases import Page
+from typer import Typer
+from typer.testing import CliRunner
+
+from alexnet_cli.console import Reporter
+from alexnet_cli.core.placement import place
+from alexnet_cli.core.runs import ONNX, Run
+from alexnet_cli.core.shards import open_dataset
+from alexnet_cli.core.train import fit
+from alexnet_cli.core.training import Training
+from alexnet_cli.recipe import TINY
+from alexnet_plugins.train_report import leave_report
+
+Trained = Callable[..., Training]
+
+
+@pytest.fixture
+def trained(prepared: Path, tmp_path: Path) -> Trained:
+    """A training that has done some steps."""
+
+    def make(steps: int) -> Training:
+        recipe = replace(TINY, width=1 / 16, batch_size=16, epochs=2)
+        run = Run.create("r", recipe, {"data": "colours", "data_path": str(prepared)}, tmp_path)
+        training = Training(recipe, open_dataset(prepared), run, place("none", "bf16"), 1)
+        list(fit(training, max_steps=steps, record_every=1))
+        return training
+
+    return make
+
+
+def test_a_finished_training_has_it_all(trained: Trained, capsys: pytest.CaptureFixture[str]) -> None:
+    training = trained(6)
+    leave_report(Reporter("train"), training, stopped=False)
+    assert capsys.readouterr().err == f"report  {training.run.path / 'report.html'}\n"
+    page = Page(training.run.path / "report.html")
+    assert "Not here" not in page.all_text
+    said = json.loads((training.run.path / "eval" / "val-1.json").read_text())
+    assert said["images"] == 20
+    assert page.tables["Errors, each with its 95 % interval"][1][1] == "20"
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_who_stops_it_waits_for_no_picture(trained: Trained, monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    """After the first step there is a checkpoint and no epoch; after the fourth both."""
+
+    def decode(*_: Any) -> None:
+        raise AssertionError("a picture was read")
+
+    training = trained(steps)
+    monkeypatch.setattr("alexnet_cli.core.shards.Split.jpeg", decode)
+    leave_report(Reporter("train"), training, stopped=True)
+    page = Page(training.run.path / "report.html")
+    assert page.all_text.count("it takes more time than the end of a training has: alexnet report adds it") == 3
+    assert sum("kernels of tower" in (image["alt"] or "") for image in page.images) == 2
+    drawn = [image["alt"] for image in page.images if "over the epochs" in (image["alt"] or "")]
+    assert len(drawn) == (4 if steps == 4 else 3)
+
+
+def test_a_second_interrupt_ends_the_waiting_and_no_more(
+    trained: Trained, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def impatient(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    training = trained(1)
+    monkeypatch.setattr("alexnet_cli.core.report_charts._svg", impatient)
+    leave_report(Reporter("train"), training, stopped=True)
+    assert capsys.readouterr().err.startswith("warn    no report was written: interrupted\nhint    alexnet report -w ")
+    assert not (training.run.path / "report.html").exists()
+
+
+def test_a_slow_network_is_not_waited_for(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    training = trained(6)
+    monkeypatch.setattr("alexnet_plugins.train_report.SECONDS", 1e-9)
+    leave_report(Reporter("train"), training, stopped=False)
+    assert not (training.run.path / "eval").exists()
+    assert not (training.run.path / "neighbours").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (RuntimeError("no fonts"), "RuntimeError: no fonts"),
+    ],
+)
+def test_no_failure_of_it_loses_a_training(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
+) -> None:
+    from alexnet_plugins.train import train
+
+    def fails(*_: object) -> None:
+        raise error
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("alexnet_cli.core.report_page.write_text", fails)
+    app = Typer()
+    app.command()(train)
+    words = ["--recipe", "tiny", "--set", "width=0.0625", "-b", "16", "--epochs", "1", "--name", "safe", "-q"]
+    result = CliRunner().invoke(app, [*words, "--data", str(prepared), "--gpus", "none"])
+    assert (result.exit_code, result.exception) == (0, None)
+    warned = [line for line in result.stderr.splitlines() if line.startswith("warn")]
+    assert len(warned) == 1
+    assert "no report was written" in warned[0]
+    assert said in warned[0]
+    assert Run.open("safe").about["status"] == "finished"
+    assert (tmp_path / "runs" / "safe" / ONNX).is_file()
+    assert not (tmp_path / "runs" / "safe" / "report.html").exists()
