@@ -38,6 +38,8 @@ OPERATORS = {
     "Reshape": frozenset[str](),
     "Slice": frozenset[str](),
 }
+BLOCKED = frozenset(("Conv", "MaxPool", "Relu", "Tanh", "Sigmoid", "Mul"))
+BLOCK = 16  # channels that ONNX Runtime keeps together for these on a CPU; what is missing to a multiple is filled up
 ON_CONSTANTS = frozenset(("Slice", "Cast", "DequantizeLinear"))
 
 Shape = tuple[int, ...]
@@ -102,6 +104,8 @@ def check(nodes: Sequence[Node], constants: Mapping[str, Stored], shape: Sequenc
         raise ValueError(f"an input of shape {_shown(shape)}")
     weights = sum(prod(tensor.shape) for tensor in constants.values())
     counts = _Counts(dict(constants), {"input": (1, *shape[1:])}, computed=prod(shape[1:]))
+    if unused := counts.constants.keys() - {name for node in nodes for name in node.inputs}:
+        raise ValueError(f"tensors that nothing uses: {min(unused)}")
     for node in nodes:
         try:
             _add(node, counts)
@@ -145,7 +149,8 @@ def _add(node: Node, counts: _Counts) -> None:
     else:
         raise ValueError("two inputs that do not fit")
     counts.pictures[node.outputs[0]] = result
-    counts.computed += prod(result)
+    filled = -result[1] % BLOCK if node.operator in BLOCKED and len(result) == 4 else 0
+    counts.computed += prod(result) + (filled * prod(result) // result[1] if filled else 0)
 
 
 def _result(node: Node, given: Shape, rest: Sequence[Stored], counts: _Counts) -> Shape:

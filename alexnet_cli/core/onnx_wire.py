@@ -7,12 +7,11 @@ of the size of its weights (`onnx_shapes`). It takes a millisecond or two: value
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 from alexnet_cli.core import onnx_shapes
 from alexnet_cli.core.onnx_shapes import Node, Stored
-from alexnet_cli.core.protobuf import Field, Message, mapped
+from alexnet_cli.core.protobuf import Message, mapped
 from alexnet_cli.errors import WeightsError
 
 LARGEST = 2**31  # bytes of a protobuf message
@@ -71,44 +70,36 @@ def check(path: Path) -> None:
 
 def _parts(model: Message) -> tuple[list[Node], dict[str, Stored], list[int]]:
     """Nodes, tensors by name, and the shape of the input (0: the batch)."""
-    nodes, stored, shapes, opsets, text = list[Node](), dict[str, Stored](), dict[str, list[int]](), list[Message](), 0
-    for number, value in _known(MODEL, model):
-        part = _message(value, model)
-        if number == 8:
-            opsets.append(part)
-        text += len(part.data) if number == 14 else 0
-        for kind, found in _known(GRAPH, part) if number == 7 else ():
-            inner = _message(found, model)
-            if kind == 1:
-                nodes.append(_node(inner))
-            elif kind == 5:
-                name, tensor = _tensor(inner)
-                if name in stored:
-                    raise _Odd(f"two tensors called {name}")
-                stored[name] = tensor
-            elif kind == 11:
-                tensors = _only(_only(inner, 2), 1)
-                shapes[inner.text(1)] = [dimension.integer(1) for dimension in _only(tensors, 2).messages(1)]
-    if [(opset.text(1), opset.integer(2) in OPSETS) for opset in opsets] != [("", True)]:
-        raise _Odd("operators of another version")
+    parts = _fields(MODEL, model)
+    text = sum(len(entry.data) for entry in parts[14])
     if text > MOST_TEXT:
         raise _Odd(f"{text:,} bytes of metadata")
-    if list(shapes) != ["input"]:
+    nodes, stored, inputs = list[Node](), dict[str, Stored](), list[Message]()
+    for graph in parts[7]:  # readers merge several into one
+        inner = _fields(GRAPH, graph)
+        nodes += [_node(node) for node in inner[1]]
+        inputs += inner[11]
+        for name, tensor in map(_tensor, inner[5]):
+            if name in stored:
+                raise _Odd(f"two tensors called {name}")
+            stored[name] = tensor
+    if [(opset.text(1), opset.integer(2) in OPSETS) for opset in parts[8]] != [("", True)]:
+        raise _Odd("operators of another version")
+    if [value.text(1) for value in inputs] != ["input"]:
         raise _Odd("other inputs than `input`")
-    return nodes, stored, shapes["input"]
+    sides = _only(_only(_only(inputs[0], 2), 1), 2).messages(1)
+    return nodes, stored, [side.integer(1) for side in sides]
 
 
-def _known(kind: str, message: Message) -> Iterator[tuple[int, Field]]:
-    """The fields of a message, by number."""
-    for found in message.fields():
-        if found.number not in KNOWN[kind]:
-            raise _Odd(REFUSED.get((kind, found.number), f"field {found.number} of an ONNX {kind}"))
-        yield found.number, found
-
-
-def _message(found: Field, within: Message) -> Message:
-    data = found.value if isinstance(found.value, memoryview) else memoryview(b"")
-    return Message(data, within.budget)
+def _fields(kind: str, message: Message) -> dict[int, list[Message]]:
+    """What is in each field of a message that may hold messages or text."""
+    found: dict[int, list[Message]] = {number: [] for number in KNOWN[kind]}
+    for number, value, _ in message.fields():
+        if number not in found:
+            raise _Odd(REFUSED.get((kind, number), f"field {number} of an ONNX {kind}"))
+        if isinstance(value, memoryview):
+            found[number].append(Message(value, message.budget))
+    return found
 
 
 def _only(message: Message, number: int) -> Message:
@@ -119,26 +110,26 @@ def _only(message: Message, number: int) -> Message:
     return found[0]
 
 
+def _text(found: list[Message]) -> str:
+    return str(found[-1].data, "utf-8") if found else ""
+
+
 def _node(message: Message) -> Node:
+    parts = _fields(NODE, message)
     attributes: dict[str, list[int]] = {}
-    for number, found in _known(NODE, message):
-        if number == 5:
-            attribute = _message(found, message)
-            list(_known(ATTRIBUTE, attribute))
-            name, kind = attribute.text(1), attribute.integer(20)
-            if name in attributes or kind not in {INTEGER, INTEGERS}:
-                raise _Odd(f"a node with an attribute {name} that is there twice, or is no integer")
-            attributes[name] = attribute.integers(8) if kind == INTEGERS else [attribute.integer(3)]
-    inputs, outputs = ([str(v, "utf-8") for v in message.all(n) if isinstance(v, memoryview)] for n in (1, 2))
-    return Node(message.text(3), message.text(4), inputs, outputs, attributes)
+    for attribute in parts[5]:
+        name, kind = _text(_fields(ATTRIBUTE, attribute)[1]), attribute.integer(20)
+        if name in attributes or kind not in {INTEGER, INTEGERS}:
+            raise _Odd(f"a node with an attribute {name} that is there twice, or is no integer")
+        attributes[name] = attribute.integers(8) if kind == INTEGERS else [attribute.integer(3)]
+    inputs, outputs = ([_text([name]) for name in parts[number]] for number in (1, 2))
+    return Node(_text(parts[3]), _text(parts[4]), inputs, outputs, attributes)
 
 
 def _tensor(message: Message) -> tuple[str, Stored]:
-    list(_known(TENSOR, message))
-    name, kind = message.text(8), message.integer(2)
-    raw = [value for value in message.all(9) if isinstance(value, memoryview)]
-    data = raw[-1] if raw else memoryview(b"")
+    parts = _fields(TENSOR, message)
+    name, data = _text(parts[8]), parts[9][-1].data if parts[9] else memoryview(b"")
     try:
-        return name, onnx_shapes.stored(kind, message.integers(1), data)
+        return name, onnx_shapes.stored(message.integer(2), message.integers(1), data)
     except ValueError as error:
         raise _Odd(f"a tensor {name} {error}") from error
