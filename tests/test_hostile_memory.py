@@ -9,6 +9,7 @@ import os
 import struct
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,12 @@ from model_files import draw, random_model, save_model
 from onnx import helper, numpy_helper
 
 from alexnet_cli.core import onnx_graph
+from alexnet_cli.core.runs import Run
 from alexnet_cli.core.session import Session
-from alexnet_cli.errors import WeightsError
-from alexnet_cli.recipe import TINY
+from alexnet_cli.core.shards import open_dataset
+from alexnet_cli.core.state_dict import read_safetensors
+from alexnet_cli.errors import DataError, RecipeError, WeightsError
+from alexnet_cli.recipe import TINY, load
 
 MODEL = random_model(replace(TINY, width=1 / 64), 4)
 LONG = 30_000  # its square times four is 3.6 GB
@@ -152,7 +156,7 @@ def declared() -> onnx.ModelProto:
     return graph.ended(graph.node("Relu", ["input"], "x"), 3, 224)
 
 
-GRAPHS = {
+GRAPHS: dict[str, tuple[Callable[[], onnx.ModelProto], str]] = {
     "two constants": (lambda: outer_product("Mul"), r"Mul \(huge\)"),
     "two constants, another operator": (lambda: outer_product("Pow"), r"Pow \(huge\)"),
     "a picture and a constant": (spread_picture, r"Mul \(x\)"),
@@ -164,7 +168,7 @@ GRAPHS = {
     "rows": (wide_rows, r"Gemm \(x\)"),
     "the batch elsewhere": (batch_in_another_place, r"Reshape \(row\)"),
     "a huge picture": (picture_of_any_size, "an input of shape|more numbers"),
-    "weights that are not there": (declared, "a tensor huge of 48 bytes"),
+    "weights that are not there": (declared, "a tensor last of 48 bytes"),
 }
 
 
@@ -231,6 +235,31 @@ def test_a_description_that_unfolds(tmp_path: Path) -> None:
         assert "its header is said to have 94,371,840 bytes" in said
         assert "Traceback" not in said
         assert most < 2 << 30
+
+
+@pytest.mark.parametrize("text", ["a = " + "[" * 9000, ".".join("a" * 100_000) + " = 1", "seed = " + "9" * 5000, "\0"])
+def test_recipes_that_unfold(text: str, tmp_path: Path) -> None:
+    """A key of 100,000 parts took more than 20 GB."""
+    (tmp_path / "r.toml").write_text(text)
+    with pytest.raises(RecipeError, match="is not TOML"):
+        load(str(tmp_path / "r.toml"))
+
+
+def test_a_record_that_unfolds(tmp_path: Path) -> None:
+    (tmp_path / "dataset.json").write_text("[" + "[]," * 6_000_000 + "[]]")
+    with pytest.raises(DataError, match="more than 16,777,216 bytes"):
+        open_dataset(tmp_path)
+
+
+def test_metrics_of_junk_and_a_foreign_net_of_holes(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n' + "[" * 100_000 + '\n{"step": 2')
+    assert Run(tmp_path).records() == [{"step": 1}]
+    header = b'{"a.weight":{"dtype":"F32","shape":[17179869184],"data_offsets":[0,68719476736]}}'
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    os.truncate(path, 8 + len(header) + (1 << 36))
+    with pytest.raises(WeightsError, match="larger than 2 GB"):
+        read_safetensors(path, TINY, "rgb")
 
 
 @pytest.mark.slow
