@@ -26,6 +26,7 @@ ROOM, FACTOR = 2**20, 1536
 # Operators, and the attributes that they may have.
 ALIKE = {name: frozenset[str]() for name in ("Relu", "Tanh", "Sigmoid", "Sqrt", "QuantizeLinear")}
 ALIKE |= {"Softmax": frozenset({"axis"}), "DequantizeLinear": frozenset({"axis"}), "Cast": frozenset({"to"})}
+ALIKE |= {"LRN": frozenset({"size", "alpha", "beta", "bias"})}  # the peer in `alexnet benchmark infer`
 PAIRS = {name: frozenset[str]() for name in ("Sub", "Mul", "Div", "Pow")}
 OPERATORS = {
     **ALIKE,
@@ -175,6 +176,8 @@ def _result(node: Node, given: Shape, rest: Sequence[Stored], counts: _Counts) -
             return tuple(given[place] for place in order)
     if node.operator == "Reshape" and len(rest) == 1 and len(rest[0].shape) == 1 and rest[0].values:
         batch, *sides = rest[0].values
+        if len(sides) == len(given) - 1:
+            sides = [side or size for side, size in zip(sides, given[1:], strict=True)]
         if batch == -1 and min(sides, default=0) > 0 and prod(given) % prod(sides) == 0:
             return prod(given) // prod(sides), *sides
     raise ValueError(f"it does not fit {_shown(given)}" + "".join(f", {_shown(other.shape)}" for other in rest))

@@ -17,7 +17,7 @@ from alexnet_cli.errors import WeightsError
 LARGEST = 2**31  # bytes of a protobuf message
 MOST_TEXT = 2**24  # bytes of metadata; those of 20,000 classes take one or two million
 OPSETS = frozenset((17,))
-INTEGER, INTEGERS = 2, 7  # types of an attribute
+NUMBER, INTEGER, INTEGERS = 1, 2, 7  # types of an attribute
 
 MODEL, GRAPH, NODE, ATTRIBUTE, TENSOR = "model", "graph", "node", "attribute", "tensor"
 # Field numbers (onnx.proto) that files of this toolkit have, by the kind of message.
@@ -25,7 +25,7 @@ KNOWN = {
     MODEL: frozenset((1, 2, 3, 7, 8, 14)),
     GRAPH: frozenset((1, 2, 5, 11, 12)),
     NODE: frozenset((1, 2, 3, 4, 5)),
-    ATTRIBUTE: frozenset((1, 3, 8, 20)),
+    ATTRIBUTE: frozenset((1, 2, 3, 8, 20)),
     TENSOR: frozenset((1, 2, 8, 9)),
 }
 REFUSED = {
@@ -119,9 +119,9 @@ def _node(message: Message) -> Node:
     attributes: dict[str, list[int]] = {}
     for attribute in parts[5]:
         name, kind = _text(_fields(ATTRIBUTE, attribute)[1]), attribute.integer(20)
-        if name in attributes or kind not in {INTEGER, INTEGERS}:
-            raise _Odd(f"a node with an attribute {name} that is there twice, or is no integer")
-        attributes[name] = attribute.integers(8) if kind == INTEGERS else [attribute.integer(3)]
+        if name in attributes or kind not in {NUMBER, INTEGER, INTEGERS}:
+            raise _Odd(f"a node with an attribute {name} that is there twice, or is no number")
+        attributes[name] = attribute.integers(8) if kind == INTEGERS else [attribute.integer(3)] * (kind == INTEGER)
     inputs, outputs = ([_text([name]) for name in parts[number]] for number in (1, 2))
     return Node(_text(parts[3]), _text(parts[4]), inputs, outputs, attributes)
 
