@@ -147,6 +147,14 @@ def picture_of_any_size() -> onnx.ModelProto:
     return graph.ended(graph.node("Relu", ["input"], "x"), 3, 200_000)
 
 
+def window_outside() -> onnx.ModelProto:
+    """Nothing is left for the second pooling: ONNX Runtime divided by zero, which ended the process."""
+    graph = Crafted()
+    x = graph.node("Transpose", ["input"], "x", perm=[0, 2, 3, 1])
+    x = graph.node("MaxPool", [x], "few", kernel_shape=[1, 2], strides=[3, 3], ceil_mode=1)
+    return graph.ended(graph.node("MaxPool", [x], "none", kernel_shape=[75, 2]), 224)
+
+
 def declared() -> onnx.ModelProto:
     """Weights that are said to be huge, and are not there."""
     graph = Crafted()
@@ -168,6 +176,7 @@ GRAPHS: dict[str, tuple[Callable[[], onnx.ModelProto], str]] = {
     "rows": (wide_rows, r"Gemm \(x\)"),
     "the batch elsewhere": (batch_in_another_place, r"Reshape \(row\)"),
     "a huge picture": (picture_of_any_size, "an input of shape|more numbers"),
+    "a window outside": (window_outside, r"MaxPool \(few\)"),
     "weights that are not there": (declared, "a tensor last of 48 bytes"),
 }
 

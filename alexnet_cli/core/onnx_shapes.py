@@ -205,11 +205,13 @@ def _conv(node: Node, given: Shape, rest: Sequence[Stored], counts: _Counts) -> 
 def _pool(node: Node, given: Shape) -> Shape:
     kernel, strides = node.integers("kernel_shape", [0, 0]), node.integers("strides", [1, 1])
     up = node.integers("ceil_mode", [0])[0]
-    if not all(kernel) or not all(strides) or any(size > side for size, side in zip(kernel, given[2:], strict=False)):
-        raise ValueError(f"its window does not fit {_shown(given)}")
+    for side, size, stride in zip(given[2:], kernel, strides, strict=True):
+        # Further apart than they are wide, rounded up, the last would lie outside: ONNX Runtime leaves it out.
+        if not 0 < stride <= size <= side:
+            raise ValueError(f"its windows do not fit {_shown(given)}")
     steps = [
         -(-(side - size) // stride) if up else (side - size) // stride
-        for side, size, stride in zip(given[2:], kernel, strides, strict=False)
+        for side, size, stride in zip(given[2:], kernel, strides, strict=True)
     ]
     return *given[:2], *(step + 1 for step in steps)
 
