@@ -11,8 +11,8 @@ dimension, as a factor, so that what is counted for one picture holds for each. 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from math import isqrt, prod
+from typing import NamedTuple
 
 import numpy as np
 
@@ -46,8 +46,7 @@ ON_CONSTANTS = frozenset(("Slice", "Cast", "DequantizeLinear"))
 Shape = tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Node:
+class Node(NamedTuple):
     """One node; of an attribute only its integers."""
 
     name: str
@@ -64,8 +63,7 @@ class Node:
         return found
 
 
-@dataclass(frozen=True)
-class Stored:
+class Stored(NamedTuple):
     """A constant: its shape, and its values if they are a few integers."""
 
     shape: Shape
@@ -82,15 +80,14 @@ def stored(kind: int, shape: Sequence[int], data: memoryview) -> Stored:
     return Stored(tuple(shape), tuple(np.frombuffer(data, "<i8").tolist()) if few else ())
 
 
-@dataclass
 class _Counts:
     """Shapes by name, with 1 for the batch, and the numbers counted so far."""
 
-    constants: dict[str, Stored]
-    pictures: dict[str, Shape] = field(default_factory=dict)
-    computed: int = 0
-    once: int = 0
-    unfolded: int = 0
+    def __init__(self, constants: Mapping[str, Stored], picture: Shape) -> None:
+        self.constants = dict(constants)
+        self.pictures = {"input": picture}
+        self.computed = prod(picture)
+        self.once = self.unfolded = 0
 
 
 def check(nodes: Sequence[Node], constants: Mapping[str, Stored], shape: Sequence[int]) -> None:
@@ -104,7 +101,7 @@ def check(nodes: Sequence[Node], constants: Mapping[str, Stored], shape: Sequenc
     if len(shape) != 4 or shape[0] or not all(0 < n < 2**31 for n in shape[1:]):
         raise ValueError(f"an input of shape {_shown(shape)}")
     weights = sum(prod(tensor.shape) for tensor in constants.values())
-    counts = _Counts(dict(constants), {"input": (1, *shape[1:])}, computed=prod(shape[1:]))
+    counts = _Counts(constants, (1, *shape[1:]))
     if unused := counts.constants.keys() - {name for node in nodes for name in node.inputs}:
         raise ValueError(f"tensors that nothing uses: {min(unused)}")
     for node in nodes:
