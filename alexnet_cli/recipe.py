@@ -19,6 +19,7 @@ import tomli_w
 
 from alexnet_cli.errors import RecipeError
 
+LARGEST = 2**14  # bytes of a recipe file: one of 32 kilobytes can take gigabytes to parse (a key of 16,000 parts)
 SIDE = 256  # section 2: pictures are 256 x 256 pixels
 
 Order = Literal["relu-norm-pool", "norm-pool-relu", "relu-pool-norm"]
@@ -223,8 +224,10 @@ def load(name_or_file: str) -> Recipe:
             f"no recipe and no file is called {name_or_file}", f"{guess}named recipes: {', '.join(RECIPES)}"
         )
     try:
+        if path.stat().st_size > LARGEST:
+            raise ValueError(f"it has more than {LARGEST:,} bytes")
         values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RecipeError(f"{path} is not TOML: {error}", "a run's recipe.toml is a good start") from error
     return from_values(values)
 
@@ -262,7 +265,7 @@ def parsed(settings: Sequence[str]) -> dict[str, Any]:
             raise RecipeError(f"--set {setting} is not key=value", "such as --set dropout=0")
         try:
             values[key] = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
+        except (ValueError, RecursionError):
             values[key] = text
     return values
 

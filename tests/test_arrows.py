@@ -89,7 +89,8 @@ CORE = {
     # section 6 and after: use
     "views": "",
     "onnx_metadata": "sources weights",
-    "onnx_wire": "protobuf",
+    "onnx_shapes": "",
+    "onnx_wire": "onnx_shapes protobuf",
     "onnx_graph": "onnx_metadata weights",
     "onnx_fp16": "",
     "onnx_int8": "",

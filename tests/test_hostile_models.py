@@ -273,7 +273,8 @@ def test_operators_that_could_ask_for_anything(folder: Path, operator: str) -> N
 )
 def test_what_is_no_onnx(folder: Path, content: bytes) -> None:
     (folder / "x.onnx").write_bytes(content)
-    assert "cannot be opened" in str(told(lambda: Session(folder / "x.onnx")))
+    words = "is refused: it has field 10" if content.startswith(b"PK") else "cannot be opened"
+    assert words in str(told(lambda: Session(folder / "x.onnx")))
 
 
 def test_a_graph_within_a_graph_and_so_on(folder: Path) -> None:
@@ -282,9 +283,10 @@ def test_a_graph_within_a_graph_and_so_on(folder: Path) -> None:
     for _ in range(3000):
         node = b"\x2a" + varint(len(deep) + 1 + len(varint(len(deep)))) + b"\x32" + varint(len(deep)) + deep
         deep = b"\x0a" + varint(len(node)) + node
-    for content in (b"\x3a" + varint(len(deep)) + deep, b"\x08\x01" * 1_100_000):
+    cases = {"a graph within a graph": b"\x3a" + varint(len(deep)) + deep, "more parts": b"\x08\x01" * 1_100_000}
+    for words, content in cases.items():
         (folder / "x.onnx").write_bytes(content)
-        assert "more parts than any network" in str(told(lambda: Session(folder / "x.onnx")))
+        assert words in str(told(lambda: Session(folder / "x.onnx")))
 
 
 def varint(number: int) -> bytes:

@@ -198,7 +198,7 @@ def _settings(record: Path) -> dict[str, Any]:
         found = json.loads(record.read_bytes())
         if record.name == RECORD:
             found = found["settings"] if str(found["schema"]).startswith("alexnet.dataset/") else {}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
     return found if isinstance(found, dict) and (found == CLEARING or "fingerprint" in found) else {}
 

@@ -170,7 +170,7 @@ class Run:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
         found = []
         for line in lines:
-            with suppress(ValueError, TypeError):
+            with suppress(ValueError, TypeError, RecursionError):
                 found.append(dict(json.loads(line)))
         return found
 

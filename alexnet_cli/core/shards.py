@@ -30,6 +30,7 @@ from alexnet_cli.recipe import SIDE
 SCHEMA = "alexnet.dataset/1"
 SPLITS = ("train", "val")
 RECORD = "dataset.json"
+LARGEST_RECORD = 2**24  # bytes; that of 20,000 classes and a thousand shards has two or three million
 MEAN = "mean.npy"
 DUPLICATES = "duplicates.jsonl"
 REJECTED = "rejected.jsonl"
@@ -169,6 +170,8 @@ def open_dataset(path: Path) -> Dataset:
     except (OSError, DataError) as error:
         raise DataError(f"{path} is not a prepared data set (no readable {RECORD})", _advice(path)) from error
     try:
+        if len(data) > LARGEST_RECORD:
+            raise ValueError(f"it has more than {LARGEST_RECORD:,} bytes")
         record = json.loads(data)
         if record["schema"] != SCHEMA:
             raise DataError(f"{path} has schema {record['schema']}, not {SCHEMA}", "prepare it again with this version")

@@ -16,10 +16,11 @@ from safetensors import SafetensorError, safe_open
 
 from alexnet_cli.core import foreign
 from alexnet_cli.core.foreign import CAFFE_MEAN, Array, Foreign, Pixels, refused
-from alexnet_cli.core.weights import SCHEMA
+from alexnet_cli.core.weights import SCHEMA, check_header
 from alexnet_cli.errors import WeightsError
 from alexnet_cli.recipe import Recipe
 
+LARGEST = 2**31  # bytes
 SUFFIXES = (".weight", ".bias")
 STRANGE = ("running_mean", "running_var")
 
@@ -31,6 +32,9 @@ def read_safetensors(path: Path, recipe: Recipe, pixels: Pixels) -> Foreign:
         WeightsError: it is damaged, ours already, or another network.
     """
     try:
+        check_header(path)
+        if path.stat().st_size > LARGEST:
+            raise refused(path, "it is larger than 2 GB, and the whole network of the paper has 244 MB")
         with safe_open(path, framework="numpy") as file:
             if (file.metadata() or {}).get("schema") == SCHEMA:
                 raise refused(path, "it is a model file of this toolkit already", f"use it as it is: -w {path}")

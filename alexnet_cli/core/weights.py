@@ -25,6 +25,7 @@ from alexnet_cli.recipe import SIDE, Recipe
 
 SCHEMA = "alexnet.model/1"
 LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
+LARGEST_HEADER = 2**24  # bytes; that of 20,000 classes has one or two million
 PARAMETERS = tuple(f"{layer}.{part}" for layer in LAYERS for part in ("weight", "bias"))
 
 
@@ -80,6 +81,7 @@ def read(path: Path) -> Model:
         WeightsError: the file is missing, truncated, not safetensors, or not a network of this toolkit.
     """
     try:
+        check_header(path)
         with safe_open(path, framework="numpy") as file:
             recipe, classes, info = described(path, file.metadata() or {})
             wanted = tensor_shapes(recipe, len(classes))
@@ -89,6 +91,15 @@ def read(path: Path) -> Model:
         raise WeightsError(f"{path} does not exist", "name a run, a checkpoint or a .safetensors file") from error
     except (SafetensorError, OSError, ValueError, TypeError, MemoryError) as error:
         raise WeightsError(f"{path} cannot be read: {error}", "the file is damaged; use another checkpoint") from error
+
+
+def check_header(path: Path) -> None:
+    """Raise ValueError if a safetensors file describes itself at a length that takes gigabytes to take apart."""
+    if path.is_file():
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+        if size > LARGEST_HEADER:
+            raise ValueError(f"its header is said to have {size:,} bytes")
 
 
 def described(path: Path, text: Mapping[str, str]) -> tuple[Recipe, tuple[ClassName, ...], dict[str, Any]]:

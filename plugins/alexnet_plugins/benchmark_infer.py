@@ -137,6 +137,9 @@ def with_operator(proto: onnx.ModelProto, recipe: Recipe) -> onnx.ModelProto:
         graph.node.append(helper.make_node("Reshape", [node.input[0], f"{node.name}.apart"], [tower]))
         graph.node.append(helper.make_node("LRN", [tower], [result_of], **settings))
         graph.node.append(helper.make_node("Reshape", [result_of, f"{node.name}.whole"], [node.output[0]]))
+    used = {name for node in graph.node for name in node.input}
+    for tensor in [tensor for tensor in graph.initializer if tensor.name not in used]:
+        graph.initializer.remove(tensor)
     return result
 
 
