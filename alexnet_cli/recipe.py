@@ -259,8 +259,7 @@ def parsed(settings: Sequence[str]) -> dict[str, Any]:
     """`key=value` words as typed after --set, each value read as TOML (a bare word is a string)."""
     values: dict[str, Any] = {}
     for setting in settings:
-        key, equals, text = setting.partition("=")
-        key, text = key.strip(), text.strip()
+        key, equals, text = (part.strip() for part in setting.partition("="))
         if not equals or not text:
             raise RecipeError(f"--set {setting} is not key=value", "such as --set dropout=0")
         try:
