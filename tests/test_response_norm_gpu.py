@@ -101,6 +101,7 @@ def test_who_normalises_on_a_gpu(reason: str, used: bool, monkeypatch: pytest.Mo
 
 def test_a_gpu_that_cannot_run_them_is_told_about(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(placement, "visible_gpus", lambda: [Gpu(0, "H100", 80 << 30, "9.0")])
+    monkeypatch.setattr(placement, "take", lambda index: "")
     for switch in ("benchmark", "allow_tf32"):  # to be put back afterwards
         monkeypatch.setattr(torch.backends.cudnn, switch, getattr(torch.backends.cudnn, switch))
     monkeypatch.setattr(response_norm_gpu, "why_not", lambda index: "Failed to find C compiler.")

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from alexnet_cli.core import onnx_mapped, onnx_metadata, onnx_wire, weights
-from alexnet_cli.core.devices import cores, int8_saturates
+from alexnet_cli.core.devices import cores, int8_saturates, load_cuda, nvidia_gpu
 from alexnet_cli.core.sources import ClassName
 from alexnet_cli.errors import AlexNetError, MissingError, WeightsError, memory_ended
 from alexnet_cli.recipe import SIDE, Recipe
@@ -45,6 +45,7 @@ class Session:
         source: Source,
         *,
         provider: Literal["auto", "cpu", "cuda"] = "auto",
+        gpu: int = 0,
         threads: int | None = None,
         few: bool = False,
         layer: Layer | Convolution | None = None,
@@ -52,7 +53,8 @@ class Session:
         """Open `source`: an .onnx file, any other model file, or a model in memory.
 
         `few`: open faster for a handful of pictures, at the price of some throughput; an .onnx file is then mapped
-        and must not be overwritten in place meanwhile. `layer`: whose activations `features` or `responses` gives.
+        and must not be overwritten in place meanwhile, and "auto" is the CPU, which has answered before CUDA is
+        loaded. `gpu`: which one of several. `layer`: whose activations `features` or `responses` gives.
 
         Raises:
             WeightsError: the file is missing, damaged or not a network of this toolkit.
@@ -67,7 +69,7 @@ class Session:
         if isinstance(source, Path):
             onnx_wire.check(source)
         with _contained() as said:
-            providers = _providers(provider)
+            providers = _providers("cpu" if few and provider == "auto" else provider, gpu)
             # ONNX Runtime by itself would count every core of the machine, allowed or not.
             self._session, self._kept = _open(source, providers, threads or cores(), few, layer)
         wanted = len(providers) > 1
@@ -147,16 +149,15 @@ class Session:
         return [result.astype(np.float32, copy=False) for result in results]
 
 
-def _providers(provider: str) -> list[Any]:
+def _providers(provider: str, gpu: int) -> list[Any]:
     """What to offer ONNX Runtime, best first. With CUDA: true float32, and no search for the best kernel."""
     import onnxruntime
 
     onnxruntime.set_default_logger_severity(3)
-    if provider == "cpu" or CUDA not in onnxruntime.get_available_providers() or not _gpu_present():
+    if provider == "cpu" or CUDA not in onnxruntime.get_available_providers() or not nvidia_gpu():
         return [CPU]
-    if hasattr(onnxruntime, "preload_dlls"):  # since 1.21
-        onnxruntime.preload_dlls()  # CUDA's libraries as Python packages, if they were installed so
-    return [(CUDA, {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}), CPU]
+    load_cuda()
+    return [(CUDA, {"device_id": str(gpu), "use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}), CPU]
 
 
 def _open(source: Source, providers: list[Any], threads: int, few: bool, layer: str | None) -> tuple[Any, list[Any]]:
@@ -236,13 +237,6 @@ def _checked(path: Path, session: Any, layer: str | None) -> onnx_metadata.Info:
     if shapes != {"input": [3, side, side], "logits": [classes], "probabilities": [classes]}:
         raise WeightsError(f"{path}: its inputs and outputs do not fit its metadata", "export it anew")
     return info
-
-
-def _gpu_present() -> bool:
-    """Whether trying CUDA can succeed: without a device, ONNX Runtime would try, complain and go on."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES") in {"", "-1"}:
-        return False
-    return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists() or os.name == "nt"
 
 
 def _reason(said: str) -> str:
