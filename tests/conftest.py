@@ -28,6 +28,12 @@ def _unpacked(archive: str, inside: str, into: Path) -> Path:
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: threads that spin for each other slow small tensors
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide the GPUs from all tests but those that are marked for one: the others know what a CPU does, to the bit."""
+    if config.getoption("markexpr") != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture(scope="session")
 def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """500 ImageNet pictures, one folder per class."""

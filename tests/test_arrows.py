@@ -24,7 +24,8 @@ CORE = {
     "devices": "",
     "heartbeat": "",
     "towers": "heartbeat",
-    "ranks": "heartbeat towers",
+    "transport": "",
+    "ranks": "heartbeat towers transport",
     "launch": "devices ranks resume",
     "placement": "devices ranks response_norm_gpu",
     # section 2: the dataset
@@ -80,7 +81,8 @@ CORE = {
     "loader network placement records replicas runs shards weights",
     "tensorboard": "records runs",
     "advice": "records shards",
-    "train": "advice augment cache evaluate gradient loader qualitative records resume runs training",
+    "waiting": "",
+    "train": "advice augment cache evaluate gradient loader qualitative records resume runs training waiting",
     # the paper's claims, switched off
     "switches": "",
     "ablation": "checkpoint placement records runs shards switches train training",
@@ -142,7 +144,7 @@ CORE = {
 }
 TORCH = {
     "devices", "ranks", "launch", "rows", "replicas", "update_gpu", "placement", "fast_images", "packing", "loader",
-    "cache", "augment", "response_norm",
+    "cache", "augment", "response_norm", "transport", "waiting",
     "response_norm_gpu", "layers", "towers", "network", "compilation", "learning", "checkpoint", "evaluate", "results",
     "fine_tuning", "gradient", "diagnosis", "training", "train", "ablation", "tensorboard",
     "torch_session", "evidence", "report", "report_sections", "report_page",
