@@ -98,7 +98,7 @@ CORE = {
     "onnx_int8": "",
     "onnx_mapped": "protobuf",
     "session": "devices onnx_graph onnx_mapped onnx_metadata onnx_wire sources weights",
-    "torch_session": "network session sources weights",
+    "torch_session": "devices network session sources weights",
     "probes": "images shards views",
     "calibration": "devices onnx_int8",
     "accuracy": "",
