@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -18,16 +18,15 @@ from alexnet_cli.errors import MissingError, UsageError
 T4, H100 = Gpu(0, "T4", 16 << 30, "7.5", "GPU-a"), Gpu(1, "H100", 80 << 30, "9.0", "GPU-b")
 
 
+pytestmark = pytest.mark.usefixtures("own_runs_and_settings")
+
+
 @pytest.fixture(autouse=True)
-def _gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Two GPUs, of which everything can be said but to compute; what is set for the whole process is put back."""
+def _gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two GPUs, of which everything can be said but to compute."""
     monkeypatch.setattr(placement, "visible_gpus", lambda: [T4, H100])
     monkeypatch.setattr(placement, "take", lambda index: "")
     monkeypatch.setattr(response_norm_gpu, "why_not", lambda index: "")
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
-    yield
-    matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before
 
 
 def tf32() -> tuple[bool, bool]:
