@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 CHANCE = 2 / 3  # colour share of independent random weights
-FEW = 5  # with no more classes, every answer is among the five likeliest
 FEW_POINTS = 30  # that can be marked without covering their line
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # letters stay text: small, sharp, and in the font of the page
@@ -44,9 +43,9 @@ class Line(NamedTuple):
     """Whether each value holds since the one before it, as the rate of a schedule does."""
 
 
-def charts(history: History, classes: int | None) -> dict[str, Chart]:
-    """`loss`, `errors`, `rate` and `towers`, as far as there is something to draw."""
-    top5 = [] if classes is not None and classes <= FEW else [Line("top-5, validation", history.curve("top5_error"))]
+def charts(history: History, few_classes: bool = False) -> dict[str, Chart]:
+    """`loss`, `errors`, `rate` and `towers`, as far as there is something to draw; of few classes no top-5 error."""
+    top5 = [] if few_classes else [Line("top-5, validation", history.curve("top5_error"))]
     drawn = {
         "loss": _curves(
             "Loss", "nats a picture", history,
@@ -60,7 +59,7 @@ def charts(history: History, classes: int | None) -> dict[str, Chart]:
             ], percent=True,
         ),
         "rate": _curves(
-            "Learning rate", "rate", history, [Line("rate", history.steps("lr"), False, bool(history.drops))], log=True,
+            "Learning rate", "rate", history, [Line("rate", history.rates(), False, bool(history.drops))], log=True,
         ),
         "towers": _curves(
             "Specialisation", "share, and area under the curve", history,
