@@ -125,9 +125,12 @@ CORE = {
     "report": "evaluate evidence history patience placement qualitative runs shards sources weights",
     "report_charts": "history",
     "report_pictures": "",
+    "anatomy": "layers network",
+    "network_picture": "anatomy report_charts",
+    "report_network": "anatomy network network_picture report report_pictures",
     "report_sections": "confusion_picture evaluate evidence filter_picture history published report report_charts "
     "report_pictures results",
-    "report_page": "atomic history plotting report report_charts report_sections results runs shards",
+    "report_page": "atomic history plotting report report_charts report_network report_sections results runs shards",
     # weights of other programs
     "protobuf": "",
     "unpickler": "",
@@ -147,7 +150,7 @@ TORCH = {
     "cache", "augment", "response_norm",
     "response_norm_gpu", "layers", "towers", "network", "compilation", "learning", "checkpoint", "evaluate", "results",
     "fine_tuning", "gradient", "diagnosis", "training", "train", "ablation", "tensorboard",
-    "torch_session", "evidence", "report", "report_sections", "report_page",
+    "torch_session", "evidence", "report", "report_sections", "report_page", "anatomy", "report_network",
 }  # fmt: skip
 LAZY_TORCH = {"devices"}  # import it in functions only
 PLUGINS = {"errors", "recipe", "console", "options", "entry_points"}  # and anything in core

@@ -102,6 +102,22 @@ def test_the_recipe_stands_beside_the_papers(shown: Run) -> None:
     assert len(differ) + len(same) == len(PAPER.__dataclass_fields__) - 1  # all but the name
 
 
+def test_the_network_adds_up(shown: Run) -> None:
+    """The drawing and the table are of the weights that are there."""
+    page, tensors = Page(shown.path / "report.html"), read(shown).tensors
+    heads, *rows = page.tables["The layers with weights, and what follows each"]
+    assert heads == ["Layer", "Kernel", "Sees", "Maps or units", "Size", "Then", "Parameters"]
+    for name, *_, count in rows[1:-1]:
+        assert int(count.replace(",", "")) == tensors[f"{name}.weight"].size + tensors[f"{name}.bias"].size
+    total = sum(value.size for name, value in tensors.items() if name != "mean")
+    assert rows[-1] == ["All", "", "", "", "", "", f"{total:,}"]
+    assert rows[3] == ["conv3", "3×3", "8 of both towers", "6 + 6", "13×13", "ReLU", "876"]
+    drawn = [image["alt"] or "" for image in page.images if (image["alt"] or "").startswith("The network")]
+    assert [alt.partition("; ")[2] for alt in drawn] == [
+        "each layer sees its own tower, but conv3, fc6, fc7 and fc8 both."
+    ]
+
+
 def test_names_of_classes_stay_text(shown: Run) -> None:
     page = Page(shown.path / "report.html")
     assert not page.tags & {"script", "iframe", "object", "link", "svg", "base", "form"}
@@ -121,7 +137,17 @@ def test_it_has_every_section_and_a_table_of_contents(shown: Run) -> None:
     assert page.headings[0] == (1, f"AlexNet, run {shown.name}")
     assert all(after <= before + 1 for (before, _), (after, _) in zip(page.headings, page.headings[1:], strict=False))
     assert {link.removeprefix("#") for link in page.links} <= page.ids
-    assert {"recipe", "curves", "filters", "results", "examples", "neighbours", "speed", "origin"} <= page.ids
+    assert {
+        "network",
+        "recipe",
+        "curves",
+        "filters",
+        "results",
+        "examples",
+        "neighbours",
+        "speed",
+        "origin",
+    } <= page.ids
     assert "Not here" not in page.all_text
     assert "Of 12 validation pictures, spread evenly" in page.all_text
     assert sum((image["alt"] or "").startswith("Training picture of") for image in page.images) == 30
@@ -294,6 +320,7 @@ def test_a_run_before_its_first_checkpoint(tmp_path: Path, data: Dataset, status
     notes = {s["id"]: s["note"] for s in found["sections"]}
     assert notes["curves"] == "No step has been recorded yet."
     assert notes["filters"] == "The run has no checkpoint yet."
+    assert notes["network"] is None, "its recipe says what it is, its data how many classes"
     said = {"running": "under way", "failed": "This run failed", "interrupted": "alexnet train --resume"}
     assert said[status] in Page(run.path / "report.html").all_text
 
@@ -305,8 +332,9 @@ def test_an_imported_network_has_no_training_to_tell_of(
     run = Run.create("caffe", RECIPE, {"status": "finished", "imported": {"file": "x.caffemodel", "format": "Caffe"}})
     save_model(replace(random_model(RECIPE, len(NAMES)), classes=data.classes), run.path / "model.safetensors")
     found = told(report("-w", "caffe", "--json", "-q"))
-    assert [s["id"] for s in found["sections"]] == ["recipe", "filters", "results", "examples", "neighbours", "origin"]
-    assert "no prepared data set under prepared; alexnet report --data D names one" in found["sections"][2]["note"]
+    sections = ["network", "recipe", "filters", "results", "examples", "neighbours", "origin"]
+    assert [s["id"] for s in found["sections"]] == sections
+    assert "no prepared data set under prepared; alexnet report --data D names one" in found["sections"][3]["note"]
     page = Page(Path("runs/caffe/report.html"))
     assert "x.caffemodel" in page.all_text
     assert [image["alt"] for image in page.images if "kernels of tower" in (image["alt"] or "")]
@@ -318,7 +346,7 @@ def test_a_data_set_that_merely_lies_about_is_no_failure(
     monkeypatch.chdir(tmp_path)
     shutil.copytree(prepared, "prepared/colours")
     save_model(random_model(RECIPE), Path("net.safetensors"))
-    assert "unknown to the network" in told(report("-w", "net.safetensors", "--json", "-q"))["sections"][2]["note"]
+    assert "unknown to the network" in told(report("-w", "net.safetensors", "--json", "-q"))["sections"][3]["note"]
 
 
 def test_a_model_file_of_no_run(tmp_path: Path, data: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:

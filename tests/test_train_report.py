@@ -75,7 +75,7 @@ def test_a_second_interrupt_ends_the_waiting_and_no_more(
         raise KeyboardInterrupt
 
     training = trained(1)
-    monkeypatch.setattr("alexnet_cli.core.report_charts._svg", impatient)
+    monkeypatch.setattr("alexnet_cli.core.report_charts.svg", impatient)
     leave_report(Reporter("train"), training, stopped=True)
     assert capsys.readouterr().err.startswith("warn    no report was written: interrupted\nhint    alexnet report -w ")
     assert not (training.run.path / "report.html").exists()

@@ -114,7 +114,7 @@ def _curves(
     drops = ", ".join(str(drop) for drop in history.drops)
     caption = f"{title} over the epochs" + (f"; the rate was divided after epoch {drops}" if drops else "")
     return Chart(
-        _svg(draw),
+        svg(draw),
         f"{title} over the epochs: {words}." + (f" Rate drops after epoch {drops}." if drops else ""),
         caption,
     )
@@ -127,14 +127,15 @@ def _told(line: Line, factor: float, unit: str) -> str:
     return ends + (f", lowest {factor * lowest:.3g}{unit}" if lowest < min(first, last) else "")
 
 
-def _svg(draw: Callable[[Axes], None]) -> str:
-    """The same input gives the same bytes."""
+def svg(draw: Callable[[Axes], None], height: float = 3.5, margin: float = 1.0) -> str:
+    """A drawing `height` inches high; `margin` is the share of the usual one, for axes. Same input, same bytes."""
     import matplotlib
     from matplotlib.figure import Figure  # not pyplot, which keeps figures and asks for a display
 
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(4.8, 3.5))
-        figure.subplots_adjust(left=0.14, right=0.97, top=0.97, bottom=0.29)  # a layout engine draws it twice
+        figure = Figure(figsize=(4.8, height))
+        left, bottom, rest = 0.14 * margin, 0.29 * margin, 0.03 * margin
+        figure.subplots_adjust(left=left, right=1 - rest, top=1 - rest, bottom=bottom)  # a layout engine draws it twice
         draw(figure.subplots())
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})

@@ -17,7 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 import alexnet_cli
-from alexnet_cli.core import report_charts, report_sections, results
+from alexnet_cli.core import report_charts, report_network, report_sections, results
 from alexnet_cli.core.atomic import write_text
 from alexnet_cli.core.history import number
 from alexnet_cli.core.plotting import HINT, can_draw
@@ -86,6 +86,7 @@ def html(report: Report) -> tuple[str, list[Section]]:
     if can_draw():
         charts = report_charts.charts(report.history, report.few_classes)
     names = {
+        "network": report_network.network(report, can_draw()),
         "recipe": report_sections.recipe(report), "curves": report_sections.curves(report, charts),
         "filters": report_sections.filters(report, charts), "results": report_sections.outcome(report),
         "examples": report_sections.examples(report), "nearest": report_sections.nearest(report),
@@ -108,7 +109,8 @@ def sections(report: Report) -> list[Section]:
     """The sections that a page has: those of a training only if there was one."""
     history, missing = report.history, report.evidence.missing
     trained = report.trained
-    found = [Section("recipe", "The recipe beside the paper's")]
+    unknown = "" if report.classes else "The number of classes is not known: no checkpoint yet, and no data set."
+    found = [Section("network", "The network", unknown), Section("recipe", "The recipe beside the paper's")]
     if trained:
         none = "" if history.pieces or history.epochs else "No step has been recorded yet."
         undrawn = "" if can_draw() or none else f"Curves need a plotting library: {HINT}, then alexnet report."

@@ -146,7 +146,7 @@ def outcome(report: Report) -> Names | None:
     alt = f"Confusion matrix of {len(ranked)} classes: {right}.{first}"
     small = len(names) <= MATRIX
     return {
-        "heads": ("Measured on", "Pictures", "Top-1 error", "Top-5 error", "Loss"),
+        "heads": ("Protocol", "Pictures", "Top-1 error", "Top-5 error", "Loss"),
         "errors": [*(_total(totals) for totals in found.totals), *_known(found.totals)],
         "class_heads": ("Class", "Pictures", "Right", "Among five", "Most often taken for"),
         "best": rows[:most], "worst": rows[: -most - 1 : -1] if len(rows) > 1 else [], "pairs": pairs,
