@@ -98,7 +98,8 @@ def _words(recipe: Recipe, part: nn.Module) -> tuple[str, ...]:
     if isinstance(part, Activation):
         return (activation,)
     if isinstance(part, ResponseNorm) and part.kind != "none":
-        across = f"normalisation across {part.size} maps" + (" of both towers" if _joint(recipe) else "")
+        joint = recipe.lrn_joint and recipe.towers > 1
+        across = f"normalisation across {part.size} maps{' of both towers' if joint else ''}"
         within = f"normalisation within {part.size}×{part.size}"
         return (*(activation,) * part.relu, across if part.kind == "across-maps" else within)
     if isinstance(part, WithinMapNorm):
@@ -106,7 +107,3 @@ def _words(recipe: Recipe, part: nn.Module) -> tuple[str, ...]:
     if isinstance(part, OverlappingPooling):
         return (f"pooling {part.kernel_size}×{part.kernel_size} / {part.stride}",)
     return (f"dropout {part.p:g}",) if isinstance(part, Dropout) and part.p else ()
-
-
-def _joint(recipe: Recipe) -> bool:
-    return recipe.lrn_joint and recipe.towers > 1

@@ -1,4 +1,4 @@
-"""Figure 2 of the paper, simple: the towers side by side, arrows from what each layer sees. Needs the extra `charts`."""
+"""Figure 2 of the paper made simple: the towers, and arrows from what each layer sees. Needs the extra `charts`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def draw(layers: Sequence[Layer], towers: int, side: int) -> Chart:
         axes.set_xlim(0, 1)
         axes.set_ylim(len(layers) + 0.4, -0.4)
         axes.axis("off")
-        above = _boxes(axes, 0, (MIDDLE,), f"3 colours {side}×{side}", 2**13)
+        above = _boxes(axes, 0, (MIDDLE,), f"3 colours {side}×{side}", 2**13, coloured=False)
         for number, layer in enumerate(layers, 1):
             last = number == len(layers)
             places = (MIDDLE,) if towers == 1 or last else PLACES
@@ -40,14 +40,18 @@ def draw(layers: Sequence[Layer], towers: int, side: int) -> Chart:
             _name(axes, number, layer)
             above = boxes
 
+    caption = "From the picture to its class; arrows come from what a layer sees"
+    return Chart(svg(drawn, 6.0, 0), _told(layers, towers, side), caption)
+
+
+def _told(layers: Sequence[Layer], towers: int, side: int) -> str:
+    """The same in words."""
     meeting = [layer.name for layer in layers if layer.meets]
-    kind = "two towers side by side" if towers > 1 else "one tower"
-    sees = f"; each layer sees its own tower, but {_list(meeting)} both" if meeting else ""
+    sees = f"; each layer sees its own tower, but {', '.join(meeting[:-1])} and {meeting[-1]} both" if meeting else ""
+    kind, each = ("two towers side by side", " in each") if towers > 1 else ("one tower", "")
     sizes = ", ".join(f"{layer.name} {_size(layer)}" for layer in layers[:-1])
-    each = " in each" if towers > 1 else ""
-    alt = f"The network, {kind}: a picture of {side} by {side} pixels, then{each} {sizes}, and fc8 "
-    alt += f"{layers[-1].units:,} classes{sees}."
-    return Chart(svg(drawn, 6.0, 0), alt, "From the picture to its class; arrows come from what a layer sees")
+    start = f"The network, {kind}: a picture of {side} by {side} pixels"
+    return f"{start}, then{each} {sizes}, and fc8 {layers[-1].units:,} classes{sees}."
 
 
 def _size(layer: Layer) -> str:
@@ -62,8 +66,7 @@ def _boxes(
 
     half = NARROWEST + WIDER * min(1.0, units.bit_length() / 13)
     for tower, x in enumerate(places):
-        plain = number == 0 or not coloured
-        face, edge = (LIGHT, GREY) if plain else (TINTS[tower], INKS[tower])
+        face, edge = (TINTS[tower], INKS[tower]) if coloured else (LIGHT, GREY)
         corner, size = (x - half, number - HEIGHT / 2), (2 * half, HEIGHT)
         axes.add_patch(Rectangle(corner, *size, facecolor=face, edgecolor=edge, linewidth=1.2, zorder=2))
         axes.text(x, number, words, ha="center", va="center", fontsize=TEXT, zorder=3)
@@ -89,7 +92,3 @@ def _name(axes: Axes, number: int, layer: Layer) -> None:
     told = ", ".join(dict.fromkeys(SHORT.get(word.split()[0], word) for word in layer.then)) or "softmax"
     axes.text(0, number - 0.03, f"{layer.name}{kernel}{stride}", va="bottom", fontsize=TEXT, fontweight="bold")
     axes.text(0, number + 0.03, told, va="top", fontsize=SMALL, color=GREY)
-
-
-def _list(names: Sequence[str]) -> str:
-    return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0]
