@@ -61,15 +61,15 @@ CORE = {
     "update_gpu": "",
     "learning": "update_gpu",
     "atomic": "",
-    "runs": "atomic",
-    "records": "",
-    "checkpoint": "atomic learning network runs weights",
+    "records": "listing",
+    "runs": "atomic listing records",
+    "checkpoint": "atomic learning listing network runs weights",
     "resume": "runs",
     "origin": "runs shards",
     "evaluate": "augment loader network placement sources",
     "published": "ilsvrc sources",
     "confusion_picture": "",
-    "results": "confusion_picture evaluate published sources",
+    "results": "confusion_picture evaluate listing origin published shards sources",
     "backoff": "",
     "replicas": "network ranks",
     "compilation": "layers network",
@@ -85,6 +85,7 @@ CORE = {
     "switches": "",
     "ablation": "checkpoint placement records runs shards switches train training",
     "comparison": "runs switches",
+    "plotting": "",
     "ablation_picture": "comparison",
     # section 6 and after: use
     "views": "",
@@ -117,15 +118,19 @@ CORE = {
     "filter_picture": "qualitative",
     # one page about a run
     "history": "",
-    "neighbourhoods": "images neighbours responses runs session shards weights",
-    "evidence": "augment backoff evaluate images loader neighbourhoods neighbours network origin placement "
+    "patience": "",
+    "neighbourhoods": "images neighbours patience responses runs session shards weights",
+    "evidence": "augment backoff evaluate images loader neighbourhoods network origin patience placement "
     "published responses results shards weights",
-    "report": "evaluate evidence history placement qualitative runs shards sources weights",
+    "report": "evaluate evidence history patience placement qualitative runs shards sources weights",
     "report_charts": "history",
     "report_pictures": "",
-    "report_sections": "confusion_picture evidence filter_picture history published report report_charts "
+    "anatomy": "layers network",
+    "network_picture": "anatomy report_charts",
+    "report_network": "anatomy network network_picture report report_pictures",
+    "report_sections": "confusion_picture evaluate evidence filter_picture history published report report_charts "
     "report_pictures results",
-    "report_page": "ablation_picture atomic history report report_charts report_sections results",
+    "report_page": "atomic history plotting report report_charts report_network report_sections results runs shards",
     # weights of other programs
     "protobuf": "",
     "unpickler": "",
@@ -145,7 +150,7 @@ TORCH = {
     "cache", "augment", "response_norm",
     "response_norm_gpu", "layers", "towers", "network", "compilation", "learning", "checkpoint", "evaluate", "results",
     "fine_tuning", "gradient", "diagnosis", "training", "train", "ablation", "tensorboard",
-    "torch_session", "evidence", "report", "report_sections", "report_page",
+    "torch_session", "evidence", "report", "report_sections", "report_page", "anatomy", "report_network",
 }  # fmt: skip
 LAZY_TORCH = {"devices"}  # import it in functions only
 PLUGINS = {"errors", "recipe", "console", "options", "entry_points"}  # and anything in core

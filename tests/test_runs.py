@@ -60,7 +60,7 @@ def test_what_a_run_left_that_was_killed_while_it_was_made_is_taken_up() -> None
         (),
         ("checkpoints",),
         ("checkpoints", ".recipe.toml.7.tmp"),
-        ("checkpoints", "recipe.toml", ".lock", ".run.json.7.tmp"),
+        ("checkpoints", "recipe.toml", ".lock", ".run.json.7.tmp.json"),
     ):
         folder = Path("runs") / f"r{len(left)}"
         folder.mkdir(parents=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -12,15 +11,9 @@ from alexnet_cli.core.comparison import WINDOW, Row
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-HINT = "pip install 'alexnet-cli[charts]'"
 WIDEST = 3  # times the largest value: intervals that are longer run out of the picture
 OURS, PAPERS = "#0b5394", "#b45f06"
 LINES = {"relu": ("#0b5394", "solid"), "tanh": ("#b45f06", "dashed"), "sigmoid": ("#38761d", "dotted")}
-
-
-def can_draw() -> bool:
-    """Whether matplotlib is installed."""
-    return importlib.util.find_spec("matplotlib") is not None
 
 
 def draw(rows: Sequence[Row], title: str, error: float) -> bytes:

@@ -49,7 +49,7 @@ def ablate(
     Trains the base and every switch with each seed. Stopped or killed, the same command goes on; what is finished is
     not trained again, and more seeds may follow.
     """
-    from alexnet_cli.core import ablation_picture, placement, switches
+    from alexnet_cli.core import placement, plotting, switches
     from alexnet_cli.core.ablation import Ablation, cells
     from alexnet_cli.core.resume import EXIT_CODES, asked_to_stop
     from alexnet_cli.core.shards import find_dataset, open_dataset
@@ -65,8 +65,8 @@ def ablate(
     todo = cells(base, wanted, seeds)
     done = [cell for cell in todo if made.finished(cell)]
     _heading(reporter, made, base, off, f"{len(todo)} trainings, {len(done)} of them finished")
-    if not ablation_picture.can_draw():
-        reporter.warn("no chart will be drawn: matplotlib is not installed", ablation_picture.HINT)
+    if not plotting.can_draw():
+        reporter.warn("no chart will be drawn: matplotlib is not installed", plotting.HINT)
     with asked_to_stop(None) as stop:
         reason = _train_all(reporter, made, todo, done, stop, level)
     rows = report(reporter, made, level, show=True)

@@ -54,7 +54,7 @@ def evaluate(
     from alexnet_cli.core import results
     from alexnet_cli.core.evaluate import matching
     from alexnet_cli.core.neighbours import sha256
-    from alexnet_cli.core.origin import own_data, told, unfinished
+    from alexnet_cli.core.origin import told, unfinished
     from alexnet_cli.core.published import published
     from alexnet_cli.core.runs import find_weights, run_of, trained_on
     from alexnet_cli.core.shards import find_dataset, open_dataset
@@ -82,15 +82,10 @@ def evaluate(
         results.make(folder)
     counts = _counted(reporter, images, classify, classes, output_of, batch_size, jobs, predictions)
     figure = published(recipe, dataset.classes)
-    totals = results.numbers(counts, views, backend, figure)
-    totals |= {"split": split, "weights": str(path), "data": str(dataset.path), "data_hash": dataset.hash}
-    totals |= {"weights_sha256": sha256(path)}
+    totals = results.numbers(counts, views, backend, figure) | results.origin(split, path, sha256(path), dataset)
     _report(reporter, counts, classes, totals, results.compared(figure, views, counts.images) if figure else "")
     if folder:
-        # A run has several files and is measured on several data sets; none is to overwrite what another gave.
-        other = [path.stem] * (backend == "onnx") + [dataset.path.resolve().name] * (not own_data(path, dataset))
-        stem = "-".join([split, str(views), *other])
-        files = results.write(folder, stem, counts, classes, totals)
+        files = results.write(folder, results.stem(split, views, path, dataset), counts, classes, totals)
         reporter.line("files", f"{files[0].parent}: {', '.join(file.name for file in files)}")
     else:
         reporter.line("files", "none, since the weights lie in no run: -o DIR writes classes and confusions")

@@ -156,7 +156,7 @@ def train(
             reporter.line("note", f"--parallel {parallel} is for several devices, and there is one: --gpus names more")
         reason = _run(reporter, training, max_steps, stop, habits["save_every"] or sys.maxsize, tensorboard)
         if ranks.first:
-            _finish(reporter, training, reason)
+            _finish(reporter, training, reason, stop)
 
 
 def _run(
@@ -216,7 +216,7 @@ def _newest(training: Training) -> tuple[Path | None, list[Path]]:
     return training.placement.ranks.broadcast(found, "finding the checkpoint") or (None, [])
 
 
-def _finish(reporter: Reporter, training: Training, reason: str) -> None:
+def _finish(reporter: Reporter, training: Training, reason: str, stop: Callable[[], str | None]) -> None:
     """Stopped: say how to go on. Otherwise write alexnet.onnx of the best checkpoint, so that predict starts fast."""
     from alexnet_cli.core import weights
     from alexnet_cli.core.export import crops_of, export
@@ -239,7 +239,7 @@ def _finish(reporter: Reporter, training: Training, reason: str) -> None:
         reporter.warn(f"no {ONNX} was written: {error.what}", error.hint)
     if reason == "finished":
         run.update({"status": "finished", "reason": reason})
-    leave_report(reporter, training, stopped=False)
+    leave_report(reporter, training, stopped=False, stop=stop)
     if reason == "max-steps":
         reporter.line("stopped", f"{run.path} · by --max-steps at step {training.step:,} of {training.steps:,}")
         reporter.line("next", f"alexnet train --resume {run.name} goes on; alexnet evaluate measures it as it is")
