@@ -17,7 +17,7 @@ SHELL = {
     "entry_points": "errors",
     "console": "",
     "options": "",
-    "usage": "",
+    "usage": "recipe",
     "cli": "console errors entry_points usage",
 }
 CORE = {
@@ -61,7 +61,7 @@ CORE = {
     "update_gpu": "",
     "learning": "update_gpu",
     "atomic": "",
-    "runs": "atomic",
+    "runs": "atomic devices",
     "records": "",
     "checkpoint": "atomic learning network runs weights",
     "resume": "runs",

@@ -44,10 +44,10 @@ def ablate(
     json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
-    """Switch the paper's ideas off, one at a time, and measure what each is worth on your data.
+    """Switch the paper's ideas off, one at a time.
 
-    Trains the base and every switch with each seed. Stopped or killed, the same command goes on; what is finished is
-    not trained again, and more seeds may follow.
+    Measures what each is worth on your data: trains the base and every switch with each seed. Stopped or killed, the
+    same command goes on; what is finished is not trained again, and more seeds may follow.
     """
     from alexnet_cli.core import ablation_picture, placement, switches
     from alexnet_cli.core.ablation import Ablation, cells

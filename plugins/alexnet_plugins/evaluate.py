@@ -50,7 +50,10 @@ def evaluate(
     json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
-    """Measure top-1 and top-5 error on the validation split, with the centre view or the paper's ten."""
+    """Measure top-1 and top-5 error.
+
+    On the validation split, with the centre view or the paper's ten.
+    """
     from alexnet_cli.core import results
     from alexnet_cli.core.evaluate import matching
     from alexnet_cli.core.neighbours import sha256

@@ -47,7 +47,7 @@ def export(
     json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
-    """Write a trained network as one ONNX file, checked against PyTorch."""
+    """Write one ONNX file, checked against PyTorch."""
     from alexnet_cli.core import weights as model_file
     from alexnet_cli.core.origin import told, unfinished
     from alexnet_cli.core.runs import find_weights, trained_on

@@ -42,9 +42,10 @@ def neighbors(
     json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
-    """Find the training pictures that the network takes for most alike: nearest in the activations of layer 7.
+    """Find the training pictures most like a picture.
 
-    The first time, the training set runs through the network once, and its activations stay beside the run.
+    Those that the network takes for most alike: nearest in the activations of layer 7. The first time, the training
+    set runs through the network once, and its activations stay beside the run.
     """
     from alexnet_cli.core import qualitative_sheets
     from alexnet_cli.core.contact_sheet import sheet

@@ -49,7 +49,7 @@ def predict(
     json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
-    """Classify pictures: the likeliest labels of each, with their probabilities."""
+    """Classify pictures: the likeliest labels of each."""
     import time
 
     from alexnet_cli.core.inputs import expand

@@ -27,9 +27,10 @@ def report(
     json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
-    """Write one page about a run: recipe, curves, filters, confusions, examples, neighbours, speed.
+    """Write one page about a run.
 
-    Results of `evaluate` and the index of `neighbors` are used if they are of these weights, and made otherwise.
+    Recipe, curves, filters, confusions, examples, neighbours, speed. Results of `evaluate` and the index of
+    `neighbors` are used if they are of these weights, and made otherwise.
     """
     from alexnet_cli.core import report_page
     from alexnet_cli.core.ablation_picture import HINT, can_draw

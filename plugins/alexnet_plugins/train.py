@@ -97,7 +97,8 @@ def train(
 ) -> None:
     """Train the two-tower network on a prepared data set.
 
-    Without options: recipe `paper`, the only prepared data set, the first GPU if there is one.
+    Without options: recipe `paper`, the only prepared data set, the first GPU if there is one. Without a GPU `paper`
+    takes hours on a few thousand pictures, and `--recipe tiny` minutes.
     """  # fmt: skip
     from alexnet_cli.core.resume import agreed, asked_to_stop, seconds
 
@@ -174,10 +175,9 @@ def _run(
 
     start, damaged = _newest(training)
     rows, size = training.rows, training.recipe.batch_size
-    if rows > size and (left_out := rows % size) > rows // 10:
-        reporter.line(
-            "note", f"{left_out:,} of {rows:,} pictures sit out each epoch, which has whole batches of {size}"
-        )
+    if rows > size and (left_out := rows % size):
+        rest = f"{left_out:,} of {rows:,} pictures, others each time, sit out each epoch"
+        reporter.line("note", f"{rest}, which has whole batches of {size}")
     if size > rows:
         what = f"a batch of {size:,} is not to be had from {rows:,} training pictures: every step takes them all"
         reporter.warn(what, f"-b {max(1, rows // 10)} makes ten steps an epoch or more")
@@ -245,7 +245,8 @@ def _finish(reporter: Reporter, training: Training, reason: str) -> None:
         reporter.line("next", f"alexnet train --resume {run.name} goes on; alexnet evaluate measures it as it is")
         return
     if training.schedule.over:
-        reporter.line("ended", "the validation error has stopped falling, after the last drop of the rate too")
+        more = f"one more: alexnet train --resume {run.name} --set plateau_drops={training.schedule.drops}"
+        reporter.line("ended", f"the validation error has stopped falling, after the last drop of the rate too; {more}")
     best = training.schedule.best_error
     reached = f" · lowest top-1 error {best:.1%}" if best <= 1 else ""
     reporter.line("done", f"{run.path}{reached}   next: alexnet evaluate")

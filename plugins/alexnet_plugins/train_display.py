@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from alexnet_cli.core.records import Record
     from alexnet_cli.core.training import Training
 
+HOUR = 3600  # seconds
+
 
 def heading(reporter: Reporter, training: Training) -> None:
     """Run, data, network, recipe: what is about to happen."""
@@ -91,7 +93,8 @@ def show_records(reporter: Reporter, training: Training, bar: Progress, total: i
             reporter.result(record.as_dict())
         where = f"epoch {record.epoch}/{recipe.epochs}"
         if record.event == "start" and record.step >= training.steps:
-            reporter.line("note", f"all {recipe.epochs} epochs are done; more: --set epochs={2 * recipe.epochs}")
+            more = f"alexnet train --resume {training.run.name} --set epochs={2 * recipe.epochs}"
+            reporter.line("note", f"this run is finished, all {recipe.epochs} epochs of it; to go on: {more}")
         elif record.event == "start" and record.step:
             reporter.line("resumed", f"at {where}, step {record.step:,}")
         elif record.event == "start" and training.run.about.get("resumed"):
@@ -99,8 +102,7 @@ def show_records(reporter: Reporter, training: Training, bar: Progress, total: i
         elif record.event == "step":
             steady = training.placement.device.type == "cpu" and not training.compile
             if not done and steady and record.images_per_second:
-                seconds = total / record.images_per_second
-                reporter.line("time", f"about {duration(seconds)} on this CPU")
+                reporter.line("time", _expected(training, total / record.images_per_second))
             shares = [record.top1_error, record.top5_error][: 2 if len(training.data.classes) > 5 else 1]
             told = "/".join(f"{100 * (error or 0):.1f}" for error in shares)
             note = f"{where}  loss {record.loss:.3g}  error {told}%  data {record.data_wait:.0%}"  # 80 columns hold it
@@ -117,6 +119,14 @@ def show_records(reporter: Reporter, training: Training, bar: Progress, total: i
         if record.event in {"start", "step"}:
             done = record.step
     return "finished"
+
+
+def _expected(training: Training, seconds: float) -> str:
+    """How long a training will take, and, where that is hours, what is quicker."""
+    told, tiny = f"about {duration(seconds)} on this CPU", recipes.TINY
+    if seconds < HOUR or training.transfer or training.recipe.width <= tiny.width:
+        return told
+    return f"{told}; --recipe tiny, of a quarter of the width and {tiny.epochs} epochs, is far quicker"
 
 
 def show_config(reporter: Reporter, recipe: Recipe, sources: dict[str, str], base: str) -> None:

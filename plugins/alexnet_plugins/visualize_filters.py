@@ -50,9 +50,10 @@ def visualize_filters(
     json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
-    """Draw the kernels of layer 1, tower by tower, and measure whether one tower took to colour.
+    """Draw the kernels of layer 1, tower by tower.
 
-    All kernels share one scale, and zero is mid-grey: what looks faint is faint.
+    Measures whether one tower took to colour. All kernels share one scale, and zero is mid-grey: what looks faint is
+    faint.
     """
     from alexnet_cli.core.origin import told
     from alexnet_cli.core.runs import find_weights, run_of
