@@ -77,6 +77,7 @@ def ablate(
         every = broken + sum(len(row.seeds) for row in rows)
         what = f"{broken} of {every} trainings broke down: their loss became no number"
         raise PartialError(what, "a lower rate for all: --set learning_rate=..., with another --name")
+    reporter.line("next", f"each training is a run: alexnet report -w {made.folder.name}/{todo[0].name}")
 
 
 def _heading(reporter: Reporter, made: Ablation, base: Recipe, off: Sequence[Switch], count: str) -> None:

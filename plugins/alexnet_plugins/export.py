@@ -9,7 +9,7 @@ import typer
 
 from alexnet_cli.console import Reporter
 from alexnet_cli.errors import DataError, UsageError
-from alexnet_cli.options import DataOption, JsonFlag, QuietFlag, WeightsOption
+from alexnet_cli.options import JsonFlag, OwnDataOption, QuietFlag, WeightsOption
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,7 +43,7 @@ def export(
         bool, typer.Option("--force", help="Keep an int8 file that loses more than a point.", show_default=False)
     ] = False,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Measure the file before it is kept.")] = True,
-    data: DataOption = None,
+    data: OwnDataOption = None,
     json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:

@@ -11,7 +11,7 @@ import typer
 
 from alexnet_cli.console import Progress, Reporter
 from alexnet_cli.errors import PartialError, UsageError, WeightsError
-from alexnet_cli.options import DataOption, JsonFlag, QuietFlag, WeightsOption
+from alexnet_cli.options import JsonFlag, OwnDataOption, QuietFlag, WeightsOption
 
 if TYPE_CHECKING:
     from alexnet_cli.core.runs import Run
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def report(
     weights: WeightsOption = None,
-    data: DataOption = None,
+    data: OwnDataOption = None,
     output: Annotated[
         Path | None,
         typer.Option("-o", "--output", metavar="F.html", help="The page. [default: report.html in the run]"),

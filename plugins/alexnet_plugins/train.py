@@ -175,16 +175,16 @@ def _run(
 
     start, damaged = _newest(training)
     rows, size = training.rows, training.recipe.batch_size
-    if rows > size and (left_out := rows % size):
+    steps, done = min(training.steps, max_steps or sys.maxsize), int(start.name) if start else 0
+    if rows > size and (left_out := rows % size) and done < steps:
         rest = f"{left_out:,} of {rows:,} pictures, others each time, sit out each epoch"
         reporter.line("note", f"{rest}, which has whole batches of {size}")
     if size > rows:
-        what = f"a batch of {size:,} is not to be had from {rows:,} training pictures: every step takes them all"
-        reporter.warn(what, f"-b {max(1, rows // 10)} makes ten steps an epoch or more")
+        what, fewer = f"a batch of {size:,} is not to be had from {rows:,} training pictures", max(1, rows // 10)
+        reporter.warn(f"{what}: every step takes them all", f"-b {fewer} makes {rows // fewer} steps an epoch")
     for folder in damaged:
         reporter.warn(f"{folder} is damaged: going on from {start}")
     training.run.update({"status": "running"})
-    steps, done = min(training.steps, max_steps or sys.maxsize), int(start.name) if start else 0
     if max_steps and done >= max_steps:
         reporter.line("note", f"--max-steps {max_steps:,} counts from the run's start, and {done:,} are done")
     total = max(0, steps - done) * training.batch

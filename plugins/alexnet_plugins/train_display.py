@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from alexnet_cli.core.training import Training
 
 HOUR = 3600  # seconds
+SHOWN = {"name", "batch_size", "learning_rate", "schedule", "epochs", "seed", "frozen", "precision"}  # in the heading
 
 
 def heading(reporter: Reporter, training: Training) -> None:
@@ -48,6 +49,15 @@ def heading(reporter: Reporter, training: Training) -> None:
         + (f" · in pieces of {training.gradient.piece}" if training.gradient.piece < training.share else "")
         + (" · conv1 to conv5 frozen" if recipe.frozen == "conv" else ""),
     )
+    if changes := _changes(recipe):
+        reporter.line("changed", changes)
+
+
+def _changes(recipe: Recipe) -> str:
+    """What differs from the recipe of that name (from `paper`, if there is none) and is not shown beside it."""
+    named = recipes.RECIPES.get(recipe.name, recipes.PAPER)
+    pairs = ((key, value, getattr(named, key)) for key, value in asdict(recipe).items() if key not in SHOWN)
+    return " · ".join(f"{key} {value} instead of {other}" for key, value, other in pairs if value != other)
 
 
 def _placed(placement: Placement, towers: int) -> str:

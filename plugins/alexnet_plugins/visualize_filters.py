@@ -9,7 +9,7 @@ import typer
 
 from alexnet_cli.console import Reporter
 from alexnet_cli.errors import StorageError, UsageError
-from alexnet_cli.options import DataOption, JsonFlag, QuietFlag, WeightsOption
+from alexnet_cli.options import JsonFlag, OwnDataOption, QuietFlag, WeightsOption
 from alexnet_plugins import visualize_patches, visualize_terminal
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def visualize_filters(
     unit: Annotated[
         int | None, typer.Option(min=0, help="Of --layer, this unit alone. [default: the strongest ones]")
     ] = None,
-    data: DataOption = None,
+    data: OwnDataOption = None,
     output: Annotated[
         Path | None,
         typer.Option("-o", "--output", help="PNG file, or SVG by its suffix. [default: figures/ of the run]"),
