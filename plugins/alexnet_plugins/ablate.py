@@ -28,7 +28,7 @@ def ablate(
         str, typer.Option("--recipe", help="The base: paper, krizhevsky, caffe, fast, tiny, or a TOML file.")
     ] = "tiny",
     settings: Annotated[
-        list[str] | None, typer.Option("--set", help="Change one value of the base: key=value. Repeatable.")
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one value of the base. Repeatable.")
     ] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the training set, each time.")] = None,
     seeds: Annotated[int, typer.Option(min=1, max=30, help="Trainings of each, from the base's seed on.")] = 3,

@@ -33,7 +33,7 @@ STORY = (
     ("visualize-filters",),
     ("export",),
 )
-NEXT = "alexnet prepare YOUR_FOLDER --val-fraction 0.1 && alexnet train --recipe tiny"
+NEXT = "alexnet prepare YOUR_FOLDER && alexnet train --recipe tiny"
 
 
 @dataclass(frozen=True)

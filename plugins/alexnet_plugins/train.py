@@ -14,7 +14,6 @@ from alexnet_cli import recipe as recipes
 from alexnet_cli.console import Reporter
 from alexnet_cli.errors import AlexNetError, Stopped, StorageError
 from alexnet_cli.options import (
-    BatchOption,
     DataOption,
     DevicesOption,
     JobsOption,
@@ -32,23 +31,31 @@ if TYPE_CHECKING:
 
 Cache = Literal["auto", "device", "none"]
 Frozen = Literal["none", "conv"]
-NAMES = "paper, krizhevsky, caffe, fast, tiny, or a TOML file. [default: paper, or that of --init-from]"
+NAMES = "paper, krizhevsky, caffe, fast, tiny (for a CPU), or a TOML file. [default: paper, or that of --init-from]"
+OWN = "[default: the recipe's]"
 
 
 def train(
     data: DataOption = None,
     recipe: Annotated[str | None, typer.Option("--recipe", help=NAMES)] = None,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", help="Change one value: key=value. Repeatable.")
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Change one value of the recipe; --print-config lists them. Repeatable."
+        ),
     ] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the training set, at most.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help=f"Passes over the training set, at most. {OWN}")] = None,
     max_steps: Annotated[int | None, typer.Option(min=1, help="Stop after so many steps.")] = None,
-    batch_size: BatchOption = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", "-b", min=1, help=f"Images a step, over all devices. {OWN}")
+    ] = None,
     micro_batch: Annotated[
         int | None,
         typer.Option(min=1, help="Images computed at once, for a small GPU; the batch stays. [default: all of it]"),
     ] = None,
-    lr: Annotated[float | None, typer.Option(help="Initial learning rate.")] = None,
+    lr: Annotated[
+        float | None, typer.Option(help=f"Learning rate to begin with, or the highest one if one-cycle. {OWN}")
+    ] = None,
     gpus: DevicesOption = None,
     processes: Annotated[
         int | None, typer.Option(min=1, help="With --gpus none: so many processes, as if each were a device.")
@@ -60,8 +67,8 @@ def train(
     compress: Annotated[
         bool, typer.Option("--compress", help="Send gradients between replicas as bf16.", show_default=False)
     ] = False,
-    precision: Annotated[Precision | None, typer.Option(help="Arithmetic of the matrix products.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of initial values, order, crops and dropout.")] = None,
+    precision: Annotated[Precision | None, typer.Option(help=f"Arithmetic of the matrix products. {OWN}")] = None,
+    seed: Annotated[int | None, typer.Option(help=f"Of initial values, order, crops and dropout. {OWN}")] = None,
     resume: Annotated[
         str | None,
         typer.Option(help="A run to go on with; auto: that of --name, or the newest if unfinished, or a new one."),

@@ -89,7 +89,8 @@ def told_once(reporter: Reporter, stop: Callable[[], str | None]) -> Callable[[]
         nonlocal said
         if (reason := stop()) and not said:
             said = True
-            reporter.line("stop", f"{reason}: saving what was learned; another Ctrl-C stops without that")
+            another = "another Ctrl-C" if reason == "Ctrl-C" else "Ctrl-C"
+            reporter.line("stop", f"{reason}: saving what was learned; {another} stops without that")
         return reason
 
     return ask
