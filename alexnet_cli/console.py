@@ -90,7 +90,7 @@ class Reporter:
         else:
             lines = _Lines(self._stderr, description, total, unit)
             yield lines
-            if lines.pace.done:
+            if lines.pace.done > lines.pace.skipped:
                 lines.say()
 
     @contextmanager

@@ -12,7 +12,7 @@ from alexnet_cli.core import devices, resume
 from alexnet_cli.core.atomic import point
 from alexnet_cli.core.runs import Run, find_weights, run_of
 from alexnet_cli.errors import DataError, StorageError, UsageError, WeightsError
-from alexnet_cli.recipe import PAPER, TINY
+from alexnet_cli.recipe import KRIZHEVSKY, PAPER, TINY
 
 
 @pytest.fixture(autouse=True)
@@ -157,6 +157,11 @@ def test_going_on_refuses_what_would_change_the_result() -> None:
     assert resume.agreed(run, replace(TINY, learning_rate=0.5), {"learning_rate"}).learning_rate == 0.5
     with pytest.raises(UsageError, match="is another network"):
         resume.agreed(run, replace(TINY, width=0.5), {"width"})
+    paper = Run.create("p", PAPER, {})
+    with pytest.raises(UsageError, match=r"^width = 0.25 is another network than that of p, which has 1.0$"):
+        resume.agreed(paper, TINY, set())  # not a word of a cycle that it does not have
+    with pytest.raises(UsageError, match=r"^lrn_alpha_divided = True differs"):
+        resume.agreed(paper, KRIZHEVSKY, set())  # nor of the name alone
 
 
 def test_more_epochs_may_follow_but_not_fewer_than_are_done() -> None:
