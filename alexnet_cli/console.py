@@ -90,7 +90,8 @@ class Reporter:
         else:
             lines = _Lines(self._stderr, description, total, unit)
             yield lines
-            lines.say()
+            if lines.pace.done > lines.pace.skipped:
+                lines.say()
 
     @contextmanager
     def waiting(self, label: str, text: str) -> Iterator[None]:
