@@ -110,7 +110,7 @@ CORE = {
     "stimuli": "responses",
     "receptive_field": "shapes",
     "contact_sheet": "",
-    "neighbours": "atomic devices onnx_graph responses session shards",
+    "neighbours": "atomic devices onnx_graph origin responses runs session shards",
     "qualitative_sheets": "contact_sheet images receptive_field responses shards sources stimuli",
     "spectra": "",
     "qualitative": "spectra",

@@ -6,8 +6,8 @@ fc7.npy        float16 N x units (4096 at full width): a row for each training p
 squares.npy    float32 N: the squared length of each row
 index.json     written last: the hashes of the weights and of the data set, without which the others say nothing
 
-The search is exact over these rows: blocks are multiplied with all pictures at once, and what is nearest by
-|x|^2 - 2 x.q + |q|^2 in float32 is measured again in float64, so that cancellation cannot choose.
+The search is exact over these rows: blocks are multiplied with all pictures at once, and every row whose
+|x|^2 / 2 - x.q in float32 could be among the least, by a bound on its rounding, is measured again in float64.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ from threadpoolctl import threadpool_limits
 
 from alexnet_cli.core.atomic import write_text
 from alexnet_cli.core.devices import cores
+from alexnet_cli.core.origin import is_best, own_data
 from alexnet_cli.core.responses import responses
+from alexnet_cli.core.runs import MODEL, ONNX
 from alexnet_cli.core.session import Layer, Session
 from alexnet_cli.core.shards import Dataset, Split
 from alexnet_cli.errors import StorageError, WeightsError
@@ -41,7 +43,6 @@ BLOCK = 2**24  # activations that a thread searches at once
 PIECE = 2**18  # of them, those that it converts at once: 1 MB as float32, which stays in the cache
 SHIFT = 2.0**112  # between the exponents of float16 and float32
 HINT = "no trained network's do: look at its training"
-SPARE = 16  # of each block, how many more than asked for are measured in float64
 
 Vectors = npt.NDArray[np.float16]
 Activations = npt.NDArray[np.float32]
@@ -83,9 +84,22 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def place(weights: Path, run: Path | None) -> Path:
-    """The folder of a network's index: in its run, or beside its file."""
-    return run / "neighbours" if run else weights.with_name(f"{weights.stem}.neighbours")
+def place(weights: Path, run: Path | None, dataset: Dataset | None = None) -> Path:
+    """The folder of a network's index: in its run, or beside its file.
+
+    One of another checkpoint, another ONNX file or another data set than the run's own has a name of its own, so that
+    it does not take the place of the run's: `neighbours-00000280`, `neighbours-alexnet-int8`, `neighbours-NAME`.
+    """
+    if run is None:
+        return weights.with_name(f"{weights.stem}.neighbours")
+    words = ["neighbours"]
+    if weights.name not in {ONNX, MODEL}:
+        words.append(weights.stem)
+    elif weights.name == MODEL and not is_best(weights):
+        words.append(weights.resolve().parent.name)
+    if dataset is not None and not own_data(weights, dataset):
+        words.append(dataset.path.resolve().name)
+    return run / "-".join(words)
 
 
 def open_index(folder: Path, origin: Origin) -> Index | None:
@@ -98,6 +112,7 @@ def open_index(folder: Path, origin: Origin) -> Index | None:
         return None
     whole = vectors.dtype == np.float16 and vectors.ndim == 2 and len(vectors) == origin.images
     whole = whole and squares.dtype == np.float32 and squares.shape == (origin.images,)
+    whole = whole and bool(((squares >= 0) & (squares < np.inf)).all())
     return Index(vectors, squares) if whole else None
 
 
@@ -141,7 +156,7 @@ def half(values: Activations, path: Path) -> Vectors:
 
 
 def search(index: Index, queries: Vectors, k: int) -> Neighbours:
-    """The nearest rows of every query, Q x units; equal ones in the order of the set."""
+    """The nearest rows of every query, Q x units, or all where there are fewer; equal ones in the order of the set."""
     exact = queries.astype(np.float32)
     k = min(k, len(index.vectors))
     size = max(1, BLOCK // max(1, index.vectors.shape[1]))
@@ -149,26 +164,53 @@ def search(index: Index, queries: Vectors, k: int) -> Neighbours:
     # Each thread multiplies by itself: those of the BLAS, called by several at once, would wait for one another.
     with threadpool_limits(1, "blas"), ThreadPoolExecutor(cores()) as pool:
         found = list(pool.map(lambda first: _nearest(index, exact, first, first + size, k), starts))
-    rows = np.concatenate([part.rows for part in found], axis=1)
-    distances = np.concatenate([part.distances for part in found], axis=1)
+    rows = np.concatenate([np.empty((len(exact), 0), np.int64), *(part.rows for part in found)], axis=1)
+    distances = np.concatenate([np.empty((len(exact), 0)), *(part.distances for part in found)], axis=1)
     return _best(rows, distances, k)
 
 
 def _nearest(index: Index, queries: Activations, first: int, end: int, k: int) -> Neighbours:
     """The same among the rows of a block."""
-    products = _products(index.vectors[first:end], queries)
-    products += index.squares[first:end]  # less |q|^2, which is the same for all
-    few = min(k + SPARE, products.shape[1])
-    near = first + np.sort(np.argpartition(products, few - 1, axis=1)[:, :few], axis=1)
-    distances = np.empty(near.shape)
-    for query, rows, result in zip(queries, near, distances, strict=True):
-        result[:] = np.sqrt(((index.vectors[rows].astype(np.float64) - query) ** 2).sum(axis=1))
-    return _best(near, distances, k)
+    squares = index.squares[first:end]
+    halves = _products(index.vectors[first:end], queries)
+    halves += squares / 2  # half the squared distance, less |q|^2 / 2, which is the same for all
+    k = min(k, len(squares))
+    # k rows lie below the k-th least and its error; what lies above that by more than its own is none of them.
+    limits = np.partition(halves, k - 1, axis=1)[:, k - 1] + 2 * _error(queries, float(squares.max()))
+    near = np.empty((len(queries), k), np.int64)
+    distances = np.empty((len(queries), k))
+    for place, (query, values, limit) in enumerate(zip(queries, halves, limits.astype(np.float32), strict=True)):
+        rows = np.flatnonzero(values <= limit) + first
+        best = _best(rows[None], _distances(index.vectors, rows, query)[None], k)
+        near[place], distances[place] = best.rows[0], best.distances[0]
+    return Neighbours(near, distances)
+
+
+def _error(queries: Activations, square: float) -> npt.NDArray[np.float64]:
+    """The most by which |x|^2 / 2 - x.q in float32 can be wrong, for each query and any x of at most that square.
+
+    A sum of n products, added in whatever order, is off by at most n u / (1 - n u) times the sum of their sizes, where
+    u = 2^-24 (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1). |x|^2 is one such sum and x.q is
+    another; together they come to (|x| + |q|)^2 / 2 at most. Four more roundings are for adding them up and to spare.
+    The last term is for a BLAS that takes for zero what `shifted` makes of a subnormal float16, which is below 2^-14.
+    """
+    exact = queries.astype(np.float64)
+    off = (exact.shape[1] + 4) * 2.0**-24
+    lengths = np.sqrt((exact**2).sum(axis=1)) + np.sqrt(square)
+    error: npt.NDArray[np.float64] = off / (1 - 2 * off) * lengths**2 / 2 + 2.0**-14 * np.abs(exact).sum(axis=1)
+    return error
+
+
+def _distances(vectors: Vectors, rows: npt.NDArray[np.int64], query: Activations) -> npt.NDArray[np.float64]:
+    """Of some rows from one query, in float64, a piece at a time: there may be thousands that hardly differ."""
+    size = max(1, PIECE // max(1, vectors.shape[1]))
+    parts = (vectors[rows[start : start + size]].astype(np.float64) for start in range(0, len(rows), size))
+    return np.concatenate([np.sqrt(((part - query) ** 2).sum(axis=1)) for part in parts])
 
 
 def _products(vectors: Vectors, queries: Activations) -> Activations:
-    """-2 x.q of each query (down) and each vector (along), a piece at a time."""
-    scaled = queries * np.float32(-2 * SHIFT)
+    """-x.q of each query (down) and each vector (along), a piece at a time."""
+    scaled = queries * np.float32(-SHIFT)  # the largest float16 so just stays below infinity
     products = np.empty((len(queries), len(vectors)), np.float32)
     size = max(1, PIECE // max(1, vectors.shape[1]))
     work = np.empty((size, vectors.shape[1]), np.int32)

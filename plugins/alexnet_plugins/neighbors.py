@@ -89,7 +89,8 @@ def _index(reporter: Reporter, path: Path, dataset: Dataset, split: Split, pictu
     from alexnet_cli.core.runs import run_of
     from alexnet_cli.core.session import Session
 
-    folder, origin = neighbours.place(path, run_of(path)), neighbours.Origin.of(path, dataset, split)
+    folder = neighbours.place(path, run_of(path), dataset)
+    origin = neighbours.Origin.of(path, dataset, split)
     index = neighbours.open_index(folder, origin)
     session = Session(path, few=index is not None and pictures <= FEW, layer=neighbours.LAYER)
     reporter.line("weights", told(path, session.about))
@@ -126,11 +127,11 @@ def _found(
 
 def _table(name: str, records: list[dict[str, Any]]) -> str:
     """A line for each neighbour: rank, distance, class, and what the data set calls it."""
-    width = max(len(visible(record["label"])) for record in records)
-    lines = [visible(name)]
+    width = max(len("class"), *(len(visible(record["label"])) for record in records))
+    lines = [visible(name), f"  rank  distance  {'class':<{width}}  picture"]
     for record in records:
         label = f"{visible(record['label']):<{width}}"
-        lines.append(f"  {record['rank']:>2}  {record['distance']:8.3f}  {label}  {visible(record['key'])}")
+        lines.append(f"  {record['rank']:>4}  {record['distance']:8.3f}  {label}  {visible(record['key'])}")
     return "\n".join(lines)
 
 
