@@ -110,14 +110,16 @@ CORE = {
     "stimuli": "responses",
     "receptive_field": "shapes",
     "contact_sheet": "",
-    "neighbours": "atomic devices onnx_graph origin responses runs session shards",
+    "outlines": "",
+    "nearest": "devices outlines",
+    "neighbours": "atomic nearest onnx_graph origin outlines responses runs session shards",
     "qualitative_sheets": "contact_sheet images receptive_field responses shards sources stimuli",
     "spectra": "",
     "qualitative": "spectra",
     "filter_picture": "qualitative",
     # one page about a run
     "history": "",
-    "neighbourhoods": "images neighbours responses runs session shards weights",
+    "neighbourhoods": "images nearest neighbours responses runs session shards weights",
     "evidence": "augment backoff evaluate images loader neighbourhoods neighbours network origin placement "
     "published responses results shards weights",
     "report": "evaluate evidence history placement qualitative runs shards sources weights",

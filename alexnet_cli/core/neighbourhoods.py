@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from alexnet_cli.core import neighbours
+from alexnet_cli.core import nearest, neighbours
 from alexnet_cli.core.images import Pixels
 from alexnet_cli.core.responses import answers, pictures
 from alexnet_cli.core.runs import ONNX
@@ -57,7 +57,7 @@ def find(
         index = neighbours.write_index(folder, origin, train, session, advance)
     rows = np.unique(np.linspace(0, len(val) - 1, min(QUERIES, len(val))).round().astype(np.int64))
     shown = list(pictures(val, rows.tolist()))
-    found = neighbours.search(index, neighbours.half(answers(session, shown), source), NEAREST)
+    found = nearest.search(index, neighbours.half(answers(session, shown), source), NEAREST)
     result = []
     for picture, row, best, distances in zip(shown, rows, found.rows, found.distances, strict=True):
         near = zip(pictures(train, best.tolist()), train.labels[best].tolist(), distances.tolist(), strict=True)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from alexnet_cli.core.contact_sheet import Row
     from alexnet_cli.core.images import Pixels
     from alexnet_cli.core.inputs import Source
-    from alexnet_cli.core.neighbours import Index
+    from alexnet_cli.core.nearest import Index
     from alexnet_cli.core.session import Session
     from alexnet_cli.core.shards import Dataset, Split
 
@@ -108,7 +108,7 @@ def _found(
     sources: list[Source], session: Session, index: Index, k: int
 ) -> Iterator[tuple[str, Pixels | str, Any, Any]]:
     """Every picture's name, pixels (or why there are none), and the rows and distances of its neighbours."""
-    from alexnet_cli.core import neighbours
+    from alexnet_cli.core import nearest, neighbours
     from alexnet_cli.core.inputs import ahead
     from alexnet_cli.core.responses import answers
 
@@ -118,7 +118,7 @@ def _found(
             near: Iterator[tuple[Any, Any]] = iter(())
             if readable:
                 queries = neighbours.half(answers(session, readable), session.path)
-                found = neighbours.search(index, queries, k)
+                found = nearest.search(index, queries, k)
                 near = zip(found.rows, found.distances, strict=True)
             for name, picture in batch:
                 rows, distances = (None, None) if isinstance(picture, str) else next(near)
