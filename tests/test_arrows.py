@@ -111,7 +111,9 @@ CORE = {
     "stimuli": "responses",
     "receptive_field": "shapes",
     "contact_sheet": "",
-    "neighbours": "atomic devices onnx_graph responses session shards",
+    "outlines": "",
+    "nearest": "devices outlines",
+    "neighbours": "atomic nearest onnx_graph origin outlines responses runs session shards",
     "qualitative_sheets": "contact_sheet images receptive_field responses shards sources stimuli",
     "spectra": "",
     "qualitative": "spectra",
@@ -119,7 +121,7 @@ CORE = {
     # one page about a run
     "history": "",
     "patience": "",
-    "neighbourhoods": "images neighbours patience responses runs session shards weights",
+    "neighbourhoods": "images nearest neighbours patience responses runs session shards weights",
     "evidence": "augment backoff evaluate images loader neighbourhoods network origin patience placement "
     "published responses results shards weights",
     "report": "evaluate evidence history patience placement qualitative runs shards sources weights",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from alexnet_cli.core import neighbours
+from alexnet_cli.core import nearest, neighbours
 from alexnet_cli.core.images import Pixels
 from alexnet_cli.core.patience import Patience
 from alexnet_cli.core.responses import answers, pictures
@@ -49,7 +49,8 @@ def find(
         return ()
     patience.check()
     source, weights = _source(model, sha256, run)
-    folder, origin = neighbours.place(model.path, run), neighbours.Origin(weights, data.hash, len(train))
+    folder = neighbours.place(model.path, run, data)
+    origin = neighbours.Origin(weights, data.hash, len(train))
     index = neighbours.open_index(folder, origin)
     session = Session(source, few=index is not None, layer=neighbours.LAYER)
     with ExitStack() as stack:
@@ -58,7 +59,7 @@ def find(
             index = neighbours.write_index(folder, origin, train, session, patience.part(len(train)))
         rows = np.unique(np.linspace(0, len(val) - 1, min(QUERIES, len(val))).round().astype(np.int64))
         shown = list(pictures(val, rows.tolist()))
-        found = neighbours.search(index, neighbours.half(answers(session, shown), model.path), NEAREST)
+        found = nearest.search(index, neighbours.half(answers(session, shown), model.path), NEAREST)
     result = []
     for picture, row, best, distances in zip(shown, rows, found.rows, found.distances, strict=True):
         near = zip(pictures(train, best.tolist()), train.labels[best].tolist(), distances.tolist(), strict=True)

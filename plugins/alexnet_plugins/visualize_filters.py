@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from alexnet_cli.console import Reporter
-from alexnet_cli.errors import StorageError, UsageError
+from alexnet_cli.errors import StorageError, UsageError, WeightsError
 from alexnet_cli.options import JsonFlag, OwnDataOption, QuietFlag, WeightsOption
 from alexnet_plugins import visualize_patches, visualize_terminal
 
@@ -109,7 +109,11 @@ def _kernels(
 
     from alexnet_cli.core import filter_picture, qualitative
 
-    towers = qualitative.split(model.tensors["conv1.weight"], model.recipe.towers)
+    weight = model.tensors["conv1.weight"]
+    if not np.isfinite(weight).all():
+        what = f"{model.path}: conv1.weight holds values that are no numbers"
+        raise WeightsError(what, "training broke down before it was saved: take an earlier checkpoint")
+    towers = qualitative.split(weight, model.recipe.towers)
     found = qualitative.specialisation(towers)
     limits = filter_picture.joint_limits(towers) if scale == "joint" else filter_picture.own_limits(towers)
     orders = [np.argsort(-t.chroma, kind="stable") if sort else np.arange(len(t.chroma)) for t in found.towers]
