@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from documents import fields_of_json
 from PIL import Image
 
 from alexnet_cli.errors import AlexNetError, UsageError
@@ -156,7 +157,8 @@ def test_the_whole_demo(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert result["schema"] == "alexnet.demo/1"
+    assert result.pop("schema") == "alexnet.demo/1"
+    assert [(set(result), set(result))] == fields_of_json()["demo"]
     assert result["top1_error"] < 0.10
     assert result["seconds"] < 240
     positions = [done.stderr.index(f"$ alexnet {words[0]}") for words in STORY]
