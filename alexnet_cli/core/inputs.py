@@ -64,7 +64,7 @@ def expand(inputs: Sequence[str], stdin: BinaryIO | None = None, ours: list[str]
 def _given(stdin: BinaryIO, ours: list[str] | None) -> list[Source]:
     data = stdin.read(LARGEST + 1)
     try:
-        check_bytes(len(data))
+        check_bytes(len(data), LARGEST)
     except DataError as error:
         raise DataError(f"standard input has more than {LARGEST:,} bytes", "give a list in pieces") from error
     return [data] if images.is_picture(data) else list(_listed(data, ours))
