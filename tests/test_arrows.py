@@ -17,7 +17,7 @@ SHELL = {
     "entry_points": "errors",
     "console": "",
     "options": "",
-    "usage": "",
+    "usage": "recipe",
     "cli": "console errors entry_points usage",
 }
 CORE = {
@@ -62,7 +62,7 @@ CORE = {
     "learning": "update_gpu",
     "atomic": "",
     "records": "listing",
-    "runs": "atomic listing records",
+    "runs": "atomic devices listing records",
     "checkpoint": "atomic learning listing network runs weights",
     "resume": "runs",
     "origin": "runs shards",

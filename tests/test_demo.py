@@ -147,7 +147,7 @@ def test_commands_run_in_the_folder_without_the_users_settings(
     with pytest.raises(AlexNetError) as caught:
         Stage(tmp_path, json=False, quiet=False).run(("visualize-filters",))
     assert caught.value.exit_code == 3
-    assert "no newest run to take weights from in runs" in capfd.readouterr().err
+    assert "there is no run yet in" in capfd.readouterr().err
 
 
 @pytest.mark.slow

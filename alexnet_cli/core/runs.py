@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from alexnet_cli.core.atomic import point, write_text
+from alexnet_cli.core.devices import train_command
 from alexnet_cli.core.listing import read_file
 from alexnet_cli.core.records import read_records
 from alexnet_cli.errors import DataError, StorageError, UsageError, WeightsError
@@ -72,14 +73,11 @@ class Run:
             run.update({"schema": "alexnet.run/1", "status": "running", **about})
             point(root / "latest", path)
         except FileExistsError as error:
-            raise UsageError(
-                f"a run called {name} is there already: {path}",
-                f"continue it with --resume {name}, or choose a name",
-            ) from error
+            what = f"a run called {name} is there already: {path}"
+            raise UsageError(what, f"continue it with --resume {name}, or choose a name") from error
         except OSError as error:
-            raise StorageError(
-                f"cannot write {path}: {error.strerror}", "set ALEXNET_RUNS_DIR to another folder"
-            ) from error
+            what = f"cannot write {path}: {error.strerror}"
+            raise StorageError(what, "set ALEXNET_RUNS_DIR to another folder") from error
         return run
 
     @classmethod
@@ -211,7 +209,7 @@ def _known_runs() -> str:
     root = runs_root()
     names = sorted(file.parent.name for file in root.glob("*/run.json") if file.parent.name != "latest")
     if not names:
-        return "train one first: alexnet train"
+        return f"train one first: {train_command()}"
     more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
     return f"there are: {', '.join(names[-5:])}{more}"
 
@@ -245,7 +243,8 @@ def find_weights(spec: str | None, suffixes: Sequence[str] = (".safetensors",)) 
             raise WeightsError(f"{path} is not a {' or '.join(suffixes)} file", hint)
         return path
     if spec is None and not path.exists():
-        raise WeightsError(f"no newest run to take weights from in {runs_root()}", _known_runs())
+        which = "no newest run" if any(runs_root().glob("*/run.json")) else "no run yet"
+        raise WeightsError(f"there is {which} in {runs_root().absolute()} to take weights from", _known_runs())
     checkpoints = [f"checkpoints/{name}/{MODEL}" for name in ("best", "last")]
     inside = {".onnx": (ONNX,), ".safetensors": (MODEL, *checkpoints)}
     for suffix in suffixes:

@@ -13,7 +13,7 @@ import typer
 
 from alexnet_cli.console import Reporter, visible
 from alexnet_cli.errors import PartialError, StorageError
-from alexnet_cli.options import DataOption, JsonFlag, QuietFlag, WeightsOption
+from alexnet_cli.options import JsonFlag, OwnDataOption, QuietFlag, WeightsOption
 
 if TYPE_CHECKING:
     from alexnet_cli.core.contact_sheet import Row
@@ -33,7 +33,7 @@ def neighbors(
         typer.Argument(metavar="PICTURE...", help="Pictures, folders, patterns; @FILE lists paths; - reads stdin."),
     ],
     weights: WeightsOption = None,
-    data: DataOption = None,
+    data: OwnDataOption = None,
     k: Annotated[int, typer.Option("-k", "--neighbors", min=1, help="How many neighbours to show.")] = 6,
     output: Annotated[
         Path | None,
@@ -42,9 +42,10 @@ def neighbors(
     json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
-    """Find the training pictures that the network takes for most alike: nearest in the activations of layer 7.
+    """Find the training pictures most like a picture.
 
-    The first time, the training set runs through the network once, and its activations stay beside the run.
+    Those that the network takes for most alike: nearest in the activations of layer 7. The first time, the training
+    set runs through the network once, and its activations stay beside the run.
     """
     from alexnet_cli.core import qualitative_sheets
     from alexnet_cli.core.contact_sheet import sheet

@@ -10,7 +10,7 @@ import typer
 
 from alexnet_cli.console import Progress, Reporter
 from alexnet_cli.errors import PartialError, UsageError, WeightsError
-from alexnet_cli.options import DataOption, JsonFlag, QuietFlag, WeightsOption
+from alexnet_cli.options import JsonFlag, OwnDataOption, QuietFlag, WeightsOption
 
 if TYPE_CHECKING:
     from alexnet_cli.core.runs import Run
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def report(
     weights: WeightsOption = None,
-    data: DataOption = None,
+    data: OwnDataOption = None,
     output: Annotated[
         Path | None,
         typer.Option("-o", "--output", metavar="F.html", help="The page. [default: report.html in the run]"),
@@ -26,9 +26,10 @@ def report(
     json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
-    """Write one page about a run: recipe, curves, filters, confusions, examples, neighbours, speed.
+    """Write one page about a run.
 
-    Results of `evaluate` and the index of `neighbors` are used if they are of these weights, and made otherwise.
+    Recipe, curves, filters, confusions, examples, neighbours, speed. Results of `evaluate` and the index of
+    `neighbors` are used if they are of these weights, and made otherwise.
     """
     from alexnet_cli.core import report_page
     from alexnet_cli.core.evidence import opened
