@@ -99,7 +99,6 @@ def test_paths_that_begin_as_pictures_do_are_paths(tmp_path: Path) -> None:
 
 def test_too_much_on_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inputs, "LARGEST", 1000)
-    monkeypatch.setattr("alexnet_cli.core.listing.LARGEST", 1000)
     with pytest.raises(DataError, match="more than 1,000 bytes"):
         expand(["-"], io.BytesIO(b"y\n" * 600))
 

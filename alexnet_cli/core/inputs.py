@@ -77,7 +77,7 @@ def _nothing(inputs: Sequence[str], named: Sequence[str]) -> DataError:
 def _given(stdin: BinaryIO, ours: list[str] | None) -> list[Source]:
     data = stdin.read(LARGEST + 1)
     try:
-        check_bytes(len(data))
+        check_bytes(len(data), LARGEST)
     except DataError as error:
         raise DataError(f"standard input has more than {LARGEST:,} bytes", "give a list in pieces") from error
     return [data] if images.is_picture(data) else list(_listed(data, ours))
