@@ -27,7 +27,7 @@ from alexnet_cli.core.images import Pixels as Picture
 from alexnet_cli.core.loader import Loader, all_batches
 from alexnet_cli.core.neighbourhoods import Neighbourhood
 from alexnet_cli.core.network import from_model
-from alexnet_cli.core.origin import is_best, own_data
+from alexnet_cli.core.origin import is_best
 from alexnet_cli.core.patience import Patience, Spent
 from alexnet_cli.core.placement import Placement, threads_for_decoding
 from alexnet_cli.core.published import published
@@ -153,10 +153,11 @@ def collect(subject: Subject, patience: Patience) -> Evidence:
     right, wrong = _unless_spent(lambda: examples(subject.classify, val, subject.output_of, patience), nothing)
     missing = {} if found else {"results": WAIT}
     missing |= {} if right or wrong else {"examples": WAIT}
-    keeps = not unkept and is_best(subject.model.path) and own_data(subject.model.path, subject.data)
     nearest: tuple[Neighbourhood, ...] = ()
     try:
-        nearest = neighbourhoods.find(subject.model, subject.opened.sha256, subject.run, subject.data, keeps, patience)
+        nearest = neighbourhoods.find(
+            subject.model, subject.opened.sha256, subject.run, subject.data, not unkept, patience
+        )
         missing |= {} if nearest else {"neighbours": "the data set has no training pictures"}
     except (Spent, StorageError) as error:
         missing["neighbours"] = WAIT if isinstance(error, Spent) else error.what

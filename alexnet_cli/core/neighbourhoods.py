@@ -38,7 +38,7 @@ def find(
     model: Model, sha256: str, run: Path | None, data: Dataset, keeps: bool, patience: Patience
 ) -> tuple[Neighbourhood, ...]:
     """Pictures spread evenly over the validation split. An index that is there is used; one that is made is left where
-    `alexnet neighbors` looks for it if `keeps`, since there is one place for it in a run, and thrown away otherwise.
+    `alexnet neighbors` looks for it if `keeps`, and thrown away otherwise.
 
     Raises:
         DataError, WeightsError, StorageError: as `neighbours` and `responses` do.
