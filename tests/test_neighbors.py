@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,6 +16,7 @@ from PIL import Image
 from typer import Typer
 from typer.testing import CliRunner, Result
 
+from alexnet_cli.core import onnx_graph
 from alexnet_cli.core.predict import open_classifier
 from alexnet_cli.core.predict import predict as classify
 from alexnet_cli.core.shards import open_dataset
@@ -74,6 +76,7 @@ def test_the_index_is_made_once_and_anew_for_other_weights(network: Path, prepar
     result = run(*words)
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines()[0] == picture
+    assert result.stdout.splitlines()[1].split() == ["rank", "distance", "class", "picture"]
     assert "48/48 img" in result.stderr
     assert "net.neighbours · 48 x 128 float16" in result.stderr
     assert Path("neighbors.png").is_file()
@@ -82,6 +85,39 @@ def test_the_index_is_made_once_and_anew_for_other_weights(network: Path, prepar
     assert again.stdout == result.stdout
     save_model(random_model(replace(PAPER, width=1 / 32), seed=1), network)
     assert "48/48" in run(*words).stderr
+
+
+def test_an_older_checkpoint_and_another_data_set_leave_the_run_its_own_index(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "runs" / "r"
+    for step in (1, 2):
+        (folder / "checkpoints" / f"{step:08}").mkdir(parents=True)
+        model = random_model(replace(PAPER, width=1 / 32), seed=step)
+        save_model(model, folder / "checkpoints" / f"{step:08}" / "model.safetensors")
+    (folder / "checkpoints" / "best").symlink_to("00000002")
+    (folder / "checkpoints" / "last").symlink_to("00000001")
+    (folder / "run.json").write_text(json.dumps({"data_hash": open_dataset(prepared).hash}))
+    other = shutil.copytree(prepared, tmp_path / "other")
+    (other / "dataset.json").write_text((prepared / "dataset.json").read_text() + "\n")
+    picture = draw(Path("p.png"), 1)
+
+    def asked(weights: str, data: Path = prepared) -> str:
+        result = run(picture, "-w", weights, "--data", str(data))
+        assert result.exit_code == 0, result.output
+        index = next(line for line in result.stderr.splitlines() if line.startswith("index ") and "float16" in line)
+        return Path(index.split()[1]).name + " made" * ("48/48" in result.stderr)
+
+    assert asked("r") == "neighbours made"
+    assert asked("runs/r/checkpoints/last") == "neighbours-00000001 made"
+    assert asked("r", other) == "neighbours-other made"
+    assert asked("runs/r/checkpoints/last", other) == "neighbours-00000001-other made"
+    export = folder / "alexnet-int8.onnx"
+    onnx_graph.write(random_model(replace(PAPER, width=1 / 32), seed=3), export)
+    assert asked(str(export)) == "neighbours-alexnet-int8 made"
+    assert asked("r") == "neighbours"
+    assert asked("runs/r/checkpoints/00000001") == "neighbours-00000001"
 
 
 def test_pictures_that_cannot_be_read_are_told_and_the_others_go_on(network: Path, prepared: Path) -> None:

@@ -91,6 +91,16 @@ def test_padding_in_one_copy_is_padding(bf16: bool) -> None:
     assert torch.equal(gradient, expected)
 
 
+def test_padding_leaves_float64_alone_and_works_where_nothing_is_computed() -> None:
+    """As `functional.pad` and autocast do: autocast knows no device `meta`, and casts no float64."""
+    x = torch.randn(2, 3, 224, 224, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(padded(x), functional.pad(x, PADDING_224))
+    with torch.device("meta"):
+        out = Network(SMALL, 10)(torch.empty(2, 3, 224, 224))
+    assert (out.device.type, out.shape, out.dtype) == ("meta", (2, 10), torch.float32)
+
+
 @pytest.mark.parametrize("order", ["relu-norm-pool", "norm-pool-relu", "relu-pool-norm"])
 @pytest.mark.parametrize("change", [{}, {"activation": "tanh"}, {"lrn": "within-map"}, {"lrn": "none"}])
 def test_a_stage_does_what_its_order_says(order: str, change: dict[str, str]) -> None:

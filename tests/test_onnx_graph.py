@@ -276,7 +276,7 @@ def test_the_gpu_that_was_named_is_offered_but_not_for_a_few_pictures(
         offered.extend(providers)
         return real(content, options, providers=["CPUExecutionProvider"])
 
-    monkeypatch.setattr(session, "nvidia_gpu", lambda: True)
+    monkeypatch.setattr(session, "gpu_present", lambda: True)
     monkeypatch.setattr(session, "load_cuda", lambda: None)
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     monkeypatch.setattr(onnxruntime, "InferenceSession", opened)

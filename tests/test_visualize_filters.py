@@ -15,7 +15,7 @@ from alexnet_cli.core import filter_picture
 from alexnet_cli.core.responses import responses
 from alexnet_cli.core.session import Convolution, Layer, Session
 from alexnet_cli.core.shards import open_dataset
-from alexnet_cli.errors import UsageError
+from alexnet_cli.errors import UsageError, WeightsError
 from alexnet_cli.recipe import PAPER
 from alexnet_plugins.visualize_filters import visualize_filters
 from alexnet_plugins.visualize_terminal import blocks
@@ -195,3 +195,19 @@ def test_a_page_shows_the_strongest_units_of_the_chosen_tower(
     assert {unit["unit"] for unit in units} == set(range(6, 12))
     highest = [unit["patches"][0]["response"] for unit in units]
     assert highest == sorted(highest, reverse=True)
+    visualize_filters(weights=str(path), layer="conv3", unit=7, data=str(prepared), output=tmp_path / "p.png")
+    heading, line = capsys.readouterr().out.splitlines()
+    assert heading.split()[:2] == ["unit", "response"]
+    assert line.split()[:2] == ["unit", "7"]
+    assert line.index(f"{highest[[unit['unit'] for unit in units].index(7)]:.3g}") == heading.index("response")
+
+
+def test_weights_that_are_no_numbers_are_an_error_and_draw_nothing(run: Path, recwarn: pytest.WarningsRecorder) -> None:
+    model = random_model(SMALL)
+    model.tensors["conv1.weight"][3, 0, 2] = np.nan
+    path = save_model(model, run / "nan.safetensors")
+    with pytest.raises(WeightsError, match=r"conv1\.weight holds values that are no numbers") as caught:
+        visualize_filters(weights=str(path), output=Path("nan.png"))
+    assert "earlier checkpoint" in caught.value.hint
+    assert not Path("nan.png").exists()
+    assert not recwarn.list

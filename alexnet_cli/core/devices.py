@@ -60,6 +60,18 @@ def take(index: int) -> str:
     return ""
 
 
+def gpu_present() -> bool:
+    """Whether trying CUDA can succeed, without the seconds that importing torch takes."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in {"", "-1"}:
+        return False
+    return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists() or os.name == "nt"
+
+
+def train_command() -> str:
+    """What to type to train on this machine: on a CPU recipe `paper` takes hours or days, and `tiny` minutes."""
+    return "alexnet train" if gpu_present() else "alexnet train --recipe tiny"
+
+
 def cores() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -100,13 +112,6 @@ def _cpu_flags() -> set[str]:
     return set(next(lines, "").split())
 
 
-def nvidia_gpu() -> bool:
-    """Whether there may be one, seen without torch: where there is none, ONNX Runtime would try, complain and go on."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES") in {"", "-1"}:
-        return False
-    return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists() or os.name == "nt"
-
-
 def load_cuda() -> None:
     """Load CUDA's libraries for ONNX Runtime where they were installed as Python packages; it does not say much."""
     import onnxruntime
@@ -122,7 +127,7 @@ def onnx_providers() -> dict[str, str]:
     from onnx import TensorProto, helper
 
     onnxruntime.set_default_logger_severity(4)
-    if nvidia_gpu():
+    if gpu_present():
         load_cuda()
     value = helper.make_tensor_value_info
     graph = helper.make_graph(

@@ -111,11 +111,12 @@ class Network(nn.Module):
 def padded(x: Tensor) -> Tensor:
     """`functional.pad(x, PADDING_224)`, channels-last and in the type that convolution 1 computes in.
 
-    The picture is copied once, instead of filled with zeros, copied and converted.
+    The picture is copied once, instead of filled with zeros, copied and converted. Autocast leaves float64 as it is.
     """
     n, c, height, width = x.shape
     kind, (_, right, _, below) = x.device.type, PADDING_224
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    cast = x.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if cast else x.dtype
     out = x.new_empty(n, height + below, width + right, c, dtype=dtype).permute(0, 3, 1, 2)
     out[:, :, height:] = 0
     out[:, :, :height, width:] = 0

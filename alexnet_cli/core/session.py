@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from alexnet_cli.core import onnx_mapped, onnx_metadata, onnx_wire, weights
-from alexnet_cli.core.devices import cores, int8_saturates, load_cuda, nvidia_gpu
+from alexnet_cli.core.devices import cores, gpu_present, int8_saturates, load_cuda
 from alexnet_cli.core.sources import ClassName
 from alexnet_cli.errors import AlexNetError, MissingError, WeightsError, memory_ended
 from alexnet_cli.recipe import SIDE, Recipe
@@ -154,7 +154,7 @@ def _providers(provider: str, gpu: int) -> list[Any]:
     import onnxruntime
 
     onnxruntime.set_default_logger_severity(3)
-    if provider == "cpu" or CUDA not in onnxruntime.get_available_providers() or not nvidia_gpu():
+    if provider == "cpu" or CUDA not in onnxruntime.get_available_providers() or not gpu_present():
         return [CPU]
     load_cuda()
     return [(CUDA, {"device_id": str(gpu), "use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}), CPU]

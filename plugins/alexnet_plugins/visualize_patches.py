@@ -48,6 +48,7 @@ def strongest(
     if found is None:
         raise DataError(f"{dataset.path}: split val holds no images", "prepare it anew with --val-fraction 0.1")
     units = found.strongest(np.array(shown))[:UNITS].tolist()
+    reporter.show(f"        {'unit':<6}{'response':<10}the three pictures that excite it most")
     for number in units:
         names = [dataset.classes[split.labels[row]].name for row in found.rows[number][:3]]
         reporter.show(visible(f"unit    {number:<6}{found.responses[number, 0]:<10.3g}{', '.join(names)}"))
