@@ -16,6 +16,7 @@ import typer
 from commands import alexnet
 
 from alexnet_cli import cli, entry_points
+from alexnet_cli.core import devices, response_norm_gpu
 from alexnet_cli.errors import AlexNetError, DataError, Stopped, VerificationError
 
 HEAVY = ("torch", "torchvision", "numpy", "PIL", "onnxruntime", "onnx", "safetensors")
@@ -368,6 +369,17 @@ def test_doctor_tells_what_really_opens() -> None:
         assert found["onnxruntime_providers"]["CUDAExecutionProvider"] != "ok"
     for name in ("ALEXNET_DATA", "ALEXNET_RUNS_DIR", "ALEXNET_PLUGINS"):
         assert name in found["environment"]
+
+
+def test_doctor_says_what_each_gpu_can_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus = [devices.Gpu(0, "H100", 80 << 30, "9.0"), devices.Gpu(1, "K80", 12 << 30, "3.7")]
+    monkeypatch.setattr(devices, "visible_gpus", lambda: gpus)
+    monkeypatch.setattr(devices, "take", lambda index: ["", "no kernel image is available"][index])
+    monkeypatch.setattr(response_norm_gpu, "why_not", lambda index: "")
+    said = alexnet("doctor").stdout
+    assert "0: H100, 80 GiB, bf16 arithmetic: yes, kernels: ok" in said
+    assert "1: K80, 12 GiB, bf16 arithmetic: no, cannot be used: no kernel image is available" in said
+    assert [gpu.get("kernels") for gpu in json.loads(alexnet("doctor", "--json").stdout)["gpus"]] == ["ok", None]
 
 
 @pytest.mark.parametrize("package", ["torch", "onnxruntime"])

@@ -7,7 +7,7 @@ import platform
 import shutil
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from alexnet_cli import __version__
 from alexnet_cli.console import Reporter
@@ -18,6 +18,9 @@ from alexnet_cli.options import JsonFlag, QuietFlag
 PACKAGES = ("torch", "torchvision", "numpy", "pillow", "simplejpeg", "safetensors", "onnx", "onnxruntime-gpu",
             "onnxruntime", "typer", "rich", "tomli-w")  # fmt: skip
 VARIABLES = ("ALEXNET_DATA", "ALEXNET_RUNS_DIR", "ALEXNET_PLUGINS", "CUDA_VISIBLE_DEVICES", "NO_COLOR")
+
+if TYPE_CHECKING:
+    from alexnet_cli.core.devices import Gpu
 
 Found = TypeVar("Found")
 
@@ -38,7 +41,7 @@ def doctor(json: JsonFlag = False, quiet: QuietFlag = False) -> None:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: installed for name in PACKAGES if (installed := _installed(name))},
-        "gpus": [{"index": g.index, "name": g.name, "memory": g.memory, "capability": g.capability} for g in gpus],
+        "gpus": [_about(gpu) for gpu in gpus],
         "cpu": {"cores": os.cpu_count(), "bf16": cpu_bf16()},
         "onnxruntime_providers": providers,
         "problems": problems,
@@ -49,6 +52,25 @@ def doctor(json: JsonFlag = False, quiet: QuietFlag = False) -> None:
     reporter.result(found)
     for label, text in _lines(found):
         reporter.show(f"{label:<10}{text}")
+
+
+def _about(gpu: Gpu) -> dict[str, Any]:
+    """A GPU, and whether it computes: why not, if it does not, and why not with our kernels."""
+    from alexnet_cli.core.devices import take
+
+    about = {"index": gpu.index, "name": gpu.name, "memory": gpu.memory, "capability": gpu.capability, "bf16": gpu.bf16}
+    if problem := take(gpu.index):
+        return about | {"problem": problem}
+    from alexnet_cli.core import response_norm_gpu  # which imports Triton
+
+    return about | {"kernels": response_norm_gpu.why_not(gpu.index) or "ok"}
+
+
+def _told(gpu: dict[str, Any]) -> str:
+    """The same for people."""
+    bf16 = "yes" if gpu["bf16"] else "no"
+    state = f"cannot be used: {gpu['problem']}" if "problem" in gpu else f"kernels: {gpu['kernels']}"
+    return f"{gpu['index']}: {gpu['name']}, {gpu['memory'] / 2**30:.0f} GiB, bf16 arithmetic: {bf16}, {state}"
 
 
 def _tried(package: str, probe: Callable[[], Found], problems: dict[str, str]) -> Found | None:
@@ -81,7 +103,7 @@ def _broken() -> dict[str, str]:
 def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
     """The same for people."""
     none = "torch does not import" if "torch" in found["problems"] else "none for torch: training runs on the CPU"
-    gpus = [f"{g['index']}: {g['name']}, {g['memory'] / 2**30:.0f} GiB" for g in found["gpus"]]
+    gpus = [_told(gpu) for gpu in found["gpus"]]
     cpu = found["cpu"]
     lines = [
         ("alexnet", f"{found['alexnet']} · Python {found['python']} · {found['platform']}"),
