@@ -91,6 +91,14 @@ def test_where_it_is_used(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> No
         assert isinstance(remembering(loader, "device"), Cache)
 
 
+def test_what_torch_keeps_of_a_gpu_for_itself_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = {True: 5_000, False: 9_000}  # while torch keeps what an earlier training has left, and afterwards
+    kept = [True]
+    monkeypatch.setattr(torch.cuda, "empty_cache", kept.clear)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[bool(kept)], 10_000))
+    assert cache._free(torch.device("cuda", 0)) == 9_000
+
+
 def test_a_container_may_have_less_memory_than_its_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limit, used = tmp_path / "memory.max", tmp_path / "memory.current"
     monkeypatch.setattr(devices, "CONTAINER_MEMORY", ((str(limit), str(used)),))

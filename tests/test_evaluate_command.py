@@ -21,16 +21,17 @@ from typer.testing import CliRunner, Result
 
 from alexnet_cli.console import Reporter
 from alexnet_cli.core import evaluate as evaluating
-from alexnet_cli.core import onnx_graph, results, weights
+from alexnet_cli.core import onnx_graph, placement, results, session, weights
 from alexnet_cli.core.backoff import Backoff
 from alexnet_cli.core.confusion_picture import RIGHT, WRONG, draw
+from alexnet_cli.core.devices import Gpu
 from alexnet_cli.core.ilsvrc import WNIDS_SHA256
 from alexnet_cli.core.published import published
 from alexnet_cli.core.shards import open_dataset
 from alexnet_cli.core.sources import ClassName
 from alexnet_cli.errors import DataError, MissingError, StorageError
 from alexnet_cli.recipe import CAFFE, FAST, KRIZHEVSKY, PAPER, Recipe
-from alexnet_plugins.evaluate import _explain
+from alexnet_plugins.evaluate import _explain, _onnx
 
 SMALL = replace(FAST, width=1 / 16)
 
@@ -315,3 +316,26 @@ def test_another_error_than_training_told_is_explained(
     _explain(Reporter("evaluate"), {"metrics": {"top1_error": recorded}}, tmp_path, 0.4)
     told = "note    training told 50.0% of these weights: it validates in bf16, this is fp32\n"
     assert capsys.readouterr().err == (told if said else "")
+
+
+@pytest.mark.parametrize(
+    ("asked", "provider", "gpu"),
+    [(None, "auto", 0), ("none", "cpu", 0), ("1", "cuda", 1), ("all", "cuda", 0)],
+)
+def test_an_onnx_file_runs_on_the_gpu_that_was_named(
+    asked: str | None, provider: str, gpu: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[dict[str, Any]] = []
+
+    class Opened:
+        device, fallback, classes, recipe, about = "cuda", "", (), PAPER, {}  # type: ignore[var-annotated]
+
+        def __init__(self, path: Path, **asked: Any) -> None:
+            opened.append(asked)
+
+    monkeypatch.setattr(session, "Session", Opened)
+    monkeypatch.setattr(placement, "visible_gpus", lambda: [Gpu(i, "H100", 80 << 30, "9.0") for i in (0, 1)])
+    _onnx(Path("a.onnx"), 1, asked)
+    assert opened == [{"provider": provider, "gpu": gpu}]
+    with pytest.raises(MissingError, match="GPUs visible here: 0, 1"):
+        _onnx(Path("a.onnx"), 1, "2")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from typing import Any, cast
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from rank_cases import processes
 
 from alexnet_cli.core.placement import place_among
 from alexnet_cli.core.ranks import meeting, numbers
+from alexnet_cli.core.rows import Rows
 
 
 def meet(dtype: torch.dtype) -> None:
@@ -31,3 +33,16 @@ def meet(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_both_ways(dtype: torch.dtype) -> None:
     processes(2, meet, dtype)
+
+
+def test_how_many_images_each_has_is_told_without_the_gpu() -> None:
+    """Tensors of a GPU would have to be waited for, twice in every step."""
+    told: list[torch.Tensor] = []
+
+    class Columns:
+        def gather(self, mine: torch.Tensor) -> torch.Tensor:
+            told.append(mine)
+            return torch.stack([mine, mine + 1])
+
+    assert Rows(cast(Any, Columns()))._sizes(torch.empty(3, 2, device="meta")) == [3, 4]
+    assert [mine.device.type for mine in told] == ["cpu"]
