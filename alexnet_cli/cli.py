@@ -126,7 +126,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings=HELP_OPTIONS,
-    epilog="A first look: alexnet demo. Then: alexnet prepare FOLDER, alexnet train --recipe fast, alexnet evaluate.",
+    epilog="A first look: alexnet demo. Then: alexnet prepare FOLDER, alexnet train --recipe tiny (with a GPU: fast), "
+    "alexnet evaluate.",
 )
 
 
@@ -158,6 +159,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     signal.signal(signal.SIGTERM, _terminate)
     _share_cores()
     debug = "--debug" in arguments[:1]
+    if arguments[:1] == ["help"]:  # as it is typed elsewhere
+        arguments = [*arguments[1:], "--help"]
 
     def run() -> Any:
         return typer.main.get_command(app).main(args=arguments, prog_name="alexnet", standalone_mode=False)

@@ -45,7 +45,7 @@ class Reporter:
     def line(self, label: str, text: str) -> None:
         """A labelled line on stderr; nothing when quiet."""
         if not self.quiet:
-            self._stderr(f"{label:<8}{visible(text)}")
+            self._stderr(f"{label:<7} {visible(text)}")
 
     def warn(self, text: str, hint: str = "") -> None:
         """A warning on stderr, and what to do about it."""
@@ -90,7 +90,8 @@ class Reporter:
         else:
             lines = _Lines(self._stderr, description, total, unit)
             yield lines
-            lines.say()
+            if lines.pace.done > lines.pace.skipped:
+                lines.say()
 
     @contextmanager
     def waiting(self, label: str, text: str) -> Iterator[None]:
@@ -168,7 +169,8 @@ class _Pace:
         """Images a second and the time that is left."""
         rate = (self.done - self.skipped) / max(1e-9, time.monotonic() - self.started)
         left = (self.total - self.done) / rate if self.total is not None and rate else 0
-        return f"{rate:,.0f} {self.unit}/s" + (f"  eta {duration(left)}" if left > 0 else "")
+        pace = format(rate, ",.0f" if rate >= 10 else ".2g")
+        return f"{pace} {self.unit}/s" + (f"  eta {duration(left)}" if left > 0 else "")
 
 
 class _Moving:
@@ -211,7 +213,7 @@ class _Lines:
         self.said = time.monotonic()
         pace, note = self.pace, f"{self.note}  " if self.note else ""
         count = f"{pace.done:,}" if pace.total is None else f"{pace.done:,}/{pace.total:,}"
-        self.write(f"{self.description:<8}{count} {pace.unit}  {note}{pace.told()}")
+        self.write(f"{self.description:<7} {count} {pace.unit}  {note}{pace.told()}")
 
 
 def duration(seconds: float) -> str:

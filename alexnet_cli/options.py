@@ -14,12 +14,16 @@ WeightsOption = Annotated[
         "--weights", "-w", metavar="W", help="A run, a checkpoint folder or a model file. [default: the newest run]"
     ),
 ]
+_PREPARED = "A prepared data set: its folder, or its name under prepared/."
 DataOption = Annotated[
+    str | None, typer.Option("--data", metavar="D", help=f"{_PREPARED} [default: the only one, or the newest]")
+]
+OwnDataOption = Annotated[  # of commands that take weights
     str | None,
     typer.Option(
         "--data",
         metavar="D",
-        help="A prepared data set: its folder, or its name under prepared/. [default: the only one, or the newest]",
+        help=f"{_PREPARED} [default: the one that the weights were trained on; else the only one, or the newest]",
     ),
 ]
 BatchOption = Annotated[int | None, typer.Option("--batch-size", "-b", min=1, help="Images at a time.")]

@@ -5,19 +5,51 @@ from __future__ import annotations
 import re
 from typing import Any
 
+NEAR = 0.7  # how alike a word must be to one that exists, to be taken for it: 1 is equal
+WORDS_TO = {"--weights": "-w", "--data": "--data"}  # the options that a lone word is most likely meant for
+
 
 def told(error: Any) -> tuple[str, str, int]:
     """What to say of an error of the parser, what to do about it, and the exit code."""
     message = " ".join(error.format_message().split()).rstrip(".")
     context = getattr(error, "ctx", None)
-    hint = f"{context.command_path if context is not None else 'alexnet'} --help"
+    options = _options(context)
+    hint = help_ = f"{context.command_path if context is not None else 'alexnet'} --help"
     suggested = re.search(r"(?:Did you mean (.+)\?|\(Possible options: (.+)\))$", message)
     if suggested:
         message, hint = message[: suggested.start()].rstrip(" ."), f"did you mean {suggested[1] or suggested[2]}?"
-    invalid = re.fullmatch(r"Invalid value for '(.+?)': (?:Value error, )?(.+)", message)
-    if invalid:
-        message, hint = _invalid(invalid[1], invalid[2], hint)
+    if invalid := re.fullmatch(r"Invalid value for '(.+?)': (?:Value error, )?(.+)", message):
+        message, hint = _invalid(invalid[1].replace("' / '", " / "), invalid[2], hint)
+    elif lacking := re.fullmatch(r"Option '(.+?)' requires an argument", message):
+        message, hint = f"{lacking[1]}: its value is missing", f"type it after {lacking[1]}, with a space between"
+    elif options and (unknown := re.fullmatch(r"No such option: (--[\w-]+)", message)):
+        hint = _nearest(unknown[1], options) or help_
+    elif extra := re.fullmatch(r"Got unexpected extra argument(?:\(s\)|s)? \((\S+)\)", message):
+        message, option = f"one word too many: {extra[1]}", next((WORDS_TO[o] for o in WORDS_TO if o in options), None)
+        hint = f"did you mean {option} {extra[1]}?" if option else hint
     return message, hint, int(getattr(error, "exit_code", 2))
+
+
+def _options(context: Any) -> list[str]:
+    """The long options of the command that was typed."""
+    parameters = getattr(getattr(context, "command", None), "params", ())
+    return [word for parameter in parameters for word in parameter.opts if word.startswith("--")]
+
+
+def _nearest(typed: str, options: list[str]) -> str:
+    """What an unknown option was likely meant to be: another one, or a value of the recipe; empty if that is not clear.
+
+    Looks for one alone: the parser's own guess has others, which are no more than somewhat alike.
+    """
+    from difflib import get_close_matches  # which only an error needs
+
+    settings = {}
+    if "--set" in options:
+        from alexnet_cli.recipe import PAPER
+
+        settings = {f"--{key.replace('_', '-')}": f"--set {key}=..." for key in vars(PAPER)}
+    near = get_close_matches(typed, [*settings, *options], 1, NEAR)
+    return f"did you mean {near[0] if near[0] in options else settings[near[0]]}?" if near else ""
 
 
 def _invalid(option: str, reason: str, hint: str) -> tuple[str, str]:
@@ -26,7 +58,7 @@ def _invalid(option: str, reason: str, hint: str) -> tuple[str, str]:
     if not choice:
         reason = reason.partition(", unable to parse")[0].replace("Input should", "it should")
         return f"{option}: {reason}", hint
-    from difflib import get_close_matches  # which only an error needs
+    from difflib import get_close_matches
 
     choices = re.findall(r"'([^']*)'", choice[2])
     near = get_close_matches(choice[1], choices, 1)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import tarfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from documents import fields_of_json
 from PIL import Image
 
+from alexnet_cli.console import Reporter
 from alexnet_cli.core.packing import pack
 from alexnet_cli.core.plan import Plan
 from alexnet_cli.core.sources import recognise
@@ -45,6 +49,23 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests see none of the user's settings."""
     for name in ("ALEXNET_DATA", "ALEXNET_RUNS_DIR", "ALEXNET_PLUGINS", "NO_COLOR", "FORCE_COLOR"):
         monkeypatch.delenv(name, raising=False)
+
+
+JSON_FIELDS = fields_of_json()
+
+
+@pytest.fixture(autouse=True)
+def _json_is_as_documented(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a test has a command say with --json has the fields that the README lists."""
+    tell = Reporter.result
+
+    def checked(self: Reporter, record: Mapping[str, Any]) -> None:
+        kinds = JSON_FIELDS.get(self.command, [])
+        if self.json and kinds:
+            assert any(always <= set(record) <= all_ for always, all_ in kinds), (self.command, sorted(record))
+        tell(self, record)
+
+    monkeypatch.setattr(Reporter, "result", checked)
 
 
 COLOURS = {"blue": (40, 60, 200), "green": (50, 170, 60), "red": (200, 50, 40), "yellow": (220, 200, 60)}

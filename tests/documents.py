@@ -44,6 +44,18 @@ def blocks(text: str) -> list[Block]:
     return [Block(language, body) for language, body in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.M | re.S)]
 
 
+def fields_of_json() -> dict[str, list[tuple[set[str], set[str]]]]:
+    """What the README says of `--json`: the fields that each kind of a command's objects has always, and all it can."""
+    section = text_of("README.md").partition("### For programs")[2].partition("\n### ")[0]
+    found: dict[str, list[tuple[set[str], set[str]]]] = {}
+    for command, cell in re.findall(r"^\| `([\w-]+).*? \| (.+) \|$", section, re.M):
+        for kind in re.sub(r" \([^)]*\)", "", cell).split(" or "):  # what is in parentheses lies deeper
+            fields = re.findall(r"`(\w+)`(\??)", kind)
+            always = {field for field, mark in fields if not mark}
+            found.setdefault(command, []).append((always, {field for field, _ in fields}))
+    return found
+
+
 def mentions(text: str) -> list[str]:
     """Every `alexnet COMMAND ...` of the document, in blocks and in the running text, on one line each."""
     spans = [re.sub(r"\s+", " ", span) for span in re.findall(r"(?<!`)`(alexnet [^`]+)`(?!`)", text)]

@@ -189,6 +189,9 @@ def test_ctrl_c_saves_and_says_how_to_go_on(prepared: Path, tmp_path: Path) -> N
     again = alexnet(*words(prepared, "pool-2x2"), folder=tmp_path)
     assert "2 trainings, 1 of them finished" in again.stderr
     assert "pool-2x2" in again.stdout
+    assert "no verdict: the same command with --seeds 3 gives both" in again.stdout
+    assert "no figure 1 of the paper: --only tanh,sigmoid" in again.stdout
+    assert "next    each training is a run: alexnet report -w ablation/base-seed0" in again.stderr
 
 
 @pytest.mark.slow

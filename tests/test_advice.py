@@ -52,7 +52,7 @@ def test_nothing_is_said_where_all_is_well(prepared: Path, name: str) -> None:
 
 def test_classes_without_pictures_and_pictures_in_both_splits(odd: Path) -> None:
     empty, leak = advice.before(PAPER, open_dataset(odd))
-    assert empty.text == "1 of 4 classes have no training picture: green"
+    assert empty.text == "1 of 4 classes has no training picture: green"
     assert leak.text == "2 pictures are in train and in val"
     assert str(odd / "duplicates.jsonl") in str(leak.hint)
     listed = [json.loads(line) for line in (odd / "duplicates.jsonl").read_text().splitlines()]

@@ -17,7 +17,7 @@ SHELL = {
     "entry_points": "errors",
     "console": "",
     "options": "",
-    "usage": "",
+    "usage": "recipe",
     "cli": "console errors entry_points usage",
 }
 CORE = {
@@ -63,15 +63,15 @@ CORE = {
     "update_gpu": "",
     "learning": "update_gpu",
     "atomic": "",
-    "runs": "atomic",
-    "records": "",
-    "checkpoint": "atomic learning network runs weights",
+    "records": "listing",
+    "runs": "atomic devices listing records",
+    "checkpoint": "atomic learning listing network runs weights",
     "resume": "runs",
     "origin": "runs shards",
     "evaluate": "augment loader network placement sources",
     "published": "ilsvrc sources",
     "confusion_picture": "",
-    "results": "confusion_picture evaluate published sources",
+    "results": "confusion_picture evaluate listing origin published shards sources",
     "backoff": "",
     "replicas": "network ranks",
     "compilation": "layers network",
@@ -87,6 +87,7 @@ CORE = {
     "switches": "",
     "ablation": "checkpoint placement records runs shards switches train training",
     "comparison": "runs switches",
+    "plotting": "",
     "ablation_picture": "comparison",
     # section 6 and after: use
     "views": "",
@@ -112,22 +113,28 @@ CORE = {
     "stimuli": "responses",
     "receptive_field": "shapes",
     "contact_sheet": "",
-    "neighbours": "atomic devices onnx_graph origin responses runs session shards",
+    "outlines": "",
+    "nearest": "devices outlines",
+    "neighbours": "atomic nearest onnx_graph origin outlines responses runs session shards",
     "qualitative_sheets": "contact_sheet images receptive_field responses shards sources stimuli",
     "spectra": "",
     "qualitative": "spectra",
     "filter_picture": "qualitative",
     # one page about a run
     "history": "",
-    "neighbourhoods": "images neighbours responses runs session shards weights",
-    "evidence": "augment backoff evaluate images loader neighbourhoods neighbours network origin placement "
+    "patience": "",
+    "neighbourhoods": "images nearest neighbours patience responses runs session shards weights",
+    "evidence": "augment backoff evaluate images loader neighbourhoods network origin patience placement "
     "published responses results shards weights",
-    "report": "evaluate evidence history placement qualitative runs shards sources weights",
+    "report": "evaluate evidence history patience placement qualitative runs shards sources weights",
     "report_charts": "history",
     "report_pictures": "",
-    "report_sections": "confusion_picture evidence filter_picture history published report report_charts "
+    "anatomy": "layers network",
+    "network_picture": "anatomy report_charts",
+    "report_network": "anatomy network network_picture report report_pictures",
+    "report_sections": "confusion_picture evaluate evidence filter_picture history published report report_charts "
     "report_pictures results",
-    "report_page": "ablation_picture atomic history report report_charts report_sections results",
+    "report_page": "atomic history plotting report report_charts report_network report_sections results runs shards",
     # weights of other programs
     "protobuf": "",
     "unpickler": "",
@@ -147,7 +154,7 @@ TORCH = {
     "loader", "cache", "augment", "response_norm",
     "response_norm_gpu", "layers", "towers", "network", "compilation", "learning", "checkpoint", "evaluate", "results",
     "fine_tuning", "gradient", "diagnosis", "training", "train", "ablation", "tensorboard",
-    "torch_session", "evidence", "report", "report_sections", "report_page",
+    "torch_session", "evidence", "report", "report_sections", "report_page", "anatomy", "report_network",
 }  # fmt: skip
 LAZY_TORCH = {"devices"}  # import it in functions only
 PLUGINS = {"errors", "recipe", "console", "options", "entry_points"}  # and anything in core

@@ -75,6 +75,18 @@ def test_help_lists_every_command_and_imports_nothing_heavy() -> None:
         assert f"\n  {command} " in result.stdout
 
 
+def test_help_cuts_no_description() -> None:
+    shown = alexnet("--help", settings={"COLUMNS": "80"}).stdout
+    assert "..." not in shown.partition("Commands:")[2]
+
+
+@pytest.mark.parametrize(("asked", "same"), [("", "--help"), ("train", "train --help")])
+def test_help_is_a_word_too(asked: str, same: str) -> None:
+    result = alexnet("help", *asked.split())
+    assert (result.returncode, result.stdout) == (0, alexnet(*same.split()).stdout)
+    assert alexnet("help", "trian").returncode == 2
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself(command: str) -> None:
     for flag in ("-h", "--help"):
@@ -82,6 +94,8 @@ def test_every_command_explains_itself(command: str) -> None:
         assert result.returncode == 0, result.stderr
         assert "--json" in result.stdout
         assert "--quiet" in result.stdout
+        own = "--weights" in result.stdout and "--data" in result.stdout
+        assert ("that the weights were trained on" in " ".join(result.stdout.split())) == own
 
 
 def test_without_arguments_help_and_exit_2() -> None:
@@ -100,6 +114,16 @@ def test_version_is_one_line() -> None:
         (("trian",), "No such command 'trian'", "did you mean 'train'?"),
         (("train", "--epoch", "3"), "No such option: --epoch", "--epochs"),
         (("train", "--epochs", "x"), "error: --epochs: ", "alexnet train --help"),
+        (("train", "--epochs"), "--epochs: its value is missing", "type it after --epochs"),
+        (("train", "--recpie", "tiny"), "No such option: --recpie", "hint: did you mean --recipe?"),
+        (("train", "--width", "0.5"), "No such option: --width", "hint: did you mean --set width=...?"),
+        (("ablate", "--dropuot=0"), "No such option: --dropuot", "hint: did you mean --set dropout=...?"),
+        (("predict", "--width", "1"), "No such option: --width", "hint: alexnet predict --help"),
+        (("predict", "x.jpg", "-k", "0"), "error: -k / --top-k: ", "alexnet predict --help"),
+        (("train", "-b", "0"), "error: --batch-size / -b: ", "alexnet train --help"),
+        (("train", "my-pictures"), "one word too many: my-pictures", "did you mean --data my-pictures?"),
+        (("evaluate", "mine"), "one word too many: mine", "did you mean -w mine?"),
+        (("prepare", "a", "b"), "one word too many: b", "alexnet prepare --help"),
         (
             ("train", "--parallel", "towers"),
             "--parallel towers: there is no such",

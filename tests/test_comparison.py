@@ -180,3 +180,6 @@ def test_the_picture(rows: list[comparison.Row]) -> None:
         assert (np.abs(pixels - rgb).max(2) < 8).sum() > 100
     alone = Switch("base", "-")
     assert ablation_picture.draw([replace(rows[0], switch=alone, curves=())], "one row", 0.25)[:4] == b"\x89PNG"
+    one_activation = ablation_picture.draw([row for row in rows if row.activation != "tanh"], "no figure 1", 0.25)
+    with Image.open(io.BytesIO(one_activation)) as narrow:
+        assert narrow.width < 900

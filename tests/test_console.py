@@ -53,6 +53,20 @@ def test_without_a_terminal_progress_is_lines(
     assert lines[-1] == "train   1,000/1,000 img  loss 1.5  10 img/s"
 
 
+def test_long_names_and_slow_work_read_well(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    with Reporter("test").progress("startup fp32", total=2, unit="rounds") as bar:
+        now[0] += 20
+        bar.advance(1)
+        now[0] += 20
+        bar.advance(1)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["startup fp32 2/2 rounds  0.05 rounds/s", "startup fp32 2/2 rounds  0.05 rounds/s"]
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0.4, "0s"), (59, "59s"), (60, "1m0s"), (3725, "1h2m"), (266400, "3d2h"), (59.7, "1m0s")]
 )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from documents import fields_of_json
 from PIL import Image
 
 from alexnet_cli.errors import AlexNetError, UsageError
@@ -147,7 +148,7 @@ def test_commands_run_in_the_folder_without_the_users_settings(
     with pytest.raises(AlexNetError) as caught:
         Stage(tmp_path, json=False, quiet=False).run(("visualize-filters",))
     assert caught.value.exit_code == 3
-    assert "no newest run to take weights from in runs" in capfd.readouterr().err
+    assert "there is no run yet in" in capfd.readouterr().err
 
 
 @pytest.mark.slow
@@ -156,7 +157,8 @@ def test_the_whole_demo(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert result["schema"] == "alexnet.demo/1"
+    assert result.pop("schema") == "alexnet.demo/1"
+    assert [(set(result), set(result))] == fields_of_json()["demo"]
     assert result["top1_error"] < 0.10
     assert result["seconds"] < 240
     positions = [done.stderr.index(f"$ alexnet {words[0]}") for words in STORY]

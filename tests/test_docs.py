@@ -14,9 +14,9 @@ from pathlib import Path
 import foreign_files
 import pytest
 import typer
-from documents import DOCUMENTS, ELSEWHERE, ROOT, blocks, mentions, text_of
+from documents import DOCUMENTS, ELSEWHERE, ROOT, blocks, fields_of_json, mentions, text_of
 
-from alexnet_cli import cli
+from alexnet_cli import cli, entry_points
 
 SMALL = "--set width=0.03125 --set precision=fp32 --set batch_size=16 --epochs 1"  # a full one takes hours
 INHERITED = ("--init-from", "--resume")  # have the width of other weights
@@ -39,6 +39,12 @@ def test_every_command_and_option_that_is_mentioned_exists(document: str) -> Non
             continue
         typed = {word.partition("=")[0].strip(",.") for word in words[2:] if re.match(r"-{1,2}[a-z]", word)}
         assert typed <= options(words[1]), mention
+
+
+def test_the_json_of_every_command_is_described() -> None:
+    group = typer.main.get_command(cli.app)
+    ours = {offer.name for offer in entry_points.offers({}) if offer.ours}
+    assert set(fields_of_json()) == ours <= set(group.commands)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

@@ -19,6 +19,7 @@ from PIL import Image
 from typer import Typer
 from typer.testing import CliRunner, Result
 
+from alexnet_cli.console import Reporter
 from alexnet_cli.core import evaluate as evaluating
 from alexnet_cli.core import onnx_graph, results, weights
 from alexnet_cli.core.backoff import Backoff
@@ -29,6 +30,7 @@ from alexnet_cli.core.shards import open_dataset
 from alexnet_cli.core.sources import ClassName
 from alexnet_cli.errors import DataError, MissingError, StorageError
 from alexnet_cli.recipe import CAFFE, FAST, KRIZHEVSKY, PAPER, Recipe
+from alexnet_plugins.evaluate import _explain
 
 SMALL = replace(FAST, width=1 / 16)
 
@@ -301,3 +303,15 @@ def test_classes_that_play_no_part_are_left_out_of_the_picture() -> None:
     counts = np.zeros((1000, 1000), np.int64)
     counts[5, 5], counts[7, 9] = 2, 2
     assert draw(counts, [f"{i}" for i in range(1000)], "").size[0] < 600
+
+
+@pytest.mark.parametrize(
+    ("precision", "recorded", "said"), [("bf16", 0.5, True), ("bf16", None, False), ("fp32", 0.5, False)]
+)
+def test_another_error_than_training_told_is_explained(
+    precision: str, recorded: float, said: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({"precision": "fp32", "resumed": [{"precision": precision}]}))
+    _explain(Reporter("evaluate"), {"metrics": {"top1_error": recorded}}, tmp_path, 0.4)
+    told = "note    training told 50.0% of these weights: it validates in bf16, this is fp32\n"
+    assert capsys.readouterr().err == (told if said else "")

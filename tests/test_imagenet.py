@@ -128,7 +128,9 @@ def test_training_archive_alone(tmp_path: Path) -> None:
     source = recognise(tmp_path)
     assert [len(items) for items in source.splits.values()] == [8, 4]
     assert source.notes[0].startswith("ILSVRC2012_img_val.tar is not there")
-    assert source.notes[1].startswith("10% of each class are kept for validation")
+    assert source.notes[1].startswith(
+        "kept for validation, as the source has no such split: 4 of 12 pictures, 1 of each"
+    )
     assert source.classes[0] == ClassName("n01440764", "n01440764")
     assert not len(recognise(tmp_path, 0.0).splits["val"])
     third = recognise(tmp_path, 0.3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import threading
 import time
 from pathlib import Path
@@ -51,13 +52,18 @@ def test_what_was_drawn_for_runs_is_left_out_unless_it_is_asked_for(
 def test_nothing_to_classify_is_said_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "empty").write_text("\n")
     for typed, stdin, words in (
-        (["-"], b"", "standard input is empty"),
-        (["-"], b"gone.jpg\n", "gone.jpg"),
-        ([f"@{tmp_path}/empty"], b"", "the list is empty"),
-        (["a", "b", "c", "d"], b"", "a, b, c …"),
+        (["-"], b"", "no picture found: standard input is empty"),
+        (["-"], b"gone.jpg\n", "gone.jpg does not exist"),
+        ([f"@{tmp_path}/empty"], b"", "no picture found: the list is empty"),
+        (["a", "b", "c", "d"], b"", "none of these exists: a, b, c …"),
+        (["*.such"], b"", "*.such matches nothing"),
+        ([str(tmp_path), "b"], b"", f"no picture found: {tmp_path}, b"),
     ):
-        with pytest.raises(DataError, match=f"no picture found: {words}"):
+        with pytest.raises(DataError, match=f"^{re.escape(words)}$"):
             expand(typed, io.BytesIO(stdin))
+    with pytest.raises(DataError) as caught:
+        expand(["https://example.org/cat.jpg"])
+    assert "curl" in caught.value.hint
 
 
 @pytest.mark.parametrize("name", ["missing", "", "folder", "a\0b", "x" * 300])
@@ -94,7 +100,6 @@ def test_paths_that_begin_as_pictures_do_are_paths(tmp_path: Path) -> None:
 
 def test_too_much_on_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inputs, "LARGEST", 1000)
-    monkeypatch.setattr("alexnet_cli.core.listing.LARGEST", 1000)
     with pytest.raises(DataError, match="more than 1,000 bytes"):
         expand(["-"], io.BytesIO(b"y\n" * 600))
 

@@ -7,6 +7,7 @@ import csv
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from report_cases import HOSTILE, NAMES, RECIPE, Page, hostile_data, make_run, r
 
 from alexnet_cli.core import report_page, weights
 from alexnet_cli.core.evaluate import Evaluation
-from alexnet_cli.core.evidence import Evidence
+from alexnet_cli.core.evidence import Evidence, Opened
 from alexnet_cli.core.history import History, of
 from alexnet_cli.core.report import gather
 from alexnet_cli.core.results import numbers
@@ -47,6 +48,12 @@ def shown(tmp_path_factory: pytest.TempPathFactory, data: Dataset) -> Run:
     run = make_run(tmp_path_factory.mktemp("runs"), data)
     assert told(report("-w", str(run.path), "--json", "-q"))["path"] == str(run.path / "report.html")
     return run
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without charts, which take half a second."""
+    monkeypatch.setattr("alexnet_cli.core.report_page.can_draw", lambda: False)
 
 
 @pytest.fixture
@@ -95,6 +102,22 @@ def test_the_recipe_stands_beside_the_papers(shown: Run) -> None:
     assert len(differ) + len(same) == len(PAPER.__dataclass_fields__) - 1  # all but the name
 
 
+def test_the_network_adds_up(shown: Run) -> None:
+    """The drawing and the table are of the weights that are there."""
+    page, tensors = Page(shown.path / "report.html"), read(shown).tensors
+    heads, *rows = page.tables["The layers with weights, and what follows each"]
+    assert heads == ["Layer", "Kernel", "Sees", "Maps or units", "Size", "Then", "Parameters"]
+    for name, *_, count in rows[1:-1]:
+        assert int(count.replace(",", "")) == tensors[f"{name}.weight"].size + tensors[f"{name}.bias"].size
+    total = sum(value.size for name, value in tensors.items() if name != "mean")
+    assert rows[-1] == ["All", "", "", "", "", "", f"{total:,}"]
+    assert rows[3] == ["conv3", "3×3", "8 of both towers", "6 + 6", "13×13", "ReLU", "876"]
+    drawn = [image["alt"] or "" for image in page.images if (image["alt"] or "").startswith("The network")]
+    assert [alt.partition("; ")[2] for alt in drawn] == [
+        "each layer sees its own tower, but conv3, fc6, fc7 and fc8 both."
+    ]
+
+
 def test_names_of_classes_stay_text(shown: Run) -> None:
     page = Page(shown.path / "report.html")
     assert not page.tags & {"script", "iframe", "object", "link", "svg", "base", "form"}
@@ -114,8 +137,19 @@ def test_it_has_every_section_and_a_table_of_contents(shown: Run) -> None:
     assert page.headings[0] == (1, f"AlexNet, run {shown.name}")
     assert all(after <= before + 1 for (before, _), (after, _) in zip(page.headings, page.headings[1:], strict=False))
     assert {link.removeprefix("#") for link in page.links} <= page.ids
-    assert {"recipe", "curves", "filters", "results", "examples", "neighbours", "speed", "origin"} <= page.ids
+    assert {
+        "network",
+        "recipe",
+        "curves",
+        "filters",
+        "results",
+        "examples",
+        "neighbours",
+        "speed",
+        "origin",
+    } <= page.ids
     assert "Not here" not in page.all_text
+    assert "Of 12 validation pictures, spread evenly" in page.all_text
     assert sum((image["alt"] or "").startswith("Training picture of") for image in page.images) == 30
     recognised = [image for image in page.images if "recognised" in (image["alt"] or "")]
     mistaken = [image for image in page.images if "taken for" in (image["alt"] or "") and "width" in image]
@@ -146,7 +180,8 @@ def test_what_is_there_is_used_if_it_is_of_these_weights(copy: Run) -> None:
 
 
 def test_another_checkpoint_has_a_page_of_its_own(copy: Run) -> None:
-    before = {path: path.read_bytes() for path in (copy.path / "report.html", copy.path / "eval" / "val-1.json")}
+    kept = ("report.html", "eval/val-1.json", "neighbours/index.json")
+    before = {copy.path / name: (copy.path / name).read_bytes() for name in kept}
     other = copy.checkpoints / "00000099"
     other.mkdir()
     save_model(
@@ -170,7 +205,7 @@ def test_drops_are_marked_after_the_epochs_that_the_schedule_has(prepared: Path,
     list(fit(Training(recipe, open_dataset(prepared), run, place("none", "fp32"), 1)))
     history = of(run.records(), recipe)
     assert history.drops == (1, 3)
-    drawn = charts(history, 10)["loss"]
+    drawn = charts(history)["loss"]
     assert drawn.alt.endswith("Rate drops after epoch 1, 3.")
     lines = re.findall(
         r'd="M ([\d.]+) [\d.]+ *\nL ([\d.]+) [\d.]+ *\n" clip-path="[^"]*" style="[^"]*#555555', drawn.svg
@@ -195,19 +230,9 @@ def test_time_and_speed_are_those_of_the_steps(shown: Run) -> None:
     assert of(broken, RECIPE).seconds is None
 
 
-def test_curves_are_thinned_without_changing_their_mean() -> None:
-    records = [{"event": "start", "steps_per_epoch": 10_000}]
-    losses = np.random.default_rng(0).normal(3, 1, 5000)
-    records += [{"event": "step", "step": 10 * i + 10, "loss": float(v)} for i, v in enumerate(losses)]
-    curve = of(records, RECIPE).steps("loss")
-    assert len(curve) == 200
-    assert curve[-1][0] == 5
-    assert np.mean([v for _, v in curve]) == pytest.approx(losses.mean())
-
-
 def test_without_the_plotting_library_tables_stand_in(copy: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("alexnet_cli.core.report_page.can_draw", lambda: False)
-    monkeypatch.setattr("alexnet_cli.core.ablation_picture.can_draw", lambda: False)
+    monkeypatch.setattr("alexnet_cli.core.plotting.can_draw", lambda: False)
     result = report("-w", str(copy.path))
     assert result.exit_code == 0
     assert "pip install 'alexnet-cli[charts]'" in result.stderr
@@ -221,7 +246,9 @@ def test_a_run_whose_data_are_gone(copy: Run, data: Dataset) -> None:
     shutil.rmtree(copy.path / "eval")
     copy.update({"data_path": "/nowhere/at/all"})
     notes = {s["id"]: s["note"] for s in told(report("-w", str(copy.path), "--json", "-q"))["sections"]}
-    assert "is not where the run found it" in notes["results"]
+    assert notes["results"].startswith(
+        f"Not here: the data set {data.name} cannot be opened: /nowhere/at/all is not a "
+    )
     assert {notes["results"]} == {notes["examples"], notes["neighbours"]}.union({notes["results"]})
     assert notes["filters"] is notes["curves"] is None
     assert told(report("-w", str(copy.path), "--json", "-q", "--data", str(data.path)))["top1_error"] is not None
@@ -235,6 +262,42 @@ def test_other_data_than_the_runs_are_said(copy: Run, prepared: Path) -> None:
     assert isinstance(result.exception, PartialError)
     assert "unknown to the network" in Page(copy.path / "report.html").all_text
     assert isinstance(report("-w", str(copy.path), "--data", "nowhere").exception, DataError)
+
+
+def test_a_page_names_the_data_that_it_measured_on(copy: Run, data: Dataset, tmp_path: Path) -> None:
+    other = tmp_path / "prepared" / "other"
+    shutil.copytree(data.path, other)
+    (other / "dataset.json").write_text(json.dumps(data.record | {"name": "other"}))
+    index = (copy.path / "neighbours" / "index.json").read_bytes()
+    assert told(report("-w", str(copy.path), "--data", str(other), "--json", "-q"))["data"] == str(other)
+    text = Page(copy.path / "report.html").all_text
+    assert "on the 12 validation pictures of other, centre view" in text
+    assert f"Data set{data.name}" in text
+    assert "Measured onother" in text
+    assert (copy.path / "neighbours" / "index.json").read_bytes() == index, "it is that of the run's own data"
+    assert (copy.path / "eval" / "val-1-other.json").is_file()
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_epochs_may_have_been_added_since_the_best_checkpoint(copy: Run, tmp_path: Path) -> None:
+    (copy.path / "recipe.toml").write_text(replace(RECIPE, epochs=12).to_toml())
+    report_page.write(gather(copy, Opened(read(copy), ""), "none"), tmp_path / "page.html")
+    assert "Epochs6 of 12" in Page(tmp_path / "page.html").all_text
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_it_says_what_to_type_to_make_the_run_again(copy: Run, tmp_path: Path) -> None:
+    first, then = ["alexnet", "train", "--name", "my run"], ["alexnet", "train", "--resume", "my run"]
+    for path, words, shown in (
+        ("/x/prepared/pets", first, "alexnet train --name 'my run' --data pets"),
+        ("/x/my pets", first, "alexnet train --name 'my run' --data '/x/my pets'"),
+        (str(Path("pets").resolve()), first, "alexnet train --name 'my run' --data pets"),
+        ("/x/pets", [*first, "--data=x"], "alexnet train --name 'my run' --data=x"),
+    ):
+        copy.update({"data_path": path, "command": words, "resumed": [{"command": then}]})
+        report_page.write(gather(copy, None, "none"), tmp_path / "page.html")
+        rows = Page(tmp_path / "page.html").tables["What is needed to make it again"]
+        assert rows[1:3] == [["Command", shown], ["And then", "alexnet train --resume 'my run'"]]
 
 
 def test_a_damaged_picture_spares_the_rest(copy: Run, data: Dataset, tmp_path: Path) -> None:
@@ -257,6 +320,7 @@ def test_a_run_before_its_first_checkpoint(tmp_path: Path, data: Dataset, status
     notes = {s["id"]: s["note"] for s in found["sections"]}
     assert notes["curves"] == "No step has been recorded yet."
     assert notes["filters"] == "The run has no checkpoint yet."
+    assert notes["network"] is None, "its recipe says what it is, its data how many classes"
     said = {"running": "under way", "failed": "This run failed", "interrupted": "alexnet train --resume"}
     assert said[status] in Page(run.path / "report.html").all_text
 
@@ -268,8 +332,9 @@ def test_an_imported_network_has_no_training_to_tell_of(
     run = Run.create("caffe", RECIPE, {"status": "finished", "imported": {"file": "x.caffemodel", "format": "Caffe"}})
     save_model(replace(random_model(RECIPE, len(NAMES)), classes=data.classes), run.path / "model.safetensors")
     found = told(report("-w", "caffe", "--json", "-q"))
-    assert [s["id"] for s in found["sections"]] == ["recipe", "filters", "results", "examples", "neighbours", "origin"]
-    assert "no data set; alexnet report --data D names one" in found["sections"][2]["note"]
+    sections = ["network", "recipe", "filters", "results", "examples", "neighbours", "origin"]
+    assert [s["id"] for s in found["sections"]] == sections
+    assert "no prepared data set under prepared; alexnet report --data D names one" in found["sections"][3]["note"]
     page = Page(Path("runs/caffe/report.html"))
     assert "x.caffemodel" in page.all_text
     assert [image["alt"] for image in page.images if "kernels of tower" in (image["alt"] or "")]
@@ -281,7 +346,7 @@ def test_a_data_set_that_merely_lies_about_is_no_failure(
     monkeypatch.chdir(tmp_path)
     shutil.copytree(prepared, "prepared/colours")
     save_model(random_model(RECIPE), Path("net.safetensors"))
-    assert "unknown to the network" in told(report("-w", "net.safetensors", "--json", "-q"))["sections"][2]["note"]
+    assert "unknown to the network" in told(report("-w", "net.safetensors", "--json", "-q"))["sections"][3]["note"]
 
 
 def test_a_model_file_of_no_run(tmp_path: Path, data: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,13 +365,48 @@ def test_mistakes(copy: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert isinstance(report("-w", str(copy.path), "-o", "page.pdf").exception, UsageError)
 
 
+def page_of(path: Path, classes: Sequence[ClassName], confusion: Sequence[Sequence[int]]) -> Page:
+    """The page of a network without a run that has answered so."""
+    model = replace(random_model(replace(PAPER, width=1 / 32), len(classes)), classes=tuple(classes))
+    counts = Evaluation(np.array(confusion, np.int64), np.array(confusion, np.int64).sum(axis=1))
+    found = gather(None, Opened(model, ""), "none")
+    evidence = Evidence((numbers(counts, 1, "torch"),), counts, missing=found.evidence.missing)
+    report_page.write(replace(found, evidence=evidence), path)
+    return Page(path)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_classes_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    classes = [ClassName("crane", "n1"), ClassName("crane", "n2"), ClassName("dog", "n3")]
+    page = page_of(tmp_path / "page.html", classes, [[5, 0, 3], [2, 5, 0], [0, 1, 9]])
+    best, worst = (page.tables[f"Classes that are recognised {which}"][1:] for which in ("best", "worst"))
+    assert [best[0][0], best[0][-1]] == ["dog", "crane (n2), once"]
+    assert [worst[0][0], worst[0][-1]] == ["crane (n1)", "dog, 3 times"]
+    assert page.tables["The most frequent mistakes"][2] == ["crane (n2)", "crane (n1)", "2"]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_one_class_is_not_both_the_best_and_the_worst(tmp_path: Path) -> None:
+    page = page_of(tmp_path / "page.html", [ClassName("a"), ClassName("b")], [[3, 1], [0, 0]])
+    assert page.tables["The only class that has pictures"][1:] == [["a", "4", "75.0%", "100.0%", "b, once"]]
+    assert not [caption for caption in page.tables if "recognised" in caption]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_names_are_shown_as_far_as_they_can_be(tmp_path: Path) -> None:
+    names = ["\u6771\u3000\u4eac\u00a0", "\U0001f469\u200d\U0001f52c", "a\u202eb\u2067c", "\x07\ud800\x85"]
+    page = page_of(tmp_path / "page.html", [ClassName(name) for name in names], np.eye(4, dtype=int).tolist())
+    caption = "Confusion matrix: rows are true classes, columns what the network saw, in pictures"
+    assert [row[0] for row in page.tables[caption][1:]] == [*names[:2], "a?b?c", "???"]
+
+
 def test_a_thousand_classes_stay_readable_and_small(tmp_path: Path) -> None:
     generator = np.random.default_rng(1)
     classes = tuple(ClassName(f"class {i}", None) for i in range(1000))
     model = replace(random_model(replace(PAPER, width=1 / 32), 1000), classes=classes)
     counts = Evaluation(np.diag(np.full(1000, 30)), np.full(1000, 45))
     np.add.at(counts.confusion, tuple(generator.integers(0, 1000, (2, 20_000))), 1)
-    found = gather(None, model, "none")
+    found = gather(None, Opened(model, ""), "none")
     page = replace(found, evidence=Evidence((numbers(counts, 1, "torch"),), counts, missing=found.evidence.missing))
     report_page.write(page, tmp_path / "page.html")
     assert (tmp_path / "page.html").stat().st_size < 2e6

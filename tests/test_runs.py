@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from alexnet_cli.core import resume
+from alexnet_cli.core import devices, resume
 from alexnet_cli.core.atomic import point
 from alexnet_cli.core.runs import Run, find_weights, run_of
 from alexnet_cli.errors import DataError, StorageError, UsageError, WeightsError
-from alexnet_cli.recipe import PAPER, TINY
+from alexnet_cli.recipe import KRIZHEVSKY, PAPER, TINY
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +60,7 @@ def test_what_a_run_left_that_was_killed_while_it_was_made_is_taken_up() -> None
         (),
         ("checkpoints",),
         ("checkpoints", ".recipe.toml.7.tmp"),
-        ("checkpoints", "recipe.toml", ".lock", ".run.json.7.tmp"),
+        ("checkpoints", "recipe.toml", ".lock", ".run.json.7.tmp.json"),
     ):
         folder = Path("runs") / f"r{len(left)}"
         folder.mkdir(parents=True)
@@ -119,9 +119,14 @@ def test_what_w_means() -> None:
 
 
 def test_what_w_cannot_be() -> None:
-    with pytest.raises(WeightsError, match="no newest run to take weights from"):
+    with pytest.raises(WeightsError, match=f"there is no run yet in {Path.cwd()}/runs to take weights from") as caught:
         find_weights(None)
+    assert caught.value.hint == f"train one first: {devices.train_command()}"
     Run.create("r", PAPER, {})
+    (Path("runs") / "latest").unlink()
+    with pytest.raises(WeightsError, match="there is no newest run in") as caught:
+        find_weights(None)
+    assert caught.value.hint == "there are: r"
     with pytest.raises(WeightsError, match="is called nothing") as caught:
         find_weights("nothing")
     assert "there are: r" in caught.value.hint
@@ -152,6 +157,11 @@ def test_going_on_refuses_what_would_change_the_result() -> None:
     assert resume.agreed(run, replace(TINY, learning_rate=0.5), {"learning_rate"}).learning_rate == 0.5
     with pytest.raises(UsageError, match="is another network"):
         resume.agreed(run, replace(TINY, width=0.5), {"width"})
+    paper = Run.create("p", PAPER, {})
+    with pytest.raises(UsageError, match=r"^width = 0.25 is another network than that of p, which has 1.0$"):
+        resume.agreed(paper, TINY, set())  # not a word of a cycle that it does not have
+    with pytest.raises(UsageError, match=r"^lrn_alpha_divided = True differs"):
+        resume.agreed(paper, KRIZHEVSKY, set())  # nor of the name alone
 
 
 def test_more_epochs_may_follow_but_not_fewer_than_are_done() -> None:
@@ -231,3 +241,11 @@ def test_a_run_inside_a_folder_of_runs_is_called_by_both_names() -> None:
     assert Run(Path("elsewhere/cell")).name == "cell"
     assert "alexnet train --resume several/cell" in run.way_on()
     assert not Path("runs/latest").exists()
+
+
+@pytest.mark.parametrize(("present", "typed"), [(True, "alexnet train"), (False, "alexnet train --recipe tiny")])
+def test_the_recipe_to_begin_with_is_one_that_the_machine_can_train(
+    present: bool, typed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "gpu_present", lambda: present)
+    assert devices.train_command() == typed

@@ -17,8 +17,8 @@ from alexnet_cli.core.runs import Run
 from alexnet_cli.core.shards import open_dataset
 from alexnet_cli.core.sources import ClassName
 from alexnet_cli.core.training import Training
-from alexnet_cli.recipe import TINY
-from alexnet_plugins.train_display import show_records, told_once
+from alexnet_cli.recipe import PAPER, TINY, Recipe
+from alexnet_plugins.train_display import heading, show_records, told_once
 
 RECIPE = replace(TINY, width=1 / 64, batch_size=16, precision="fp32")
 
@@ -27,7 +27,7 @@ def test_that_it_stops_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
     answers = iter([None, "SIGTERM", "SIGTERM"])
     ask = told_once(Reporter("train"), lambda: next(answers))
     assert [ask(), ask(), ask()] == [None, "SIGTERM", "SIGTERM"]
-    assert capsys.readouterr().err == ("stop    SIGTERM: saving what was learned; another Ctrl-C stops without that\n")
+    assert capsys.readouterr().err == "stop    SIGTERM: saving what was learned; Ctrl-C stops without that\n"
 
 
 @pytest.fixture
@@ -100,3 +100,40 @@ def test_without_a_terminal_there_is_a_line_every_half_minute(
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train")]
     assert lines[0] == "train   320/1,600 img  epoch 2/16  loss 1.25  error 50.0%  data 2%  10 img/s  eta 2m8s"
     assert [line.split()[1] for line in lines] == ["320/1,600", "640/1,600", "960/1,600", "960/1,600"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "seconds", "told"),
+    [
+        (
+            PAPER,
+            34_000,
+            "9h26m on this CPU; --recipe tiny, of a quarter of the width and 16 epochs, is far quicker",
+        ),
+        (PAPER, 3_000, "50m0s on this CPU"),
+        (TINY, 34_000, "9h26m on this CPU"),
+    ],
+)
+def test_hours_name_the_quicker_recipe(
+    training: Training, recipe: Recipe, seconds: int, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    training.recipe = recipe
+    records = [Record("start", 1, 0, steps_per_epoch=8), step(10)]
+    show_records(Reporter("train"), training, Bar(), 40 * seconds, iter(records))
+    assert capsys.readouterr().err == f"time    about {told}\n"
+
+
+def test_what_was_changed_is_in_the_heading(training: Training, capsys: pytest.CaptureFixture[str]) -> None:
+    heading(Reporter("train"), training)
+    assert capsys.readouterr().err.splitlines()[-1] == "changed width 0.015625 instead of 0.25"
+    training.recipe = TINY
+    heading(Reporter("train"), training)
+    assert capsys.readouterr().err.splitlines()[-1].startswith("recipe  tiny ")
+
+
+def test_a_finished_run_counts_nothing(training: Training, capsys: pytest.CaptureFixture[str]) -> None:
+    reporter = Reporter("train")
+    with reporter.progress("train", total=0) as bar:
+        show_records(reporter, training, bar, 0, iter([Record("start", 17, training.steps)]))
+    told = "this run is finished, all 16 epochs of it; to go on: alexnet train --resume r --set epochs=32"
+    assert capsys.readouterr().err == f"note    {told}\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -74,7 +75,7 @@ def test_a_second_interrupt_ends_the_waiting_and_no_more(
         raise KeyboardInterrupt
 
     training = trained(1)
-    monkeypatch.setattr("alexnet_cli.core.report_charts._svg", impatient)
+    monkeypatch.setattr("alexnet_cli.core.report_charts.svg", impatient)
     leave_report(Reporter("train"), training, stopped=True)
     assert capsys.readouterr().err.startswith("warn    no report was written: interrupted\nhint    alexnet report -w ")
     assert not (training.run.path / "report.html").exists()
@@ -86,6 +87,45 @@ def test_a_slow_network_is_not_waited_for(trained: Trained, monkeypatch: pytest.
     leave_report(Reporter("train"), training, stopped=False)
     assert not (training.run.path / "eval").exists()
     assert not (training.run.path / "neighbours").exists()
+
+
+def test_a_stop_is_heard_while_the_report_is_made(
+    trained: Trained, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[str] = []
+    training = trained(6)
+    monkeypatch.setattr("alexnet_cli.core.evidence._measured", lambda *_: asked.append("SIGTERM"))
+    leave_report(Reporter("train"), training, False, lambda: next(iter(asked), None))
+    page = Page(training.run.path / "report.html")
+    assert page.all_text.count("alexnet report adds it") == 3
+    assert [line[:70] for line in capsys.readouterr().err.splitlines()] == [
+        f"report  {training.run.path / 'report.html'}"[:70],
+        "warn    SIGTERM: the training is done and saved, but its report is wit",
+        "hint    alexnet report -w r adds it",
+    ]
+
+
+def test_one_ctrl_c_at_the_end_loses_nothing_and_is_not_silent(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The handlers of a training are still there when its report is made."""
+    from alexnet_cli.core.report import gather
+    from alexnet_plugins.train import train
+
+    def interrupted(*arguments: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return gather(*arguments)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("alexnet_cli.core.report.gather", interrupted)
+    app = Typer()
+    app.command()(train)
+    words = ["--recipe", "tiny", "--set", "width=0.0625", "-b", "16", "--epochs", "1", "--name", "done", "-q"]
+    result = CliRunner().invoke(app, [*words, "--data", str(prepared), "--gpus", "none"])
+    assert (result.exit_code, result.exception) == (0, None)
+    assert "warn    Ctrl-C: the training is done and saved" in result.stderr
+    assert Run.open("done").about["status"] == "finished"
+    assert "alexnet report adds it" in Page(tmp_path / "runs" / "done" / "report.html").all_text
 
 
 @pytest.mark.parametrize(

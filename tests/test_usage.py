@@ -43,6 +43,17 @@ class ParserError(Exception):
             "alexnet train --help",
         ),
         ("No such option: --epoch Did you mean --epochs?", "No such option: --epoch", "did you mean --epochs?"),
+        (
+            "Invalid value for '-k' / '--top-k': Input should be greater than or equal to 1",
+            "-k / --top-k: it should be greater than or equal to 1",
+            "alexnet train --help",
+        ),
+        (
+            "Option '-k' requires an argument.",
+            "-k: its value is missing",
+            "type it after -k, with a space between",
+        ),
+        ("Got unexpected extra argument (a)", "one word too many: a", "alexnet train --help"),
         ("No such option: --a. (Possible options: --b, --c)", "No such option: --a", "did you mean --b, --c?"),
         ("Missing argument\n'SOURCE'.", "Missing argument 'SOURCE'", "alexnet train --help"),
     ],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -12,28 +11,26 @@ from alexnet_cli.core.comparison import WINDOW, Row
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-HINT = "pip install 'alexnet-cli[charts]'"
 WIDEST = 3  # times the largest value: intervals that are longer run out of the picture
 OURS, PAPERS = "#0b5394", "#b45f06"
 LINES = {"relu": ("#0b5394", "solid"), "tanh": ("#b45f06", "dashed"), "sigmoid": ("#38761d", "dotted")}
 
 
-def can_draw() -> bool:
-    """Whether matplotlib is installed."""
-    return importlib.util.find_spec("matplotlib") is not None
-
-
 def draw(rows: Sequence[Row], title: str, error: float) -> bytes:
-    """A PNG: left the differences from the base in points, right the training errors of the activations."""
+    """A PNG: left the differences from the base in points, right the training errors of the activations, if there are
+    two or more to compare.
+    """
     from matplotlib.figure import Figure  # not pyplot, which keeps figures and asks for a display
 
     compared = [row for row in rows if row.top1_difference]
     activations = [row for row in rows if row.activation and any(row.curves)]
-    figure = Figure(figsize=(12, 1.8 + 0.42 * max(6, len(compared))), dpi=130, layout="constrained")
+    panels = 2 if len(activations) > 1 else 1
+    figure = Figure(figsize=(1 + 5.5 * panels, 1.8 + 0.42 * max(6, len(compared))), dpi=130, layout="constrained")
     figure.suptitle(title)
-    left, right = figure.subplots(1, 2)
+    left, *right = figure.subplots(1, panels, squeeze=False)[0]
     _differences(left, compared)
-    _speeds(right, activations, error)
+    for axes in right:
+        _speeds(axes, activations, error)
     file = io.BytesIO()
     figure.savefig(file, format="png")
     return file.getvalue()
@@ -80,5 +77,4 @@ def _speeds(axes: Axes, rows: Sequence[Row], error: float) -> None:
     axes.set_xlabel("step")
     axes.set_ylabel(f"training error over the last {WINDOW} steps, %")
     axes.set_title("How fast each activation learns (the paper's figure 1)")
-    if rows:
-        axes.legend(fontsize="small")
+    axes.legend(fontsize="small")

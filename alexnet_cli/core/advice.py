@@ -46,9 +46,10 @@ def _empty_classes(data: Dataset) -> Iterator[Record]:
     empty = [name.name for name, count in zip(data.classes, counts, strict=True) if not count]
     if empty:
         names = ", ".join(empty[:SHOWN]) + (" …" if len(empty) > SHOWN else "")
+        have = "has" if len(empty) == 1 else "have"
         yield _warning(
-            f"{len(empty):,} of {len(data.classes):,} classes have no training picture: {names}",
-            "they cannot be learned, and their pictures in val count as mistakes",
+            f"{len(empty):,} of {len(data.classes):,} classes {have} no training picture: {names}",
+            "what is never seen is never learned: such pictures in val count as mistakes",
         )
 
 

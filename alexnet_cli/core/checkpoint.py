@@ -28,9 +28,10 @@ from torch import Tensor
 from alexnet_cli.core import weights
 from alexnet_cli.core.atomic import point, write_text
 from alexnet_cli.core.learning import Momentum
+from alexnet_cli.core.listing import read_file
 from alexnet_cli.core.network import Network, parameters_by_name
-from alexnet_cli.core.runs import MODEL, Run
-from alexnet_cli.errors import StorageError, WeightsError
+from alexnet_cli.core.runs import LARGEST, MODEL, Run
+from alexnet_cli.errors import DataError, StorageError, WeightsError
 
 SCHEMA = "alexnet.checkpoint/1"
 STATE, META = "state.pt", "meta.json"
@@ -154,9 +155,9 @@ def _check_stored(path: Path) -> None:
 def _check(directory: Path) -> Mapping[str, Any]:
     """What a checkpoint says of itself, if it is whole; WeightsError otherwise."""
     try:
-        meta = json.loads((directory / META).read_text(encoding="utf-8"))
+        meta = json.loads(read_file(directory / META, LARGEST))
         sums = {name: _sum(directory / name) for name in (MODEL, STATE)}
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError, DataError) as error:
         raise WeightsError(f"{directory} is not a complete checkpoint: {error}", DAMAGED) from error
     if not isinstance(meta, dict) or meta.get("schema") != SCHEMA or meta.get("sha256") != sums:
         raise WeightsError(f"{directory} is damaged: its files differ from the sums in {META}", DAMAGED)

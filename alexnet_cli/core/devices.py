@@ -40,6 +40,18 @@ def visible_gpus() -> list[Gpu]:
     return found
 
 
+def gpu_present() -> bool:
+    """Whether trying CUDA can succeed, without the seconds that importing torch takes."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in {"", "-1"}:
+        return False
+    return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists() or os.name == "nt"
+
+
+def train_command() -> str:
+    """What to type to train on this machine: on a CPU recipe `paper` takes hours or days, and `tiny` minutes."""
+    return "alexnet train" if gpu_present() else "alexnet train --recipe tiny"
+
+
 def cores() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -12,6 +11,9 @@ from typing import Any
 from alexnet_cli.recipe import Recipe
 
 POINTS = 200  # of a curve, at most: more is not to be seen
+LARGEST = 1e38  # of a number that is believed: float32 ends there
+MOST = 2**53  # of steps and epochs
+SLOWEST = 1e-6  # images per second
 DROP = 0.5  # a rate that falls below this share of the last epoch's was dropped; the paper divides by ten
 
 Curve = list[tuple[float, float]]
@@ -45,12 +47,32 @@ class History:
         return [(float(at), value) for at, value in found if value is not None]
 
     def steps(self, key: str) -> Curve:
-        """The same in the course of the steps: means over so many that there are POINTS at most."""
+        """The same in the course of the steps: means over windows that are alike, POINTS at most."""
+        windows = self._windows(key)
+        means = [sum(p.values[key] * p.steps for p in w) / sum(p.steps for p in w) for w in windows]
+        return [(self._at(w[-1]), mean) for w, mean in zip(windows, means, strict=True)]
+
+    def rates(self) -> Curve:
+        """The learning rate at the end of each window: a mean over a drop would be a rate that never was."""
+        return [(self._at(w[-1]), w[-1].values["lr"]) for w in self._windows("lr")]
+
+    def _windows(self, key: str) -> list[list[Piece]]:
+        """The pieces that have a value. An epoch's short rest goes with the piece before: its mean would stick out."""
         told = [piece for piece in self.pieces if key in piece.values]
-        size = -(-len(told) // POINTS) or 1
-        groups = [told[i : i + size] for i in range(0, len(told), size)]
-        means = [sum(p.values[key] * p.steps for p in group) / sum(p.steps for p in group) for group in groups]
-        return [(group[-1].step / (self.steps_per_epoch or 1), mean) for group, mean in zip(groups, means, strict=True)]
+        usual = statistics.median(piece.steps for piece in told) if told else 0
+        wholes: list[list[Piece]] = []
+        for piece in told:
+            if wholes and piece.steps < usual / 2:
+                wholes[-1].append(piece)
+            else:
+                wholes.append([piece])
+        count = min(POINTS, len(wholes))
+        ends = [len(wholes) * i // count for i in range(count + 1)] if count else []
+        return [list(itertools.chain(*wholes[first:end])) for first, end in itertools.pairwise(ends)]
+
+    def _at(self, piece: Piece) -> float:
+        """Epochs done after a piece."""
+        return piece.step / (self.steps_per_epoch or 1)
 
     @property
     def best(self) -> Mapping[str, Any] | None:
@@ -65,7 +87,7 @@ class History:
         An epoch of one step says nothing of how many pictures a step has.
         """
         rates = [(p.steps * self.batch, p.values.get("images_per_second", 0.0)) for p in self.pieces]
-        if not rates or (self.steps_per_epoch or 0) < 2 or min(rate for _, rate in rates) <= 0:
+        if not rates or (self.steps_per_epoch or 0) < 2 or min(rate for _, rate in rates) < SLOWEST:
             return None
         return sum(images / rate for images, rate in rates)
 
@@ -82,12 +104,12 @@ def of(records: Iterable[Mapping[str, Any]], recipe: Recipe) -> History:
     pieces: list[Piece] = []
     per_epoch = None
     for record in records:
-        step = record.get("step")
-        if record.get("event") == "start" and type(record.get("steps_per_epoch")) is int:
-            per_epoch = max(1, record["steps_per_epoch"])
-        elif record.get("event") == "validation" and type(record.get("epoch")) is int:
+        step, steps = _count(record, "step"), _count(record, "steps_per_epoch")
+        if record.get("event") == "start" and steps is not None:
+            per_epoch = max(1, steps)
+        elif record.get("event") == "validation" and _count(record, "epoch") is not None:
             epochs.append(record)
-        elif record.get("event") == "step" and type(step) is int:
+        elif record.get("event") == "step" and step is not None:
             before = pieces[-1].step if pieces else 0
             values = {key: value for key in record if (value := number(record, key)) is not None}
             if step > before:
@@ -96,10 +118,16 @@ def of(records: Iterable[Mapping[str, Any]], recipe: Recipe) -> History:
 
 
 def number(record: Mapping[str, Any], key: str) -> float | None:
-    """A finite number out of a record, or None."""
+    """A number out of a record, or None if it is none that a training can tell."""
     value = record.get(key)
-    told = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if told and value is not None else None
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= LARGEST:
+        return None
+    return float(value)
+
+
+def _count(record: Mapping[str, Any], key: str) -> int | None:
+    value = record.get(key)
+    return value if type(value) is int and 0 <= value <= MOST else None
 
 
 def _drops(epochs: list[Mapping[str, Any]], recipe: Recipe) -> tuple[int, ...]:

@@ -50,20 +50,33 @@ def expand(inputs: Sequence[str], stdin: BinaryIO | None = None, ours: list[str]
         else:
             sources += _below(text, ours)
     if not any(isinstance(source, bytes) or os.path.isfile(source) for source in sources):
-        named = [source for source in sources if isinstance(source, str)]
-        empty = "standard input is empty" if STANDARD in inputs else "the list is empty"
-        raise DataError(
-            f"no picture found: {', '.join(named[:3]) or empty}{' …' if len(named) > 3 else ''}",
-            "give files, patterns or folders with pictures in them; @FILE, or - for standard input, lists files and "
-            "folders; of an address: curl -s URL | alexnet predict -",
-        )
+        raise _nothing(inputs, [source for source in sources if isinstance(source, str)])
     return sources
+
+
+def _nothing(inputs: Sequence[str], named: Sequence[str]) -> DataError:
+    """The error of inputs without a single file: `named` are folders without pictures, and what does not exist."""
+    several = f"{', '.join(named[:3])}{' …' if len(named) > 3 else ''}"
+    hint = (
+        "give files, patterns or folders with pictures in them; @FILE, or - for standard input, lists files and folders"
+    )
+    if not named:
+        what = f"no picture found: {'standard input is empty' if STANDARD in inputs else 'the list is empty'}"
+    elif any(os.path.lexists(name) for name in named):
+        what = f"no picture found: {several}"
+    elif len(named) > 1:
+        what = f"none of these exists: {several}"
+    else:
+        what = f"{several} {'matches nothing' if glob.has_magic(several) else 'does not exist'}"
+    if any("://" in name for name in named):
+        hint = "of an address: curl -s URL | alexnet predict -"
+    return DataError(what, hint)
 
 
 def _given(stdin: BinaryIO, ours: list[str] | None) -> list[Source]:
     data = stdin.read(LARGEST + 1)
     try:
-        check_bytes(len(data))
+        check_bytes(len(data), LARGEST)
     except DataError as error:
         raise DataError(f"standard input has more than {LARGEST:,} bytes", "give a list in pieces") from error
     return [data] if images.is_picture(data) else list(_listed(data, ours))

@@ -261,20 +261,20 @@ def _identity(folder: Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def read_file(path: Path) -> bytes:
+def read_file(path: Path, most: int = LARGEST) -> bytes:
     """The bytes of a regular file; a pipe or a device would keep us waiting."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise DataError("it is not a regular file")
-    check_bytes(status.st_size)
+    check_bytes(status.st_size, most)
     return path.read_bytes()
 
 
-def check_bytes(size: int) -> None:
+def check_bytes(size: int, most: int = LARGEST) -> None:
     """Refuse a file that would fill the memory, before it is read.
 
     Raises:
-        DataError: it has more than LARGEST bytes.
+        DataError: it has more than `most` bytes.
     """
-    if size > LARGEST:
-        raise DataError(f"it has {size:,} bytes, more than {LARGEST:,}")
+    if size > most:
+        raise DataError(f"it has {size:,} bytes, more than {most:,}")

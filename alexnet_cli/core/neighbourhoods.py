@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import tempfile
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from alexnet_cli.core import neighbours
+from alexnet_cli.core import nearest, neighbours
 from alexnet_cli.core.images import Pixels
+from alexnet_cli.core.patience import Patience
 from alexnet_cli.core.responses import answers, pictures
 from alexnet_cli.core.runs import ONNX
-from alexnet_cli.core.session import Session
+from alexnet_cli.core.session import Session, Source
 from alexnet_cli.core.shards import Dataset
 from alexnet_cli.core.weights import Model
 from alexnet_cli.errors import WeightsError
@@ -33,31 +35,31 @@ class Neighbourhood:
 
 
 def find(
-    model: Model,
-    run: Path | None,
-    data: Dataset,
-    affordable: Callable[[int], bool],
-    advance: Callable[[int], None] = lambda n: None,
+    model: Model, sha256: str, run: Path | None, data: Dataset, keeps: bool, patience: Patience
 ) -> tuple[Neighbourhood, ...]:
-    """Pictures spread evenly over the validation split; the index is used if it is there, and written if affordable.
+    """Pictures spread evenly over the validation split. An index that is there is used; one that is made is left where
+    `alexnet neighbors` looks for it if `keeps`, and thrown away otherwise.
 
     Raises:
         DataError, WeightsError, StorageError: as `neighbours` and `responses` do.
+        Spent: there is no patience for it.
     """
     train, val = data.split("train"), data.split("val")
-    if not len(train) or not len(val) or not affordable(QUERIES):
+    if not len(train) or not len(val):
         return ()
-    source, folder = _source(model, run), neighbours.place(model.path, run)
-    origin = neighbours.Origin.of(source, data, train)
+    patience.check()
+    source, weights = _source(model, sha256, run)
+    folder = neighbours.place(model.path, run, data)
+    origin = neighbours.Origin(weights, data.hash, len(train))
     index = neighbours.open_index(folder, origin)
-    if index is None and not affordable(len(train)):
-        return ()
     session = Session(source, few=index is not None, layer=neighbours.LAYER)
-    if index is None:
-        index = neighbours.write_index(folder, origin, train, session, advance)
-    rows = np.unique(np.linspace(0, len(val) - 1, min(QUERIES, len(val))).round().astype(np.int64))
-    shown = list(pictures(val, rows.tolist()))
-    found = neighbours.search(index, neighbours.half(answers(session, shown), source), NEAREST)
+    with ExitStack() as stack:
+        if index is None:
+            folder = folder if keeps else Path(stack.enter_context(tempfile.TemporaryDirectory())) / folder.name
+            index = neighbours.write_index(folder, origin, train, session, patience.part(len(train)))
+        rows = np.unique(np.linspace(0, len(val) - 1, min(QUERIES, len(val))).round().astype(np.int64))
+        shown = list(pictures(val, rows.tolist()))
+        found = nearest.search(index, neighbours.half(answers(session, shown), model.path), NEAREST)
     result = []
     for picture, row, best, distances in zip(shown, rows, found.rows, found.distances, strict=True):
         near = zip(pictures(train, best.tolist()), train.labels[best].tolist(), distances.tolist(), strict=True)
@@ -65,13 +67,13 @@ def find(
     return tuple(result)
 
 
-def _source(model: Model, run: Path | None) -> Path:
-    """The file that `alexnet neighbors -w RUN` would take, if it is of this model: then its index is of use."""
+def _source(model: Model, sha256: str, run: Path | None) -> tuple[Source, str]:
+    """What `alexnet neighbors -w RUN` would take, if it is of this model, for then its index is of use; and its sum."""
     exported = run / ONNX if run else None
     if exported and exported.is_file():
         try:
-            if Session(exported, few=True, provider="cpu").info.sha256 == neighbours.sha256(model.path):
-                return exported
+            if Session(exported, few=True, provider="cpu").info.sha256 == sha256:
+                return exported, neighbours.sha256(exported)
         except WeightsError:
-            return model.path
-    return model.path
+            return model, sha256
+    return model, sha256

@@ -53,8 +53,9 @@ def unfinished(path: Path) -> str:
         run = Run(folder) if folder else None
         if run is None or run.about.get("status", "finished") == "finished":
             return ""
-        epochs = run.recipe.epochs
+        epochs, records = run.recipe.epochs, run.records()
     except AlexNetError:  # what is wrong there is no affair of its weights
         return ""
-    done = max((int(record.get("epoch", 0)) for record in run.records() if record.get("event") != "start"), default=0)
+    begun = (record.get("epoch") for record in records if record.get("event") != "start")
+    done = max((epoch for epoch in begun if type(epoch) is int), default=0)
     return f"the run has not finished: epoch {done} of {epochs} so far; alexnet train --resume {run.name} goes on"

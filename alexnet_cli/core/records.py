@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
+
+from alexnet_cli.core.listing import read_file
+from alexnet_cli.errors import DataError
 
 Event = Literal["start", "step", "validation", "checkpoint", "warning", "end"]
 
@@ -60,3 +66,20 @@ class Tally:
     def rate(self) -> float:
         """Images per second."""
         return self.images / self.seconds if self.seconds else 0.0
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, none if it is not there; what is no record, such as a line cut short, is left out.
+
+    Raises:
+        DataError: it is larger than any training's, or no regular file.
+    """
+    try:
+        content = read_file(path) if path.exists() else b""
+    except DataError as error:
+        raise DataError(f"{path} cannot be read: {error}", "move it away") from error
+    found = []
+    for line in content.decode("utf-8", "replace").splitlines():
+        with suppress(ValueError, TypeError, RecursionError):
+            found.append(dict(json.loads(line)))
+    return found

@@ -6,23 +6,28 @@ without a training, a run whose data set is gone. What is not there is said, or 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from alexnet_cli.core import evidence, history, qualitative
 from alexnet_cli.core.evaluate import matching
-from alexnet_cli.core.evidence import Evidence, Subject
+from alexnet_cli.core.evidence import Evidence, Opened, Subject
 from alexnet_cli.core.history import History
+from alexnet_cli.core.patience import Patience
 from alexnet_cli.core.placement import Placement
 from alexnet_cli.core.qualitative import Kernels, Specialisation
-from alexnet_cli.core.runs import Run
+from alexnet_cli.core.runs import Run, typed
 from alexnet_cli.core.shards import Dataset, find_dataset, open_dataset
 from alexnet_cli.core.sources import ClassName
 from alexnet_cli.core.weights import Model
-from alexnet_cli.errors import AlexNetError, DataError
+from alexnet_cli.errors import AlexNetError, DataError, RecipeError
 from alexnet_cli.recipe import PAPER, Recipe, describe
+
+FEW = 5  # with no more classes, every answer is among the five likeliest
 
 
 @dataclass(frozen=True)
@@ -67,46 +72,80 @@ class Report:
         """Those of the network, or else of the data set."""
         return self.model.classes if self.model else self.data.classes if self.data else ()
 
+    @property
+    def few_classes(self) -> bool:
+        """Whether every answer is among the five likeliest, so that top-5 says nothing."""
+        return 0 < len(self.classes) <= FEW
+
+    @property
+    def trained(self) -> bool:
+        """Whether there is a training to tell of, and not only a network."""
+        return bool(self.about) and "imported" not in self.about
+
+    @property
+    def own_data(self) -> bool:
+        """Whether what was measured was measured on the data set that the run was trained on."""
+        return self.data is None or self.about.get("data_hash", self.data.hash) == self.data.hash
+
+
+def told_apart(classes: Sequence[ClassName]) -> list[str]:
+    """Names; those that several classes have with their wnid, or else their index."""
+    times = Counter(name for name, _ in classes)
+    return [name if times[name] == 1 else f"{name} ({wnid or f'class {i}'})" for i, (name, wnid) in enumerate(classes)]
+
 
 def gather(
     run: Run | None,
-    model: Model | None,
+    opened: Opened | None,
     data: Dataset | str,
     placement: Placement | None = None,
-    budget: float | None = None,
-    advance: Callable[[int], None] = lambda n: None,
+    patience: Patience | None = None,
 ) -> Report:
     """The report of a run, of a network, or of both. Where there is no data set, `data` says why.
 
-    `budget`: seconds that pictures may take to go through the network, judged by the speed of the training; None for
-    as long as it takes. Without a `placement` none do.
+    Pictures go through the network as long as there is `patience`; without a `placement` none do.
+
+    Raises:
+        DataError: the run does not say what it is.
     """
-    about = run.about if run else {}
-    recipe = run.recipe if run and not model else model.recipe if model else PAPER
-    course = history.of(run.records() if run else [], recipe)
+    about, model = run.about if run else {}, opened.model if opened else None
+    recipe = _recipe(run, model)
+    towers = qualitative.split(model.tensors["conv1.weight"], model.recipe.towers) if model else ()
+    measured = qualitative.specialisation(towers) if model else None
+    found, failed = _evidence(run, opened, data, placement, patience or Patience())
     name = run.name if run else model.path.stem if model else ""
-    towers: tuple[Kernels, ...] = ()
-    measured = None
-    if model:
-        towers = qualitative.split(model.tensors["conv1.weight"], recipe.towers)
-        measured = qualitative.specialisation(towers)
-    found, failed = Evidence(), ""
-    missing = data if isinstance(data, str) else "the run has no checkpoint yet" if not model else ""
-    if model and placement and isinstance(data, Dataset):
-
-        def affordable(pictures: int) -> bool:
-            return budget is None or pictures == 0 or (bool(course.speed) and pictures / (course.speed or 1) <= budget)
-
-        try:
-            output_of = matching(model.classes, data.classes, model.path)
-            subject = Subject(model, run.path if run else None, data, output_of, placement)
-            found = evidence.collect(subject, affordable, advance)
-        except DataError as error:
-            missing = failed = error.what
-    if missing:
-        found = Evidence(missing=dict.fromkeys(("results", "examples", "neighbours"), missing))
+    course = history.of(run.records() if run else [], recipe)
     shown = data if isinstance(data, Dataset) else None
     return Report(name, about, recipe, course, model, shown, towers, measured, found, failed)
+
+
+def _recipe(run: Run | None, model: Model | None) -> Recipe:
+    """The run's own, to which epochs may have been added since a checkpoint, or else the network's."""
+    try:
+        return run.recipe if run else model.recipe if model else PAPER
+    except RecipeError as error:
+        if model:
+            return model.recipe
+        what = f"the run has no checkpoint, and its recipe cannot be read: {error.what}"
+        raise DataError(what, "put recipe.toml back into its folder") from error
+
+
+def _evidence(
+    run: Run | None, opened: Opened | None, data: Dataset | str, placement: Placement | None, patience: Patience
+) -> tuple[Evidence, str]:
+    """What the network makes of pictures, and what went wrong with it."""
+    missing, failed = "" if isinstance(data, Dataset) else data, ""
+    if not opened:
+        missing = missing or "the run has no checkpoint yet"
+    elif placement and isinstance(data, Dataset):
+        try:
+            output_of = matching(opened.model.classes, data.classes, opened.model.path)
+            return evidence.collect(
+                Subject(opened, run.path if run else None, data, output_of, placement), patience
+            ), ""
+        except DataError as error:
+            missing = failed = error.what
+    return Evidence(missing=dict.fromkeys(evidence.PARTS, missing) if missing else {}), failed
 
 
 def data_of(run: Run | None, spec: str | None) -> Dataset | str:
@@ -118,17 +157,15 @@ def data_of(run: Run | None, spec: str | None) -> Dataset | str:
     if spec is not None:
         return open_dataset(find_dataset(spec))
     about = run.about if run else {}
-    known = about.get("data_path")
+    path = about.get("data_path")
+    known = Path(path) if isinstance(path, str) else None
     try:
-        if not isinstance(known, str):
-            return open_dataset(find_dataset(None))
-        dataset = open_dataset(Path(known))
-    except AlexNetError:
-        gone = (
-            f"the data set {about['data']} is not where the run found it" if isinstance(known, str) else "no data set"
-        )
-        return f"{gone}; alexnet report --data D names one"
-    if dataset.hash != about.get("data_hash"):
+        dataset = open_dataset(typed(known) if known else find_dataset(None))
+    except (AlexNetError, OSError, ValueError) as error:  # the last two where it is no path at all
+        why = error.what if isinstance(error, AlexNetError) else str(error)
+        what = f"the data set {about.get('data') or known.name} cannot be opened: " if known else ""
+        return f"{what}{why.replace(f'{Path.cwd()}{os.sep}', '')}; alexnet report --data D names one"
+    if about.get("data_hash", dataset.hash) != dataset.hash:
         return (
             f"the data set {dataset.name} is not the one that the run was trained on; --data D takes one all the same"
         )

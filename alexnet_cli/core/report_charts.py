@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 CHANCE = 2 / 3  # colour share of independent random weights
-FEW = 5  # with no more classes, every answer is among the five likeliest
 FEW_POINTS = 30  # that can be marked without covering their line
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # letters stay text: small, sharp, and in the font of the page
@@ -44,9 +43,9 @@ class Line(NamedTuple):
     """Whether each value holds since the one before it, as the rate of a schedule does."""
 
 
-def charts(history: History, classes: int | None) -> dict[str, Chart]:
-    """`loss`, `errors`, `rate` and `towers`, as far as there is something to draw."""
-    top5 = [] if classes is not None and classes <= FEW else [Line("top-5, validation", history.curve("top5_error"))]
+def charts(history: History, few_classes: bool = False) -> dict[str, Chart]:
+    """`loss`, `errors`, `rate` and `towers`, as far as there is something to draw; of few classes no top-5 error."""
+    top5 = [] if few_classes else [Line("top-5, validation", history.curve("top5_error"))]
     drawn = {
         "loss": _curves(
             "Loss", "nats a picture", history,
@@ -60,7 +59,7 @@ def charts(history: History, classes: int | None) -> dict[str, Chart]:
             ], percent=True,
         ),
         "rate": _curves(
-            "Learning rate", "rate", history, [Line("rate", history.steps("lr"), False, bool(history.drops))], log=True,
+            "Learning rate", "rate", history, [Line("rate", history.rates(), False, bool(history.drops))], log=True,
         ),
         "towers": _curves(
             "Specialisation", "share, and area under the curve", history,
@@ -115,7 +114,7 @@ def _curves(
     drops = ", ".join(str(drop) for drop in history.drops)
     caption = f"{title} over the epochs" + (f"; the rate was divided after epoch {drops}" if drops else "")
     return Chart(
-        _svg(draw),
+        svg(draw),
         f"{title} over the epochs: {words}." + (f" Rate drops after epoch {drops}." if drops else ""),
         caption,
     )
@@ -128,14 +127,15 @@ def _told(line: Line, factor: float, unit: str) -> str:
     return ends + (f", lowest {factor * lowest:.3g}{unit}" if lowest < min(first, last) else "")
 
 
-def _svg(draw: Callable[[Axes], None]) -> str:
-    """The same input gives the same bytes."""
+def svg(draw: Callable[[Axes], None], height: float = 3.5, margin: float = 1.0) -> str:
+    """A drawing `height` inches high; `margin` is the share of the usual one, for axes. Same input, same bytes."""
     import matplotlib
     from matplotlib.figure import Figure  # not pyplot, which keeps figures and asks for a display
 
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(4.8, 3.5))
-        figure.subplots_adjust(left=0.14, right=0.97, top=0.97, bottom=0.29)  # a layout engine draws it twice
+        figure = Figure(figsize=(4.8, height))
+        left, bottom, rest = 0.14 * margin, 0.29 * margin, 0.03 * margin
+        figure.subplots_adjust(left=left, right=1 - rest, top=1 - rest, bottom=bottom)  # a layout engine draws it twice
         draw(figure.subplots())
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})

@@ -4,7 +4,11 @@ those of the run: the same run gives the same bytes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shlex
+import tempfile
+import unicodedata
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,15 +17,19 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 import alexnet_cli
-from alexnet_cli.core import report_charts, report_sections, results
-from alexnet_cli.core.ablation_picture import HINT, can_draw
+from alexnet_cli.core import report_charts, report_network, report_sections, results
 from alexnet_cli.core.atomic import write_text
 from alexnet_cli.core.history import number
+from alexnet_cli.core.plotting import HINT, can_draw
 from alexnet_cli.core.report import Report
 from alexnet_cli.core.report_charts import Chart
-from alexnet_cli.errors import StorageError
+from alexnet_cli.core.runs import typed
+from alexnet_cli.core.shards import ROOT
+from alexnet_cli.errors import StorageError, UsageError
 
 FILE = "report.html"
+TURNING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # the line around
+UNSEEN = frozenset(("Cc", "Cs"))  # controls and halves of characters
 STATUS = {
     "running": "This run is under way, or was ended without a word: the page shows it as far as it has come.",
     "interrupted": "This run was interrupted ({reason}) and can be continued: alexnet train --resume {name}",
@@ -38,6 +46,20 @@ class Section:
     note: str = ""
 
 
+def ready(path: Path) -> None:
+    """See that a page can be written there, before it is made.
+
+    Raises:
+        UsageError: it is a folder.
+        StorageError: its folder cannot be made or written to.
+    """
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder", f"name a file in it, such as -o {path / FILE}")
+    with _storing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+
+
 def write(report: Report, path: Path) -> list[Section]:
     """Write the page, whole or not at all. Returns its sections.
 
@@ -45,20 +67,26 @@ def write(report: Report, path: Path) -> list[Section]:
         StorageError: it cannot be written.
     """
     text, shown = html(report)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with _storing(path):
         write_text(path, text)
-    except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror or error}", "choose another -o") from error
     return shown
+
+
+@contextmanager
+def _storing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror or error}", "choose another place with -o") from error
 
 
 def html(report: Report) -> tuple[str, list[Section]]:
     """The page, and its sections."""
     charts: Mapping[str, Chart] = {}
     if can_draw():
-        charts = report_charts.charts(report.history, len(report.classes) or None)
+        charts = report_charts.charts(report.history, report.few_classes)
     names = {
+        "network": report_network.network(report, can_draw()),
         "recipe": report_sections.recipe(report), "curves": report_sections.curves(report, charts),
         "filters": report_sections.filters(report, charts), "results": report_sections.outcome(report),
         "examples": report_sections.examples(report), "nearest": report_sections.nearest(report),
@@ -69,7 +97,7 @@ def html(report: Report) -> tuple[str, list[Section]]:
         trim_blocks=True, lstrip_blocks=True, finalize=_plain,
     )  # fmt: skip
     style = Markup(environment.get_template("report.css").render())
-    shown, title = sections(report), f"AlexNet, {'run' if _trained(report) else 'network'} {report.name}"
+    shown, title = sections(report), f"AlexNet, {'run' if report.trained else 'network'} {report.name}"
     text = environment.get_template("report.html").render(
         names, title=title, lead=_lead(report), remarks=_remarks(report), facts=_facts(report),
         sections=shown, style=style, version=alexnet_cli.__version__,
@@ -80,8 +108,9 @@ def html(report: Report) -> tuple[str, list[Section]]:
 def sections(report: Report) -> list[Section]:
     """The sections that a page has: those of a training only if there was one."""
     history, missing = report.history, report.evidence.missing
-    trained = _trained(report)
-    found = [Section("recipe", "The recipe beside the paper's")]
+    trained = report.trained
+    unknown = "" if report.classes else "The number of classes is not known: no checkpoint yet, and no data set."
+    found = [Section("network", "The network", unknown), Section("recipe", "The recipe beside the paper's")]
     if trained:
         none = "" if history.pieces or history.epochs else "No step has been recorded yet."
         undrawn = "" if can_draw() or none else f"Curves need a plotting library: {HINT}, then alexnet report."
@@ -100,23 +129,15 @@ def sections(report: Report) -> list[Section]:
     return found
 
 
-def _trained(report: Report) -> bool:
-    """Whether there is a training to tell of, and not only a network."""
-    return bool(report.about) and "imported" not in report.about
-
-
 def _none(reason: str | None) -> str:
     return f"Not here: {reason}." if reason else ""
 
 
 def _lead(report: Report) -> str:
     """The result in a sentence."""
-    totals, best = report.evidence.totals, report.history.best
-    data = report.about.get("data") or (report.data.name if report.data else "")
-    of = f" of {data}" if data else ""
-    few = report_sections.few_classes(report)
+    totals, best, few = report.evidence.totals, report.history.best, report.few_classes
     if totals:
-        first = totals[0]
+        first, of = totals[0], _of(report.data.name if report.data else None)
         low, high = first["top1_error_interval"]
         five = "" if few else f", top-5 error {first['top5_error']:.1%}"
         return (
@@ -125,9 +146,13 @@ def _lead(report: Report) -> str:
         )
     if best:
         five = "" if few or number(best, "top5_error") is None else f", top-5 error {best['top5_error']:.1%}"
-        at = f"after epoch {best['epoch']}, on the validation pictures{of}"
-        return f"Lowest top-1 error {best['top1_error']:.1%}{five}, {at}."
+        at = f"after epoch {best['epoch']}, on the validation pictures"
+        return f"Lowest top-1 error {best['top1_error']:.1%}{five}, {at}{_of(report.about.get('data'))}."
     return ""
+
+
+def _of(data: Any) -> str:
+    return f" of {data}" if data else ""
 
 
 def _remarks(report: Report) -> list[str]:
@@ -141,14 +166,15 @@ def _remarks(report: Report) -> list[str]:
 def _facts(report: Report) -> list[tuple[str, str]]:
     """What one asks first."""
     about, history, info = report.about, report.history, report.model.info if report.model else {}
-    done = len(history.epochs)
+    done, measured = len(history.epochs), report.data.name if report.data else ""
     time = _duration(history.seconds) if history.seconds else ""
     imported = about.get("imported")
     found = [
         ("Status", "imported" if imported else str(about.get("status", ""))),
-        ("Data set", str(about.get("data") or (report.data.name if report.data else ""))),
+        ("Data set", str(about.get("data") or measured)),
+        ("Measured on", "" if report.own_data else measured),
         ("Classes", f"{len(report.classes):,}" if report.classes else ""),
-        ("Epochs", f"{done} of {report.recipe.epochs}" if _trained(report) else ""),
+        ("Epochs", f"{done} of {report.recipe.epochs}" if report.trained else ""),
         ("Weights of", f"epoch {info['epoch']}, step {info['step']}" if "epoch" in info and "step" in info else ""),
         ("Parameters", f"{report.parameters / 1e6:,.2f} million" if report.parameters else ""),
         ("Towers", f"{report.recipe.towers}, width {report.recipe.width:g}"),
@@ -167,7 +193,7 @@ def _speed(report: Report) -> list[tuple[str, str]]:
             "Time of all steps",
             f"{_duration(history.seconds)}, validation and pauses not counted" if history.seconds else "",
         ),
-        ("Devices", ", ".join(map(str, about.get("devices") or ()))),
+        ("Devices", ", ".join(_words(about.get("devices")))),
         *((f"Where {tower} was computed", str(place)) for tower, place in towers),
         ("Replicas", str(about.get("replicas") or "")),
         ("Arithmetic", str(about.get("precision") or "")),
@@ -178,9 +204,11 @@ def _speed(report: Report) -> list[tuple[str, str]]:
 
 def _origin(report: Report) -> list[tuple[str, str]]:
     about = report.about
-    versions, imported = about.get("versions"), about.get("imported")
+    versions, imported, resumed = about.get("versions"), about.get("imported"), about.get("resumed")
+    later = [part.get("command") for part in (resumed if isinstance(resumed, list) else ()) if isinstance(part, dict)]
     found = [
-        ("Command", " ".join(map(str, about.get("command") or ()))),
+        ("Command", shlex.join(_command(about))),
+        *(("And then", shlex.join(_words(words))) for words in later),
         ("Started", str(about.get("started") or "")),
         ("Seed", str(about.get("seed", ""))),
         ("Data set, SHA-256", str(about.get("data_hash") or "")),
@@ -188,6 +216,20 @@ def _origin(report: Report) -> list[tuple[str, str]]:
         *((f"Imported: {k}", str(v)) for k, v in (imported.items() if isinstance(imported, dict) else ()) if v),
     ]
     return [(term, text) for term, text in found if text]
+
+
+def _command(about: Mapping[str, Any]) -> list[str]:
+    """What made the run, with the data set that it found by itself."""
+    words, path = _words(about.get("command")), about.get("data_path")
+    if not words or not isinstance(path, str) or any(word.partition("=")[0] == "--data" for word in words):
+        return words
+    data = Path(path)
+    return [*words, "--data", data.name if data.parent.name == ROOT.name else str(typed(data))]
+
+
+def _words(found: Any) -> list[str]:
+    """A list out of run.json, which may be anything."""
+    return list(map(str, found)) if isinstance(found, list) else [] if found is None else [str(found)]
 
 
 def _duration(seconds: float) -> str:
@@ -201,7 +243,7 @@ def _duration(seconds: float) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Names can hold anything: what cannot be shown, or would turn the line around, becomes a question mark."""
+    """Names can hold anything: what is not to be seen, or would turn the line around, becomes a question mark."""
     if isinstance(value, Markup):
         return value
-    return "".join(c if c.isprintable() else "?" for c in str(value))
+    return "".join("?" if c in TURNING or unicodedata.category(c) in UNSEEN else c for c in str(value))

@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from alexnet_cli.core import confusion_picture, filter_picture, published, report_pictures, results
-from alexnet_cli.core.evidence import SAMPLE, Example
+from alexnet_cli.core.evaluate import Evaluation
+from alexnet_cli.core.evidence import Example
 from alexnet_cli.core.history import number
-from alexnet_cli.core.report import Report, Value
-from alexnet_cli.core.report_charts import FEW, Chart
+from alexnet_cli.core.report import Report, Value, told_apart
+from alexnet_cli.core.report_charts import Chart
 
 Row = tuple[Any, ...]
 Names = dict[str, Any]
@@ -128,31 +129,27 @@ def _verdict(report: Report) -> str:
 
 def outcome(report: Report) -> Names | None:
     """Errors, best and worst classes, confusions."""
-    found = report.evidence
-    if found.counts is None:
+    found, counts = report.evidence, report.evidence.counts
+    if counts is None:
         return None
-    counts, classes = found.counts, report.classes
-    ranked = sorted(results.per_class(counts, classes), key=lambda row: float(row["top1_error"]))
+    names = told_apart(report.classes)
+    ranked = sorted(results.per_class(counts, report.classes), key=lambda row: float(row["top1_error"]))
+    rows = [_class(row, counts, names) for row in ranked]
     most = max(1, min(MOST, len(ranked) // 2))
-    taken = {
-        true: (seen, times) for true, seen, times in reversed(results.confused(counts, classes, len(classes) ** 2))
-    }
-    rows = [_class(row, taken) for row in ranked]
-    names = [name.name for name in classes]
     title = f"{counts.images:,} validation pictures, top-1 error {counts.top1_error:.1%}"
     image = confusion_picture.draw(counts.confusion, names, title)
-    pairs = results.confused(counts, classes, MOST)
+    pairs = [(names[true], names[seen], times) for true, seen, times in results.mistakes(counts, MOST)]
     first = (
         f" The most frequent mistake: {pairs[0][0]} taken for {pairs[0][1]}, {_times(pairs[0][2])}." if pairs else ""
     )
     right = f"{1 - counts.top1_error:.1%} of the pictures are on the diagonal"
     alt = f"Confusion matrix of {len(ranked)} classes: {right}.{first}"
-    small = len(classes) <= MATRIX
+    small = len(names) <= MATRIX
     return {
-        "heads": ("Measured on", "Pictures", "Top-1 error", "Top-5 error", "Loss"),
+        "heads": ("Protocol", "Pictures", "Top-1 error", "Top-5 error", "Loss"),
         "errors": [*(_total(totals) for totals in found.totals), *_known(found.totals)],
         "class_heads": ("Class", "Pictures", "Right", "Among five", "Most often taken for"),
-        "best": rows[:most], "worst": rows[::-1][:most], "pairs": pairs,
+        "best": rows[:most], "worst": rows[: -most - 1 : -1] if len(rows) > 1 else [], "pairs": pairs,
         "picture": {
             "uri": report_pictures.drawing(image), "alt": alt, "width": min(image.width, WIDEST),
             "caption": "Rows are true classes, columns what the network saw: blue is right, red a mistake, "
@@ -163,10 +160,13 @@ def outcome(report: Report) -> Names | None:
     }  # fmt: skip
 
 
-def _class(row: Mapping[str, Any], taken: Mapping[str, tuple[str, int]]) -> Row:
-    seen, times = taken.get(row["name"], ("", 0))
-    other = f"{seen}, {_times(times)}" if times else "nothing else"
-    return row["name"], row["images"], _percent(1 - row["top1_error"]), _percent(1 - row["top5_error"]), other
+def _class(row: Mapping[str, Any], counts: Evaluation, names: Sequence[str]) -> Row:
+    true = row["index"]
+    wrong = counts.confusion[true].copy()
+    wrong[true] = 0
+    seen = int(wrong.argmax())
+    other = f"{names[seen]}, {_times(int(wrong[seen]))}" if wrong[seen] else "nothing else"
+    return names[true], row["images"], _percent(1 - row["top1_error"]), _percent(1 - row["top5_error"]), other
 
 
 def _total(totals: Mapping[str, Any]) -> Row:
@@ -188,22 +188,19 @@ def _known(totals: Sequence[Mapping[str, Any]]) -> list[Row]:
 
 def examples(report: Report) -> Names | None:
     """Pictures that the network was sure of."""
-    found = report.evidence
+    found, names = report.evidence, told_apart(report.classes)
     if not found.right and not found.wrong:
         return None
     words = (
-        f"Of {SAMPLE} validation pictures, spread evenly (or of all, if there are fewer), those that the network was "
-        "surest of, each class once before any comes twice. The share is the probability that it gave its answer."
+        f"Of {found.looked:,} validation pictures, spread evenly over all of them, those whose answers have the "
+        "highest probability, which stands beside them; each class once before any comes twice."
     )
-    return {
-        "words": words,
-        "right": [_example(report, one) for one in found.right],
-        "wrong": [_example(report, one) for one in found.wrong],
-    }
+    right, wrong = ([_example(names, one) for one in some] for some in (found.right, found.wrong))
+    return {"words": words, "right": right, "wrong": wrong}
 
 
-def _example(report: Report, one: Example) -> Names:
-    true, seen, sure = report.classes[one.true].name, report.classes[one.seen].name, f"{one.probability:.0%}"
+def _example(names: Sequence[str], one: Example) -> Names:
+    true, seen, sure = names[one.true], names[one.seen], f"{one.probability:.0%}"
     if one.true == one.seen:
         alt, caption = f"A picture of {true}, recognised.", f"{true}, {sure}"
     else:
@@ -216,23 +213,18 @@ def nearest(report: Report) -> Names | None:
     found, data = report.evidence.nearest, report.data
     if not found or data is None:
         return None
-    rows = []
+    names, rows = told_apart(data.classes), []
     for i, one in enumerate(found, 1):
-        name = data.classes[one.true].name
-        asked = {
-            "uri": report_pictures.photograph(one.picture),
-            "alt": f"Validation picture of {name}.",
-            "caption": name,
-        }
         shown = [
             {
-                "uri": report_pictures.photograph(picture),
-                "alt": f"Training picture of {data.classes[label].name}.",
-                "caption": f"{data.classes[label].name}, {distance:.3g}",
+                "uri": report_pictures.photograph(picture), "alt": f"Training picture of {names[label]}.",
+                "caption": f"{names[label]}, {distance:.3g}",
             }
             for picture, label, distance in one.near
-        ]
-        same = sum(label == one.true for _, label, _ in one.near)
+        ]  # fmt: skip
+        name, same = names[one.true], sum(label == one.true for _, label, _ in one.near)
+        uri = report_pictures.photograph(one.picture)
+        asked = {"uri": uri, "alt": f"Validation picture of {name}.", "caption": name}
         rows.append({"title": f"Picture {i}: {name}, {same} of {len(shown)} of its class", "shown": [asked, *shown]})
     words = (
         "Figure 4 (right) of the paper: a validation picture, framed, and the training pictures nearest to it in the "
@@ -260,8 +252,3 @@ def _times(count: int) -> str:
 
 def _list(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers))
-
-
-def few_classes(report: Report) -> bool:
-    """Whether every answer is among the five likeliest."""
-    return bool(report.classes) and len(report.classes) <= FEW

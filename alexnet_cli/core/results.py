@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,16 @@ import numpy.typing as npt
 
 from alexnet_cli.core.confusion_picture import draw
 from alexnet_cli.core.evaluate import Evaluation
+from alexnet_cli.core.listing import read_file
+from alexnet_cli.core.origin import own_data
 from alexnet_cli.core.published import IMAGES, Figure
+from alexnet_cli.core.shards import Dataset
 from alexnet_cli.core.sources import ClassName
-from alexnet_cli.errors import StorageError
+from alexnet_cli.errors import DataError, StorageError
 
+ENDS = (".json", "_per_class.csv", "_confusion.csv", "_confusion.png")
+LARGEST_LOSS = 70.0  # nats a picture: no probability is counted as less than 1e-30
+LARGEST_COUNT = 2**31
 PROTOCOL = {1: "centre view", 10: "ten views, mean of softmax (paper 4.1)"}
 
 
@@ -38,6 +45,21 @@ def numbers(counts: Evaluation, views: int, backend: str, figure: Figure | None 
         "backend": backend,
     }
     return totals if figure is None else totals | {"published": asdict(figure)}
+
+
+def origin(split: str, weights: Path, sha256: str, dataset: Dataset) -> dict[str, Any]:
+    """What an evaluation is of."""
+    data = {"data": str(dataset.path), "data_hash": dataset.hash}
+    return {"split": split, "weights": str(weights), **data, "weights_sha256": sha256}
+
+
+def stem(split: str, views: int, weights: Path, dataset: Dataset) -> str:
+    """How its files are called. A run has several weights files and is measured on several data sets; none is to
+    overwrite what another gave.
+    """
+    other = [weights.stem] * (weights.suffix == ".onnx")
+    other += [dataset.path.resolve().name] * (not own_data(weights, dataset))
+    return "-".join([split, str(views), *other])
 
 
 def compared(figure: Figure, views: int, images: int) -> str:
@@ -77,12 +99,17 @@ def worst(counts: Evaluation, classes: Sequence[ClassName], most: int) -> list[d
     return [row for row in rows[:most] if row["top1_error"]]
 
 
-def confused(counts: Evaluation, classes: Sequence[ClassName], most: int) -> list[tuple[str, str, int]]:
-    """The most frequent mistakes: true class, class seen instead, how often."""
+def mistakes(counts: Evaluation, most: int) -> list[tuple[int, int, int]]:
+    """The most frequent ones: true class, class seen instead, how often."""
     wrong = counts.confusion.copy()
     np.fill_diagonal(wrong, 0)
     places = [divmod(int(place), len(wrong)) for place in np.argsort(-wrong, axis=None, kind="stable")[:most]]
-    return [(classes[t].name, classes[s].name, int(wrong[t, s])) for t, s in places if wrong[t, s]]
+    return [(true, seen, int(wrong[true, seen])) for true, seen in places if wrong[true, seen]]
+
+
+def confused(counts: Evaluation, classes: Sequence[ClassName], most: int) -> list[tuple[str, str, int]]:
+    """The same with the names of the classes."""
+    return [(classes[true].name, classes[seen].name, times) for true, seen, times in mistakes(counts, most)]
 
 
 def make(folder: Path) -> None:
@@ -102,7 +129,7 @@ def write(
         StorageError: they cannot be written.
     """
     make(folder)
-    files = [folder / f"{stem}{end}" for end in (".json", "_per_class.csv", "_confusion.csv", "_confusion.png")]
+    files = [folder / f"{stem}{end}" for end in ENDS]
     names = [c.name for c in classes]
     try:
         files[0].write_text(json.dumps(totals, indent=2) + "\n", encoding="utf-8")
@@ -120,6 +147,51 @@ def write(
     except OSError as error:
         raise StorageError(f"cannot write to {folder}: {error.strerror}", "free space, or check permissions") from error
     return files
+
+
+def read(folder: Path, stem: str, classes: int, origin: Mapping[str, Any]) -> tuple[dict[str, Any], Evaluation] | None:
+    """The totals and counts that `write` has written, if they have what `origin` says; None where there are none, or
+    they are damaged or contradict themselves.
+    """
+    try:
+        totals = dict(json.loads(read_file(folder / f"{stem}{ENDS[0]}")))
+        if any(totals[key] != value for key, value in origin.items()):
+            return None
+        rows, confusion = (
+            list(csv.reader(io.StringIO(read_file(folder / f"{stem}{end}").decode("utf-8", "surrogateescape"))))
+            for end in ENDS[1:3]
+        )
+        counts = _counts(rows, confusion, classes)
+        counts.loss_sum = float(totals["loss"]) * counts.images
+        if not 0 <= totals["loss"] <= LARGEST_LOSS or (totals["images"] != counts.images) or not counts.images:
+            return None
+        return numbers(counts, totals["views"], str(totals["backend"])), counts
+    except (
+        OSError,
+        DataError,
+        ValueError,
+        TypeError,
+        KeyError,
+        IndexError,
+        ArithmeticError,
+        RecursionError,
+        csv.Error,
+    ):
+        return None
+
+
+def _counts(rows: list[list[str]], confusion: list[list[str]], classes: int) -> Evaluation:
+    """Counts out of the two tables, without their loss. Raises ValueError where they are none, or not of each other."""
+    found = np.array([[int(n) for n in row[1:]] for row in confusion[1:]], np.int64).reshape(classes, classes)
+    images, hits = found.sum(axis=1), np.zeros(classes, np.int64)
+    place = {name: rows[0].index(name) for name in ("index", "images", "top5_error")}
+    listed = [int(row[place["index"]]) for row in rows[1:]]
+    for i, row in zip(listed, rows[1:], strict=True):
+        hits[i] = round((1 - float(row[place["top5_error"]])) * int(row[place["images"]]))
+    whole = listed == np.flatnonzero(images).tolist() and 0 <= found.min() <= found.max() < LARGEST_COUNT
+    if not whole or (hits < found.diagonal()).any() or (hits > images).any():
+        raise ValueError("the tables contradict each other")
+    return Evaluation(found, hits)
 
 
 def prediction_lines(

@@ -56,11 +56,13 @@ def agreed(run: Run, wanted: Recipe, said: Collection[str]) -> Recipe:
     if wanted.epochs < done:
         raise UsageError(f"epochs = {wanted.epochs}, but {run.path.name} has done {done}", f"--epochs {done} or more")
     # One cycle is planned to its end: with another end every rate is another.
-    free = set() if wanted.schedule == "one-cycle" else {"epochs"}
-    if "epochs" not in free | set(said) and wanted.epochs != saved["epochs"]:
+    planned = wanted.schedule == saved["schedule"] == "one-cycle"
+    free = set() if planned else {"epochs"}
+    if planned and "epochs" not in said and wanted.epochs != saved["epochs"]:
         what = f"the one-cycle rate of {run.path.name} is planned for {saved['epochs']} epochs, not {wanted.epochs}"
         raise UsageError(what, f"go on all the same, every later rate being another: --set epochs={wanted.epochs}")
-    for key, value in asdict(wanted).items():
+    # Another network is the first thing to say; a name is the last: another recipe differs in more than that.
+    for key, value in sorted(asdict(wanted).items(), key=lambda item: (item[0] not in SHAPE, item[0] == "name")):
         if value != saved[key] and key in SHAPE:
             what = f"{key} = {value} is another network than that of {run.path.name}, which has {saved[key]}"
             raise UsageError(what, "train it as a run of its own")

@@ -17,16 +17,20 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from alexnet_cli.core.atomic import point, write_text
+from alexnet_cli.core.devices import train_command
+from alexnet_cli.core.listing import read_file
+from alexnet_cli.core.records import read_records
 from alexnet_cli.errors import DataError, StorageError, UsageError, WeightsError
 from alexnet_cli.recipe import Recipe, load
 
 MODEL, ONNX = "model.safetensors", "alexnet.onnx"
+LARGEST = 2**24  # bytes of run.json and of meta.json, which have some thousands
 CSV_COLUMNS = (
     "epoch", "step", "lr", "train_loss", "train_top1_error", "loss", "top1_error", "top5_error", "images_per_second",
     "specialisation", "chroma_tower1", "chroma_tower2",
@@ -69,14 +73,11 @@ class Run:
             run.update({"schema": "alexnet.run/1", "status": "running", **about})
             point(root / "latest", path)
         except FileExistsError as error:
-            raise UsageError(
-                f"a run called {name} is there already: {path}",
-                f"continue it with --resume {name}, or choose a name",
-            ) from error
+            what = f"a run called {name} is there already: {path}"
+            raise UsageError(what, f"continue it with --resume {name}, or choose a name") from error
         except OSError as error:
-            raise StorageError(
-                f"cannot write {path}: {error.strerror}", "set ALEXNET_RUNS_DIR to another folder"
-            ) from error
+            what = f"cannot write {path}: {error.strerror}"
+            raise StorageError(what, "set ALEXNET_RUNS_DIR to another folder") from error
         return run
 
     @classmethod
@@ -107,10 +108,9 @@ class Run:
     def about(self) -> dict[str, Any]:
         """What run.json says."""
         try:
-            about = dict(json.loads((self.path / "run.json").read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError, RecursionError) as error:
+            return dict(json.loads(read_file(self.path / "run.json", LARGEST)))
+        except (OSError, ValueError, TypeError, RecursionError, DataError) as error:
             raise DataError(f"{self.path / 'run.json'} cannot be read: {error}", "start a new run") from error
-        return about
 
     @contextmanager
     def storing(self) -> Iterator[None]:
@@ -166,13 +166,7 @@ class Run:
 
     def records(self) -> list[dict[str, Any]]:
         """The records of metrics.jsonl; a last line that a crash cut short is left out."""
-        path = self.path / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-        found = []
-        for line in lines:
-            with suppress(ValueError, TypeError, RecursionError):
-                found.append(dict(json.loads(line)))
-        return found
+        return read_records(self.path / "metrics.jsonl")
 
     def begin(self, recipe: Recipe, step: int, epoch: int) -> None:
         """Make ready to go on after `step`, in `epoch`: what comes then, and the ONNX file, will be made anew."""
@@ -206,7 +200,7 @@ def _unborn(path: Path) -> bool:
     own = path.is_dir() and not path.is_symlink() and not any((path / "checkpoints").glob("*"))
     return own and all(
         entry.name in {"checkpoints", "recipe.toml", ".lock"}
-        or re.fullmatch(r"\.(recipe\.toml|run\.json)\..*tmp", entry.name)
+        or re.fullmatch(r"\.(recipe\.toml|run\.json)\..*tmp(\.\w+)?", entry.name)
         for entry in path.iterdir()
     )
 
@@ -215,7 +209,7 @@ def _known_runs() -> str:
     root = runs_root()
     names = sorted(file.parent.name for file in root.glob("*/run.json") if file.parent.name != "latest")
     if not names:
-        return "train one first: alexnet train"
+        return f"train one first: {train_command()}"
     more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
     return f"there are: {', '.join(names[-5:])}{more}"
 
@@ -249,7 +243,8 @@ def find_weights(spec: str | None, suffixes: Sequence[str] = (".safetensors",)) 
             raise WeightsError(f"{path} is not a {' or '.join(suffixes)} file", hint)
         return path
     if spec is None and not path.exists():
-        raise WeightsError(f"no newest run to take weights from in {runs_root()}", _known_runs())
+        which = "no newest run" if any(runs_root().glob("*/run.json")) else "no run yet"
+        raise WeightsError(f"there is {which} in {runs_root().absolute()} to take weights from", _known_runs())
     checkpoints = [f"checkpoints/{name}/{MODEL}" for name in ("best", "last")]
     inside = {".onnx": (ONNX,), ".safetensors": (MODEL, *checkpoints)}
     for suffix in suffixes:
@@ -267,9 +262,12 @@ def trained_on(path: Path) -> str | None:
     """The prepared data set that the run of a weights file was trained on, if it is still there."""
     run = run_of(path)
     data = Run(run).about.get("data_path") if run else None
-    if not isinstance(data, str) or not Path(data).is_dir():
-        return None
-    return os.path.relpath(data) if Path(data).is_relative_to(Path.cwd()) else data
+    return str(typed(Path(data))) if isinstance(data, str) and os.path.isdir(data) else None  # whatever it is
+
+
+def typed(path: Path) -> Path:
+    """A path as one would type it here."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def run_of(path: Path) -> Path | None:

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from alexnet_cli.core import onnx_mapped, onnx_metadata, onnx_wire, weights
-from alexnet_cli.core.devices import cores, int8_saturates
+from alexnet_cli.core.devices import cores, gpu_present, int8_saturates
 from alexnet_cli.core.sources import ClassName
 from alexnet_cli.errors import AlexNetError, MissingError, WeightsError, memory_ended
 from alexnet_cli.recipe import SIDE, Recipe
@@ -155,7 +155,7 @@ def _providers(provider: str) -> list[Any]:
     import onnxruntime
 
     onnxruntime.set_default_logger_severity(3)
-    if provider == "cpu" or CUDA not in onnxruntime.get_available_providers() or not _gpu_present():
+    if provider == "cpu" or CUDA not in onnxruntime.get_available_providers() or not gpu_present():
         return [CPU]
     if hasattr(onnxruntime, "preload_dlls"):  # since 1.21
         onnxruntime.preload_dlls()  # CUDA's libraries as Python packages, if they were installed so
@@ -238,13 +238,6 @@ def _checked(path: Path, session: Any, layer: str | None) -> onnx_metadata.Info:
     if shapes != {"input": [3, side, side], "logits": [classes], "probabilities": [classes]}:
         raise WeightsError(f"{path}: its inputs and outputs do not fit its metadata", "export it anew")
     return info
-
-
-def _gpu_present() -> bool:
-    """Whether trying CUDA can succeed: without a device, ONNX Runtime would try, complain and go on."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES") in {"", "-1"}:
-        return False
-    return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists() or os.name == "nt"
 
 
 def _reason(said: str) -> str:

@@ -101,8 +101,18 @@ def _source(path: Path, found: Found, val_fraction: float | None) -> Source:
         return Source(path, found.layout, classes, {"train": found.train, "val": found.val}, found.notes)
     fraction = VAL_FRACTION if val_fraction is None else val_fraction
     splits = _split_by_name(found.train, len(classes), fraction)
-    notes = (*found.notes, f"{fraction:.0%} of each class are kept for validation: the source has no such split")
+    notes = (*found.notes, _kept(splits["val"], len(found.train), len(classes)))
     return Source(path, found.layout, classes, splits, notes if fraction else found.notes)
+
+
+def _kept(val: Pictures, total: int, classes: int) -> str:
+    """What was taken for validation, as it came out: of few pictures it is another share than was asked for."""
+    counts = Counter(val.labels)
+    each = [counts[label] for label in range(classes)]
+    low, high = min(each), max(each)
+    spread = f"{low:,}" if low == high else f"{low:,} to {high:,}"
+    kept = f"{len(val):,} of {total:,} pictures, {spread} of each class"
+    return f"kept for validation, as the source has no such split: {kept}"
 
 
 def _tiny_imagenet(path: Path) -> Found | None:

@@ -28,7 +28,7 @@ def ablate(
         str, typer.Option("--recipe", help="The base: paper, krizhevsky, caffe, fast, tiny, or a TOML file.")
     ] = "tiny",
     settings: Annotated[
-        list[str] | None, typer.Option("--set", help="Change one value of the base: key=value. Repeatable.")
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one value of the base. Repeatable.")
     ] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the training set, each time.")] = None,
     seeds: Annotated[int, typer.Option(min=1, max=30, help="Trainings of each, from the base's seed on.")] = 3,
@@ -44,12 +44,12 @@ def ablate(
     json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
-    """Switch the paper's ideas off, one at a time, and measure what each is worth on your data.
+    """Switch the paper's ideas off, one at a time.
 
-    Trains the base and every switch with each seed. Stopped or killed, the same command goes on; what is finished is
-    not trained again, and more seeds may follow.
+    Measures what each is worth on your data: trains the base and every switch with each seed. Stopped or killed, the
+    same command goes on; what is finished is not trained again, and more seeds may follow.
     """
-    from alexnet_cli.core import ablation_picture, placement, switches
+    from alexnet_cli.core import placement, plotting, switches
     from alexnet_cli.core.ablation import Ablation, cells
     from alexnet_cli.core.resume import EXIT_CODES, asked_to_stop
     from alexnet_cli.core.shards import find_dataset, open_dataset
@@ -65,8 +65,8 @@ def ablate(
     todo = cells(base, wanted, seeds)
     done = [cell for cell in todo if made.finished(cell)]
     _heading(reporter, made, base, off, f"{len(todo)} trainings, {len(done)} of them finished")
-    if not ablation_picture.can_draw():
-        reporter.warn("no chart will be drawn: matplotlib is not installed", ablation_picture.HINT)
+    if not plotting.can_draw():
+        reporter.warn("no chart will be drawn: matplotlib is not installed", plotting.HINT)
     with asked_to_stop(None) as stop:
         reason = _train_all(reporter, made, todo, done, stop, level)
     rows = report(reporter, made, level, show=True)
@@ -77,6 +77,7 @@ def ablate(
         every = broken + sum(len(row.seeds) for row in rows)
         what = f"{broken} of {every} trainings broke down: their loss became no number"
         raise PartialError(what, "a lower rate for all: --set learning_rate=..., with another --name")
+    reporter.line("next", f"each training is a run: alexnet report -w {made.folder.name}/{todo[0].name}")
 
 
 def _heading(reporter: Reporter, made: Ablation, base: Recipe, off: Sequence[Switch], count: str) -> None:

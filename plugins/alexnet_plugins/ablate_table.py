@@ -26,7 +26,7 @@ def report(reporter: Reporter, made: Ablation, error: float, *, show: bool) -> l
     Raises:
         StorageError: the files cannot be written.
     """
-    from alexnet_cli.core import ablation_picture, comparison
+    from alexnet_cli.core import ablation_picture, comparison, plotting
 
     rows = comparison.compare(made.runs())
     if not rows:
@@ -38,7 +38,7 @@ def report(reporter: Reporter, made: Ablation, error: float, *, show: bool) -> l
         "ablation.csv": comparison.to_csv(rows, error).encode(),
         "ablation.json": comparison.to_json(rows, about, error).encode(),
     }
-    if show and ablation_picture.can_draw():
+    if show and plotting.can_draw():
         contents["ablation.png"] = ablation_picture.draw(rows, title, error)
     for name, content in contents.items():
         _write(made.folder / name, content)
@@ -107,8 +107,15 @@ def _sentences(rows: list[Row], images: int, error: float) -> list[str]:
         "top-1 / top-5, on ILSVRC.",
         f"All are measured on the same {images:,} pictures; others would move each error by {100 * half:.1f} as well.",
     ]
+    differences = [row.top1_difference for row in rows if row.top1_difference]
+    if any(difference.half is not None for difference in differences):
+        told.append("A verdict says whether the error rises where the paper says that it does.")
+    elif differences:
+        told.append("One seed has no interval and so no verdict: the same command with --seeds 3 gives both.")
     found = {name: steps for name, steps in speeds(rows, error).items() if steps}
-    if len(found) > 1:
+    if len(found) == 1:
+        told.append("Of one activation there is no figure 1 of the paper: --only tanh,sigmoid trains others.")
+    elif found:
         parts = [f"{name} {_reached(steps)}" for name, steps in found.items()]
         told.append(f"Training error of {error:.0%} is reached: {', '.join(parts)}.")
     return told

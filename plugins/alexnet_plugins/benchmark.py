@@ -84,9 +84,10 @@ def benchmark(
     json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
-    """Time ours against what is used otherwise, on the same files and workers.
+    """Time ours against what is used otherwise.
 
-    All take turns, round after round; medians, slowest and fastest rounds, and ratios are shown.
+    On the same files and with the same workers. All take turns, round after round; medians, slowest and fastest
+    rounds, and ratios are shown.
     """
     from alexnet_cli.core import stopwatch
     from alexnet_cli.core.devices import cores

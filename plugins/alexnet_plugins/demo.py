@@ -33,7 +33,7 @@ STORY = (
     ("visualize-filters",),
     ("export",),
 )
-NEXT = "alexnet prepare YOUR_FOLDER --val-fraction 0.1 && alexnet train --recipe tiny"
+NEXT = "alexnet prepare YOUR_FOLDER && alexnet train --recipe tiny"
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,10 @@ def demo(
     json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
-    """Draw a small picture set, then prepare, train, evaluate, predict, visualize and export on it.
+    """Live through the whole story on pictures it draws.
 
-    Takes a few minutes on a laptop, downloads nothing, and prints each command line before it runs.
+    Draws a small set, then prepares, trains, evaluates, predicts, visualizes and exports on it. Takes a few minutes
+    on a laptop, downloads nothing, and prints each command line before it runs.
     """
     from alexnet_plugins.demo_pictures import CLASSES, draw
 

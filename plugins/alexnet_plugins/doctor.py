@@ -23,7 +23,10 @@ Found = TypeVar("Found")
 
 
 def doctor(json: JsonFlag = False, quiet: QuietFlag = False) -> None:
-    """Show versions, devices, what ONNX Runtime can really open, disk space, settings and broken commands."""
+    """Show versions, devices, and what does not work.
+
+    Also what ONNX Runtime can really open, disk space, settings and broken commands.
+    """
     from alexnet_cli.core.devices import cpu_bf16, onnx_providers, visible_gpus
 
     reporter = Reporter("doctor", json=json, quiet=quiet)

@@ -13,10 +13,10 @@ from alexnet_cli.console import Reporter, visible
 from alexnet_cli.errors import DataError, StorageError
 from alexnet_cli.options import (
     BatchOption,
-    DataOption,
     GpusOption,
     JobsOption,
     JsonFlag,
+    OwnDataOption,
     QuietFlag,
     ViewsOption,
     WeightsOption,
@@ -36,7 +36,7 @@ WORST = 10  # classes and pairs to show, but no more than half of the classes
 
 def evaluate(
     weights: WeightsOption = None,
-    data: DataOption = None,
+    data: OwnDataOption = None,
     split: Annotated[str, typer.Option(help="Which split of the data set.")] = "val",
     views: ViewsOption = 1,
     batch_size: BatchOption = None,
@@ -50,7 +50,10 @@ def evaluate(
     json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
-    """Measure top-1 and top-5 error on the validation split, with the centre view or the paper's ten."""
+    """Measure top-1 and top-5 error.
+
+    On the validation split, with the centre view or the paper's ten.
+    """
     from alexnet_cli.core import results
     from alexnet_cli.core.evaluate import matching
     from alexnet_cli.core.neighbours import sha256
@@ -82,15 +85,12 @@ def evaluate(
         results.make(folder)
     counts = _counted(reporter, images, classify, classes, output_of, batch_size, jobs, predictions)
     figure = published(recipe, dataset.classes)
-    totals = results.numbers(counts, views, backend, figure)
-    totals |= {"split": split, "weights": str(path), "data": str(dataset.path), "data_hash": dataset.hash}
-    totals |= {"weights_sha256": sha256(path)}
+    totals = results.numbers(counts, views, backend, figure) | results.origin(split, path, sha256(path), dataset)
     _report(reporter, counts, classes, totals, results.compared(figure, views, counts.images) if figure else "")
+    if (split, views, backend) == ("val", 1, "torch") and own_data(path, dataset):
+        _explain(reporter, about, run, counts.top1_error)
     if folder:
-        # A run has several files and is measured on several data sets; none is to overwrite what another gave.
-        other = [path.stem] * (backend == "onnx") + [dataset.path.resolve().name] * (not own_data(path, dataset))
-        stem = "-".join([split, str(views), *other])
-        files = results.write(folder, stem, counts, classes, totals)
+        files = results.write(folder, results.stem(split, views, path, dataset), counts, classes, totals)
         reporter.line("files", f"{files[0].parent}: {', '.join(file.name for file in files)}")
     else:
         reporter.line("files", "none, since the weights lie in no run: -o DIR writes classes and confusions")
@@ -186,6 +186,17 @@ def _report(
         for left, right in lines:
             reporter.show(visible(f"{word:<8}{left:<{width}}   {right}"))
             word = ""
+
+
+def _explain(reporter: Reporter, about: Mapping[str, Any], run: Path | None, error: float) -> None:
+    """Say why training told another error of these weights, where it did: it validates with its own arithmetic."""
+    from alexnet_cli.core.runs import Run
+
+    metrics, trained = about.get("metrics"), Run(run).about if run else {}
+    told = metrics.get("top1_error") if isinstance(metrics, Mapping) else None
+    precision = [trained, *trained.get("resumed", [])][-1].get("precision", "fp32")
+    if isinstance(told, float) and precision != "fp32" and f"{told:.1%}" != f"{error:.1%}":
+        reporter.line("note", f"training told {told:.1%} of these weights: it validates in {precision}, this is fp32")
 
 
 def _opened(path: Path) -> Any:

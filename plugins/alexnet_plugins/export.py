@@ -9,7 +9,7 @@ import typer
 
 from alexnet_cli.console import Reporter
 from alexnet_cli.errors import DataError, UsageError
-from alexnet_cli.options import DataOption, JsonFlag, QuietFlag, WeightsOption
+from alexnet_cli.options import JsonFlag, OwnDataOption, QuietFlag, WeightsOption
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,11 +43,11 @@ def export(
         bool, typer.Option("--force", help="Keep an int8 file that loses more than a point.", show_default=False)
     ] = False,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Measure the file before it is kept.")] = True,
-    data: DataOption = None,
+    data: OwnDataOption = None,
     json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
-    """Write a trained network as one ONNX file, checked against PyTorch."""
+    """Write one ONNX file, checked against PyTorch."""
     from alexnet_cli.core import weights as model_file
     from alexnet_cli.core.origin import told, unfinished
     from alexnet_cli.core.runs import find_weights, trained_on

@@ -49,7 +49,10 @@ def import_weights(
     json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
-    """Take over a pretrained two-tower AlexNet from Caffe, cuda-convnet, ONNX or PyTorch."""
+    """Take over the weights of another program.
+
+    A pretrained two-tower AlexNet of Caffe, cuda-convnet, ONNX or PyTorch becomes a run like any other.
+    """
     from alexnet_cli.core import conversion, mean_image, recognition
 
     reporter = Reporter("import-weights", json=json, quiet=quiet)

@@ -13,13 +13,13 @@ import typer
 
 from alexnet_cli.console import Reporter, visible
 from alexnet_cli.errors import PartialError, StorageError
-from alexnet_cli.options import DataOption, JsonFlag, QuietFlag, WeightsOption
+from alexnet_cli.options import JsonFlag, OwnDataOption, QuietFlag, WeightsOption
 
 if TYPE_CHECKING:
     from alexnet_cli.core.contact_sheet import Row
     from alexnet_cli.core.images import Pixels
     from alexnet_cli.core.inputs import Source
-    from alexnet_cli.core.neighbours import Index
+    from alexnet_cli.core.nearest import Index
     from alexnet_cli.core.session import Session
     from alexnet_cli.core.shards import Dataset, Split
 
@@ -33,7 +33,7 @@ def neighbors(
         typer.Argument(metavar="PICTURE...", help="Pictures, folders, patterns; @FILE lists paths; - reads stdin."),
     ],
     weights: WeightsOption = None,
-    data: DataOption = None,
+    data: OwnDataOption = None,
     k: Annotated[int, typer.Option("-k", "--neighbors", min=1, help="How many neighbours to show.")] = 6,
     output: Annotated[
         Path | None,
@@ -42,9 +42,10 @@ def neighbors(
     json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
-    """Find the training pictures that the network takes for most alike: nearest in the activations of layer 7.
+    """Find the training pictures most like a picture.
 
-    The first time, the training set runs through the network once, and its activations stay beside the run.
+    Those that the network takes for most alike: nearest in the activations of layer 7. The first time, the training
+    set runs through the network once, and its activations stay beside the run.
     """
     from alexnet_cli.core import qualitative_sheets
     from alexnet_cli.core.contact_sheet import sheet
@@ -108,7 +109,7 @@ def _found(
     sources: list[Source], session: Session, index: Index, k: int
 ) -> Iterator[tuple[str, Pixels | str, Any, Any]]:
     """Every picture's name, pixels (or why there are none), and the rows and distances of its neighbours."""
-    from alexnet_cli.core import neighbours
+    from alexnet_cli.core import nearest, neighbours
     from alexnet_cli.core.inputs import ahead
     from alexnet_cli.core.responses import answers
 
@@ -118,7 +119,7 @@ def _found(
             near: Iterator[tuple[Any, Any]] = iter(())
             if readable:
                 queries = neighbours.half(answers(session, readable), session.path)
-                found = neighbours.search(index, queries, k)
+                found = nearest.search(index, queries, k)
                 near = zip(found.rows, found.distances, strict=True)
             for name, picture in batch:
                 rows, distances = (None, None) if isinstance(picture, str) else next(near)

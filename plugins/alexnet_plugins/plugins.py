@@ -9,7 +9,10 @@ from alexnet_cli.options import JsonFlag, QuietFlag
 
 
 def plugins(json: JsonFlag = False, quiet: QuietFlag = False) -> None:
-    """List the installed commands, ours and others', and say what is wrong with those that do not work."""
+    """List the installed commands, ours and others'.
+
+    Says what is wrong with those that do not work.
+    """
     from rich.table import Table
 
     reporter = Reporter("plugins", json=json, quiet=quiet)

@@ -49,7 +49,7 @@ def predict(
     json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
-    """Classify pictures: the likeliest labels of each, with their probabilities."""
+    """Classify pictures: the likeliest labels of each."""
     import time
 
     from alexnet_cli.core.inputs import expand
@@ -73,13 +73,16 @@ def predict(
         reporter.line("note", f"left out: {drawn} drawn for runs, such as {ours[0]}")
     if classifier.fallback:
         reporter.warn(f"the network runs on the CPU: {classifier.fallback}", "see `alexnet doctor`")
-    started, failed, tables = time.perf_counter(), 0, csv is None and features is None
+    started, tables, unread = time.perf_counter(), csv is None and features is None, list[str]()
     with _csv(csv) as write, _features(output, classifier, features) as keep, contextlib.ExitStack() as stack:
         # A moving line and tables on one terminal would overwrite each other.
         bar = len(sources) > FEW and not (tables and sys.stdout.isatty())
         progress = stack.enter_context(reporter.progress("predict", len(sources))) if bar else None
         for prediction in run(sources, classifier, k, views, features is not None):
-            failed += prediction.error is not None
+            if prediction.error is not None:
+                unread.append(f"{prediction.path}: {prediction.error}")
+                if features and csv is None and not json:  # there is no other place for the reason
+                    reporter.warn(f"left out {unread[-1]}")
             write(prediction)
             keep(prediction)
             if progress:
@@ -88,12 +91,15 @@ def predict(
             if tables:
                 reporter.show(_table(prediction, headed=len(sources) > 1))
     name = "torch" if backend == "torch" else "onnx"
-    _conclude(reporter, len(sources), failed, time.perf_counter() - started, f"{name} · {classifier.device}")
+    _conclude(reporter, len(sources), len(unread), time.perf_counter() - started, f"{name} · {classifier.device}")
     for path in (csv, output):
         if path is not None:
             reporter.line("saved", str(path))
-    if failed:
-        raise PartialError(f"{failed} of {_pictures(len(sources))} could not be read", "the reasons are in the results")
+    if unread:
+        what = f"{len(unread):,} of {_pictures(len(sources))} could not be read"
+        if len(unread) == 1:
+            raise PartialError(f"{what}: {unread[0]}", "look at the file, or leave it out")
+        raise PartialError(f"{what}; the first is {unread[0]}", f"the reasons of all are in {csv or 'the results'}")
 
 
 def _conclude(reporter: Reporter, pictures: int, failed: int, seconds: float, by: str) -> None:

@@ -30,7 +30,7 @@ OnCorrupt = Literal["skip", "fail"]
 
 
 def prepare(
-    source: Annotated[Path | None, typer.Argument(help=LAYOUTS, show_default=False)] = None,
+    source: Annotated[Path | None, typer.Argument(metavar="SOURCE", help=LAYOUTS, show_default=False)] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Default: prepared/NAME OF SOURCE.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Threads. Default: one per core.")] = None,
     quality: Annotated[int, typer.Option(min=1, max=100, help="JPEG quality of the packed images.")] = 95,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -63,9 +64,11 @@ def there_already(reporter: Reporter, plan: Plan) -> None:
 
 
 def _result(reporter: Reporter, dataset: Dataset, seconds: float, rate: float | None) -> None:
+    from alexnet_cli.core.devices import train_command
+
     images = {name: split["images"] for name, split in dataset.record["splits"].items()}
     if images.get("val"):
-        reporter.line("next", f"alexnet train --data {dataset.path}")
+        reporter.line("next", f"{train_command()} --data {shlex.quote(str(dataset.path))}")
     found = {"classes": len(dataset.classes), "rejected": dataset.record["rejected"]}
     timing = {"seconds": seconds, "images_per_second": rate}
     reporter.result({"output": str(dataset.path), "images": images, **found, **timing})
@@ -84,8 +87,9 @@ def _left_out(dataset: Dataset) -> None:
     rejected = dataset.record["rejected"]
     if rejected:
         total = rejected + sum(split["images"] for split in dataset.record["splits"].values())
+        were = "was" if rejected == 1 else "were"
         raise PartialError(
-            f"{rejected:,} of {total:,} images were left out, as {dataset.path / REJECTED_FILE} lists",
+            f"{rejected:,} of {total:,} images {were} left out, as {dataset.path / REJECTED_FILE} lists",
             "the data set is complete without them; --on-corrupt fail stops at the first instead",
         )
 

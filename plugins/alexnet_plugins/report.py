@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,7 +10,7 @@ import typer
 
 from alexnet_cli.console import Progress, Reporter
 from alexnet_cli.errors import PartialError, UsageError, WeightsError
-from alexnet_cli.options import DataOption, JsonFlag, QuietFlag, WeightsOption
+from alexnet_cli.options import JsonFlag, OwnDataOption, QuietFlag, WeightsOption
 
 if TYPE_CHECKING:
     from alexnet_cli.core.runs import Run
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 
 def report(
     weights: WeightsOption = None,
-    data: DataOption = None,
+    data: OwnDataOption = None,
     output: Annotated[
         Path | None,
         typer.Option("-o", "--output", metavar="F.html", help="The page. [default: report.html in the run]"),
@@ -27,27 +26,34 @@ def report(
     json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
-    """Write one page about a run: recipe, curves, filters, confusions, examples, neighbours, speed.
+    """Write one page about a run.
 
-    Results of `evaluate` and the index of `neighbors` are used if they are of these weights, and made otherwise.
+    Recipe, curves, filters, confusions, examples, neighbours, speed. Results of `evaluate` and the index of
+    `neighbors` are used if they are of these weights, and made otherwise.
     """
     from alexnet_cli.core import report_page
-    from alexnet_cli.core.ablation_picture import HINT, can_draw
+    from alexnet_cli.core.evidence import opened
     from alexnet_cli.core.origin import is_best, told
+    from alexnet_cli.core.patience import Patience
     from alexnet_cli.core.placement import place
+    from alexnet_cli.core.plotting import HINT, can_draw
     from alexnet_cli.core.report import data_of, gather
+    from alexnet_cli.core.runs import typed
     from alexnet_cli.core.shards import Dataset
-    from alexnet_cli.core.weights import read
 
     reporter = Reporter("report", json=json, quiet=quiet)
     if output is not None and output.suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"-o {output}: not an .html file", "such as -o report.html")
     run, path = _subject(weights)
-    model = read(path) if path else None
-    reporter.line("weights", told(path, model.info) if path and model else f"none yet in {run.path if run else path}")
+    # The run's own page is of its best checkpoint, and no other's is written over it.
+    other = "" if path is None or is_best(path) else f"-{path.resolve().parent.name}"
+    target = output or (run.path if run else Path()) / f"report{other}.html"
+    report_page.ready(target)
+    network = opened(path) if path else None
+    there = told(path, network.model.info) if path and network else f"none yet in {run.path if run else path}"
+    reporter.line("weights", there)
     dataset = data_of(run, data)
-    shown = f"{dataset.path}" if isinstance(dataset, Dataset) else dataset
-    reporter.line("data", shown)
+    reporter.line("data", str(typed(dataset.path)) if isinstance(dataset, Dataset) else dataset)
     with ExitStack() as stack:
         started: list[Progress] = []
 
@@ -56,10 +62,9 @@ def report(
                 started.append(stack.enter_context(reporter.progress("report", total=None)))
             started[0].advance(pictures)
 
-        found = gather(run, model, dataset, place(None, "fp32") if model else None, advance=advance)
-    # The run's own page is of its best checkpoint, and no other's is written over it.
-    other = "" if path is None or is_best(path) else f"-{path.resolve().parent.name}"
-    target = output or (run.path if run else Path()) / f"report{other}.html"
+        found = gather(run, network, dataset, place(None, "fp32") if path else None, Patience(advance=advance))
+    if found.evidence.unkept:
+        reporter.line("note", f"what was computed is on the page alone: {found.evidence.unkept}")
     sections = report_page.write(found, target)
     size = target.stat().st_size
     reporter.result({
@@ -87,7 +92,5 @@ def _subject(spec: str | None) -> tuple[Run | None, Path | None]:
         except UsageError:
             pass
         raise
-    if path.parent.is_symlink():  # such as `best`, which a training that goes on may point elsewhere meanwhile
-        path = path.parent.parent / os.readlink(path.parent) / path.name
     run = run_of(path)
     return (Run(run) if run else None), path

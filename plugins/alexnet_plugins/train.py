@@ -14,7 +14,6 @@ from alexnet_cli import recipe as recipes
 from alexnet_cli.console import Reporter
 from alexnet_cli.errors import AlexNetError, Stopped, StorageError
 from alexnet_cli.options import (
-    BatchOption,
     DataOption,
     DevicesOption,
     JobsOption,
@@ -32,23 +31,31 @@ if TYPE_CHECKING:
 
 Cache = Literal["auto", "device", "none"]
 Frozen = Literal["none", "conv"]
-NAMES = "paper, krizhevsky, caffe, fast, tiny, or a TOML file. [default: paper, or that of --init-from]"
+NAMES = "paper, krizhevsky, caffe, fast, tiny (for a CPU), or a TOML file. [default: paper, or that of --init-from]"
+OWN = "[default: the recipe's]"
 
 
 def train(
     data: DataOption = None,
     recipe: Annotated[str | None, typer.Option("--recipe", help=NAMES)] = None,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", help="Change one value: key=value. Repeatable.")
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Change one value of the recipe; --print-config lists them. Repeatable."
+        ),
     ] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the training set, at most.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help=f"Passes over the training set, at most. {OWN}")] = None,
     max_steps: Annotated[int | None, typer.Option(min=1, help="Stop after so many steps.")] = None,
-    batch_size: BatchOption = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", "-b", min=1, help=f"Images a step, over all devices. {OWN}")
+    ] = None,
     micro_batch: Annotated[
         int | None,
         typer.Option(min=1, help="Images computed at once, for a small GPU; the batch stays. [default: all of it]"),
     ] = None,
-    lr: Annotated[float | None, typer.Option(help="Initial learning rate.")] = None,
+    lr: Annotated[
+        float | None, typer.Option(help=f"Learning rate to begin with, or the highest one if one-cycle. {OWN}")
+    ] = None,
     gpus: DevicesOption = None,
     processes: Annotated[
         int | None, typer.Option(min=1, help="With --gpus none: so many processes, as if each were a device.")
@@ -60,8 +67,8 @@ def train(
     compress: Annotated[
         bool, typer.Option("--compress", help="Send gradients between replicas as bf16.", show_default=False)
     ] = False,
-    precision: Annotated[Precision | None, typer.Option(help="Arithmetic of the matrix products.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of initial values, order, crops and dropout.")] = None,
+    precision: Annotated[Precision | None, typer.Option(help=f"Arithmetic of the matrix products. {OWN}")] = None,
+    seed: Annotated[int | None, typer.Option(help=f"Of initial values, order, crops and dropout. {OWN}")] = None,
     resume: Annotated[
         str | None,
         typer.Option(help="A run to go on with; auto: that of --name, or the newest if unfinished, or a new one."),
@@ -97,7 +104,8 @@ def train(
 ) -> None:
     """Train the two-tower network on a prepared data set.
 
-    Without options: recipe `paper`, the only prepared data set, the first GPU if there is one.
+    Without options: recipe `paper`, the only prepared data set, the first GPU if there is one. Without a GPU `paper`
+    takes hours on a few thousand pictures, and `--recipe tiny` minutes.
     """  # fmt: skip
     from alexnet_cli.core.resume import agreed, asked_to_stop, seconds
 
@@ -156,7 +164,7 @@ def train(
             reporter.line("note", f"--parallel {parallel} is for several devices, and there is one: --gpus names more")
         reason = _run(reporter, training, max_steps, stop, habits["save_every"] or sys.maxsize, tensorboard)
         if ranks.first:
-            _finish(reporter, training, reason)
+            _finish(reporter, training, reason, stop)
 
 
 def _run(
@@ -174,17 +182,16 @@ def _run(
 
     start, damaged = _newest(training)
     rows, size = training.rows, training.recipe.batch_size
-    if rows > size and (left_out := rows % size) > rows // 10:
-        reporter.line(
-            "note", f"{left_out:,} of {rows:,} pictures sit out each epoch, which has whole batches of {size}"
-        )
+    steps, done = min(training.steps, max_steps or sys.maxsize), int(start.name) if start else 0
+    if rows > size and (left_out := rows % size) and done < steps:
+        rest = f"{left_out:,} of {rows:,} pictures, others each time, sit out each epoch"
+        reporter.line("note", f"{rest}, which has whole batches of {size}")
     if size > rows:
-        what = f"a batch of {size:,} is not to be had from {rows:,} training pictures: every step takes them all"
-        reporter.warn(what, f"-b {max(1, rows // 10)} makes ten steps an epoch or more")
+        what, fewer = f"a batch of {size:,} is not to be had from {rows:,} training pictures", max(1, rows // 10)
+        reporter.warn(f"{what}: every step takes them all", f"-b {fewer} makes {rows // fewer} steps an epoch")
     for folder in damaged:
         reporter.warn(f"{folder} is damaged: going on from {start}")
     training.run.update({"status": "running"})
-    steps, done = min(training.steps, max_steps or sys.maxsize), int(start.name) if start else 0
     if max_steps and done >= max_steps:
         reporter.line("note", f"--max-steps {max_steps:,} counts from the run's start, and {done:,} are done")
     total = max(0, steps - done) * training.batch
@@ -216,7 +223,7 @@ def _newest(training: Training) -> tuple[Path | None, list[Path]]:
     return training.placement.ranks.broadcast(found, "finding the checkpoint") or (None, [])
 
 
-def _finish(reporter: Reporter, training: Training, reason: str) -> None:
+def _finish(reporter: Reporter, training: Training, reason: str, stop: Callable[[], str | None]) -> None:
     """Stopped: say how to go on. Otherwise write alexnet.onnx of the best checkpoint, so that predict starts fast."""
     from alexnet_cli.core import weights
     from alexnet_cli.core.export import crops_of, export
@@ -239,13 +246,14 @@ def _finish(reporter: Reporter, training: Training, reason: str) -> None:
         reporter.warn(f"no {ONNX} was written: {error.what}", error.hint)
     if reason == "finished":
         run.update({"status": "finished", "reason": reason})
-    leave_report(reporter, training, stopped=False)
+    leave_report(reporter, training, stopped=False, stop=stop)
     if reason == "max-steps":
         reporter.line("stopped", f"{run.path} · by --max-steps at step {training.step:,} of {training.steps:,}")
         reporter.line("next", f"alexnet train --resume {run.name} goes on; alexnet evaluate measures it as it is")
         return
     if training.schedule.over:
-        reporter.line("ended", "the validation error has stopped falling, after the last drop of the rate too")
+        more = f"one more: alexnet train --resume {run.name} --set plateau_drops={training.schedule.drops}"
+        reporter.line("ended", f"the validation error has stopped falling, after the last drop of the rate too; {more}")
     best = training.schedule.best_error
     reached = f" · lowest top-1 error {best:.1%}" if best <= 1 else ""
     reporter.line("done", f"{run.path}{reached}   next: alexnet evaluate")

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from alexnet_cli.core.records import Record
     from alexnet_cli.core.training import Training
 
+HOUR = 3600  # seconds
+SHOWN = {"name", "batch_size", "learning_rate", "schedule", "epochs", "seed", "frozen", "precision"}  # in the heading
+
 
 def heading(reporter: Reporter, training: Training) -> None:
     """Run, data, network, recipe: what is about to happen."""
@@ -46,6 +49,15 @@ def heading(reporter: Reporter, training: Training) -> None:
         + (f" · in pieces of {training.gradient.piece}" if training.gradient.piece < training.share else "")
         + (" · conv1 to conv5 frozen" if recipe.frozen == "conv" else ""),
     )
+    if changes := _changes(recipe):
+        reporter.line("changed", changes)
+
+
+def _changes(recipe: Recipe) -> str:
+    """What differs from the recipe of that name (from `paper`, if there is none) and is not shown beside it."""
+    named = recipes.RECIPES.get(recipe.name, recipes.PAPER)
+    pairs = ((key, value, getattr(named, key)) for key, value in asdict(recipe).items() if key not in SHOWN)
+    return " · ".join(f"{key} {value} instead of {other}" for key, value, other in pairs if value != other)
 
 
 def _placed(placement: Placement, towers: int) -> str:
@@ -77,7 +89,8 @@ def told_once(reporter: Reporter, stop: Callable[[], str | None]) -> Callable[[]
         nonlocal said
         if (reason := stop()) and not said:
             said = True
-            reporter.line("stop", f"{reason}: saving what was learned; another Ctrl-C stops without that")
+            another = "another Ctrl-C" if reason == "Ctrl-C" else "Ctrl-C"
+            reporter.line("stop", f"{reason}: saving what was learned; {another} stops without that")
         return reason
 
     return ask
@@ -91,7 +104,8 @@ def show_records(reporter: Reporter, training: Training, bar: Progress, total: i
             reporter.result(record.as_dict())
         where = f"epoch {record.epoch}/{recipe.epochs}"
         if record.event == "start" and record.step >= training.steps:
-            reporter.line("note", f"all {recipe.epochs} epochs are done; more: --set epochs={2 * recipe.epochs}")
+            more = f"alexnet train --resume {training.run.name} --set epochs={2 * recipe.epochs}"
+            reporter.line("note", f"this run is finished, all {recipe.epochs} epochs of it; to go on: {more}")
         elif record.event == "start" and record.step:
             reporter.line("resumed", f"at {where}, step {record.step:,}")
         elif record.event == "start" and training.run.about.get("resumed"):
@@ -99,8 +113,7 @@ def show_records(reporter: Reporter, training: Training, bar: Progress, total: i
         elif record.event == "step":
             steady = training.placement.device.type == "cpu" and not training.compile
             if not done and steady and record.images_per_second:
-                seconds = total / record.images_per_second
-                reporter.line("time", f"about {duration(seconds)} on this CPU")
+                reporter.line("time", _expected(training, total / record.images_per_second))
             shares = [record.top1_error, record.top5_error][: 2 if len(training.data.classes) > 5 else 1]
             told = "/".join(f"{100 * (error or 0):.1f}" for error in shares)
             note = f"{where}  loss {record.loss:.3g}  error {told}%  data {record.data_wait:.0%}"  # 80 columns hold it
@@ -117,6 +130,14 @@ def show_records(reporter: Reporter, training: Training, bar: Progress, total: i
         if record.event in {"start", "step"}:
             done = record.step
     return "finished"
+
+
+def _expected(training: Training, seconds: float) -> str:
+    """How long a training will take, and, where that is hours, what is quicker."""
+    told, tiny = f"about {duration(seconds)} on this CPU", recipes.TINY
+    if seconds < HOUR or training.transfer or training.recipe.width <= tiny.width:
+        return told
+    return f"{told}; --recipe tiny, of a quarter of the width and {tiny.epochs} epochs, is far quicker"
 
 
 def show_config(reporter: Reporter, recipe: Recipe, sources: dict[str, str], base: str) -> None:

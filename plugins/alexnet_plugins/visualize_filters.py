@@ -9,7 +9,7 @@ import typer
 
 from alexnet_cli.console import Reporter
 from alexnet_cli.errors import StorageError, UsageError, WeightsError
-from alexnet_cli.options import DataOption, JsonFlag, QuietFlag, WeightsOption
+from alexnet_cli.options import JsonFlag, OwnDataOption, QuietFlag, WeightsOption
 from alexnet_plugins import visualize_patches, visualize_terminal
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def visualize_filters(
     unit: Annotated[
         int | None, typer.Option(min=0, help="Of --layer, this unit alone. [default: the strongest ones]")
     ] = None,
-    data: DataOption = None,
+    data: OwnDataOption = None,
     output: Annotated[
         Path | None,
         typer.Option("-o", "--output", help="PNG file, or SVG by its suffix. [default: figures/ of the run]"),
@@ -50,9 +50,10 @@ def visualize_filters(
     json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
-    """Draw the kernels of layer 1, tower by tower, and measure whether one tower took to colour.
+    """Draw the kernels of layer 1, tower by tower.
 
-    All kernels share one scale, and zero is mid-grey: what looks faint is faint.
+    Measures whether one tower took to colour. All kernels share one scale, and zero is mid-grey: what looks faint is
+    faint.
     """
     from alexnet_cli.core.origin import told
     from alexnet_cli.core.runs import find_weights, run_of
