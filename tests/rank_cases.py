@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from alexnet_cli.core.training import Training
 from alexnet_cli.recipe import Recipe
 
 SECONDS = 120
+Gpus = Literal["none", "one", "each"]  # all on the CPU, all on the first GPU, or one for each
 VALIDATED = ("loss", "top1_error", "top5_error")
 PLACES: dict[str, tuple[int, Parallel]] = {
     "one": (1, "auto"),
@@ -69,11 +70,12 @@ def _as_rank(numbered: dict[str, str], work: Callable[..., None], arguments: tup
         raise
 
 
-def training(stack: ExitStack, place: str, recipe: Recipe, prepared: Path, folder: Path, gpu: bool) -> Training:
-    """This process's part of a training, in touch with the others while `stack` is; all on the CPU, or all on GPU 0."""
-    gpus = ",".join(["0"] * PLACES[place][0]) if gpu else "none"
-    ranks = stack.enter_context(meeting(numbers(), backend(gpus)))
-    placed = place_among(ranks, gpus, recipe.precision, PLACES[place][1], recipe.towers)
+def training(stack: ExitStack, place: str, recipe: Recipe, prepared: Path, folder: Path, gpus: Gpus) -> Training:
+    """This process's part of a training, in touch with the others while `stack` is."""
+    count = PLACES[place][0]
+    ids = {"none": "none", "one": ",".join(["0"] * count), "each": ",".join(map(str, range(count)))}[gpus]
+    ranks = stack.enter_context(meeting(numbers(), backend(ids)))
+    placed = place_among(ranks, ids, recipe.precision, PLACES[place][1], recipe.towers)
     return Training(recipe, open_dataset(prepared), Run(folder, writes=ranks.first), placed, threads=1, cache="none")
 
 
@@ -104,11 +106,11 @@ def first_gradient(trained: Training) -> tuple[np.ndarray, dict[str, np.ndarray]
 
 
 def record(
-    place: str, recipe: Recipe, prepared: Path, folder: Path, steps: int, resume: Path | None, gpu: bool
+    place: str, recipe: Recipe, prepared: Path, folder: Path, steps: int, resume: Path | None, gpus: Gpus
 ) -> None:
     """Train, and have rank 0 write what came of it to `folder`/result.npz."""
     with ExitStack() as stack:
-        trained = training(stack, place, recipe, prepared, folder, gpu)
+        trained = training(stack, place, recipe, prepared, folder, gpus)
         logits, gradients = first_gradient(trained)
         records = [r.as_dict() for r in fit(trained, resume, max_steps=steps, record_every=1)]
         weights, _ = trained.whole() if trained.placement.ranks.collects else ({}, {})
@@ -144,10 +146,10 @@ def result(
     folder: Path,
     steps: int,
     resume: Path | None = None,
-    gpu: bool = False,
+    gpus: Gpus = "none",
 ) -> Any:
     """What `record` wrote, having been run by as many processes as the place takes."""
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "recipe.toml").write_text(recipe.to_toml())
-    processes(PLACES[place][0], record, place, recipe, prepared, folder, steps, resume, gpu)
+    processes(PLACES[place][0], record, place, recipe, prepared, folder, steps, resume, gpus)
     return dict(np.load(folder / "result.npz"))

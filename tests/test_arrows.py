@@ -24,7 +24,8 @@ CORE = {
     "devices": "",
     "heartbeat": "",
     "towers": "heartbeat",
-    "ranks": "heartbeat towers",
+    "transport": "",
+    "ranks": "heartbeat towers transport",
     "launch": "devices ranks resume",
     "placement": "devices ranks response_norm_gpu",
     # section 2: the dataset
@@ -82,7 +83,8 @@ CORE = {
     "loader network placement records replicas runs shards weights",
     "tensorboard": "records runs",
     "advice": "records shards",
-    "train": "advice augment cache evaluate gradient loader qualitative records resume runs training",
+    "waiting": "",
+    "train": "advice augment cache evaluate gradient loader qualitative records resume runs training waiting",
     # the paper's claims, switched off
     "switches": "",
     "ablation": "checkpoint placement records runs shards switches train training",
@@ -99,7 +101,7 @@ CORE = {
     "onnx_int8": "",
     "onnx_mapped": "protobuf",
     "session": "devices onnx_graph onnx_mapped onnx_metadata onnx_wire sources weights",
-    "torch_session": "network session sources weights",
+    "torch_session": "devices network session sources weights",
     "probes": "images shards views",
     "calibration": "devices onnx_int8",
     "accuracy": "",
@@ -151,7 +153,7 @@ CORE = {
 }
 TORCH = {
     "devices", "ranks", "launch", "rows", "replicas", "update_gpu", "placement", "fast_images", "chunk", "packing",
-    "loader", "cache", "augment", "response_norm",
+    "loader", "cache", "augment", "response_norm", "transport", "waiting",
     "response_norm_gpu", "layers", "towers", "network", "compilation", "learning", "checkpoint", "evaluate", "results",
     "fine_tuning", "gradient", "diagnosis", "training", "train", "ablation", "tensorboard",
     "torch_session", "evidence", "report", "report_sections", "report_page", "anatomy", "report_network",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from alexnet_cli.core.augment import Draws, Pixels
 from alexnet_cli.recipe import CAFFE, KRIZHEVSKY, PAPER, Recipe
@@ -60,6 +62,27 @@ def test_training_views(recipe: Recipe, epoch: int, by_index: bool, monkeypatch:
     views = pixels(recipe).train(torch.from_numpy(IMAGES), ROWS, draws, epoch)
     assert views.is_contiguous(memory_format=torch.channels_last)
     np.testing.assert_allclose(views.numpy(), one_by_one(recipe, draws, epoch), atol=2e-4)
+
+
+def test_what_crosses_to_a_gpu_is_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to 64 kB the host goes on at once. The tensors have a device and no values."""
+    crossed: list[int] = []
+    from_numpy, second = torch.from_numpy, torch.device("cuda", 1)
+
+    def noted(array: npt.NDArray[Any]) -> torch.Tensor:
+        crossed.append(array.nbytes)
+        return from_numpy(array)
+
+    monkeypatch.setattr(torch, "from_numpy", noted)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        maker = Pixels(replace(PAPER, mean="image-at-crop"), MEAN, STD, AXES, second)
+        crossed.clear()
+        images = torch.empty(1024, 256, 256, 3, dtype=torch.uint8, device=second)
+        views = maker.train(images, np.arange(1024), Draws.of_epoch(1024, PAPER, 1), 1)
+    assert (views.shape, views.device, views.dtype) == ((1024, 3, 224, 224), second, torch.float32)
+    assert views.is_contiguous(memory_format=torch.channels_last)
+    assert len(crossed) == 3
+    assert max(crossed) <= 64 * 1024
 
 
 def test_draws_belong_to_the_row_and_the_epoch() -> None:

@@ -1,70 +1,51 @@
-"""What only a GPU shows: its kernel, its training step, its loader and cache, against the same on the CPU."""
+"""What only a GPU shows, piece by piece: kernels, views, masks, loader, cache, against the same on the CPU."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
 from dataclasses import replace
 from pathlib import Path
 
+import gpu_cases
 import kernel_cases
 import numpy as np
 import pytest
-import rank_cases
 import torch
+from gpu_cases import GPU, several
+from model_files import random_model
 
-from alexnet_cli.core import response_norm, response_norm_gpu, update_gpu
-from alexnet_cli.core.augment import Draws
+from alexnet_cli.core import layers, response_norm, response_norm_gpu, update_gpu
+from alexnet_cli.core.augment import Draws, Pixels
 from alexnet_cli.core.cache import Cache
-from alexnet_cli.core.devices import visible_gpus
+from alexnet_cli.core.devices import onnx_providers, take, visible_gpus
 from alexnet_cli.core.loader import Loader, all_batches, training_batches
-from alexnet_cli.core.network import parameters_by_name
-from alexnet_cli.core.placement import place
-from alexnet_cli.core.runs import Run
+from alexnet_cli.core.session import Session
 from alexnet_cli.core.shards import open_dataset
-from alexnet_cli.core.train import fit
-from alexnet_cli.core.training import Training
-from alexnet_cli.recipe import PAPER, TINY, Recipe
+from alexnet_cli.core.torch_session import TorchSession
+from alexnet_cli.core.waiting import Waiting
+from alexnet_cli.recipe import CAFFE, KRIZHEVSKY, PAPER, TINY, Recipe
 
-pytestmark = pytest.mark.skipif(not visible_gpus(), reason="no CUDA device")
-
-SMALL = replace(TINY, width=1 / 8, batch_size=16, epochs=2, dropout=0.5, precision="fp32")
-
-
-@pytest.fixture(autouse=True)
-def _own_runs_and_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Runs in a folder of their own; what `place` sets for the whole process is put back."""
-    monkeypatch.setenv("ALEXNET_RUNS_DIR", str(tmp_path / "runs"))
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
-    yield
-    matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before
-
-
-def training(prepared: Path, name: str, gpus: str, recipe: Recipe = SMALL, *, compile: bool = False) -> Training:
-    run = Run.create(name, recipe, {})
-    return Training(recipe, open_dataset(prepared), run, place(gpus, recipe.precision), threads=2, compile=compile)
-
-
-def losses(training: Training, steps: int) -> list[float]:
-    """Of the first steps; leaves the gradients of the last."""
-    recipe = training.recipe
-    draws = Draws.of_epoch(training.rows, recipe, 1)
-    plan = training_batches(training.rows, recipe.batch_size, recipe.seed, 1)[:steps]
-    with Loader(training.data.split("train"), recipe.batch_size, 2, training.placement.device) as loader:
-        return [float(training.take_step(batch, draws).loss) for batch in loader.batches(plan)]
+pytestmark = gpu_cases.MARKS
+RNG = np.random.default_rng(7)
 
 
 def test_the_kernels_run_here() -> None:
-    assert response_norm_gpu.why_not(0) == update_gpu.why_not(0) == ""
+    for gpu in visible_gpus():
+        assert response_norm_gpu.why_not(gpu.index) == update_gpu.why_not(gpu.index) == ""
+        assert take(gpu.index) == ""
+    assert take(0) == ""
 
 
-def test_the_update_is_one_kernel_and_the_same() -> None:
-    kernel_cases.check_update("cuda")
+@pytest.mark.parametrize("device", ["cuda:0", pytest.param("cuda:1", marks=several)])
+def test_the_update_is_one_kernel_and_the_same(device: str) -> None:
+    kernel_cases.check_update(device)
 
 
+@pytest.mark.parametrize("device", ["cuda:0", pytest.param("cuda:1", marks=several)])
 @pytest.mark.parametrize("case", kernel_cases.CASES, ids=str)
-def test_the_kernels_equal_the_definition(case: kernel_cases.Case) -> None:
-    kernel_cases.check(case, "cuda")
+def test_the_kernels_equal_the_definition(case: kernel_cases.Case, device: str) -> None:
+    """On the second GPU too, while the first is the current one."""
+    kernel_cases.check(case, device)
 
 
 def test_the_kernels_take_any_layout() -> None:
@@ -84,7 +65,7 @@ def test_the_kernels_are_what_torch_was_told() -> None:
 @pytest.mark.parametrize("maps", [96, 256])
 def test_as_many_values_as_in_training(maps: int, dtype: torch.dtype) -> None:
     """Many programs of the kernel, the last of them not full, against the composed form on the same device."""
-    x = torch.randn(67, maps, 27, 27, device="cuda") * 60
+    x = torch.randn(67, maps, 27, 27, device=GPU) * 60
     x = x.to(dtype).contiguous(memory_format=torch.channels_last)
     quick, slow = x.clone().requires_grad_(), x.float().clone().requires_grad_()
     grad = torch.randn_like(x)
@@ -97,36 +78,56 @@ def test_as_many_values_as_in_training(maps: int, dtype: torch.dtype) -> None:
     kernel_cases.close(quick.grad, slow.grad)
 
 
-def test_a_step_equals_one_on_the_cpu(prepared: Path) -> None:
-    """Views, masks, loss, gradients and the update: only the order of sums differs."""
-    cpu, gpu = training(prepared, "cpu", "none"), training(prepared, "gpu", "0")
-    assert losses(gpu, 1) == pytest.approx(losses(cpu, 1), rel=1e-5)
-    there = dict(parameters_by_name(gpu.network))
-    for name, parameter in parameters_by_name(cpu.network):
-        assert parameter.grad is not None
-        found = there[name].grad
-        assert found is not None
-        error = (found.cpu() - parameter.grad).norm() / parameter.grad.norm()
-        assert error.item() < 1e-4, name
-        torch.testing.assert_close(there[name].cpu(), parameter, rtol=1e-4, atol=1e-6)
+@pytest.mark.parametrize(("images", "gigabytes"), [(1024, 4), (7400, 20)])
+def test_more_bytes_and_more_values_than_32_bits_count(images: int, gigabytes: int) -> None:
+    """Layer 1 of so many images: 0.3 thousand million values, then 2.15, which is more than 2^31."""
+    torch.cuda.empty_cache()
+    if torch.cuda.mem_get_info(GPU)[0] < gigabytes << 30:
+        pytest.skip(f"less than {gigabytes} GB free")
+    x = torch.empty(images, 96, 55, 55, dtype=torch.bfloat16, device=GPU, memory_format=torch.channels_last)
+    x.uniform_(-100, 100)
+    settings = (5, 2.0, 1e-4, 0.75, 2, True)
+    out = response_norm_gpu.forward(x, *settings)
+    for part in (slice(0, 1), slice(-2, None)):
+        kernel_cases.close(out[part], response_norm.plain(x[part].float(), *settings))
+    grad = x / 100
+    found = response_norm_gpu.backward(x, grad, *settings)[-1:]
+    last = x[-1:].float().requires_grad_()
+    response_norm.plain(last, *settings).backward(grad[-1:].float())
+    kernel_cases.close(found, last.grad)
 
 
-@pytest.mark.filterwarnings("ignore")  # the compiler would rather have TF32
-def test_a_compiled_network_gives_the_same_losses(prepared: Path) -> None:
-    """Six steps: the first two compile and capture a graph, which the others replay."""
-    expected = losses(training(prepared, "eager", "0", replace(SMALL, batch_size=8)), 6)
-    found = losses(training(prepared, "compiled", "0", replace(SMALL, batch_size=8), compile=True), 6)
-    assert found == pytest.approx(expected, rel=1e-4)
-    assert len(set(found)) == 6
+def test_masks_are_the_same_bits_everywhere() -> None:
+    for key, first_row, first_unit in ((12345678901234567, 0, 0), (2**63 + 5, 77, 2048)):
+        start = layers.words(key, first_row)
+        here, there = (layers.hashed(start.to(device), 130, 300, first_unit) for device in ("cpu", GPU))
+        assert torch.equal(here, there.cpu())
+
+
+@pytest.mark.parametrize("recipe", [PAPER, KRIZHEVSKY, CAFFE, TINY, replace(PAPER, mean="rgb")])
+def test_views_are_those_of_the_cpu(recipe: Recipe) -> None:
+    images = torch.from_numpy(RNG.integers(0, 256, (5, 256, 256, 3), dtype=np.uint8))
+    mean, axes = RNG.uniform(90, 140, (3, 256, 256)).astype(np.float32), np.linalg.qr(RNG.normal(size=(3, 3)))[0]
+    rows, draws = np.array([3, 0, 8, 7, 2]), Draws.of_epoch(9, recipe, 1)
+    here, there = (
+        Pixels(recipe, mean, np.array([19, 37, 121], np.float32), axes.astype(np.float32), torch.device(device))
+        for device in ("cpu", GPU)
+    )
+    pairs = [(here.train(images, rows, draws, 1), there.train(images.to(GPU), rows, draws, 1))]
+    pairs += [(here.centre_view(images), there.centre_view(images))]
+    pairs += list(zip(here.ten_views(images), there.ten_views(images), strict=True))
+    for expected, found in pairs:
+        assert found.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(found.cpu(), expected, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("batch_size", [4, 7])
 def test_pinned_buffers_bring_the_same_bytes(prepared: Path, batch_size: int) -> None:
     """While the device is kept busy, so that a copy or a buffer used too early would show."""
-    split, device = open_dataset(prepared).split("train"), torch.device("cuda", 0)
-    busy = torch.randn(2048, 2048, device=device)
+    split = open_dataset(prepared).split("train")
+    busy = torch.randn(2048, 2048, device=GPU)
     plan, copies = all_batches(len(split), batch_size) * 4, []
-    with Loader(split, batch_size, 2, device) as loader:
+    with Loader(split, batch_size, 2, GPU) as loader:
         for batch in loader.batches(plan):
             for _ in range(20):
                 busy = torch.tanh(busy @ busy)
@@ -137,8 +138,8 @@ def test_pinned_buffers_bring_the_same_bytes(prepared: Path, batch_size: int) ->
 
 
 def test_the_cache_on_the_device_equals_the_loader(prepared: Path) -> None:
-    split, device = open_dataset(prepared).split("train"), torch.device("cuda", 0)
-    with Loader(split, 7, 2, device) as under, Loader(split, 7, 2) as plain:
+    split = open_dataset(prepared).split("train")
+    with Loader(split, 7, 2, GPU) as under, Loader(split, 7, 2) as plain:
         cache = Cache(under)
         for epoch in (1, 2):
             plan = training_batches(len(split), 7, 0, epoch)
@@ -148,35 +149,39 @@ def test_the_cache_on_the_device_equals_the_loader(prepared: Path) -> None:
                 np.testing.assert_array_equal(a.labels.numpy(), b.labels.numpy())
 
 
-@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
-def test_it_learns_in_every_precision(prepared: Path, precision: str) -> None:
-    recipe = replace(SMALL, epochs=8, dropout=0.2, learning_rate=0.03, precision=precision)  # type: ignore[arg-type]
-    learner = training(prepared, precision, "0", recipe)
-    assert learner.placement.precision == precision
-    records = list(fit(learner))
-    assert records[-1].reason == "finished"
-    found = [r.train_loss for r in records if r.event == "validation"]
-    assert found[0] is not None
-    assert found[-1] is not None
-    assert found[-1] < 0.9 * found[0]
+def test_the_wait_for_data_is_that_of_the_device() -> None:
+    """A tenth of a second of the host's goes by while the GPU works, and another while it has nothing to do."""
+    cycles = 2_000_000_000  # about a second
+    waited = []
+    for work in (cycles, 0):
+        torch.cuda.synchronize(GPU)
+        waiting = Waiting(GPU)
+        torch.cuda._sleep(work)
+        with waiting:
+            time.sleep(0.1)
+        torch.cuda.synchronize(GPU)
+        waited.append(waiting.taken())
+    assert waited[0] < 0.05
+    assert 0.09 < waited[1] < 0.5
 
 
-def test_without_the_kernels_it_gives_the_same(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a machine without a C compiler."""
-    with_them = losses(training(prepared, "with", "0"), 2)
-    monkeypatch.setattr(response_norm_gpu, "why_not", lambda index: "no C compiler")
-    without = training(prepared, "without", "0")
-    assert "no C compiler" in without.placement.notes[0]
-    assert losses(without, 2) == pytest.approx(with_them, rel=1e-5)
+def test_onnx_runtime_gives_the_same_on_the_gpu() -> None:
+    if (state := onnx_providers().get("CUDAExecutionProvider")) != "ok":
+        pytest.skip(f"ONNX Runtime has no CUDA here: {state}")
+    model = random_model(replace(PAPER, width=1 / 8))
+    crops = RNG.integers(0, 256, (5, 3, 224, 224), dtype=np.uint8)
+    expected = Session(model, provider="cpu").logits(crops)
+    found = Session(model, provider="cuda")
+    assert found.device == "cuda"
+    np.testing.assert_allclose(found.logits(crops), expected, atol=1e-4 * float(np.abs(expected).max()))
+    assert Session(model).device == "cuda"
+    assert Session(model, few=True).device == "cpu"
 
 
-@pytest.mark.parametrize("place", ["towers", "data", "hybrid"])
-def test_two_processes_on_one_gpu_have_the_numbers_of_one(prepared: Path, tmp_path: Path, place: str) -> None:
-    recipe = replace(PAPER, width=1 / 16, batch_size=12, epochs=3)
-    one = rank_cases.result("one", recipe, prepared, tmp_path / "one", 10, gpu=True)
-    two = rank_cases.result(place, recipe, prepared, tmp_path / "two", 10, gpu=True)
-    np.testing.assert_allclose(two["logits"], one["logits"], rtol=0, atol=1e-5)
-    for key in (key for key in one if key.startswith("gradient")):
-        assert np.linalg.norm(two[key] - one[key]) < 1e-4 * np.linalg.norm(one[key]), key
-    np.testing.assert_allclose(two["losses"], one["losses"], rtol=1e-4)
-    np.testing.assert_allclose(two["validation"], one["validation"], rtol=1e-4)
+def test_torch_gives_the_same_on_the_gpu() -> None:
+    """In float32, not in TF32."""
+    model = random_model(replace(PAPER, width=1 / 8))
+    crops = RNG.integers(0, 256, (5, 3, 224, 224), dtype=np.uint8)
+    expected, found = TorchSession(model, "cpu").logits(crops), TorchSession(model)
+    assert found.device == "cuda"
+    np.testing.assert_allclose(found.logits(crops), expected, atol=1e-5 * float(np.abs(expected).max()))

@@ -7,9 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from alexnet_cli.core import response_norm_gpu
+from alexnet_cli.core.augment import Draws, Pixels
+from alexnet_cli.core.gradient import Gradient
+from alexnet_cli.core.loader import Batch
 from alexnet_cli.core.network import Network
 from alexnet_cli.core.placement import Placement
 from alexnet_cli.core.runs import Run
@@ -18,7 +24,7 @@ from alexnet_cli.core.train import fit
 from alexnet_cli.core.training import Training
 from alexnet_cli.core.weights import PARAMETERS
 from alexnet_cli.errors import MissingError
-from alexnet_cli.recipe import TINY, Recipe
+from alexnet_cli.recipe import RECIPES, TINY, Recipe
 
 CPU = Placement(torch.device("cpu"), "CPU", "fp32")
 RECIPE = replace(
@@ -126,3 +132,42 @@ def test_a_gpu_that_cannot_hold_one_image(start: Callable[..., Training]) -> Non
     with pytest.raises(MissingError, match="one image at a time"):
         list(fit(training))
     assert all(torch.equal(a, b) for a, b in zip(before, weights(training), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("message", "too_small"),
+    [("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+     ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", True), ("CUDA error: out of memory", True),
+     ("CUDA error: an illegal memory access was encountered", False)],
+)  # fmt: skip
+def test_libraries_of_a_gpu_run_out_of_memory_in_their_own_words(
+    start: Callable[..., Training], message: str, too_small: bool
+) -> None:
+    gradient = start().gradient
+    assert not gradient._too_small(RuntimeError(message))
+    gradient.placement = replace(CPU, device=torch.device("cuda", 0))
+    assert gradient._too_small(RuntimeError(message)) is too_small
+
+
+@pytest.mark.parametrize("name", ["paper", "krizhevsky", "caffe", "fast"])
+@pytest.mark.parametrize("reason", ["", "no C compiler"])
+def test_on_a_second_gpu_everything_is_there(name: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step as far as its loss, with tensors that have a device and no values; with the kernels and without."""
+    monkeypatch.setattr(response_norm_gpu, "why_not", lambda index: reason)
+    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: None)  # autograd would want the device itself
+    recipe, second = replace(RECIPES[name], width=1 / 16, batch_size=6), torch.device("cuda", 1)
+    network = Network(recipe, 10)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for module in network.modules():  # Module.to does not know such tensors
+            for key, value in module.named_parameters(recurse=False):
+                there = torch.empty_strided(value.shape, value.stride(), device=second)
+                module.register_parameter(key, torch.nn.Parameter(there))
+            for key, buffer in module.named_buffers(recurse=False):
+                module.register_buffer(key, torch.empty_like(buffer, device=second))
+        mean, axes = np.zeros((3, 256, 256), np.float32), np.eye(3, dtype=np.float32)
+        pixels = Pixels(recipe, mean, np.ones(3, np.float32), axes, second)
+        images = torch.empty(6, 256, 256, 3, dtype=torch.uint8, device=second)
+        batch = Batch(images, torch.zeros(6, dtype=torch.int64), np.arange(6))
+        gradient = Gradient(network, network, pixels, Placement(second, "GPU 1", "fp32"), 4, 6)
+        sums = gradient.compute(batch, Draws.of_epoch(6, recipe, 1), 0, 1)
+    assert {sums.loss.device, sums.errors.device, sums.top5_errors.device} == {second}

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx
+import onnxruntime
 import pytest
 from model_files import random_model
 
-from alexnet_cli.core import onnx_graph
+from alexnet_cli.core import onnx_graph, session
 from alexnet_cli.core.session import Session
 from alexnet_cli.core.sources import ClassName
 from alexnet_cli.core.weights import Model
@@ -256,6 +259,33 @@ def test_a_gpu_asked_for_and_absent_is_an_error(monkeypatch: pytest.MonkeyPatch)
     assert Session(model).fallback == ""  # there is no GPU to explain
     with pytest.raises(MissingError, match="GPU"):
         Session(model, provider="cuda")
+
+
+@pytest.mark.parametrize(
+    ("asked", "gpu"),
+    [({}, "0"), ({"gpu": 1}, "1"), ({"provider": "cuda", "few": True}, "0"), ({"few": True}, None),
+     ({"provider": "cpu"}, None)],
+)  # fmt: skip
+def test_the_gpu_that_was_named_is_offered_but_not_for_a_few_pictures(
+    asked: dict[str, Any], gpu: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offered: list[Any] = []
+    real = onnxruntime.InferenceSession
+
+    def opened(content: bytes, options: Any, *, providers: list[Any]) -> Any:
+        offered.extend(providers)
+        return real(content, options, providers=["CPUExecutionProvider"])
+
+    monkeypatch.setattr(session, "gpu_present", lambda: True)
+    monkeypatch.setattr(session, "load_cuda", lambda: None)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", opened)
+    with pytest.raises(MissingError) if "cuda" in asked.values() else nullcontext():
+        Session(random_model(replace(PAPER, width=1 / 64)), **asked)
+    assert offered[-1] == "CPUExecutionProvider"
+    assert [(name, options["device_id"]) for name, options in offered[:-1]] == (
+        [("CUDAExecutionProvider", gpu)] if gpu else []
+    )
 
 
 def test_too_large_for_one_file_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

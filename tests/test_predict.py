@@ -18,7 +18,8 @@ from PIL import Image
 from typer import Typer
 from typer.testing import CliRunner, Result
 
-from alexnet_cli.core import images, onnx_graph, weights
+from alexnet_cli.core import images, onnx_graph, torch_session, weights
+from alexnet_cli.core.devices import Gpu
 from alexnet_cli.core.inputs import expand
 from alexnet_cli.core.predict import Prediction, open_classifier, predict, ranked
 from alexnet_cli.core.session import Session
@@ -106,6 +107,13 @@ def test_views_equal_those_of_evaluation() -> None:
     centre = model.mean[:, low : low + 227, low : low + 227]
     ours = views(picture, 227, 10) + mean_correction(model.mean, 227, 10) - centre
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+def test_torch_says_why_it_is_not_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_session, "visible_gpus", lambda: [Gpu(0, "K80", 12 << 30, "3.7")])
+    monkeypatch.setattr(torch_session, "take", lambda index: "CUDA error: no kernel image is available")
+    found = TorchSession(random_model(SMALL))
+    assert (found.device, found.fallback) == ("cpu", "CUDA error: no kernel image is available")
 
 
 @pytest.mark.parametrize("recipe", [SMALL, replace(CAFFE, width=1 / 16)])

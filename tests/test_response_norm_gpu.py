@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,76 @@ def test_the_update_compiles_for_gpus_that_are_not_here(
     assert (compiled.asm["ttgir"].count("tt.load"), compiled.asm["ttgir"].count("tt.store")) == (3, 2)
 
 
+class Pretended:
+    """A driver of Triton's for a GPU that is not here: it compiles kernels, and notes what would be launched."""
+
+    def __init__(self) -> None:
+        self.launched: list[tuple[str, tuple[int, ...], list[Any]]] = []
+        self.utils = self
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": 232_448}
+
+    def load_binary(self, *_: object) -> tuple[int, ...]:
+        return 0, 0, 32, 0, 1024
+
+    def unload_module(self, module: object) -> None: ...
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Any:
+        def launch(*arguments: Any) -> None:
+            x, y, z, *_ = arguments
+            self.launched.append((metadata.name, (x, y, z), list(arguments[9:])))
+
+        return launch
+
+
+@pytest.fixture
+def pretended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pretended]:
+    from triton.runtime import driver
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernels: tuple[Any, ...] = (
+        response_norm_gpu._forward_kernel,
+        response_norm_gpu._backward_kernel,
+        update_gpu._kernel,
+    )
+    monkeypatch.setattr(driver, "_active", made := Pretended())
+    yield made
+    for kernel in kernels:
+        kernel.device_caches.clear()  # of what was compiled for nobody
+
+
+@needs_triton
+def test_they_are_launched_with_what_they_take(pretended: Pretended) -> None:
+    """The way from a call to a launch, which neither the interpreter nor the compiler alone goes."""
+    x = torch.empty(64, 96, 55, 55, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    for values in (x, x[:0]):
+        response_norm_gpu.forward(values, 5, 2.0, 1e-4, 0.75, 2, True)
+        response_norm_gpu.backward(values, values, 5, 2.0, 1e-4, 0.75, 2, True)
+    weight, velocity, gradient = ([torch.empty(96, 3, 11, 11)] for _ in range(3))
+    update_gpu.fused(weight, velocity, gradient, 0.9, 0.01, 0.0005)
+    found = [(name, grid[0], given[-1]) for name, grid, given in pretended.launched]
+    block, programs = response_norm_gpu.BLOCK, x.numel() // response_norm_gpu.BLOCK
+    assert found == [
+        ("_forward_kernel", programs, block), ("_backward_kernel", programs, block),
+        ("_forward_kernel", 1, block), ("_backward_kernel", 1, block),
+        ("_kernel", 35, update_gpu.BLOCK),
+    ]  # fmt: skip
+    counts = [next(value for value in given if type(value) is int) for _, _, given in pretended.launched]
+    assert counts == [x.numel(), x.numel(), 0, 0, 96 * 3 * 11 * 11]
+
+
 def test_without_triton_they_can_be_imported_and_say_so() -> None:
     code = (
         "import sys; sys.modules['triton'] = None\n"
@@ -101,6 +172,7 @@ def test_who_normalises_on_a_gpu(reason: str, used: bool, monkeypatch: pytest.Mo
 
 def test_a_gpu_that_cannot_run_them_is_told_about(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(placement, "visible_gpus", lambda: [Gpu(0, "H100", 80 << 30, "9.0")])
+    monkeypatch.setattr(placement, "take", lambda index: "")
     for switch in ("benchmark", "allow_tf32"):  # to be put back afterwards
         monkeypatch.setattr(torch.backends.cudnn, switch, getattr(torch.backends.cudnn, switch))
     monkeypatch.setattr(response_norm_gpu, "why_not", lambda index: "Failed to find C compiler.")

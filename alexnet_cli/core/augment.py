@@ -83,6 +83,7 @@ class Pixels:
     def ten_views(self, images: Tensor) -> Iterator[Tensor]:
         """Ten batches: top left, top right, bottom left, bottom right, centre; then their mirrors (section 4.1)."""
         n, edge = len(images), SIDE - self.size
+        images = images.to(self.device)  # once, not for every view
         for flip in (False, True):
             for corner in ((0, 0), (0, edge), (edge, 0), (edge, edge), (self.centre, self.centre)):
                 yield self._views(images, np.full((n, 2), corner), np.full(n, flip), None)
@@ -103,43 +104,59 @@ class Pixels:
         shift: npt.NDArray[np.float32] | None,
     ) -> Tensor:
         images = images.to(self.device)  # waits, since the loader fills this buffer again before long
-        # Written out along a row of pixels, since adding three numbers at a time is slow on a CPU.
-        rows = None if shift is None else torch.from_numpy(np.tile(shift, self.size))
-        along = None if rows is None else rows.to(self.device, non_blocking=True)
         make = self.one_by_one if self.device.type == "cpu" else self.at_once
-        return make(images, offsets, flips, along).permute(0, 3, 1, 2)
+        return make(images, offsets, flips, shift).permute(0, 3, 1, 2)
 
     def at_once(
-        self, images: Tensor, offsets: npt.NDArray[np.int64], flips: npt.NDArray[np.bool_], shift: Tensor | None
+        self,
+        images: Tensor,
+        offsets: npt.NDArray[np.int64],
+        flips: npt.NDArray[np.bool_],
+        shift: npt.NDArray[np.float32] | None,
     ) -> Tensor:
-        """Views as one gather: uint8 N x 256 x 256 x 3 -> float32 N x S x S x 3; `shift` is N x 3 S."""
+        """Views as one gather of pixels: uint8 N x 256 x 256 x 3 -> float32 N x S x S x 3; `shift` is N x 3.
+
+        What crosses the bus is a few bytes an image: of more than 64 kB the host would wait for the device.
+        """
         device = images.device
         start = torch.from_numpy(offsets).to(device, non_blocking=True)
         mirrored = torch.from_numpy(flips).to(device, non_blocking=True)
         step = torch.arange(self.size, device=device)
         down = start[:, 0, None] + step
         right = start[:, 1, None] + torch.where(mirrored[:, None], self.size - 1 - step, step)
-        which = torch.arange(len(images), device=device)[:, None, None]
-        out = images[which, down[:, :, None], right[:, None, :]].float()
-        mean = self.mean[down[:, :, None], right[:, None, :]] if self.mean_at_crop else self.central_mean
-        return self._normalise(out, mean, None if shift is None else shift[:, None, :])
+        pixel = down[:, :, None] * SIDE + right[:, None, :]  # one index: a GPU writes out each that it is given
+        mean = self.mean.flatten(0, 1)[pixel] if self.mean_at_crop else self.central_mean
+        pixel += torch.arange(len(images), device=device)[:, None, None] * SIDE**2
+        out = images.flatten(0, 2)[pixel].float()
+        rows = None
+        if shift is not None:
+            rows = torch.from_numpy(shift).to(device, non_blocking=True).repeat(1, self.size)[:, None, :]
+        return self._normalise(out, mean, rows)
 
     def one_by_one(
-        self, images: Tensor, offsets: npt.NDArray[np.int64], flips: npt.NDArray[np.bool_], shift: Tensor | None
+        self,
+        images: Tensor,
+        offsets: npt.NDArray[np.int64],
+        flips: npt.NDArray[np.bool_],
+        shift: npt.NDArray[np.float32] | None,
     ) -> Tensor:
         """The same, image by image: on a CPU a strided copy beats a gather, and the rest is done in the cache."""
         out = torch.empty(len(images), self.size, self.size, 3)
+        rows = None if shift is None else torch.from_numpy(np.tile(shift, self.size))
         for i, (top, left) in enumerate(offsets.tolist()):
             window = (slice(top, top + self.size), slice(left, left + self.size))
             crop, mean = images[i][window], self.mean[window] if self.mean_at_crop else self.central_mean
             if flips[i]:
                 crop, mean = crop.flip(1), mean.flip(1) if self.mean_at_crop else mean
             out[i].copy_(crop)
-            self._normalise(out[i], mean, None if shift is None else shift[i])
+            self._normalise(out[i], mean, None if rows is None else rows[i])
         return out
 
     def _normalise(self, out: Tensor, mean: Tensor, shift: Tensor | None) -> Tensor:
-        """In place: less the mean, plus the colour shift, over the divisor."""
+        """In place: less the mean, plus the colour shift, over the divisor.
+
+        `shift` is written out along a row of pixels: adding three numbers at a time is slow on a CPU.
+        """
         out -= mean
         divisor = self.recipe.input_divisor
         if shift is not None:

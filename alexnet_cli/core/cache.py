@@ -67,4 +67,7 @@ def remembering(loader: Loader, where: Where, processes: int = 1) -> Loader | Ca
 
 
 def _free(device: torch.device) -> int | None:
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
+    if device.type != "cuda":
+        return free_memory()
+    torch.cuda.empty_cache()  # what an earlier training has left to torch is free, too
+    return torch.cuda.mem_get_info(device)[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import platform
 import warnings
@@ -23,6 +24,12 @@ class Gpu:
     name: str
     memory: int
     capability: str
+    uuid: str = ""
+
+    @property
+    def bf16(self) -> bool:
+        """Whether it multiplies in bf16 and TF32 itself; before 8.0 (Ampere), cuDNN has no convolution in bf16."""
+        return int(self.capability.partition(".")[0]) >= 8
 
 
 def visible_gpus() -> list[Gpu]:
@@ -36,8 +43,21 @@ def visible_gpus() -> list[Gpu]:
     found = []
     for index in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(index)
-        found.append(Gpu(index, about.name, about.total_memory, f"{about.major}.{about.minor}"))
+        capability = f"{about.major}.{about.minor}"
+        found.append(Gpu(index, about.name, about.total_memory, capability, str(about.uuid)))
     return found
+
+
+def take(index: int) -> str:
+    """Make a GPU the current one of this process, and compute on it. Returns why that cannot be, or ""."""
+    import torch
+
+    try:
+        torch.cuda.set_device(index)
+        torch.ones(1, device="cuda").add(1).item()
+    except RuntimeError as error:  # too old for this torch, somebody else's, or full
+        return (str(error) or type(error).__name__).partition("\n")[0]
+    return ""
 
 
 def gpu_present() -> bool:
@@ -92,12 +112,23 @@ def _cpu_flags() -> set[str]:
     return set(next(lines, "").split())
 
 
+def load_cuda() -> None:
+    """Load CUDA's libraries for ONNX Runtime where they were installed as Python packages; it does not say much."""
+    import onnxruntime
+
+    if hasattr(onnxruntime, "preload_dlls"):  # since 1.21
+        with contextlib.redirect_stdout(io.StringIO()):
+            onnxruntime.preload_dlls()
+
+
 def onnx_providers() -> dict[str, str]:
     """Each provider that ONNX Runtime advertises -> "ok", or why a session does not really open with it."""
     import onnxruntime
     from onnx import TensorProto, helper
 
     onnxruntime.set_default_logger_severity(4)
+    if gpu_present():
+        load_cuda()
     value = helper.make_tensor_value_info
     graph = helper.make_graph(
         [helper.make_node("Relu", ["x"], ["y"])], "probe",

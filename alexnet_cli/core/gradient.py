@@ -19,7 +19,7 @@ from alexnet_cli.core.augment import Draws, Pixels
 from alexnet_cli.core.loader import Batch
 from alexnet_cli.core.network import Network
 from alexnet_cli.core.placement import Placement
-from alexnet_cli.errors import MissingError
+from alexnet_cli.errors import MissingError, memory_ended
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,16 @@ class Gradient:
                 with self._exchanging(first + self.piece >= len(batch.rows)):
                     sums = self._add(batch, slice(first, first + self.piece), draws, step, epoch)
                 total = [a + b for a, b in zip(total, sums, strict=True)] if total else sums
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not self._too_small(error):
+                raise
             return None
         return Sums(*total)
+
+    def _too_small(self, error: RuntimeError) -> bool:
+        """Whether a GPU's memory has ended; cuBLAS and cuDNN, which need some too, say so each in its way."""
+        on_gpu = self.placement.device.type == "cuda"
+        return isinstance(error, torch.OutOfMemoryError) or (on_gpu and memory_ended(error))
 
     def _exchanging(self, last: bool) -> AbstractContextManager[object]:
         """Replicas add up their gradients once, after the last piece."""

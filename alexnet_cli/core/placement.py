@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from alexnet_cli.core.devices import cores, cpu_bf16, visible_gpus
-from alexnet_cli.core.ranks import ALONE, Parallel, Ranks, arranged, numbers, parent
+from alexnet_cli.core.devices import Gpu, cores, cpu_bf16, take, visible_gpus
+from alexnet_cli.core.ranks import ALONE, Numbers, Parallel, Ranks, arranged, numbers, parent
 from alexnet_cli.errors import MissingError, UsageError
 
 
@@ -30,7 +30,9 @@ class Placement:
     """The devices of all ranks, in their order; empty where this one is alone."""
 
     def arithmetic(self) -> contextlib.AbstractContextManager[object]:
-        """The context to run the network in."""
+        """The context to run the network in; on a GPU, TF32 is then allowed or not for the backward pass too."""
+        if self.device.type == "cuda":
+            _allow_tf32(self.precision != "fp32")
         if self.precision == "bf16":
             return torch.autocast(self.device.type, torch.bfloat16)
         return contextlib.nullcontext()
@@ -55,10 +57,15 @@ def place(gpus: str | None, precision: str) -> Placement:
         MissingError: a GPU was asked for that is not there.
         UsageError: `gpus` is something else, or several.
     """
+    return _on(one(gpus), gpus, precision)
+
+
+def one(gpus: str | None) -> int | None:
+    """The id of the GPU that `place` would choose; None for the CPU. Raises as that does."""
     wanted = _wanted(gpus)
     if len(wanted) > 1 and gpus != "all":
         raise UsageError(f"--gpus {gpus}: this uses one device", f"--gpus {wanted[0]} gives the same numbers")
-    return _on(wanted[0] if wanted else None, gpus, precision)
+    return wanted[0] if wanted else None
 
 
 def processes(gpus: str | None, asked: int | None) -> int:
@@ -102,19 +109,32 @@ def place_among(ranks: Ranks, gpus: str | None, precision: str, parallel: Parall
     mine, ids = numbers(), ours(gpus)
     if mine is None or ranks.size == 1:
         return _on(ids[0] if ids else None, gpus, precision)
-    if ids and mine.local_rank >= len(ids):
-        what = f"--gpus {gpus or 'all'} names {len(ids)} for {mine.local_rank + 1} processes or more on this machine"
-        raise MissingError(what, "start as many as there are GPUs, or name one for each: --gpus 0,0")
-    found = _on(ids[mine.local_rank] if ids else None, gpus or "none", precision)
+    own = _own(ids, mine, gpus)
+    found = _on(own, gpus or "none", precision)
     if found.device.type == "cpu":
         if parent() is None:  # our launcher has done so, or has been told otherwise
             torch.set_num_threads(max(1, cores() // mine.local_size))
         found = replace(found, name=f"CPU process {mine.rank}")
-    else:
-        torch.cuda.set_device(found.device)
     name = found.name if mine.local_size == ranks.size else f"{found.name} of {socket.gethostname()}"
-    names = tuple(ranks.everyone(name))
+    told = ranks.everyone((name, found.precision, "" if own is None else _gpu(own).uuid))
+    names, precisions, uuids = zip(*told, strict=True)
+    if ids and "nccl" in backend(gpus) and len(set(uuids)) < ranks.size:
+        what = f"each process is to have a GPU of its own: processes {ranks.size}, GPUs {len(set(uuids))}"
+        raise MissingError(what, "start as many as there are GPUs, or name one for each: --gpus 0,0")
+    if len(set(precisions)) > 1:  # or they would send each other what the other does not expect
+        note = f"not every device has {precision} arithmetic: training in fp32"
+        found = replace(found, precision="fp32", notes=(*found.notes, note))
     return replace(found, ranks=arranged(ranks, parallel, towers, found.device), names=names)
+
+
+def _own(ids: list[int], mine: Numbers, gpus: str | None) -> int | None:
+    """This process's GPU: by its place on this machine, or the one that a launcher lets it see. Raises MissingError."""
+    if not ids or mine.local_rank < len(ids):
+        return ids[mine.local_rank] if ids else None
+    if gpus in (None, "all") and len(ids) == 1:
+        return ids[0]
+    what = f"--gpus {gpus or 'all'} names {len(ids)} for {mine.local_rank + 1} processes or more on this machine"
+    raise MissingError(what, "start as many as there are GPUs, or name one for each: --gpus 0,0")
 
 
 def _on(gpu_id: int | None, gpus: str | None, precision: str) -> Placement:
@@ -123,14 +143,30 @@ def _on(gpu_id: int | None, gpus: str | None, precision: str) -> Placement:
         if gpus is None:
             notes.append("no GPU found: training on the CPU")
         return _on_cpu(precision, notes)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    gpu = _gpu(gpu_id)
+    name = f"GPU {gpu.index} {gpu.name}"
+    if reason := take(gpu.index):
+        raise MissingError(
+            f"{name} cannot be used: {reason}", "--gpus none uses the CPU; alexnet doctor shows the devices"
+        )
+    if precision != "fp32" and not gpu.bf16:
+        notes += [f"{name} has no bf16 arithmetic: training in fp32"] * (precision == "bf16")
+        precision = "fp32"
+    _allow_tf32(precision != "fp32")
     torch.backends.cudnn.benchmark = True
-    gpu = next(gpu for gpu in visible_gpus() if gpu.index == gpu_id)
     from alexnet_cli.core import response_norm_gpu  # which imports Triton, that nobody else needs
 
     if reason := response_norm_gpu.why_not(gpu.index):
         notes.append(f"response normalisation runs without its GPU kernel, more slowly: {reason}")
-    return Placement(torch.device("cuda", gpu.index), f"GPU {gpu.index} {gpu.name}", precision, tuple(notes))
+    return Placement(torch.device("cuda", gpu.index), name, precision, tuple(notes))
+
+
+def _gpu(index: int) -> Gpu:
+    return next(gpu for gpu in visible_gpus() if gpu.index == index)
+
+
+def _allow_tf32(allowed: bool) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
 
 
 def _wanted(gpus: str | None) -> list[int]:

@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -23,6 +22,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from alexnet_cli.core import transport
 from alexnet_cli.core.heartbeat import Heartbeat, told
 from alexnet_cli.core.towers import Towers
 from alexnet_cli.errors import LostError, MissingError, UsageError
@@ -30,9 +30,6 @@ from alexnet_cli.errors import LostError, MissingError, UsageError
 T = TypeVar("T")
 Parallel = Literal["auto", "tower", "data", "hybrid"]
 LAUNCHER = "ALEXNET_LAUNCHER"  # number of the process that started us, if that is one of ours
-PATIENCE = "ALEXNET_TIMEOUT"  # seconds that a rank waits for the others
-SECONDS = 600.0
-SIGNS = ("gloo", "Dist", "NCCL", "Connection", "Timed out", "Broken pipe", "onnection reset")  # how transports complain
 
 
 @dataclass(frozen=True)
@@ -157,13 +154,18 @@ class Ranks:
 
         Raises:
             LostError: another rank is gone, or has not answered in time.
+            MissingError: the GPUs of this machine cannot talk to each other.
         """
         self.at(place)
         try:
             yield
         except RuntimeError as error:
-            if self.size == 1 or not any(sign in f"{type(error).__name__} {error}" for sign in SIGNS):
+            if self.size == 1 or not transport.complains(error):
                 raise
+            if trouble := transport.own_trouble(error):
+                what = f"rank {self.rank}: NCCL, through which GPUs talk, fails at: {place}; {trouble}"
+                hint = "NCCL_DEBUG=INFO tells more; --gpus 0 gives the same numbers on one, --gpus 0,0 in two processes"
+                raise MissingError(what, hint) from error
             sign = self.heartbeat.behind() if self.heartbeat else None
             found = told(sign) if sign else str(error).partition("\n")[0]
             what = f"rank {self.rank} waited for the others in vain, at: {place}; {found}"
@@ -195,7 +197,7 @@ def meeting(mine: Numbers | None, backend: str) -> Iterator[Ranks]:
     if mine is None or mine.size == 1:
         yield ALONE
         return
-    patience = _patience()
+    patience = transport.patience()
     os.environ.update({"RANK": str(mine.rank), "WORLD_SIZE": str(mine.size)})
     try:
         store = next(rendezvous("env://", timeout=patience))[0]
@@ -210,18 +212,6 @@ def meeting(mine: Numbers | None, backend: str) -> Iterator[Ranks]:
     finally:
         beat.end()
     dist.destroy_process_group()  # not after an error: it would wait for those that have died of it
-
-
-def _patience() -> timedelta:
-    """How long a rank waits for the others. Raises UsageError if what the user set is no such time."""
-    asked = os.environ.get(PATIENCE) or str(SECONDS)
-    try:
-        patience = timedelta(seconds=float(asked))
-    except (ValueError, OverflowError) as error:
-        raise UsageError(f"{PATIENCE}={asked} is no number of seconds", f"such as {PATIENCE}=600") from error
-    if patience <= timedelta(0):
-        raise UsageError(f"{PATIENCE}={asked} leaves no time at all", f"such as {PATIENCE}=600")
-    return patience
 
 
 def _corner(store: Store, mine: Numbers, seconds: float) -> Store:
@@ -275,6 +265,7 @@ def arranged(ranks: Ranks, parallel: Parallel, towers: int, device: torch.device
 
 def _group(mesh: npt.NDArray[np.int64]) -> dist.ProcessGroup:
     """This rank's row of the mesh. Groups of torch's DeviceMesh wait for half an hour, whatever they are told."""
-    group = dist.new_subgroups_by_enumeration(mesh.tolist(), timeout=_patience())[0]
+    group = dist.new_subgroups_by_enumeration(mesh.tolist(), timeout=transport.patience())[0]
     assert isinstance(group, dist.ProcessGroup)
+    transport.outlast(group)
     return group

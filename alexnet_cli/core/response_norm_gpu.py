@@ -9,7 +9,6 @@ keeps x alone and makes the denominators again.
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -145,9 +144,9 @@ def why_not(index: int) -> str:
     if triton is None:
         return "Triton is not installed"
     try:
-        for dtype, relu in itertools.product((torch.float32, torch.bfloat16), (False, True)):
+        for dtype in (torch.float32, torch.bfloat16):
             x = torch.ones(1, 8, 2, 2, device=torch.device("cuda", index), dtype=dtype)
-            backward(x, forward(x, 5, 1.0, 1.0, 0.75, 2, relu), 5, 1.0, 1.0, 0.75, 2, relu).sum().item()
+            backward(x, forward(x, 5, 1.0, 1.0, 0.75, 2, True), 5, 1.0, 1.0, 0.75, 2, True).sum().item()
     except Exception as error:  # Triton's, the C compiler's and the driver's have no other base in common
         return (str(error) or type(error).__name__).partition("\n")[0]
     return ""

@@ -37,9 +37,9 @@ class Rows:
         return kept
 
     def _sizes(self, x: Tensor) -> list[int]:
-        """How many images each process has; the last batch need not divide."""
+        """How many images each process has; the last batch need not divide. Told in memory: no GPU is waited for."""
         assert self.columns is not None
-        return [int(n) for n in self.columns.gather(torch.tensor([len(x)], device=x.device)).flatten()]
+        return [int(n) for n in self.columns.gather(torch.tensor([len(x)])).flatten()]
 
 
 class _Gather(torch.autograd.Function):

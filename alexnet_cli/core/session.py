@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from alexnet_cli.core import onnx_mapped, onnx_metadata, onnx_wire, weights
-from alexnet_cli.core.devices import cores, gpu_present, int8_saturates
+from alexnet_cli.core.devices import cores, gpu_present, int8_saturates, load_cuda
 from alexnet_cli.core.sources import ClassName
 from alexnet_cli.errors import AlexNetError, MissingError, WeightsError, memory_ended
 from alexnet_cli.recipe import SIDE, Recipe
@@ -46,6 +46,7 @@ class Session:
         source: Source,
         *,
         provider: Literal["auto", "cpu", "cuda"] = "auto",
+        gpu: int = 0,
         threads: int | None = None,
         few: bool = False,
         layer: Layer | Convolution | None = None,
@@ -53,7 +54,8 @@ class Session:
         """Open `source`: an .onnx file, any other model file, or a model in memory.
 
         `few`: open faster for a handful of pictures, at the price of some throughput; an .onnx file is then mapped
-        and must not be overwritten in place meanwhile. `layer`: whose activations `features` or `responses` gives.
+        and must not be overwritten in place meanwhile, and "auto" is the CPU, which has answered before CUDA is
+        loaded. `gpu`: which one of several. `layer`: whose activations `features` or `responses` gives.
 
         Raises:
             WeightsError: the file is missing, damaged or not a network of this toolkit.
@@ -67,7 +69,7 @@ class Session:
             raise WeightsError(f"{source} does not exist", "name a run, or an .onnx file; `alexnet export` writes one")
         self._most = max(1, AT_ONCE // onnx_wire.check(source)) if isinstance(source, Path) else AT_ONCE
         with _contained() as said:
-            providers = _providers(provider)
+            providers = _providers("cpu" if few and provider == "auto" else provider, gpu)
             # ONNX Runtime by itself would count every core of the machine, allowed or not.
             self._session, self._kept = _open(source, providers, threads or cores(), few, layer)
         self.device = "cuda" if self._session.get_providers()[0] == CUDA else "cpu"
@@ -150,16 +152,15 @@ class Session:
         return [result.astype(np.float32, copy=False) for result in results]
 
 
-def _providers(provider: str) -> list[Any]:
+def _providers(provider: str, gpu: int) -> list[Any]:
     """What to offer ONNX Runtime, best first. With CUDA: true float32, and no search for the best kernel."""
     import onnxruntime
 
     onnxruntime.set_default_logger_severity(3)
     if provider == "cpu" or CUDA not in onnxruntime.get_available_providers() or not gpu_present():
         return [CPU]
-    if hasattr(onnxruntime, "preload_dlls"):  # since 1.21
-        onnxruntime.preload_dlls()  # CUDA's libraries as Python packages, if they were installed so
-    return [(CUDA, {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}), CPU]
+    load_cuda()
+    return [(CUDA, {"device_id": str(gpu), "use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}), CPU]
 
 
 def _open(source: Source, providers: list[Any], threads: int, few: bool, layer: str | None) -> tuple[Any, list[Any]]:

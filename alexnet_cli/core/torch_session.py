@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 
 from alexnet_cli.core import weights
+from alexnet_cli.core.devices import take, visible_gpus
 from alexnet_cli.core.network import from_model
 from alexnet_cli.core.session import Crops, Layer
 from alexnet_cli.core.sources import ClassName
@@ -18,16 +19,21 @@ Array = npt.NDArray[np.float32]
 
 
 class TorchSession:
-    """A network ready to classify crops of `crop` pixels, on the GPU if there is one."""
+    """A network ready to classify crops of `crop` pixels, on the GPU if there is one.
 
-    fallback = ""
+    `fallback` says why it is not the GPU although there is one; empty otherwise.
+    """
 
     def __init__(self, source: Path | weights.Model, device: str | None = None, layer: Layer | None = None) -> None:
         """Open a model file or a model in memory. Raises WeightsError if the file cannot be used."""
         self.layer = layer
         self.model = weights.read(source) if isinstance(source, Path) else source
         self.path, self.about = self.model.path, self.model.info
-        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        there = device is None and bool(visible_gpus())
+        self.fallback = take(0) if there else ""
+        self.device = device or ("cuda" if there and not self.fallback else "cpu")
+        if self.device != "cpu":
+            torch.backends.cudnn.allow_tf32 = False  # float32 is to mean the same as in ONNX Runtime
         self.network = from_model(self.model).to(self.device)
         low = (SIDE - self.crop) // 2
         mean = self.model.mean[:, low : low + self.crop, low : low + self.crop]

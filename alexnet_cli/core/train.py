@@ -21,6 +21,7 @@ from alexnet_cli.core.records import Record, Tally
 from alexnet_cli.core.resume import EXIT_CODES
 from alexnet_cli.core.runs import Run
 from alexnet_cli.core.training import Training
+from alexnet_cli.core.waiting import Waiting
 
 
 def fit(
@@ -123,21 +124,20 @@ def _epoch(
     ranks = training.placement.ranks
     plan = training_batches(training.rows, recipe.batch_size, recipe.seed, epoch, first, ranks.replica, ranks.replicas)
     batches = loader.batches(plan)
-    recent = Tally()
+    recent, waiting = Tally(), Waiting(training.placement.device)
     pending: list[Sums] = []
     started = time.perf_counter()
     while True:
-        waiting = time.perf_counter()
-        reason = stop() or ("max-steps" if max_steps is not None and training.step >= max_steps else None)
-        batch = None if reason else next(batches, None)
-        recent.waited += time.perf_counter() - waiting
+        with waiting:
+            reason = stop() or ("max-steps" if max_steps is not None and training.step >= max_steps else None)
+            batch = None if reason else next(batches, None)
         if batch is not None:
             piece = training.gradient.piece
             pending.append(training.take_step(batch, draws))
             if training.gradient.piece < piece:
                 yield _smaller_pieces(training)
         if pending and (batch is None or any(training.step % n == 0 for n in every)):
-            _settle(training, recent, pending, started)
+            _settle(training, recent, pending, waiting, started)
             yield _step_record(training, recent)
             started, recent = time.perf_counter(), Tally()
         if batch is None:
@@ -152,7 +152,7 @@ def _smaller_pieces(training: Training) -> Record:
     return Record("warning", training.epoch, training.step, text=text, hint=hint)
 
 
-def _settle(training: Training, recent: Tally, pending: list[Sums], started: float) -> None:
+def _settle(training: Training, recent: Tally, pending: list[Sums], waiting: Waiting, started: float) -> None:
     """Bring the losses of the steps since the last record over from the device, and check them."""
     own = [[float(sums.loss), float(sums.errors), float(sums.top5_errors)] for sums in pending]
     for step, found in enumerate(training.placement.ranks.total(np.array(own)), training.step - len(pending) + 1):
@@ -161,6 +161,7 @@ def _settle(training: Training, recent: Tally, pending: list[Sums], started: flo
             training.check(loss, step)
         recent.add(Tally(training.batch, loss * training.batch, round(errors), round(top5_errors)))
     recent.seconds += time.perf_counter() - started
+    recent.waited += waiting.taken()
     pending.clear()
     training.tally.add(recent)
 

@@ -184,14 +184,12 @@ def _train(setting: Setting) -> Generator[Contest]:
 
 
 def _infer(setting: Setting) -> Generator[Contest]:
-    from alexnet_cli.core.devices import cpu_bf16
     from alexnet_cli.core.placement import place
     from alexnet_plugins import benchmark_infer
 
-    device = place(setting.gpus, "fp32").device
-    yield from benchmark_infer.contests(
-        str(device), setting.batch_size, setting.workers, setting.scratch, bf16=device.type == "cuda" or cpu_bf16()
-    )
+    placement = place(setting.gpus, "fp32")
+    low = place(setting.gpus, "bf16").precision == "bf16"
+    yield from benchmark_infer.contests(placement, setting.batch_size, setting.workers, setting.scratch, bf16=low)
 
 
 def _startup(setting: Setting) -> Generator[Contest]:

@@ -28,9 +28,10 @@ from alexnet_cli.core.session import Session
 from alexnet_cli.core.sources import ClassName
 from alexnet_cli.core.weights import Model
 from alexnet_cli.recipe import PAPER, SIDE, Recipe
-from alexnet_plugins.benchmark_step import CLASSES, FORMATS, Layout, arithmetic, finish, stock
+from alexnet_plugins.benchmark_step import CLASSES, FORMATS, Layout, arithmetic, stock
 
 if TYPE_CHECKING:
+    from alexnet_cli.core.placement import Placement
     from alexnet_cli.core.stopwatch import Contest, Pass
 
 RECIPE = replace(PAPER, dropout_inverted=True)  # dropout as torch has it: the same network in all
@@ -51,25 +52,26 @@ class Conditions:
     threads: int
 
 
-def contests(device: str, batch: int | None, workers: int, scratch: Path, *, bf16: bool) -> Generator[Contest]:
+def contests(placement: Placement, batch: int | None, workers: int, scratch: Path, *, bf16: bool) -> Generator[Contest]:
     """For each number of crops at a time, one for the float32 file and one for the int8 file."""
     from alexnet_cli.core.stopwatch import Contest
 
-    on_gpu = device.startswith("cuda")
+    device, on_gpu = placement.device, placement.device.type == "cuda"
     sessions = {
-        name: Session(path, provider="cuda" if on_gpu else "cpu", threads=workers)
+        name: Session(path, provider="cuda" if on_gpu else "cpu", gpu=device.index or 0, threads=workers)
         for name, path in write_files(scratch).items()
     }
     # A process that is started fresh: a forked one would inherit the settings of this one.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context, initializer=_as_any_script) as process:
         for size in (batch,) if batch else BATCHES:
-            conditions = Conditions(RECIPE, size, device, workers)
+            conditions = Conditions(RECIPE, size, str(device), workers)
             theirs = {"stock: contiguous, float32": _apart(process, conditions, "contiguous", bf16=False)}
             if bf16:
                 theirs["stock: channels-last, bf16"] = _apart(process, conditions, "channels-last", bf16=True)
             ours = {name: functools.partial(_pass, session, crops(size)) for name, session in sessions.items()}
-            notes = [f"{device}, {size} {'crop' if size == 1 else 'crops'} at a time, float32; the weights are drawn"]
+            where, many = placement.name if on_gpu else "cpu", "crop" if size == 1 else "crops"
+            notes = [f"{where}, {size} {many} at a time, float32; the weights are drawn"]
             peers = {"ours, fp16": "fp16", "ONNX's own LRN operator": "operator", "limit: no normalisation": "bare"}
             yield Contest(f"infer fp32, {size}", ours["fp32"], theirs | {k: ours[v] for k, v in peers.items()}, notes)
             peers = {"ours, fp32": "fp32", "limit: no normalisation": "bare int8"}
@@ -157,12 +159,11 @@ def _as_any_script() -> None:
 
 
 def stock_pass(conditions: Conditions, layout: Layout, bf16: bool) -> int:
-    """A pass of the same network from torch's own parts."""
+    """A pass of the same network from torch's own parts: as in ours, from crops in memory to answers in memory."""
     network = _network(conditions.recipe, conditions.device, conditions.threads, layout)
+    images = _images(conditions.batch, layout).to(conditions.device)
     with torch.inference_mode(), arithmetic(conditions.device, bf16=bf16):
-        count = len(torch.softmax(network(_images(conditions, layout)).float(), 1))
-    finish(conditions.device)
-    return count
+        return len(torch.softmax(network(images).float(), 1).cpu())
 
 
 @functools.cache
@@ -174,6 +175,5 @@ def _network(recipe: Recipe, device: str, threads: int, layout: Layout) -> nn.Mo
 
 
 @functools.cache
-def _images(conditions: Conditions, layout: Layout) -> torch.Tensor:
-    images = torch.from_numpy(crops(conditions.batch) - GREY)
-    return images.to(conditions.device, memory_format=FORMATS[layout])
+def _images(count: int, layout: Layout) -> torch.Tensor:
+    return torch.from_numpy(crops(count) - GREY).contiguous(memory_format=FORMATS[layout])

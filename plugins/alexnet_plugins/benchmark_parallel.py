@@ -44,16 +44,17 @@ class Task:
 def contests(gpus: str | None, batch: int | None, workers: int) -> Generator[Contest]:
     """One in float32, then one in bf16 where the device has it; on the CPU unless `gpus` names several."""
     from alexnet_cli.core import placement
-    from alexnet_cli.core.devices import cpu_bf16
+    from alexnet_cli.core.devices import cpu_bf16, visible_gpus
 
     count = placement.processes(gpus, None)
     on_gpus = count > 1
     count = max(2, count)
     batch = -(-(batch or BATCH) // count) * count  # a share that comes out even is exact when scaled
-    ids = ",".join(str(i) for i in placement.ours(gpus)) if on_gpus else "none"
+    chosen = placement.ours(gpus)
+    ids = ",".join(map(str, chosen)) if on_gpus else "none"
     task = Task(RECIPE, batch, STEPS_ON_GPU if on_gpus else 1, count, max(1, workers // count), "tower", ids)
     yield from _contest(task, "fp32", workers)
-    if on_gpus or cpu_bf16():
+    if all(gpu.bf16 for gpu in visible_gpus() if gpu.index in chosen) if on_gpus else cpu_bf16():
         yield from _contest(task, "bf16", workers)
 
 

@@ -36,7 +36,6 @@ def contests(gpus: str | None, batch: int | None, workers: int, data: Data) -> G
     """One in float32, then one in bf16, where the CPU has it. `data` is asked for where there is a GPU to feed."""
     import torch
 
-    from alexnet_cli.core.devices import cpu_bf16
     from alexnet_cli.core.placement import place
     from alexnet_plugins.benchmark_step import Conditions
 
@@ -46,14 +45,14 @@ def contests(gpus: str | None, batch: int | None, workers: int, data: Data) -> G
     batch = batch or (BATCH_ON_GPU if on_gpu else BATCH)
     conditions = Conditions(RECIPE, batch, STEPS_ON_GPU if on_gpu else 1, str(placement.device), workers)
     notes = [f"{placement.name}, {batch} pictures a step: noise, already on the device"]
-    low = on_gpu or cpu_bf16()
-    if not low:
-        notes.append("this CPU has no bf16 arithmetic: bf16 is left out")
+    low = place(gpus, "bf16")
+    if low.precision != "bf16":
+        notes.append(f"this {'GPU' if on_gpu else 'CPU'} has no bf16 arithmetic: bf16 is left out")
     with ExitStack() as stack:
         field = Field(conditions, data if on_gpu else None, stack)
         yield field.contest(placement, notes)
-        if low:
-            yield field.contest(place(gpus, "bf16"), notes)
+        if low.precision == "bf16":
+            yield field.contest(low, notes)
 
 
 class Field:
@@ -124,7 +123,7 @@ def fed(learner: Learner, dataset: Dataset, placement: Placement, stack: ExitSta
     def run() -> int:
         for batch in loader.batches(plan):
             views = pixels.train(batch.images, batch.rows, draws, 1)
-            learner.step(views, batch.labels.to(device), placement.arithmetic)
+            learner.step(views, batch.labels.to(device, non_blocking=True), placement.arithmetic)
         finish(conditions.device)
         return count
 
