@@ -39,6 +39,7 @@ CORE = {
     "sources": "ilsvrc imagenet listing parquet",
     "images": "",
     "fast_images": "images",
+    "memory": "images",
     "statistics": "",
     "dataset_record": "",
     "shards": "dataset_record listing sources",
@@ -46,7 +47,8 @@ CORE = {
     "shard_writer": "census shards statistics",
     "plan": "images shards sources",
     "assembly": "census plan shard_writer shards statistics",
-    "packing": "census fast_images images assembly plan shard_writer shards listing statistics",
+    "chunk": "census fast_images images listing memory plan statistics",
+    "packing": "assembly chunk listing memory plan shard_writer shards",
     "loader": "shards",
     "cache": "devices loader",
     # sections 3 and 4: the network
@@ -106,7 +108,7 @@ CORE = {
     "export": "atomic onnx_fp16 onnx_graph onnx_metadata probes session shards torch_session weights",
     "export_int8": "accuracy calibration export onnx_graph onnx_int8 onnx_metadata probes session shards torch_session "
     "weights",
-    "inputs": "devices images listing runs",
+    "inputs": "devices images listing memory runs",
     "predict": "images inputs session sources torch_session views",
     "features": "predict",
     "responses": "images inputs session shards views",
@@ -150,8 +152,8 @@ CORE = {
     "stopwatch": "",
 }
 TORCH = {
-    "devices", "ranks", "launch", "rows", "replicas", "update_gpu", "placement", "fast_images", "packing", "loader",
-    "cache", "augment", "response_norm", "transport", "waiting",
+    "devices", "ranks", "launch", "rows", "replicas", "update_gpu", "placement", "fast_images", "chunk", "packing",
+    "loader", "cache", "augment", "response_norm", "transport", "waiting",
     "response_norm_gpu", "layers", "towers", "network", "compilation", "learning", "checkpoint", "evaluate", "results",
     "fine_tuning", "gradient", "diagnosis", "training", "train", "ablation", "tensorboard",
     "torch_session", "evidence", "report", "report_sections", "report_page", "anatomy", "report_network",

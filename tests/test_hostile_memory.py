@@ -20,7 +20,7 @@ import pytest
 from model_files import draw, random_model, save_model
 from onnx import helper, numpy_helper
 
-from alexnet_cli.core import onnx_graph
+from alexnet_cli.core import onnx_graph, onnx_wire
 from alexnet_cli.core.runs import Run
 from alexnet_cli.core.session import Session
 from alexnet_cli.core.shards import open_dataset
@@ -201,13 +201,13 @@ def ran(words: list[str], module: str = "alexnet_cli.cli") -> tuple[int, str, in
     return process.returncode, said, usage.ru_maxrss * 1024
 
 
-def largest_let_in() -> onnx.ModelProto:
-    """As much as a file of a megabyte may ask for, all of it needed until the end."""
+def largest_let_in(columns: int = 31_000, maps: int = 4) -> onnx.ModelProto:
+    """As much as a file of that many columns, of 32 bytes each, may ask for, all of it needed until the end."""
     graph = Crafted()
-    graph.stored("wide", 4, 31_000)
-    graph.stored("narrow", 31_000, 4)
+    graph.stored("wide", 4, columns)
+    graph.stored("narrow", columns, 4)
     x, names = "input", ["input"]
-    for number in range(4):
+    for number in range(maps):
         x = graph.node("Sqrt", [x], f"x{number}")
         names.append(x)
     for number, name in enumerate(reversed(names)):
@@ -228,6 +228,30 @@ def test_the_most_that_is_let_in(tmp_path: Path) -> None:
     code, said, most = ran(["predict", str(tmp_path / "album"), "-w", str(tmp_path / "x.onnx")])
     assert code == 0, said
     assert most < 2 << 30
+
+
+def test_pictures_go_in_pieces_where_the_results_are_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of 8 MB asked for 1.5 GB in the batches of 128 that `evaluate` has."""
+    onnx_graph.save(largest_let_in(240_000, 8), tmp_path / "x.onnx")
+    session, passed = Session(tmp_path / "x.onnx", provider="cpu"), []
+    each = onnx_wire.check(tmp_path / "x.onnx")
+    assert 128 * each * 4 > 1.5e9
+    real = session._pass
+
+    def counted(outputs: list[str], crops: Any, options: Any) -> Any:
+        passed.append(len(crops))
+        return real(outputs, crops, options) if len(crops) < 5 else [np.zeros((len(crops), 4), np.float32)]
+
+    monkeypatch.setattr(session, "_pass", counted)
+    assert session.logits(np.zeros((128, 3, 224, 224), np.uint8)).shape == (128, 4)
+    assert sum(passed) == 128
+    assert max(passed) * each * 4 <= 1.2e9 < (max(passed) + 1) * each * 4
+    monkeypatch.setattr(session, "_most", 2)
+    crops = np.random.default_rng(0).integers(0, 256, (3, 3, 224, 224)).astype(np.float32)
+    apart = np.concatenate([real(["probabilities"], crops[i : i + 1], None)[0] for i in range(3)])
+    assert session.probabilities(crops) == pytest.approx(apart, abs=1e-6)
+    assert passed[-2:] == [2, 1]
+    assert session.logits(crops[:0]).shape == (0, 4)
 
 
 def test_a_description_that_unfolds(tmp_path: Path) -> None:

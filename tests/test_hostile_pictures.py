@@ -23,7 +23,8 @@ from PIL import Image
 
 from alexnet_cli import cli
 from alexnet_cli.core import images
-from alexnet_cli.core.inputs import Memory, ahead, expand, load
+from alexnet_cli.core.inputs import ahead, expand, load
+from alexnet_cli.core.memory import Memory
 from alexnet_cli.recipe import PAPER
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (40, 60, 4), dtype=np.uint8)
@@ -231,6 +232,23 @@ def test_a_folder_of_the_largest_pictures_fits_in_two_gigabytes(tmp_path: Path) 
     assert process.returncode == 0
     assert shown.count("class ") == 12 * 5
     assert usage.ru_maxrss * 1024 < 2 << 30
+
+
+@pytest.mark.slow
+def test_large_pictures_are_prepared_one_at_a_time_whatever_the_workers(tmp_path: Path) -> None:
+    """Six of 80 megapixels among small ones, so that several threads have one: 5.6 GB with six, without the limit."""
+    for number in range(6):
+        folder = tmp_path / "source" / f"class {number % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number}.png").write_bytes(png(8944 + number, 8944, 8, 6 if number % 2 else 2, 8944))
+        for other in range(40):
+            (folder / f"{number}-{other}.jpg").write_bytes(WHOLE["jpeg"])
+    words = ["prepare", str(tmp_path / "source"), "-o", str(tmp_path / "out"), "--workers", "6", "-q"]
+    with subprocess.Popen([sys.executable, "-m", "alexnet_cli.cli", *words]) as process:
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    assert usage.ru_maxrss * 1024 < 1.5e9
 
 
 def test_a_picture_of_the_limit_is_still_one() -> None:

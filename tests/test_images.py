@@ -64,9 +64,20 @@ def test_every_kind_becomes_what_pillow_makes_of_it(engine: object, name: str) -
     np.testing.assert_array_equal(decoded, expected)
 
 
+@pytest.mark.parametrize("name", PICTURES)
+def test_a_large_picture_is_converted_a_strip_at_a_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = images.decode(PICTURES[name])
+    monkeypatch.setattr(images, "STRIP", 7 * 90)
+    np.testing.assert_array_equal(images.decode(PICTURES[name]), whole)
+
+
 @pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("strip", [2**20, 300])
 @pytest.mark.parametrize("format", ["PNG", "TIFF"])
-def test_sixteen_bits_are_scaled_not_clipped(engine: object, format: str) -> None:
+def test_sixteen_bits_are_scaled_not_clipped(
+    engine: object, format: str, strip: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images, "STRIP", strip)
     deep = np.linspace(0, 65535, 300 * 4).astype(np.uint16).reshape(4, 300)
     decoded = engine.decode(saved(Image.fromarray(deep), format))  # type: ignore[attr-defined]
     np.testing.assert_array_equal(decoded, np.repeat(np.rint(deep / 257.0)[..., None], 3, 2))
@@ -90,6 +101,19 @@ def test_sixteen_bits_are_scaled_not_clipped(engine: object, format: str) -> Non
 def test_bad_files_say_why(engine: object, data: bytes, reason: str) -> None:
     with pytest.raises(DataError, match=reason):
         engine.decode(data)  # type: ignore[attr-defined]
+
+
+def test_what_is_wrong_with_a_jpeg_that_can_be_decoded_is_told() -> None:
+    cut = PICTURES["rgb.jpg"][:-200] + b"\xff\xd9"
+    rgb, wrong = fast_images.examined(cut)
+    assert wrong == "Corrupt JPEG data: premature end of data segment"
+    np.testing.assert_array_equal(rgb, images.decode(cut))
+    assert [name for name, data in PICTURES.items() if fast_images.examined(data)[1]] == []
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_sizes_are_told_without_decoding(name: str) -> None:
+    assert fast_images.size(PICTURES[name]) == images.size(PICTURES[name]) == images.decode(PICTURES[name]).shape[:2]
 
 
 @pytest.mark.parametrize("engine", ENGINES)

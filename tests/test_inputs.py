@@ -15,7 +15,8 @@ from model_files import draw
 from PIL import Image
 
 from alexnet_cli.core import images, inputs
-from alexnet_cli.core.inputs import Memory, ahead, expand, load
+from alexnet_cli.core.inputs import ahead, expand, load
+from alexnet_cli.core.memory import Memory
 from alexnet_cli.errors import DataError
 
 

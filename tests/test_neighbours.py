@@ -32,7 +32,7 @@ def made(prepared: Path, tmp_path: Path) -> tuple[Path, Origin, Index]:
     path = save_model(random_model(replace(PAPER, width=1 / 32)), tmp_path / "m.safetensors")
     dataset = open_dataset(prepared)
     split = dataset.split("train")
-    origin, folder = Origin.of(path, dataset, split), neighbours.place(path, None)
+    origin, folder = Origin.of(path, dataset, split), neighbours.place(path, None, dataset)
     told: list[int] = []
     index = neighbours.write_index(folder, origin, split, Session(path, layer="fc7"), told.append)
     assert sum(told) == len(split) == 48
@@ -106,7 +106,7 @@ def test_what_a_killed_indexing_left_goes_with_the_next_and_what_another_writes_
     path = save_model(random_model(replace(PAPER, width=1 / 32)), tmp_path / "m.safetensors")
     dataset = open_dataset(prepared)
     split = dataset.split("train")
-    origin, folder = Origin.of(path, dataset, split), neighbours.place(path, None)
+    origin, folder = Origin.of(path, dataset, split), neighbours.place(path, None, dataset)
     writing = "import sys; from pathlib import Path; from alexnet_cli.core.neighbours import _replacing\n"
     writing += "with _replacing(Path(sys.argv[1])) as new:\n (new / 'fc7.npy').write_bytes(b'half'); print(); input()"
     for number in range(3):

@@ -141,6 +141,19 @@ def test_bad_images_are_named(pets: Path, capsys: pytest.CaptureFixture[str]) ->
     assert run(pets, "--on-corrupt", "fail", "-o", "strict") == 0
 
 
+def test_a_jpeg_that_can_be_decoded_in_part_is_packed_and_told_of(
+    pets: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Cut, and ended as a JPEG is: Pillow says nothing of it."""
+    good = jpeg((7, 8, 9), (400, 300))
+    (pets / "cats" / "3.jpg").write_bytes(good[: len(good) - 300] + b"\xff\xd9")
+    assert run(pets) == 0
+    said = capsys.readouterr().err
+    assert "note    1 picture is damaged, and packed as far as it can be decoded: damaged.jsonl" in said
+    [line] = (Path("prepared/pets") / "damaged.jsonl").read_text().splitlines()
+    assert json.loads(line)["path"] == "cats/3.jpg"
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -220,13 +233,13 @@ def test_verify(pets: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(pets) == 0
     capsys.readouterr()
     assert run("--verify", "prepared/pets", "--json") == 0
-    assert result(capsys) == {"output": "prepared/pets", "files": 7, "verified": True}
+    assert result(capsys) == {"output": "prepared/pets", "files": 8, "verified": True}
     shard = Path("prepared/pets/train-000000.tar")
     content = bytearray(shard.read_bytes())
     content[1500] ^= 1
     shard.write_bytes(content)
     assert run("--verify", "prepared/pets") == 6
-    assert "train-000000.tar is damaged" in capsys.readouterr().err
+    assert "error: 1 of 8 files in prepared/pets is damaged: train-000000.tar (sha256 " in capsys.readouterr().err
     assert run("--verify", "nowhere") == 3
     assert run() == 2
 

@@ -13,13 +13,16 @@ import re
 import shutil
 import signal
 import tarfile
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet_cli.core import fast_images, shards, sources
+from alexnet_cli.core import fast_images, images, packing, shards, sources
+from alexnet_cli.core.memory import Memory
 from alexnet_cli.core.packing import pack
 from alexnet_cli.core.plan import Plan
 from alexnet_cli.core.shard_writer import tar_header
@@ -40,7 +43,7 @@ def picture(seed: int, width: int = 70, height: int = 50) -> bytes:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three classes of 30 training and 4 validation pictures, two of the first being bad."""
+    """Three classes of 30 training and 4 validation pictures, two of the first being bad and one damaged."""
     root = tmp_path_factory.mktemp("source") / "shapes"
     for split, count in (("train", 30), ("val", 4)):
         for label, name in enumerate(CLASSES):
@@ -50,6 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 path.write_bytes(picture(1000 * label + i + (500 if split == "val" else 0)))
     (root / "train" / "star" / "star 07.jpg").write_bytes(picture(1)[:-60])
     (root / "train" / "circle" / "circle 03.jpg").write_bytes(b"")
+    (root / "train" / "circle" / "circle 04.jpg").write_bytes(picture(4)[:-60] + b"\xff\xd9")  # cut, and ended well
     return root
 
 
@@ -72,7 +76,8 @@ def contents(path: Path) -> dict[str, bytes]:
 
 def test_what_is_in_the_folder(prepared: Path) -> None:
     names = [f"train-{i:06d}.tar" for i in range(5)] + ["val-000000.tar", "train.index.npy", "val.index.npy"]
-    assert set(contents(prepared)) == {*names, "mean.npy", "duplicates.jsonl", "rejected.jsonl", "dataset.json"}
+    lists = ["duplicates.jsonl", "rejected.jsonl", "damaged.jsonl"]
+    assert set(contents(prepared)) == {*names, "mean.npy", *lists, "dataset.json"}
     rejected = [json.loads(line) for line in (prepared / "rejected.jsonl").read_text().splitlines()]
     assert {line["path"]: line["split"] for line in rejected} == {
         "train/star/star 07.jpg": "train",
@@ -87,10 +92,13 @@ def test_what_is_in_the_folder(prepared: Path) -> None:
         "train.index.npy",
         "val.index.npy",
         "mean.npy",
-        "duplicates.jsonl",
-        "rejected.jsonl",
+        *lists,
     ]
+    damaged = [json.loads(line) for line in (prepared / "damaged.jsonl").read_text().splitlines()]
+    assert [(line["split"], line["path"]) for line in damaged] == [("train", "train/circle/circle 04.jpg")]
+    assert "premature end" in damaged[0]["reason"]
     record = dataset.record
+    assert (record["rejected"], record["damaged"]) == (2, 1)
     assert record["source_sizes"] == {
         "width": {"min": 70, "median": 70.0, "max": 70},
         "height": {"min": 50, "median": 50.0, "max": 50},
@@ -171,6 +179,28 @@ def test_sums_are_those_of_integers() -> None:
 @pytest.mark.parametrize("workers", [1, 5])
 def test_workers_do_not_change_the_bytes(folder: Path, prepared: Path, tmp_path: Path, workers: int) -> None:
     list(pack(plan(folder, tmp_path / "again"), workers))
+    assert contents(tmp_path / "again") == contents(prepared)
+
+
+def test_threads_share_the_room_for_pixels(
+    folder: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is room for one of these pictures, of 3,500 pixels: never are two decoded at once."""
+    decoding, most, examined = set[int](), [0], fast_images.examined
+
+    def counted(data: bytes) -> tuple[images.Pixels, str]:
+        decoding.add(threading.get_ident())
+        most[0] = max(most[0], len(decoding))
+        time.sleep(0.001)
+        try:
+            return examined(data)
+        finally:
+            decoding.discard(threading.get_ident())
+
+    monkeypatch.setattr(fast_images, "examined", counted)
+    monkeypatch.setattr(packing, "Memory", lambda: Memory(5000))
+    list(pack(plan(folder, tmp_path / "again"), 4))
+    assert most == [1]
     assert contents(tmp_path / "again") == contents(prepared)
 
 
@@ -388,8 +418,33 @@ def test_verify_sees_one_changed_bit(prepared: Path, tmp_path: Path) -> None:
     for name, data in contents(prepared).items():
         changed = bytes([data[2000] ^ 1]) if name == "train-000001.tar" else data[2000:2001]
         (tmp_path / name).write_bytes(data[:2000] + changed + data[2001:])
-    with pytest.raises(VerificationError, match=r"train-000001\.tar is damaged"):
+    with pytest.raises(VerificationError, match=r"1 of 12 files .* is damaged: train-000001\.tar \(sha256 ") as error:
         list(shards.verify(shards.open_dataset(tmp_path)))
+    assert error.value.exit_code == 6
+
+
+def test_verify_names_all_that_is_damaged_up_to_ten(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = shutil.copytree(prepared, tmp_path / "out")
+    (output / "train-000003.tar").unlink()
+    for name in ("train-000000.tar", "mean.npy"):
+        with (output / name).open("r+b") as file:
+            file.write(b"x")
+    right: list[str] = []
+
+    def said() -> str:
+        right.clear()
+        with pytest.raises(VerificationError) as error:
+            right.extend(shards.verify(shards.open_dataset(output)))
+        return error.value.what
+
+    what, first = f"3 of 12 files in {output} are damaged: ", r"train-000000\.tar \(sha256 \w{12}, recorded \w{12}\), "
+    second, third = r"train-000003\.tar \(No such file or directory\)", r"mean\.npy \(sha256 \w{12}, recorded \w{12}\)"
+    assert re.fullmatch(f"{re.escape(what)}{first}{second}, {third}", said())
+    assert set(contents(output)) - set(right) == {"dataset.json", "train-000000.tar", "mean.npy"}
+    monkeypatch.setattr(shards, "NAMED", 2)
+    assert re.fullmatch(f"{re.escape(what)}{first}{second} and 1 more", said())
 
 
 def test_foreign_schema(tmp_path: Path) -> None:

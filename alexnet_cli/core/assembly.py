@@ -20,6 +20,7 @@ from alexnet_cli.core.census import Census
 from alexnet_cli.core.plan import Plan
 from alexnet_cli.core.shard_writer import Finished, finished_shard, npy, npy_header, write_durably
 from alexnet_cli.core.shards import (
+    DAMAGED,
     DUPLICATES,
     LATEST,
     MEAN,
@@ -43,12 +44,14 @@ class Totals:
     shards: list[dict[str, Any]] = field(default_factory=list)
     sums: PixelSums = field(default_factory=PixelSums)
     rejected: list[dict[str, str]] = field(default_factory=list)
+    damaged: list[dict[str, str]] = field(default_factory=list)
 
     def add(self, shard: Finished) -> None:
         """Count the next shard."""
         self.shards.append(shard.entry)
         self.sums.merge(shard.sums)
         self.rejected += shard.rejected
+        self.damaged += shard.damaged
 
 
 def assemble(plan: Plan, totals: Mapping[str, Totals]) -> None:
@@ -59,6 +62,7 @@ def assemble(plan: Plan, totals: Mapping[str, Totals]) -> None:
     """
     _check_counts(plan, totals)
     rejected = [line for split in totals.values() for line in split.rejected]
+    damaged = [line for split in totals.values() for line in split.damaged]
     labels = {name: np.zeros(len(plan.source.classes), np.int64) for name in totals}
     seen = Census()
     sums = {}
@@ -70,6 +74,7 @@ def assemble(plan: Plan, totals: Mapping[str, Totals]) -> None:
         MEAN: npy(totals["train"].sums.mean_image()),
         DUPLICATES: _lines(equal),
         REJECTED: _lines(rejected),
+        DAMAGED: _lines(damaged),
     }.items():
         sums[file] = write_durably(plan.output / file, [data])
     record = {
@@ -83,6 +88,7 @@ def assemble(plan: Plan, totals: Mapping[str, Totals]) -> None:
         "duplicates": census.counted(equal),
         **totals["train"].sums.record(),
         "rejected": len(rejected),
+        "damaged": len(damaged),
         "files": sums,
         "source": str(plan.source.path.resolve()),
         "settings": plan.settings,

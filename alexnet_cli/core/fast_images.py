@@ -15,6 +15,8 @@ from alexnet_cli.core import images
 from alexnet_cli.core.images import Pixels
 
 SUBSAMPLING = "420"  # what OpenCV wrote in Krizhevsky's own preparation
+JPEG = b"\xff\xd8"  # how one begins
+DAMAGED = ("Corrupt JPEG data", "Premature end")  # how libjpeg-turbo begins to say that pixels are missing or wrong
 DIRECT = ("YCbCr", "Gray", "RGB")
 
 
@@ -24,15 +26,31 @@ def decode(data: bytes) -> Pixels:
     Raises:
         DataError: it is no picture, truncated, damaged or too large; `what` is the reason.
     """
-    if data[:2] == b"\xff\xd8":
+    return examined(data)[0]
+
+
+def examined(data: bytes) -> tuple[Pixels, str]:
+    """The same, and what is wrong with a JPEG that can be decoded all the same; mostly nothing."""
+    wrong = ""
+    if data[:2] == JPEG:
         try:
             height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
             if colours in DIRECT and height * width <= images.MAX_PIXELS:
-                pixels: Pixels = simplejpeg.decode_jpeg(data, "RGB")
-                return pixels
+                return simplejpeg.decode_jpeg(data, "RGB"), ""
+        except ValueError as error:  # strict: warnings too; Pillow decides whether the picture is whole
+            wrong = str(error) if str(error).startswith(DAMAGED) else ""
+    return images.decode(data), wrong
+
+
+def size(data: bytes) -> tuple[int, int]:
+    """Height and width of the picture in a file's bytes, none of whose pixels are decoded; raises as `decode` does."""
+    if data[:2] == JPEG:
+        try:
+            height, width, *_ = simplejpeg.decode_jpeg_header(data)
+            return height, width
         except ValueError:
-            pass  # strict: warnings too; Pillow decides whether the picture is whole
-    return images.decode(data)
+            pass
+    return images.size(data)
 
 
 def to_256(rgb: Pixels) -> Pixels:

@@ -22,6 +22,7 @@ from alexnet_cli.errors import DataError
 from alexnet_cli.recipe import SIDE
 
 MAX_PIXELS = 89_478_485  # a quarter of a gigabyte as RGB, where Pillow begins to suspect a decompression bomb
+STRIP = 2**20  # pixels that are converted at once, so that a large picture is in memory as little as can be
 MAX_ASPECT = 16  # of a picture longer than this many times its width only the middle is resized
 
 Pixels = npt.NDArray[np.uint8]
@@ -185,6 +186,18 @@ def _opened(data: bytes) -> Image.Image:
 
 
 def _rgb(image: Image.Image) -> Pixels:
+    """A copy, because torch takes no read-only arrays."""
+    result = np.empty((image.height, image.width, 3), np.uint8)
+    rows = max(1, STRIP // image.width)
+    for top in range(0, image.height, rows):
+        bottom = min(top + rows, image.height)
+        whole = rows >= image.height
+        result[top:bottom] = _eight_bits(image if whole else image.crop((0, top, image.width, bottom)))
+    return result
+
+
+def _eight_bits(image: Image.Image) -> Pixels:
+    """H x W x 3, or H x W x 1 where all three are the same."""
     if image.mode.startswith("I"):
         # 16 bits a pixel (Pillow calls them I;16, I;16B or I): scaled, where Pillow's own conversion
         # would clip.
@@ -192,11 +205,9 @@ def _rgb(image: Image.Image) -> Pixels:
         deep *= 255
         deep += 32767
         grey = (deep // 65535).astype(np.uint8)
-        return np.repeat(grey[:, :, None], 3, axis=2)
+        return grey[:, :, None]
     if image.mode == "F":
         raise DataError("its pixels are floating-point numbers of unknown range")
     if image.mode in ("P", "PA"):
         image = image.convert("RGBA")  # by way of RGBA, or Pillow warns about transparency given as bytes
-    return np.array(
-        image if image.mode == "RGB" else image.convert("RGB")
-    )  # a copy, because torch takes no read-only arrays
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))

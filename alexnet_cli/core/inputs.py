@@ -8,11 +8,9 @@ from __future__ import annotations
 import glob
 import io
 import os
-import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
@@ -21,6 +19,7 @@ from alexnet_cli.core import images
 from alexnet_cli.core.devices import cores
 from alexnet_cli.core.images import Pixels
 from alexnet_cli.core.listing import LARGEST, check_bytes, is_picture, read_file, walk
+from alexnet_cli.core.memory import Memory
 from alexnet_cli.core.runs import runs_root
 from alexnet_cli.errors import DataError
 
@@ -135,26 +134,6 @@ def load(source: Source, exif_rotate: bool, memory: Memory) -> Pixels | str:
         return error.what
     except (OSError, ValueError) as error:  # a name can hold what no file system takes
         return getattr(error, "strerror", None) or str(error)
-
-
-class Memory:
-    """Room for the pixels of the largest picture that is taken, or of many smaller ones, over all threads."""
-
-    def __init__(self, most: int = images.MAX_PIXELS) -> None:
-        self.most, self.used, self.changed = most, 0, threading.Condition()
-
-    @contextmanager
-    def taken(self, pixels: int) -> Iterator[None]:
-        """Wait for so much room and hold it while inside."""
-        with self.changed:
-            self.changed.wait_for(lambda: self.used + pixels <= self.most or not self.used)
-            self.used += pixels
-        try:
-            yield
-        finally:
-            with self.changed:
-                self.used -= pixels
-                self.changed.notify_all()
 
 
 def ahead(sources: Iterable[Source], window: int, exif_rotate: bool) -> Generator[tuple[str, Pixels | str]]:

@@ -65,7 +65,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def place(weights: Path, run: Path | None, dataset: Dataset | None = None) -> Path:
+def place(weights: Path, run: Path | None, dataset: Dataset) -> Path:
     """The folder of a network's index: in its run, or beside its file.
 
     One of another checkpoint, another ONNX file or another data set than the run's own has a name of its own, so that
@@ -78,7 +78,7 @@ def place(weights: Path, run: Path | None, dataset: Dataset | None = None) -> Pa
         words.append(weights.stem)
     elif weights.name == MODEL and not is_best(weights):
         words.append(weights.resolve().parent.name)
-    if dataset is not None and not own_data(weights, dataset):
+    if not own_data(weights, dataset):
         words.append(dataset.path.resolve().name)
     return run / "-".join(words)
 

@@ -90,8 +90,10 @@ class _Counts:
         self.once = self.unfolded = 0
 
 
-def check(nodes: Sequence[Node], constants: Mapping[str, Stored], shape: Sequence[int]) -> None:
+def check(nodes: Sequence[Node], constants: Mapping[str, Stored], shape: Sequence[int]) -> int:
     """Go through the nodes in order; `shape` is that of the input, 0 standing for the batch.
+
+    Returns the numbers of all results together, for a picture.
 
     Raises:
         ValueError: a node is none of ours, does not fit its inputs, or gives more than the weights explain.
@@ -114,6 +116,7 @@ def check(nodes: Sequence[Node], constants: Mapping[str, Stored], shape: Sequenc
         except ValueError as error:
             place = node.name or next(iter(node.outputs), "")
             raise ValueError(f"the operator {node.operator} ({place}): {error}") from error
+    return counts.computed
 
 
 def _add(node: Node, counts: _Counts) -> None:

@@ -45,10 +45,11 @@ class _Odd(ValueError):
     """Something that no file of this toolkit has."""
 
 
-def check(path: Path) -> None:
+def check(path: Path) -> int:
     """Refuse an ONNX file that reaches for other files or holds what no network of this toolkit has.
 
-    What is let in takes memory in proportion to its weights, and to the pictures of a batch; see `onnx_shapes`.
+    What is let in takes memory in proportion to its weights, and to the pictures of a batch; see `onnx_shapes`. Returns
+    how many numbers it computes for a picture.
 
     Raises:
         WeightsError: that is so, or the file cannot be read or is no ONNX.
@@ -59,7 +60,7 @@ def check(path: Path) -> None:
             raise ValueError("it is larger than 2 GB")
         nodes, stored, shape = _parts(Message(data))
         try:
-            onnx_shapes.check(nodes, stored, shape)
+            return onnx_shapes.check(nodes, stored, shape)
         except ValueError as error:
             raise _Odd(str(error)) from error
     except _Odd as error:

@@ -1,4 +1,4 @@
-"""From a source to a prepared data set: decode, resize, encode and measure in threads, write shards in order.
+"""From a source to a prepared data set: pictures go through threads, and in order to shards.
 
 The pictures of a split go to shards in one shuffled order that depends on nothing but their number, as
 Krizhevsky shuffled once when he made his batches; a reader that takes a shard from front to back sees
@@ -20,18 +20,18 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from alexnet_cli.core import census, fast_images, images
 from alexnet_cli.core.assembly import Totals, assemble, settle
-from alexnet_cli.core.listing import Item, Pictures
+from alexnet_cli.core.chunk import Chunk, Packed, process
+from alexnet_cli.core.listing import Pictures
+from alexnet_cli.core.memory import Memory
 from alexnet_cli.core.plan import CLEARING, LOCK, PLAN, Plan, megabytes
 from alexnet_cli.core.shard_writer import Finished, ShardWriter, finished_shard, write_durably
 from alexnet_cli.core.shards import PARTIAL, RECORD, SPLITS
-from alexnet_cli.core.statistics import PixelSums
 from alexnet_cli.errors import DataError, StorageError
 
 ORDER_SEED = 2012
@@ -49,24 +49,6 @@ class Progress:
     images: int
     rejected: int
     kept: bool = False
-
-
-class _Chunk(NamedTuple):
-    """Pictures for one thread: their shard, rows in the split and keys, and whether the shard ends with them."""
-
-    shard: int
-    rows: list[int]
-    keys: list[str]
-    items: list[Item]
-    last: bool
-
-
-class _Packed(NamedTuple):
-    """A chunk's JPEGs, or for a picture that was refused the reason; facts and sums of those that were not."""
-
-    jpegs: list[bytes | str]
-    facts: list[tuple[int, int, int, bytes]]
-    sums: PixelSums
 
 
 def pack(plan: Plan, workers: int, on_corrupt: OnCorrupt = "skip", overwrite: bool = False) -> Generator[Progress]:
@@ -109,8 +91,10 @@ def _pack_split(
         yield Progress(split, shard.entry["images"] + len(shard.rejected), len(shard.rejected), kept=True)
         first += 1
 
-    def work(chunk: _Chunk) -> _Packed:
-        return _process(chunk, plan, measure=split == "train")
+    memory = Memory()
+
+    def work(chunk: Chunk) -> Packed:
+        return process(chunk, plan, memory, measure=split == "train")
 
     writer: ShardWriter | None = None
     finishing: deque[Future[Finished]] = deque()
@@ -133,7 +117,7 @@ def _pack_split(
                 writer.abandon()
 
 
-def _chunks(plan: Plan, split: str, first: int) -> Iterator[_Chunk]:
+def _chunks(plan: Plan, split: str, first: int) -> Iterator[Chunk]:
     """The pictures of a split in shuffled order, from shard `first` on."""
     items = plan.source.splits[split]
     order = _order(items, np.random.default_rng((ORDER_SEED, SPLITS.index(split))))
@@ -144,7 +128,7 @@ def _chunks(plan: Plan, split: str, first: int) -> Iterator[_Chunk]:
             rows = [int(order[p]) for p in places]
             chosen = [items[row] for row in rows]
             keys = [_key(p, item.name) for p, item in zip(places, chosen, strict=True)]
-            yield _Chunk(start // plan.shard_images, rows, keys, chosen, last=places.stop == end)
+            yield Chunk(start // plan.shard_images, rows, keys, chosen, last=places.stop == end)
 
 
 def _order(items: Pictures, generator: np.random.Generator) -> npt.NDArray[np.int64]:
@@ -163,10 +147,10 @@ def _key(place: int, name: str) -> str:
 
 
 def _in_order(
-    pool: ThreadPoolExecutor, work: Callable[[_Chunk], _Packed], chunks: Iterator[_Chunk], ahead: int
-) -> Iterator[tuple[_Chunk, _Packed]]:
+    pool: ThreadPoolExecutor, work: Callable[[Chunk], Packed], chunks: Iterator[Chunk], ahead: int
+) -> Iterator[tuple[Chunk, Packed]]:
     """Work on up to `ahead` chunks at once and give the results in their order."""
-    running: deque[tuple[_Chunk, Future[_Packed]]] = deque()
+    running: deque[tuple[Chunk, Future[Packed]]] = deque()
     try:
         for chunk in chunks:
             running.append((chunk, pool.submit(work, chunk)))
@@ -181,31 +165,7 @@ def _in_order(
             future.cancel()
 
 
-def _process(chunk: _Chunk, plan: Plan, measure: bool) -> _Packed:
-    jpegs: list[bytes | str] = []
-    facts, pictures = [], []
-    for row, item in zip(chunk.rows, chunk.items, strict=True):
-        try:
-            data = item.read()
-            rgb = fast_images.decode(data)
-            if plan.exif_rotate:
-                rgb = images.upright(rgb, data)
-            picture = fast_images.to_256(rgb)
-        except DataError as error:
-            jpegs.append(error.what)
-        except OSError as error:
-            jpegs.append(f"it cannot be read: {error.strerror or error}")
-        else:
-            jpegs.append(fast_images.encode(picture, plan.quality))
-            facts.append(census.fact(row, rgb, data))
-            pictures.append(picture)
-    sums = PixelSums()
-    if measure:
-        sums.add(pictures)
-    return _Packed(jpegs, facts, sums)
-
-
-def _write(writer: ShardWriter, split: str, chunk: _Chunk, packed: _Packed) -> list[dict[str, str]]:
+def _write(writer: ShardWriter, split: str, chunk: Chunk, packed: Packed) -> list[dict[str, str]]:
     refused = []
     for key, item, jpeg in zip(chunk.keys, chunk.items, packed.jpegs, strict=True):
         if isinstance(jpeg, str):
@@ -213,6 +173,7 @@ def _write(writer: ShardWriter, split: str, chunk: _Chunk, packed: _Packed) -> l
         else:
             writer.add(key, item.label, jpeg)
     writer.rejected += refused
+    writer.damaged += [{"split": split, "path": path, "reason": reason} for path, reason in packed.damaged]
     writer.facts += packed.facts
     writer.sums.merge(packed.sums)
     return refused

@@ -18,7 +18,18 @@ from typing import Any, Literal
 from PIL import Image
 
 from alexnet_cli.core import images
-from alexnet_cli.core.shards import DUPLICATES, LATEST, MEAN, PARTIAL, RECORD, REJECTED, ROOT, SPLITS, index_name
+from alexnet_cli.core.shards import (
+    DAMAGED,
+    DUPLICATES,
+    LATEST,
+    MEAN,
+    PARTIAL,
+    RECORD,
+    REJECTED,
+    ROOT,
+    SPLITS,
+    index_name,
+)
 from alexnet_cli.core.sources import Source
 from alexnet_cli.errors import DataError, StorageError, UsageError
 
@@ -31,7 +42,7 @@ LOCK = ".lock"
 CLEARING = {"clearing": True}  # a plan that says: what is here is being removed
 BEGUN = (PARTIAL, LOCK)  # what a preparation makes before its plan
 SHARD = re.compile(rf"(?:{'|'.join(SPLITS)})-\d{{6}}\.tar")
-FILES = (RECORD, MEAN, REJECTED, DUPLICATES, *(index_name(split) for split in SPLITS))
+FILES = (RECORD, MEAN, REJECTED, DAMAGED, DUPLICATES, *(index_name(split) for split in SPLITS))
 OURS = re.compile("|".join([re.escape(name) + r"(?:\.tmp)?" for name in FILES] + [re.escape(PARTIAL), re.escape(LOCK)]))
 REPLACE = "--overwrite replaces it; -o DIR puts this one elsewhere"
 

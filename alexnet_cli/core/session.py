@@ -24,6 +24,7 @@ from alexnet_cli.errors import AlexNetError, MissingError, WeightsError, memory_
 from alexnet_cli.recipe import SIDE, Recipe
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+AT_ONCE = 3 * 10**8  # numbers that a file's network may compute in one pass, 1.2 GB: its pictures go in pieces of that
 
 Array = npt.NDArray[np.float32]
 Crops = npt.NDArray[np.uint8] | Array
@@ -66,15 +67,13 @@ class Session:
         self.path = source if isinstance(source, Path) else source.path
         if isinstance(source, Path) and not source.is_file():
             raise WeightsError(f"{source} does not exist", "name a run, or an .onnx file; `alexnet export` writes one")
-        if isinstance(source, Path):
-            onnx_wire.check(source)
+        self._most = max(1, AT_ONCE // onnx_wire.check(source)) if isinstance(source, Path) else AT_ONCE
         with _contained() as said:
             providers = _providers("cpu" if few and provider == "auto" else provider, gpu)
             # ONNX Runtime by itself would count every core of the machine, allowed or not.
             self._session, self._kept = _open(source, providers, threads or cores(), few, layer)
-        wanted = len(providers) > 1
         self.device = "cuda" if self._session.get_providers()[0] == CUDA else "cpu"
-        self.fallback = _reason(said[0]) if wanted and self.device == "cpu" else ""
+        self.fallback = _reason(said[0]) if len(providers) > 1 and self.device == "cpu" else ""
         if provider == "cuda" and self.device == "cpu":
             why = self.fallback or "no NVIDIA GPU, or ONNX Runtime was built without CUDA"
             raise MissingError(f"ONNX Runtime cannot open a session on the GPU: {why}", "see `alexnet doctor`")
@@ -138,14 +137,18 @@ class Session:
         return units * np.float32(1 - self.recipe.dropout) if halved else units
 
     def _run(self, outputs: list[str], crops: Crops, options: Any = None) -> list[Array]:
+        pieces = [crops[i : i + self._most] for i in range(0, len(crops), self._most)] or [crops]
+        results = zip(*(self._pass(outputs, piece, options) for piece in pieces), strict=True)
+        return [parts[0] if len(parts) == 1 else np.concatenate(parts) for parts in results]
+
+    def _pass(self, outputs: list[str], crops: Crops, options: Any) -> list[Array]:
         try:
             results = self._session.run(outputs, {"input": crops.astype(np.float32, copy=False)}, options)
         except Exception as error:
             if memory_ended(error):
                 raise
-            raise WeightsError(
-                f"{self.path} cannot be run: {_words(error)}", "if it is damaged, export it anew"
-            ) from error
+            what = f"{self.path} cannot be run: {_words(error)}"
+            raise WeightsError(what, "if it is damaged, export it anew") from error
         return [result.astype(np.float32, copy=False) for result in results]
 
 
@@ -187,9 +190,8 @@ def _open(source: Source, providers: list[Any], threads: int, few: bool, layer: 
     except AlexNetError:
         raise
     except Exception as error:
-        raise WeightsError(
-            f"{path} cannot be opened: {_words(error)}", "the file is damaged; export it anew"
-        ) from error
+        what = f"{path} cannot be opened: {_words(error)}"
+        raise WeightsError(what, "the file is damaged; export it anew") from error
 
 
 def _words(error: Exception) -> str:
@@ -268,6 +270,5 @@ def _contained() -> Iterator[list[str]]:
             os.close(terminal)
             file.seek(0)
             said[0] = file.read().decode(errors="replace")
-            others = [line for line in said[0].splitlines() if "onnxruntime" not in line and line.strip()]
-            if others:
+            if others := [line for line in said[0].splitlines() if "onnxruntime" not in line and line.strip()]:
                 os.write(2, ("\n".join(others) + "\n").encode())

@@ -33,13 +33,14 @@ NO_HEADER = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
 
 @dataclass(frozen=True)
 class Finished:
-    """A shard that is on disk: entry in dataset.json, rows of the index, sums, facts, what was refused."""
+    """A shard that is on disk: entry in dataset.json, rows of the index, sums, facts, what was refused or damaged."""
 
     entry: dict[str, Any]
     rows: npt.NDArray[np.void]
     sums: PixelSums
     facts: Facts
     rejected: list[dict[str, str]]
+    damaged: list[dict[str, str]]
 
 
 class ShardWriter:
@@ -50,6 +51,7 @@ class ShardWriter:
         self.name = shard_name(split, number)
         self.sums = PixelSums()
         self.rejected: list[dict[str, str]] = []
+        self.damaged: list[dict[str, str]] = []
         self.facts: list[tuple[int, int, int, bytes]] = []
         self._rows: list[tuple[int, int, int, int]] = []
         self._digest = hashlib.sha256()
@@ -82,7 +84,7 @@ class ShardWriter:
             "images": len(self._rows),
         }
         facts = np.array(self.facts, FACT)
-        finished = Finished(entry, np.array(self._rows, ROW), self.sums, facts, self.rejected)
+        finished = Finished(entry, np.array(self._rows, ROW), self.sums, facts, self.rejected, self.damaged)
         write_durably(_sidecar(self.folder, self.name), [_packed(finished)])
         return finished
 
@@ -122,7 +124,8 @@ def finished_shard(folder: Path, split: str, number: int) -> Finished | None:
         with _sidecar(folder, name).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             text = json.loads(str(arrays["text"]))
             sums = PixelSums(int(arrays["images"]), arrays["pixels"].astype(np.int64), arrays["products"])
-            finished = Finished(text["entry"], arrays["rows"], sums, arrays["facts"], text["rejected"])
+            lists = text["rejected"], text["damaged"]
+            finished = Finished(text["entry"], arrays["rows"], sums, arrays["facts"], *lists)
         whole = (folder / name).stat().st_size == finished.entry["bytes"]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         return None
@@ -173,7 +176,7 @@ def _sidecar(folder: Path, name: str) -> Path:
 
 def _packed(finished: Finished) -> bytes:
     buffer = io.BytesIO()
-    text = json.dumps({"entry": finished.entry, "rejected": finished.rejected})
+    text = json.dumps({"entry": finished.entry, "rejected": finished.rejected, "damaged": finished.damaged})
     sums = finished.sums
     np.savez(
         buffer,

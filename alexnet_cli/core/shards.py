@@ -4,7 +4,7 @@ dataset.json                          makes the set valid; everything but the pi
 train-000000.tar ... val-000000.tar   plain WebDataset shards: KEY.jpg (256x256) and KEY.cls (label)
 train.index.npy  val.index.npy        one row a picture: random access into the mapped shards
 mean.npy                              float32 3x256x256, RGB 0..255, mean picture of the training split
-rejected.jsonl                        one line a refused file: split, path, reason
+rejected.jsonl  damaged.jsonl         one line a refused file, or one decoded in part: split, path, reason
 """
 
 from __future__ import annotations
@@ -34,9 +34,11 @@ LARGEST_RECORD = 2**24  # bytes; that of 20,000 classes and a thousand shards ha
 MEAN = "mean.npy"
 DUPLICATES = "duplicates.jsonl"
 REJECTED = "rejected.jsonl"
+DAMAGED = "damaged.jsonl"
 ROOT = Path("prepared")  # where `alexnet prepare` puts data sets, under the current directory
 LATEST = "latest"
 PARTIAL = ".partial"  # what an unfinished preparation keeps between runs
+NAMED = 10  # damaged files that a message names, at most
 TAR_BLOCK = 512  # bytes; a member's header is the block before its data
 
 ROW = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("size", "<u4"), ("label", "<u4")])
@@ -194,20 +196,27 @@ def verify(dataset: Dataset) -> Iterator[str]:
     """Read every file again and compare it with its recorded sum; yields the name of each file that is right.
 
     Raises:
-        VerificationError: a file is missing or its bytes have changed.
+        VerificationError: at the end, if files are missing or their bytes have changed; it names up to ten.
     """
-    for name, expected in dataset_record.checksums(dataset.record).items():
+    sums, damaged = dataset_record.checksums(dataset.record), []
+    for name, expected in sums.items():
         try:
             with (dataset.path / name).open("rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
-            found = f"unreadable ({error.strerror})"
-        if found != expected:
-            raise VerificationError(
-                f"{dataset.path / name} is damaged: sha256 {found[:12]}, recorded {expected[:12]}",
-                "prepare the data set again with --overwrite",
-            )
-        yield name
+            damaged.append(f"{name} ({error.strerror})")
+            continue
+        if found == expected:
+            yield name
+        else:
+            damaged.append(f"{name} (sha256 {found[:12]}, recorded {expected[:12]})")
+    if damaged:
+        more = f" and {len(damaged) - NAMED:,} more" if len(damaged) > NAMED else ""
+        what = (
+            f"{len(damaged):,} of {len(sums):,} files in {dataset.path} {'is' if len(damaged) == 1 else 'are'} damaged"
+        )
+        hint = "prepare the data set again with --overwrite"
+        raise VerificationError(f"{what}: {', '.join(damaged[:NAMED])}{more}", hint)
 
 
 def find_dataset(spec: str | None) -> Path:

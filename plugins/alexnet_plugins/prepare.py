@@ -125,7 +125,7 @@ def _pack(reporter: Reporter, plan: Plan, workers: int, on_corrupt: OnCorrupt, o
 
 
 def _verify(reporter: Reporter, folder: Path) -> None:
-    """Every file of a data set against its recorded sum; VerificationError for the first that differs."""
+    """Every file of a data set against its recorded sum; VerificationError names those that differ."""
     from alexnet_cli.core.dataset_record import checksums
     from alexnet_cli.core.shards import find_dataset, open_dataset, verify
 

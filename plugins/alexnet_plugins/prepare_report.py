@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 REJECTED_FILE = "rejected.jsonl"
 DUPLICATES_FILE = "duplicates.jsonl"
+DAMAGED_FILE = "damaged.jsonl"
 SHOWN = 3  # pictures or classes that are named on the terminal
 
 
@@ -32,6 +33,7 @@ def prepared(reporter: Reporter, output: Path, seen: int, seconds: float) -> Non
         reporter.line("stats", line)
     _empty_classes(reporter, dataset)
     _duplicates(reporter, dataset)
+    _damaged(reporter, dataset)
     _name_left_out(reporter, dataset)
     images = sum(split["images"] for split in dataset.record["splits"].values())
     total = images + dataset.record["rejected"]
@@ -128,3 +130,11 @@ def _duplicates(reporter: Reporter, dataset: Dataset) -> None:
             f"{many} in train and in val: {names}{' …' if len(leaks) > SHOWN else ''}",
             f"the validation error will look too good; {DUPLICATES_FILE} lists them all",
         )
+
+
+def _damaged(reporter: Reporter, dataset: Dataset) -> None:
+    """Pictures of which the decoder had to make up a part, though it went on to their end."""
+    found = dataset.record["damaged"]
+    if found:
+        are, they = ("picture is", "it") if found == 1 else ("pictures are", "they")
+        reporter.line("note", f"{found:,} {are} damaged, and packed as far as {they} can be decoded: {DAMAGED_FILE}")
