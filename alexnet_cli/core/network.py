@@ -114,14 +114,20 @@ def padded(x: Tensor) -> Tensor:
     The picture is copied once, instead of filled with zeros, copied and converted. Autocast leaves float64 as it is.
     """
     n, c, height, width = x.shape
-    kind, (_, right, _, below) = x.device.type, PADDING_224
-    cast = x.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    dtype = torch.get_autocast_dtype(kind) if cast else x.dtype
+    _, right, _, below = PADDING_224
+    dtype = x.dtype if x.dtype == torch.float64 else _cast(x.device.type) or x.dtype
     out = x.new_empty(n, height + below, width + right, c, dtype=dtype).permute(0, 3, 1, 2)
     out[:, :, height:] = 0
     out[:, :, :height, width:] = 0
     out[:, :, :height, :width] = x
     return out
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _cast(device: str) -> torch.dtype | None:
+    """The type that autocast has convolutions compute in, if it is on. Torch 2.11 cannot trace the question."""
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else None
 
 
 class AcrossTowers(nn.Module):
