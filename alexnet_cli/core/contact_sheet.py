@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -62,6 +63,5 @@ def fitting(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.Imag
     plain = "".join(c if c.isprintable() else "?" for c in text)
     if font.getlength(plain) <= width:
         return plain
-    while plain and font.getlength(plain + "…") > width:
-        plain = plain[:-1]
-    return plain + "…"
+    letters = bisect_right(range(len(plain)), width, key=lambda n: font.getlength(plain[:n] + "…")) - 1
+    return plain[: max(0, letters)] + "…"
