@@ -125,6 +125,17 @@ def test_where_answers_lie_on_both_sides_of_rest_that_is_mid_grey() -> None:
     assert (greys[0, 0, 0], greys[1, 0, 0], greys[3, 1, 1]) == (0, 128, round(255 * 0.75))
 
 
+def test_a_strip_has_a_square_for_each_unit_and_nothing_after_the_last() -> None:
+    values = np.zeros((7, 1, 1), np.float32)
+    values[2] = 1.0
+    page = np.asarray(activations_picture.draw(drawn_course(values, 1), [0], "cat", []).convert("L"))
+    left = activations_picture.MARGIN + activations_picture.LEFT + activations_picture.GUTTER
+    bottom = activations_picture.TOP + 7 * activations_picture.HEAD
+    bottom += 5 * (activations_picture.TILE + activations_picture.NUMBER) + activations_picture.STRIP
+    row = page[bottom - activations_picture.STRIP + 5, left:]  # through the squares of layer 6, 24 pixels each
+    assert row[12 : 24 * 8 : 24].tolist() == [0, 0, 255, 0, 0, 0, 0, 255]
+
+
 @pytest.mark.parametrize(("units", "towers"), [(2, 2), (3, 1), (2048, 2), (4096, 1)])
 def test_any_width_and_any_name_fit_the_page(units: int, towers: int) -> None:
     values = np.random.default_rng(1).random((units, 2, 2), np.float32)

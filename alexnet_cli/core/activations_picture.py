@@ -140,6 +140,7 @@ def _maps(page: _Page, part: Activation, tower: int, place: tuple[int, int], col
     for i, unit in enumerate(part.strongest(tower)[: columns * ROWS]):
         left = place[0] + i % columns * (TILE + GAP)
         top = place[1] + i // columns * (TILE + NUMBER)
+        page.pen.rectangle((left - 1, top - 1, left + TILE, top + TILE), outline=TRACK)
         page.image.paste(_enlarged(greys[unit]), (left, top))
         page.text(left + TILE // 2, top + TILE + 1, str(unit), SMALL - 1, TILE, FAINT, anchor="ma")
 
@@ -159,6 +160,6 @@ def _strip(part: Activation, tower: int, width: int) -> Image.Image:
     cell = next(c for c in range(24, 0, -1) if -(-len(values) // (width // c)) * c <= STRIP - 8 or c == 1)
     columns = min(len(values), width // cell)
     rows = -(-len(values) // columns)
-    cells = np.zeros(rows * columns, np.uint8)
+    cells = np.full(rows * columns, PAGE[0], np.uint8)
     cells[: len(values)] = values
     return Image.fromarray(cells.reshape(rows, columns)).resize((columns * cell, rows * cell), Image.Resampling.NEAREST)

@@ -63,5 +63,5 @@ def fitting(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.Imag
     plain = "".join(c if c.isprintable() else "?" for c in text)
     if font.getlength(plain) <= width:
         return plain
-    letters = bisect_right(range(len(plain)), width, key=lambda n: font.getlength(plain[:n] + "…")) - 1
+    letters = bisect_right(range(len(plain)), width, key=lambda n: int(font.getlength(plain[:n] + "…"))) - 1
     return plain[: max(0, letters)] + "…"

@@ -1,4 +1,7 @@
-"""`alexnet visualize-filters`: figure 3 of the paper for one's own network, and how its towers specialise."""
+"""`alexnet visualize-filters`: figure 3 of the paper for one's own network, and how its towers specialise.
+
+What excites units of later layers, and what a picture excites, is drawn by the modules beside it.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ def visualize_filters(
     weights: WeightsOption = None,
     tower: Annotated[
         str,
-        typer.Option(help="Which tower's kernels: 1, 2 or both.", autocompletion=lambda: ["1", "2", "both"]),
+        typer.Option(help="Which tower: 1, 2 or both.", autocompletion=lambda: ["1", "2", "both"]),
     ] = "both",
     scale: Annotated[
         Literal["joint", "each"] | None,
@@ -49,7 +52,9 @@ def visualize_filters(
     data: OwnDataOption = None,
     output: Annotated[
         Path | None,
-        typer.Option("-o", "--output", help="PNG file, or SVG by its suffix. [default: figures/ of the run]"),
+        typer.Option(
+            "-o", "--output", help="PNG file; of kernels SVG too, by its suffix. [default: figures/ of the run]"
+        ),
     ] = None,
     no_terminal: Annotated[
         bool, typer.Option("--no-terminal", help="No picture in the terminal.", show_default=False)

@@ -26,7 +26,10 @@ def source(text: str, output: Path | None) -> Source:
     """The one picture that is meant, as `predict` takes it: a path, or - for standard input."""
     from alexnet_cli.core.inputs import expand
 
-    found = expand([text], getattr(sys.stdin, "buffer", None))
+    try:
+        found = expand([text], getattr(sys.stdin, "buffer", None))
+    except DataError as error:
+        raise DataError(error.what, "give the path of a picture; curl -s URL | ... --picture - takes one") from error
     if len(found) != 1:
         raise UsageError(f"--picture {text}: {len(found):,} pictures", "one at a time, such as --picture cat.jpg")
     if output is not None and isinstance(found[0], str) and os.path.realpath(found[0]) == os.path.realpath(output):
@@ -53,7 +56,7 @@ def way(
     if isinstance(picture, str):
         raise DataError(f"{path} cannot be read: {picture}", "look at the file, or choose another picture")
     found = course(model, picture)
-    reporter.line("picture", f"{path} · the middle {len(found.seen)}×{len(found.seen)} of it")
+    reporter.line("picture", f"{path} · shorter side to 256, the middle {len(found.seen)}×{len(found.seen)}")
     for part in found.layers:
         reporter.show(_told(part, towers))
     block = "█" if "utf" in (sys.stdout.encoding or "").lower() else "#"
