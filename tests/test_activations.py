@@ -26,6 +26,7 @@ RECIPES = {
     "caffe": CAFFE,
     "one tower, pooling 2 x 2": replace(PAPER, towers=1, pool_size=2),
     "tanh": replace(PAPER, activation="tanh"),
+    "sigmoid": replace(PAPER, activation="sigmoid"),
     "sigmoid, dropout inverted": replace(FAST, activation="sigmoid"),
 }
 
@@ -56,7 +57,7 @@ def test_every_layer_is_what_the_network_makes_of_the_centre_crop(recipe: Recipe
         else:
             expected = before = there[part.layer.replace("fc", "drop")][0].numpy()
             if recipe.activation == "sigmoid":
-                before = before - 0.5
+                before = before - (0.5 if recipe.dropout_inverted else 0.25)
         np.testing.assert_allclose(part.values, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
         assert part.active() == pytest.approx((before > 0).mean(), abs=0.005), part.layer
         peaks = expected.reshape(len(expected), -1).max(1)
@@ -126,14 +127,15 @@ def test_where_answers_lie_on_both_sides_of_rest_that_is_mid_grey() -> None:
 
 
 def test_a_strip_has_a_square_for_each_unit_and_nothing_after_the_last() -> None:
-    values = np.zeros((7, 1, 1), np.float32)
-    values[2] = 1.0
+    values = np.zeros((53, 1, 1), np.float32)
+    values[[2, 51]] = 1.0
     page = np.asarray(activations_picture.draw(drawn_course(values, 1), [0], "cat", []).convert("L"))
     left = activations_picture.MARGIN + activations_picture.LEFT + activations_picture.GUTTER
-    bottom = activations_picture.TOP + 7 * activations_picture.HEAD
-    bottom += 5 * (activations_picture.TILE + activations_picture.NUMBER) + activations_picture.STRIP
-    row = page[bottom - activations_picture.STRIP + 5, left:]  # through the squares of layer 6, 24 pixels each
-    assert row[12 : 24 * 8 : 24].tolist() == [0, 0, 255, 0, 0, 0, 0, 255]
+    top = activations_picture.TOP + 7 * activations_picture.HEAD
+    top += 5 * 2 * (activations_picture.TILE + activations_picture.NUMBER)  # layer 6: 50 squares of 24 pixels in a row
+    squares = page[top + 12 : top + 48 : 24, left + 12 : left + 24 * 50 : 24]
+    assert squares[0].tolist() == [0, 0, 255] + [0] * 47
+    assert squares[1].tolist() == [0, 255, 0] + [255] * 47
 
 
 @pytest.mark.parametrize(("units", "towers"), [(2, 2), (3, 1), (2048, 2), (4096, 1)])
