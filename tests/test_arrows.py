@@ -115,6 +115,8 @@ CORE = {
     "stimuli": "responses",
     "receptive_field": "shapes",
     "contact_sheet": "",
+    "activations": "images predict responses session views weights",
+    "activations_picture": "activations contact_sheet predict",
     "outlines": "",
     "nearest": "devices outlines",
     "neighbours": "atomic nearest onnx_graph origin outlines responses runs session shards",
@@ -165,7 +167,7 @@ BESIDE = {
     "demo": {"demo_pictures"},
     "ablate": {"ablate_table"},
     "train": {"train_display", "train_report", "train_setup"},
-    "visualize_filters": {"visualize_patches", "visualize_terminal"},
+    "visualize_filters": {"visualize_patches", "visualize_picture", "visualize_terminal"},
     "benchmark": {
         "benchmark_pictures",
         "benchmark_prepare",

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from model_files import random_model, save_model
+from commands import alexnet
+from model_files import draw, random_model, save_model
 from PIL import Image
 
 from alexnet_cli.core import filter_picture
+from alexnet_cli.core.predict import open_classifier, predict
 from alexnet_cli.core.responses import responses
 from alexnet_cli.core.session import Convolution, Layer, Session
 from alexnet_cli.core.shards import open_dataset
@@ -211,3 +213,87 @@ def test_weights_that_are_no_numbers_are_an_error_and_draw_nothing(run: Path, re
     assert "earlier checkpoint" in caught.value.hint
     assert not Path("nan.png").exists()
     assert not recwarn.list
+
+
+def test_a_picture_is_followed_through_all_layers(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = draw(Path("photos/owl.png"), 1)
+    visualize_filters(weights="first", picture=picture, json=True)
+    result = json.loads(capsys.readouterr().out)
+    assert Path(result["path"]).resolve() == (run / "figures/owl-layers.png").resolve()
+    assert (result["picture"], result["tower"]) == (picture, "both")
+    assert [(layer["layer"], layer["units"], layer["side"]) for layer in result["layers"]] == [
+        ("conv1", 24, 55), ("conv2", 64, 27), ("conv3", 96, 13), ("conv4", 96, 13), ("conv5", 64, 13),
+        ("fc6", 1024, None), ("fc7", 1024, None),
+    ]  # fmt: skip
+    [same] = predict([picture], open_classifier(run / "checkpoints/best/model.safetensors", "torch"))
+    for answer, label in zip(result["top"], same.top, strict=True):
+        assert (answer["rank"], answer["label"], answer["index"]) == (label.rank, label.label, label.index)
+        assert answer["probability"] == pytest.approx(label.probability, abs=1e-4)
+    with Image.open(result["path"]) as image:
+        assert image.width == 1600
+    visualize_filters(weights="first", picture=picture, tower="2", quiet=True)
+    assert (run / "figures/owl-layers-tower2.png").is_file()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == [layer["layer"] for layer in result["layers"]] + ["answer"] * 5
+    best = result["layers"][4]["strongest"][1]
+    assert lines[4].endswith(f"strongest: tower 2 unit {best['unit']} ({best['response']:.3g})")
+    assert f"{100 * result['layers'][4]['active']:.0f} % active" in lines[4]
+
+
+def test_a_picture_is_turned_as_those_of_the_training_were(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    draw(Path("upright.png"), 2, (256, 256))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn clockwise to see it upright
+    with Image.open("upright.png") as upright:
+        upright.transpose(Image.Transpose.ROTATE_90).save("lying.png", exif=exif)
+    tops = {}
+    for turned in (False, True):
+        save_model(random_model(replace(SMALL, width=1 / 32), info={"exif_rotate": turned}), tmp_path / "m.safetensors")
+        for name in ("upright.png", "lying.png"):
+            visualize_filters(weights="m.safetensors", picture=name, json=True)
+            tops[turned, name] = json.loads(capsys.readouterr().out)["layers"]
+    assert tops[True, "lying.png"] == tops[True, "upright.png"] == tops[False, "upright.png"]
+    assert tops[False, "lying.png"] != tops[False, "upright.png"]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["--picture", "none.jpg"], 3, "none.jpg does not exist"),
+        (["--picture", "text.jpg"], 3, "text.jpg cannot be read"),
+        (["--picture", "empty"], 3, "no picture found: empty"),
+        (["--picture", "photos"], 2, "--picture photos: 2 pictures"),
+        (["--picture", "photos/*.png"], 2, "--picture photos/*.png: 2 pictures"),
+        (["--picture", "photos/a.png", "photos/b.png"], 2, "photos/b.png"),
+        (["--picture", "photos/a.png", "-o", "photos/a.png"], 2, "is the picture itself"),
+        (["--picture", "photos/a.png", "-o", "a.svg"], 2, "not a .png file"),
+        (["--picture", "photos/a.png", "--tower", "3"], 2, "this model has 2 towers"),
+        *(
+            (["--picture", "photos/a.png", *option], 2, f"{option[0]} says nothing about --picture")
+            for option in (
+                ("--layer", "conv5"),
+                ("--unit", "1"),
+                ("--scale", "each"),
+                ("--sort", "chroma"),
+                ("--data", "x"),
+            )
+        ),
+    ],
+)
+def test_what_is_no_picture_ends_in_two_lines(run: Path, words: list[str], code: int, said: str) -> None:
+    for name in "ab":
+        draw(Path(f"photos/{name}.png"), 3, (30, 20))
+    Path("empty").mkdir()
+    Path("text.jpg").write_text("no picture")
+    before = Path("photos/a.png").read_bytes()
+    done = alexnet("visualize-filters", "-w", "first", *words)
+    assert done.returncode == code
+    error, hint = done.stderr.splitlines()[-2:]
+    assert error.startswith("error:")
+    assert said in error
+    assert hint.startswith("hint:")
+    assert Path("photos/a.png").read_bytes() == before
+    assert not list(run.glob("figures/*"))

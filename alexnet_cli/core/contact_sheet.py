@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -37,13 +38,13 @@ def sheet(rows: Sequence[Row], title: str) -> Image.Image:
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(size=LETTERS)
     top = 0
     for row in rows:
-        draw.text((GAP, top + 3), _fitting(row.caption, width - 2 * GAP, font), INK, font)
+        draw.text((GAP, top + 3), fitting(row.caption, width - 2 * GAP, font), INK, font)
         for number, tile in enumerate(row.tiles):
             left = _left(row, number)
             page.paste(_scaled(tile.pixels), (left, top + LINE))
-            draw.text((left, top + LINE + SIDE + 2), _fitting(tile.text, SIDE, font), INK, font)
+            draw.text((left, top + LINE + SIDE + 2), fitting(tile.text, SIDE, font), INK, font)
         top += SIDE + 2 * LINE + GAP
-    draw.text((GAP, top + 3), _fitting(title, width - 2 * GAP, font), INK, font)
+    draw.text((GAP, top + 3), fitting(title, width - 2 * GAP, font), INK, font)
     return page
 
 
@@ -57,11 +58,10 @@ def _scaled(pixels: npt.NDArray[np.uint8]) -> Image.Image:
     return Image.fromarray(pixels).resize((SIDE, SIDE), how)
 
 
-def _fitting(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+def fitting(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
     """The text, cut to so many pixels; a question mark for what cannot be shown."""
     plain = "".join(c if c.isprintable() else "?" for c in text)
     if font.getlength(plain) <= width:
         return plain
-    while plain and font.getlength(plain + "…") > width:
-        plain = plain[:-1]
-    return plain + "…"
+    letters = bisect_right(range(len(plain)), width, key=lambda n: int(font.getlength(plain[:n] + "…"))) - 1
+    return plain[: max(0, letters)] + "…"

@@ -1,4 +1,7 @@
-"""`alexnet visualize-filters`: figure 3 of the paper for one's own network, and how its towers specialise."""
+"""`alexnet visualize-filters`: figure 3 of the paper for one's own network, and how its towers specialise.
+
+What excites units of later layers, and what a picture excites, is drawn by the modules beside it.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import typer
 from alexnet_cli.console import Reporter
 from alexnet_cli.errors import StorageError, UsageError, WeightsError
 from alexnet_cli.options import JsonFlag, OwnDataOption, QuietFlag, WeightsOption
-from alexnet_plugins import visualize_patches, visualize_terminal
+from alexnet_plugins import visualize_patches, visualize_picture, visualize_terminal
 
 if TYPE_CHECKING:
     from alexnet_cli.core.qualitative import Kernels, Specialisation
@@ -24,7 +27,7 @@ def visualize_filters(
     weights: WeightsOption = None,
     tower: Annotated[
         str,
-        typer.Option(help="Which tower's kernels: 1, 2 or both.", autocompletion=lambda: ["1", "2", "both"]),
+        typer.Option(help="Which tower: 1, 2 or both.", autocompletion=lambda: ["1", "2", "both"]),
     ] = "both",
     scale: Annotated[
         Literal["joint", "each"] | None,
@@ -39,10 +42,19 @@ def visualize_filters(
     unit: Annotated[
         int | None, typer.Option(min=0, help="Of --layer, this unit alone. [default: the strongest ones]")
     ] = None,
+    picture: Annotated[
+        str | None,
+        typer.Option(
+            metavar="IMAGE",
+            help="Instead of kernels, this picture on its way through all layers; - for standard input.",
+        ),
+    ] = None,
     data: OwnDataOption = None,
     output: Annotated[
         Path | None,
-        typer.Option("-o", "--output", help="PNG file, or SVG by its suffix. [default: figures/ of the run]"),
+        typer.Option(
+            "-o", "--output", help="PNG file; of kernels SVG too, by its suffix. [default: figures/ of the run]"
+        ),
     ] = None,
     no_terminal: Annotated[
         bool, typer.Option("--no-terminal", help="No picture in the terminal.", show_default=False)
@@ -59,7 +71,10 @@ def visualize_filters(
     from alexnet_cli.core.runs import find_weights, run_of
     from alexnet_cli.core.weights import read
 
-    _check(layer, [("--unit", unit), ("--data", data)], [("--scale", scale), ("--sort", sort)], output)
+    mode = "--picture" if picture is not None else "--layer" if layer else None
+    given = {"--layer": layer, "--unit": unit, "--data": data, "--scale": scale, "--sort": sort}
+    _check(mode, [option for option, value in given.items() if value is not None], output)
+    source = visualize_picture.source(picture, output) if picture is not None else None
     reporter = Reporter("visualize-filters", json=json, quiet=quiet)
     path = find_weights(weights)
     model = read(path)
@@ -67,29 +82,37 @@ def visualize_filters(
     reporter.line("weights", told(path, model.info))
     run = run_of(path)
     part = f"-tower{chosen[0] + 1}" if len(chosen) < model.recipe.towers else ""
-    name = (
-        f"{layer}-unit{unit}.png" if unit is not None else f"{layer}-units{part}.png" if layer else f"conv1{part}.png"
-    )
+    if source is not None:
+        name = f"{visualize_picture.name(source)}-layers{part}.png"
+    elif layer is not None:
+        name = f"{layer}-units{part}.png" if unit is None else f"{layer}-unit{unit}.png"
+    else:
+        name = f"conv1{part}.png"
     target = output or ((run / "figures" if run else Path()) / name)
-    title = _title(layer or "conv1", model, run)
-    if layer is not None:
-        record, image = visualize_patches.strongest(reporter, model, layer, unit, chosen, data, title)
+    if source is not None or layer is not None:
+        if source is not None:
+            record, image = visualize_picture.way(reporter, model, source, chosen, _about(model, run))
+        elif layer is not None:
+            title = _title(layer, model, run)
+            record, image = visualize_patches.strongest(reporter, model, layer, unit, chosen, data, title)
         _write(target, lambda: image.save(target, "PNG"))
         reporter.result({"path": str(target), "tower": tower, **record})
         reporter.line("saved", str(target))
         return
+    title = _title("conv1", model, run)
     _kernels(reporter, model, chosen, scale or "joint", sort is not None, target, title, terminal=not no_terminal)
 
 
-def _check(
-    layer: str | None, with_layer: list[tuple[str, Any]], without: list[tuple[str, Any]], output: Path | None
-) -> None:
-    """Refuse options that say nothing here."""
-    for option, value in without if layer else with_layer:
-        if value is not None:
-            other = "is about kernels, not about --layer" if layer else "belongs to --layer"
-            raise UsageError(f"{option} {other}", "leave it out" if layer else "such as --layer conv5 --unit 12")
-    suffixes = (".png",) if layer else (".png", ".svg")
+def _check(mode: str | None, given: list[str], output: Path | None) -> None:
+    """Refuse options that say nothing here; `mode` is the option that asks for something else than kernels."""
+    for option in given:
+        if mode == "--picture":
+            raise UsageError(f"{option} says nothing about --picture", "leave one of the two out")
+        if mode == "--layer" and option in ("--scale", "--sort"):
+            raise UsageError(f"{option} is about kernels, not about --layer", "leave it out")
+        if mode is None and option in ("--unit", "--data"):
+            raise UsageError(f"{option} belongs to --layer", "such as --layer conv5 --unit 12")
+    suffixes = (".png",) if mode else (".png", ".svg")
     if output is not None and output.suffix.lower() not in suffixes:
         raise UsageError(f"-o {output}: not a {' or '.join(suffixes)} file", f"such as -o filters{suffixes[-1]}")
 
@@ -165,8 +188,13 @@ def _caption(found: Specialisation, i: int) -> str:
 
 def _title(layer: str, model: Model, run: Path | None) -> str:
     """What the kernels belong to: run and epoch, as far as the file knows."""
+    return ", ".join([layer, *_about(model, run)])
+
+
+def _about(model: Model, run: Path | None) -> list[str]:
+    """Run and epoch."""
     known = ({"run": run.name} if run else {}) | dict(model.info)
-    return ", ".join([layer] + [f"{word} {known[word]}" for word in ("run", "epoch") if word in known])
+    return [f"{word} {known[word]}" for word in ("run", "epoch") if word in known]
 
 
 def _write(target: Path, write: Any) -> None:
