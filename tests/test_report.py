@@ -88,7 +88,8 @@ def test_the_page_says_what_the_files_say(shown: Run) -> None:
         matrix = [row[1:] for row in list(csv.reader(file))[1:]]
     caption = "Confusion matrix: rows are true classes, columns what the network saw, in pictures"
     assert [row[1:] for row in page.tables[caption][1:]] == matrix
-    assert f"Top-1 error {said['top1_error']:.1%}" in page.all_text
+    assert f"Top-1 error {said['top1_error']:.1%} (guessing: 83.3%; " in page.all_text
+    assert ("This is no better than guessing" in page.all_text) == (high >= 5 / 6)
 
 
 def test_the_recipe_stands_beside_the_papers(shown: Run) -> None:

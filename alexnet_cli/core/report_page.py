@@ -140,9 +140,11 @@ def _lead(report: Report) -> str:
         first, of = totals[0], _of(report.data.name if report.data else None)
         low, high = first["top1_error_interval"]
         five = "" if few else f", top-5 error {first['top5_error']:.1%}"
+        remark = results.guessed(first)
         return (
-            f"Top-1 error {first['top1_error']:.1%} (95 % interval {low:.1%} to {high:.1%}){five}, "
-            f"on the {first['images']:,} validation pictures{of}, {results.PROTOCOL[first['views']]}."
+            f"Top-1 error {first['top1_error']:.1%} (guessing: {first['chance_error']:.1%}; 95 % interval {low:.1%} to "
+            f"{high:.1%}){five}, on the {first['images']:,} validation pictures{of}, "
+            f"{results.PROTOCOL[first['views']]}." + (f" This is {remark}." if remark else "")
         )
     if best:
         five = "" if few or number(best, "top5_error") is None else f", top-5 error {best['top5_error']:.1%}"
