@@ -169,6 +169,8 @@ def _facts(report: Report) -> list[tuple[str, str]]:
     """What one asks first."""
     about, history, info = report.about, report.history, report.model.info if report.model else {}
     done, measured = len(history.epochs), report.data.name if report.data else ""
+    begun = max(history.begun, int(number(info, "epoch") or 0)) if report.trained else 0
+    progress = f"in epoch {begun}" if begun > done else str(done)
     time = _duration(history.seconds) if history.seconds else ""
     imported = about.get("imported")
     found = [
@@ -176,7 +178,7 @@ def _facts(report: Report) -> list[tuple[str, str]]:
         ("Data set", str(about.get("data") or measured)),
         ("Measured on", "" if report.own_data else measured),
         ("Classes", f"{len(report.classes):,}" if report.classes else ""),
-        ("Epochs", f"{done} of {report.recipe.epochs}" if report.trained else ""),
+        ("Epochs", f"{progress} of {report.recipe.epochs}" if report.trained else ""),
         ("Weights of", f"epoch {info['epoch']}, step {info['step']}" if "epoch" in info and "step" in info else ""),
         ("Parameters", f"{report.parameters / 1e6:,.2f} million" if report.parameters else ""),
         ("Towers", f"{report.recipe.towers}, width {report.recipe.width:g}"),
