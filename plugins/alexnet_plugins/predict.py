@@ -53,7 +53,7 @@ def predict(
     import time
 
     from alexnet_cli.core.inputs import expand
-    from alexnet_cli.core.origin import told
+    from alexnet_cli.core.origin import told, unfinished
     from alexnet_cli.core.predict import FEW, open_classifier
     from alexnet_cli.core.predict import predict as run
     from alexnet_cli.core.runs import find_weights
@@ -68,6 +68,8 @@ def predict(
     model = find_weights(weights, (".safetensors",) if backend == "torch" else (".onnx", ".safetensors"))
     classifier = open_classifier(model, backend, few=len(sources) * views <= FEW, layer=features)
     reporter.line("weights", told(model, classifier.about))
+    if remark := unfinished(model):
+        reporter.line("note", remark)
     if ours:
         drawn = "a picture" if len(ours) == 1 else f"{len(ours):,} pictures"
         reporter.line("note", f"left out: {drawn} drawn for runs, such as {ours[0]}")
