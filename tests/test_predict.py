@@ -238,6 +238,7 @@ def test_command_reads_paths_from_stdin_and_writes_csv(album: Path, model_path: 
 
 
 def test_command_says_that_its_run_has_not_finished(album: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
     model = save_model(random_model(SMALL), tmp_path / "run" / "model.safetensors")
     for status, said in (("finished", False), ("interrupted", True)):
         (tmp_path / "run" / "run.json").write_text(json.dumps({"status": status}))
