@@ -62,6 +62,8 @@ def predict(
         raise UsageError("--features and -o belong together", "such as --features fc7 -o features.npz")
     if output is not None and output.suffix != ".npz":
         raise UsageError(f"-o {output} does not end in .npz", f"such as -o {output.stem or 'features'}.npz")
+    if output is not None and not output.parent.is_dir():
+        raise UsageError(f"-o {output}: there is no folder {output.parent}", "make it first")
     reporter = Reporter("predict", json=json, quiet=quiet)
     ours: list[str] = []
     sources = expand(inputs, getattr(sys.stdin, "buffer", None), ours)
