@@ -237,6 +237,7 @@ def test_without_the_plotting_library_tables_stand_in(copy: Run, monkeypatch: py
     result = report("-w", str(copy.path))
     assert result.exit_code == 0
     assert "pip install 'alexnet-cli[charts]'" in result.stderr
+    assert f"saved   {copy.path}/report.html · " in result.stderr
     page = Page(copy.path / "report.html")
     assert "pip install 'alexnet-cli[charts]', then alexnet report" in page.all_text
     assert not [image for image in page.images if "svg" in (image["src"] or "")]

@@ -77,7 +77,7 @@ def predict(
         reporter.line("note", f"left out: {drawn} drawn for runs, such as {ours[0]}")
     if classifier.fallback:
         reporter.warn(f"the network runs on the CPU: {classifier.fallback}", "see `alexnet doctor`")
-    started, tables, unread = time.perf_counter(), csv is None and features is None, list[str]()
+    started, tables, unread, units = time.perf_counter(), csv is None and features is None, list[str](), 0
     with _csv(csv) as write, _features(output, classifier, features) as keep, contextlib.ExitStack() as stack:
         # A moving line and tables on one terminal would overwrite each other.
         bar = len(sources) > FEW and not (tables and sys.stdout.isatty())
@@ -87,6 +87,8 @@ def predict(
                 unread.append(f"{prediction.path}: {prediction.error}")
                 if features and csv is None and not json:  # there is no other place for the reason
                     reporter.warn(f"left out {unread[-1]}")
+            elif prediction.features is not None:
+                units = len(prediction.features)
             write(prediction)
             keep(prediction)
             if progress:
@@ -96,9 +98,10 @@ def predict(
                 reporter.show(_table(prediction, headed=len(sources) > 1))
     name = "torch" if backend == "torch" else "onnx"
     _conclude(reporter, len(sources), len(unread), time.perf_counter() - started, f"{name} · {classifier.device}")
-    for path in (csv, output):
+    shape = f" · {len(sources) - len(unread):,} x {units:,}"
+    for path, holds in ((csv, ""), (output, shape)):
         if path is not None:
-            reporter.line("saved", str(path))
+            reporter.line("saved", f"{path}{holds}")
     if unread:
         what = f"{len(unread):,} of {_pictures(len(sources))} could not be read"
         if len(unread) == 1:
