@@ -141,7 +141,7 @@ def _version(asked: bool) -> None:
 def root(
     ctx: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and quit.")
+        bool, typer.Option("--version", "-V", callback=_version, is_eager=True, help="Show the version and quit.")
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
@@ -216,7 +216,10 @@ def _guarded(run: Callable[[], Any], debug: bool) -> int:
 
 
 def _left_for_the_launcher(error: BaseException, what: str, hint: str, code: int) -> bool:
-    """Leave the error of one process of several where torch's launchers look. Returns whether ours tells it for us."""
+    """Leave the error where torch's launchers look, for one process of several, or for the demo.
+
+    Returns whether one of ours tells it for us.
+    """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not path:
         return False
@@ -225,7 +228,7 @@ def _left_for_the_launcher(error: BaseException, what: str, hint: str, code: int
     message = {"message": what, "extraInfo": {"timestamp": f"{now:.0f}"}}
     with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
         json.dump({"message": message, "alexnet": about}, file)
-        return "ALEXNET_LAUNCHER" in os.environ
+        return "ALEXNET_LAUNCHER" in os.environ or "ALEXNET_DEMO" in os.environ
     return False
 
 

@@ -90,7 +90,7 @@ class Reporter:
         else:
             lines = _Lines(self._stderr, description, total, unit)
             yield lines
-            if lines.pace.done > lines.pace.skipped:
+            if lines.pace.done > max(lines.told, lines.pace.skipped):
                 lines.say()
 
     @contextmanager
@@ -196,7 +196,7 @@ class _Lines:
 
     def __init__(self, write: Any, description: str, total: int | None, unit: str) -> None:
         self.write, self.description, self.pace, self.note = write, description, _Pace(total, unit), ""
-        self.said = self.pace.started
+        self.said, self.told = self.pace.started, 0  # when, and how many
 
     def advance(self, n: int, note: str = "") -> None:
         """Count, and say so if the last line is half a minute old."""
@@ -210,7 +210,7 @@ class _Lines:
 
     def say(self) -> None:
         """Write the line."""
-        self.said = time.monotonic()
+        self.said, self.told = time.monotonic(), self.pace.done
         pace, note = self.pace, f"{self.note}  " if self.note else ""
         count = f"{pace.done:,}" if pace.total is None else f"{pace.done:,}/{pace.total:,}"
         self.write(f"{self.description:<7} {count} {pace.unit}  {note}{pace.told()}")

@@ -6,6 +6,8 @@ import re
 from typing import Any
 
 NEAR = 0.7  # how alike a word must be to one that exists, to be taken for it: 1 is equal
+COMMANDS = {"classify": "predict", "infer": "predict", "test": "evaluate", "validate": "evaluate"}  # what others say
+OPTIONS = {"--switch": "--only", "--switches": "--only"}  # the same of options, where a command has them
 WORDS_TO = {"--weights": "-w", "--data": "--data"}  # the options that a lone word is most likely meant for
 
 
@@ -22,34 +24,48 @@ def told(error: Any) -> tuple[str, str, int]:
         message, hint = _invalid(invalid[1].replace("' / '", " / "), invalid[2], hint)
     elif lacking := re.fullmatch(r"Option '(.+?)' requires an argument", message):
         message, hint = f"{lacking[1]}: its value is missing", f"type it after {lacking[1]}, with a space between"
+    elif (none := re.fullmatch(r"No such command '(.+?)'", message)) and none[1] in COMMANDS:
+        hint = f"did you mean '{COMMANDS[none[1]]}'?"
     elif options and (unknown := re.fullmatch(r"No such option: (--[\w-]+)", message)):
         hint = _nearest(unknown[1], options) or help_
     elif extra := re.fullmatch(r"Got unexpected extra argument(?:\(s\)|s)? \((\S+)\)", message):
-        message, option = f"one word too many: {extra[1]}", next((WORDS_TO[o] for o in WORDS_TO if o in options), None)
+        message, option = f"one word too many: {extra[1]}", _option_of(extra[1], options)
         hint = f"did you mean {option} {extra[1]}?" if option else hint
     return message, hint, int(getattr(error, "exit_code", 2))
 
 
-def _options(context: Any) -> list[str]:
-    """The long options of the command that was typed."""
+def _options(context: Any) -> dict[str, str]:
+    """The long options of the command that was typed, and what each says of its value."""
     parameters = getattr(getattr(context, "command", None), "params", ())
-    return [word for parameter in parameters for word in parameter.opts if word.startswith("--")]
+    told = ((p, f"{getattr(p, 'help', None) or ''} {p.metavar or ''}".strip()) for p in parameters)
+    return {word: about for parameter, about in told for word in parameter.opts if word.startswith("--")}
 
 
-def _nearest(typed: str, options: list[str]) -> str:
+def _option_of(word: str, options: dict[str, str]) -> str | None:
+    """The option that a lone word is likely the value of: a file of the kind that is written, or one to be read."""
+    suffix = re.search(r"\.[a-z]+$", word)
+    if suffix and suffix[0] in options.get("--output", ""):
+        return "-o"
+    return next((WORDS_TO[option] for option in WORDS_TO if option in options), None)
+
+
+def _nearest(typed: str, options: dict[str, str]) -> str:
     """What an unknown option was likely meant to be: another one, or a value of the recipe; empty if that is not clear.
 
     Looks for one alone: the parser's own guess has others, which are no more than somewhat alike.
     """
+    if (other := OPTIONS.get(typed)) in options:
+        return f"did you mean {other}? {options[other].partition(' [')[0]}"
     from difflib import get_close_matches  # which only an error needs
 
     settings = {}
     if "--set" in options:
         from alexnet_cli.recipe import PAPER
 
-        settings = {f"--{key.replace('_', '-')}": f"--set {key}=..." for key in vars(PAPER)}
-    near = get_close_matches(typed, [*settings, *options], 1, NEAR)
-    return f"did you mean {near[0] if near[0] in options else settings[near[0]]}?" if near else ""
+        settings = {key.replace("_", "-"): f"--set {key}=..." for key in vars(PAPER)}
+    known = settings | {option[2:]: option for option in options}  # without the dashes, in which all are alike
+    near = get_close_matches(typed[2:], known, 1, NEAR)
+    return f"did you mean {known[near[0]]}?" if near else ""
 
 
 def _invalid(option: str, reason: str, hint: str) -> tuple[str, str]:

@@ -51,6 +51,11 @@ def test_the_one_tower_network_is_that_of_the_footnote() -> None:
         assert parameter_count(Network(SWITCH["one-tower"].applied(PAPER), 1000)) == 59_798_312
 
 
+def test_help_names_every_switch() -> None:
+    told = "".join(alexnet("ablate", "--help").stdout.split())
+    assert ",".join(switch.name for switch in SWITCHES[1:]) + "." in told
+
+
 def test_cells_go_seed_by_seed() -> None:
     found = cells(replace(SMALL, seed=5), [SWITCH["base"], SWITCH["tanh"]], 2)
     assert [cell.name for cell in found] == ["base-seed5", "tanh-seed5", "base-seed6", "tanh-seed6"]

@@ -106,13 +106,18 @@ def test_without_arguments_help_and_exit_2() -> None:
 
 
 def test_version_is_one_line() -> None:
-    assert started("--version").stdout == "alexnet 0.1.0\n"
+    assert started("--version").stdout == alexnet("-V").stdout == "alexnet 0.1.0\n"
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "hint"),
     [
         (("trian",), "No such command 'trian'", "did you mean 'train'?"),
+        (("classify", "x.jpg"), "No such command 'classify'", "did you mean 'predict'?"),
+        (("ablate", "--switches", "lrn"), "No such option: --switches", "did you mean --only? Train these switches"),
+        (("export", "mine.onnx"), "one word too many: mine.onnx", "did you mean -o mine.onnx?"),
+        (("report", "mine"), "one word too many: mine", "did you mean -w mine?"),
+        (("predict", "x", "--features", "fc7", "-o", "no/f.npz"), "there is no folder no", "make it first"),
         (("train", "--epoch", "3"), "No such option: --epoch", "--epochs"),
         (("train", "--epochs", "x"), "error: --epochs: ", "alexnet train --help"),
         (("train", "--epochs"), "--epochs: its value is missing", "type it after --epochs"),

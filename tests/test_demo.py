@@ -138,17 +138,28 @@ def test_a_command_that_fails_ends_the_demo_with_its_exit_code(
     assert caught.value.exit_code == 3
     out, err = capfd.readouterr()
     assert out == ""
-    assert "error:" in err
+    assert "error:" not in err, "it is told once, by the demo"
+    assert "nowhere does not exist" in caught.value.what
 
 
-def test_commands_run_in_the_folder_without_the_users_settings(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_what_stopped_in_training_goes_on_with_one_hint(tmp_path: Path) -> None:
+    """A run that was stopped leaves its own hint, which holds in the demo's folder alone."""
+    left = tmp_path / "error.json"
+    told = {"what": "stopped (Ctrl-C) at step 3", "hint": "alexnet train --resume demo", "code": 130}
+    left.write_text(json.dumps({"alexnet": told}))
+    error = Stage(tmp_path, json=False, quiet=False)._failure(("train",), 130, left)
+    assert (error.exit_code, error.hint) == (130, f"cd {tmp_path} && alexnet train --resume demo")
+    assert error.what == "the demo stopped in `alexnet train`: stopped (Ctrl-C) at step 3"
+    error = Stage(tmp_path, json=False, quiet=False)._failure(("train",), -9, left)
+    assert (error.exit_code, error.hint) == (137, f"to try it alone: cd {tmp_path}")
+
+
+def test_commands_run_in_the_folder_without_the_users_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ALEXNET_RUNS_DIR", str(tmp_path / "elsewhere"))
     with pytest.raises(AlexNetError) as caught:
         Stage(tmp_path, json=False, quiet=False).run(("visualize-filters",))
     assert caught.value.exit_code == 3
-    assert "there is no run yet in" in capfd.readouterr().err
+    assert "there is no run yet in" in caught.value.what
 
 
 @pytest.mark.slow

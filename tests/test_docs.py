@@ -65,6 +65,7 @@ def test_the_table_of_the_paper_names_files_and_values_that_exist() -> None:
     for setting in settings:
         recipe.changed(recipe.PAPER, recipe.parsed([setting]))
     for switch in SWITCHES[1:]:
+        assert re.search(rf"(?m)^\| {switch.section} \|.*`{switch.name}`[^|]*\|$", text), switch.name
         for setting in switch.settings.replace("=0.0", "=0").split():
             assert f"`{setting}`" in text or setting.startswith("within_norm_2"), setting
 

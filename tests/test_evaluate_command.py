@@ -72,6 +72,16 @@ def numbers(*words: str) -> dict[str, Any]:
     return dict(json.loads(result.stdout))
 
 
+def test_what_guessing_gives_stands_beside_the_error(runs: Path) -> None:
+    told = run("-w", "one")  # untrained, four classes
+    assert "(guessing: 75.0%; 95 % interval " in told.stdout
+    assert "note    no better than guessing: the 95 % interval reaches 75.0%" in told.stderr
+    record = numbers("-w", "one")
+    assert record["chance_error"] == 0.75
+    assert results.guessed(record)
+    assert not results.guessed(record | {"top1_error_interval": (0.1, 0.74)})
+
+
 @pytest.mark.parametrize("views", ["1", "10"])
 def test_run_checkpoint_model_file_and_onnx_file_give_the_same(runs: Path, prepared: Path, views: str) -> None:
     kinds = ["one", str(runs), f"{runs}/checkpoints/00000001", f"{runs}/checkpoints/best/model.safetensors"]
@@ -152,7 +162,7 @@ def test_another_data_set_than_the_runs_own_keeps_its_results_apart(runs: Path, 
 
 
 def test_a_run_that_was_stopped_is_said_to_be_so(runs: Path) -> None:
-    assert "note" not in run("-w", "one").stderr
+    assert "not finished" not in run("-w", "one").stderr
     about = json.loads((runs / "run.json").read_text())
     (runs / "run.json").write_text(json.dumps(about | {"status": "interrupted"}))
     (runs / "recipe.toml").write_text(SMALL.to_toml())

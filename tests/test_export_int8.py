@@ -13,7 +13,7 @@ from model_files import random_model, save_model
 from typer import Typer
 from typer.testing import CliRunner, Result
 
-from alexnet_cli.core import calibration, export_int8
+from alexnet_cli.core import accuracy, calibration, export_int8
 from alexnet_cli.core.export import drawn_crops, verify
 from alexnet_cli.core.probes import evenly
 from alexnet_cli.core.session import Session
@@ -59,6 +59,28 @@ def test_what_loses_too_much_is_refused_unless_forced(tmp_path: Path, monkeypatc
     assert check.loss.lost > export_int8.LARGEST_LOSS
     measured = Session(path, provider="cpu").info.measured
     assert measured["accuracy"]["lost"] == pytest.approx(check.loss.lost)
+
+
+@pytest.mark.parametrize(
+    ("found", "refused"),
+    [
+        (accuracy.Comparison(75, 26, 1, 0), False),  # one picture of 75 is 1.3 points
+        (accuracy.Comparison(75, 25, 2, 0), True),
+        (accuracy.Comparison(500, 300, 6, 1), False),  # one point
+        (accuracy.Comparison(500, 300, 6, 0), True),
+    ],
+)
+def test_a_single_picture_refuses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: accuracy.Comparison, refused: bool
+) -> None:
+    model, crops, path = random_model(SMALL), drawn_crops(224, 2), tmp_path / "a.onnx"
+    monkeypatch.setattr(accuracy, "compare", lambda *_: found)
+    if refused:
+        with pytest.raises(VerificationError, match=rf"on {found.images} pictures .* 95 % interval of the loss [-+]\d"):
+            export_int8.export_int8(model, path, crops, (crops, []))
+    else:
+        export_int8.export_int8(model, path, crops, (crops, []))
+    assert path.exists() != refused
 
 
 def test_a_good_file_says_what_was_measured(tmp_path: Path) -> None:

@@ -98,6 +98,7 @@ def test_the_command_writes_what_numpy_reads(tmp_path: Path, model_path: Path) -
     assert isinstance(result.exception, PartialError)
     assert "07.png: it is not a picture" in result.exception.what
     assert f"warn    left out {tmp_path}/album/07.png: " in result.stderr
+    assert f"saved   {out} · 34 x 128" in result.stderr
     assert result.stdout == ""
     with np.load(out) as found:
         assert found["paths"].tolist() == [path for path in album if not path.endswith("07.png")]

@@ -62,6 +62,9 @@ def test_neighbours_are_those_of_all_distances_and_the_picture_itself_comes_firs
         assert (found["row"], found["key"]) == (row, split.key(int(row)))
         assert found["distance"] == pytest.approx(distances[row], rel=0.01)
         assert found["index"] == split.labels[row]
+        folder, _, stem = found["source"].partition("/")
+        assert (folder, f"{found['key'][:8]}_{stem}") == (found["label"], found["key"])
+        assert len(list(pictures.glob(f"train/{folder}/{stem}.*"))) == 1
     with Image.open("s/sheet.png") as sheet:
         assert sheet.width > 5 * 128
         top = np.asarray(sheet)[20:148, 6:134].astype(int)

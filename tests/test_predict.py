@@ -237,6 +237,16 @@ def test_command_reads_paths_from_stdin_and_writes_csv(album: Path, model_path: 
     assert float(rows[0]["probability"]) >= float(rows[1]["probability"]) > 0
 
 
+def test_command_says_that_its_run_has_not_finished(album: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    model = save_model(random_model(SMALL), tmp_path / "run" / "model.safetensors")
+    for status, said in (("finished", False), ("interrupted", True)):
+        (tmp_path / "run" / "run.json").write_text(json.dumps({"status": status}))
+        (tmp_path / "run" / "recipe.toml").write_text(SMALL.to_toml())
+        result = run(f"{album}/b.png", "-w", str(model))
+        assert ("note    the run has not finished: epoch 0 of 90 so far" in result.stderr) == said
+
+
 def test_command_shows_a_table_with_names_and_bars(album: Path, model_path: Path) -> None:
     result = run(f"{album}/b.png", "-w", str(model_path))
     assert result.exception is None

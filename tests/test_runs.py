@@ -249,3 +249,16 @@ def test_the_recipe_to_begin_with_is_one_that_the_machine_can_train(
 ) -> None:
     monkeypatch.setattr(devices, "gpu_present", lambda: present)
     assert devices.train_command() == typed
+
+
+def test_a_run_that_was_likely_meant_is_named() -> None:
+    for name in ("2026-01-02_030405_paper", "2026-01-03_030405_paper", "mine"):
+        Run.create(name, PAPER, {})
+    for typed, meant in (("mien", "mine"), ("paper", "2026-01-03_030405_paper")):
+        for look in (find_weights, Run.open):
+            with pytest.raises((WeightsError, UsageError)) as caught:
+                look(typed)
+            assert caught.value.hint.startswith(f"did you mean {meant}? there are: ")
+    with pytest.raises(WeightsError) as caught:
+        find_weights("another")
+    assert caught.value.hint.startswith("there are: ")

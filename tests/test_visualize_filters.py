@@ -58,7 +58,9 @@ def test_one_tower_is_its_half_of_the_kernels_on_the_scale_of_all(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     visualize_filters(weights="first", tower="2", output=Path("new/two.png"), no_terminal=True)
-    assert "tower 2 of 2 · 12 kernels" in capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert "tower 2 of 2 · 12 kernels" in err
+    assert "smooth 1, both towers) · 12 of 12 still noise: train longer · 0 dead" in out
     weight = random_model(SMALL).tensors["conv1.weight"]
     expected = filter_picture.grid(weight[12:], np.full(12, np.abs(weight).max()), 6)
     with Image.open("new/two.png") as image:
@@ -191,7 +193,9 @@ def test_a_page_shows_the_strongest_units_of_the_chosen_tower(
     visualize_filters(
         weights=str(path), layer="conv3", tower="2", data=str(prepared), output=tmp_path / "p.png", json=True
     )
-    units = json.loads(capsys.readouterr().out)["units"]
+    out, err = capsys.readouterr()
+    units = json.loads(out)["units"]
+    assert "conv3 · tower 2 of 2 · 6 of 12 units" in err
     assert len(units) == 6  # a tower of 192 / 32
     assert {unit["tower"] for unit in units} == {2}
     assert {unit["unit"] for unit in units} == set(range(6, 12))

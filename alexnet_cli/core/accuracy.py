@@ -34,14 +34,19 @@ class Comparison:
         return (self.both + self.other_alone) / self.images
 
     @property
+    def fewer(self) -> int:
+        """How many right answers fewer the approximation gives; negative if there are more."""
+        return self.reference_alone - self.other_alone
+
+    @property
     def lost(self) -> float:
         """The share of right answers that is lost; negative if there are more now."""
-        return (self.reference_alone - self.other_alone) / self.images
+        return self.fewer / self.images
 
     @property
     def interval(self) -> tuple[float, float]:
         """95 % interval of `lost`, from the pictures on which the two differ; approximate where these are few."""
-        change, net = self.reference_alone + self.other_alone, self.reference_alone - self.other_alone
+        change, net = self.reference_alone + self.other_alone, self.fewer
         half = 1.96 * math.sqrt(max(change - net**2 / self.images, 0)) / self.images
         return self.lost - half, self.lost + half
 

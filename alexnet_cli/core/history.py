@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -73,6 +74,11 @@ class History:
     def _at(self, piece: Piece) -> float:
         """Epochs done after a piece."""
         return piece.step / (self.steps_per_epoch or 1)
+
+    @property
+    def begun(self) -> int:
+        """The epoch that the last step is of; 0 where that is not told."""
+        return math.ceil(self._at(self.pieces[-1])) if self.pieces and self.steps_per_epoch else 0
 
     @property
     def best(self) -> Mapping[str, Any] | None:

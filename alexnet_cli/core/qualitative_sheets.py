@@ -85,12 +85,13 @@ def neighbour_row(
 def neighbour_records(
     rows: npt.NDArray[np.int64], distances: npt.NDArray[np.float64], split: Split, classes: Sequence[ClassName]
 ) -> list[dict[str, Any]]:
-    """The same for programs."""
+    """The same for programs; `source` is the picture's folder and name before it was prepared, as far as kept."""
     labels = split.labels[rows].tolist()
     return [
         {
             "rank": rank, "distance": float(distance), "label": classes[label].name, "wnid": classes[label].wnid,
-            "index": label, "row": int(row), "key": split.key(int(row)),
+            "index": label, "row": int(row), "key": (key := split.key(int(row))),
+            "source": f"{classes[label].wnid or classes[label].name}/{key.partition('_')[2]}",
         }
         for rank, (row, distance, label) in enumerate(zip(rows, distances, labels, strict=True), 1)
     ]  # fmt: skip

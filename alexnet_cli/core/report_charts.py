@@ -82,9 +82,9 @@ def _curves(
     log: bool = False,
     level: tuple[float, str] | None = None,
 ) -> Chart | None:
-    """The lines over the epochs, the drops of the rate marked; None where there is nothing to draw."""
+    """The lines over the epochs, the drops of the rate marked; None where there is nothing to draw, as of one rate."""
     told = [(line, look) for line, look in zip(lines, zip(INKS, LINES, strict=True), strict=False) if line.points]
-    if not told:
+    if not told or (log and max(len(line.points) for line, _ in told) == 1):
         return None
     factor = 100 if percent else 1
 

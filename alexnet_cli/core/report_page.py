@@ -140,9 +140,11 @@ def _lead(report: Report) -> str:
         first, of = totals[0], _of(report.data.name if report.data else None)
         low, high = first["top1_error_interval"]
         five = "" if few else f", top-5 error {first['top5_error']:.1%}"
+        remark = results.guessed(first)
         return (
-            f"Top-1 error {first['top1_error']:.1%} (95 % interval {low:.1%} to {high:.1%}){five}, "
-            f"on the {first['images']:,} validation pictures{of}, {results.PROTOCOL[first['views']]}."
+            f"Top-1 error {first['top1_error']:.1%} (guessing: {first['chance_error']:.1%}; 95 % interval {low:.1%} to "
+            f"{high:.1%}){five}, on the {first['images']:,} validation pictures{of}, "
+            f"{results.PROTOCOL[first['views']]}." + (f" This is {remark}." if remark else "")
         )
     if best:
         five = "" if few or number(best, "top5_error") is None else f", top-5 error {best['top5_error']:.1%}"
@@ -167,6 +169,8 @@ def _facts(report: Report) -> list[tuple[str, str]]:
     """What one asks first."""
     about, history, info = report.about, report.history, report.model.info if report.model else {}
     done, measured = len(history.epochs), report.data.name if report.data else ""
+    begun = max(history.begun, int(number(info, "epoch") or 0)) if report.trained else 0
+    progress = f"in epoch {begun}" if begun > done else str(done)
     time = _duration(history.seconds) if history.seconds else ""
     imported = about.get("imported")
     found = [
@@ -174,7 +178,7 @@ def _facts(report: Report) -> list[tuple[str, str]]:
         ("Data set", str(about.get("data") or measured)),
         ("Measured on", "" if report.own_data else measured),
         ("Classes", f"{len(report.classes):,}" if report.classes else ""),
-        ("Epochs", f"{done} of {report.recipe.epochs}" if report.trained else ""),
+        ("Epochs", f"{progress} of {report.recipe.epochs}" if report.trained else ""),
         ("Weights of", f"epoch {info['epoch']}, step {info['step']}" if "epoch" in info and "step" in info else ""),
         ("Parameters", f"{report.parameters / 1e6:,.2f} million" if report.parameters else ""),
         ("Towers", f"{report.recipe.towers}, width {report.recipe.width:g}"),

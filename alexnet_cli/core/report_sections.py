@@ -55,7 +55,7 @@ def curves(report: Report, charts: Mapping[str, Chart]) -> Names:
     """Loss and errors, drawn and in numbers."""
     history = report.history
     if report.recipe.schedule == "one-cycle":
-        words = "The rate rises and falls in one cycle, at every step: there are no drops to mark."
+        words = "The rate goes through one cycle, changed at every step: there are no drops to mark."
     elif history.drops:
         words = f"The rate was divided after epoch {_list(history.drops)}, where the dotted lines are."
     else:
@@ -75,6 +75,7 @@ def curves(report: Report, charts: Mapping[str, Chart]) -> Names:
         "Rate", "Images/s", "Rate drops",
     )  # fmt: skip
     drawn = [_chart(charts[name]) for name in ("loss", "errors", "rate") if name in charts]
+    heads, *rows = _told([heads, *rows], 5, report)
     return {"charts": drawn, "words": words, "heads": heads, "rows": rows}
 
 
@@ -135,7 +136,6 @@ def outcome(report: Report) -> Names | None:
     names = told_apart(report.classes)
     ranked = sorted(results.per_class(counts, report.classes), key=lambda row: float(row["top1_error"]))
     rows = [_class(row, counts, names) for row in ranked]
-    most = max(1, min(MOST, len(ranked) // 2))
     title = f"{counts.images:,} validation pictures, top-1 error {counts.top1_error:.1%}"
     image = confusion_picture.draw(counts.confusion, names, title)
     pairs = [(names[true], names[seen], times) for true, seen, times in results.mistakes(counts, MOST)]
@@ -145,11 +145,15 @@ def outcome(report: Report) -> Names | None:
     right = f"{1 - counts.top1_error:.1%} of the pictures are on the diagonal"
     alt = f"Confusion matrix of {len(ranked)} classes: {right}.{first}"
     small = len(names) <= MATRIX
+    heads, *errors = _told([
+        ("Protocol", "Pictures", "Top-1 error", "Top-5 error", "Loss"),
+        *(_total(totals) for totals in found.totals), *_known(found.totals),
+    ], 3, report)  # fmt: skip
+    class_heads, *rows = _told([("Class", "Pictures", "Right", "Among five", "Most often taken for"), *rows], 3, report)
+    class_title, tables = _ranked(rows, [float(row["top1_error"]) < 1 for row in ranked])
     return {
-        "heads": ("Protocol", "Pictures", "Top-1 error", "Top-5 error", "Loss"),
-        "errors": [*(_total(totals) for totals in found.totals), *_known(found.totals)],
-        "class_heads": ("Class", "Pictures", "Right", "Among five", "Most often taken for"),
-        "best": rows[:most], "worst": rows[: -most - 1 : -1] if len(rows) > 1 else [], "pairs": pairs,
+        "heads": heads, "errors": errors, "class_title": class_title, "class_heads": class_heads, "classes": tables,
+        "pairs": pairs,
         "picture": {
             "uri": report_pictures.drawing(image), "alt": alt, "width": min(image.width, WIDEST),
             "caption": "Rows are true classes, columns what the network saw: blue is right, red a mistake, "
@@ -158,6 +162,23 @@ def outcome(report: Report) -> Names | None:
         "matrix_heads": ("True class", *names),
         "matrix": [(n, *r) for n, r in zip(names, counts.confusion.tolist(), strict=True)] if small else [],
     }  # fmt: skip
+
+
+def _told(rows: Sequence[Row], top5: int, report: Report) -> list[Row]:
+    """The rows without their column of top-5, where every answer is among the five likeliest."""
+    return [row[:top5] + row[top5 + 1 :] for row in rows] if report.few_classes else list(rows)
+
+
+def _ranked(rows: Sequence[Row], known: Sequence[bool]) -> tuple[str, list[tuple[str, Sequence[Row]]]]:
+    """A title, and tables with their captions, of classes in order; few are in one. `known`: any picture is right."""
+    if len(rows) == 1:
+        return "The class", [("The only class that has pictures", rows)]
+    if len(rows) <= MOST:
+        return "The classes", [("All classes, those recognised best first", rows)]
+    most = min(MOST, len(rows) // 2)
+    best = rows[: min(most, sum(known))]
+    tables = [("Classes that are recognised best", best), ("Classes that are recognised worst", rows[: -most - 1 : -1])]
+    return "Best and worst classes", [(caption, shown) for caption, shown in tables if shown]
 
 
 def _class(row: Mapping[str, Any], counts: Evaluation, names: Sequence[str]) -> Row:
@@ -191,8 +212,10 @@ def examples(report: Report) -> Names | None:
     found, names = report.evidence, told_apart(report.classes)
     if not found.right and not found.wrong:
         return None
+    some = report.data is None or found.looked < len(report.data.split("val"))
+    pictures = f"{found.looked:,} validation pictures, spread evenly over all of them"
     words = (
-        f"Of {found.looked:,} validation pictures, spread evenly over all of them, those whose answers have the "
+        f"Of {pictures if some else f'all {found.looked:,} validation pictures'}, those whose answers have the "
         "highest probability, which stands beside them; each class once before any comes twice."
     )
     right, wrong = ([_example(names, one) for one in some] for some in (found.right, found.wrong))

@@ -41,6 +41,7 @@ def numbers(counts: Evaluation, views: int, backend: str, figure: Figure | None 
         "top5_error_interval": interval(counts.top5_error, counts.images),
         "top1_accuracy": 1 - counts.top1_error,
         "top5_accuracy": 1 - counts.top5_error,
+        "chance_error": chance(len(counts.confusion)),
         "loss": counts.loss,
         "backend": backend,
     }
@@ -77,6 +78,18 @@ def interval(error: float, images: int, z: float = 1.96) -> tuple[float, float]:
     middle = (error + z**2 / (2 * images)) / (1 + z**2 / images)
     half = z * math.sqrt(error * (1 - error) / images + z**2 / (4 * images**2)) / (1 + z**2 / images)
     return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def chance(classes: int) -> float:
+    """The top-1 error of guessing, each of the network's classes as likely."""
+    return 1 - 1 / classes
+
+
+def guessed(totals: Mapping[str, Any]) -> str:
+    """What to say where the errors may be those of guessing; nothing where they are lower."""
+    if totals["top1_error_interval"][1] < totals["chance_error"] or not totals["chance_error"]:
+        return ""
+    return f"no better than guessing: the 95 % interval reaches {totals['chance_error']:.1%}"
 
 
 def per_class(counts: Evaluation, classes: Sequence[ClassName]) -> list[dict[str, Any]]:

@@ -86,7 +86,7 @@ class Run:
         for path in (runs_root() / name, Path(name)):
             if (path / "run.json").is_file():
                 return cls(_named(path))
-        raise UsageError(f"no run is called {name} in {runs_root()}", _known_runs())
+        raise UsageError(f"no run is called {name} in {runs_root()}", _known_runs(name))
 
     @property
     def name(self) -> str:
@@ -205,13 +205,16 @@ def _unborn(path: Path) -> bool:
     )
 
 
-def _known_runs() -> str:
-    root = runs_root()
-    names = sorted(file.parent.name for file in root.glob("*/run.json") if file.parent.name != "latest")
+def _known_runs(typed: str = "") -> str:
+    """What runs there are, after the one that was likely meant: the newest of that recipe, or a name much like it."""
+    from difflib import get_close_matches  # which only an error needs
+
+    names = sorted(p.parent.name for p in runs_root().glob("*/run.json") if p.parent.name != "latest")
     if not names:
         return f"train one first: {train_command()}"
+    near = [name for name in names if name.endswith(f"_{typed}")][-1:] or get_close_matches(typed, names, 1)
     more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
-    return f"there are: {', '.join(names[-5:])}{more}"
+    return f"{f'did you mean {near[0]}? ' if near else ''}there are: {', '.join(names[-5:])}{more}"
 
 
 def _named(path: Path) -> Path:
@@ -253,9 +256,8 @@ def find_weights(spec: str | None, suffixes: Sequence[str] = (".safetensors",)) 
                 return path / name
     if (path / "run.json").is_file():
         raise WeightsError(f"{path} holds no checkpoint yet", "let it train until the first one is saved")
-    if path.exists():
-        raise WeightsError(f"{path} is no run, checkpoint folder or model file", _known_runs())
-    raise WeightsError(f"no run, folder or file is called {spec}", _known_runs())
+    none = f"{path} is no run, checkpoint folder or model file"
+    raise WeightsError(none if path.exists() else f"no run, folder or file is called {spec}", _known_runs(spec or ""))
 
 
 def trained_on(path: Path) -> str | None:

@@ -33,7 +33,12 @@ def ablate(
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the training set, each time.")] = None,
     seeds: Annotated[int, typer.Option(min=1, max=30, help="Trainings of each, from the base's seed on.")] = 3,
     only: Annotated[
-        str | None, typer.Option(metavar="A,B", help="Train these switches alone, with the base. [default: all]")
+        str | None,
+        typer.Option(
+            metavar="A,B",
+            help="Train these switches alone, with the base: no-norm, norm-within-map, pool-2x2, one-tower, "
+            "no-crops-flips, no-colour-shift, no-dropout, tanh, sigmoid. [default: all]",
+        ),
     ] = None,
     training_error: Annotated[
         float, typer.Option(min=0.1, max=99.9, metavar="PERCENT", help="Count each activation's steps to this.")

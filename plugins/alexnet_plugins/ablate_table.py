@@ -105,7 +105,8 @@ def _sentences(rows: list[Row], images: int, error: float) -> list[str]:
     told = [
         "Differences from the base in points, paired by seed, ± half of the 95 % interval over seeds; the paper's are "
         "top-1 / top-5, on ILSVRC.",
-        f"All are measured on the same {images:,} pictures; others would move each error by {100 * half:.1f} as well.",
+        f"All are measured on the same {images:,} pictures: on as many others each error could be {100 * half:.1f} "
+        "points higher or lower.",
     ]
     differences = [row.top1_difference for row in rows if row.top1_difference]
     if any(difference.half is not None for difference in differences):

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +22,7 @@ from alexnet_cli.errors import AlexNetError, StorageError, UsageError
 from alexnet_cli.options import JsonFlag, QuietFlag
 
 MARKER = ".alexnet-demo"  # says that the folder, and what is named below, is the demo's own
+ERROR = ".error.json"  # how a command of the story has failed
 STDERR = 2
 FOREIGN = {"ALEXNET_DATA", "ALEXNET_RUNS_DIR"}  # the demo keeps to its folder
 MADE = ("pictures", "prepared/pictures", "runs/demo")
@@ -52,6 +54,8 @@ class Stage:
         """
         command = [sys.executable, "-m", "alexnet_cli.cli", *words, *(["-q"] if self.quiet else [])]
         own = {name: value for name, value in os.environ.items() if name not in FOREIGN}
+        error = self.folder.resolve() / ERROR
+        own |= {"TORCHELASTIC_ERROR_FILE": str(error), "ALEXNET_DEMO": "1"}  # see cli.py
         output = subprocess.DEVNULL if self.quiet else STDERR if self.json else None
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
@@ -62,12 +66,21 @@ class Stage:
         finally:
             signal.signal(signal.SIGTERM, before)
         if code:
-            error = AlexNetError(
-                f"the demo stopped: `{_typed(words)}` ended with exit code {code}",
-                f"its message is above; to try it alone: cd {shlex.quote(str(self.folder))}",
-            )
-            error.exit_code = code if code > 0 else 128 - code
-            raise error
+            raise self._failure(words, code, error)
+
+    def _failure(self, words: tuple[str, ...], code: int, left: Path) -> AlexNetError:
+        """How a command ended: what it left to say, and its hint as one would type it from outside of the folder."""
+        there = f"cd {shlex.quote(str(self.folder))}"
+        what, hint = f"ended with exit code {code}", f"to try it alone: {there}"
+        with suppress(OSError, ValueError, KeyError):
+            told = jsonlib.loads(left.read_text(encoding="utf-8"))["alexnet"]
+            what, hint = told["what"], told["hint"]
+            if hint.startswith("alexnet "):
+                hint = f"{there} && {hint}"
+            left.unlink()
+        error = AlexNetError(f"the demo stopped in `{_typed(words)}`: {what}", hint)
+        error.exit_code = code if code > 0 else 128 - code
+        return error
 
 
 def _waited(child: subprocess.Popen[bytes]) -> int:

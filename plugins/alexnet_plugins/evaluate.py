@@ -172,9 +172,12 @@ def _report(
     for k, error in ((1, counts.top1_error), (5, counts.top5_error)):
         if k < len(classes):
             low, high = results.interval(error, counts.images)
+            guess = f"guessing: {totals['chance_error']:.1%}; " if k == 1 else ""
             reporter.show(
-                f"top-{k}   error {error:.1%}   (95 % interval {low:.1%} to {high:.1%}; {1 - error:.1%} right)"
+                f"top-{k}   error {error:.1%}   ({guess}95 % interval {low:.1%} to {high:.1%}; {1 - error:.1%} right)"
             )
+    if remark := results.guessed(totals):
+        reporter.line("note", remark)
     if compared:
         reporter.show(f"known   {compared}")
     most = max(1, min(WORST, len(classes) // 2))

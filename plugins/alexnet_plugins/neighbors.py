@@ -127,12 +127,12 @@ def _found(
 
 
 def _table(name: str, records: list[dict[str, Any]]) -> str:
-    """A line for each neighbour: rank, distance, class, and what the data set calls it."""
+    """A line for each neighbour: rank, distance, class, and which picture of the source it is."""
     width = max(len("class"), *(len(visible(record["label"])) for record in records))
     lines = [visible(name), f"  rank  distance  {'class':<{width}}  picture"]
     for record in records:
         label = f"{visible(record['label']):<{width}}"
-        lines.append(f"  {record['rank']:>4}  {record['distance']:8.3f}  {label}  {visible(record['key'])}")
+        lines.append(f"  {record['rank']:>4}  {record['distance']:8.3f}  {label}  {visible(record['source'])}")
     return "\n".join(lines)
 
 

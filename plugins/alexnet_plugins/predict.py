@@ -53,7 +53,7 @@ def predict(
     import time
 
     from alexnet_cli.core.inputs import expand
-    from alexnet_cli.core.origin import told
+    from alexnet_cli.core.origin import told, unfinished
     from alexnet_cli.core.predict import FEW, open_classifier
     from alexnet_cli.core.predict import predict as run
     from alexnet_cli.core.runs import find_weights
@@ -62,18 +62,22 @@ def predict(
         raise UsageError("--features and -o belong together", "such as --features fc7 -o features.npz")
     if output is not None and output.suffix != ".npz":
         raise UsageError(f"-o {output} does not end in .npz", f"such as -o {output.stem or 'features'}.npz")
+    if output is not None and not output.parent.is_dir():
+        raise UsageError(f"-o {output}: there is no folder {output.parent}", "make it first")
     reporter = Reporter("predict", json=json, quiet=quiet)
     ours: list[str] = []
     sources = expand(inputs, getattr(sys.stdin, "buffer", None), ours)
     model = find_weights(weights, (".safetensors",) if backend == "torch" else (".onnx", ".safetensors"))
     classifier = open_classifier(model, backend, few=len(sources) * views <= FEW, layer=features)
     reporter.line("weights", told(model, classifier.about))
+    if remark := unfinished(model):
+        reporter.line("note", remark)
     if ours:
         drawn = "a picture" if len(ours) == 1 else f"{len(ours):,} pictures"
         reporter.line("note", f"left out: {drawn} drawn for runs, such as {ours[0]}")
     if classifier.fallback:
         reporter.warn(f"the network runs on the CPU: {classifier.fallback}", "see `alexnet doctor`")
-    started, tables, unread = time.perf_counter(), csv is None and features is None, list[str]()
+    started, tables, unread, units = time.perf_counter(), csv is None and features is None, list[str](), 0
     with _csv(csv) as write, _features(output, classifier, features) as keep, contextlib.ExitStack() as stack:
         # A moving line and tables on one terminal would overwrite each other.
         bar = len(sources) > FEW and not (tables and sys.stdout.isatty())
@@ -83,6 +87,8 @@ def predict(
                 unread.append(f"{prediction.path}: {prediction.error}")
                 if features and csv is None and not json:  # there is no other place for the reason
                     reporter.warn(f"left out {unread[-1]}")
+            elif prediction.features is not None:
+                units = len(prediction.features)
             write(prediction)
             keep(prediction)
             if progress:
@@ -92,9 +98,10 @@ def predict(
                 reporter.show(_table(prediction, headed=len(sources) > 1))
     name = "torch" if backend == "torch" else "onnx"
     _conclude(reporter, len(sources), len(unread), time.perf_counter() - started, f"{name} · {classifier.device}")
-    for path in (csv, output):
+    shape = f" · {len(sources) - len(unread):,} x {units:,}"
+    for path, holds in ((csv, ""), (output, shape)):
         if path is not None:
-            reporter.line("saved", str(path))
+            reporter.line("saved", f"{path}{holds}")
     if unread:
         what = f"{len(unread):,} of {_pictures(len(sources))} could not be read"
         if len(unread) == 1:

@@ -75,7 +75,7 @@ def report(
     })  # fmt: skip
     if not can_draw():
         reporter.warn("the page has tables in the place of curves: no plotting library is installed", HINT)
-    reporter.show(f"{target}   ({size / 1e6:.1f} MB, {len(sections)} sections; open it in a browser)")
+    reporter.line("saved", f"{target} · {size / 1e6:.1f} MB, {len(sections)} sections: open it in a browser")
     if found.failed and (data or "data_path" in found.about):  # not for a set that was merely lying about
         raise PartialError(f"{target} is without what needs pictures: {found.failed}", "--data D names the right set")
 

@@ -5,6 +5,7 @@ What excites units of later layers, and what a picture excites, is drawn by the 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -160,7 +161,7 @@ def _kernels(
     tower = "both" if len(chosen) == len(towers) else str(chosen[0] + 1)
     count = sum(len(towers[i]) for i in chosen)
     reporter.result({"path": str(target), "tower": tower, "kernels": count} | numbers)
-    _tell(reporter, found, target, model)
+    _tell(reporter, found, chosen, target, model)
 
 
 def _chosen(tower: str, towers: int) -> list[int]:
@@ -205,7 +206,16 @@ def _write(target: Path, write: Any) -> None:
         raise StorageError(f"cannot write {target}: {error.strerror or error}", "choose another -o") from error
 
 
-def _tell(reporter: Reporter, found: Specialisation, target: Path, model: Model) -> None:
+def _learned(found: Specialisation, chosen: list[int]) -> str:
+    """How smooth the kernels of the layer are, and how many of the chosen towers' have learned nothing."""
+    shown = replace(found, towers=tuple(found.towers[i] for i in chosen))
+    count = sum(len(tower.chroma) for tower in shown.towers)
+    both = "" if len(chosen) == len(found.towers) else ", both towers"
+    noise = f"{shown.noisy} of {count} still noise{': train longer' if shown.noisy else ''}"
+    return f"smoothness {found.smoothness:.2f} (random 0, smooth 1{both}) · {noise} · {shown.dead} dead"
+
+
+def _tell(reporter: Reporter, found: Specialisation, chosen: list[int], target: Path, model: Model) -> None:
     """The numbers for people."""
     shares = " · ".join(f"tower {i + 1} {mean:.2f}" for i, mean in enumerate(found.means))
     reporter.show(f"colour  {shares}   (grey 0, chance 0.67, opponent colours 1)")
@@ -221,7 +231,7 @@ def _tell(reporter: Reporter, found: Specialisation, target: Path, model: Model)
         f"tower {i + 1} {t.mean(t.frequency):.2f} and {t.mean(t.selectivity):.2f}" for i, t in enumerate(found.towers)
     )
     reporter.show(f"stripes {waves}   (cycles a pixel, and how far one orientation prevails, 0 to 1)")
-    reporter.show(f"kernels smoothness {found.smoothness:.2f} (noise 0) · noise {found.noisy} · dead {found.dead}")
+    reporter.show(f"kernels {_learned(found, chosen)}")
     reporter.line("saved", str(target))
     if found.undertrained:
         epoch = f": this checkpoint is from epoch {model.info['epoch']}" if "epoch" in model.info else ""

@@ -43,7 +43,10 @@ def strongest(
     dataset = open_dataset(find_dataset(data or trained_on(model.path)))
     split = dataset.split("val")
     reporter.line("data", f"{dataset.path} · val · {len(split):,} images")
-    reporter.line("layer", f"{layer} · {width:,} units · centre views, {_what(layer)}")
+    ranked = f"{width:,} units"
+    if unit is None and len(shown) < width:
+        ranked = f"tower {towers[0] + 1} of {model.recipe.towers} · {len(shown):,} of {width:,} units"
+    reporter.line("layer", f"{layer} · {ranked} · centre views, {_what(layer)}")
     found = stimuli(_counted(reporter, split, Session(model, layer=layer)), PATCHES)
     if found is None:
         raise DataError(f"{dataset.path}: split val holds no images", "prepare it anew with --val-fraction 0.1")
