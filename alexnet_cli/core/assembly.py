@@ -45,6 +45,7 @@ class Totals:
     sums: PixelSums = field(default_factory=PixelSums)
     rejected: list[dict[str, str]] = field(default_factory=list)
     damaged: list[dict[str, str]] = field(default_factory=list)
+    turned: int = 0
 
     def add(self, shard: Finished) -> None:
         """Count the next shard."""
@@ -52,6 +53,7 @@ class Totals:
         self.sums.merge(shard.sums)
         self.rejected += shard.rejected
         self.damaged += shard.damaged
+        self.turned += shard.turned
 
 
 def assemble(plan: Plan, totals: Mapping[str, Totals]) -> None:
@@ -89,6 +91,7 @@ def assemble(plan: Plan, totals: Mapping[str, Totals]) -> None:
         **totals["train"].sums.record(),
         "rejected": len(rejected),
         "damaged": len(damaged),
+        "exif_turned": sum(split.turned for split in totals.values()),
         "files": sums,
         "source": str(plan.source.path.resolve()),
         "settings": plan.settings,
