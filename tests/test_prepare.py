@@ -158,7 +158,7 @@ def test_a_jpeg_that_can_be_decoded_in_part_is_packed_and_told_of(
     ("arguments", "code", "message"),
     [
         (["nowhere"], 3, "nowhere does not exist"),
-        (["pets/cats"], 3, "no pictures in a layout that is known"),
+        (["pets/cats"], 3, "pets/cats holds 10 pictures and no folders of classes"),
         (["pets", "-o", "pets/out"], 2, "lies inside the source"),
         (["pets", "-o", "pets/cats/1.jpg"], 2, "lies inside the source"),
         (["pets", "-o", "."], 2, "not empty and not a prepared data set"),
@@ -227,6 +227,15 @@ def test_copies_are_told_and_leaks_are_warned_of(pets: Path, capsys: pytest.Capt
         ["train/cats/2.jpg", "val/cats/leak.jpg"],
         ["train/dogs/0.jpg", "train/dogs/copy.jpg"],
     ]
+
+
+def test_one_picture_in_two_classes_is_a_wrong_label(pets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (pets / "cats" / "copy.jpg").write_bytes((pets / "dogs" / "3.jpg").read_bytes())
+    assert run(pets) == 0
+    said = capsys.readouterr().err
+    assert "warn    1 picture is in two classes: " in said
+    [group] = shards.open_dataset(Path("prepared/pets")).duplicates()
+    assert {entry["class"] for entry in group} == {"cats", "dogs"}
 
 
 def test_verify(pets: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -71,7 +71,12 @@ def assemble(plan: Plan, totals: Mapping[str, Totals]) -> None:
     for name, split in totals.items():
         sums[index_name(name)] = write_durably(plan.output / index_name(name), _index(plan, name, split, labels, seen))
     facts = {name: (shard.facts for shard in _again(plan, name, split)) for name, split in totals.items()}
-    equal = list(census.duplicates(seen.repeated(), facts, lambda split, row: plan.source.splits[split].names[row]))
+
+    def named(split: str, row: int) -> tuple[str, str]:
+        pictures = plan.source.splits[split]
+        return pictures.names[row], plan.source.classes[pictures.labels[row]].name
+
+    equal = list(census.duplicates(seen.repeated(), facts, named))
     for file, data in {
         MEAN: npy(totals["train"].sums.mean_image()),
         DUPLICATES: _lines(equal),

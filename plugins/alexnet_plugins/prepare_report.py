@@ -123,6 +123,11 @@ def _duplicates(reporter: Reporter, dataset: Dataset) -> None:
     found = dataset.record["duplicates"]
     if found["groups"]:
         reporter.line("note", f"{found['pictures']:,} pictures are copies of one another: {DUPLICATES_FILE}")
+    if two := [group for group in dataset.duplicates() if len({entry["class"] for entry in group}) > 1]:
+        names = ", ".join(" = ".join(entry["path"] for entry in group[:2]) for group in two[:SHOWN])
+        many = "1 picture is" if len(two) == 1 else f"{len(two):,} pictures are"
+        warning = f"{many} in two classes: {names}{' …' if len(two) > SHOWN else ''}"
+        reporter.warn(warning, f"one label of each must be wrong; {DUPLICATES_FILE} lists them all")
     if found["across_splits"]:
         leaks = [group for group in dataset.duplicates() if len({entry["split"] for entry in group}) > 1]
         names = ", ".join(" = ".join(entry["path"] for entry in group[:2]) for group in leaks[:SHOWN])
