@@ -74,8 +74,7 @@ class Ablation:
         for split in ("train", "val"):
             if not len(data.split(split)):
                 raise DataError(
-                    f"{data.path}: split {split} holds no images",
-                    "prepare it anew with --val-fraction 0.1",
+                    f"{data.path}: split {split} holds no images", "prepare it anew with --val-fraction 0.1"
                 )
         return cls(folder, data, placement, threads, command)
 

@@ -45,7 +45,6 @@ class Totals:
     sums: PixelSums = field(default_factory=PixelSums)
     rejected: list[dict[str, str]] = field(default_factory=list)
     damaged: list[dict[str, str]] = field(default_factory=list)
-    turned: int = 0
 
     def add(self, shard: Finished) -> None:
         """Count the next shard."""
@@ -53,7 +52,6 @@ class Totals:
         self.sums.merge(shard.sums)
         self.rejected += shard.rejected
         self.damaged += shard.damaged
-        self.turned += shard.turned
 
 
 def assemble(plan: Plan, totals: Mapping[str, Totals]) -> None:
@@ -71,12 +69,7 @@ def assemble(plan: Plan, totals: Mapping[str, Totals]) -> None:
     for name, split in totals.items():
         sums[index_name(name)] = write_durably(plan.output / index_name(name), _index(plan, name, split, labels, seen))
     facts = {name: (shard.facts for shard in _again(plan, name, split)) for name, split in totals.items()}
-
-    def named(split: str, row: int) -> tuple[str, str]:
-        pictures = plan.source.splits[split]
-        return pictures.names[row], plan.source.classes[pictures.labels[row]].name
-
-    equal = list(census.duplicates(seen.repeated(), facts, named))
+    equal = list(census.duplicates(seen.repeated(), facts, lambda split, row: plan.source.splits[split].names[row]))
     for file, data in {
         MEAN: npy(totals["train"].sums.mean_image()),
         DUPLICATES: _lines(equal),
@@ -96,7 +89,6 @@ def assemble(plan: Plan, totals: Mapping[str, Totals]) -> None:
         **totals["train"].sums.record(),
         "rejected": len(rejected),
         "damaged": len(damaged),
-        "exif_turned": sum(split.turned for split in totals.values()),
         "files": sums,
         "source": str(plan.source.path.resolve()),
         "settings": plan.settings,

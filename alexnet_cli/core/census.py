@@ -61,11 +61,11 @@ def _spread(counts: npt.NDArray[np.int64]) -> dict[str, float]:
 def duplicates(
     repeated: npt.NDArray[np.uint64],
     facts: Mapping[str, Iterable[Facts]],
-    named: Callable[[str, int], tuple[str, str]],
+    named: Callable[[str, int], str],
 ) -> Iterator[list[dict[str, str]]]:
-    """Groups of pictures whose files are equal byte for byte, each as its splits, paths and classes, in source order.
+    """Groups of pictures whose files are equal byte for byte, each as its splits and paths, in source order.
 
-    `repeated` is what the census of all splits found, `named(split, row)` a picture's path in the source and its class.
+    `repeated` is what the census of all splits found, `named(split, row)` a picture's path in the source.
     """
     if not len(repeated):
         return
@@ -78,8 +78,7 @@ def duplicates(
             for row, digest in zip(candidates["row"].tolist(), candidates["digest"].tolist(), strict=True):
                 groups.setdefault(digest, []).append((place, row))
     for group in sorted(sorted(group) for group in groups.values() if len(group) > 1):
-        told = [(splits[place], *named(splits[place], row)) for place, row in group]
-        yield [{"split": split, "path": path, "class": of} for split, path, of in told]
+        yield [{"split": splits[place], "path": named(splits[place], row)} for place, row in group]
 
 
 def _head(part: Facts) -> npt.NDArray[np.uint64]:

@@ -24,23 +24,22 @@ class Chunk(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """A chunk's JPEGs, or for a picture that was refused the reason; of those that were not, facts, sums, name and
-    damage of those that have some, and the names of those that EXIF turns.
+    """A chunk's JPEGs, or for a picture that was refused the reason; of those that were not, facts, sums, and name and
+    damage of those that have some.
     """
 
     jpegs: list[bytes | str]
     damaged: list[tuple[str, str]]
-    turned: list[str]
     facts: list[tuple[int, int, int, bytes]]
     sums: PixelSums
 
 
 def process(chunk: Chunk, plan: Plan, memory: Memory, measure: bool) -> Packed:
     """Do it all for every picture of a chunk, in the memory that threads share; `measure`: have them in the sums."""
-    packed, pictures = Packed([], [], [], [], PixelSums()), []
+    packed, pictures = Packed([], [], [], PixelSums()), []
     for row, item in zip(chunk.rows, chunk.items, strict=True):
         try:
-            picture, fact, wrong, turned = _picture(row, item, plan, memory)
+            picture, fact, wrong = _picture(row, item, plan, memory)
         except DataError as error:
             packed.jpegs.append(error.what)
         except OSError as error:
@@ -49,21 +48,18 @@ def process(chunk: Chunk, plan: Plan, memory: Memory, measure: bool) -> Packed:
             packed.jpegs.append(fast_images.encode(picture, plan.quality))
             packed.facts.append(fact)
             packed.damaged.extend([(item.name, wrong)] if wrong else [])
-            packed.turned.extend([item.name] if turned else [])
             pictures.append(picture)
     if measure:
         packed.sums.add(pictures)
     return packed
 
 
-def _picture(row: int, item: Item, plan: Plan, memory: Memory) -> tuple[Pixels, tuple[int, int, int, bytes], str, bool]:
-    """Uint8 256 x 256 x 3, the fact of it, what is wrong with it, and whether EXIF turns it. All of its own pixels are
-    gone when this returns.
-    """
+def _picture(row: int, item: Item, plan: Plan, memory: Memory) -> tuple[Pixels, tuple[int, int, int, bytes], str]:
+    """Uint8 256 x 256 x 3, the fact of it, and what is wrong with it. All of its pixels are gone when this returns."""
     data = item.read()
     height, width = fast_images.size(data)
     with memory.taken(height * width):
         rgb, wrong = fast_images.examined(data)
         if plan.exif_rotate:
             rgb = images.upright(rgb, data)
-        return fast_images.to_256(rgb), census.fact(row, rgb, data), wrong, images.is_turned(data)
+        return fast_images.to_256(rgb), census.fact(row, rgb, data), wrong

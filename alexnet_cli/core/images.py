@@ -28,8 +28,6 @@ MAX_ASPECT = 16  # of a picture longer than this many times its width only the m
 Pixels = npt.NDArray[np.uint8]
 
 ORIENTATION = 0x0112  # the EXIF tag; 1 is upright
-EXIF = (b"Exif", b"eXIf", b"EXIF")  # how JPEG, PNG and WebP announce it
-HEAD = 2**16  # bytes at the beginning of a JPEG within which it does
 TURNED: Mapping[int, Callable[[Pixels], Pixels]] = {
     2: lambda p: p[:, ::-1],
     3: lambda p: p[::-1, ::-1],
@@ -98,22 +96,13 @@ def _reasons(data: bytes) -> Iterator[None]:
 
 def upright(rgb: Pixels, data: bytes) -> Pixels:
     """The picture turned as the EXIF orientation in its file says: phones store some of theirs lying down."""
-    turn = TURNED.get(_orientation(data))
-    return rgb if turn is None else np.ascontiguousarray(turn(rgb))
-
-
-def is_turned(data: bytes) -> bool:
-    """Whether `upright` would turn the picture, or mirror it."""
-    head = data[:HEAD] if data[:2] == b"\xff\xd8" else data
-    return any(sign in head for sign in EXIF) and _orientation(data) in TURNED
-
-
-def _orientation(data: bytes) -> Any:
     try:
         with _opened(data) as image:
-            return 1 if image.format == "TIFF" else image.getexif().get(ORIENTATION, 1)  # Pillow turns those itself
+            orientation = image.getexif().get(ORIENTATION, 1)
     except Exception:  # damaged EXIF turns nothing
-        return 1
+        return rgb
+    turn = TURNED.get(orientation)
+    return rgb if turn is None else np.ascontiguousarray(turn(rgb))
 
 
 def to_256(rgb: Pixels) -> Pixels:

@@ -162,6 +162,56 @@ class Found(NamedTuple):
     notes: tuple[str, ...]
 
 
+def class_folders(path: Path) -> tuple[list[str], list[str]]:
+    """Folders directly under `path`, sorted as torchvision does: those with a picture inside, the rest.
+
+    Raises:
+        DataError: a folder cannot be listed.
+    """
+    folders = sorted(entry.name for entry in _entries(path) if _is_folder(entry))
+    filled = [name for name in folders if any(is_picture(file) for file in walk(path / name, path))]
+    return filled, sorted(set(folders) - set(filled))
+
+
+def listing(root: Path, folders: Sequence[str]) -> tuple[Files, int]:
+    """The pictures under each folder, the folder's place being the label, and how many other files lie there.
+
+    Raises:
+        DataError: a folder cannot be listed.
+    """
+    found = Files(root)
+    others = 0
+    for label, folder in enumerate(folders):
+        files = sorted(walk(root / folder, root))
+        pictures = [f"{folder}/{file}" for file in files if is_picture(file)]
+        others += len(files) - len(pictures)
+        found.names.extend(pictures)
+        found.labels.extend([label] * len(pictures))
+    return found, others
+
+
+def left_out(where: str, empty: Sequence[str], others: int) -> tuple[str, ...]:
+    """Notes on what is not taken: classes without pictures, files that are none."""
+    notes = []
+    if empty:
+        listed = ", ".join(f"{where}{name}" for name in empty[:3]) + (", ..." if len(empty) > 3 else "")
+        notes.append(f"left out, holding no pictures: {listed}")
+    if others:
+        notes.append(f"left out, being no pictures by their names: {others:,}")
+    return tuple(notes)
+
+
+def loose(root: Path, *folders: str) -> tuple[str, ...]:
+    """A note on pictures that lie directly in folders which should hold folders of classes."""
+    notes = []
+    for folder in folders:
+        entries = _entries(root / folder) if (root / folder).is_dir() else []
+        count = sum(is_picture(entry.name) and not _is_folder(entry) for entry in entries)
+        if count:
+            notes.append(f"left out, lying in no class's folder: {count:,} pictures directly in {root / folder}")
+    return tuple(notes)
+
+
 def is_picture(file: str) -> bool:
     """Whether a file is a picture by its name."""
     return os.path.splitext(file)[1].lower() in SUFFIXES
@@ -175,8 +225,8 @@ def walk(folder: Path, root: Path, refused: list[str] | None = None) -> Iterator
     while waiting:
         inside = waiting.pop()
         folders = []
-        for entry in sorted(entries(folder / inside, refused), key=lambda entry: entry.name):
-            if not is_folder(entry):
+        for entry in sorted(_entries(folder / inside, refused), key=lambda entry: entry.name):
+            if not _is_folder(entry):
                 yield inside + entry.name
                 continue
             if entry.is_symlink():
@@ -187,7 +237,7 @@ def walk(folder: Path, root: Path, refused: list[str] | None = None) -> Iterator
         waiting += reversed(folders)
 
 
-def is_folder(entry: os.DirEntry[str]) -> bool:
+def _is_folder(entry: os.DirEntry[str]) -> bool:
     """Whether it is a folder, or a link to one; a link to itself is neither, and fails when it is read."""
     try:
         return entry.is_dir()
@@ -195,11 +245,10 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def entries(folder: Path, refused: list[str] | None = None) -> list[os.DirEntry[str]]:
-    """What lies in a folder; that it cannot be listed is an error, or goes to `refused`."""
+def _entries(folder: Path, refused: list[str] | None = None) -> list[os.DirEntry[str]]:
     try:
-        with os.scandir(folder) as found:
-            return [entry for entry in found if not entry.name.startswith(".")]
+        with os.scandir(folder) as entries:
+            return [entry for entry in entries if not entry.name.startswith(".")]
     except OSError as error:
         if refused is None:
             raise DataError(f"{folder} cannot be listed: {error.strerror}", "check its permissions") from error

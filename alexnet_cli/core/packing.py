@@ -174,7 +174,6 @@ def _write(writer: ShardWriter, split: str, chunk: Chunk, packed: Packed) -> lis
             writer.add(key, item.label, jpeg)
     writer.rejected += refused
     writer.damaged += [{"split": split, "path": path, "reason": reason} for path, reason in packed.damaged]
-    writer.turned += len(packed.turned)
     writer.facts += packed.facts
     writer.sums.merge(packed.sums)
     return refused

@@ -33,9 +33,7 @@ NO_HEADER = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
 
 @dataclass(frozen=True)
 class Finished:
-    """A shard that is on disk: entry in dataset.json, rows of the index, sums, facts, what was refused or damaged, and
-    how many pictures EXIF turns.
-    """
+    """A shard that is on disk: entry in dataset.json, rows of the index, sums, facts, what was refused or damaged."""
 
     entry: dict[str, Any]
     rows: npt.NDArray[np.void]
@@ -43,7 +41,6 @@ class Finished:
     facts: Facts
     rejected: list[dict[str, str]]
     damaged: list[dict[str, str]]
-    turned: int
 
 
 class ShardWriter:
@@ -55,7 +52,6 @@ class ShardWriter:
         self.sums = PixelSums()
         self.rejected: list[dict[str, str]] = []
         self.damaged: list[dict[str, str]] = []
-        self.turned = 0
         self.facts: list[tuple[int, int, int, bytes]] = []
         self._rows: list[tuple[int, int, int, int]] = []
         self._digest = hashlib.sha256()
@@ -88,8 +84,7 @@ class ShardWriter:
             "images": len(self._rows),
         }
         facts = np.array(self.facts, FACT)
-        said = self.rejected, self.damaged, self.turned
-        finished = Finished(entry, np.array(self._rows, ROW), self.sums, facts, *said)
+        finished = Finished(entry, np.array(self._rows, ROW), self.sums, facts, self.rejected, self.damaged)
         write_durably(_sidecar(self.folder, self.name), [_packed(finished)])
         return finished
 
@@ -129,8 +124,8 @@ def finished_shard(folder: Path, split: str, number: int) -> Finished | None:
         with _sidecar(folder, name).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             text = json.loads(str(arrays["text"]))
             sums = PixelSums(int(arrays["images"]), arrays["pixels"].astype(np.int64), arrays["products"])
-            said = text["rejected"], text["damaged"], text["turned"]
-            finished = Finished(text["entry"], arrays["rows"], sums, arrays["facts"], *said)
+            lists = text["rejected"], text["damaged"]
+            finished = Finished(text["entry"], arrays["rows"], sums, arrays["facts"], *lists)
         whole = (folder / name).stat().st_size == finished.entry["bytes"]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         return None
@@ -181,8 +176,7 @@ def _sidecar(folder: Path, name: str) -> Path:
 
 def _packed(finished: Finished) -> bytes:
     buffer = io.BytesIO()
-    said = {"rejected": finished.rejected, "damaged": finished.damaged, "turned": finished.turned}
-    text = json.dumps({"entry": finished.entry, **said})
+    text = json.dumps({"entry": finished.entry, "rejected": finished.rejected, "damaged": finished.damaged})
     sums = finished.sums
     np.savez(
         buffer,

@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from alexnet_cli.core.folders import class_folders, left_out, listing, loose, unknown
 from alexnet_cli.core.ilsvrc import ilsvrc_words
 from alexnet_cli.core.imagenet import kaggle, official
-from alexnet_cli.core.listing import Files, Found, Pictures
+from alexnet_cli.core.listing import Files, Found, Pictures, class_folders, left_out, listing, loose
 from alexnet_cli.core.parquet import huggingface
 from alexnet_cli.errors import DataError, UsageError
 
@@ -84,7 +83,12 @@ def recognise(path: Path, val_fraction: float | None = None) -> Source:
         found = layout(path)
         if found is not None:
             return _source(path, found, val_fraction)
-    raise unknown(path)
+    raise DataError(
+        f"{path} has no pictures in a layout that is known. Looked for: ILSVRC2012_img_train.tar, "
+        "ILSVRC/Data/CLS-LOC/, train-*.parquet, train/CLASS/ with val/CLASS/, "
+        "Tiny ImageNet (val/val_annotations.txt), CLASS/",
+        "put the pictures of each class into a folder of its own, at least two classes",
+    )
 
 
 def _source(path: Path, found: Found, val_fraction: float | None) -> Source:
@@ -151,8 +155,6 @@ def _train_and_val(path: Path) -> Found | None:
     train, others = listing(path, [f"train/{name}" for name in folders])
     if found is None:
         notes = left_out("train/", empty, others) + loose(path, "train")
-        if (path / "test").is_dir():
-            notes = (*notes, "left out: test/; a folder called val/ is what the error is measured on")
         return Found("train/CLASS", folders, {}, train, None, notes)
     theirs, _ = class_folders(path / found)
     if not theirs:

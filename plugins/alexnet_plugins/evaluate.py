@@ -67,10 +67,7 @@ def evaluate(
     dataset = open_dataset(find_dataset(data or trained_on(path)))
     images = dataset.split(split)
     if not len(images):
-        raise DataError(
-            f"{dataset.path}: split {split} holds no images",
-            "prepare it anew with --val-fraction 0.1",
-        )
+        raise DataError(f"{dataset.path}: split {split} holds no images", "prepare it anew with --val-fraction 0.1")
     backend = "onnx" if path.suffix == ".onnx" else "torch"
     classify, classes, recipe, place, about = (_onnx if backend == "onnx" else _torch)(path, views, gpus)
     output_of = matching(classes, dataset.classes, path)

@@ -68,12 +68,7 @@ def prepare(
     for note in found.notes:
         reporter.line("note", note)
     if not counts["val"]:
-        single = len(found.splits["train"]) == len(found.classes)
-        few = (
-            "each class needs at least two pictures, one to learn and one to measure"
-            if single
-            else ("--val-fraction 0.1 takes one picture of each class that has at least two")
-        )
+        few = "--val-fraction 0.1 takes one picture of each class that has at least two"
         reporter.warn("no validation images, which training needs", few)
     plan = Plan(found, output or default_output(source), quality, exif_rotate=exif_rotate)
     state = plan.state(overwrite)

@@ -34,7 +34,6 @@ def prepared(reporter: Reporter, output: Path, seen: int, seconds: float) -> Non
     _empty_classes(reporter, dataset)
     _duplicates(reporter, dataset)
     _damaged(reporter, dataset)
-    _turned(reporter, dataset, sum(split["images"] for split in dataset.record["splits"].values()))
     _name_left_out(reporter, dataset)
     images = sum(split["images"] for split in dataset.record["splits"].values())
     total = images + dataset.record["rejected"]
@@ -123,11 +122,6 @@ def _duplicates(reporter: Reporter, dataset: Dataset) -> None:
     found = dataset.record["duplicates"]
     if found["groups"]:
         reporter.line("note", f"{found['pictures']:,} pictures are copies of one another: {DUPLICATES_FILE}")
-    if two := [group for group in dataset.duplicates() if len({entry["class"] for entry in group}) > 1]:
-        names = ", ".join(" = ".join(entry["path"] for entry in group[:2]) for group in two[:SHOWN])
-        many = "1 picture is" if len(two) == 1 else f"{len(two):,} pictures are"
-        warning = f"{many} in two classes: {names}{' …' if len(two) > SHOWN else ''}"
-        reporter.warn(warning, f"one label of each must be wrong; {DUPLICATES_FILE} lists them all")
     if found["across_splits"]:
         leaks = [group for group in dataset.duplicates() if len({entry["split"] for entry in group}) > 1]
         names = ", ".join(" = ".join(entry["path"] for entry in group[:2]) for group in leaks[:SHOWN])
@@ -144,14 +138,3 @@ def _damaged(reporter: Reporter, dataset: Dataset) -> None:
     if found:
         are, they = ("picture is", "it") if found == 1 else ("pictures are", "they")
         reporter.line("note", f"{found:,} {are} damaged, and packed as far as {they} can be decoded: {DAMAGED_FILE}")
-
-
-def _turned(reporter: Reporter, dataset: Dataset, images: int) -> None:
-    """Photographs that a phone stores lying down look upright everywhere but here, unless that is asked for."""
-    found = dataset.record["exif_turned"]
-    if found and dataset.record["image"]["exif_rotate"]:
-        reporter.line("note", f"{found:,} of {images:,} pictures were turned as their EXIF orientation says")
-    elif found:
-        carry = f"{found:,} of {images:,} pictures {'carries' if found == 1 else 'carry'} an EXIF turn"
-        hint = "--exif-rotate --overwrite turns them, and has predict turn such pictures, too"
-        reporter.warn(f"{carry}, which is not followed: phones store photographs lying down", hint)

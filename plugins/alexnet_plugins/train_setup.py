@@ -55,10 +55,7 @@ def check(recipe: Recipe, data: Dataset, run: Run | None) -> None:
         raise DataError(f"run {run.path.name} was trained on other data than {data.path}", "name its own with --data")
     for split in ("train", "val"):
         if not len(data.split(split)):
-            raise DataError(
-                f"{data.path}: split {split} holds no images",
-                "prepare it anew with --val-fraction 0.1",
-            )
+            raise DataError(f"{data.path}: split {split} holds no images", "prepare it anew with --val-fraction 0.1")
     data.mean_image()  # raises where it is damaged
 
 

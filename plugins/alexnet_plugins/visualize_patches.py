@@ -49,10 +49,7 @@ def strongest(
     reporter.line("layer", f"{layer} · {ranked} · centre views, {_what(layer)}")
     found = stimuli(_counted(reporter, split, Session(model, layer=layer)), PATCHES)
     if found is None:
-        raise DataError(
-            f"{dataset.path}: split val holds no images",
-            "prepare it anew with --val-fraction 0.1",
-        )
+        raise DataError(f"{dataset.path}: split val holds no images", "prepare it anew with --val-fraction 0.1")
     units = found.strongest(np.array(shown))[:UNITS].tolist()
     reporter.show(f"        {'unit':<6}{'response':<10}the three pictures that excite it most")
     for number in units:
