@@ -32,7 +32,7 @@ def test_train_and_val_folders(tmp_path: Path) -> None:
     assert listed(source, "val") == [("val/b/9.jpg", 1)]
     assert source.splits["val"][0].read() == b"val/b/9.jpg"
     assert source.layout == "train/CLASS and val/CLASS"
-    assert source.notes == ("left out, being no pictures by their names: 1",)
+    assert source.notes == ("left out, being no pictures by their names: .txt 1",)
 
 
 def test_wordnet_names(tmp_path: Path) -> None:
@@ -174,6 +174,16 @@ def test_a_file_that_would_fill_the_memory(tmp_path: Path) -> None:
             file.truncate(1 << 40)
     with pytest.raises(DataError, match="it has 1,099,511,627,776 bytes"):
         recognise(tmp_path, 0.0).splits["train"][0].read()
+
+
+def test_what_is_no_picture_is_told_by_suffix(tmp_path: Path) -> None:
+    touch(tmp_path, "a/1.jpg", "b/1.jpg", "b/notes.txt", "b/list", "phone/1.heic")
+    touch(tmp_path, *(f"{name}/{i}.HEIC" for name in "ab" for i in range(3)))
+    assert recognise(tmp_path).notes[:3] == (
+        "left out, holding no pictures: phone",
+        "left out, being no pictures by their names: .HEIC 6, .heic 1, .txt 1, others 1",
+        "in a format that is not read: .HEIC 6, .heic 1; convert them to JPEG",
+    )
 
 
 def test_pictures_that_no_class_holds_are_noted(tmp_path: Path) -> None:

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from alexnet_cli.core.folders import class_folders, left_out, listing, loose
 from alexnet_cli.core.ilsvrc import ilsvrc_words
 from alexnet_cli.core.imagenet import kaggle, official
-from alexnet_cli.core.listing import Files, Found, Pictures, class_folders, left_out, listing, loose
+from alexnet_cli.core.listing import Files, Found, Pictures
 from alexnet_cli.core.parquet import huggingface
 from alexnet_cli.errors import DataError, UsageError
 
@@ -120,7 +121,7 @@ def _tiny_imagenet(path: Path) -> Found | None:
     if not annotations.is_file() or not (path / "train").is_dir():
         return None
     folders, empty = class_folders(path / "train")
-    train, others = listing(path, [f"train/{name}" for name in folders])
+    train, others = listing(path, [f"train/{name}" for name in (*folders, *empty)])
     label_of = {wnid: label for label, wnid in enumerate(folders)}
     label_of_file: dict[str, int] = {}
     text = annotations.read_text(encoding="utf-8", errors="surrogateescape")
@@ -152,7 +153,7 @@ def _train_and_val(path: Path) -> Found | None:
         if found is None:
             return None  # "train" may be a class, beside other vehicles
         raise DataError(f"{path / 'train'} has fewer than two class folders with pictures", "one folder per class")
-    train, others = listing(path, [f"train/{name}" for name in folders])
+    train, others = listing(path, [f"train/{name}" for name in (*folders, *empty)])
     if found is None:
         notes = left_out("train/", empty, others) + loose(path, "train")
         return Found("train/CLASS", folders, {}, train, None, notes)
@@ -178,7 +179,7 @@ def _folder_of_classes(path: Path) -> Found | None:
     folders, empty = class_folders(path)
     if len(folders) < 2:
         return None
-    items, others = listing(path, folders)
+    items, others = listing(path, [*folders, *empty])
     return Found("one folder per class", folders, {}, items, None, left_out("", empty, others) + loose(path, "."))
 
 
