@@ -110,9 +110,18 @@ def test_the_fingerprint_sees_every_change(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "fraction", "error", "message"),
     [
-        ((), None, DataError, "no pictures in a layout that is known"),
-        (("only/1.jpg",), None, DataError, "no pictures in a layout that is known"),
-        (("1.jpg", "2.jpg"), None, DataError, "no pictures in a layout that is known"),
+        ((), None, DataError, "is empty$"),
+        (("only/1.jpg", "none/1.txt"), None, DataError, "has one class only: only$"),
+        (("up/only/1.jpg",), None, DataError, "has one class only: up/only$"),
+        (("train/a/1.jpg", "test/1.txt"), None, DataError, "has one class only: train/a$"),
+        (("1.jpg", "2.jpg"), None, DataError, "has 2 pictures, but no folders of classes$"),
+        (("a/1.HEIC", "b/2.HEIC", "b/1.txt"), None, DataError, r"in a format that is not read: \.HEIC 2$"),
+        (
+            ("a/1.txt", "b/2.md"),
+            None,
+            DataError,
+            r"no pictures by their names: \.md 1, \.txt 1\. Looked for: ILSVRC2012",
+        ),
         (("train/a/1.jpg", "val/a/1.jpg"), None, DataError, "fewer than two class folders"),
         (("train/a/1.jpg", "train/b/1.jpg", "val/1.jpg"), None, DataError, "no class folders"),
         (("train/a/1.jpg", "train/b/1.jpg", "val/c/1.jpg"), None, DataError, "the class c, of which"),
@@ -127,6 +136,16 @@ def test_refusals(
     with pytest.raises(error, match=message) as caught:
         recognise(tmp_path, fraction)
     assert caught.value.hint
+
+
+@pytest.mark.parametrize("inside", ["pics", "a/pics", "pics/train"])
+def test_one_folder_too_high(tmp_path: Path, inside: str) -> None:
+    touch(tmp_path, f"{inside}/cat/1.jpg", f"{inside}/dog/1.jpg", "notes.txt")
+    right = tmp_path / inside.removesuffix("/train")
+    with pytest.raises(DataError, match="holds no folders of classes, but") as caught:
+        recognise(tmp_path)
+    assert caught.value.hint == f"did you mean {right}?"
+    assert len(recognise(right).classes) == 2
 
 
 def test_a_class_may_be_called_train(tmp_path: Path) -> None:

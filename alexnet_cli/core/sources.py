@@ -20,6 +20,7 @@ from alexnet_cli.core.ilsvrc import ilsvrc_words
 from alexnet_cli.core.imagenet import kaggle, official
 from alexnet_cli.core.listing import Files, Found, Pictures
 from alexnet_cli.core.parquet import huggingface
+from alexnet_cli.core.unrecognised import explained
 from alexnet_cli.errors import DataError, UsageError
 
 VAL_FRACTION = 0.1  # of each class, where the source has no validation split of its own
@@ -84,12 +85,7 @@ def recognise(path: Path, val_fraction: float | None = None) -> Source:
         found = layout(path)
         if found is not None:
             return _source(path, found, val_fraction)
-    raise DataError(
-        f"{path} has no pictures in a layout that is known. Looked for: ILSVRC2012_img_train.tar, "
-        "ILSVRC/Data/CLS-LOC/, train-*.parquet, train/CLASS/ with val/CLASS/, "
-        "Tiny ImageNet (val/val_annotations.txt), CLASS/",
-        "put the pictures of each class into a folder of its own, at least two classes",
-    )
+    raise explained(path)
 
 
 def _source(path: Path, found: Found, val_fraction: float | None) -> Source:
