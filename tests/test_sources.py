@@ -195,6 +195,14 @@ def test_a_file_that_would_fill_the_memory(tmp_path: Path) -> None:
         recognise(tmp_path, 0.0).splits["train"][0].read()
 
 
+def test_a_test_folder_is_told_of(tmp_path: Path) -> None:
+    touch(tmp_path, *(f"{split}/{name}/{i}.jpg" for split in ("train", "test") for name in "ab" for i in range(3)))
+    source = recognise(tmp_path)
+    assert source.notes[0] == "test/ (6 pictures) is not used: name it val/ to measure on it"
+    touch(tmp_path, "val/a/1.jpg")
+    assert recognise(tmp_path).notes == ("test/ (6 pictures) is not used: val/ is what is measured on",)
+
+
 def test_what_is_no_picture_is_told_by_suffix(tmp_path: Path) -> None:
     touch(tmp_path, "a/1.jpg", "b/1.jpg", "b/notes.txt", "b/list", "phone/1.heic")
     touch(tmp_path, *(f"{name}/{i}.HEIC" for name in "ab" for i in range(3)))

@@ -151,7 +151,7 @@ def _train_and_val(path: Path) -> Found | None:
         raise DataError(f"{path / 'train'} has fewer than two class folders with pictures", "one folder per class")
     train, others = listing(path, [f"train/{name}" for name in (*folders, *empty)])
     if found is None:
-        notes = left_out("train/", empty, others) + loose(path, "train")
+        notes = left_out("train/", empty, others) + loose(path, "train") + _unused(path, folders, None)
         return Found("train/CLASS", folders, {}, train, None, notes)
     theirs, _ = class_folders(path / found)
     if not theirs:
@@ -165,10 +165,20 @@ def _train_and_val(path: Path) -> Found | None:
     val, more = listing(path, [f"{found}/{name}" for name in theirs])
     label_of = {name: label for label, name in enumerate(folders)}
     val = val.chosen(range(len(val)), array("I", [label_of[theirs[label]] for label in val.labels]))
-    notes = left_out("train/", empty, others + more) + loose(path, "train", found)
-    if (path / "test").is_dir():
-        notes = (*notes, "left out, having no labels that are known: test/")
+    notes = left_out("train/", empty, others + more) + loose(path, "train", found) + _unused(path, folders, found)
     return Found(f"train/CLASS and {found}/CLASS", folders, {}, train, val, notes)
+
+
+def _unused(path: Path, folders: Sequence[str], val: str | None) -> tuple[str, ...]:
+    """A note on test/, which is not taken; in folders of the same classes it could be."""
+    if not (path / "test").is_dir():
+        return ()
+    theirs, _ = class_folders(path / "test")
+    if not theirs or not set(theirs) <= set(folders):
+        return ("left out, having no labels that are known: test/",)
+    count = len(listing(path, [f"test/{name}" for name in theirs])[0])
+    why = f"{val}/ is what is measured on" if val else "name it val/ to measure on it"
+    return (f"test/ ({count:,} pictures) is not used: {why}",)
 
 
 def _folder_of_classes(path: Path) -> Found | None:
