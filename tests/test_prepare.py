@@ -229,6 +229,31 @@ def test_copies_are_told_and_leaks_are_warned_of(pets: Path, capsys: pytest.Capt
     ]
 
 
+def test_without_validation_pictures_it_is_said_what_helps(pets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for one in ("cats", "dogs"):
+        (single := Path("single") / one).mkdir(parents=True)
+        (single / "1.jpg").write_bytes((pets / one / "1.jpg").read_bytes())
+    for folder, arguments, helps in (
+        ("pets", ("--val-fraction", "0"), ("hint    --val-fraction 0.1 takes one", "--overwrite --val-fraction 0.1")),
+        (
+            "single",
+            (),
+            ("hint    each class needs at least two pictures", "hint: each class needs at least two pictures"),
+        ),
+    ):
+        assert run(folder, *arguments) == 0
+        prepared = capsys.readouterr().err
+        assert "warn    no validation images, which training needs" in prepared
+        assert helps[0] in prepared
+        with pytest.raises(SystemExit) as exit:
+            main(["train", "--data", folder, "--gpus", "none"])
+        trained = capsys.readouterr().err
+        assert exit.value.code == 3
+        assert f"prepared/{folder}: split val holds no images" in trained
+        assert helps[1] in trained
+    assert "--val-fraction" not in trained
+
+
 def test_verify(pets: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(pets) == 0
     capsys.readouterr()

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 REJECTED_FILE = "rejected.jsonl"
 DUPLICATES_FILE = "duplicates.jsonl"
 DAMAGED_FILE = "damaged.jsonl"
+TOO_FEW = "each class needs at least two pictures, one of them to be kept for validation: add some, and --overwrite"
 SHOWN = 3  # pictures or classes that are named on the terminal
 
 
