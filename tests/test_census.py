@@ -19,6 +19,7 @@ def facts(rng: np.random.Generator, first: int, count: int) -> Facts:
     found["row"] = np.arange(first, first + count)
     found["width"], found["height"] = rng.integers(1, LONGEST + 1, (2, count))
     digests = [bytes([n // 2, *range(14), n % 2]) for n in range(60)]
+    found["orientation"] = rng.integers(1, 9, count)
     found["digest"] = [digests[n] for n in rng.integers(0, 60, count)]
     return found
 
@@ -33,6 +34,7 @@ def test_a_census_by_shards_is_that_of_the_whole(counts: tuple[int, ...]) -> Non
     whole = np.concatenate(parts)
     for side, spread in census.sizes().items():
         assert spread == {"min": whole[side].min(), "median": np.median(whole[side]), "max": whole[side].max()}
+    assert census.turned == sum(orientation != 1 for orientation in whole["orientation"])
     rows = defaultdict(list)
     for row, digest in zip(whole["row"].tolist(), whole["digest"].tolist(), strict=True):
         rows[digest].append(row)

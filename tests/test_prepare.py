@@ -269,7 +269,7 @@ def test_verify(pets: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run() == 2
 
 
-def test_pictures_are_turned_if_asked(pets: Path) -> None:
+def test_pictures_are_turned_if_asked(pets: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Lying on its side in the file, red above blue once it is turned."""
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -278,7 +278,13 @@ def test_pictures_are_turned_if_asked(pets: Path) -> None:
     for name in ("cats", "dogs"):
         for i in range(10):
             Image.fromarray(picture).save(pets / name / f"{i}.jpg", exif=exif, comment=f"{name}{i}")
-    assert run(pets) == run(pets, "--exif-rotate", "-o", "turned") == 0
+    (pets / "dogs" / "0.jpg").write_bytes(jpeg((5, 6, 7)))
+    assert run(pets) == 0
+    said = capsys.readouterr().err
+    assert "warn    19 of 20 pictures carry an EXIF turn that is not followed" in said
+    assert "hint    --exif-rotate --overwrite turns them, and those that predict sees" in said
+    assert run(pets, "--exif-rotate", "-o", "turned") == 0
+    assert "note    19 of 20 pictures were turned, as EXIF says" in capsys.readouterr().err
     plain, turned = (np.load(f"{folder}/mean.npy") for folder in ("prepared/pets", "turned"))
     assert plain[0, 200, 50] > 200  # below, left: red
     assert plain[0, 50, 200] < 50

@@ -98,7 +98,7 @@ def test_what_is_in_the_folder(prepared: Path) -> None:
     assert [(line["split"], line["path"]) for line in damaged] == [("train", "train/circle/circle 04.jpg")]
     assert "premature end" in damaged[0]["reason"]
     record = dataset.record
-    assert (record["rejected"], record["damaged"]) == (2, 1)
+    assert (record["rejected"], record["damaged"], record["turned"]) == (2, 1, 0)
     assert record["source_sizes"] == {
         "width": {"min": 70, "median": 70.0, "max": 70},
         "height": {"min": 50, "median": 50.0, "max": 50},

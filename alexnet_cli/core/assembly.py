@@ -89,6 +89,7 @@ def assemble(plan: Plan, totals: Mapping[str, Totals]) -> None:
         **totals["train"].sums.record(),
         "rejected": len(rejected),
         "damaged": len(damaged),
+        "turned": seen.turned,
         "files": sums,
         "source": str(plan.source.path.resolve()),
         "settings": plan.settings,

@@ -1,6 +1,6 @@
 """What people want to know of their pictures before training: source sizes, exact duplicates, leaks. No torch.
 
-A fact of every picture that was packed is in its shard's sidecar, 24 bytes each; they are never in memory together.
+A fact of every picture that was packed is in its shard's sidecar, 25 bytes each; they are never in memory together.
 """
 
 from __future__ import annotations
@@ -12,24 +12,27 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-FACT = np.dtype([("row", "<u4"), ("width", "<u2"), ("height", "<u2"), ("digest", "V16")])
-"""The row in the source's split, the size in pixels, and half of the sha256 of the file's bytes."""
+FACT = np.dtype([("row", "<u4"), ("width", "<u2"), ("height", "<u2"), ("digest", "V16"), ("orientation", "u1")])
+"""The row in the source's split, the size in pixels, EXIF orientation, and half of the sha256 of the file's bytes."""
 SIDES = ("width", "height")
 LONGEST = 65535  # a side longer than that counts as this long; JPEG has none
 
 Facts = npt.NDArray[np.void]
+Fact = tuple[int, int, int, bytes, int]
 
 
-def fact(row: int, rgb: npt.NDArray[np.uint8], data: bytes) -> tuple[int, int, int, bytes]:
-    """The fact of one picture: decoded, H x W x 3, and as it was in the source."""
+def fact(row: int, rgb: npt.NDArray[np.uint8], data: bytes, orientation: int) -> Fact:
+    """The fact of one picture: decoded, H x W x 3, and as it was in the source, with its EXIF orientation, 1 to 8."""
     height, width = (min(side, LONGEST) for side in rgb.shape[:2])
-    return row, width, height, hashlib.sha256(data).digest()[:16]
+    return row, width, height, hashlib.sha256(data).digest()[:16], orientation
 
 
 class Census:
     """Sizes and equal files, counted from facts that come a shard at a time; of each picture 8 bytes are kept."""
 
     def __init__(self) -> None:
+        self.turned = 0
+        """Pictures of which EXIF says that they are to be turned."""
         self._sizes = {side: np.zeros(LONGEST + 1, np.int64) for side in SIDES}
         self._heads: list[npt.NDArray[np.uint64]] = []
 
@@ -37,6 +40,7 @@ class Census:
         """Count the pictures of a shard."""
         for side in SIDES:
             self._sizes[side] += np.bincount(facts[side], minlength=LONGEST + 1)
+        self.turned += int((facts["orientation"] > 1).sum())
         self._heads.append(_head(facts))
 
     def sizes(self) -> dict[str, dict[str, float]]:

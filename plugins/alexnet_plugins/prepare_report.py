@@ -33,6 +33,7 @@ def prepared(reporter: Reporter, output: Path, seen: int, seconds: float) -> Non
     for line in _statistics(dataset):
         reporter.line("stats", line)
     _empty_classes(reporter, dataset)
+    _turned(reporter, dataset)
     _duplicates(reporter, dataset)
     _damaged(reporter, dataset)
     _name_left_out(reporter, dataset)
@@ -116,6 +117,20 @@ def _empty_classes(reporter: Reporter, dataset: Dataset) -> None:
     if empty:
         named = ", ".join(empty[:SHOWN]) + (" …" if len(empty) > SHOWN else "")
         reporter.warn(f"no training images are left of {named}", "the network cannot learn what it never sees")
+
+
+def _turned(reporter: Reporter, dataset: Dataset) -> None:
+    """Phones store pictures lying on their side, and say in EXIF how they are to be turned."""
+    turned, of = dataset.record["turned"], sum(split["images"] for split in dataset.record["splits"].values())
+    if not turned:
+        return
+    were = f"{turned:,} of {of:,} pictures"
+    if dataset.record["image"]["exif_rotate"]:
+        reporter.line("note", f"{were} were turned, as EXIF says; predict does the same")
+        return
+    carry = "carries" if turned == 1 else "carry"
+    hint = "--exif-rotate --overwrite turns them, and those that predict sees"
+    reporter.warn(f"{were} {carry} an EXIF turn that is not followed", hint)
 
 
 def _duplicates(reporter: Reporter, dataset: Dataset) -> None:
