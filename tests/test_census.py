@@ -39,7 +39,7 @@ def test_a_census_by_shards_is_that_of_the_whole(counts: tuple[int, ...]) -> Non
     for row, digest in zip(whole["row"].tolist(), whole["digest"].tolist(), strict=True):
         rows[digest].append(row)
     expected = sorted(group for group in rows.values() if len(group) > 1)
-    found = duplicates(census.repeated(), {"train": iter(parts)}, lambda split, row: f"{split}/{row}")
+    found = duplicates(census.repeated(), {"train": iter(parts)}, lambda split, row: {"path": f"{split}/{row}"})
     assert [[entry["path"] for entry in group] for group in found] == [
         [f"train/{row}" for row in group] for group in expected
     ]

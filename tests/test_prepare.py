@@ -217,13 +217,18 @@ def test_copies_are_told_and_leaks_are_warned_of(pets: Path, capsys: pytest.Capt
                 (pets / split / name / f"{i}.jpg").write_bytes(jpeg((i, 50, 80), comment=f"{split}{name}{i}"))
     (pets / "val" / "cats" / "leak.jpg").write_bytes((pets / "train" / "cats" / "2.jpg").read_bytes())
     (pets / "train" / "dogs" / "copy.jpg").write_bytes((pets / "train" / "dogs" / "0.jpg").read_bytes())
+    for twin in ("train/cats/twin.jpg", "train/dogs/other.jpg"):
+        (pets / twin).write_bytes((pets / "train" / "cats" / "1.jpg").read_bytes())
     assert run(pets, "-o", "leaky") == 0
     told = capsys.readouterr().err
-    assert "note    4 pictures are copies of one another: duplicates.jsonl" in told
+    assert "note    7 pictures are copies of one another: duplicates.jsonl" in told
     assert "warn    1 picture is in train and in val: train/cats/2.jpg = val/cats/leak.jpg" in told
+    assert "warn    1 picture is in two classes: train/cats/1.jpg = train/dogs/other.jpg" in told
     dataset = shards.open_dataset(Path("leaky"))
-    assert dataset.record["duplicates"] == {"groups": 2, "pictures": 4, "across_splits": 1}
+    assert dataset.record["duplicates"] == {"groups": 3, "pictures": 7, "across_splits": 1, "across_classes": 1}
+    assert [entry["class"] for entry in dataset.duplicates()[0]] == ["cats", "cats", "dogs"]
     assert [[entry["path"] for entry in group] for group in dataset.duplicates()] == [
+        ["train/cats/1.jpg", "train/cats/twin.jpg", "train/dogs/other.jpg"],
         ["train/cats/2.jpg", "val/cats/leak.jpg"],
         ["train/dogs/0.jpg", "train/dogs/copy.jpg"],
     ]

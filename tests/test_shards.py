@@ -103,7 +103,7 @@ def test_what_is_in_the_folder(prepared: Path) -> None:
         "width": {"min": 70, "median": 70.0, "max": 70},
         "height": {"min": 50, "median": 50.0, "max": 50},
     }
-    assert record["duplicates"] == {"groups": 0, "pictures": 0, "across_splits": 0}
+    assert record["duplicates"] == {"groups": 0, "pictures": 0, "across_splits": 0, "across_classes": 0}
 
 
 def test_any_tar_reader_finds_the_same_pictures(folder: Path, prepared: Path) -> None:

@@ -134,18 +134,27 @@ def _turned(reporter: Reporter, dataset: Dataset) -> None:
 
 
 def _duplicates(reporter: Reporter, dataset: Dataset) -> None:
-    """Equal pictures are worth a line; ones that are in both splits make the validation error look too good."""
+    """Equal pictures are worth a line, and a warning where they are in both splits, or under two labels."""
+    from alexnet_cli.core.census import differ
+
     found = dataset.record["duplicates"]
     if found["groups"]:
         reporter.line("note", f"{found['pictures']:,} pictures are copies of one another: {DUPLICATES_FILE}")
-    if found["across_splits"]:
-        leaks = [group for group in dataset.duplicates() if len({entry["split"] for entry in group}) > 1]
-        names = ", ".join(" = ".join(entry["path"] for entry in group[:2]) for group in leaks[:SHOWN])
-        many = "1 picture is" if found["across_splits"] == 1 else f"{found['across_splits']:,} pictures are"
-        reporter.warn(
-            f"{many} in train and in val: {names}{' …' if len(leaks) > SHOWN else ''}",
-            f"the validation error will look too good; {DUPLICATES_FILE} lists them all",
-        )
+    listed = f"{DUPLICATES_FILE} lists them all"
+    for key, count, where, hint in (
+        ("split", found["across_splits"], "in train and in val", "the validation error will look too good"),
+        ("class", found["across_classes"], "in two classes", "one of the labels is wrong: keep the right one"),
+    ):
+        if count:
+            first = next(group for group in dataset.duplicates() if differ(group, key))
+            many = "1 picture is" if count == 1 else f"{count:,} pictures are"
+            reporter.warn(f"{many} {where}: {_two(first, key)}{' …' if count > 1 else ''}", f"{hint}; {listed}")
+
+
+def _two(group: list[dict[str, str]], key: str) -> str:
+    """The first of equal pictures, and the first that differs from it in its split or class."""
+    other = next(entry for entry in group if entry[key] != group[0][key])
+    return f"{group[0]['path']} = {other['path']}"
 
 
 def _damaged(reporter: Reporter, dataset: Dataset) -> None:
