@@ -90,8 +90,9 @@ def test_the_result_as_json(pets: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert not said.err
     record = json.loads(said.out)
     assert record["images_per_second"] == pytest.approx(20 / record["seconds"])
-    assert {key: record[key] for key in ("schema", "output", "images", "classes", "rejected")} == {
+    assert {key: record[key] for key in ("schema", "output", "images", "classes", "rejected", "damaged", "turned")} == {
         "schema": "alexnet.prepare/1", "output": "out", "images": {"train": 14, "val": 6}, "classes": 2, "rejected": 0,
+        "damaged": 0, "turned": 0,
     }  # fmt: skip
     assert not Path("prepared").exists(), "latest is for what lies under prepared/"
 
@@ -152,6 +153,8 @@ def test_a_jpeg_that_can_be_decoded_in_part_is_packed_and_told_of(
     assert "note    1 picture is damaged, and packed as far as it can be decoded: damaged.jsonl" in said
     [line] = (Path("prepared/pets") / "damaged.jsonl").read_text().splitlines()
     assert json.loads(line)["path"] == "cats/3.jpg"
+    assert run(pets, "--json") == 0
+    assert result(capsys)["damaged"] == 1
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,8 @@ def _result(reporter: Reporter, dataset: Dataset, seconds: float, rate: float | 
     images = {name: split["images"] for name, split in dataset.record["splits"].items()}
     if images.get("val"):
         reporter.line("next", f"{train_command()} --data {shlex.quote(str(dataset.path))}")
-    found = {"classes": len(dataset.classes), "rejected": dataset.record["rejected"]}
+    counts = {key: dataset.record.get(key, 0) for key in ("rejected", "damaged", "turned")}
+    found = {"classes": len(dataset.classes), **counts}
     timing = {"seconds": seconds, "images_per_second": rate}
     reporter.result({"output": str(dataset.path), "images": images, **found, **timing})
 
