@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 NEAR = 0.7  # how alike a word must be to one that exists, to be taken for it: 1 is equal
+FOLDERS = {"--verify": "prepared"}  # where what an option asks for lies, if its value was left out and the source given
 WORDS_TO = {"--weights": "-w", "--data": "--data"}  # the options that a lone word is most likely meant for
 
 
-def told(error: Any) -> tuple[str, str, int]:
+def told(error: Any, typed: Sequence[str] = ()) -> tuple[str, str, int]:
     """What to say of an error of the parser, what to do about it, and the exit code."""
     message = " ".join(error.format_message().split()).rstrip(".")
     context = getattr(error, "ctx", None)
@@ -21,7 +24,7 @@ def told(error: Any) -> tuple[str, str, int]:
     if invalid := re.fullmatch(r"Invalid value for '(.+?)': (?:Value error, )?(.+)", message):
         message, hint = _invalid(invalid[1].replace("' / '", " / "), invalid[2], hint)
     elif lacking := re.fullmatch(r"Option '(.+?)' requires an argument", message):
-        message, hint = f"{lacking[1]}: its value is missing", f"type it after {lacking[1]}, with a space between"
+        message, hint = f"{lacking[1]}: its value is missing", _value(lacking[1], typed)
     elif options and (unknown := re.fullmatch(r"No such option: (--[\w-]+)", message)):
         hint = _nearest(unknown[1], options) or help_
     elif extra := re.fullmatch(r"Got unexpected extra argument(?:\(s\)|s)? \((\S+)\)", message):
@@ -34,6 +37,13 @@ def _options(context: Any) -> list[str]:
     """The long options of the command that was typed."""
     parameters = getattr(getattr(context, "command", None), "params", ())
     return [word for parameter in parameters for word in parameter.opts if word.startswith("--")]
+
+
+def _value(option: str, typed: Sequence[str]) -> str:
+    """What to do about an option without a value; `prepare pets --verify` likely means `prepare --verify prepared/pets`."""
+    if option in FOLDERS and len(typed) == 3 and typed[2] == option:
+        return f"did you mean alexnet {typed[0]} {option} {FOLDERS[option]}/{Path(typed[1]).resolve().name}?"
+    return f"type it after {option}, with a space between"
 
 
 def _nearest(typed: str, options: list[str]) -> str:
