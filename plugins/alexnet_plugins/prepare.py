@@ -75,7 +75,7 @@ def prepare(
     plan = Plan(found, output or default_output(source), quality, exif_rotate=exif_rotate)
     state = plan.state(overwrite)
     if state == "finished":
-        prepare_report.there_already(reporter, plan)
+        prepare_report.there_already(reporter, plan, strict=on_corrupt == "fail")
         return
     needed, free = plan.estimate(), plan.free()
     sizes = f"about {megabytes(needed)} needed, {megabytes(free)} free"

@@ -46,8 +46,12 @@ def prepared(reporter: Reporter, output: Path, seen: int, seconds: float) -> Non
     _left_out(dataset)
 
 
-def there_already(reporter: Reporter, plan: Plan) -> None:
-    """Nothing is left to do: check that it is whole, and give the result again."""
+def there_already(reporter: Reporter, plan: Plan, strict: bool) -> None:
+    """Nothing is left to do: check that it is whole, and give the result again.
+
+    Raises:
+        PartialError: pictures were left out, and `strict`; otherwise nothing fails this time, and that is a note.
+    """
     from alexnet_cli.core.assembly import settle
     from alexnet_cli.core.dataset_record import checksums
     from alexnet_cli.core.shards import open_dataset
@@ -62,7 +66,12 @@ def there_already(reporter: Reporter, plan: Plan) -> None:
     _name_left_out(reporter, dataset)
     reporter.line("done", f"{plan.output} is there already, of this source and with these settings")
     _result(reporter, dataset, 0.0, None)
-    _left_out(dataset)
+    try:
+        _left_out(dataset)
+    except PartialError as error:
+        if strict:
+            raise
+        reporter.line("note", error.what)
 
 
 def _result(reporter: Reporter, dataset: Dataset, seconds: float, rate: float | None) -> None:
