@@ -165,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     def run() -> Any:
         return typer.main.get_command(app).main(args=arguments, prog_name="alexnet", standalone_mode=False)
 
-    code = _guarded(run, debug)
+    code = _guarded(run, debug, arguments)
     try:
         sys.stdout.flush()
     except BrokenPipeError:
@@ -197,8 +197,8 @@ def _make_streams_safe() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _guarded(run: Callable[[], Any], debug: bool) -> int:
-    """The exit code of `run`; every error becomes two lines on stderr."""
+def _guarded(run: Callable[[], Any], debug: bool, typed: Sequence[str] = ()) -> int:
+    """The exit code of `run`, which does what was typed; every error becomes two lines on stderr."""
     try:
         code = run()
         if code == CTRL_C:  # the parser has caught it and says nothing
@@ -209,7 +209,7 @@ def _guarded(run: Callable[[], Any], debug: bool) -> int:
     except (Exception, KeyboardInterrupt, Terminated) as error:
         if debug:
             traceback.print_exc()
-        what, hint, code = _told(error)
+        what, hint, code = _told(error, typed)
         if not _left_for_the_launcher(error, what, hint, code):
             sys.stderr.write(f"error: {visible(what)}\n" + (f"hint: {visible(hint)}\n" if hint else ""))
         return code
@@ -232,12 +232,12 @@ def _left_for_the_launcher(error: BaseException, what: str, hint: str, code: int
     return False
 
 
-def _told(error: BaseException) -> tuple[str, str, int]:
+def _told(error: BaseException, typed: Sequence[str] = ()) -> tuple[str, str, int]:
     """What to say of an error, what to do about it, and the exit code."""
     if isinstance(error, AlexNetError):
         return error.what, error.hint, error.exit_code
     if hasattr(error, "format_message"):  # the parser's errors; their base has no public name before Typer 0.27.2
-        return usage.told(error)
+        return usage.told(error, typed)
     if isinstance(error, KeyboardInterrupt | typer.Abort):
         return "stopped by Ctrl-C", "", CTRL_C
     if isinstance(error, Terminated):

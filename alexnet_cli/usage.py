@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 NEAR = 0.7  # how alike a word must be to one that exists, to be taken for it: 1 is equal
 COMMANDS = {"classify": "predict", "infer": "predict", "test": "evaluate", "validate": "evaluate"}  # what others say
 OPTIONS = {"--switch": "--only", "--switches": "--only"}  # the same of options, where a command has them
+FOLDERS = {"--verify": "prepared"}  # where what an option asks for lies, if its value was left out and the source given
 WORDS_TO = {"--weights": "-w", "--data": "--data"}  # the options that a lone word is most likely meant for
 
 
-def told(error: Any) -> tuple[str, str, int]:
+def told(error: Any, typed: Sequence[str] = ()) -> tuple[str, str, int]:
     """What to say of an error of the parser, what to do about it, and the exit code."""
     message = " ".join(error.format_message().split()).rstrip(".")
     context = getattr(error, "ctx", None)
@@ -23,7 +26,7 @@ def told(error: Any) -> tuple[str, str, int]:
     if invalid := re.fullmatch(r"Invalid value for '(.+?)': (?:Value error, )?(.+)", message):
         message, hint = _invalid(invalid[1].replace("' / '", " / "), invalid[2], hint)
     elif lacking := re.fullmatch(r"Option '(.+?)' requires an argument", message):
-        message, hint = f"{lacking[1]}: its value is missing", f"type it after {lacking[1]}, with a space between"
+        message, hint = f"{lacking[1]}: its value is missing", _value(lacking[1], typed)
     elif (none := re.fullmatch(r"No such command '(.+?)'", message)) and none[1] in COMMANDS:
         hint = f"did you mean '{COMMANDS[none[1]]}'?"
     elif options and (unknown := re.fullmatch(r"No such option: (--[\w-]+)", message)):
@@ -39,6 +42,13 @@ def _options(context: Any) -> dict[str, str]:
     parameters = getattr(getattr(context, "command", None), "params", ())
     told = ((p, f"{getattr(p, 'help', None) or ''} {p.metavar or ''}".strip()) for p in parameters)
     return {word: about for parameter, about in told for word in parameter.opts if word.startswith("--")}
+
+
+def _value(option: str, typed: Sequence[str]) -> str:
+    """About an option without a value: `prepare pets --verify` likely is `prepare --verify prepared/pets`."""
+    if option in FOLDERS and len(typed) == 3 and typed[2] == option:
+        return f"did you mean alexnet {typed[0]} {option} {FOLDERS[option]}/{Path(typed[1]).resolve().name}?"
+    return f"type it after {option}, with a space between"
 
 
 def _option_of(word: str, options: dict[str, str]) -> str | None:

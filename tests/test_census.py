@@ -19,6 +19,7 @@ def facts(rng: np.random.Generator, first: int, count: int) -> Facts:
     found["row"] = np.arange(first, first + count)
     found["width"], found["height"] = rng.integers(1, LONGEST + 1, (2, count))
     digests = [bytes([n // 2, *range(14), n % 2]) for n in range(60)]
+    found["orientation"] = rng.integers(1, 9, count)
     found["digest"] = [digests[n] for n in rng.integers(0, 60, count)]
     return found
 
@@ -33,11 +34,12 @@ def test_a_census_by_shards_is_that_of_the_whole(counts: tuple[int, ...]) -> Non
     whole = np.concatenate(parts)
     for side, spread in census.sizes().items():
         assert spread == {"min": whole[side].min(), "median": np.median(whole[side]), "max": whole[side].max()}
+    assert census.turned == sum(orientation != 1 for orientation in whole["orientation"])
     rows = defaultdict(list)
     for row, digest in zip(whole["row"].tolist(), whole["digest"].tolist(), strict=True):
         rows[digest].append(row)
     expected = sorted(group for group in rows.values() if len(group) > 1)
-    found = duplicates(census.repeated(), {"train": iter(parts)}, lambda split, row: f"{split}/{row}")
+    found = duplicates(census.repeated(), {"train": iter(parts)}, lambda split, row: {"path": f"{split}/{row}"})
     assert [[entry["path"] for entry in group] for group in found] == [
         [f"train/{row}" for row in group] for group in expected
     ]

@@ -121,6 +121,12 @@ def test_version_is_one_line() -> None:
         (("train", "--epoch", "3"), "No such option: --epoch", "--epochs"),
         (("train", "--epochs", "x"), "error: --epochs: ", "alexnet train --help"),
         (("train", "--epochs"), "--epochs: its value is missing", "type it after --epochs"),
+        (
+            ("prepare", "a/pets", "--verify"),
+            "--verify: its value",
+            "did you mean alexnet prepare --verify prepared/pets?",
+        ),
+        (("prepare", "--verify"), "--verify: its value is missing", "type it after --verify"),
         (("train", "--recpie", "tiny"), "No such option: --recpie", "hint: did you mean --recipe?"),
         (("train", "--width", "0.5"), "No such option: --width", "hint: did you mean --set width=...?"),
         (("ablate", "--dropuot=0"), "No such option: --dropuot", "hint: did you mean --set dropout=...?"),

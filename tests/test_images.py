@@ -124,13 +124,26 @@ def test_orientation_is_ignored(engine: object) -> None:
     assert engine.decode(data).shape == (60, 90, 3)  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_turning_is_what_pillow_does(orientation: int) -> None:
+def test_turning_is_what_pillow_does(kind: str, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    data = saved(scene(90, 60), "PNG", exif=exif)
+    data = saved(scene(90, 60), kind, exif=exif)
     expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"))
     np.testing.assert_array_equal(images.upright(images.decode(data), data), expected)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", [0, 1, 3, 6, 9])
+def test_orientation_is_told_without_pixels(kind: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    assert images.orientation(saved(scene(90, 60), kind, exif=exif)) == (orientation if 1 < orientation < 9 else 1)
+    xmp = b'http://ns.adobe.com/xap/1.0/\0<x:xmpmeta xmlns:x="adobe:ns:meta/" tiff:Orientation="6"></x:xmpmeta>'
+    jpeg = saved(scene(90, 60), "JPEG")
+    jpeg = jpeg[:2] + b"\xff\xe1" + (len(xmp) + 2).to_bytes(2, "big") + xmp + jpeg[2:]
+    assert images.orientation(jpeg) == Image.open(io.BytesIO(jpeg)).getexif().get(0x0112, 1)
 
 
 def test_damaged_exif_turns_nothing() -> None:

@@ -90,8 +90,9 @@ def test_the_result_as_json(pets: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert not said.err
     record = json.loads(said.out)
     assert record["images_per_second"] == pytest.approx(20 / record["seconds"])
-    assert {key: record[key] for key in ("schema", "output", "images", "classes", "rejected")} == {
+    assert {key: record[key] for key in ("schema", "output", "images", "classes", "rejected", "damaged", "turned")} == {
         "schema": "alexnet.prepare/1", "output": "out", "images": {"train": 14, "val": 6}, "classes": 2, "rejected": 0,
+        "damaged": 0, "turned": 0,
     }  # fmt: skip
     assert not Path("prepared").exists(), "latest is for what lies under prepared/"
 
@@ -152,13 +153,15 @@ def test_a_jpeg_that_can_be_decoded_in_part_is_packed_and_told_of(
     assert "note    1 picture is damaged, and packed as far as it can be decoded: damaged.jsonl" in said
     [line] = (Path("prepared/pets") / "damaged.jsonl").read_text().splitlines()
     assert json.loads(line)["path"] == "cats/3.jpg"
+    assert run(pets, "--json") == 0
+    assert result(capsys)["damaged"] == 1
 
 
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
         (["nowhere"], 3, "nowhere does not exist"),
-        (["pets/cats"], 3, "no pictures in a layout that is known"),
+        (["pets/cats"], 3, "pets/cats has 10 pictures, but no folders of classes"),
         (["pets", "-o", "pets/out"], 2, "lies inside the source"),
         (["pets", "-o", "pets/cats/1.jpg"], 2, "lies inside the source"),
         (["pets", "-o", "."], 2, "not empty and not a prepared data set"),
@@ -201,10 +204,17 @@ def test_a_real_data_set(tiny10: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "train 5,000 · val 500 images of 10 classes" in capsys.readouterr().err
 
 
-def test_a_second_run_gives_the_same_exit_code(pets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_picture_left_out_is_no_failure_of_a_second_run(pets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`prepare && train` stops the first time, so that the warning is read, and goes on from then on."""
     (pets / "cats" / "bad.jpg").write_bytes(b"")
-    assert run(pets) == run(pets) == 5
-    assert capsys.readouterr().err.count("warn    left out cats/bad.jpg: the file is empty") == 2
+    assert run(pets) == 5
+    assert "error: 1 of 21 images was left out" in capsys.readouterr().err
+    assert run(pets, "--json") == 0
+    said = capsys.readouterr()
+    assert "warn    left out cats/bad.jpg: the file is empty" in said.err
+    assert "note    1 of 21 images was left out" in said.err
+    assert json.loads(said.out)["rejected"] == 1
+    assert run(pets, "--on-corrupt", "fail") == 5
 
 
 def test_copies_are_told_and_leaks_are_warned_of(pets: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -217,16 +227,46 @@ def test_copies_are_told_and_leaks_are_warned_of(pets: Path, capsys: pytest.Capt
                 (pets / split / name / f"{i}.jpg").write_bytes(jpeg((i, 50, 80), comment=f"{split}{name}{i}"))
     (pets / "val" / "cats" / "leak.jpg").write_bytes((pets / "train" / "cats" / "2.jpg").read_bytes())
     (pets / "train" / "dogs" / "copy.jpg").write_bytes((pets / "train" / "dogs" / "0.jpg").read_bytes())
+    for twin in ("train/cats/twin.jpg", "train/dogs/other.jpg"):
+        (pets / twin).write_bytes((pets / "train" / "cats" / "1.jpg").read_bytes())
     assert run(pets, "-o", "leaky") == 0
     told = capsys.readouterr().err
-    assert "note    4 pictures are copies of one another: duplicates.jsonl" in told
+    assert "note    7 pictures are copies of one another: duplicates.jsonl" in told
     assert "warn    1 picture is in train and in val: train/cats/2.jpg = val/cats/leak.jpg" in told
+    assert "warn    1 picture is in two classes: train/cats/1.jpg = train/dogs/other.jpg" in told
     dataset = shards.open_dataset(Path("leaky"))
-    assert dataset.record["duplicates"] == {"groups": 2, "pictures": 4, "across_splits": 1}
+    assert dataset.record["duplicates"] == {"groups": 3, "pictures": 7, "across_splits": 1, "across_classes": 1}
+    assert [entry["class"] for entry in dataset.duplicates()[0]] == ["cats", "cats", "dogs"]
     assert [[entry["path"] for entry in group] for group in dataset.duplicates()] == [
+        ["train/cats/1.jpg", "train/cats/twin.jpg", "train/dogs/other.jpg"],
         ["train/cats/2.jpg", "val/cats/leak.jpg"],
         ["train/dogs/0.jpg", "train/dogs/copy.jpg"],
     ]
+
+
+def test_without_validation_pictures_it_is_said_what_helps(pets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for one in ("cats", "dogs"):
+        (single := Path("single") / one).mkdir(parents=True)
+        (single / "1.jpg").write_bytes((pets / one / "1.jpg").read_bytes())
+    for folder, arguments, helps in (
+        ("pets", ("--val-fraction", "0"), ("hint    --val-fraction 0.1 takes one", "--overwrite --val-fraction 0.1")),
+        (
+            "single",
+            (),
+            ("hint    each class needs at least two pictures", "hint: each class needs at least two pictures"),
+        ),
+    ):
+        assert run(folder, *arguments) == 0
+        prepared = capsys.readouterr().err
+        assert "warn    no validation images, which training needs" in prepared
+        assert helps[0] in prepared
+        with pytest.raises(SystemExit) as exit:
+            main(["train", "--data", folder, "--gpus", "none"])
+        trained = capsys.readouterr().err
+        assert exit.value.code == 3
+        assert f"prepared/{folder}: split val holds no images" in trained
+        assert helps[1] in trained
+    assert "--val-fraction" not in trained
 
 
 def test_verify(pets: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -244,7 +284,7 @@ def test_verify(pets: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run() == 2
 
 
-def test_pictures_are_turned_if_asked(pets: Path) -> None:
+def test_pictures_are_turned_if_asked(pets: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Lying on its side in the file, red above blue once it is turned."""
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -253,7 +293,13 @@ def test_pictures_are_turned_if_asked(pets: Path) -> None:
     for name in ("cats", "dogs"):
         for i in range(10):
             Image.fromarray(picture).save(pets / name / f"{i}.jpg", exif=exif, comment=f"{name}{i}")
-    assert run(pets) == run(pets, "--exif-rotate", "-o", "turned") == 0
+    (pets / "dogs" / "0.jpg").write_bytes(jpeg((5, 6, 7)))
+    assert run(pets) == 0
+    said = capsys.readouterr().err
+    assert "warn    19 of 20 pictures carry an EXIF turn that is not followed" in said
+    assert "hint    --exif-rotate --overwrite turns them, and those that predict sees" in said
+    assert run(pets, "--exif-rotate", "-o", "turned") == 0
+    assert "note    19 of 20 pictures were turned, as EXIF says" in capsys.readouterr().err
     plain, turned = (np.load(f"{folder}/mean.npy") for folder in ("prepared/pets", "turned"))
     assert plain[0, 200, 50] > 200  # below, left: red
     assert plain[0, 50, 200] < 50

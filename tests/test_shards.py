@@ -98,12 +98,12 @@ def test_what_is_in_the_folder(prepared: Path) -> None:
     assert [(line["split"], line["path"]) for line in damaged] == [("train", "train/circle/circle 04.jpg")]
     assert "premature end" in damaged[0]["reason"]
     record = dataset.record
-    assert (record["rejected"], record["damaged"]) == (2, 1)
+    assert (record["rejected"], record["damaged"], record["turned"]) == (2, 1, 0)
     assert record["source_sizes"] == {
         "width": {"min": 70, "median": 70.0, "max": 70},
         "height": {"min": 50, "median": 50.0, "max": 50},
     }
-    assert record["duplicates"] == {"groups": 0, "pictures": 0, "across_splits": 0}
+    assert record["duplicates"] == {"groups": 0, "pictures": 0, "across_splits": 0, "across_classes": 0}
 
 
 def test_any_tar_reader_finds_the_same_pictures(folder: Path, prepared: Path) -> None:

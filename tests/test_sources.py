@@ -32,7 +32,7 @@ def test_train_and_val_folders(tmp_path: Path) -> None:
     assert listed(source, "val") == [("val/b/9.jpg", 1)]
     assert source.splits["val"][0].read() == b"val/b/9.jpg"
     assert source.layout == "train/CLASS and val/CLASS"
-    assert source.notes == ("left out, being no pictures by their names: 1",)
+    assert source.notes == ("left out, being no pictures by their names: .txt 1",)
 
 
 def test_wordnet_names(tmp_path: Path) -> None:
@@ -110,9 +110,18 @@ def test_the_fingerprint_sees_every_change(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "fraction", "error", "message"),
     [
-        ((), None, DataError, "no pictures in a layout that is known"),
-        (("only/1.jpg",), None, DataError, "no pictures in a layout that is known"),
-        (("1.jpg", "2.jpg"), None, DataError, "no pictures in a layout that is known"),
+        ((), None, DataError, "is empty$"),
+        (("only/1.jpg", "none/1.txt"), None, DataError, "has one class only: only$"),
+        (("up/only/1.jpg",), None, DataError, "has one class only: up/only$"),
+        (("train/a/1.jpg", "test/1.txt"), None, DataError, "has one class only: train/a$"),
+        (("1.jpg", "2.jpg"), None, DataError, "has 2 pictures, but no folders of classes$"),
+        (("a/1.HEIC", "b/2.HEIC", "b/1.txt"), None, DataError, r"in a format that is not read: \.HEIC 2$"),
+        (
+            ("a/1.txt", "b/2.md"),
+            None,
+            DataError,
+            r"no pictures by their names: \.md 1, \.txt 1\. Looked for: ILSVRC2012",
+        ),
         (("train/a/1.jpg", "val/a/1.jpg"), None, DataError, "fewer than two class folders"),
         (("train/a/1.jpg", "train/b/1.jpg", "val/1.jpg"), None, DataError, "no class folders"),
         (("train/a/1.jpg", "train/b/1.jpg", "val/c/1.jpg"), None, DataError, "the class c, of which"),
@@ -127,6 +136,16 @@ def test_refusals(
     with pytest.raises(error, match=message) as caught:
         recognise(tmp_path, fraction)
     assert caught.value.hint
+
+
+@pytest.mark.parametrize("inside", ["pics", "a/pics", "pics/train"])
+def test_one_folder_too_high(tmp_path: Path, inside: str) -> None:
+    touch(tmp_path, f"{inside}/cat/1.jpg", f"{inside}/dog/1.jpg", "notes.txt")
+    right = tmp_path / inside.removesuffix("/train")
+    with pytest.raises(DataError, match="holds no folders of classes, but") as caught:
+        recognise(tmp_path)
+    assert caught.value.hint == f"did you mean {right}?"
+    assert len(recognise(right).classes) == 2
 
 
 def test_a_class_may_be_called_train(tmp_path: Path) -> None:
@@ -174,6 +193,24 @@ def test_a_file_that_would_fill_the_memory(tmp_path: Path) -> None:
             file.truncate(1 << 40)
     with pytest.raises(DataError, match="it has 1,099,511,627,776 bytes"):
         recognise(tmp_path, 0.0).splits["train"][0].read()
+
+
+def test_a_test_folder_is_told_of(tmp_path: Path) -> None:
+    touch(tmp_path, *(f"{split}/{name}/{i}.jpg" for split in ("train", "test") for name in "ab" for i in range(3)))
+    source = recognise(tmp_path)
+    assert source.notes[0] == "test/ (6 pictures) is not used: name it val/ to measure on it"
+    touch(tmp_path, "val/a/1.jpg")
+    assert recognise(tmp_path).notes == ("test/ (6 pictures) is not used: val/ is what is measured on",)
+
+
+def test_what_is_no_picture_is_told_by_suffix(tmp_path: Path) -> None:
+    touch(tmp_path, "a/1.jpg", "b/1.jpg", "b/notes.txt", "b/list", "phone/1.heic")
+    touch(tmp_path, *(f"{name}/{i}.HEIC" for name in "ab" for i in range(3)))
+    assert recognise(tmp_path).notes[:3] == (
+        "left out, holding no pictures: phone",
+        "left out, being no pictures by their names: .HEIC 6, .heic 1, .txt 1, others 1",
+        "in a format that is not read: .HEIC 6, .heic 1; convert them to JPEG",
+    )
 
 
 def test_pictures_that_no_class_holds_are_noted(tmp_path: Path) -> None:

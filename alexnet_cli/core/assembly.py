@@ -69,7 +69,7 @@ def assemble(plan: Plan, totals: Mapping[str, Totals]) -> None:
     for name, split in totals.items():
         sums[index_name(name)] = write_durably(plan.output / index_name(name), _index(plan, name, split, labels, seen))
     facts = {name: (shard.facts for shard in _again(plan, name, split)) for name, split in totals.items()}
-    equal = list(census.duplicates(seen.repeated(), facts, lambda split, row: plan.source.splits[split].names[row]))
+    equal = list(census.duplicates(seen.repeated(), facts, lambda split, row: _told(plan, split, row)))
     for file, data in {
         MEAN: npy(totals["train"].sums.mean_image()),
         DUPLICATES: _lines(equal),
@@ -89,12 +89,18 @@ def assemble(plan: Plan, totals: Mapping[str, Totals]) -> None:
         **totals["train"].sums.record(),
         "rejected": len(rejected),
         "damaged": len(damaged),
+        "turned": seen.turned,
         "files": sums,
         "source": str(plan.source.path.resolve()),
         "settings": plan.settings,
         "version": __version__,
     }
     write_durably(plan.output / RECORD, [(json.dumps(record, indent=1) + "\n").encode()])
+
+
+def _told(plan: Plan, split: str, row: int) -> dict[str, str]:
+    items = plan.source.splits[split]
+    return {"path": items.names[row], "class": plan.source.classes[items.labels[row]].name}
 
 
 def _again(plan: Plan, split: str, totals: Totals) -> Iterator[Finished]:

@@ -1,6 +1,6 @@
 """What people want to know of their pictures before training: source sizes, exact duplicates, leaks. No torch.
 
-A fact of every picture that was packed is in its shard's sidecar, 24 bytes each; they are never in memory together.
+A fact of every picture that was packed is in its shard's sidecar, 25 bytes each; they are never in memory together.
 """
 
 from __future__ import annotations
@@ -12,24 +12,28 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-FACT = np.dtype([("row", "<u4"), ("width", "<u2"), ("height", "<u2"), ("digest", "V16")])
-"""The row in the source's split, the size in pixels, and half of the sha256 of the file's bytes."""
+FACT = np.dtype([("row", "<u4"), ("width", "<u2"), ("height", "<u2"), ("digest", "V16"), ("orientation", "u1")])
+"""The row in the source's split, the size in pixels, EXIF orientation, and half of the sha256 of the file's bytes."""
 SIDES = ("width", "height")
+ACROSS = {"across_splits": "split", "across_classes": "class"}
 LONGEST = 65535  # a side longer than that counts as this long; JPEG has none
 
 Facts = npt.NDArray[np.void]
+Fact = tuple[int, int, int, bytes, int]
 
 
-def fact(row: int, rgb: npt.NDArray[np.uint8], data: bytes) -> tuple[int, int, int, bytes]:
-    """The fact of one picture: decoded, H x W x 3, and as it was in the source."""
+def fact(row: int, rgb: npt.NDArray[np.uint8], data: bytes, orientation: int) -> Fact:
+    """The fact of one picture: decoded, H x W x 3, and as it was in the source, with its EXIF orientation, 1 to 8."""
     height, width = (min(side, LONGEST) for side in rgb.shape[:2])
-    return row, width, height, hashlib.sha256(data).digest()[:16]
+    return row, width, height, hashlib.sha256(data).digest()[:16], orientation
 
 
 class Census:
     """Sizes and equal files, counted from facts that come a shard at a time; of each picture 8 bytes are kept."""
 
     def __init__(self) -> None:
+        self.turned = 0
+        """Pictures of which EXIF says that they are to be turned."""
         self._sizes = {side: np.zeros(LONGEST + 1, np.int64) for side in SIDES}
         self._heads: list[npt.NDArray[np.uint64]] = []
 
@@ -37,6 +41,7 @@ class Census:
         """Count the pictures of a shard."""
         for side in SIDES:
             self._sizes[side] += np.bincount(facts[side], minlength=LONGEST + 1)
+        self.turned += int((facts["orientation"] > 1).sum())
         self._heads.append(_head(facts))
 
     def sizes(self) -> dict[str, dict[str, float]]:
@@ -61,11 +66,11 @@ def _spread(counts: npt.NDArray[np.int64]) -> dict[str, float]:
 def duplicates(
     repeated: npt.NDArray[np.uint64],
     facts: Mapping[str, Iterable[Facts]],
-    named: Callable[[str, int], str],
+    told: Callable[[str, int], dict[str, str]],
 ) -> Iterator[list[dict[str, str]]]:
-    """Groups of pictures whose files are equal byte for byte, each as its splits and paths, in source order.
+    """Groups of pictures whose files are equal byte for byte, each by split, path and class, in source order.
 
-    `repeated` is what the census of all splits found, `named(split, row)` a picture's path in the source.
+    `repeated` is what the census of all splits found, `told(split, row)` a picture's path in the source and its class.
     """
     if not len(repeated):
         return
@@ -78,7 +83,7 @@ def duplicates(
             for row, digest in zip(candidates["row"].tolist(), candidates["digest"].tolist(), strict=True):
                 groups.setdefault(digest, []).append((place, row))
     for group in sorted(sorted(group) for group in groups.values() if len(group) > 1):
-        yield [{"split": splits[place], "path": named(splits[place], row)} for place, row in group]
+        yield [{"split": splits[place]} | told(splits[place], row) for place, row in group]
 
 
 def _head(part: Facts) -> npt.NDArray[np.uint64]:
@@ -87,6 +92,11 @@ def _head(part: Facts) -> npt.NDArray[np.uint64]:
 
 
 def counted(groups: list[list[dict[str, str]]]) -> dict[str, Any]:
-    """How many groups of equal pictures there are: in all, and those that leak from one split into another."""
-    leaks = [group for group in groups if len({entry["split"] for entry in group}) > 1]
-    return {"groups": len(groups), "pictures": sum(map(len, groups)), "across_splits": len(leaks)}
+    """How many groups of equal pictures there are: in all, in more than one split, in more than one class."""
+    across = {name: sum(differ(group, key) for group in groups) for name, key in ACROSS.items()}
+    return {"groups": len(groups), "pictures": sum(map(len, groups)), **across}
+
+
+def differ(group: list[dict[str, str]], key: str) -> bool:
+    """Whether equal pictures are in different splits (leaks), or classes (wrong labels)."""
+    return len({entry.get(key) for entry in group}) > 1

@@ -30,7 +30,7 @@ class Packed(NamedTuple):
 
     jpegs: list[bytes | str]
     damaged: list[tuple[str, str]]
-    facts: list[tuple[int, int, int, bytes]]
+    facts: list[census.Fact]
     sums: PixelSums
 
 
@@ -54,7 +54,7 @@ def process(chunk: Chunk, plan: Plan, memory: Memory, measure: bool) -> Packed:
     return packed
 
 
-def _picture(row: int, item: Item, plan: Plan, memory: Memory) -> tuple[Pixels, tuple[int, int, int, bytes], str]:
+def _picture(row: int, item: Item, plan: Plan, memory: Memory) -> tuple[Pixels, census.Fact, str]:
     """Uint8 256 x 256 x 3, the fact of it, and what is wrong with it. All of its pixels are gone when this returns."""
     data = item.read()
     height, width = fast_images.size(data)
@@ -62,4 +62,4 @@ def _picture(row: int, item: Item, plan: Plan, memory: Memory) -> tuple[Pixels, 
         rgb, wrong = fast_images.examined(data)
         if plan.exif_rotate:
             rgb = images.upright(rgb, data)
-        return fast_images.to_256(rgb), census.fact(row, rgb, data), wrong
+        return fast_images.to_256(rgb), census.fact(row, rgb, data, images.orientation(data)), wrong

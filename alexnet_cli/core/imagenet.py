@@ -9,13 +9,15 @@ Any mix of these is understood.
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from alexnet_cli.core.archives import Member, Members, members
 from alexnet_cli.core.devkit import find_devkit, read_devkit
-from alexnet_cli.core.listing import Found, Pictures, class_folders, is_picture, left_out, listing
+from alexnet_cli.core.folders import class_folders, is_picture, left_out, listing, suffix
+from alexnet_cli.core.listing import Found, Pictures
 from alexnet_cli.errors import DataError
 
 TRAIN, VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
@@ -105,10 +107,10 @@ def _train(path: Path, folder: str, layout: str = "train/WNID") -> _Split:
             what = f"{path / folder} has class folders, and {packed[0].name} beside them is still packed"
             raise DataError(what, f"unpack it into a folder {packed[0].stem}, or remove it")
         classes = [(file.stem, number, None) for number, file in enumerate(packed)]
-        return _from_archives("train/WNID.tar", packed, classes, 0, f"{folder}/")
+        return _from_archives("train/WNID.tar", packed, classes, Counter(), f"{folder}/")
     if len(keys) < 2:
         raise DataError(f"{path / folder} has fewer than two class folders with pictures", "one folder per class")
-    pictures, others = listing(path, [f"{folder}/{key}" for key in keys])
+    pictures, others = listing(path, [f"{folder}/{key}" for key in (*keys, *empty)])
     return _Split(layout, keys, pictures, left_out(f"{folder}/", empty, others))
 
 
@@ -129,7 +131,11 @@ def _train_archive(archive: Path) -> _Split:
 
 
 def _from_archives(
-    layout: str, archives: Sequence[Path], classes: Sequence[tuple[str, int, Member | None]], others: int, where: str
+    layout: str,
+    archives: Sequence[Path],
+    classes: Sequence[tuple[str, int, Member | None]],
+    others: Counter[str],
+    where: str,
 ) -> _Split:
     """One archive a class: its key, the number of its file, and the member of it that it is, unless it is all of it."""
     pictures = Members(*archives)
@@ -137,7 +143,7 @@ def _from_archives(
     for key, number, inside in classes:
         for picture in members(archives[number], inside):
             if not _is_listed(picture.name):
-                others += 1
+                others[suffix(picture.name)] += 1
                 continue
             if not keys or keys[-1] != key:
                 keys.append(key)
@@ -149,9 +155,9 @@ def _from_archives(
     return _Split(layout, keys, pictures, left_out(where, empty, others))
 
 
-def _class_archives(archive: Path) -> tuple[list[tuple[str, Member]], int]:
+def _class_archives(archive: Path) -> tuple[list[tuple[str, Member]], Counter[str]]:
     """The archives inside, sorted by class, and how many other members there are."""
-    inner, others = [], 0
+    inner, others = [], Counter[str]()
     for member in members(archive):
         name = PurePosixPath(member.name)
         if name.suffix == ".tar" and not name.name.startswith("."):
@@ -161,7 +167,7 @@ def _class_archives(archive: Path) -> tuple[list[tuple[str, Member]], int]:
         elif _is_listed(member.name):
             raise DataError(f"{archive}: {member.name!r} is not in a WNID.tar", "unpack it and name the folder instead")
         else:
-            others += 1
+            others[suffix(member.name)] += 1
     return sorted(inner, key=lambda pair: (pair[0], pair[1].offset)), others
 
 
@@ -182,13 +188,13 @@ def _with_val(path: Path, folder: str, train: _Split, truth: _Truth, words: Mapp
     return Found(layout, train.keys, words, train.pictures, pictures.chosen(range(len(pictures)), labels), notes)
 
 
-def _val_archive(archive: Path) -> tuple[Members, int]:
-    pictures, others = Members(archive), 0
+def _val_archive(archive: Path) -> tuple[Members, Counter[str]]:
+    pictures, others = Members(archive), Counter[str]()
     for member in members(archive):
         if _is_listed(member.name):
             pictures.add(f"{archive.name}/{member.name}", 0, member)
         else:
-            others += 1
+            others[suffix(member.name)] += 1
     return pictures, others
 
 

@@ -38,6 +38,12 @@ TURNED: Mapping[int, Callable[[Pixels], Pixels]] = {
     8: lambda p: p.transpose(1, 0, 2)[::-1],
 }
 
+EXIF = (
+    b"Exif\0\0",
+    b"tiff:Orientation",
+)  # what a JPEG holds before its pixels where Pillow finds one; the latter is XMP's
+SCAN = b"\xff\xda"  # how a JPEG's pixels begin
+
 # Not all that Pillow knows: PostScript in a file called .jpg would be run by Ghostscript.
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 
@@ -94,14 +100,24 @@ def _reasons(data: bytes) -> Iterator[None]:
         raise DataError(f"it is damaged ({error or type(error).__name__})") from error
 
 
-def upright(rgb: Pixels, data: bytes) -> Pixels:
-    """The picture turned as the EXIF orientation in its file says: phones store some of theirs lying down."""
+def orientation(data: bytes) -> int:
+    """The EXIF orientation in a picture's file, 1 to 8: 1 is upright, and what damaged EXIF counts as.
+
+    So does a TIFF, which Pillow turns by itself.
+    """
+    if data[:2] == b"\xff\xd8" and not any(word in data[: data.find(SCAN)] for word in EXIF):
+        return 1  # a JPEG without any: most are, and Pillow takes its time
     try:
         with _opened(data) as image:
-            orientation = image.getexif().get(ORIENTATION, 1)
-    except Exception:  # damaged EXIF turns nothing
-        return rgb
-    turn = TURNED.get(orientation)
+            found = image.getexif().get(ORIENTATION, 1)
+        return int(found) if found in TURNED and image.format != "TIFF" else 1
+    except Exception:  # Pillow's readers raise nearly anything
+        return 1
+
+
+def upright(rgb: Pixels, data: bytes) -> Pixels:
+    """The picture turned as the EXIF orientation in its file says: phones store some of theirs lying down."""
+    turn = TURNED.get(orientation(data))
     return rgb if turn is None else np.ascontiguousarray(turn(rgb))
 
 

@@ -17,8 +17,9 @@ from typing import BinaryIO
 
 from alexnet_cli.core import images
 from alexnet_cli.core.devices import cores
+from alexnet_cli.core.folders import is_picture, walk
 from alexnet_cli.core.images import Pixels
-from alexnet_cli.core.listing import LARGEST, check_bytes, is_picture, read_file, walk
+from alexnet_cli.core.listing import LARGEST, check_bytes, read_file
 from alexnet_cli.core.memory import Memory
 from alexnet_cli.core.runs import runs_root
 from alexnet_cli.errors import DataError

@@ -1,9 +1,6 @@
-"""Pictures of a source as long lists of names and places; those that are files in folders are walked here.
+"""Pictures of a source as long lists of names and places.
 
 A list holds names and numbers in compact arrays, not an object a picture: 14 million fit in memory.
-
-Links to folders are followed, since many people build a smaller data set out of them, but never round in a
-circle; a link to nowhere is listed and refused when it is read. Names that begin with a dot are skipped.
 """
 
 from __future__ import annotations
@@ -13,15 +10,12 @@ import os
 import stat
 from abc import abstractmethod
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, overload
 
 from alexnet_cli.errors import DataError
 
-SUFFIXES = {
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pnm"
-}  # fmt: skip
 LARGEST = 1 << 28  # bytes of a picture's file: more than its pixels may take
 
 
@@ -160,105 +154,6 @@ class Found(NamedTuple):
     train: Pictures
     val: Pictures | None
     notes: tuple[str, ...]
-
-
-def class_folders(path: Path) -> tuple[list[str], list[str]]:
-    """Folders directly under `path`, sorted as torchvision does: those with a picture inside, the rest.
-
-    Raises:
-        DataError: a folder cannot be listed.
-    """
-    folders = sorted(entry.name for entry in _entries(path) if _is_folder(entry))
-    filled = [name for name in folders if any(is_picture(file) for file in walk(path / name, path))]
-    return filled, sorted(set(folders) - set(filled))
-
-
-def listing(root: Path, folders: Sequence[str]) -> tuple[Files, int]:
-    """The pictures under each folder, the folder's place being the label, and how many other files lie there.
-
-    Raises:
-        DataError: a folder cannot be listed.
-    """
-    found = Files(root)
-    others = 0
-    for label, folder in enumerate(folders):
-        files = sorted(walk(root / folder, root))
-        pictures = [f"{folder}/{file}" for file in files if is_picture(file)]
-        others += len(files) - len(pictures)
-        found.names.extend(pictures)
-        found.labels.extend([label] * len(pictures))
-    return found, others
-
-
-def left_out(where: str, empty: Sequence[str], others: int) -> tuple[str, ...]:
-    """Notes on what is not taken: classes without pictures, files that are none."""
-    notes = []
-    if empty:
-        listed = ", ".join(f"{where}{name}" for name in empty[:3]) + (", ..." if len(empty) > 3 else "")
-        notes.append(f"left out, holding no pictures: {listed}")
-    if others:
-        notes.append(f"left out, being no pictures by their names: {others:,}")
-    return tuple(notes)
-
-
-def loose(root: Path, *folders: str) -> tuple[str, ...]:
-    """A note on pictures that lie directly in folders which should hold folders of classes."""
-    notes = []
-    for folder in folders:
-        entries = _entries(root / folder) if (root / folder).is_dir() else []
-        count = sum(is_picture(entry.name) and not _is_folder(entry) for entry in entries)
-        if count:
-            notes.append(f"left out, lying in no class's folder: {count:,} pictures directly in {root / folder}")
-    return tuple(notes)
-
-
-def is_picture(file: str) -> bool:
-    """Whether a file is a picture by its name."""
-    return os.path.splitext(file)[1].lower() in SUFFIXES
-
-
-def walk(folder: Path, root: Path, refused: list[str] | None = None) -> Iterator[str]:
-    """Paths of all files below a folder, relative to it; what cannot be listed is an error, or goes to `refused`."""
-    seen = {_identity(root), *(_identity(above) for above in folder.parents if above.is_relative_to(root))}
-    seen.add(_identity(folder))
-    waiting = [""]
-    while waiting:
-        inside = waiting.pop()
-        folders = []
-        for entry in sorted(_entries(folder / inside, refused), key=lambda entry: entry.name):
-            if not _is_folder(entry):
-                yield inside + entry.name
-                continue
-            if entry.is_symlink():
-                if (identity := _identity(folder / inside / entry.name)) in seen:  # no folder is entered twice
-                    continue
-                seen.add(identity)
-            folders.append(f"{inside}{entry.name}/")
-        waiting += reversed(folders)
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether it is a folder, or a link to one; a link to itself is neither, and fails when it is read."""
-    try:
-        return entry.is_dir()
-    except OSError:
-        return False
-
-
-def _entries(folder: Path, refused: list[str] | None = None) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as entries:
-            return [entry for entry in entries if not entry.name.startswith(".")]
-    except OSError as error:
-        if refused is None:
-            raise DataError(f"{folder} cannot be listed: {error.strerror}", "check its permissions") from error
-        refused.append(str(folder))
-        return []
-
-
-def _identity(folder: Path) -> tuple[int, int]:
-    status = folder.stat()
-    return status.st_dev, status.st_ino
 
 
 def read_file(path: Path, most: int = LARGEST) -> bytes:

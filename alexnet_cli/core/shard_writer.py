@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from alexnet_cli.core.census import FACT, Facts
+from alexnet_cli.core.census import FACT, Fact, Facts
 from alexnet_cli.core.shards import PARTIAL, ROW, TAR_BLOCK, shard_name
 from alexnet_cli.core.statistics import PixelSums
 
@@ -52,7 +52,7 @@ class ShardWriter:
         self.sums = PixelSums()
         self.rejected: list[dict[str, str]] = []
         self.damaged: list[dict[str, str]] = []
-        self.facts: list[tuple[int, int, int, bytes]] = []
+        self.facts: list[Fact] = []
         self._rows: list[tuple[int, int, int, int]] = []
         self._digest = hashlib.sha256()
         self._position = 0
@@ -126,7 +126,7 @@ def finished_shard(folder: Path, split: str, number: int) -> Finished | None:
             sums = PixelSums(int(arrays["images"]), arrays["pixels"].astype(np.int64), arrays["products"])
             lists = text["rejected"], text["damaged"]
             finished = Finished(text["entry"], arrays["rows"], sums, arrays["facts"], *lists)
-        whole = (folder / name).stat().st_size == finished.entry["bytes"]
+        whole = (folder / name).stat().st_size == finished.entry["bytes"] and finished.facts.dtype == FACT
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         return None
     return finished if whole else None

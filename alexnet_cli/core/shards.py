@@ -129,7 +129,7 @@ class Dataset:
         return self._lines(REJECTED)
 
     def duplicates(self) -> list[list[dict[str, str]]]:
-        """Groups of pictures whose files were equal byte for byte: split and path of each."""
+        """Groups of pictures whose files were equal byte for byte: split, path and class of each."""
         return self._lines(DUPLICATES)
 
     def _lines(self, name: str) -> list[Any]:

@@ -15,10 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from alexnet_cli.core.folders import class_folders, left_out, listing, loose
 from alexnet_cli.core.ilsvrc import ilsvrc_words
 from alexnet_cli.core.imagenet import kaggle, official
-from alexnet_cli.core.listing import Files, Found, Pictures, class_folders, left_out, listing, loose
+from alexnet_cli.core.listing import Files, Found, Pictures
 from alexnet_cli.core.parquet import huggingface
+from alexnet_cli.core.unrecognised import explained
 from alexnet_cli.errors import DataError, UsageError
 
 VAL_FRACTION = 0.1  # of each class, where the source has no validation split of its own
@@ -83,12 +85,7 @@ def recognise(path: Path, val_fraction: float | None = None) -> Source:
         found = layout(path)
         if found is not None:
             return _source(path, found, val_fraction)
-    raise DataError(
-        f"{path} has no pictures in a layout that is known. Looked for: ILSVRC2012_img_train.tar, "
-        "ILSVRC/Data/CLS-LOC/, train-*.parquet, train/CLASS/ with val/CLASS/, "
-        "Tiny ImageNet (val/val_annotations.txt), CLASS/",
-        "put the pictures of each class into a folder of its own, at least two classes",
-    )
+    raise explained(path)
 
 
 def _source(path: Path, found: Found, val_fraction: float | None) -> Source:
@@ -120,7 +117,7 @@ def _tiny_imagenet(path: Path) -> Found | None:
     if not annotations.is_file() or not (path / "train").is_dir():
         return None
     folders, empty = class_folders(path / "train")
-    train, others = listing(path, [f"train/{name}" for name in folders])
+    train, others = listing(path, [f"train/{name}" for name in (*folders, *empty)])
     label_of = {wnid: label for label, wnid in enumerate(folders)}
     label_of_file: dict[str, int] = {}
     text = annotations.read_text(encoding="utf-8", errors="surrogateescape")
@@ -152,9 +149,9 @@ def _train_and_val(path: Path) -> Found | None:
         if found is None:
             return None  # "train" may be a class, beside other vehicles
         raise DataError(f"{path / 'train'} has fewer than two class folders with pictures", "one folder per class")
-    train, others = listing(path, [f"train/{name}" for name in folders])
+    train, others = listing(path, [f"train/{name}" for name in (*folders, *empty)])
     if found is None:
-        notes = left_out("train/", empty, others) + loose(path, "train")
+        notes = left_out("train/", empty, others) + loose(path, "train") + _unused(path, folders, None)
         return Found("train/CLASS", folders, {}, train, None, notes)
     theirs, _ = class_folders(path / found)
     if not theirs:
@@ -168,17 +165,27 @@ def _train_and_val(path: Path) -> Found | None:
     val, more = listing(path, [f"{found}/{name}" for name in theirs])
     label_of = {name: label for label, name in enumerate(folders)}
     val = val.chosen(range(len(val)), array("I", [label_of[theirs[label]] for label in val.labels]))
-    notes = left_out("train/", empty, others + more) + loose(path, "train", found)
-    if (path / "test").is_dir():
-        notes = (*notes, "left out, having no labels that are known: test/")
+    notes = left_out("train/", empty, others + more) + loose(path, "train", found) + _unused(path, folders, found)
     return Found(f"train/CLASS and {found}/CLASS", folders, {}, train, val, notes)
+
+
+def _unused(path: Path, folders: Sequence[str], val: str | None) -> tuple[str, ...]:
+    """A note on test/, which is not taken; in folders of the same classes it could be."""
+    if not (path / "test").is_dir():
+        return ()
+    theirs, _ = class_folders(path / "test")
+    if not theirs or not set(theirs) <= set(folders):
+        return ("left out, having no labels that are known: test/",)
+    count = len(listing(path, [f"test/{name}" for name in theirs])[0])
+    why = f"{val}/ is what is measured on" if val else "name it val/ to measure on it"
+    return (f"test/ ({count:,} pictures) is not used: {why}",)
 
 
 def _folder_of_classes(path: Path) -> Found | None:
     folders, empty = class_folders(path)
     if len(folders) < 2:
         return None
-    items, others = listing(path, folders)
+    items, others = listing(path, [*folders, *empty])
     return Found("one folder per class", folders, {}, items, None, left_out("", empty, others) + loose(path, "."))
 
 

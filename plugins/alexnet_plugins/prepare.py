@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import itertools
 import time
@@ -68,12 +69,13 @@ def prepare(
     for note in found.notes:
         reporter.line("note", note)
     if not counts["val"]:
-        few = "--val-fraction 0.1 takes one picture of each class that has at least two"
+        most = max(collections.Counter(found.splits["train"].labels).values(), default=0)
+        few = "--val-fraction 0.1 takes one picture of each class" if most > 1 else prepare_report.TOO_FEW
         reporter.warn("no validation images, which training needs", few)
     plan = Plan(found, output or default_output(source), quality, exif_rotate=exif_rotate)
     state = plan.state(overwrite)
     if state == "finished":
-        prepare_report.there_already(reporter, plan)
+        prepare_report.there_already(reporter, plan, strict=on_corrupt == "fail")
         return
     needed, free = plan.estimate(), plan.free()
     sizes = f"about {megabytes(needed)} needed, {megabytes(free)} free"

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 REJECTED_FILE = "rejected.jsonl"
 DUPLICATES_FILE = "duplicates.jsonl"
 DAMAGED_FILE = "damaged.jsonl"
+TOO_FEW = "each class needs at least two pictures, one of them to be kept for validation: add some, and --overwrite"
 SHOWN = 3  # pictures or classes that are named on the terminal
 
 
@@ -32,6 +33,7 @@ def prepared(reporter: Reporter, output: Path, seen: int, seconds: float) -> Non
     for line in _statistics(dataset):
         reporter.line("stats", line)
     _empty_classes(reporter, dataset)
+    _turned(reporter, dataset)
     _duplicates(reporter, dataset)
     _damaged(reporter, dataset)
     _name_left_out(reporter, dataset)
@@ -44,8 +46,12 @@ def prepared(reporter: Reporter, output: Path, seen: int, seconds: float) -> Non
     _left_out(dataset)
 
 
-def there_already(reporter: Reporter, plan: Plan) -> None:
-    """Nothing is left to do: check that it is whole, and give the result again."""
+def there_already(reporter: Reporter, plan: Plan, strict: bool) -> None:
+    """Nothing is left to do: check that it is whole, and give the result again.
+
+    Raises:
+        PartialError: pictures were left out, and `strict`; otherwise nothing fails this time, and that is a note.
+    """
     from alexnet_cli.core.assembly import settle
     from alexnet_cli.core.dataset_record import checksums
     from alexnet_cli.core.shards import open_dataset
@@ -60,7 +66,12 @@ def there_already(reporter: Reporter, plan: Plan) -> None:
     _name_left_out(reporter, dataset)
     reporter.line("done", f"{plan.output} is there already, of this source and with these settings")
     _result(reporter, dataset, 0.0, None)
-    _left_out(dataset)
+    try:
+        _left_out(dataset)
+    except PartialError as error:
+        if strict:
+            raise
+        reporter.line("note", error.what)
 
 
 def _result(reporter: Reporter, dataset: Dataset, seconds: float, rate: float | None) -> None:
@@ -69,7 +80,8 @@ def _result(reporter: Reporter, dataset: Dataset, seconds: float, rate: float | 
     images = {name: split["images"] for name, split in dataset.record["splits"].items()}
     if images.get("val"):
         reporter.line("next", f"{train_command()} --data {shlex.quote(str(dataset.path))}")
-    found = {"classes": len(dataset.classes), "rejected": dataset.record["rejected"]}
+    counts = {key: dataset.record.get(key, 0) for key in ("rejected", "damaged", "turned")}
+    found = {"classes": len(dataset.classes), **counts}
     timing = {"seconds": seconds, "images_per_second": rate}
     reporter.result({"output": str(dataset.path), "images": images, **found, **timing})
 
@@ -117,19 +129,42 @@ def _empty_classes(reporter: Reporter, dataset: Dataset) -> None:
         reporter.warn(f"no training images are left of {named}", "the network cannot learn what it never sees")
 
 
+def _turned(reporter: Reporter, dataset: Dataset) -> None:
+    """Phones store pictures lying on their side, and say in EXIF how they are to be turned."""
+    turned, of = dataset.record["turned"], sum(split["images"] for split in dataset.record["splits"].values())
+    if not turned:
+        return
+    were = f"{turned:,} of {of:,} pictures"
+    if dataset.record["image"]["exif_rotate"]:
+        reporter.line("note", f"{were} were turned, as EXIF says; predict does the same")
+        return
+    carry = "carries" if turned == 1 else "carry"
+    hint = "--exif-rotate --overwrite turns them, and those that predict sees"
+    reporter.warn(f"{were} {carry} an EXIF turn that is not followed", hint)
+
+
 def _duplicates(reporter: Reporter, dataset: Dataset) -> None:
-    """Equal pictures are worth a line; ones that are in both splits make the validation error look too good."""
+    """Equal pictures are worth a line, and a warning where they are in both splits, or under two labels."""
+    from alexnet_cli.core.census import differ
+
     found = dataset.record["duplicates"]
     if found["groups"]:
         reporter.line("note", f"{found['pictures']:,} pictures are copies of one another: {DUPLICATES_FILE}")
-    if found["across_splits"]:
-        leaks = [group for group in dataset.duplicates() if len({entry["split"] for entry in group}) > 1]
-        names = ", ".join(" = ".join(entry["path"] for entry in group[:2]) for group in leaks[:SHOWN])
-        many = "1 picture is" if found["across_splits"] == 1 else f"{found['across_splits']:,} pictures are"
-        reporter.warn(
-            f"{many} in train and in val: {names}{' …' if len(leaks) > SHOWN else ''}",
-            f"the validation error will look too good; {DUPLICATES_FILE} lists them all",
-        )
+    listed = f"{DUPLICATES_FILE} lists them all"
+    for key, count, where, hint in (
+        ("split", found["across_splits"], "in train and in val", "the validation error will look too good"),
+        ("class", found["across_classes"], "in two classes", "one of the labels is wrong: keep the right one"),
+    ):
+        if count:
+            first = next(group for group in dataset.duplicates() if differ(group, key))
+            many = "1 picture is" if count == 1 else f"{count:,} pictures are"
+            reporter.warn(f"{many} {where}: {_two(first, key)}{' …' if count > 1 else ''}", f"{hint}; {listed}")
+
+
+def _two(group: list[dict[str, str]], key: str) -> str:
+    """The first of equal pictures, and the first that differs from it in its split or class."""
+    other = next(entry for entry in group if entry[key] != group[0][key])
+    return f"{group[0]['path']} = {other['path']}"
 
 
 def _damaged(reporter: Reporter, dataset: Dataset) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,7 +56,10 @@ def check(recipe: Recipe, data: Dataset, run: Run | None) -> None:
         raise DataError(f"run {run.path.name} was trained on other data than {data.path}", "name its own with --data")
     for split in ("train", "val"):
         if not len(data.split(split)):
-            raise DataError(f"{data.path}: split {split} holds no images", "prepare it anew with --val-fraction 0.1")
+            most = max(Counter(data.split("train").labels.tolist()).values(), default=0)
+            again = f"prepare it anew, with --overwrite{' --val-fraction 0.1' if most > 1 else ''}"
+            few = "" if most > 1 else "each class needs at least two pictures, one of them to be kept for validation: "
+            raise DataError(f"{data.path}: split {split} holds no images", few + again)
     data.mean_image()  # raises where it is damaged
 
 
