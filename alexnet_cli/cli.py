@@ -156,11 +156,15 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit with its code (see errors.py)."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     _make_streams_safe()
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, _stop)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # what is started with `nohup` or `&` ignores it
+        signal.signal(signal.SIGINT, _stop)
+    _stopped.clear()
     _share_cores()
     debug = "--debug" in arguments[:1]
-    if arguments[:1] == ["help"]:  # as it is typed elsewhere
-        arguments = [*arguments[1:], "--help"]
+    before, asked = arguments[:debug], arguments[debug:]
+    if asked[:1] == ["help"]:  # as it is typed elsewhere
+        arguments = [*before, *(word for word in asked if word != "help"), "--help"]
 
     def run() -> Any:
         return typer.main.get_command(app).main(args=arguments, prog_name="alexnet", standalone_mode=False)
@@ -173,8 +177,12 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     sys.exit(code)
 
 
-def _terminate(_number: int, _frame: object) -> None:
-    raise Terminated
+_stopped: list[BaseException] = []  # what signals have raised: an import that one cuts short can fail in another way
+
+
+def _stop(number: int, _frame: object) -> None:
+    _stopped.append(KeyboardInterrupt() if number == signal.SIGINT else Terminated())
+    raise _stopped[-1]
 
 
 def _share_cores() -> None:
@@ -254,6 +262,8 @@ def _told(error: BaseException, typed: Sequence[str] = ()) -> tuple[str, str, in
     if memory_ended(error):
         what = f"the memory does not suffice: {str(error).partition(chr(10))[0] or 'it is all taken'}"
         return what, "a smaller batch (-b) takes less; so do --micro-batch and --cache none in training", 4
+    if _stopped:
+        return _told(_stopped[0])
     return f"internal error: {type(error).__name__}: {error}", "a bug; alexnet --debug COMMAND shows where", 1
 
 

@@ -19,11 +19,12 @@ def alexnet(
 ) -> subprocess.CompletedProcess[str]:
     """Run a command in a folder; `plugins` holds distributions of others. A start of Python with torch takes seconds.
 
-    What `main` changes of the process is put back: its answer to SIGTERM, its word to OpenMP.
+    What `main` changes of the process is put back: its answers to signals, its word to OpenMP.
     """
     streams = [io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2)]
     code: object = None
-    answer, said = signal.getsignal(signal.SIGTERM), os.environ.copy()
+    answers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    said = os.environ.copy()
     os.environ.update(settings or {})
     try:
         with contextlib.ExitStack() as stack:
@@ -36,7 +37,8 @@ def alexnet(
     except SystemExit as end:
         code = end.code
     finally:
-        signal.signal(signal.SIGTERM, answer)
+        for number, answer in answers.items():
+            signal.signal(number, answer)
         os.environ.clear()
         os.environ.update(said)
     assert isinstance(code, int)

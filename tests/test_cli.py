@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -81,9 +83,17 @@ def test_help_cuts_no_description() -> None:
     assert "..." not in shown.partition("Commands:")[2]
 
 
-@pytest.mark.parametrize(("asked", "same"), [("", "--help"), ("train", "train --help")])
+@pytest.mark.parametrize(
+    ("asked", "same"),
+    [
+        ("help", "--help"),
+        ("help train", "train --help"),
+        ("help help", "--help"),
+        ("--debug help train", "train --help"),
+    ],
+)
 def test_help_is_a_word_too(asked: str, same: str) -> None:
-    result = alexnet("help", *asked.split())
+    result = alexnet(*asked.split())
     assert (result.returncode, result.stdout) == (0, alexnet(*same.split()).stdout)
     assert alexnet("help", "trian").returncode == 2
 
@@ -193,6 +203,27 @@ def test_errors_become_messages_and_codes(error: BaseException, code: int, capsy
     assert "Traceback" not in message
     if isinstance(error, AlexNetError):
         assert message == f"error: {error.what}\nhint: {error.hint}\n"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_that_an_import_swallows_still_stops(
+    number: signal.Signals, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch's import of numpy does so, and goes on with half of it."""
+
+    def cut_short(_app: object) -> None:
+        with contextlib.suppress(BaseException):
+            signal.raise_signal(number)
+        raise AttributeError("module 'numpy' has no attribute 'matrix'")
+
+    monkeypatch.setattr(typer.main, "get_command", cut_short)
+    before = signal.getsignal(number)
+    result = alexnet("doctor")
+    assert result.returncode == code
+    assert result.stderr.startswith("error: stopped by ")
+    assert signal.getsignal(number) is before
+    monkeypatch.undo()
+    assert alexnet("evaluate", "-w", "").returncode == 3, "the next command has not been stopped"
 
 
 def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:

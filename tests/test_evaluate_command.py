@@ -29,7 +29,7 @@ from alexnet_cli.core.ilsvrc import WNIDS_SHA256
 from alexnet_cli.core.published import published
 from alexnet_cli.core.shards import open_dataset
 from alexnet_cli.core.sources import ClassName
-from alexnet_cli.errors import DataError, MissingError, StorageError
+from alexnet_cli.errors import DataError, MissingError, StorageError, WeightsError
 from alexnet_cli.recipe import CAFFE, FAST, KRIZHEVSKY, PAPER, Recipe
 from alexnet_plugins.evaluate import _explain, _onnx
 
@@ -97,6 +97,21 @@ def test_run_checkpoint_model_file_and_onnx_file_give_the_same(runs: Path, prepa
         assert record["loss"] == pytest.approx(found[0]["loss"], rel=1e-4)
         assert record["top1_error_interval"][0] < record["top1_error"] < record["top1_error_interval"][1]
     assert numbers("-w", "one", "--views", views, "-b", "3")["loss"] == pytest.approx(found[0]["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("views", ["1", "10"])
+def test_a_network_of_no_numbers_has_no_error_rate(runs: Path, prepared: Path, tmp_path: Path, views: str) -> None:
+    """Else every picture would be taken for the first class."""
+    best = runs / "checkpoints" / "best" / "model.safetensors"
+    model = weights.read(best)
+    bias = model.tensors["fc8.bias"].copy()
+    bias[-1] = np.nan
+    broken = save_model(replace(model, tensors={**model.tensors, "fc8.bias": bias}), tmp_path / "broken.safetensors")
+    onnx_graph.write(weights.read(broken), tmp_path / "broken.onnx")
+    for file in (broken, tmp_path / "broken.onnx"):
+        result = run("-w", str(file), "--views", views, "--data", str(prepared))
+        assert isinstance(result.exception, WeightsError), result.output
+        assert "no number" in result.exception.what
 
 
 def test_a_permuted_class_list_changes_nothing(runs: Path, prepared: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from alexnet_cli.core import onnx_graph
 from alexnet_cli.core.predict import open_classifier
 from alexnet_cli.core.predict import predict as classify
 from alexnet_cli.core.shards import open_dataset
-from alexnet_cli.errors import PartialError
+from alexnet_cli.errors import PartialError, UsageError
 from alexnet_cli.recipe import PAPER
 
 
@@ -130,6 +130,13 @@ def test_pictures_that_cannot_be_read_are_told_and_the_others_go_on(network: Pat
     records = [json.loads(line) for line in result.stdout.splitlines()]
     assert [("error" in record, "neighbours" in record) for record in records] == [(True, False), (False, True)]
     assert len(records[1]["neighbours"]) == 6
+
+
+def test_a_sheet_is_a_png(network: Path, prepared: Path) -> None:
+    for name in ("s.jpg", "s.svg", "s"):
+        result = run(draw(Path("p.png"), 1), "-w", str(network), "--data", str(prepared), "-o", name)
+        assert isinstance(result.exception, UsageError)
+        assert not Path(name).exists()
 
 
 def test_it_needs_no_torch(network: Path, prepared: Path) -> None:

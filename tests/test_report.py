@@ -314,6 +314,29 @@ def test_a_damaged_picture_spares_the_rest(copy: Run, data: Dataset, tmp_path: P
     assert "cannot be decoded" in Page(copy.path / "report.html").all_text
 
 
+@pytest.mark.parametrize(
+    ("layer", "factor", "absent"),
+    [
+        ("conv1", float("nan"), {"filters", "results", "examples", "neighbours"}),
+        ("fc8", float("nan"), {"results", "examples", "neighbours"}),
+        ("fc7", 1e7, {"neighbours"}),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_a_network_that_broke_down_has_what_can_be_said(
+    copy: Run, undrawn: None, layer: str, factor: float, absent: set[str]
+) -> None:
+    model = read(copy)
+    broken = model.tensors[f"{layer}.weight"] * np.float32(factor)
+    save_model(replace(model, tensors={**model.tensors, f"{layer}.weight": broken}), model.path)
+    result = report("-w", str(copy.path), "--json", "-q")
+    assert isinstance(result.exception, PartialError), result.exception
+    sections = {s["id"]: s["note"] for s in json.loads(result.stdout)["sections"]}
+    of_pictures = {"filters", "results", "examples", "neighbours"}
+    assert {name for name in of_pictures if sections[name]} == absent
+    assert ("no number" if factor != factor else "too large for float16") in sections["neighbours"]
+
+
 @pytest.mark.parametrize("status", ["running", "failed", "interrupted"])
 def test_a_run_before_its_first_checkpoint(tmp_path: Path, data: Dataset, status: str) -> None:
     run = make_run(tmp_path, data, epochs=0, status=status)

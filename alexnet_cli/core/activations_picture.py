@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
+from alexnet_cli.core import lettering
 from alexnet_cli.core.activations import Activation, Course
 from alexnet_cli.core.contact_sheet import INK, PAGE, fitting
 from alexnet_cli.core.predict import Label
@@ -74,7 +75,7 @@ class _Page:
     def text(
         self, left: int, top: int, text: str, size: int, width: int, ink: tuple[int, int, int] = INK, anchor: str = "la"
     ) -> None:
-        font = ImageFont.load_default(size=size)
+        font = lettering.font(size, text)
         self.pen.text((left, top), fitting(text, width, font), ink, font, anchor=anchor)
 
 

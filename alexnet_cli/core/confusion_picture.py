@@ -10,10 +10,12 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from alexnet_cli.core import lettering
+from alexnet_cli.core.lettering import Font
 
 Counts = npt.NDArray[np.int64]
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 PAGE, INK, GRID = (255, 255, 255), (40, 40, 40), (225, 225, 225)
 RIGHT, WRONG = np.array((8, 48, 107)), np.array((165, 15, 21))  # the darkest blue and red of ColorBrewer's scales
@@ -29,7 +31,7 @@ def draw(confusion: Counts, names: Sequence[str], title: str) -> Image.Image:
     """The picture of `confusion[true, seen]`. Classes that neither have images nor were seen are left out."""
     rows, columns = np.flatnonzero(confusion.sum(1)), np.flatnonzero(confusion.sum(1) + confusion.sum(0))
     cell = max(SMALLEST if len(columns) <= SIDE else 1, min(LARGEST, SIDE // len(columns)))
-    font = ImageFont.load_default(TEXT)
+    font = lettering.font(TEXT, "".join(names))
     every = -(-(TEXT + 2) // cell)  # so that labels do not touch
     labels = [_label(names[i], i if every > 1 else None) for i in range(len(names))]
     margin = GAP * 2 + max(int(font.getlength(labels[i])) for i in columns)
@@ -99,5 +101,5 @@ def _legend(pen: ImageDraw.ImageDraw, left: int, top: int, font: Font) -> None:
             colour = tuple(np.rint(255 + np.sqrt(share) * (dark - 255)).astype(int).tolist())
             pen.rectangle((place, height, place + TEXT, height + TEXT), fill=colour, outline=GRID)
             pen.text((place + TEXT + 3, height), f"{share:.0%}", INK, font)
-            place += TEXT + 3 + 36
+            place += TEXT + 3 + 40
         pen.text((place, height), f"of the row's images, {word}", INK, font)

@@ -8,7 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from alexnet_cli.core import lettering
+from alexnet_cli.core.lettering import Font
 
 PAGE, INK = (255, 255, 255), (32, 32, 32)
 SIDE, GAP, LINE, LETTERS = 128, 6, 20, 13  # pixels: of a picture, between two, of a line, of a letter
@@ -35,7 +38,8 @@ def sheet(rows: Sequence[Row], title: str) -> Image.Image:
     width = max([NARROWEST, *(_left(row, len(row.tiles)) for row in rows)])
     height = len(rows) * (SIDE + 2 * LINE + GAP) + LINE + GAP
     page = Image.new("RGB", (width, height), PAGE)
-    draw, font = ImageDraw.Draw(page), ImageFont.load_default(size=LETTERS)
+    written = [title, *(text for row in rows for text in (row.caption, *(tile.text for tile in row.tiles)))]
+    draw, font = ImageDraw.Draw(page), lettering.font(LETTERS, "".join(written))
     top = 0
     for row in rows:
         draw.text((GAP, top + 3), fitting(row.caption, width - 2 * GAP, font), INK, font)
@@ -58,7 +62,7 @@ def _scaled(pixels: npt.NDArray[np.uint8]) -> Image.Image:
     return Image.fromarray(pixels).resize((SIDE, SIDE), how)
 
 
-def fitting(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+def fitting(text: str, width: int, font: Font) -> str:
     """The text, cut to so many pixels; a question mark for what cannot be shown."""
     plain = "".join(c if c.isprintable() else "?" for c in text)
     if font.getlength(plain) <= width:

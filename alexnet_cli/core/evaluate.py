@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from alexnet_cli.core.loader import Batch
 from alexnet_cli.core.network import Network
 from alexnet_cli.core.placement import Placement
 from alexnet_cli.core.sources import ClassName
-from alexnet_cli.errors import DataError, UsageError
+from alexnet_cli.errors import DataError, UsageError, WeightsError
 
 Classify = Callable[[Tensor], npt.NDArray[np.float32]]
 """Uint8 B x 256 x 256 x 3 -> probabilities B x classes."""
@@ -45,6 +46,11 @@ class Evaluation:
         true = probabilities[np.arange(len(labels)), labels].astype(np.float64)
         self.loss_sum -= float(np.log(np.maximum(true, 1e-30)).sum())
         return top
+
+    def check(self, where: Path) -> None:
+        """Raise WeightsError if some probability was no number: the likeliest of such classes says nothing."""
+        if not math.isfinite(self.loss_sum):
+            raise WeightsError(f"{where}: what the network computes is no number", "its weights are damaged")
 
     def summed(self, total: Callable[[npt.NDArray[Any]], npt.NDArray[Any]]) -> Evaluation:
         """The counts of several, where `total` adds up an array over all of them."""

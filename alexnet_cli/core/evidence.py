@@ -34,7 +34,7 @@ from alexnet_cli.core.published import published
 from alexnet_cli.core.responses import pictures
 from alexnet_cli.core.shards import Dataset, Split
 from alexnet_cli.core.weights import Model, read
-from alexnet_cli.errors import StorageError, WeightsError
+from alexnet_cli.errors import DataError, StorageError, WeightsError
 
 AT_ONCE = 128
 SAMPLE = 256  # pictures among which examples are looked for
@@ -91,6 +91,7 @@ class Evidence:
     """All of it; what is missing is empty, and `missing` says why, by the names of PARTS.
 
     `looked` is among how many pictures examples were looked for. `unkept`: why what was computed is not in the run too.
+    `failed`: what is wrong with the network or the pictures.
     """
 
     totals: tuple[Mapping[str, Any], ...] = ()
@@ -101,6 +102,7 @@ class Evidence:
     nearest: tuple[Neighbourhood, ...] = ()
     missing: Mapping[str, str] = field(default_factory=dict)
     unkept: str = ""
+    failed: str = ""
 
 
 @dataclass(frozen=True)
@@ -133,10 +135,10 @@ class Subject:
 
 
 def collect(subject: Subject, patience: Patience) -> Evidence:
-    """Everything that there is patience for.
+    """Everything that there is patience for. What only neighbours need may fail without the rest.
 
     Raises:
-        DataError: a picture of the data set is damaged.
+        DataError: a validation picture is damaged.
         WeightsError: what the network computes is no number.
     """
     val, unkept = subject.data.split("val"), subject.unkept
@@ -154,16 +156,18 @@ def collect(subject: Subject, patience: Patience) -> Evidence:
     missing = {} if found else {"results": WAIT}
     missing |= {} if right or wrong else {"examples": WAIT}
     nearest: tuple[Neighbourhood, ...] = ()
+    failed = ""
     try:
         nearest = neighbourhoods.find(
             subject.model, subject.opened.sha256, subject.run, subject.data, not unkept, patience
         )
         missing |= {} if nearest else {"neighbours": "the data set has no training pictures"}
-    except (Spent, StorageError) as error:
+    except (Spent, StorageError, DataError) as error:
         missing["neighbours"] = WAIT if isinstance(error, Spent) else error.what
+        failed = error.what if isinstance(error, DataError) else ""
     looked = len(sample(val)) if right or wrong else 0
     totals, counted = tuple(totals for totals, _ in found), found[0][1] if found else None
-    return Evidence(totals, counted, right, wrong, looked, nearest, missing, unkept)
+    return Evidence(totals, counted, right, wrong, looked, nearest, missing, unkept, failed)
 
 
 def _unless_spent(work: Callable[[], Found], otherwise: Found) -> Found:
@@ -198,6 +202,7 @@ def _measured(subject: Subject, val: Split, patience: Patience) -> Evaluation:
     with Loader(val, size, threads_for_decoding(None)) as loader:
         batches = loader.batches(all_batches(len(val), size))
         for batch, _, _ in evaluate(subject.classify, batches, counts, subject.output_of):
+            counts.check(subject.model.path)
             advance(len(batch.rows))
     return counts
 

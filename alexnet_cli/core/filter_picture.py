@@ -58,11 +58,13 @@ def grid(kernels: Kernels, limits: Limits, columns: int) -> Pixels:
 
 def figure(panels: Panels, title: str) -> Image.Image:
     """The grids below each other, each with its caption, enlarged to about 800 pixels without smoothing."""
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image, ImageDraw
+
+    from alexnet_cli.core import lettering
 
     zoom, width, height = _layout(panels)
     page = Image.new("RGB", (width, height), (PAGE, PAGE, PAGE))
-    draw, font = ImageDraw.Draw(page), ImageFont.load_default(size=LETTERS)
+    draw, font = ImageDraw.Draw(page), lettering.font(LETTERS, "".join([title, *(caption for caption, _ in panels)]))
 
     def write(top: int, text: str) -> None:
         draw.text((zoom, top + 4), text, fill=(INK, INK, INK), font=font)

@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from alexnet_cli.core import evidence, history, qualitative
 from alexnet_cli.core.evaluate import matching
 from alexnet_cli.core.evidence import Evidence, Opened, Subject
@@ -43,7 +45,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that the page shows. `about` is run.json, empty for a network alone; `failed` what went wrong."""
+    """Everything that the page shows. `about` is run.json, empty for a network alone."""
 
     name: str
     about: Mapping[str, Any]
@@ -54,7 +56,6 @@ class Report:
     towers: tuple[Kernels, ...] = ()
     specialisation: Specialisation | None = None
     evidence: Evidence = field(default_factory=Evidence)
-    failed: str = ""
 
     @property
     def values(self) -> list[Value]:
@@ -110,13 +111,19 @@ def gather(
     """
     about, model = run.about if run else {}, opened.model if opened else None
     recipe = _recipe(run, model)
-    towers = qualitative.split(model.tensors["conv1.weight"], model.recipe.towers) if model else ()
-    measured = qualitative.specialisation(towers) if model else None
-    found, failed = _evidence(run, opened, data, placement, patience or Patience())
+    towers = _towers(model) if model else ()
+    measured = qualitative.specialisation(towers) if towers else None
+    found = _evidence(run, opened, data, placement, patience or Patience())
     name = run.name if run else model.path.stem if model else ""
     course = history.of(run.records() if run else [], recipe)
     shown = data if isinstance(data, Dataset) else None
-    return Report(name, about, recipe, course, model, shown, towers, measured, found, failed)
+    return Report(name, about, recipe, course, model, shown, towers, measured, found)
+
+
+def _towers(model: Model) -> tuple[Kernels, ...]:
+    """The kernels of layer 1, by towers; none if they are no numbers."""
+    kernels = model.tensors["conv1.weight"]
+    return qualitative.split(kernels, model.recipe.towers) if np.isfinite(kernels).all() else ()
 
 
 def _recipe(run: Run | None, model: Model | None) -> Recipe:
@@ -132,20 +139,18 @@ def _recipe(run: Run | None, model: Model | None) -> Recipe:
 
 def _evidence(
     run: Run | None, opened: Opened | None, data: Dataset | str, placement: Placement | None, patience: Patience
-) -> tuple[Evidence, str]:
-    """What the network makes of pictures, and what went wrong with it."""
-    missing, failed = "" if isinstance(data, Dataset) else data, ""
+) -> Evidence:
+    """What the network makes of pictures, or what went wrong with that."""
+    missing = "" if isinstance(data, Dataset) else data
     if not opened:
         missing = missing or "the run has no checkpoint yet"
     elif placement and isinstance(data, Dataset):
         try:
             output_of = matching(opened.model.classes, data.classes, opened.model.path)
-            return evidence.collect(
-                Subject(opened, run.path if run else None, data, output_of, placement), patience
-            ), ""
+            return evidence.collect(Subject(opened, run.path if run else None, data, output_of, placement), patience)
         except DataError as error:
-            missing = failed = error.what
-    return Evidence(missing=dict.fromkeys(evidence.PARTS, missing) if missing else {}), failed
+            return Evidence(missing=dict.fromkeys(evidence.PARTS, error.what), failed=error.what)
+    return Evidence(missing=dict.fromkeys(evidence.PARTS, missing) if missing else {})
 
 
 def data_of(run: Run | None, spec: str | None) -> Dataset | str:

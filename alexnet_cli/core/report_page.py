@@ -115,7 +115,8 @@ def sections(report: Report) -> list[Section]:
         none = "" if history.pieces or history.epochs else "No step has been recorded yet."
         undrawn = "" if can_draw() or none else f"Curves need a plotting library: {HINT}, then alexnet report."
         found.append(Section("curves", "Loss and errors", none or undrawn))
-    absent = "" if report.model else "The run has no checkpoint yet."
+    absent = "" if report.towers else "Layer 1 holds values that are no numbers."
+    absent = absent if report.model else "The run has no checkpoint yet."
     found += [
         Section("filters", "Filters of the towers", absent),
         Section("results", "Classes and confusions", _none(missing.get("results"))),
@@ -162,7 +163,7 @@ def _remarks(report: Report) -> list[str]:
     said = STATUS.get(str(about.get("status")), "").format(
         reason=about.get("reason", "no reason told"), name=report.name
     )
-    return [text for text in (said, _none(report.failed)) if text]
+    return [text for text in (said, _none(report.evidence.failed)) if text]
 
 
 def _facts(report: Report) -> list[tuple[str, str]]:

@@ -83,7 +83,7 @@ def evaluate(
     folder = output or (run / "eval" if run else None)
     if folder:
         results.make(folder)
-    counts = _counted(reporter, images, classify, classes, output_of, batch_size, jobs, predictions)
+    counts = _counted(reporter, path, images, classify, classes, output_of, batch_size, jobs, predictions)
     figure = published(recipe, dataset.classes)
     totals = results.numbers(counts, views, backend, figure) | results.origin(split, path, sha256(path), dataset)
     _report(reporter, counts, classes, totals, results.compared(figure, views, counts.images) if figure else "")
@@ -99,6 +99,7 @@ def evaluate(
 
 def _counted(
     reporter: Reporter,
+    path: Path,
     images: Split,
     classify: Classify,
     classes: Sequence[ClassName],
@@ -125,6 +126,7 @@ def _counted(
         bar = stack.enter_context(reporter.progress(images.name, total=len(images)))
         batches = loader.batches(loading.all_batches(len(images), size))
         for batch, top, chances in run(classify, batches, counts, output_of):
+            counts.check(path)
             bar.advance(len(batch.rows))
             if out:
                 labels = batch.labels.numpy() if output_of is None else output_of[batch.labels.numpy()]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from alexnet_cli.console import Reporter, visible
-from alexnet_cli.errors import PartialError, StorageError
+from alexnet_cli.errors import PartialError, StorageError, UsageError
 from alexnet_cli.options import JsonFlag, OwnDataOption, QuietFlag, WeightsOption
 
 if TYPE_CHECKING:
@@ -54,6 +54,8 @@ def neighbors(
     from alexnet_cli.core.shards import find_dataset, open_dataset
 
     reporter = Reporter("neighbors", json=json, quiet=quiet)
+    if output is not None and output.suffix.lower() != ".png":
+        raise UsageError(f"-o {output}: not a .png file", "such as -o neighbors.png")
     sources = expand(inputs, getattr(sys.stdin, "buffer", None))
     path = find_weights(weights, (".onnx", ".safetensors"))
     dataset = open_dataset(find_dataset(data or trained_on(path)))

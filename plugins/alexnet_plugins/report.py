@@ -76,8 +76,9 @@ def report(
     if not can_draw():
         reporter.warn("the page has tables in the place of curves: no plotting library is installed", HINT)
     reporter.line("saved", f"{target} · {size / 1e6:.1f} MB, {len(sections)} sections: open it in a browser")
-    if found.failed and (data or "data_path" in found.about):  # not for a set that was merely lying about
-        raise PartialError(f"{target} is without what needs pictures: {found.failed}", "--data D names the right set")
+    failed = found.evidence.failed
+    if failed and (data or "data_path" in found.about):  # not for a set that was merely lying about
+        raise PartialError(f"{target} is not complete: {failed}", "it says what is missing; --data D names another set")
 
 
 def _subject(spec: str | None) -> tuple[Run | None, Path | None]:
