@@ -99,7 +99,7 @@ def _source(path: Path, found: Found, val_fraction: float | None) -> Source:
     fraction = VAL_FRACTION if val_fraction is None else val_fraction
     splits = _split_by_name(found.train, len(classes), fraction)
     notes = (*found.notes, _kept(splits["val"], len(found.train), len(classes)))
-    return Source(path, found.layout, classes, splits, notes if fraction else found.notes)
+    return Source(path, found.layout, classes, splits, notes if splits["val"] else found.notes)
 
 
 def _kept(val: Pictures, total: int, classes: int) -> str:

@@ -24,7 +24,7 @@ def explained(path: Path) -> DataError:
     filled, _ = class_folders(path)
     if filled:
         only = folder.relative_to(path).as_posix()
-        return DataError(f"{path} has one class only: {only}", f"to tell apart it takes two: {CLASSES}")
+        return DataError(f"{path} has one class only: {only}", f"a network tells classes apart: {CLASSES}")
     if loose := sum(map(is_picture, walk(path, path))):
         return DataError(f"{path} has {loose:,} pictures, but no folders of classes", CLASSES)
     if pictures := unread(others):

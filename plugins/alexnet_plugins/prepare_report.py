@@ -63,6 +63,7 @@ def there_already(reporter: Reporter, plan: Plan, strict: bool) -> None:
     if missing:
         raise DataError(f"{plan.output / missing[0]} is missing", "prepare the data set again with --overwrite")
     settle(plan.output)
+    _turned(reporter, dataset)
     _name_left_out(reporter, dataset)
     reporter.line("done", f"{plan.output} is there already, of this source and with these settings")
     _result(reporter, dataset, 0.0, None)
@@ -131,7 +132,7 @@ def _empty_classes(reporter: Reporter, dataset: Dataset) -> None:
 
 def _turned(reporter: Reporter, dataset: Dataset) -> None:
     """Phones store pictures lying on their side, and say in EXIF how they are to be turned."""
-    turned, of = dataset.record["turned"], sum(split["images"] for split in dataset.record["splits"].values())
+    turned, of = dataset.record.get("turned", 0), sum(split["images"] for split in dataset.record["splits"].values())
     if not turned:
         return
     were = f"{turned:,} of {of:,} pictures"
