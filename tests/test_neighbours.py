@@ -99,6 +99,24 @@ def test_an_interrupted_index_leaves_the_old_one_and_nothing_else(
     assert {path.name for path in folder.parent.iterdir()} == {"m.safetensors"}
 
 
+def test_an_index_may_lie_elsewhere_and_takes_no_files_place(made: tuple[Path, Origin, Index], prepared: Path) -> None:
+    folder, origin, _ = made
+    split, session = open_dataset(prepared).split("train"), Session(folder.parent / "m.safetensors", layer="fc7")
+    folder.rename(folder.parent / "elsewhere")
+    folder.symlink_to("elsewhere")
+    assert neighbours.open_index(folder, origin) is not None
+    other = replace(origin, weights="0")
+    neighbours.write_index(folder, other, split, session)
+    assert folder.is_symlink()
+    assert neighbours.open_index(folder.parent / "elsewhere", other) is not None
+    folder.unlink()
+    folder.write_text("a note")
+    told: list[int] = []
+    with pytest.raises(StorageError, match="is no folder"):
+        neighbours.write_index(folder, origin, split, session, told.append)
+    assert (told, folder.read_text()) == ([], "a note")
+
+
 def test_what_a_killed_indexing_left_goes_with_the_next_and_what_another_writes_stays(
     prepared: Path, tmp_path: Path
 ) -> None:

@@ -147,6 +147,9 @@ def half(values: Activations, path: Path) -> Vectors:
 @contextlib.contextmanager
 def _replacing(folder: Path) -> Iterator[Path]:
     """A new folder that takes the place of `folder` when the block ends well, and is gone if it does not."""
+    folder = folder.resolve() if folder.is_symlink() else folder  # an index takes room, which may be elsewhere
+    if folder.exists() and not folder.is_dir():
+        raise StorageError(f"{folder} is no folder: the index has no place", "move it away")
     new = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         for left in folder.parent.glob(f".{folder.name}.*.tmp"):
