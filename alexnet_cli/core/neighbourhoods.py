@@ -49,7 +49,7 @@ def find(
         return ()
     patience.check()
     source, weights = _source(model, sha256, run)
-    folder = neighbours.place(model.path, run, data)
+    folder = neighbours.place(source if isinstance(source, Path) else model.path, run, data)
     origin = neighbours.Origin(weights, data.hash, len(train))
     index = neighbours.open_index(folder, origin)
     session = Session(source, few=index is not None, layer=neighbours.LAYER)

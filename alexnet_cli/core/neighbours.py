@@ -68,15 +68,16 @@ def sha256(path: Path) -> str:
 def place(weights: Path, run: Path | None, dataset: Dataset) -> Path:
     """The folder of a network's index: in its run, or beside its file.
 
-    One of another checkpoint, another ONNX file or another data set than the run's own has a name of its own, so that
-    it does not take the place of the run's: `neighbours-00000280`, `neighbours-alexnet-int8`, `neighbours-NAME`.
+    One of a checkpoint in a run with an ONNX file, of another checkpoint, another ONNX file or another data set than the
+    run's own has a name of its own, so that it does not take the place of the run's: `neighbours-00000280`,
+    `neighbours-alexnet-int8`, `neighbours-NAME`.
     """
     if run is None:
         return weights.with_name(f"{weights.stem}.neighbours")
     words = ["neighbours"]
     if weights.name not in {ONNX, MODEL}:
         words.append(weights.stem)
-    elif weights.name == MODEL and not is_best(weights):
+    elif weights.name == MODEL and (not is_best(weights) or (run / ONNX).is_file()):
         words.append(weights.resolve().parent.name)
     if not own_data(weights, dataset):
         words.append(dataset.path.resolve().name)
