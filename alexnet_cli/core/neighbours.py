@@ -68,8 +68,8 @@ def sha256(path: Path) -> str:
 def place(weights: Path, run: Path | None, dataset: Dataset) -> Path:
     """The folder of a network's index: in its run, or beside its file.
 
-    One of a checkpoint in a run with an ONNX file, of another checkpoint, another ONNX file or another data set than the
-    run's own has a name of its own, so that it does not take the place of the run's: `neighbours-00000280`,
+    One of a checkpoint in a run with an ONNX file, of another checkpoint, another ONNX file or another data set than
+    the run's own has a name of its own, so that it does not take the place of the run's: `neighbours-00000280`,
     `neighbours-alexnet-int8`, `neighbours-NAME`.
     """
     if run is None:
