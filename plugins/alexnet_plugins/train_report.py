@@ -1,4 +1,4 @@
-"""The report that `alexnet train` leaves behind at its end and when it is stopped. `alexnet report` writes all of it."""
+"""The report that `alexnet train` leaves at its end and when it is stopped. See `alexnet report` for all of it."""
 
 from __future__ import annotations
 
