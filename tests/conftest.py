@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tarfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -33,7 +34,12 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: threads that sp
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Hide the GPUs from all tests but those that are marked for one: the others know what a CPU does, to the bit."""
+    """Hide the GPUs from all tests but those that are marked for one: the others know what a CPU does, to the bit.
+
+    A shell that starts the tests with `&` has them, and what they start, ignore Ctrl-C, which some of them are about.
+    """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.getoption("markexpr") != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
