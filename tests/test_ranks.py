@@ -68,7 +68,10 @@ def test_the_numbers_are_those_of_one_process(results: Results, place: str, reci
         np.testing.assert_allclose(here[key], one[key], rtol=0, atol=1e-6, err_msg=key)
 
 
-@pytest.mark.parametrize(("begun", "then"), [("towers", "one"), ("one", "data x towers"), ("data", "towers")])
+ELSEWHERE = [("towers", "one"), ("one", "data x towers"), pytest.param("data", "towers", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize(("begun", "then"), ELSEWHERE)
 def test_a_run_goes_on_elsewhere(results: Results, prepared: Path, tmp_path: Path, begun: str, then: str) -> None:
     result(begun, SMALL, prepared, tmp_path / "begun", 6)
     whole = results("one")
