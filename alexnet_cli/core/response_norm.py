@@ -10,6 +10,7 @@ On a GPU it is a kernel of its own.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -43,50 +44,51 @@ def fast(x: Tensor, size: int, k: float, alpha: float, beta: float, towers: int,
         # What is compiled is not tried first: torch.compile needs all that the kernel needs.
         if torch.compiler.is_compiling() or not response_norm_gpu.why_not(x.device.index):
             return response_norm_gpu.fused(x, size, k, alpha, beta, towers, relu)
-    x = torch.relu_(x) if relu else x
-    out: Tensor = _AcrossMaps.apply(x, size, k, alpha, beta, towers)
+    out: Tensor = _AcrossMaps.apply(x, size, k, alpha, beta, towers, relu)
     return out
 
 
 class _Scratch:
-    """Float32 work space for a block of images: pixels x towers x maps, and the same with zeros at tower edges."""
+    """Float32 work space for a block of images: pixels x towers x maps, and rows in which maps are added up.
 
-    def __init__(self, x: Tensor, images: int, size: int, towers: int) -> None:
+    In a row the towers lie between zeros, and all but the last addition run over it from end to end.
+    """
+
+    def __init__(self, x: Tensor, images: int, size: int, k: float, towers: int) -> None:
         pixels, maps = images * x.shape[2] * x.shape[3], x.shape[1] // towers
-        self.size, self.maps = size, maps
-        self.shape = (pixels, towers, maps)
-        self.padded = x.new_zeros(pixels, towers, maps + size - 1, dtype=torch.float32)
-        self.pairs = x.new_empty(pixels, towers, maps + size - 2, dtype=torch.float32)
+        self.half, self.maps, self.shape = size // 2, maps, (pixels, towers, maps)
+        self.padded = (pixels, towers, maps + size - 1)
+        self.row = x.new_zeros(math.prod(self.padded), dtype=torch.float32)
+        self.pairs, self.total = torch.empty_like(self.row), torch.empty_like(self.row)
         self.sums, self.scale, self.x, self.grad = (x.new_empty(self.shape, dtype=torch.float32) for _ in range(4))
+        self.k = x.new_tensor(k, dtype=torch.float32)
 
     @property
     def inner(self) -> Tensor:
-        """The part of `padded` between its zeros: write here what `window_sums` is to add up."""
-        return self.padded[..., self.size // 2 : self.size // 2 + self.maps]
+        """The part of `row` between its zeros: write here what `window_sums` is to add up."""
+        return self.row.view(self.padded)[..., self.half : self.half + self.maps]
 
-    def window_sums(self, out: Tensor) -> Tensor:
+    def window_sums(self) -> Tensor:
         """Sums over `size` adjacent maps. Pairs are added first: three additions for five maps."""
-        half = self.size // 2
-        if half == 0:
-            return out.copy_(self.padded)
-        torch.add(self.padded[..., :-1], self.padded[..., 1:], out=self.pairs)
-        out.copy_(self.pairs[..., : self.maps]) if half == 1 else torch.add(
-            self.pairs[..., : self.maps], self.pairs[..., 2 : 2 + self.maps], out=out
-        )
-        for i in range(2, half):
-            out.add_(self.pairs[..., 2 * i : 2 * i + self.maps])
-        return out.add_(self.padded[..., self.size - 1 :])
+        if self.half == 0:
+            return self.sums.copy_(self.inner)
+        total, end = self.pairs, len(self.row) - 1
+        torch.add(self.row[:-1], self.row[1:], out=total[:end])
+        for first in range(2, 2 * self.half, 2):
+            torch.add(total[: end - first], self.pairs[first:end], out=self.total[: end - first])
+            total = self.total
+        before, last = total.view(self.padded)[..., : self.maps], self.row.view(self.padded)[..., 2 * self.half :]
+        return torch.add(before, last, out=self.sums)
 
-    def denominators(self, x: Tensor, k: float, alpha: float) -> Tensor:
+    def denominators(self, x: Tensor, alpha: float) -> Tensor:
         """k + alpha * S of a block."""
         torch.mul(x, x, out=self.inner)
-        return self.window_sums(self.sums).mul_(alpha).add_(k)
+        return torch.add(self.k, self.window_sums(), alpha=alpha, out=self.sums)
 
     def powers(self, base: Tensor, beta: float) -> Tensor:
-        """Base ** -beta; for the paper's 0.75 by two square roots, four times as fast as pow."""
+        """Base ** -beta; for the paper's 0.75 by two roots, four times as fast as pow."""
         if beta == 0.75:
-            torch.rsqrt(base, out=self.scale)
-            return self.scale.mul_(self.scale.sqrt())
+            return torch.rsqrt(torch.rsqrt(base, out=self.scale), out=self.scale).div_(base)
         return torch.pow(base, -beta, out=self.scale)
 
     def load(self, block: Tensor, into: Tensor) -> Tensor:
@@ -111,17 +113,20 @@ def _images_at_once(x: Tensor) -> int:
 
 
 class _AcrossMaps(torch.autograd.Function):
+    """Rectifies x in place first if `relu`, and goes back through both at once."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, size: int, k: float, alpha: float, beta: float, towers: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, size: int, k: float, alpha: float, beta: float, towers: int, relu: bool) -> Tensor:
+        x = torch.relu_(x) if relu else x
         images = _images_at_once(x)
-        work = _Scratch(x, images, size, towers)
+        work = _Scratch(x, images, size, k, towers)
         out = torch.empty_like(x, memory_format=torch.channels_last)
         for block, y in zip(_blocks(x, images), out.permute(0, 2, 3, 1).split(images), strict=True):
             values = work.load(block, work.x)
-            scale = work.powers(work.denominators(values, k, alpha), beta)
+            scale = work.powers(work.denominators(values, alpha), beta)
             torch.mul(values, scale, out=y.view(work.shape))
         ctx.save_for_backward(x)
-        ctx.settings = (size, k, alpha, beta, towers)
+        ctx.settings, ctx.relu = (size, k, alpha, beta, towers), relu
         return out
 
     @staticmethod
@@ -129,15 +134,16 @@ class _AcrossMaps(torch.autograd.Function):
         """dL/dx = g * D^-beta - 2 alpha beta x * window_sums(g * x * D^(-beta - 1))."""
         (x,), (size, k, alpha, beta, towers) = ctx.saved_tensors, ctx.settings
         images = _images_at_once(x)
-        work = _Scratch(x, images, size, towers)
+        work = _Scratch(x, images, size, k, towers)
         out = torch.empty_like(x, memory_format=torch.channels_last)
         parts = (_blocks(x, images), _blocks(grads[0], images), out.permute(0, 2, 3, 1).split(images))
         for block, grad_block, dx in zip(*parts, strict=True):
             values, grad = work.load(block, work.x), work.load(grad_block, work.grad)
-            base = work.denominators(values, k, alpha)
+            base = work.denominators(values, alpha)
             direct = work.powers(base, beta).mul_(grad)
             torch.div(direct, base, out=base)
             torch.mul(base, values, out=work.inner)
-            indirect = work.window_sums(work.sums).mul_(values)
-            torch.add(direct, indirect, alpha=-2 * alpha * beta, out=dx.view(work.shape))
-        return out, None, None, None, None, None
+            if ctx.relu:
+                direct = torch.ops.aten.threshold_backward.grad_input(direct, values, 0, grad_input=direct)
+            torch.addcmul(direct, values, work.window_sums(), value=-2 * alpha * beta, out=dx.view(work.shape))
+        return out, None, None, None, None, None, None
