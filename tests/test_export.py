@@ -36,7 +36,7 @@ from alexnet_cli.core.session import Session
 from alexnet_cli.core.shards import open_dataset
 from alexnet_cli.core.sources import recognise
 from alexnet_cli.core.torch_session import TorchSession
-from alexnet_cli.errors import DataError, StorageError, UsageError, VerificationError
+from alexnet_cli.errors import DataError, StorageError, UsageError, VerificationError, WeightsError
 from alexnet_cli.recipe import PAPER
 
 SMALL = replace(PAPER, width=1 / 16)
@@ -101,6 +101,14 @@ def test_not_a_number_never_passes() -> None:
     assert verify(lambda _: good, lambda _: good, crops).passed
     assert not verify(lambda _: good, lambda _: bad, crops).passed
     assert not verify(lambda _: bad, lambda _: bad, crops).passed
+
+
+def test_a_network_that_computes_no_number_is_the_networks_fault(tmp_path: Path) -> None:
+    model = random_model(SMALL)
+    model.tensors["fc8.bias"][0] = np.nan
+    with pytest.raises(WeightsError, match="is no number"):
+        export(model, tmp_path / "a.onnx", drawn_crops(224, 4))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_that_disagrees_is_removed_and_the_old_one_stays(

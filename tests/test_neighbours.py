@@ -104,11 +104,13 @@ def test_an_index_may_lie_elsewhere_and_takes_no_files_place(made: tuple[Path, O
     split, session = open_dataset(prepared).split("train"), Session(folder.parent / "m.safetensors", layer="fc7")
     folder.rename(folder.parent / "elsewhere")
     folder.symlink_to("elsewhere")
+    (folder / "note.txt").write_text("somebody's")
     assert neighbours.open_index(folder, origin) is not None
     other = replace(origin, weights="0")
     neighbours.write_index(folder, other, split, session)
     assert folder.is_symlink()
     assert neighbours.open_index(folder.parent / "elsewhere", other) is not None
+    assert (folder / "note.txt").read_text() == "somebody's"
     folder.unlink()
     folder.write_text("a note")
     told: list[int] = []

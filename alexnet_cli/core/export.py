@@ -18,7 +18,7 @@ from alexnet_cli.core.probes import centres, evenly
 from alexnet_cli.core.session import Session
 from alexnet_cli.core.shards import Dataset
 from alexnet_cli.core.weights import Model
-from alexnet_cli.errors import DataError, StorageError, VerificationError
+from alexnet_cli.errors import DataError, StorageError, VerificationError, WeightsError
 
 LARGEST_DIFFERENCE = 1e-4  # of a probability
 LARGE = 50.0  # a logit; trained networks stay below
@@ -103,6 +103,7 @@ def export(model: Model, path: Path, crops: Crops, precision: Precision = "fp32"
 
     Raises:
         VerificationError: it does not agree; `path` is as it was before.
+        WeightsError: what the network computes is no number.
         StorageError: the disk is full or the folder cannot be written.
         UsageError: the network is too large for one ONNX file.
     """
@@ -146,10 +147,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def _verified(model: Model, path: Path, crops: Crops, precision: Precision) -> Verification:
-    from alexnet_cli.core.torch_session import TorchSession
-
     session = Session(path, provider="cpu")
-    result = verify(TorchSession(model, "cpu").logits, session.logits, crops, precision)
+    result = verify(by_pytorch(model), session.logits, crops, precision)
     if not result.passed:
         raise VerificationError(
             "the ONNX file disagrees with PyTorch and was removed: probabilities differ by "
@@ -158,6 +157,21 @@ def _verified(model: Model, path: Path, crops: Crops, precision: Precision) -> V
             HINTS[precision],
         )
     return result
+
+
+def by_pytorch(model: Model) -> Logits:
+    """The reference for `verify`; it raises WeightsError where it is no number: no file can agree with that."""
+    from alexnet_cli.core.torch_session import TorchSession
+
+    session = TorchSession(model, "cpu")
+
+    def logits(crops: Crops) -> npt.NDArray[np.float32]:
+        found = session.logits(crops)
+        if not np.isfinite(found).all():
+            raise WeightsError(f"{model.path}: what the network computes is no number", "its weights are damaged")
+        return found
+
+    return logits
 
 
 def _softmax(logits: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from alexnet_cli.core import accuracy, calibration, onnx_graph, onnx_int8, onnx_metadata
 from alexnet_cli.core.accuracy import Comparison
-from alexnet_cli.core.export import Verification, described, replacing, verify
+from alexnet_cli.core.export import Verification, by_pytorch, described, replacing, verify
 from alexnet_cli.core.probes import centres, evenly
 from alexnet_cli.core.session import Session
 from alexnet_cli.core.shards import Split
@@ -44,17 +44,16 @@ def export_int8(model: Model, path: Path, training: Crops, check: tuple[Crops, L
 
     Raises:
         VerificationError: more than `LARGEST_LOSS` is lost, in `PLURAL` pictures at least; `path` is as it was before.
+        WeightsError: what the network computes is no number.
         StorageError: the disk is full or the folder cannot be written.
         UsageError: the network is too large for one ONNX file.
     """
-    from alexnet_cli.core.torch_session import TorchSession
-
     proto, calibrated = _quantised(model, training)
     crops, labelled = check
     with replacing(path) as temporary:
         onnx_graph.save(proto, temporary)
         session = Session(temporary, provider="cpu")
-        against_torch = verify(TorchSession(model, "cpu").logits, session.logits, crops)
+        against_torch = verify(by_pytorch(model), session.logits, crops)
         loss = accuracy.compare(Session(model, provider="cpu").logits, session.logits, labelled)
         if loss.lost > LARGEST_LOSS and loss.fewer >= PLURAL and not force:
             low, high = loss.interval

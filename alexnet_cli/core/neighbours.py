@@ -40,6 +40,7 @@ from alexnet_cli.errors import StorageError, WeightsError
 SCHEMA = "alexnet.neighbours/2"
 LAYER: Layer = "fc7"
 VECTORS, SQUARES, AXES, OUTLINES, RECORD = f"{LAYER}.npy", "squares.npy", "axes.npy", "outlines.npy", "index.json"
+FILES = {VECTORS, SQUARES, AXES, OUTLINES, RECORD}
 HINT = "no trained network's do: look at its training"
 
 Activations = npt.NDArray[np.float32]
@@ -159,6 +160,9 @@ def _replacing(folder: Path) -> Iterator[Path]:
         new.mkdir(parents=True)
         with _held(new):
             yield new
+            for other in folder.iterdir() if folder.is_dir() else ():
+                if other.name not in FILES:  # somebody else's, and not ours to throw away
+                    other.replace(new / other.name)
             shutil.rmtree(folder, ignore_errors=True)
             new.replace(folder)
     except OSError as error:
