@@ -144,7 +144,7 @@ def test_what_w_cannot_be() -> None:
 def test_going_on_refuses_what_would_change_the_result() -> None:
     run = Run.create("r", TINY, {})
     with pytest.raises(
-        UsageError, match="one-cycle rate of r is planned for 16 epochs, not 99"
+        UsageError, match="one-cycle rate of r is planned for 15 epochs, not 99"
     ):  # every rate of the cycle would be another
         resume.agreed(run, replace(TINY, epochs=99), set())
     assert resume.agreed(run, replace(TINY, epochs=99), {"epochs"}).epochs == 99

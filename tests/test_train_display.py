@@ -74,10 +74,10 @@ def test_the_line_has_epoch_loss_errors_and_the_wait_for_data(
     training.data = replace(training.data, classes=tuple(ClassName(str(i)) for i in range(classes)))
     bar = Bar()
     assert show_records(Reporter("train"), training, bar, 1000, iter(RECORDS)) == "Ctrl-C"
-    assert bar.notes == [f"epoch 2/16  loss 1.25  error {errors}  data 2%"] * 2
+    assert bar.notes == [f"epoch 2/15  loss 1.25  error {errors}  data 2%"] * 2
     assert bar.done == (23 - 10) * 16  # a warning between two steps costs no image
     err = capsys.readouterr().err
-    assert "resumed at epoch 2/16, step 10\n" in err
+    assert "resumed at epoch 2/15, step 10\n" in err
     assert "warn    smaller pieces\nhint    as you like\n" in err
 
 
@@ -98,7 +98,7 @@ def test_without_a_terminal_there_is_a_line_every_half_minute(
     with reporter.progress("train", total=1600) as bar:
         show_records(reporter, training, bar, 1600, records())
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train")]
-    assert lines[0] == "train   320/1,600 img  epoch 2/16  loss 1.25  error 50.0%  data 2%  10 img/s  eta 2m8s"
+    assert lines[0] == "train   320/1,600 img  epoch 2/15  loss 1.25  error 50.0%  data 2%  10 img/s  eta 2m8s"
     assert [line.split()[1] for line in lines] == ["320/1,600", "640/1,600", "960/1,600"]  # the end is not told twice
 
 
@@ -108,7 +108,7 @@ def test_without_a_terminal_there_is_a_line_every_half_minute(
         (
             PAPER,
             34_000,
-            "9h26m on this CPU; --recipe tiny, of a quarter of the width and 16 epochs, is far quicker",
+            "9h26m on this CPU; --recipe tiny, of a quarter of the width and 15 epochs, is far quicker",
         ),
         (PAPER, 3_000, "50m0s on this CPU"),
         (TINY, 34_000, "9h26m on this CPU"),
@@ -134,6 +134,6 @@ def test_what_was_changed_is_in_the_heading(training: Training, capsys: pytest.C
 def test_a_finished_run_counts_nothing(training: Training, capsys: pytest.CaptureFixture[str]) -> None:
     reporter = Reporter("train")
     with reporter.progress("train", total=0) as bar:
-        show_records(reporter, training, bar, 0, iter([Record("start", 17, training.steps)]))
-    told = "this run is finished, all 16 epochs of it; to go on: alexnet train --resume r --set epochs=32"
+        show_records(reporter, training, bar, 0, iter([Record("start", 16, training.steps)]))
+    told = "this run is finished, all 15 epochs of it; to go on: alexnet train --resume r --set epochs=30"
     assert capsys.readouterr().err == f"note    {told}\n"
