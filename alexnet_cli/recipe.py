@@ -68,7 +68,7 @@ class Recipe:
     mean: Literal["image", "image-at-crop", "rgb"] = knob(
         "image", "2", "what is subtracted: the mean image's centre, its part under the crop, or the mean colour"
     )
-    input_divisor: float = knob(1.0, "2", "divide the mean-subtracted input by this", 1e-3)
+    input_divisor: float = knob(1.0, "2", "divide the mean-subtracted input by this", 1e-3, 1e6)
 
     # 5 Details of learning
     batch_size: int = knob(128, "5", "images per step, over all devices", 1)
