@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from alexnet_cli import __version__, usage
-from alexnet_cli.console import visible
+from alexnet_cli.console import STDERR, visible
 from alexnet_cli.entry_points import HINT, Offer, callable_offers
 from alexnet_cli.errors import AlexNetError, LostError, MissingError, Terminated, memory_ended
 
@@ -219,7 +219,7 @@ def _guarded(run: Callable[[], Any], debug: bool, typed: Sequence[str] = ()) -> 
             traceback.print_exc()
         what, hint, code = _told(error, typed)
         if not _left_for_the_launcher(error, what, hint, code):
-            sys.stderr.write(f"error: {visible(what)}\n" + (f"hint: {visible(hint)}\n" if hint else ""))
+            STDERR.write(f"error: {visible(what)}\n" + (f"hint: {visible(hint)}\n" if hint else ""))
         return code
 
 

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any, Protocol, cast
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -89,7 +89,8 @@ class Reporter:
                     self._bar = None
         else:
             lines = _Lines(self._stderr, description, total, unit)
-            yield lines
+            with lines.alive():
+                yield lines
             if lines.pace.done > max(lines.told, lines.pace.skipped):
                 lines.say()
 
@@ -116,9 +117,42 @@ class Reporter:
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
-            with contextlib.suppress(BrokenPipeError):  # nobody reads on: no reason to stop working
-                sys.stderr.write(text + "\n")
-                sys.stderr.flush()
+            STDERR.write(text + "\n")
+
+
+class _Stderr:
+    """stderr, where nobody need listen: a pipe without a reader, a terminal that was closed and a log on a full disk
+    are no reasons to stop working.
+    """
+
+    @property
+    def stream(self) -> Any:
+        """The stream itself: while a bar moves, Rich puts one of its own in place of it."""
+        return getattr(sys.stderr, "rich_proxied_file", sys.stderr)
+
+    @property
+    def encoding(self) -> str:
+        """What the stream can show."""
+        return str(self.stream.encoding)
+
+    def isatty(self) -> bool:
+        """Whether it is a terminal."""
+        return bool(self.stream.isatty())
+
+    def write(self, text: str) -> None:
+        """Write; where that fails, what comes later is thrown away, or the end of the program would fail over it."""
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def flush(self) -> None:
+        """Nothing waits."""
+
+
+STDERR = _Stderr()
 
 
 def moving(stream: Any) -> bool:
@@ -156,7 +190,7 @@ def _bar() -> Any:
     from rich.progress import BarColumn, Progress, TextColumn
 
     columns = (TextColumn("{task.description:<7}"), BarColumn(bar_width=8), TextColumn("{task.fields[note]}"))
-    return Progress(*columns, console=Console(stderr=True, highlight=False), transient=True)
+    return Progress(*columns, console=Console(file=cast("IO[str]", STDERR), highlight=False), transient=True)
 
 
 class _Pace:
@@ -197,12 +231,31 @@ class _Lines:
     def __init__(self, write: Any, description: str, total: int | None, unit: str) -> None:
         self.write, self.description, self.pace, self.note = write, description, _Pace(total, unit), ""
         self.said, self.told = self.pace.started, 0  # when, and how many
+        self.saying = threading.Lock()
+
+    @contextmanager
+    def alive(self) -> Iterator[None]:
+        """While inside: a line every half minute, even where nothing is counted for longer than that."""
+        done = threading.Event()
+
+        def remind() -> None:
+            while not done.wait(max(0.1, self.said + SECONDS_BETWEEN_LINES - time.monotonic())):
+                self.advance(0)
+
+        thread = threading.Thread(target=remind, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
 
     def advance(self, n: int, note: str = "") -> None:
         """Count, and say so if the last line is half a minute old."""
-        self.pace.done, self.note = self.pace.done + n, note or self.note
-        if time.monotonic() - self.said >= SECONDS_BETWEEN_LINES:
-            self.say()
+        with self.saying:
+            self.pace.done, self.note = self.pace.done + n, note or self.note
+            if time.monotonic() - self.said >= SECONDS_BETWEEN_LINES:
+                self.say()
 
     def skip(self, n: int) -> None:
         """Count without a word."""

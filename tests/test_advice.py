@@ -7,7 +7,9 @@ import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -59,6 +61,14 @@ def test_classes_without_pictures_and_pictures_in_both_splits(odd: Path) -> None
     assert len(listed) == 2
 
 
+def test_classes_that_nothing_is_validated_on(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = open_dataset(prepared)
+    found = [np.array(labels) for labels in ([0, 1, 2, 3], [1, 3])]
+    monkeypatch.setattr(Dataset, "split", lambda _, name: SimpleNamespace(labels=found[name == "val"]))
+    (told,) = advice._empty_classes(data)
+    assert told.text == "2 of 4 classes have no validation picture: blue, red"
+
+
 @pytest.mark.parametrize(
     ("recipe", "lr", "batch", "far"),
     [
@@ -77,10 +87,19 @@ def test_classes_without_pictures_and_pictures_in_both_splits(odd: Path) -> None
         (replace(PAPER, name="mine"), 5.0, 128, False),  # nobody knows what it should be
     ],
 )
-def test_a_rate_far_from_the_batchs(prepared: Path, recipe: Recipe, lr: float, batch: int, far: bool) -> None:
-    told = said(replace(recipe, learning_rate=lr, batch_size=batch), open_dataset(prepared))
+def test_a_rate_far_from_the_batchs(recipe: Recipe, lr: float, batch: int, far: bool) -> None:
+    told = list(advice.odd_rate(replace(recipe, learning_rate=lr, batch_size=batch), batch, False))
     assert len(told) == far
-    assert all(f"rate {lr:g} is far from what batch {batch} asks for" in text for text in told)
+    assert all(f"rate {lr:g} is far from what batch {batch} asks for" in str(record.text) for record in told)
+
+
+def test_a_batch_is_no_larger_than_the_training_set(prepared: Path) -> None:
+    """48 pictures make batches of 48, and a rate for 4,096 is not to be advised."""
+    data = open_dataset(prepared)
+    assert said(replace(PAPER, batch_size=4096), data) == []
+    (told,) = advice.before(replace(PAPER, batch_size=4096, learning_rate=0.32), data)
+    assert "what batch 48 asks for" in str(told.text)
+    assert str(told.hint).endswith("--lr 0.0037")
 
 
 def test_fine_tuning_may_be_slow_and_frozen_layers_should_be_of_somebody(prepared: Path) -> None:

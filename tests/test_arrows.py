@@ -69,7 +69,7 @@ CORE = {
     "records": "listing",
     "runs": "atomic devices listing records",
     "checkpoint": "atomic learning listing network runs weights",
-    "resume": "runs",
+    "resume": "records runs",
     "origin": "runs shards",
     "evaluate": "augment loader network placement sources",
     "published": "ilsvrc sources",
@@ -81,7 +81,7 @@ CORE = {
     "compilation": "layers network",
     "gradient": "augment loader network placement",
     "fine_tuning": "network runs sources weights",
-    "diagnosis": "augment gradient loader network weights",
+    "diagnosis": "augment gradient learning loader network weights",
     "training": "augment cache checkpoint compilation diagnosis evaluate fine_tuning gradient learning "
     "loader network placement records replicas runs shards weights",
     "tensorboard": "records runs",

@@ -62,7 +62,8 @@ def killed_at(count: int) -> Iterator[list[str]]:
 
     def counting(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **more: Any) -> Any:
-            told.append(name)
+            if len(told) != count or not count:  # the dead do nothing more
+                told.append(name)
             if len(told) == count:
                 raise Killed
             return original(*arguments, **more)

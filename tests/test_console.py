@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import time
+from pathlib import Path
 
 import pytest
 
@@ -51,6 +54,42 @@ def test_without_a_terminal_progress_is_lines(
     assert len(lines) == 4  # every 30 s, and the end
     assert lines[0] == "train   300/1,000 img  loss 1.5  10 img/s  eta 1m10s"
     assert lines[-1] == "train   1,000/1,000 img  loss 1.5  10 img/s"
+
+
+def test_what_takes_long_still_has_its_lines(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A validation, or steps that take more than half a minute."""
+    monkeypatch.setattr("alexnet_cli.console.SECONDS_BETWEEN_LINES", 0.15)
+    with Reporter("test").progress("train", total=1000) as bar:
+        bar.advance(100, "loss 1.5")
+        time.sleep(0.5)
+    lines = capsys.readouterr().err.splitlines()
+    assert 1 <= len(lines) <= 4
+    assert all(line.startswith("train   100/1,000 img  loss 1.5") for line in lines)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_nobody_need_listen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, terminal: bool) -> None:
+    """A terminal that was closed, a log on a full disk: what is written there fails, and the work goes on."""
+
+    class Closed(io.TextIOWrapper):
+        def write(self, text: str) -> int:
+            raise OSError(errno.EIO, "Input/output error")
+
+        def isatty(self) -> bool:
+            return terminal
+
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    with (tmp_path / "log").open("wb") as file, Closed(file) as closed:
+        monkeypatch.setattr("sys.stderr", closed)
+        reporter = Reporter("test")
+        with reporter.progress("train", total=10) as bar:
+            for _ in range(10):
+                reporter.line("val", "better")
+                bar.advance(1)
+        reporter.warn("careful", "do this")
 
 
 def test_long_names_and_slow_work_read_well(

@@ -139,5 +139,6 @@ def test_a_folder_deleted_meanwhile_is_exit_code_7(prepared: Path, tmp_path: Pat
     assert child.returncode == 7, errors
     assert "error: runs/killed cannot be written: No such file" in errors or "checkpoint of step" in errors
     assert (
-        errors.splitlines()[-1] == "hint: the folder of the run is gone, and its checkpoints with it: start a new run"
+        errors.splitlines()[-1]
+        == "hint: the folder of the run is gone, or has another name now: start a new run, or --resume that name"
     )

@@ -100,6 +100,8 @@ def test_settings_as_typed(setting: str, key: str, value: object) -> None:
     ("setting", "what", "hint"),
     [
         ("droput=0", "no key is called droput", "did you mean dropout"),
+        ("lr=0.1", "no key is called lr", "did you mean learning_rate"),
+        ("input_divisor=1e300", "out of range", "at most 1e+06"),
         ("dropout", "is not key=value", "--set dropout=0"),
         ("dropout=2", "dropout = 2", "at most 0.99"),
         ("dropout=nan", "dropout = nan", "at least 0"),

@@ -40,8 +40,8 @@ def test_a_new_run_has_its_recipe_and_is_the_latest() -> None:
     assert Run.open(run.path.name).path.name == Run.open(str(run.path)).path.name == run.path.name
 
 
-@pytest.mark.parametrize("name", ["", "..", "a/b", "latest"])
-def test_names_that_would_lead_elsewhere(name: str) -> None:
+@pytest.mark.parametrize("name", ["", "..", "a/b", "latest", "two\nlines", "\udcff", "x" * 201])
+def test_names_that_would_lead_elsewhere_or_cannot_be_read(name: str) -> None:
     with pytest.raises(UsageError, match="not a plain name"):
         Run.create(name, PAPER, {})
 
@@ -52,6 +52,14 @@ def test_a_name_that_is_taken_is_not_overwritten() -> None:
         Run.create("mine", TINY, {})
     assert "--resume mine" in caught.value.hint
     assert Run.open("mine").recipe == PAPER
+
+
+def test_hints_name_a_run_as_a_shell_takes_it() -> None:
+    run = Run.create("my $(run)", PAPER, {})
+    with pytest.raises(UsageError) as caught:
+        Run.create("my $(run)", TINY, {})
+    assert caught.value.hint == "continue it with --resume 'my $(run)', or choose a name"
+    assert run.way_on().endswith("alexnet train --resume 'my $(run)'")
 
 
 def test_what_a_run_left_that_was_killed_while_it_was_made_is_taken_up() -> None:
@@ -179,6 +187,11 @@ def test_odd_lines_and_files_of_a_run_are_messages() -> None:
     with (run.path / "metrics.jsonl").open("ab") as file:
         file.write(b'[1]\n"text"\n\xff\xfe\n{"event":"step","step":3}\n')
     assert run.records() == [{"event": "step", "step": 3}]
+    with (run.path / "metrics.jsonl").open("a") as file:
+        file.write('{"event":"step","step":null}\n{"event":"validation","step":"x"}\n{"step":9}\n')
+    assert resume.agreed(run, PAPER, set()) == PAPER
+    run.begin(PAPER, 4, 2)
+    assert [r.get("step") for r in run.records()] == [3, None, "x"]
     (run.path / "run.json").write_text("[]")
     assert run.about == {}
     (run.path / "run.json").write_text("[1]")

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from alexnet_cli.core import checkpoint, qualitative, weights
+from alexnet_cli.core import checkpoint, diagnosis, qualitative, weights
+from alexnet_cli.core.learning import Momentum, Schedule
 from alexnet_cli.core.placement import Placement
 from alexnet_cli.core.records import Record
 from alexnet_cli.core.runs import Run, find_weights
@@ -23,7 +24,7 @@ from alexnet_cli.core.shards import open_dataset
 from alexnet_cli.core.train import fit
 from alexnet_cli.core.training import Training
 from alexnet_cli.errors import StorageError, VerificationError, WeightsError
-from alexnet_cli.recipe import PAPER, TINY, Recipe
+from alexnet_cli.recipe import FAST, KRIZHEVSKY, PAPER, TINY, Recipe
 
 CPU = Placement(torch.device("cpu"), "CPU", "fp32")
 SMALL = replace(TINY, width=1 / 16, batch_size=16, epochs=2, precision="fp32")
@@ -147,7 +148,27 @@ def test_a_loss_that_is_no_number_stops_with_the_step(start: Callable[..., Train
     training = start(replace(SMALL, learning_rate=1e12, epochs=5))
     with pytest.raises(VerificationError, match=r"loss became (nan|inf) at step \d+") as caught:
         list(fit(training))
-    assert "--set learning_rate=1e+11" in caught.value.hint
+    assert caught.value.hint == "the rate was 4e+10; start anew with --set learning_rate=0.03"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "step", "told"),
+    [
+        (replace(TINY, epochs=10), 3, "the rate was 0.0015; start anew with --set learning_rate=0.000151"),  # rising
+        (replace(TINY, epochs=10), 30, "the rate was 0.028; start anew with --set learning_rate=0.003"),
+        (replace(TINY, learning_rate=0.3), 20, "the rate was 0.26; start anew with --set learning_rate=0.0258"),
+        (replace(TINY, learning_rate=9.0), 90, "the rate was 4.9; start anew with --set learning_rate=0.03"),
+        (replace(FAST, learning_rate=9.0, name="my"), 90, "the rate was 8.4; start anew with --set learning_rate=0.9"),
+        (KRIZHEVSKY, 260, "the rate was 0.001, that of biases 0.02; start anew with --set learning_rate=0.001"),
+        (PAPER, 1, "no rate is to blame before the first update"),
+        (replace(PAPER, learning_rate=0.0), 9, "no rate is to blame before the first update"),
+    ],
+)
+def test_the_remedy_names_the_rate_in_force(recipe: Recipe, step: int, told: str) -> None:
+    schedule, optimiser = Schedule(recipe, 10), Momentum([("fc8.bias", torch.zeros(1))], recipe)
+    assert diagnosis.remedy(optimiser, schedule, step, -(-step // 10), "").startswith(told)
+    going_on = diagnosis.remedy(optimiser, schedule, step, -(-step // 10), ", or go on: r")
+    assert (", or go on: r --set learning_rate=" in going_on) == ("start anew" in told)
 
 
 @pytest.mark.parametrize("layer", ["conv3", "fc7", "fc8"])

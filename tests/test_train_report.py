@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import alexnet
 from report_cases import Page
 from typer import Typer
 from typer.testing import CliRunner
@@ -126,6 +127,16 @@ def test_one_ctrl_c_at_the_end_loses_nothing_and_is_not_silent(
     assert "warn    Ctrl-C: the training is done and saved" in result.stderr
     assert Run.open("done").about["status"] == "finished"
     assert "alexnet report adds it" in Page(tmp_path / "runs" / "done" / "report.html").all_text
+
+
+def test_what_ends_in_numbers_that_are_none_leaves_one_too(prepared: Path, tmp_path: Path) -> None:
+    words = ["--recipe", "tiny", "--set", "width=0.0625", "-b", "16", "--set", "learning_rate=1e12", "--name", "a b"]
+    result = alexnet("train", *words, "--data", str(prepared), "--gpus", "none", folder=tmp_path)
+    assert result.returncode == 6
+    assert [line[:30] for line in result.stderr.splitlines()[-3:]] == [
+        "report  runs/a b/report.html", "error: the loss became nan at ", "hint: the rate was 4e+10; star",
+    ]  # fmt: skip
+    assert "This run failed." in Page(tmp_path / "runs" / "a b" / "report.html").all_text
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def before(recipe: Recipe, data: Dataset, different: Mapping[str, tuple[Any, Any
             f"{leaks:,} {'picture is' if leaks == 1 else 'pictures are'} in train and in val",
             f"the validation error will look too good; {data.path / DUPLICATES} lists them all",
         )
-    yield from _odd_rate(recipe, different is not None)
+    yield from odd_rate(recipe, min(recipe.batch_size, len(data.split("train"))), different is not None)
     if recipe.frozen != "none" and different is None:
         yield _warning("layers 1 to 5 are frozen at random values", "--init-from W starts from those of a network")
     if different:
@@ -42,27 +42,33 @@ def before(recipe: Recipe, data: Dataset, different: Mapping[str, tuple[Any, Any
 
 
 def _empty_classes(data: Dataset) -> Iterator[Record]:
-    counts = np.bincount(data.split("train").labels, minlength=len(data.classes))
-    empty = [name.name for name, count in zip(data.classes, counts, strict=True) if not count]
-    if empty:
-        names = ", ".join(empty[:SHOWN]) + (" …" if len(empty) > SHOWN else "")
-        have = "has" if len(empty) == 1 else "have"
-        yield _warning(
-            f"{len(empty):,} of {len(data.classes):,} classes {have} no training picture: {names}",
-            "what is never seen is never learned: such pictures in val count as mistakes",
-        )
+    means = {
+        "train": ("training", "what is never seen is never learned: such pictures in val count as mistakes"),
+        "val": ("validation", "the validation error does not tell how well they are learned"),
+    }
+    for split, (kind, meaning) in means.items():
+        counts = np.bincount(data.split(split).labels, minlength=len(data.classes))
+        empty = [name.name for name, count in zip(data.classes, counts, strict=True) if not count]
+        if empty:
+            names = ", ".join(empty[:SHOWN]) + (" …" if len(empty) > SHOWN else "")
+            have = "has" if len(empty) == 1 else "have"
+            what = f"{len(empty):,} of {len(data.classes):,} classes {have} no {kind} picture: {names}"
+            yield _warning(what, meaning)
 
 
-def _odd_rate(recipe: Recipe, fine_tuning: bool) -> Iterator[Record]:
-    """A batch k times as large takes sqrt(k) to k times the rate (Krizhevsky 2014); fine-tuning takes less."""
+def odd_rate(recipe: Recipe, batch: int, fine_tuning: bool) -> Iterator[Record]:
+    """A batch k times as large takes sqrt(k) to k times the rate (Krizhevsky 2014); fine-tuning takes less.
+
+    `batch`: that of the recipe, or all pictures where there are fewer.
+    """
     named = RECIPES.get(recipe.name)
     if named is None or (recipe.learning_rate, recipe.batch_size) == (named.learning_rate, named.batch_size):
         return
-    k = recipe.batch_size / named.batch_size
+    k = batch / named.batch_size
     low, high = sorted((named.learning_rate * math.sqrt(k), named.learning_rate * k))
     if recipe.learning_rate > FAR * high or (recipe.learning_rate < low / FAR and not fine_tuning):
         yield _warning(
-            f"rate {recipe.learning_rate:g} is far from what batch {recipe.batch_size} asks for: recipe {named.name} "
+            f"rate {recipe.learning_rate:g} is far from what batch {batch} asks for: recipe {named.name} "
             f"has {named.learning_rate:g} at {named.batch_size}, which makes {low:.2g} to {high:.2g}",
             f"a batch k times as large takes sqrt(k) to k times the rate: --lr {named.learning_rate * k:.2g}",
         )

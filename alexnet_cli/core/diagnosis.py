@@ -1,4 +1,6 @@
-"""Where numbers first stopped being numbers (Inf, NaN): in a layer's output on the way up, or in its weights."""
+"""Where numbers first stopped being numbers (Inf, NaN): in a layer's output on the way up, or in its weights; and what
+to do about it.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +11,11 @@ from torch import Tensor, nn
 
 from alexnet_cli.core.augment import Draws
 from alexnet_cli.core.gradient import Gradient
+from alexnet_cli.core.learning import Momentum, Schedule
 from alexnet_cli.core.loader import Batch
 from alexnet_cli.core.network import Network
 from alexnet_cli.core.weights import LAYERS
+from alexnet_cli.recipe import RECIPES
 
 
 def weights(network: Network) -> str:
@@ -57,3 +61,21 @@ def outputs(gradient: Gradient, batch: Batch, draws: Draws, step: int, epoch: in
         for handle in handles:
             handle.remove()
     return f"the outputs of {found[0] if found else LAYERS[-1]}"
+
+
+def remedy(optimiser: Momentum, schedule: Schedule, step: int, epoch: int, way_on: str) -> str:
+    """What to do when the loss of `step`, from 1, is no number: a tenth of the highest rate until then, or the named
+    recipe's own if that is lower still. `way_on`: how to go on, if there is a checkpoint, but for the rate.
+    """
+    update = step - 2  # the last one before that loss, from 0
+    rate = schedule.rate(max(0, update))
+    if update < 0 or rate == 0:
+        return "no rate is to blame before the first update: look at the recipe's initial values, norms and input"
+    bias, _ = optimiser.rate_and_decay("fc8.bias", rate, epoch)
+    named = RECIPES.get(schedule.recipe.name)
+    lower = schedule.highest(update) / 10
+    if named and named.learning_rate < 10 * lower:
+        lower = min(lower, named.learning_rate)
+    setting = f"--set learning_rate={lower:.3g}"
+    told = f"the rate was {rate:.2g}" + (f", that of biases {bias:.2g}" if bias != rate else "")
+    return f"{told}; start anew with {setting}" + (f"{way_on} {setting}" if way_on else "")

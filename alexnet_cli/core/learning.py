@@ -112,6 +112,11 @@ class Schedule:
             return float(recipe.learning_rate / 10 ** sum(epochs_done >= drop for drop in recipe.drop_epochs))
         return recipe.learning_rate * _one_cycle(step / (self.steps_per_epoch * recipe.epochs))
 
+    def highest(self, step: int) -> float:
+        """The highest rate of the steps up to `step`, which counts from 0."""
+        recipe, rising = self.recipe, WARM_UP_SHARE * self.steps_per_epoch * self.recipe.epochs
+        return self.rate(step) if recipe.schedule == "one-cycle" and step < rising else recipe.learning_rate
+
     def observe(self, error: float) -> bool:
         """Take note of an epoch's validation error. Returns whether it is the lowest so far."""
         if error < self.best_error:

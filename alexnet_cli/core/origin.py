@@ -58,4 +58,4 @@ def unfinished(path: Path) -> str:
         return ""
     begun = (record.get("epoch") for record in records if record.get("event") != "start")
     done = max((epoch for epoch in begun if type(epoch) is int), default=0)
-    return f"the run has not finished: epoch {done} of {epochs} so far; alexnet train --resume {run.name} goes on"
+    return f"the run has not finished: epoch {done} of {epochs} so far; alexnet train --resume {run.quoted} goes on"

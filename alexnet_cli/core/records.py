@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +15,10 @@ from alexnet_cli.core.listing import read_file
 from alexnet_cli.errors import DataError
 
 Event = Literal["start", "step", "validation", "checkpoint", "warning", "end"]
+COLUMNS = (
+    "epoch", "step", "lr", "train_loss", "train_top1_error", "loss", "top1_error", "top5_error", "images_per_second",
+    "specialisation", "chroma_tower1", "chroma_tower2",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -83,3 +90,29 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         with suppress(ValueError, TypeError, RecursionError):
             found.append(dict(json.loads(line)))
     return found
+
+
+def until(records: Iterable[Mapping[str, Any]], step: int, epoch: int) -> list[Mapping[str, Any]]:
+    """Those that stay when a training goes on after `step`, in `epoch`, whose validation may have been cut short."""
+    kept = [r for r in records if count(r, "step") <= step and r.get("event") != "end"]
+    return [r for r in kept if r.get("event") != "validation" or count(r, "epoch") < epoch]
+
+
+def epochs_done(records: Iterable[Mapping[str, Any]]) -> int:
+    """How many epochs have been validated."""
+    return max((count(r, "epoch") for r in records if r.get("event") == "validation"), default=0)
+
+
+def count(record: Mapping[str, Any], key: str) -> int:
+    """A whole number out of a record, or 0 where it has none: a file can hold anything."""
+    value = record.get(key)
+    return value if type(value) is int else 0
+
+
+def table(records: Iterable[Mapping[str, Any]]) -> str:
+    """What metrics.csv holds: a row per epoch."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(r for r in records if r.get("event") == "validation")
+    return text.getvalue()

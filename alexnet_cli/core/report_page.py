@@ -161,7 +161,7 @@ def _of(data: Any) -> str:
 def _remarks(report: Report) -> list[str]:
     about = report.about
     said = STATUS.get(str(about.get("status")), "").format(
-        reason=about.get("reason", "no reason told"), name=report.name
+        reason=about.get("reason", "no reason told"), name=shlex.quote(report.name)
     )
     return [text for text in (said, _none(report.evidence.failed)) if text]
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 
+from alexnet_cli.core.records import epochs_done
 from alexnet_cli.core.runs import Run
 from alexnet_cli.errors import UsageError
 from alexnet_cli.recipe import Recipe
@@ -41,7 +42,7 @@ def _trained(run: Run) -> Run:
     """The run, unless its weights were imported: there is no training of theirs to go on with."""
     if "imported" in run.about:
         name = run.path.name
-        raise UsageError(f"{name} was imported, not trained", f"start from its weights: --init-from {name}")
+        raise UsageError(f"{name} was imported, not trained", f"start from its weights: --init-from {run.quoted}")
     return run
 
 
@@ -52,7 +53,7 @@ def agreed(run: Run, wanted: Recipe, said: Collection[str]) -> Recipe:
         UsageError: another key differs that would change the result.
     """
     saved = asdict(run.recipe)
-    done = max((int(r["epoch"]) for r in run.records() if r.get("event") == "validation"), default=0)
+    done = epochs_done(run.records())
     if wanted.epochs < done:
         raise UsageError(f"epochs = {wanted.epochs}, but {run.path.name} has done {done}", f"--epochs {done} or more")
     # One cycle is planned to its end: with another end every rate is another.
@@ -68,7 +69,7 @@ def agreed(run: Run, wanted: Recipe, said: Collection[str]) -> Recipe:
             raise UsageError(what, "train it as a run of its own")
         if value != saved[key] and key == "batch_size":
             what = f"batch_size = {value}, but {run.path.name} counts its steps in batches of {saved[key]}"
-            raise UsageError(what, f"leave it out, or start a run of its own: --init-from {run.path.name}")
+            raise UsageError(what, f"leave it out, or start a run of its own: --init-from {run.quoted}")
         if value != saved[key] and key not in free and key not in said:
             raise UsageError(
                 f"{key} = {value} differs from the run {run.path.name}, which has {saved[key]}",

@@ -10,11 +10,11 @@ runs/latest                   points to the newest run
 
 from __future__ import annotations
 
-import csv
 import fcntl
 import json
 import os
 import re
+import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,16 +25,12 @@ from typing import Any
 from alexnet_cli.core.atomic import point, write_text
 from alexnet_cli.core.devices import train_command
 from alexnet_cli.core.listing import read_file
-from alexnet_cli.core.records import read_records
+from alexnet_cli.core.records import read_records, table, until
 from alexnet_cli.errors import DataError, StorageError, UsageError, WeightsError
 from alexnet_cli.recipe import Recipe, load
 
 MODEL, ONNX = "model.safetensors", "alexnet.onnx"
 LARGEST = 2**24  # bytes of run.json and of meta.json, which have some thousands
-CSV_COLUMNS = (
-    "epoch", "step", "lr", "train_loss", "train_top1_error", "loss", "top1_error", "top5_error", "images_per_second",
-    "specialisation", "chroma_tower1", "chroma_tower2",
-)  # fmt: skip
 
 
 def runs_root() -> Path:
@@ -54,17 +50,16 @@ class Run:
         """Make the directory of a new run, in `root` or where runs are kept, and point its `latest` to it.
 
         Raises:
-            UsageError: a run of that name is there already, or the name is not a plain name.
+            UsageError: a run of that name is there already, or it is no plain name.
             StorageError: the directory cannot be made.
         """
+        if name is not None and not _plain(name):
+            raise UsageError(f"--name {name!r} is not a plain name", "letters, digits, '-' and '_' do well, up to 200")
         root = root or runs_root()
-        if name is not None and (not name or name in {".", "..", "latest"} or Path(name).name != name):
-            raise UsageError(f"--name {name!r} is not a plain name", "letters, digits, '-' and '_' do well")
         stem = name or f"{time.strftime('%Y-%m-%d_%H%M%S')}_{recipe.name}"
         path, count = root / stem, 1
         while name is None and path.exists():
-            count += 1
-            path = root / f"{stem}-{count}"
+            path = root / f"{stem}-{(count := count + 1)}"
         try:
             path.mkdir(parents=True, exist_ok=_unborn(path))
             (path / "checkpoints").mkdir(exist_ok=True)
@@ -74,10 +69,9 @@ class Run:
             point(root / "latest", path)
         except FileExistsError as error:
             what = f"a run called {name} is there already: {path}"
-            raise UsageError(what, f"continue it with --resume {name}, or choose a name") from error
+            raise UsageError(what, f"continue it with --resume {shlex.quote(str(name))}, or choose a name") from error
         except OSError as error:
-            what = f"cannot write {path}: {error.strerror}"
-            raise StorageError(what, "set ALEXNET_RUNS_DIR to another folder") from error
+            raise StorageError(f"cannot write {path}: {error.strerror}", "set ALEXNET_RUNS_DIR elsewhere") from error
         return run
 
     @classmethod
@@ -93,6 +87,11 @@ class Run:
         """What -w and --resume call it: such as NAME, or ABLATION/CELL."""
         path, root = self.path.resolve(), runs_root().resolve()
         return str(path.relative_to(root)) if path.is_relative_to(root) else path.name
+
+    @property
+    def quoted(self) -> str:
+        """The same for a shell."""
+        return shlex.quote(self.name)
 
     @property
     def checkpoints(self) -> Path:
@@ -124,11 +123,11 @@ class Run:
         """What to do when the disk fails: it depends on what is left."""
         last = self.checkpoints / "last"
         if not self.path.is_dir():
-            return "the folder of the run is gone, and its checkpoints with it: start a new run"
+            return "the folder of the run is gone, or has another name now: start a new run, or --resume that name"
         due = any(record.get("event") == "checkpoint" for record in self.records())
         none = "its checkpoints are gone" if due else "no checkpoint was due yet"
         saved = f"last good checkpoint: {last.resolve()}" if last.exists() else none
-        return f"{saved}; free some space, or make it writable, then: alexnet train --resume {self.name}"
+        return f"{saved}; free some space, or make it writable, then: alexnet train --resume {self.quoted}"
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -172,27 +171,28 @@ class Run:
         """Make ready to go on after `step`, in `epoch`: what comes then, and the ONNX file, will be made anew."""
         if not self.writes:
             return
-        kept = [r for r in self.records() if r.get("step", 0) <= step and r.get("event") != "end"]
-        kept = [r for r in kept if r.get("event") != "validation" or r["epoch"] < epoch]  # stopped while validating
+        kept = [json.dumps(r, separators=(",", ":")) + "\n" for r in until(self.records(), step, epoch)]
         with self.storing():
             for file in (self.path / ONNX, *self.path.glob(f".{Path(ONNX).stem}.*.tmp.onnx")):
                 file.unlink(missing_ok=True)
             write_text(self.path / "recipe.toml", recipe.to_toml())
-            write_text(self.path / "metrics.jsonl", "".join(json.dumps(r, separators=(",", ":")) + "\n" for r in kept))
+            write_text(self.path / "metrics.jsonl", "".join(kept))
         self.write_csv()
 
     def write_csv(self) -> None:
         """Write metrics.csv anew from the records: one row per epoch."""
         if not self.writes:
             return
-        rows = [r for r in self.records() if r.get("event") == "validation"]
         temporary = self.path / ".metrics.csv.tmp"
         with self.storing():
-            with temporary.open("w", encoding="utf-8", newline="") as file:
-                writer = csv.DictWriter(file, CSV_COLUMNS, extrasaction="ignore")
-                writer.writeheader()
-                writer.writerows(rows)
+            temporary.write_text(table(self.records()), encoding="utf-8")
             temporary.replace(self.path / "metrics.csv")
+
+
+def _plain(name: str) -> bool:
+    """Whether a name can be that of a folder on any disk, and be read in a message."""
+    odd = {"", ".", "..", "latest"}
+    return name not in odd and Path(name).name == name and name.isprintable() and len(os.fsencode(name)) <= 200
 
 
 def _unborn(path: Path) -> bool:
@@ -242,7 +242,7 @@ def find_weights(spec: str | None, suffixes: Sequence[str] = (".safetensors",)) 
             if path.suffix != ".onnx":
                 hint += "; another program's network: alexnet import-weights"
             elif run := run_of(path):
-                hint += f": -w {Run(run).name}"
+                hint += f": -w {Run(run).quoted}"
             raise WeightsError(f"{path} is not a {' or '.join(suffixes)} file", hint)
         return path
     if spec is None and not path.exists():

@@ -132,12 +132,13 @@ class Training:
 
     def broken(self, loss: float, step: int, where: str) -> VerificationError:
         """What to say when numbers have stopped being numbers, `where` being the first place."""
-        last, rate = self.run.checkpoints / "last", self.recipe.learning_rate
-        return VerificationError(
-            f"the loss became {loss} at step {step:,} (epoch {self.epoch})" + (f", first in {where}" if where else ""),
-            (f"last good checkpoint: {last.resolve()}; " if last.exists() else "")
-            + f"train with a lower rate than {rate:g}, such as --set learning_rate={rate / 10:g}",
-        )
+        last, first = self.run.checkpoints / "last", f", first in {where}" if where else ""
+        saved, way_on = "", ""
+        if last.exists():
+            saved = f"last good checkpoint: {last.resolve()}; "
+            way_on = f", or go on from there: alexnet train --resume {self.run.quoted}"
+        hint = saved + diagnosis.remedy(self.optimiser, self.schedule, step, self.epoch, way_on)
+        return VerificationError(f"the loss became {loss} at step {step:,} (epoch {self.epoch}){first}", hint)
 
     def validate(self, stop: Callable[[], str | None] = lambda: None) -> Evaluation | None:
         """The errors of the centre view over the validation split, or None if `stop()` gave a reason meanwhile."""

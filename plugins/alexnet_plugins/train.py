@@ -12,7 +12,7 @@ import typer
 
 from alexnet_cli import recipe as recipes
 from alexnet_cli.console import Reporter
-from alexnet_cli.errors import AlexNetError, Stopped, StorageError
+from alexnet_cli.errors import AlexNetError, Stopped, StorageError, VerificationError
 from alexnet_cli.options import (
     DataOption,
     DevicesOption,
@@ -208,7 +208,9 @@ def _run(
             )
         if at_once:
             what = "stopped at once by a second Ctrl-C: what came after the last checkpoint is lost"
-            raise Stopped(what, f"alexnet train --resume {training.run.name}", EXIT_CODES["Ctrl-C"]) from error
+            raise Stopped(what, f"alexnet train --resume {training.run.quoted}", EXIT_CODES["Ctrl-C"]) from error
+        if isinstance(error, VerificationError) and training.run.writes:  # how it came to that is in the curves
+            leave_report(reporter, training, stopped=True)
         raise
     if reason != "finished":  # that it is only when all its files are there
         training.run.update({"status": "interrupted", "reason": reason})
@@ -235,13 +237,13 @@ def _finish(reporter: Reporter, training: Training, reason: str, stop: Callable[
         leave_report(reporter, training, stopped=True)
         saved = f"checkpoint saved in {run.path}" if (run.checkpoints / "last").exists() else "nothing to save yet"
         what = f"stopped ({reason}) at step {training.step:,}, epoch {training.epoch}: {saved}"
-        raise Stopped(what, f"alexnet train --resume {run.name}", EXIT_CODES[reason])
+        raise Stopped(what, f"alexnet train --resume {run.quoted}", EXIT_CODES[reason])
     try:
         model = weights.read(find_weights(str(run.path)))
         checked = export(model, run.path / ONNX, crops_of(training.data, model))
         reporter.line("saved", f"{run.path / ONNX} · differs from PyTorch by {checked.max_abs_difference:.1e} at most")
     except StorageError as error:
-        raise StorageError(error.what, f"free some space, then: alexnet export -w {run.name}") from error
+        raise StorageError(error.what, f"free some space, then: alexnet export -w {run.quoted}") from error
     except AlexNetError as error:
         reporter.warn(f"no {ONNX} was written: {error.what}", error.hint)
     if reason == "finished":
@@ -249,10 +251,10 @@ def _finish(reporter: Reporter, training: Training, reason: str, stop: Callable[
     leave_report(reporter, training, stopped=False, stop=stop)
     if reason == "max-steps":
         reporter.line("stopped", f"{run.path} · by --max-steps at step {training.step:,} of {training.steps:,}")
-        reporter.line("next", f"alexnet train --resume {run.name} goes on; alexnet evaluate measures it as it is")
+        reporter.line("next", f"alexnet train --resume {run.quoted} goes on; alexnet evaluate measures it as it is")
         return
     if training.schedule.over:
-        more = f"one more: alexnet train --resume {run.name} --set plateau_drops={training.schedule.drops}"
+        more = f"one more: alexnet train --resume {run.quoted} --set plateau_drops={training.schedule.drops}"
         reporter.line("ended", f"the validation error has stopped falling, after the last drop of the rate too; {more}")
     best = training.schedule.best_error
     reached = f" · lowest top-1 error {best:.1%}" if best <= 1 else ""

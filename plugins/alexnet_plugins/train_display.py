@@ -104,7 +104,7 @@ def show_records(reporter: Reporter, training: Training, bar: Progress, total: i
             reporter.result(record.as_dict())
         where = f"epoch {record.epoch}/{recipe.epochs}"
         if record.event == "start" and record.step >= training.steps:
-            more = f"alexnet train --resume {training.run.name} --set epochs={2 * recipe.epochs}"
+            more = f"alexnet train --resume {training.run.quoted} --set epochs={2 * recipe.epochs}"
             reporter.line("note", f"this run is finished, all {recipe.epochs} epochs of it; to go on: {more}")
         elif record.event == "start" and record.step:
             reporter.line("resumed", f"at {where}, step {record.step:,}")

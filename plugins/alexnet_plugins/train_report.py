@@ -42,16 +42,16 @@ def leave_report(
         report_page.write(found, run.path / report_page.FILE)
     except Exception as error:  # of drawing, of the disk, of a damaged picture: none may lose a training
         what = error.what if isinstance(error, AlexNetError) else f"{type(error).__name__}: {error}"
-        reporter.warn(f"no report was written: {what}", f"the training is safe; alexnet report -w {run.name}")
+        reporter.warn(f"no report was written: {what}", f"the training is safe; alexnet report -w {run.quoted}")
         return
     except KeyboardInterrupt:  # a second Ctrl-C: go on to the message that says what is saved
-        reporter.warn("no report was written: interrupted", f"alexnet report -w {run.name} writes it")
+        reporter.warn("no report was written: interrupted", f"alexnet report -w {run.quoted} writes it")
         return
     reporter.line("report", str(run.path / report_page.FILE))
     if stopped or not (reason := stop()):
         return
     if found.evidence.missing:
         what = f"{reason}: the training is done and saved, but its report is without what needs pictures"
-        reporter.warn(what, f"alexnet report -w {run.name} adds it")
+        reporter.warn(what, f"alexnet report -w {run.quoted} adds it")
     else:
         reporter.line("stop", f"{reason}: the training and its report are done")
