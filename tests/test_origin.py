@@ -51,10 +51,10 @@ def test_which_checkpoint_a_run_stands_for(run: Run) -> None:
 def test_a_run_that_has_not_finished_is_said_to_be_so(run: Run, status: str) -> None:
     run.update({"status": status})
     weights = run.checkpoints / "best" / "model.safetensors"
-    assert unfinished(weights) == ("the run has not finished: epoch 3 of 16 so far; alexnet train --resume a goes on")
+    assert unfinished(weights) == ("the run has not finished: epoch 3 of 15 so far; alexnet train --resume a goes on")
     run.log({"event": "validation", "epoch": None})
     run.log({"event": "validation", "epoch": "4"})
-    assert "epoch 3 of 16 so far" in unfinished(weights)
+    assert "epoch 3 of 15 so far" in unfinished(weights)
     run.update({"status": "finished"})
     assert not unfinished(weights)
 

@@ -61,7 +61,7 @@ class _Scratch:
         self.row = x.new_zeros(math.prod(self.padded), dtype=torch.float32)
         self.pairs, self.total = torch.empty_like(self.row), torch.empty_like(self.row)
         self.sums, self.scale, self.x, self.grad = (x.new_empty(self.shape, dtype=torch.float32) for _ in range(4))
-        self.k = x.new_tensor(k, dtype=torch.float32)
+        self.k = x.new_full((), k, dtype=torch.float32)
 
     @property
     def inner(self) -> Tensor:
