@@ -20,7 +20,6 @@ import tomli_w
 from alexnet_cli.errors import RecipeError
 
 LARGEST = 2**14  # bytes of a recipe file: one of 32 kilobytes can take gigabytes to parse (a key of 16,000 parts)
-OPTIONS = {"lr": ["learning_rate"]}  # what an option of `train` calls otherwise
 SIDE = 256  # section 2: pictures are 256 x 256 pixels
 
 Order = Literal["relu-norm-pool", "norm-pool-relu", "relu-pool-norm"]
@@ -250,7 +249,7 @@ def changed(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
     """The recipe with some values replaced; unknown keys are refused with the nearest name."""
     for key in values:
         if key not in _TYPES:
-            near = OPTIONS.get(key) or difflib.get_close_matches(key, _TYPES, 1)
+            near = ["learning_rate"] if key == "lr" else difflib.get_close_matches(key, _TYPES, 1)
             guess = f"did you mean {near[0]}?" if near else "alexnet train --print-config lists all keys"
             raise RecipeError(f"recipe: no key is called {key}", guess)
     return replace(recipe, **values)
