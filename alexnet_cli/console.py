@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Any, Protocol, cast
 
@@ -89,7 +89,7 @@ class Reporter:
                     self._bar = None
         else:
             lines = _Lines(self._stderr, description, total, unit)
-            with lines.alive():
+            with _reminding(lines.due):  # even where nothing is counted for long
                 yield lines
             if lines.pace.done > max(lines.told, lines.pace.skipped):
                 lines.say()
@@ -97,21 +97,17 @@ class Reporter:
     @contextmanager
     def waiting(self, label: str, text: str) -> Iterator[None]:
         """Where nothing can be counted: say what takes so long, after two seconds and then every half minute."""
-        done, started = threading.Event(), time.monotonic()
+        started, due = time.monotonic(), time.monotonic() + SECONDS_OF_PATIENCE
 
-        def remind() -> None:
-            pause = SECONDS_OF_PATIENCE
-            while not done.wait(pause):
+        def remind() -> float:
+            nonlocal due
+            if time.monotonic() >= due:
                 self.line(label, f"{text} ({duration(time.monotonic() - started)} so far)")
-                pause = SECONDS_BETWEEN_LINES
+                due = time.monotonic() + SECONDS_BETWEEN_LINES
+            return due
 
-        thread = threading.Thread(target=remind, daemon=True)
-        thread.start()
-        try:
+        with _reminding(remind):
             yield
-        finally:
-            done.set()
-            thread.join()
 
     def _stderr(self, text: str) -> None:
         if self._bar is not None:
@@ -145,14 +141,32 @@ class _Stderr:
             self.stream.write(text)
             self.stream.flush()
         except OSError:
-            with contextlib.suppress(OSError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            with contextlib.suppress(OSError), open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), self.stream.fileno())
 
     def flush(self) -> None:
         """Nothing waits."""
 
 
 STDERR = _Stderr()
+
+
+@contextmanager
+def _reminding(due: Callable[[], float]) -> Iterator[None]:
+    """While inside: call `due` now and whenever the moment comes that it returned (`time.monotonic`)."""
+    done = threading.Event()
+
+    def remind() -> None:
+        while not done.wait(max(0.0, due() - time.monotonic())):
+            pass
+
+    thread = threading.Thread(target=remind, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def moving(stream: Any) -> bool:
@@ -233,22 +247,10 @@ class _Lines:
         self.said, self.told = self.pace.started, 0  # when, and how many
         self.saying = threading.Lock()
 
-    @contextmanager
-    def alive(self) -> Iterator[None]:
-        """While inside: a line every half minute, even where nothing is counted for longer than that."""
-        done = threading.Event()
-
-        def remind() -> None:
-            while not done.wait(max(0.1, self.said + SECONDS_BETWEEN_LINES - time.monotonic())):
-                self.advance(0)
-
-        thread = threading.Thread(target=remind, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            done.set()
-            thread.join()
+    def due(self) -> float:
+        """Say how far it is if the last line is half a minute old. Returns when the next is due."""
+        self.advance(0)
+        return self.said + SECONDS_BETWEEN_LINES
 
     def advance(self, n: int, note: str = "") -> None:
         """Count, and say so if the last line is half a minute old."""

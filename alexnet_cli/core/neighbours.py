@@ -40,7 +40,7 @@ from alexnet_cli.errors import StorageError, WeightsError
 SCHEMA = "alexnet.neighbours/2"
 LAYER: Layer = "fc7"
 VECTORS, SQUARES, AXES, OUTLINES, RECORD = f"{LAYER}.npy", "squares.npy", "axes.npy", "outlines.npy", "index.json"
-FILES = {VECTORS, SQUARES, AXES, OUTLINES, RECORD}
+FILES = (VECTORS, SQUARES, AXES, OUTLINES, RECORD)
 HINT = "no trained network's do: look at its training"
 
 Activations = npt.NDArray[np.float32]
@@ -148,7 +148,9 @@ def half(values: Activations, path: Path) -> Vectors:
 
 @contextlib.contextmanager
 def _replacing(folder: Path) -> Iterator[Path]:
-    """A new folder that takes the place of `folder` when the block ends well, and is gone if it does not."""
+    """A new folder; if the block ends well, its files take their places in `folder`, the record last, and nothing else
+    there is touched. It is gone in the end.
+    """
     folder = folder.resolve() if folder.is_symlink() else folder  # an index takes room, which may be elsewhere
     if folder.exists() and not folder.is_dir():
         raise StorageError(f"{folder} is no folder: the index has no place", "move it away")
@@ -160,11 +162,11 @@ def _replacing(folder: Path) -> Iterator[Path]:
         new.mkdir(parents=True)
         with _held(new):
             yield new
-            for other in folder.iterdir() if folder.is_dir() else ():
-                if other.name not in FILES:  # somebody else's, and not ours to throw away
-                    other.replace(new / other.name)
-            shutil.rmtree(folder, ignore_errors=True)
-            new.replace(folder)
+            folder.mkdir(exist_ok=True)
+            with _held(folder):
+                (folder / RECORD).unlink(missing_ok=True)
+                for name in FILES:
+                    (new / name).replace(folder / name)
     except OSError as error:
         reason = error.strerror or error
         raise StorageError(f"{folder} cannot be written: {reason}", "free some space, or copy the run") from error
