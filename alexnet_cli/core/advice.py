@@ -85,8 +85,11 @@ class Guessing:
 
     @classmethod
     def at(cls, recipe: Recipe, classes: int, steps: int) -> Guessing:
-        """Patient for a tenth of the steps that the recipe takes, at least 100 and at most 2,000."""
-        return cls(recipe, classes, min(2000, max(100, steps // 10)))
+        """Patient for a tenth of the steps that the recipe takes, at least 100 and at most 2,000.
+
+        Where there are fewer than 100 it is patient to the last; fewer than 20 say nothing.
+        """
+        return cls(recipe, classes, min(2000, max(20, min(100, steps), steps // 10)))
 
     def heed(self, record: Record) -> Record | None:
         """Look at a record; the warning, if it is due."""
