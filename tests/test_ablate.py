@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -178,19 +179,21 @@ def started(prepared: Path, folder: Path, only: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def wait_for(log: Path, count: int) -> None:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not (log.exists() and log.read_text().count('"step"') >= count):
-        time.sleep(0.02)
+def test_ctrl_c_saves_and_says_how_to_go_on(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes after the first epoch of the second training, to this process."""
+    log = Run.log
 
+    def interrupted(self: Run, record: dict[str, Any]) -> None:
+        log(self, record)
+        if record["event"] == "checkpoint" and self.path.name == "pool-2x2-seed0":
+            signal.raise_signal(signal.SIGINT)
 
-def test_ctrl_c_saves_and_says_how_to_go_on(prepared: Path, tmp_path: Path) -> None:
-    child = started(prepared, tmp_path, "pool-2x2")
-    wait_for(tmp_path / "runs" / "ablation" / "pool-2x2-seed0" / "metrics.jsonl", 1)
-    child.send_signal(signal.SIGINT)
-    _, errors = child.communicate(timeout=60)
-    assert child.returncode == 130, errors
-    assert errors.splitlines()[-1].startswith(f"hint: alexnet ablate --data {prepared} --set width=0.03125 ")
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "log", interrupted)
+        patch.setattr(sys, "argv", ["alexnet", *words(prepared, "pool-2x2")])
+        stopped = alexnet(*words(prepared, "pool-2x2"), folder=tmp_path)
+    assert stopped.returncode == 130, stopped.stderr
+    assert stopped.stderr.splitlines()[-1].startswith(f"hint: alexnet ablate --data {prepared} --set width=0.03125 ")
     again = alexnet(*words(prepared, "pool-2x2"), folder=tmp_path)
     assert "2 trainings, 1 of them finished" in again.stderr
     assert "pool-2x2" in again.stdout

@@ -64,6 +64,20 @@ def test_training_views(recipe: Recipe, epoch: int, by_index: bool, monkeypatch:
     np.testing.assert_allclose(views.numpy(), one_by_one(recipe, draws, epoch), atol=2e-4)
 
 
+@pytest.mark.parametrize("way", ["one_by_one", "at_once"])
+def test_views_in_bf16_are_rounded_once(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To what layer 1 would make of them itself."""
+    monkeypatch.setattr(Pixels, "one_by_one", getattr(Pixels, way))
+    draws, images = Draws.of_epoch(12, PAPER, 1), torch.from_numpy(IMAGES)
+    halves = Pixels(PAPER, MEAN, STD, AXES, CPU, torch.bfloat16)
+    for found, right in (
+        (halves.train(images, ROWS, draws, 1), pixels(PAPER).train(images, ROWS, draws, 1)),
+        (halves.centre_view(images), pixels(PAPER).centre_view(images)),
+    ):
+        assert found.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(found, right.bfloat16(), rtol=0, atol=0)
+
+
 def test_what_crosses_to_a_gpu_is_little(monkeypatch: pytest.MonkeyPatch) -> None:
     """Up to 64 kB the host goes on at once. The tensors have a device and no values."""
     crossed: list[int] = []

@@ -114,20 +114,6 @@ def test_a_killed_rank_ends_all(start: Any) -> None:
     }  # fmt: skip
 
 
-def test_sigterm_reaches_all_and_saves_once(start: Any) -> None:
-    command = start("--processes", "2", "--json")
-    command.saved()
-    ranks = command.ranks()
-    command.process.send_signal(signal.SIGTERM)
-    code, out, err = command.end()
-    assert code == 143
-    assert err.count("error: stopped (SIGTERM)") == 1
-    assert gone(ranks)
-    lines = [json.loads(line) for line in out.splitlines()]
-    assert lines[-1]["event"] == "end"
-    assert [line["event"] for line in lines].count("start") == 1, "only rank 0 speaks"
-
-
 def test_a_wrong_word_is_told_once(said: Said) -> None:
     code, out, err = said("--processes", "2", "--set", "widht=1")
     assert (code, out) == (2, "")
@@ -160,6 +146,21 @@ def test_gpus_that_are_not_there(said: Said) -> None:
     assert code == 4
     assert "error: --gpus 98,99: GPUs visible here: " in err
     assert "--gpus none uses the CPU" in err
+
+
+@pytest.mark.slow
+def test_sigterm_reaches_all_and_saves_once(start: Any) -> None:
+    command = start("--processes", "2", "--json")
+    command.saved()
+    ranks = command.ranks()
+    command.process.send_signal(signal.SIGTERM)
+    code, out, err = command.end()
+    assert code == 143
+    assert err.count("error: stopped (SIGTERM)") == 1
+    assert gone(ranks)
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert lines[-1]["event"] == "end"
+    assert [line["event"] for line in lines].count("start") == 1, "only rank 0 speaks"
 
 
 @pytest.mark.slow

@@ -179,7 +179,9 @@ def test_refusals(
     assert "hint: " in said
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_ctrl_c_keeps_what_is_finished(pets: Path, number: int, code: int) -> None:
     (pets / "cats" / "big.jpg").write_bytes(jpeg((9, 99, 199), (500, 400)))
     for i in range(2000):

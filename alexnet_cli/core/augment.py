@@ -47,7 +47,7 @@ class Draws:
 
 
 class Pixels:
-    """Turns uint8 N x 256 x 256 x 3 into the network's float32 N x 3 x S x S (channels-last memory)."""
+    """Turns uint8 N x 256 x 256 x 3 into the network's N x 3 x S x S (channels-last memory), computed in float32."""
 
     def __init__(
         self,
@@ -56,9 +56,13 @@ class Pixels:
         colour_std: npt.NDArray[np.float32] | None,
         colour_axes: npt.NDArray[np.float32] | None,
         device: torch.device,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        """`mean_image` 3 x 256 x 256; `colour_axes` 3 x 3, axes in columns, with deviations `colour_std`, 0..255."""
-        self.recipe, self.device, self.size = recipe, device, recipe.input_size
+        """`mean_image` 3 x 256 x 256; `colour_axes` 3 x 3, axes in columns, with deviations `colour_std`, 0..255.
+
+        `dtype` of the views: where layer 1 computes in bfloat16, it would convert them, a whole batch in memory.
+        """
+        self.recipe, self.device, self.size, self.dtype = recipe, device, recipe.input_size, dtype
         mean = torch.from_numpy(np.ascontiguousarray(mean_image.transpose(1, 2, 0)))
         if recipe.mean == "rgb":
             mean = mean.mean((0, 1)).expand(SIDE, SIDE, 3)
@@ -114,7 +118,7 @@ class Pixels:
         flips: npt.NDArray[np.bool_],
         shift: npt.NDArray[np.float32] | None,
     ) -> Tensor:
-        """Views as one gather of pixels: uint8 N x 256 x 256 x 3 -> float32 N x S x S x 3; `shift` is N x 3.
+        """Views as one gather of pixels: uint8 N x 256 x 256 x 3 -> N x S x S x 3; `shift` is N x 3.
 
         What crosses the bus is a few bytes an image: of more than 64 kB the host would wait for the device.
         """
@@ -131,7 +135,7 @@ class Pixels:
         rows = None
         if shift is not None:
             rows = torch.from_numpy(shift).to(device, non_blocking=True).repeat(1, self.size)[:, None, :]
-        return self._normalise(out, mean, rows)
+        return self._normalise(out, mean, rows).to(self.dtype)
 
     def one_by_one(
         self,
@@ -141,15 +145,16 @@ class Pixels:
         shift: npt.NDArray[np.float32] | None,
     ) -> Tensor:
         """The same, image by image: on a CPU a strided copy beats a gather, and the rest is done in the cache."""
-        out = torch.empty(len(images), self.size, self.size, 3)
+        out = torch.empty(len(images), self.size, self.size, 3, dtype=self.dtype)
+        view = torch.empty(self.size, self.size, 3)
         rows = None if shift is None else torch.from_numpy(np.tile(shift, self.size))
         for i, (top, left) in enumerate(offsets.tolist()):
             window = (slice(top, top + self.size), slice(left, left + self.size))
             crop, mean = images[i][window], self.mean[window] if self.mean_at_crop else self.central_mean
             if flips[i]:
                 crop, mean = crop.flip(1), mean.flip(1) if self.mean_at_crop else mean
-            out[i].copy_(crop)
-            self._normalise(out[i], mean, None if rows is None else rows[i])
+            view.copy_(crop)
+            out[i].copy_(self._normalise(view, mean, None if rows is None else rows[i]))
         return out
 
     def _normalise(self, out: Tensor, mean: Tensor, shift: Tensor | None) -> Tensor:

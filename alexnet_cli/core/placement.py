@@ -38,6 +38,11 @@ class Placement:
         return contextlib.nullcontext()
 
     @property
+    def dtype(self) -> torch.dtype:
+        """What convolutions and products take and give there."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+    @property
     def sharing(self) -> int:
         """How many processes use the memory of this one's device; at most, where it is that of a CPU."""
         if self.device.type == "cpu" or not self.names:

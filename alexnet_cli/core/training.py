@@ -64,7 +64,8 @@ class Training:
         self.network.to(device)
         self.optimiser = Momentum(parameters_by_name(self.network), self.recipe)
         self.schedule = Schedule(self.recipe, steps_per_epoch(self.rows, self.recipe.batch_size))
-        self.pixels = Pixels(self.recipe, self.data.mean_image(), self.data.colour_std, self.data.colour_axes, device)
+        colours = self.data.mean_image(), self.data.colour_std, self.data.colour_axes
+        self.pixels = Pixels(self.recipe, *colours, device, self.placement.dtype)
         self.share = -(-self.batch // ranks.replicas)  # of the rank with most: all plan with the same number
         piece = min(self.micro_batch or self.share, self.share)
         forward: Callable[[Tensor], Tensor] = self.network

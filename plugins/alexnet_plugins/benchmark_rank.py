@@ -41,7 +41,7 @@ class Step:
         self.batch = Batch(torch.from_numpy(pictures).to(device), torch.from_numpy(labels), rows)
         self.draws = Draws.of_epoch(images, recipe, 1)
         mean = np.full((3, SIDE, SIDE), 128, np.float32)
-        pixels = Pixels(recipe, mean, np.ones(3, np.float32), np.eye(3, dtype=np.float32), device)
+        pixels = Pixels(recipe, mean, np.ones(3, np.float32), np.eye(3, dtype=np.float32), device, placed.dtype)
         forward = self.network if ranks.group is None else replicated(self.network, ranks, compress=False)
         self.gradient = Gradient(self.network, forward, pixels, placed, len(rows), images)
 

@@ -116,7 +116,8 @@ def fed(learner: Learner, dataset: Dataset, placement: Placement, stack: ExitSta
     conditions, split = learner.conditions, dataset.split("train")
     recipe, device, count = conditions.recipe, placement.device, FED_BATCHES * conditions.batch
     loader = stack.enter_context(Loader(split, conditions.batch, conditions.threads, device))
-    pixels = Pixels(recipe, dataset.mean_image(), dataset.colour_std, dataset.colour_axes, device)
+    colours = dataset.mean_image(), dataset.colour_std, dataset.colour_axes
+    pixels = Pixels(recipe, *colours, device, placement.dtype)
     draws = Draws.of_epoch(len(split), recipe, 1)
     plan = np.split(np.resize(np.random.default_rng(0).permutation(len(split)), count), FED_BATCHES)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -94,7 +95,7 @@ def evaluate(
         reporter.line("files", f"{files[0].parent}: {', '.join(file.name for file in files)}")
     else:
         reporter.line("files", "none, since the weights lie in no run: -o DIR writes classes and confusions")
-    reporter.line("next", f"alexnet predict PICTURE{f' -w {weights}' if weights else ''}")
+    reporter.line("next", f"alexnet predict PICTURE{f' -w {shlex.quote(weights)}' if weights else ''}")
 
 
 def _counted(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -69,7 +70,7 @@ def export(
     else:
         found = _float(reporter, model, path, precision, data, verify=verify)
     size = path.stat().st_size
-    reporter.line("saved", f"{path} · {size / 1e6:,.1f} MB   next: alexnet predict PICTURE -w {path}")
+    reporter.line("saved", f"{path} · {size / 1e6:,.1f} MB   next: alexnet predict PICTURE -w {shlex.quote(str(path))}")
     reporter.result({"path": str(path), "bytes": size, "precision": precision, **found})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -88,7 +89,9 @@ def import_weights(
     else:
         path = conversion.save(made, name, {"status": "finished", "imported": about})
         use = name
-    reporter.line("saved", f"{path} · {path.stat().st_size / 1e6:,.1f} MB   next: alexnet predict PICTURE -w {use}")
+    reporter.line(
+        "saved", f"{path} · {path.stat().st_size / 1e6:,.1f} MB   next: alexnet predict PICTURE -w {shlex.quote(use)}"
+    )
     reporter.result({
         "path": str(path), "use": use, "format": found.format, "sha1": sha1, "published": known,
         "parameters": parameters, "classes": len(names), "class_names": origin, "towers": built.towers,
