@@ -115,7 +115,7 @@ def padded(x: Tensor) -> Tensor:
     """
     n, c, height, width = x.shape
     _, right, _, below = PADDING_224
-    dtype = x.dtype if x.dtype == torch.float64 else _cast(x.device.type) or x.dtype
+    dtype = x.dtype if x.dtype == torch.float64 else cast(x.device.type) or x.dtype
     out = x.new_empty(n, height + below, width + right, c, dtype=dtype).permute(0, 3, 1, 2)
     out[:, :, height:] = 0
     out[:, :, :height, width:] = 0
@@ -123,9 +123,8 @@ def padded(x: Tensor) -> Tensor:
     return out
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _cast(device: str) -> torch.dtype | None:
-    """The type that autocast has convolutions compute in, if it is on. Torch 2.11 cannot trace the question."""
+def cast(device: str) -> torch.dtype | None:
+    """The type that autocast has convolutions compute in, if it is on."""
     on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if on else None
 
