@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from alexnet_cli.core import advice
+from alexnet_cli.core.chance import Counts
 from alexnet_cli.core.packing import pack
 from alexnet_cli.core.placement import Placement
 from alexnet_cli.core.plan import Plan
@@ -41,6 +42,10 @@ def odd(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for _ in pack(Plan(recognise(folder / "source"), folder / "odd", 95), workers=1):
         pass
     return folder / "odd"
+
+
+def equal(classes: int) -> Counts:
+    return np.full(classes, 7)
 
 
 def said(recipe: Recipe, data: Dataset) -> list[str]:
@@ -115,11 +120,11 @@ def test_fine_tuning_may_be_slow_and_frozen_layers_should_be_of_somebody(prepare
 
 @pytest.mark.parametrize(("steps", "patience"), [(3, 20), (48, 48), (1248, 124), (3510, 351), (900_000, 2000)])
 def test_patience_is_a_tenth_of_the_steps_and_ends_with_them(steps: int, patience: int) -> None:
-    assert advice.Guessing.at(PAPER, 10, steps).patience == patience
+    assert advice.Guessing.at(PAPER, equal(10), steps).patience == patience
 
 
 def test_a_loss_that_stays_at_guessing_is_told_once() -> None:
-    watch, chance = advice.Guessing.at(replace(PAPER, conv345_std=0.01), 1000, 1000), math.log(1000)
+    watch, chance = advice.Guessing.at(replace(PAPER, conv345_std=0.01), equal(1000), 1000), math.log(1000)
     told = [watch.heed(Record("step", 1, step, loss=loss)) for step, loss in (
         (90, chance), (100, 0.97 * chance), (110, 0.99 * chance), (120, chance), (130, 1.2 * chance),
     )]  # fmt: skip
@@ -135,7 +140,7 @@ def test_a_loss_that_stays_at_guessing_is_told_once() -> None:
     [(PAPER, "bias=0.1"), (CAFFE, "conv345_std=0.03"), (FAST, "labels"), (replace(CAFFE, conv345_std=0.03), "labels")],
 )
 def test_the_remedy_fits_the_recipe(recipe: Recipe, remedy: str) -> None:
-    told = advice.Guessing.at(recipe, 10, 100).heed(Record("step", 2, 100, loss=math.log(10)))
+    told = advice.Guessing.at(recipe, equal(10), 100).heed(Record("step", 2, 100, loss=math.log(10)))
     assert told is not None
     assert remedy in str(told.hint)
 

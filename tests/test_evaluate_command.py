@@ -20,8 +20,8 @@ from typer import Typer
 from typer.testing import CliRunner, Result
 
 from alexnet_cli.console import Reporter
+from alexnet_cli.core import chance, onnx_graph, placement, results, session, weights
 from alexnet_cli.core import evaluate as evaluating
-from alexnet_cli.core import onnx_graph, placement, results, session, weights
 from alexnet_cli.core.backoff import Backoff
 from alexnet_cli.core.confusion_picture import RIGHT, WRONG, draw
 from alexnet_cli.core.devices import Gpu
@@ -78,8 +78,8 @@ def test_what_guessing_gives_stands_beside_the_error(runs: Path) -> None:
     assert "note    no better than guessing: the 95 % interval reaches 75.0%" in told.stderr
     record = numbers("-w", "one")
     assert record["chance_error"] == 0.75
-    assert results.guessed(record)
-    assert not results.guessed(record | {"top1_error_interval": (0.1, 0.74)})
+    assert chance.guessed(record)
+    assert not chance.guessed(record | {"top1_error_interval": (0.1, 0.74)})
 
 
 @pytest.mark.parametrize("views", ["1", "10"])
