@@ -98,6 +98,44 @@ def test_a_rate_far_from_the_batchs(recipe: Recipe, lr: float, batch: int, far: 
     assert all(f"rate {lr:g} is far from what batch {batch} asks for" in str(record.text) for record in told)
 
 
+def test_a_rate_that_rounds_alike_at_both_ends_is_one_number() -> None:
+    (told,) = advice.odd_rate(replace(TINY, learning_rate=3.0, batch_size=65), 65, False)
+    assert str(told.text).endswith("recipe tiny has 0.03 at 64, which makes 0.03")
+
+
+@pytest.mark.parametrize(("pictures", "said"), [([90, 0, 9, 50], False), ([100, 0, 10, 50], True), ([7], False)])
+def test_classes_that_are_far_from_equal_are_named(pictures: list[int], said: bool) -> None:
+    told = advice.unequal(("cat", "dog", "emu", "fox"), np.array(pictures))
+    assert (told is not None) == said
+    if told:
+        assert told[0] == "the classes are far from equal: 100 training pictures of cat, 10 of emu"
+        assert told[1].startswith("always answering cat errs in only 37.5%: add pictures of rare classes")
+
+
+def test_a_loss_that_only_knows_how_frequent_the_classes_are() -> None:
+    """It is far below ln(classes); one batch with few of the commonest class says nothing."""
+    pictures = np.array([950, 50])
+    flat = -(0.95 * math.log(0.95) + 0.05 * math.log(0.05))
+    for losses, said in (([flat] * 3, True), ([0.9 * flat] * 3, False), ([0.7 * flat, 0.7 * flat, 1.3 * flat], False)):
+        watch = advice.Guessing.at(PAPER, pictures, 1000)
+        told = [watch.heed(Record("step", 1, 100 + i, loss=loss)) for i, loss in enumerate(losses)]
+        assert any(told) == said
+        if said:
+            assert str(told[0] and told[0].text).endswith("than guessing (the same answer for every picture = 0.199)")
+
+
+@pytest.mark.parametrize(
+    ("pictures", "steps", "way"),
+    [
+        ([7, 7], 8, "8 steps are few: start anew with --epochs 75"),
+        ([70, 7], 400, "add pictures of rare classes, or leave common ones out"),
+        ([7, 7], 400, "are the labels right? otherwise another rate than 0.03 (--lr)"),
+    ],
+)
+def test_the_way_on_of_a_training_that_learned_nothing(pictures: list[int], steps: int, way: str) -> None:
+    assert advice.way_on(TINY, np.array(pictures), steps, 2) == way
+
+
 def test_a_batch_is_no_larger_than_the_training_set(prepared: Path) -> None:
     """48 pictures make batches of 48, and a rate for 4,096 is not to be advised."""
     data = open_dataset(prepared)

@@ -15,15 +15,17 @@ NONE = {"status": "running", "reason": None, "error": None, "hint": None}
 def note(run: Run, error: BaseException, reason: str = "error", status: str = "failed") -> Record | None:
     """Write what the error says into run.json, and as the last record, as far as the disk takes it.
 
-    Returns that record; None where the records have their end already.
+    Returns that record; None where the run, or its records, have their end already.
     """
     what, hint, _ = told(error)
-    with suppress(StorageError, DataError):  # what stopped the run is what its user needs to know
-        run.update({"status": status, "reason": reason, "error": what, "hint": hint})
     try:
+        if run.about.get("status") != "running":  # it has not begun, or has ended, whatever came then
+            return None
         records = run.records()
     except DataError:
         records = []
+    with suppress(StorageError, DataError):  # what stopped the run is what its user needs to know
+        run.update({"status": status, "reason": reason, "error": what, "hint": hint})
     last = records[-1] if records else {}
     if last.get("event") == "end":
         return None

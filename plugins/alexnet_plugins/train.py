@@ -178,7 +178,9 @@ def train(
         if parallel != "auto" and ranks.size == 1:
             reporter.line("note", f"--parallel {parallel} is for several devices, and there is one: --gpus names more")
         if micro_batch and micro_batch > training.share:
-            reporter.line("note", f"--micro-batch {micro_batch} changes nothing: {training.share} images are computed")
+            reporter.line(
+                "note", f"--micro-batch {micro_batch} changes nothing: a step computes {training.share} images"
+            )
         reason = _run(reporter, training, max_steps, stop, habits["save_every"] or sys.maxsize, tensorboard)
         if ranks.first:
             finish(reporter, training, reason, stop)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def failing(reporter: Reporter, run: Run) -> Iterator[None]:
-    """While inside: an error is left in the run, and told to programs, before it goes its way; so is a second Ctrl-C."""
+    """While inside: an error, and a second Ctrl-C, is left in the run and told to programs before it goes its way."""
     from alexnet_cli.core.resume import EXIT_CODES
 
     try:

@@ -75,7 +75,7 @@ def check_steps(run: Run | None, max_steps: int | None) -> None:
     if max_steps < done:
         what = f"--max-steps {max_steps:,} counts from the run's start, and {run.name} has done {done:,}"
         raise UsageError(
-            what, f"--max-steps {done + max_steps} does {max_steps:,} more; without it, it goes to its end"
+            what, f"--max-steps {done + max_steps} does {max_steps:,} more; without it, the run goes to its end"
         )
 
 
