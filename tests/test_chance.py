@@ -42,11 +42,11 @@ def test_the_loss_of_one_answer_for_all(pictures: list[int], smoothing: float) -
     def loss() -> torch.Tensor:
         optimiser.zero_grad()
         found = functional.cross_entropy(logits.expand(len(labels), 4), labels, label_smoothing=smoothing)
-        found.backward()  # type: ignore[no-untyped-call]
+        found.backward()
         return found
 
-    optimiser.step(loss)  # type: ignore[no-untyped-call]
-    assert chance.flat_loss(np.array(pictures), smoothing) == pytest.approx(float(loss()), abs=1e-4)
+    optimiser.step(loss)
+    assert chance.flat_loss(np.array(pictures), smoothing) == pytest.approx(loss().item(), abs=1e-4)
     if len(set(pictures)) == 1:
         assert chance.flat_loss(np.array(pictures), smoothing) == pytest.approx(math.log(4))
 

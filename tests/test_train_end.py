@@ -1,4 +1,4 @@
-"""How `alexnet train` begins and ends, as its user sees it: which data, what the lowest error is worth, what went wrong."""
+"""How `alexnet train` begins and ends: which data, what the lowest error is worth, what went wrong."""
 
 from __future__ import annotations
 
@@ -68,12 +68,13 @@ def test_a_lowest_error_of_guessing_is_no_achievement(
 
 
 def test_a_network_that_answers_one_class_is_told_when_training_ends() -> None:
-    end = Record("end", 3, 9)
+    end = Record("end", 3, 30)
     told = advice.one_sided(np.array([[5, 0], [5, 0]]), ("cat", "dog"), end)
     assert told is not None
-    assert (told.event, told.epoch, told.step) == ("warning", 3, 9)
+    assert (told.event, told.epoch, told.step) == ("warning", 3, 30)
     assert str(told.text).startswith("100.0% of the answers are cat, and 50.0% of the pictures")
     assert advice.one_sided(np.array([[5, 0], [0, 5]]), ("cat", "dog"), end) is None
+    assert advice.one_sided(np.array([[5, 0], [5, 0]]), ("cat", "dog"), replace(end, step=19)) is None
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ FAR = 4  # times off what the batch asks for: a rate that is worth a question
 NEAR = 0.02  # share of the loss of guessing within which a loss is that
 RECENT = 10  # records whose mean must be that too: where classes are unequal, a batch may have few of the commonest
 UNEQUAL = 10  # times as many pictures of the commonest class as of the rarest: what is rare is then hardly learned
+NONE = 20  # steps, before which nobody knows anything
 FEW = 100  # steps, after which hardly any network knows anything
 SOME = 300  # after which a small one does
 SHOWN = 5  # names in a message
@@ -122,7 +123,7 @@ class Guessing:
 
         Where there are fewer than 100 it is patient to the last; fewer than 20 say nothing.
         """
-        return cls(recipe, pictures, min(2000, max(20, min(FEW, steps), steps // 10)))
+        return cls(recipe, pictures, min(2000, max(NONE, min(FEW, steps), steps // 10)))
 
     def heed(self, record: Record) -> Record | None:
         """Look at a record; the warning, if it is due."""
@@ -154,14 +155,14 @@ def way_on(recipe: Recipe, pictures: Counts, steps: int, epochs: int) -> str:
     if steps < FEW:
         enough = math.ceil(SOME * epochs / max(1, steps))
         return f"{steps:,} step{'' if steps == 1 else 's'} are few: start anew with --epochs {enough:,}"
-    if told := unequal([""] * len(pictures), pictures):
-        return told[1].partition(": ")[2]
+    if far := unequal([""] * len(pictures), pictures):
+        return far[1].partition(": ")[2]
     return remedy(recipe)
 
 
 def one_sided(confusion: npt.NDArray[np.int64], names: Sequence[str], at: Record) -> Record | None:
     """The warning, at the end of training, of a network that takes nearly all pictures of other classes for one."""
-    said = chance.one_sided(confusion, names)
+    said = chance.one_sided(confusion, names) if at.step >= NONE else ""
     return _warning(said, chance.LEARN, at) if said else None
 
 
