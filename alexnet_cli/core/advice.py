@@ -33,10 +33,9 @@ def before(recipe: Recipe, data: Dataset, different: Mapping[str, tuple[Any, Any
     `different`: the recipe keys that weights taken over disagree on, as (here, there); None if none were taken over.
     """
     yield from _empty_classes(data)
-    if told := unequal(
-        [name.name for name in data.classes], chance.counted(data.split("train").labels, len(data.classes))
-    ):
-        yield _warning(*told)
+    pictures = chance.counted(data.split("train").labels, len(data.classes))
+    if far := unequal([name.name for name in data.classes], pictures):
+        yield _warning(*far)
     leaks = data.record.get("duplicates", {}).get("across_splits", 0)
     if leaks:
         yield _warning(
