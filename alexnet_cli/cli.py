@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import signal
@@ -19,13 +18,12 @@ from typer.core import TyperGroup
 from alexnet_cli import __version__, usage
 from alexnet_cli.console import STDERR, visible
 from alexnet_cli.entry_points import HINT, Offer, callable_offers
-from alexnet_cli.errors import AlexNetError, LostError, MissingError, Terminated, memory_ended
+from alexnet_cli.errors import AlexNetError, LostError, MissingError, Terminated, memory_ended, told
 
 HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
 SWALLOW = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
 SPINS = "2000"  # some microseconds: enough where nobody else wants the cores
 CTRL_C = 130  # exit code
-STORAGE_ERRORS = {errno.ENOSPC, errno.EROFS, errno.EDQUOT}
 
 
 class LazyGroup(TyperGroup):
@@ -242,29 +240,15 @@ def _left_for_the_launcher(error: BaseException, what: str, hint: str, code: int
 
 def _told(error: BaseException, typed: Sequence[str] = ()) -> tuple[str, str, int]:
     """What to say of an error, what to do about it, and the exit code."""
-    if isinstance(error, AlexNetError):
-        return error.what, error.hint, error.exit_code
     if hasattr(error, "format_message"):  # the parser's errors; their base has no public name before Typer 0.27.2
         return usage.told(error, typed)
     if isinstance(error, KeyboardInterrupt | typer.Abort):
         return "stopped by Ctrl-C", "", CTRL_C
     if isinstance(error, Terminated):
         return "stopped by SIGTERM", "", error.exit_code
-    if isinstance(error, OSError):
-        what = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
-        if error.errno in STORAGE_ERRORS:
-            return what, "free some space, or write to another disk", 7
-        if error.errno == errno.ENAMETOOLONG:
-            return what, "choose a shorter name", 2
-        if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError):
-            return what, "check the path and its permissions", 3
-        return what, "check the path and its permissions", 1
-    if memory_ended(error):
-        what = f"the memory does not suffice: {str(error).partition(chr(10))[0] or 'it is all taken'}"
-        return what, "a smaller batch (-b) takes less; so do --micro-batch and --cache none in training", 4
-    if _stopped:
+    if _stopped and not (isinstance(error, AlexNetError | OSError) or memory_ended(error)):
         return _told(_stopped[0])
-    return f"internal error: {type(error).__name__}: {error}", "a bug; alexnet --debug COMMAND shows where", 1
+    return told(error)
 
 
 def _quiet_pipe() -> int:

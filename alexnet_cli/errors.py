@@ -15,6 +15,9 @@
 A message is two lines: what and where, then what to do. The shell prints them; nothing else does.
 """
 
+import errno
+
+STORAGE_ERRORS = {errno.ENOSPC, errno.EROFS, errno.EDQUOT}
 # PyTorch on a GPU and on a CPU, cuDNN, ONNX Runtime; none of them has an exception of its own that all share.
 NO_MEMORY = (
     "OutOfMemoryError",
@@ -102,3 +105,22 @@ class Terminated(BaseException):
 def memory_ended(error: BaseException) -> bool:
     """Whether an error of anybody's says that there was too little memory."""
     return isinstance(error, MemoryError) or any(sign in f"{type(error).__name__} {error}" for sign in NO_MEMORY)
+
+
+def told(error: BaseException) -> tuple[str, str, int]:
+    """What to say of an error, of ours or of anybody's, what to do about it, and the exit code."""
+    if isinstance(error, AlexNetError):
+        return error.what, error.hint, error.exit_code
+    if isinstance(error, OSError):
+        what = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+        if error.errno in STORAGE_ERRORS:
+            return what, "free some space, or write to another disk", 7
+        if error.errno == errno.ENAMETOOLONG:
+            return what, "choose a shorter name", 2
+        if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError):
+            return what, "check the path and its permissions", 3
+        return what, "check the path and its permissions", 1
+    if memory_ended(error):
+        what = f"the memory does not suffice: {str(error).partition(chr(10))[0] or 'it is all taken'}"
+        return what, "a smaller batch (-b) takes less; so do --micro-batch and --cache none in training", 4
+    return f"internal error: {type(error).__name__}: {error}", "a bug; alexnet --debug COMMAND shows where", 1

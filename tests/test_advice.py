@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from alexnet_cli.core import advice
+from alexnet_cli.core.chance import Counts
 from alexnet_cli.core.packing import pack
 from alexnet_cli.core.placement import Placement
 from alexnet_cli.core.plan import Plan
@@ -41,6 +42,10 @@ def odd(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for _ in pack(Plan(recognise(folder / "source"), folder / "odd", 95), workers=1):
         pass
     return folder / "odd"
+
+
+def equal(classes: int) -> Counts:
+    return np.full(classes, 7)
 
 
 def said(recipe: Recipe, data: Dataset) -> list[str]:
@@ -93,6 +98,44 @@ def test_a_rate_far_from_the_batchs(recipe: Recipe, lr: float, batch: int, far: 
     assert all(f"rate {lr:g} is far from what batch {batch} asks for" in str(record.text) for record in told)
 
 
+def test_a_rate_that_rounds_alike_at_both_ends_is_one_number() -> None:
+    (told,) = advice.odd_rate(replace(TINY, learning_rate=3.0, batch_size=65), 65, False)
+    assert str(told.text).endswith("recipe tiny has 0.03 at 64, which makes 0.03")
+
+
+@pytest.mark.parametrize(("pictures", "said"), [([89, 0, 9, 50], False), ([100, 0, 10, 50], True), ([7], False)])
+def test_classes_that_are_far_from_equal_are_named(pictures: list[int], said: bool) -> None:
+    told = advice.unequal(("cat", "dog", "emu", "fox"), np.array(pictures))
+    assert (told is not None) == said
+    if told:
+        assert told[0] == "the classes are far from equal: 100 training pictures of cat, 10 of emu"
+        assert told[1].startswith("always answering cat errs in only 37.5%: add pictures of rare classes")
+
+
+def test_a_loss_that_only_knows_how_frequent_the_classes_are() -> None:
+    """It is far below ln(classes); one batch with few of the commonest class says nothing."""
+    pictures = np.array([950, 50])
+    flat = -(0.95 * math.log(0.95) + 0.05 * math.log(0.05))
+    for losses, said in (([flat] * 3, True), ([0.9 * flat] * 3, False), ([0.7 * flat, 0.7 * flat, 1.3 * flat], False)):
+        watch = advice.Guessing.at(PAPER, pictures, 1000)
+        told = [watch.heed(Record("step", 1, 100 + i, loss=loss)) for i, loss in enumerate(losses)]
+        assert any(told) == said
+        if said:
+            assert str(told[0] and told[0].text).endswith("than guessing (the same answer for every picture = 0.199)")
+
+
+@pytest.mark.parametrize(
+    ("pictures", "steps", "way"),
+    [
+        ([7, 7], 8, "8 steps are few: start anew with --epochs 75"),
+        ([70, 7], 400, "add pictures of rare classes, or leave common ones out"),
+        ([7, 7], 400, "are the labels right? otherwise another rate than 0.03 (--lr)"),
+    ],
+)
+def test_the_way_on_of_a_training_that_learned_nothing(pictures: list[int], steps: int, way: str) -> None:
+    assert advice.way_on(TINY, np.array(pictures), steps, 2) == way
+
+
 def test_a_batch_is_no_larger_than_the_training_set(prepared: Path) -> None:
     """48 pictures make batches of 48, and a rate for 4,096 is not to be advised."""
     data = open_dataset(prepared)
@@ -115,11 +158,11 @@ def test_fine_tuning_may_be_slow_and_frozen_layers_should_be_of_somebody(prepare
 
 @pytest.mark.parametrize(("steps", "patience"), [(3, 20), (48, 48), (1248, 124), (3510, 351), (900_000, 2000)])
 def test_patience_is_a_tenth_of_the_steps_and_ends_with_them(steps: int, patience: int) -> None:
-    assert advice.Guessing.at(PAPER, 10, steps).patience == patience
+    assert advice.Guessing.at(PAPER, equal(10), steps).patience == patience
 
 
 def test_a_loss_that_stays_at_guessing_is_told_once() -> None:
-    watch, chance = advice.Guessing.at(replace(PAPER, conv345_std=0.01), 1000, 1000), math.log(1000)
+    watch, chance = advice.Guessing.at(replace(PAPER, conv345_std=0.01), equal(1000), 1000), math.log(1000)
     told = [watch.heed(Record("step", 1, step, loss=loss)) for step, loss in (
         (90, chance), (100, 0.97 * chance), (110, 0.99 * chance), (120, chance), (130, 1.2 * chance),
     )]  # fmt: skip
@@ -135,7 +178,7 @@ def test_a_loss_that_stays_at_guessing_is_told_once() -> None:
     [(PAPER, "bias=0.1"), (CAFFE, "conv345_std=0.03"), (FAST, "labels"), (replace(CAFFE, conv345_std=0.03), "labels")],
 )
 def test_the_remedy_fits_the_recipe(recipe: Recipe, remedy: str) -> None:
-    told = advice.Guessing.at(recipe, 10, 100).heed(Record("step", 2, 100, loss=math.log(10)))
+    told = advice.Guessing.at(recipe, equal(10), 100).heed(Record("step", 2, 100, loss=math.log(10)))
     assert told is not None
     assert remedy in str(told.hint)
 
@@ -154,7 +197,8 @@ def test_the_papers_letter_stays_at_guessing_and_training_says_so(
         1,
     )
     warnings = [record for record in fit(training) if record.event == "warning"]
-    assert [(record.epoch, record.step) for record in warnings] == [(9, 100)]
+    assert [(record.epoch, record.step) for record in warnings] == [(9, 100), (9, 108)]
+    assert "% of the answers are " in str(warnings[1].text)
     assert "no better than guessing (ln 4 = 1.386)" in str(warnings[0].text)
     assert training.run.records().count(warnings[0].as_dict()) == 1
 

@@ -70,12 +70,14 @@ CORE = {
     "runs": "atomic devices listing records",
     "checkpoint": "atomic learning listing network runs weights",
     "resume": "records runs",
-    "origin": "runs shards",
+    "origin": "records runs shards",
+    "chance": "",
+    "failure": "records runs",
     "evaluate": "augment loader network placement sources",
     "published": "ilsvrc sources",
     "lettering": "",
     "confusion_picture": "lettering",
-    "results": "confusion_picture evaluate listing origin published shards sources",
+    "results": "chance confusion_picture evaluate listing origin published shards sources",
     "backoff": "",
     "replicas": "network ranks",
     "compilation": "layers network",
@@ -85,12 +87,12 @@ CORE = {
     "training": "augment cache checkpoint compilation diagnosis evaluate fine_tuning gradient learning "
     "loader network placement records replicas runs shards weights",
     "tensorboard": "records runs",
-    "advice": "records shards",
+    "advice": "chance records shards",
     "waiting": "",
-    "train": "advice augment cache evaluate gradient loader qualitative records resume runs training waiting",
+    "train": "advice augment cache chance evaluate gradient loader qualitative records resume runs training waiting",
     # the paper's claims, switched off
     "switches": "",
-    "ablation": "checkpoint placement records runs shards switches train training",
+    "ablation": "checkpoint failure placement records runs shards switches train training",
     "comparison": "runs switches",
     "plotting": "",
     "ablation_picture": "comparison",
@@ -141,7 +143,8 @@ CORE = {
     "report_network": "anatomy network network_picture report report_pictures",
     "report_sections": "confusion_picture evaluate evidence filter_picture history published report report_charts "
     "report_pictures results",
-    "report_page": "atomic history plotting report report_charts report_network report_sections results runs shards",
+    "report_page": "atomic chance history plotting records report report_charts report_network report_sections results "
+    "runs shards",
     # weights of other programs
     "protobuf": "",
     "unpickler": "",
@@ -169,7 +172,8 @@ BESIDE = {
     "prepare": {"prepare_report"},
     "demo": {"demo_pictures"},
     "ablate": {"ablate_table"},
-    "train": {"train_display", "train_report", "train_setup"},
+    "train": {"train_display", "train_end", "train_report", "train_setup"},
+    "train_end": {"train_report"},
     "visualize_filters": {"visualize_patches", "visualize_picture", "visualize_terminal"},
     "benchmark": {
         "benchmark_pictures",

@@ -47,6 +47,13 @@ def test_the_json_of_every_command_is_described() -> None:
     assert set(fields_of_json()) == ours <= set(group.commands)  # type: ignore[attr-defined]
 
 
+def test_the_columns_of_metrics_csv_are_those_in_the_table() -> None:
+    from alexnet_cli.core.records import COLUMNS
+
+    table = text_of("README.md").partition("| column of `metrics.csv` |")[2].partition("\n\n")[0]
+    assert re.findall(r"`(\w+)`", "".join(re.findall(r"(?m)^\|([^|]+)\|", table))) == list(COLUMNS)
+
+
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_links_lead_somewhere(document: str) -> None:
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text_of(document)):

@@ -156,6 +156,13 @@ def test_max_steps_counts_from_the_start_and_says_the_way_on(home: Path) -> None
     assert "done" not in first.stderr
     again = run("train", "--resume", "steps", "--max-steps", "2")
     assert "note    --max-steps 2 counts from the run's start, and 2 are done" in again.stderr
+    before = (home / "runs" / "steps" / "run.json").read_bytes()
+    refused = run("train", "--resume", "steps", "--max-steps", "1", code=2)
+    assert refused.stderr == (
+        "error: --max-steps 1 counts from the run's start, and steps has done 2\n"
+        "hint: --max-steps 3 does 1 more; without it, the run goes to its end\n"
+    )
+    assert (home / "runs" / "steps" / "run.json").read_bytes() == before
     shutil.rmtree(home / "runs" / "steps" / "checkpoints")  # as if killed before there was one
     (home / "runs" / "steps" / "checkpoints").mkdir()
     (home / "runs" / "steps" / "metrics.jsonl").unlink()

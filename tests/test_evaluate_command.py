@@ -20,8 +20,8 @@ from typer import Typer
 from typer.testing import CliRunner, Result
 
 from alexnet_cli.console import Reporter
+from alexnet_cli.core import chance, onnx_graph, placement, results, session, weights
 from alexnet_cli.core import evaluate as evaluating
-from alexnet_cli.core import onnx_graph, placement, results, session, weights
 from alexnet_cli.core.backoff import Backoff
 from alexnet_cli.core.confusion_picture import RIGHT, WRONG, draw
 from alexnet_cli.core.devices import Gpu
@@ -77,9 +77,9 @@ def test_what_guessing_gives_stands_beside_the_error(runs: Path) -> None:
     assert "(guessing: 75.0%; 95 % interval " in told.stdout
     assert "note    no better than guessing: the 95 % interval reaches 75.0%" in told.stderr
     record = numbers("-w", "one")
-    assert record["chance_error"] == 0.75
-    assert results.guessed(record)
-    assert not results.guessed(record | {"top1_error_interval": (0.1, 0.74)})
+    assert record["chance_error"] == record["commonest_error"] == 0.75
+    assert chance.guessed(record)
+    assert not chance.guessed(record | {"top1_error_interval": (0.1, 0.74)})
 
 
 @pytest.mark.parametrize("views", ["1", "10"])
@@ -182,6 +182,8 @@ def test_a_run_that_was_stopped_is_said_to_be_so(runs: Path) -> None:
     (runs / "run.json").write_text(json.dumps(about | {"status": "interrupted"}))
     (runs / "recipe.toml").write_text(SMALL.to_toml())
     assert "note    the run has not finished: epoch 0 of 30 so far" in run("-w", "one").stderr
+    (runs / "run.json").write_text(json.dumps(about | {"status": "failed", "error": "the disk is full"}))
+    assert "note    the run failed (the disk is full): epoch 0 of 30 so far" in run("-w", "one").stderr
 
 
 def test_a_folder_that_cannot_be_is_known_before_the_work(
@@ -204,6 +206,7 @@ def test_a_subset_is_a_note_and_an_unknown_class_an_error(runs: Path, prepared: 
     assert "taken for violet\\x1b" in result.stdout
     assert "\x1b" not in result.stdout + result.stderr
     assert "4 of the 5 classes" in result.stderr
+    assert "warn    100.0% of the answers are violet\\x1b[2J, and 0.0% of the pictures" in result.stderr
     fewer = named(classes[1:], tmp_path / "fewer.safetensors")
     error = run("-w", str(fewer), "--data", str(prepared)).exception
     assert isinstance(error, DataError)

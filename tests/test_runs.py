@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -124,6 +125,31 @@ def test_what_w_means() -> None:
     assert find_weights("r", both) == run.path / "alexnet.onnx"
     assert run_of(find_weights("r")) == run.path
     assert run_of(Path("elsewhere/model.onnx")) is None
+
+
+@pytest.mark.parametrize(
+    ("about", "what", "hint"),
+    [
+        ({}, "runs/r holds no checkpoint yet", "let it train until the first one is saved"),
+        ({"status": "interrupted"}, "runs/r holds no checkpoint yet", "the run was stopped; alexnet train --resume r"),
+        (
+            {"status": "failed", "reason": "error", "error": "the loss became nan", "hint": "start anew"},
+            "runs/r has no checkpoint, since the run failed: the loss became nan",
+            "start anew",
+        ),
+        (
+            {"status": "failed", "error": [1]},
+            "runs/r holds no checkpoint yet",
+            "the run failed; alexnet train --resume",
+        ),
+    ],
+)
+def test_a_run_without_a_checkpoint_says_why(about: dict[str, Any], what: str, hint: str) -> None:
+    Run.create("r", PAPER, about)
+    with pytest.raises(WeightsError) as caught:
+        find_weights("r")
+    assert caught.value.what == what
+    assert caught.value.hint.startswith(hint)
 
 
 def test_what_w_cannot_be() -> None:

@@ -171,6 +171,22 @@ def test_the_remedy_names_the_rate_in_force(recipe: Recipe, step: int, told: str
     assert (", or go on: r --set learning_rate=" in going_on) == ("start anew" in told)
 
 
+@pytest.mark.parametrize("at_once", [True, False])
+def test_the_steps_before_a_loss_that_is_no_number_are_recorded(start: Callable[..., Training], at_once: bool) -> None:
+    """Whether it is seen at once, as on a CPU, or at the next record: those up to it, and no other."""
+    trainings = [start(replace(SMALL, learning_rate=1e12, batch_size=4)) for _ in range(2)]
+    trainings[0].checks_every_step = trainings[1].checks_every_step = at_once
+    for training, every in zip(trainings, (1, 10), strict=True):
+        with pytest.raises(VerificationError) as caught:
+            list(fit(training, record_every=every))
+    bad = int(re.findall(r"at step (\d+)", caught.value.what)[0])
+    single, together = ([r for r in t.run.records() if r["event"] == "step"] for t in trainings)
+    assert [r["step"] for r in single] == list(range(1, bad))
+    assert [r["step"] for r in together] == [bad - 1]
+    assert together[0]["loss"] == pytest.approx(np.mean([r["loss"] for r in single]))
+    assert together[0]["lr"] == single[-1]["lr"]
+
+
 @pytest.mark.parametrize("layer", ["conv3", "fc7", "fc8"])
 def test_the_layer_that_overflows_is_named_and_nothing_learns_from_it(
     start: Callable[..., Training], layer: str

@@ -136,7 +136,15 @@ def test_what_ends_in_numbers_that_are_none_leaves_one_too(prepared: Path, tmp_p
     assert [line[:30] for line in result.stderr.splitlines()[-3:]] == [
         "report  runs/a b/report.html", "error: the loss became nan at ", "hint: the rate was 4e+10; star",
     ]  # fmt: skip
-    assert "This run failed." in Page(tmp_path / "runs" / "a b" / "report.html").all_text
+    what, hint = (line.partition(": ")[2] for line in result.stderr.splitlines()[-2:])
+    run = Run(tmp_path / "runs" / "a b")
+    assert f"This run failed: {what}. What to do: {hint}. What it had" in Page(run.path / "report.html").all_text
+    told = {key: run.about[key] for key in ("status", "reason", "error", "hint")}
+    assert told == {"status": "failed", "reason": "error", "error": what, "hint": hint}
+    end = {"event": "end", "reason": "error", "text": what, "hint": hint, "path": "runs/a b", "epoch": 1}
+    assert [{**record, "step": None} for record in run.records()][-1:] == [end | {"step": None}]
+    evaluated = alexnet("evaluate", "-w", "a b", folder=tmp_path)
+    assert evaluated.stderr == f"error: runs/a b has no checkpoint, since the run failed: {what}\nhint: {hint}\n"
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,13 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from alexnet_cli import __version__
+from alexnet_cli.core import failure
 from alexnet_cli.core.checkpoint import newest
 from alexnet_cli.core.placement import Placement
 from alexnet_cli.core.records import Record
@@ -27,7 +27,7 @@ from alexnet_cli.core.shards import Dataset
 from alexnet_cli.core.switches import SWITCHES, Switch
 from alexnet_cli.core.train import fit
 from alexnet_cli.core.training import Training
-from alexnet_cli.errors import DataError, StorageError, UsageError, VerificationError
+from alexnet_cli.errors import DataError, UsageError, VerificationError
 from alexnet_cli.recipe import Recipe
 
 DIVERGED = "the loss is not a number"
@@ -100,7 +100,7 @@ class Ablation:
         """
         run = self._run(cell.name) or Run.create(cell.name, cell.recipe, self._about(cell), self.folder)
         with run.locked():
-            run.update({"status": "running"})
+            run.update(failure.NONE)
             training = Training(cell.recipe, self.data, run, self.placement, self.threads)
             start, _ = newest(run)
             reason = None
@@ -109,11 +109,10 @@ class Ablation:
                     reason = record.reason
                     yield record
             except VerificationError as error:
-                run.update({"status": "failed", "reason": DIVERGED, "error": error.what})
+                failure.note(run, error, DIVERGED)
                 return
-            except BaseException:
-                with suppress(StorageError):  # what stopped us is what the user needs to know
-                    run.update({"status": "failed", "reason": "error"})
+            except BaseException as error:
+                failure.note(run, error)
                 raise
             run.update({"status": "finished" if reason == "finished" else "interrupted", "reason": reason})
 

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
+from alexnet_cli.core import chance
+from alexnet_cli.core.chance import Counts
 from alexnet_cli.core.records import Record
 from alexnet_cli.core.shards import DUPLICATES, Dataset
 from alexnet_cli.recipe import RECIPES, Recipe
 
 FAR = 4  # times off what the batch asks for: a rate that is worth a question
-NEAR = 0.02  # share of ln(classes) within which a loss is that of guessing
+NEAR = 0.02  # share of the loss of guessing within which a loss is that
+RECENT = 10  # records whose mean must be that too: where classes are unequal, a batch may have few of the commonest
+UNEQUAL = 10  # times as many pictures of the commonest class as of the rarest: what is rare is then hardly learned
+NONE = 20  # steps, before which nobody knows anything
+FEW = 100  # steps, after which hardly any network knows anything
+SOME = 300  # after which a small one does
 SHOWN = 5  # names in a message
 
 
@@ -24,6 +33,9 @@ def before(recipe: Recipe, data: Dataset, different: Mapping[str, tuple[Any, Any
     `different`: the recipe keys that weights taken over disagree on, as (here, there); None if none were taken over.
     """
     yield from _empty_classes(data)
+    pictures = chance.counted(data.split("train").labels, len(data.classes))
+    if far := unequal([name.name for name in data.classes], pictures):
+        yield _warning(*far)
     leaks = data.record.get("duplicates", {}).get("across_splits", 0)
     if leaks:
         yield _warning(
@@ -47,13 +59,29 @@ def _empty_classes(data: Dataset) -> Iterator[Record]:
         "val": ("validation", "the validation error does not tell how well they are learned"),
     }
     for split, (kind, meaning) in means.items():
-        counts = np.bincount(data.split(split).labels, minlength=len(data.classes))
+        counts = chance.counted(data.split(split).labels, len(data.classes))
         empty = [name.name for name, count in zip(data.classes, counts, strict=True) if not count]
         if empty:
             names = ", ".join(empty[:SHOWN]) + (" …" if len(empty) > SHOWN else "")
             have = "has" if len(empty) == 1 else "have"
             what = f"{len(empty):,} of {len(data.classes):,} classes {have} no {kind} picture: {names}"
             yield _warning(what, meaning)
+
+
+def unequal(names: Sequence[str], pictures: Counts) -> tuple[str, str] | None:
+    """What is to be said where the commonest class has UNEQUAL times the pictures of the rarest, and what to do.
+
+    Classes without any are another matter.
+    """
+    most, least = int(pictures.argmax()), int(np.where(pictures, pictures, pictures.max() + 1).argmin())
+    if pictures[most] < UNEQUAL * pictures[least]:
+        return None
+    counts = f"{pictures[most]:,} training pictures of {names[most]}, {pictures[least]:,} of {names[least]}"
+    error = f"always answering {names[most]} errs in only {chance.commonest(pictures):.1%}"
+    return (
+        f"the classes are far from equal: {counts}",
+        f"{error}: add pictures of rare classes, or leave common ones out",
+    )
 
 
 def odd_rate(recipe: Recipe, batch: int, fine_tuning: bool) -> Iterator[Record]:
@@ -67,48 +95,74 @@ def odd_rate(recipe: Recipe, batch: int, fine_tuning: bool) -> Iterator[Record]:
     k = batch / named.batch_size
     low, high = sorted((named.learning_rate * math.sqrt(k), named.learning_rate * k))
     if recipe.learning_rate > FAR * high or (recipe.learning_rate < low / FAR and not fine_tuning):
+        asked = " to ".join(dict.fromkeys((f"{low:.2g}", f"{high:.2g}")))  # one number where both round to it
         yield _warning(
             f"rate {recipe.learning_rate:g} is far from what batch {batch} asks for: recipe {named.name} "
-            f"has {named.learning_rate:g} at {named.batch_size}, which makes {low:.2g} to {high:.2g}",
+            f"has {named.learning_rate:g} at {named.batch_size}, which makes {asked}",
             f"a batch k times as large takes sqrt(k) to k times the rate: --lr {named.learning_rate * k:.2g}",
         )
 
 
 @dataclass
 class Guessing:
-    """Watches for a loss that is no better than guessing once `patience` steps are done, and says so once."""
+    """Watches for a loss that is no better than guessing once `patience` steps are done, and says so once.
+
+    `pictures`: how many there are to train on, class by class.
+    """
 
     recipe: Recipe
-    classes: int
+    pictures: Counts
     patience: int
     told: bool = False
+    recent: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
 
     @classmethod
-    def at(cls, recipe: Recipe, classes: int, steps: int) -> Guessing:
+    def at(cls, recipe: Recipe, pictures: Counts, steps: int) -> Guessing:
         """Patient for a tenth of the steps that the recipe takes, at least 100 and at most 2,000.
 
         Where there are fewer than 100 it is patient to the last; fewer than 20 say nothing.
         """
-        return cls(recipe, classes, min(2000, max(20, min(100, steps), steps // 10)))
+        return cls(recipe, pictures, min(2000, max(NONE, min(FEW, steps), steps // 10)))
 
     def heed(self, record: Record) -> Record | None:
         """Look at a record; the warning, if it is due."""
-        chance = math.log(self.classes)
-        if record.event != "step" or self.told or self.classes == 1 or record.step < self.patience:
+        if record.event != "step" or record.loss is None:
             return None
-        if record.loss is None or record.loss < (1 - NEAR) * chance:
+        self.recent.append(record.loss)
+        loss, classes = chance.flat_loss(self.pictures, self.recipe.label_smoothing), len(self.pictures)
+        lowest = min(record.loss, sum(self.recent) / len(self.recent))
+        if self.told or classes == 1 or record.step < self.patience or lowest < (1 - NEAR) * loss:
             return None
         self.told = True
         what = f"the loss is still {record.loss:.3f} at step {record.step:,}, no better than guessing"
-        return _warning(f"{what} (ln {self.classes} = {chance:.3f})", self._remedy(), record)
+        equal = math.isclose(loss, math.log(classes), rel_tol=1e-9)
+        whence = f"ln {classes}" if equal else "the same answer for every picture"
+        return _warning(f"{what} ({whence} = {loss:.3f})", remedy(self.recipe), record)
 
-    def _remedy(self) -> str:
-        recipe = self.recipe
-        if recipe.init == "gaussian" and recipe.conv345_std < 0.03:
-            return "start anew with wider initial values, as the authors' code: --set conv345_std=0.03"
-        if recipe.init == "gaussian" and recipe.bias > 0.1:
-            return "start anew with smaller initial biases, as Caffe's authors: --set bias=0.1; or --recipe fast"
-        return f"are the labels right? otherwise another rate than {recipe.learning_rate:g} (--lr)"
+
+def remedy(recipe: Recipe) -> str:
+    """What to do about a network that does not begin to learn."""
+    if recipe.init == "gaussian" and recipe.conv345_std < 0.03:
+        return "start anew with wider initial values, as the authors' code: --set conv345_std=0.03"
+    if recipe.init == "gaussian" and recipe.bias > 0.1:
+        return "start anew with smaller initial biases, as Caffe's authors: --set bias=0.1; or --recipe fast"
+    return f"are the labels right? otherwise another rate than {recipe.learning_rate:g} (--lr)"
+
+
+def way_on(recipe: Recipe, pictures: Counts, steps: int, epochs: int) -> str:
+    """What to do about a training of so many steps and epochs whose lowest error is no better than guessing."""
+    if steps < FEW:
+        enough = math.ceil(SOME * epochs / max(1, steps))
+        return f"{steps:,} step{'' if steps == 1 else 's'} are few: start anew with --epochs {enough:,}"
+    if far := unequal([""] * len(pictures), pictures):
+        return far[1].partition(": ")[2]
+    return remedy(recipe)
+
+
+def one_sided(confusion: npt.NDArray[np.int64], names: Sequence[str], at: Record) -> Record | None:
+    """The warning, at the end of training, of a network that takes nearly all pictures of other classes for one."""
+    said = chance.one_sided(confusion, names) if at.step >= NONE else ""
+    return _warning(said, chance.LEARN, at) if said else None
 
 
 def _warning(text: str, hint: str, at: Record | None = None) -> Record:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from alexnet_cli.core.records import failure
 from alexnet_cli.core.runs import Run, run_of
 from alexnet_cli.core.shards import Dataset
 from alexnet_cli.errors import AlexNetError
@@ -53,9 +54,10 @@ def unfinished(path: Path) -> str:
         run = Run(folder) if folder else None
         if run is None or run.about.get("status", "finished") == "finished":
             return ""
-        epochs, records = run.recipe.epochs, run.records()
+        epochs, records, (what, _) = run.recipe.epochs, run.records(), failure(run.about)
     except AlexNetError:  # what is wrong there is no affair of its weights
         return ""
     begun = (record.get("epoch") for record in records if record.get("event") != "start")
     done = max((epoch for epoch in begun if type(epoch) is int), default=0)
-    return f"the run has not finished: epoch {done} of {epochs} so far; alexnet train --resume {run.quoted} goes on"
+    ended = f"failed ({what})" if what else "has not finished"
+    return f"the run {ended}: epoch {done} of {epochs} so far; alexnet train --resume {run.quoted} goes on"

@@ -98,6 +98,25 @@ def until(records: Iterable[Mapping[str, Any]], step: int, epoch: int) -> list[M
     return [r for r in kept if r.get("event") != "validation" or count(r, "epoch") < epoch]
 
 
+def failure(about: Mapping[str, Any]) -> tuple[str, str]:
+    """Why a run failed, and what to do about it, as its run.json has them; empty where it did not fail or say why."""
+    found = [about.get(key) if about.get("status") == "failed" else None for key in ("error", "hint")]
+    what, hint = (value if isinstance(value, str) else "" for value in found)
+    return what, hint
+
+
+def unsaved(path: Path, about: Mapping[str, Any], name: str) -> tuple[str, str]:
+    """What to say where a run of that name has no checkpoint, and what to do about it."""
+    what, hint = failure(about)
+    if what:
+        return f"{path} has no checkpoint, since the run failed: {what}", hint
+    going_on = f"alexnet train --resume {name}"
+    ways = {"failed": f"the run failed; {going_on} begins it anew", "interrupted": f"the run was stopped; {going_on}"}
+    return f"{path} holds no checkpoint yet", ways.get(
+        str(about.get("status")), "let it train until the first one is saved"
+    )
+
+
 def epochs_done(records: Iterable[Mapping[str, Any]]) -> int:
     """How many epochs have been validated."""
     return max((count(r, "epoch") for r in records if r.get("event") == "validation"), default=0)

@@ -8,7 +8,7 @@ import shlex
 import tempfile
 import unicodedata
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,16 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 import alexnet_cli
-from alexnet_cli.core import report_charts, report_network, report_sections, results
+from alexnet_cli.core import chance, report_charts, report_network, report_sections, results
 from alexnet_cli.core.atomic import write_text
 from alexnet_cli.core.history import number
 from alexnet_cli.core.plotting import HINT, can_draw
-from alexnet_cli.core.report import Report
+from alexnet_cli.core.records import failure
+from alexnet_cli.core.report import Report, told_apart
 from alexnet_cli.core.report_charts import Chart
 from alexnet_cli.core.runs import typed
 from alexnet_cli.core.shards import ROOT
-from alexnet_cli.errors import StorageError, UsageError
+from alexnet_cli.errors import DataError, StorageError, UsageError
 
 FILE = "report.html"
 TURNING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # the line around
@@ -33,7 +34,7 @@ UNSEEN = frozenset(("Cc", "Cs"))  # controls and halves of characters
 STATUS = {
     "running": "This run is under way, or was ended without a word: the page shows it as far as it has come.",
     "interrupted": "This run was interrupted ({reason}) and can be continued: alexnet train --resume {name}",
-    "failed": "This run failed. What it had reached until then is below.",
+    "failed": "This run failed{told}. What it had reached until then is below.",
 }
 
 
@@ -140,17 +141,34 @@ def _lead(report: Report) -> str:
     if totals:
         first, of = totals[0], _of(report.data.name if report.data else None)
         low, high = first["top1_error_interval"]
+        guess = chance.beside(first["chance_error"], first["commonest_error"])
         five = "" if few else f", top-5 error {first['top5_error']:.1%}"
-        remark = results.guessed(first)
         return (
-            f"Top-1 error {first['top1_error']:.1%} (guessing: {first['chance_error']:.1%}; 95 % interval {low:.1%} to "
-            f"{high:.1%}){five}, on the {first['images']:,} validation pictures{of}, "
-            f"{results.PROTOCOL[first['views']]}." + (f" This is {remark}." if remark else "")
+            f"Top-1 error {first['top1_error']:.1%} ({guess}; 95 % interval {low:.1%} to {high:.1%})"
+            f"{five}, on the {first['images']:,} validation pictures{of}, "
+            f"{results.PROTOCOL[first['views']]}.{_worth(report, first)}"
         )
     if best:
         five = "" if few or number(best, "top5_error") is None else f", top-5 error {best['top5_error']:.1%}"
         at = f"after epoch {best['epoch']}, on the validation pictures"
-        return f"Lowest top-1 error {best['top1_error']:.1%}{five}, {at}{_of(report.about.get('data'))}."
+        error = f"Lowest top-1 error {best['top1_error']:.1%}{_beside(report)}{five}"
+        return f"{error}, {at}{_of(report.about.get('data'))}."
+    return ""
+
+
+def _worth(report: Report, totals: Mapping[str, Any]) -> str:
+    """Whether that is more than answers without a look at the pictures are worth."""
+    counts, names = report.evidence.counts, told_apart(report.classes)
+    same = f" {said}." if counts and (said := chance.one_sided(counts.confusion, names)) else ""
+    return (f" This is {said}." if (said := chance.guessed(totals)) else "") + same
+
+
+def _beside(report: Report) -> str:
+    """What such answers give on the run's own validation pictures, if they are there."""
+    with suppress(DataError):
+        if report.data and report.own_data and len(labels := report.data.split("val").labels):
+            of_each = chance.counted(labels, len(report.classes))
+            return f" ({chance.beside(chance.guessing(len(report.classes)), chance.commonest(of_each))})"
     return ""
 
 
@@ -160,9 +178,11 @@ def _of(data: Any) -> str:
 
 def _remarks(report: Report) -> list[str]:
     about = report.about
+    what, hint = failure(about)
     said = STATUS.get(str(about.get("status")), "").format(
-        reason=about.get("reason", "no reason told"), name=shlex.quote(report.name)
-    )
+        reason=about.get("reason", "no reason told"), name=shlex.quote(report.name),
+        told=(f": {what}" if what else "") + (f". What to do: {hint}" if hint else ""),
+    )  # fmt: skip
     return [text for text in (said, _none(report.evidence.failed)) if text]
 
 

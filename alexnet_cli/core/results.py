@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from alexnet_cli.core import chance
 from alexnet_cli.core.confusion_picture import draw
 from alexnet_cli.core.evaluate import Evaluation
 from alexnet_cli.core.listing import read_file
@@ -37,11 +37,12 @@ def numbers(counts: Evaluation, views: int, backend: str, figure: Figure | None 
         "protocol": f"{PROTOCOL[views]}, every image once",
         "top1_error": counts.top1_error,
         "top5_error": counts.top5_error,
-        "top1_error_interval": interval(counts.top1_error, counts.images),
-        "top5_error_interval": interval(counts.top5_error, counts.images),
+        "top1_error_interval": chance.interval(counts.top1_error, counts.images),
+        "top5_error_interval": chance.interval(counts.top5_error, counts.images),
         "top1_accuracy": 1 - counts.top1_error,
         "top5_accuracy": 1 - counts.top5_error,
-        "chance_error": chance(len(counts.confusion)),
+        "chance_error": chance.guessing(len(counts.confusion)),
+        "commonest_error": chance.commonest(counts.confusion.sum(axis=1)),
         "loss": counts.loss,
         "backend": backend,
     }
@@ -71,25 +72,6 @@ def compared(figure: Figure, views: int, images: int) -> str:
     protocol = PROTOCOL[figure.views].partition(",")[0]
     errors = f"top-1 error {figure.top1_error:.1%}, top-5 {figure.top5_error:.1%}"
     return f"{errors}   ({figure.source}, {protocol}, the {IMAGES:,} validation images of 2012{other})"
-
-
-def interval(error: float, images: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95 % interval of a share measured on so many images (Wilson's, which stays between 0 and 1)."""
-    middle = (error + z**2 / (2 * images)) / (1 + z**2 / images)
-    half = z * math.sqrt(error * (1 - error) / images + z**2 / (4 * images**2)) / (1 + z**2 / images)
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def chance(classes: int) -> float:
-    """The top-1 error of guessing, each of the network's classes as likely."""
-    return 1 - 1 / classes
-
-
-def guessed(totals: Mapping[str, Any]) -> str:
-    """What to say where the errors may be those of guessing; nothing where they are lower."""
-    if totals["top1_error_interval"][1] < totals["chance_error"] or not totals["chance_error"]:
-        return ""
-    return f"no better than guessing: the 95 % interval reaches {totals['chance_error']:.1%}"
 
 
 def per_class(counts: Evaluation, classes: Sequence[ClassName]) -> list[dict[str, Any]]:

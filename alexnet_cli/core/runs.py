@@ -25,7 +25,7 @@ from typing import Any
 from alexnet_cli.core.atomic import point, write_text
 from alexnet_cli.core.devices import train_command
 from alexnet_cli.core.listing import read_file
-from alexnet_cli.core.records import read_records, table, until
+from alexnet_cli.core.records import read_records, table, unsaved, until
 from alexnet_cli.errors import DataError, StorageError, UsageError, WeightsError
 from alexnet_cli.recipe import Recipe, load
 
@@ -255,7 +255,7 @@ def find_weights(spec: str | None, suffixes: Sequence[str] = (".safetensors",)) 
             if (path / name).is_file():
                 return path / name
     if (path / "run.json").is_file():
-        raise WeightsError(f"{path} holds no checkpoint yet", "let it train until the first one is saved")
+        raise WeightsError(*unsaved(path, Run(path).about, Run(path).quoted))
     none = f"{path} is no run, checkpoint folder or model file"
     raise WeightsError(none if path.exists() else f"no run, folder or file is called {spec}", _known_runs(spec or ""))
 

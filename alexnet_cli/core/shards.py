@@ -228,7 +228,7 @@ def find_dataset(spec: str | None) -> Path:
         DataError: there is no such data set.
     """
     spec = spec or os.environ.get("ALEXNET_DATA") or None
-    known = _known()
+    known = names()
     if spec is not None:
         for path in (Path(spec), ROOT / spec):
             if (path / RECORD).is_file():
@@ -244,7 +244,8 @@ def find_dataset(spec: str | None) -> Path:
     raise DataError(f"no prepared data set under {ROOT.absolute()}", "make one: alexnet prepare SOURCE")
 
 
-def _known() -> list[str]:
+def names() -> list[str]:
+    """Of the data sets under prepared/."""
     if not ROOT.is_dir():
         return []
     found = (path for path in ROOT.iterdir() if not path.is_symlink() and (path / RECORD).is_file())

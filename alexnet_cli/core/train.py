@@ -14,6 +14,7 @@ import numpy as np
 from alexnet_cli.core import advice, qualitative
 from alexnet_cli.core.augment import Draws
 from alexnet_cli.core.cache import Cache, remembering
+from alexnet_cli.core.chance import counted
 from alexnet_cli.core.evaluate import Evaluation
 from alexnet_cli.core.gradient import Sums
 from alexnet_cli.core.loader import Loader, epoch_order, training_batches
@@ -22,6 +23,7 @@ from alexnet_cli.core.resume import EXIT_CODES
 from alexnet_cli.core.runs import Run
 from alexnet_cli.core.training import Training
 from alexnet_cli.core.waiting import Waiting
+from alexnet_cli.errors import VerificationError
 
 
 def fit(
@@ -48,8 +50,9 @@ def fit(
     yield _log(run, _start_record(training))
     for said in _advice(training):
         yield _log(run, said)
-    reason, guessing = None, advice.Guessing.at(training.recipe, len(training.data.classes), training.steps)
+    reason, shown = None, None  # counts of the epoch with the lowest error
     train, size, device = training.data.split("train"), training.share, training.placement.device
+    guessing = advice.Guessing.at(training.recipe, counted(train.labels, len(training.data.classes)), training.steps)
     with Loader(train, size, training.threads, device) as decoding:
         loader = remembering(decoding, training.cache, training.placement.sharing)
         while reason is None and not _over(training):
@@ -65,6 +68,7 @@ def fit(
                 reason = reason or stop()
                 break
             validation, best = _validation(training, counts)
+            shown = counts if best else shown
             metrics = {key: validation[key] for key in ("top1_error", "top5_error", "loss")}
             yield _log(run, Record("validation", training.epoch, training.step, best=best, **validation))
             run.write_csv()
@@ -72,8 +76,11 @@ def fit(
             yield _saved(training, metrics, best)
     if training.step > training.first_step_of_epoch and training.step != training.saved:
         yield _saved(training, metrics)
-    reason = reason or "finished"
-    yield _log(run, Record("end", training.epochs_begun, training.step, path=str(run.path), reason=reason))
+    end = Record("end", training.epochs_begun, training.step, path=str(run.path), reason=reason or "finished")
+    names = [name.name for name in training.data.classes]
+    if shown and not reason and (remark := advice.one_sided(shown.confusion, names, end)):
+        yield _log(run, remark)
+    yield _log(run, end)
 
 
 def _saved(training: Training, metrics: dict[str, Any], best: bool = False) -> Record:
@@ -131,15 +138,25 @@ def _epoch(
         with waiting:
             reason = stop() or ("max-steps" if max_steps is not None and training.step >= max_steps else None)
             batch = None if reason else next(batches, None)
+        broken = None
         if batch is not None:
             piece = training.gradient.piece
-            pending.append(training.take_step(batch, draws))
+            try:
+                pending.append(training.take_step(batch, draws))
+            except VerificationError as error:
+                broken = error
             if training.gradient.piece < piece:
                 yield _smaller_pieces(training)
-        if pending and (batch is None or any(training.step % n == 0 for n in every)):
-            _settle(training, recent, pending, waiting, started)
-            yield _step_record(training, recent)
+        if broken and ranks.group is not None:  # other replicas may have had numbers, and would not add theirs up
+            raise broken
+        if pending and (batch is None or broken or any(training.step % n == 0 for n in every)):
+            step = training.step - len(pending)
+            broken = _settle(training, recent, pending, waiting, started) or broken
+            if recent.images:
+                yield _step_record(training, recent, step + recent.images // training.batch)
             started, recent = time.perf_counter(), Tally()
+        if broken:
+            raise broken
         if batch is None:
             if reason:
                 yield Record("end", epoch, training.step, reason=reason)
@@ -152,24 +169,29 @@ def _smaller_pieces(training: Training) -> Record:
     return Record("warning", training.epoch, training.step, text=text, hint=hint)
 
 
-def _settle(training: Training, recent: Tally, pending: list[Sums], waiting: Waiting, started: float) -> None:
-    """Bring the losses of the steps since the last record over from the device, and check them."""
+def _settle(
+    training: Training, recent: Tally, pending: list[Sums], waiting: Waiting, started: float
+) -> VerificationError | None:
+    """Bring the losses of the steps since the last record over from the device, up to one that is no number."""
+    broken = None
     own = [[float(sums.loss), float(sums.errors), float(sums.top5_errors)] for sums in pending]
     for step, found in enumerate(training.placement.ranks.total(np.array(own)), training.step - len(pending) + 1):
         loss, errors, top5_errors = (float(value) for value in found)
         if not math.isfinite(loss):
-            training.check(loss, step)
+            broken = training.fault(loss, step)
+            break
         recent.add(Tally(training.batch, loss * training.batch, round(errors), round(top5_errors)))
     recent.seconds += time.perf_counter() - started
     recent.waited += waiting.taken()
     pending.clear()
     training.tally.add(recent)
+    return broken
 
 
-def _step_record(training: Training, recent: Tally) -> Record:
+def _step_record(training: Training, recent: Tally, step: int) -> Record:
     return Record(
-        "step", training.epoch, training.step, loss=recent.loss / recent.images,
-        lr=training.schedule.rate(training.step - 1), top1_error=recent.errors / recent.images,
+        "step", training.epoch, step, loss=recent.loss / recent.images,
+        lr=training.schedule.rate(step - 1), top1_error=recent.errors / recent.images,
         top5_error=recent.top5_errors / recent.images,
         images_per_second=recent.rate, data_wait=recent.waited / recent.seconds,
     )  # fmt: skip

@@ -127,9 +127,13 @@ class Training:
         Raises:
             VerificationError: the loss or a weight is not a number.
         """
+        if fault := self.fault(loss, step):
+            raise fault
+
+    def fault(self, loss: float, step: int) -> VerificationError | None:
+        """The same error, to be raised when everything else is said."""
         where = diagnosis.weights(self.network)
-        if where or not math.isfinite(loss):
-            raise self.broken(loss, step, where)
+        return self.broken(loss, step, where) if where or not math.isfinite(loss) else None
 
     def broken(self, loss: float, step: int, where: str) -> VerificationError:
         """What to say when numbers have stopped being numbers, `where` being the first place."""

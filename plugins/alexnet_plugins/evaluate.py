@@ -169,18 +169,20 @@ def _report(
     reporter: Reporter, counts: Evaluation, classes: Sequence[ClassName], totals: dict[str, Any], compared: str
 ) -> None:
     """The result for people and programs."""
-    from alexnet_cli.core import results
+    from alexnet_cli.core import chance, results
 
     reporter.result(totals)
     for k, error in ((1, counts.top1_error), (5, counts.top5_error)):
         if k < len(classes):
-            low, high = results.interval(error, counts.images)
-            guess = f"guessing: {totals['chance_error']:.1%}; " if k == 1 else ""
+            low, high = chance.interval(error, counts.images)
+            guess = f"{chance.beside(totals['chance_error'], totals['commonest_error'])}; " if k == 1 else ""
             reporter.show(
                 f"top-{k}   error {error:.1%}   ({guess}95 % interval {low:.1%} to {high:.1%}; {1 - error:.1%} right)"
             )
-    if remark := results.guessed(totals):
+    if remark := chance.guessed(totals):
         reporter.line("note", remark)
+    if remark := chance.one_sided(counts.confusion, [name.name for name in classes]):
+        reporter.warn(remark, chance.LEARN)
     if compared:
         reporter.show(f"known   {compared}")
     most = max(1, min(WORST, len(classes) // 2))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -12,7 +12,7 @@ import typer
 
 from alexnet_cli import recipe as recipes
 from alexnet_cli.console import Reporter
-from alexnet_cli.errors import AlexNetError, Stopped, StorageError, VerificationError
+from alexnet_cli.errors import VerificationError
 from alexnet_cli.options import (
     DataOption,
     DevicesOption,
@@ -23,8 +23,18 @@ from alexnet_cli.options import (
     QuietFlag,
 )
 from alexnet_plugins.train_display import heading, show_config, show_records, told_once
+from alexnet_plugins.train_end import fail, failing, finish
 from alexnet_plugins.train_report import leave_report
-from alexnet_plugins.train_setup import base_of, check, check_placement, habits_of, opened, to_continue
+from alexnet_plugins.train_setup import (
+    base_of,
+    check,
+    check_placement,
+    check_steps,
+    chosen,
+    habits_of,
+    opened,
+    to_continue,
+)
 
 if TYPE_CHECKING:
     from alexnet_cli.core.training import Training
@@ -116,7 +126,7 @@ def train(
     from alexnet_cli.core import placement as devices
     from alexnet_cli.core.fine_tuning import compare, source
     from alexnet_cli.core.ranks import arrangement, meeting, numbers, parent
-    from alexnet_cli.core.shards import find_dataset, open_dataset
+    from alexnet_cli.core.shards import open_dataset
     from alexnet_cli.core.tensorboard import check_installed
     from alexnet_cli.core.training import Training
 
@@ -143,7 +153,9 @@ def train(
             return
         if run:
             resolved = agreed(run, resolved, said)
-        dataset = open_dataset(find_dataset(data or (run.about.get("data_path") if run else None)))
+        check_steps(run, max_steps)
+        path, remark = chosen(data, run)
+        dataset = open_dataset(path)
         transfer = compare(init_from, first, resolved, dataset.classes) if first else None
         habits = habits_of(run, {"save_every": save_every, "keep": keep, "micro_batch": micro_batch})
         check(resolved, dataset, run)
@@ -155,16 +167,23 @@ def train(
         opened_run = opened(run, name, resolved, placed, dataset, transfer, habits)
         if not run:
             stack.enter_context(opened_run.locked())
+        stack.enter_context(failing(reporter, opened_run))
         training = Training(
             resolved, dataset, opened_run, placed, devices.threads_for_decoding(jobs), cache, compile, transfer,
             habits["micro_batch"], habits["keep"] or 1, compress,
         )  # fmt: skip
         heading(reporter, training)
+        if remark:
+            reporter.line("note", remark)
         if parallel != "auto" and ranks.size == 1:
             reporter.line("note", f"--parallel {parallel} is for several devices, and there is one: --gpus names more")
+        if micro_batch and micro_batch > training.share:
+            reporter.line(
+                "note", f"--micro-batch {micro_batch} changes nothing: a step computes {training.share} images"
+            )
         reason = _run(reporter, training, max_steps, stop, habits["save_every"] or sys.maxsize, tensorboard)
         if ranks.first:
-            _finish(reporter, training, reason, stop)
+            finish(reporter, training, reason, stop)
 
 
 def _run(
@@ -176,7 +195,7 @@ def _run(
     tensorboard: bool,
 ) -> str:
     """Run the loop and show its records. Returns why it ended."""
-    from alexnet_cli.core.resume import EXIT_CODES
+    from alexnet_cli.core.failure import NONE
     from alexnet_cli.core.tensorboard import recorded
     from alexnet_cli.core.train import fit
 
@@ -191,7 +210,7 @@ def _run(
         reporter.warn(f"{what}: every step takes them all", f"-b {fewer} makes {rows // fewer} steps an epoch")
     for folder in damaged:
         reporter.warn(f"{folder} is damaged: going on from {start}")
-    training.run.update({"status": "running"})
+    training.run.update(NONE)
     if max_steps and done >= max_steps:
         reporter.line("note", f"--max-steps {max_steps:,} counts from the run's start, and {done:,} are done")
     total = max(0, steps - done) * training.batch
@@ -200,16 +219,9 @@ def _run(
             records = fit(training, start, max_steps, stop=told_once(reporter, stop), save_every=save_every)
             records = recorded(training.run, records) if tensorboard and training.run.writes else records
             reason = show_records(reporter, training, bar, total, records)
-    except BaseException as error:
-        at_once = isinstance(error, KeyboardInterrupt)
-        with suppress(StorageError):  # what stopped us is what the user needs to know
-            training.run.update(
-                {"status": "interrupted", "reason": "Ctrl-C"} if at_once else {"status": "failed", "reason": "error"}
-            )
-        if at_once:
-            what = "stopped at once by a second Ctrl-C: what came after the last checkpoint is lost"
-            raise Stopped(what, f"alexnet train --resume {training.run.quoted}", EXIT_CODES["Ctrl-C"]) from error
-        if isinstance(error, VerificationError) and training.run.writes:  # how it came to that is in the curves
+    except VerificationError as error:
+        fail(reporter, training.run, error)
+        if training.run.writes:  # how it came to that is in the curves
             leave_report(reporter, training, stopped=True)
         raise
     if reason != "finished":  # that it is only when all its files are there
@@ -223,39 +235,3 @@ def _newest(training: Training) -> tuple[Path | None, list[Path]]:
 
     found = newest(training.run) if training.run.writes else None
     return training.placement.ranks.broadcast(found, "finding the checkpoint") or (None, [])
-
-
-def _finish(reporter: Reporter, training: Training, reason: str, stop: Callable[[], str | None]) -> None:
-    """Stopped: say how to go on. Otherwise write alexnet.onnx of the best checkpoint, so that predict starts fast."""
-    from alexnet_cli.core import weights
-    from alexnet_cli.core.export import crops_of, export
-    from alexnet_cli.core.resume import EXIT_CODES
-    from alexnet_cli.core.runs import ONNX, find_weights
-
-    run = training.run
-    if reason in EXIT_CODES:
-        leave_report(reporter, training, stopped=True)
-        saved = f"checkpoint saved in {run.path}" if (run.checkpoints / "last").exists() else "nothing to save yet"
-        what = f"stopped ({reason}) at step {training.step:,}, epoch {training.epoch}: {saved}"
-        raise Stopped(what, f"alexnet train --resume {run.quoted}", EXIT_CODES[reason])
-    try:
-        model = weights.read(find_weights(str(run.path)))
-        checked = export(model, run.path / ONNX, crops_of(training.data, model))
-        reporter.line("saved", f"{run.path / ONNX} · differs from PyTorch by {checked.max_abs_difference:.1e} at most")
-    except StorageError as error:
-        raise StorageError(error.what, f"free some space, then: alexnet export -w {run.quoted}") from error
-    except AlexNetError as error:
-        reporter.warn(f"no {ONNX} was written: {error.what}", error.hint)
-    if reason == "finished":
-        run.update({"status": "finished", "reason": reason})
-    leave_report(reporter, training, stopped=False, stop=stop)
-    if reason == "max-steps":
-        reporter.line("stopped", f"{run.path} · by --max-steps at step {training.step:,} of {training.steps:,}")
-        reporter.line("next", f"alexnet train --resume {run.quoted} goes on; alexnet evaluate measures it as it is")
-        return
-    if training.schedule.over:
-        more = f"one more: alexnet train --resume {run.quoted} --set plateau_drops={training.schedule.drops}"
-        reporter.line("ended", f"the validation error has stopped falling, after the last drop of the rate too; {more}")
-    best = training.schedule.best_error
-    reached = f" · lowest top-1 error {best:.1%}" if best <= 1 else ""
-    reporter.line("done", f"{run.path}{reached}   next: alexnet evaluate")

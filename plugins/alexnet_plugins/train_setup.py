@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections import Counter
@@ -11,9 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from alexnet_cli import __version__
 from alexnet_cli import recipe as recipes
+from alexnet_cli.core.records import count
 from alexnet_cli.core.shapes import widths
 from alexnet_cli.errors import DataError, UsageError
 from alexnet_cli.recipe import Recipe
+
+SHOWN = 5  # names in a message
 
 if TYPE_CHECKING:
     from alexnet_cli.core.fine_tuning import Transfer
@@ -48,6 +52,31 @@ def to_continue(ranks: Ranks, resume: str | None, name: str | None) -> Run | Non
     run = resuming.to_continue(resume, name) if ranks.first else None
     path = ranks.broadcast(str(run.path) if run else None, "finding the run")
     return Run(Path(path), writes=ranks.first) if path else None
+
+
+def chosen(data: str | None, run: Run | None) -> tuple[Path, str]:
+    """The prepared set to train on, and, where it is one of several and nobody named it, how to choose another."""
+    from alexnet_cli.core.shards import find_dataset, names
+
+    spec = data or (run.about.get("data_path") if run else None)
+    path = find_dataset(spec)
+    others = [name for name in names() if name != path.name]
+    if spec or os.environ.get("ALEXNET_DATA") or not others:
+        return path, ""
+    listed = f"{', '.join(others[:SHOWN])}{' …' if len(others) > SHOWN else ''}"
+    return path, f"{path} is the set prepared last; --data chooses another: {listed}"
+
+
+def check_steps(run: Run | None, max_steps: int | None) -> None:
+    """Raise UsageError where a run to go on with has more steps already than it is to have."""
+    if not run or not max_steps:
+        return
+    done = max((count(record, "step") for record in run.records() if record.get("event") == "checkpoint"), default=0)
+    if max_steps < done:
+        what = f"--max-steps {max_steps:,} counts from the run's start, and {run.name} has done {done:,}"
+        raise UsageError(
+            what, f"--max-steps {done + max_steps} does {max_steps:,} more; without it, the run goes to its end"
+        )
 
 
 def check(recipe: Recipe, data: Dataset, run: Run | None) -> None:
