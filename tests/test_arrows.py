@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 SHELL = {
     "errors": "",
-    "recipe": "errors",
+    "knob": "errors",
+    "recipe": "errors knob",
     "entry_points": "errors",
     "console": "",
     "options": "",
@@ -164,12 +165,13 @@ TORCH = {
     "torch_session", "evidence", "report", "report_sections", "report_page", "anatomy", "report_network",
 }  # fmt: skip
 LAZY_TORCH = {"devices"}  # import it in functions only
-PLUGINS = {"errors", "recipe", "console", "options", "entry_points"}  # and anything in core
+PLUGINS = {"errors", "knob", "recipe", "console", "options", "entry_points"}  # and anything in core
 BESIDE = {
     "prepare": {"prepare_report"},
     "demo": {"demo_pictures"},
     "ablate": {"ablate_table"},
-    "train": {"train_display", "train_report", "train_setup"},
+    "train": {"train_config", "train_display", "train_report", "train_setup"},
+    "train_setup": {"train_config"},
     "visualize_filters": {"visualize_patches", "visualize_picture", "visualize_terminal"},
     "benchmark": {
         "benchmark_pictures",

@@ -11,7 +11,7 @@ import numpy as np
 
 from alexnet_cli.core.records import Record
 from alexnet_cli.core.shards import DUPLICATES, Dataset
-from alexnet_cli.recipe import RECIPES, Recipe
+from alexnet_cli.recipe import Recipe, closest
 
 FAR = 4  # times off what the batch asks for: a rate that is worth a question
 NEAR = 0.02  # share of ln(classes) within which a loss is that of guessing
@@ -61,8 +61,8 @@ def odd_rate(recipe: Recipe, batch: int, fine_tuning: bool) -> Iterator[Record]:
 
     `batch`: that of the recipe, or all pictures where there are fewer.
     """
-    named = RECIPES.get(recipe.name)
-    if named is None or (recipe.learning_rate, recipe.batch_size) == (named.learning_rate, named.batch_size):
+    named = closest(recipe)
+    if (recipe.learning_rate, recipe.batch_size) == (named.learning_rate, named.batch_size):
         return
     k = batch / named.batch_size
     low, high = sorted((named.learning_rate * math.sqrt(k), named.learning_rate * k))

@@ -22,7 +22,8 @@ from alexnet_cli.options import (
     Precision,
     QuietFlag,
 )
-from alexnet_plugins.train_display import heading, show_config, show_records, told_once
+from alexnet_plugins.train_config import show_config
+from alexnet_plugins.train_display import heading, show_records, told_once
 from alexnet_plugins.train_report import leave_report
 from alexnet_plugins.train_setup import base_of, check, check_placement, habits_of, opened, to_continue
 
@@ -135,11 +136,10 @@ def train(
         reporter = Reporter("train", json=json, quiet=quiet, speaks=ranks.first)
         run = to_continue(ranks, resume, name)
         first = source(init_from, run)
-        base, base_name = base_of(recipe, run, first)
+        base, sources = base_of(recipe, run, first)
         resolved = recipes.changed(recipes.changed(base, said), explicit)
         if print_config:
-            sources = recipes.listed(recipe) | dict.fromkeys(said, "--set") | dict.fromkeys(explicit, "option")
-            show_config(reporter, resolved, sources, base_name)
+            show_config(reporter, resolved, sources | dict.fromkeys(said, "--set") | dict.fromkeys(explicit, "option"))
             return
         if run:
             resolved = agreed(run, resolved, said)
