@@ -11,6 +11,7 @@ import numpy as np
 
 from alexnet_cli.core.records import Record
 from alexnet_cli.core.shards import DUPLICATES, Dataset
+from alexnet_cli.knob import setting
 from alexnet_cli.recipe import Recipe, closest
 
 FAR = 4  # times off what the batch asks for: a rate that is worth a question
@@ -35,7 +36,7 @@ def before(recipe: Recipe, data: Dataset, different: Mapping[str, tuple[Any, Any
         yield _warning("layers 1 to 5 are frozen at random values", "--init-from W starts from those of a network")
     if different:
         told = ", ".join(f"{key} = {here} here, {there} there" for key, (here, there) in different.items())
-        settings = " ".join(f"--set {key}={there}" for key, (_, there) in different.items()).lower()
+        settings = " ".join(setting(key, there) for key, (_, there) in different.items())
         yield _warning(
             f"the weights were trained with another recipe: {told}", f"leave --recipe out, or give {settings}"
         )

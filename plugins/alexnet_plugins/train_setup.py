@@ -84,7 +84,7 @@ def opened(
     placement: Placement,
     data: Dataset,
     transfer: Transfer | None,
-    habits: dict[str, int | None],
+    habits: dict[str, Any],
 ) -> Run:
     """The run, made by rank 0 unless it is there, and saying how it is trained now."""
     from alexnet_cli.core.runs import Run
