@@ -132,7 +132,7 @@ def test_training_archive_alone(tmp_path: Path) -> None:
     assert source.notes[2].startswith(
         "kept for validation, as the source has no such split: 4 of 12 pictures, 1 of each"
     )
-    assert source.classes[0] == ClassName("n01440764", "n01440764")
+    assert source.classes[0] == ClassName("tench", "n01440764")
     assert not len(recognise(tmp_path, 0.0).splits["val"])
     third = recognise(tmp_path, 0.3)
     assert [len(items) for items in third.splits.values()] == [8, 4]
