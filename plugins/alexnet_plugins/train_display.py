@@ -60,7 +60,7 @@ def _changes(recipe: Recipe) -> str:
         for key, (value, other) in recipes.differences(recipe, named).items()
         if key not in SHOWN
     )
-    return told and (told if recipe.name == named.name else f"from recipe {named.name}: {told}")
+    return told and told + (f" · otherwise as recipe {named.name}" if recipe.name != named.name else "")
 
 
 def _placed(placement: Placement, towers: int) -> str:
