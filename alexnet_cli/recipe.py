@@ -7,27 +7,21 @@ net #145, which made the paper's ILSVRC-2012 numbers; "Caffe" is bvlc_alexnet.
 from __future__ import annotations
 
 import difflib
-import re
-import sys
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import tomli_w
 
 from alexnet_cli.errors import RecipeError
+from alexnet_cli.knob import checked, knob
 
 LARGEST = 2**14  # bytes of a recipe file: one of 32 kilobytes can take gigabytes to parse (a key of 16,000 parts)
 SIDE = 256  # section 2: pictures are 256 x 256 pixels
 
 Order = Literal["relu-norm-pool", "norm-pool-relu", "relu-pool-norm"]
-
-
-def knob(default: Any, source: str, about: str, low: float | None = None, high: float | None = None) -> Any:
-    """A recipe field: its default in recipe `paper`, where that comes from, what it means, and its range."""
-    return field(default=default, metadata={"source": source, "about": about, "low": low, "high": high})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,32 +112,8 @@ _TYPES = get_type_hints(Recipe)
 _FIELDS = {f.name: f for f in fields(Recipe)}
 
 
-def _checked(key: str, value: Any) -> Any:
-    """The value as its field's type, or RecipeError naming key, value and what is allowed."""
-    kind, meta = _TYPES[key], _FIELDS[key].metadata
-    if get_origin(kind) is Literal:
-        if value not in get_args(kind):
-            allowed = ", ".join(str(v) for v in get_args(kind))
-            raise RecipeError(f"recipe: {key} = {value!r} is not one of its values", f"use one of: {allowed}")
-        return value
-    if get_origin(kind) is tuple:
-        if not isinstance(value, list | tuple) or not all(type(v) is int and v > 0 for v in value):
-            raise RecipeError(f"recipe: {key} = {value!r} is not a list of epochs", "such as [25, 51, 79]")
-        return tuple(value)
-    if kind is float and type(value) is int:
-        value = float(value)
-    if type(value) is not kind:
-        raise RecipeError(f"recipe: {key} = {value!r} should be of type {kind.__name__}", str(meta["about"]))
-    if kind is str and not re.fullmatch(r"[\w.-]*\w[\w.-]*", value):
-        raise RecipeError(f"recipe: {key} = {value!r} is not a plain name", "letters, digits, '-' and '_' do well")
-    low, high = meta.get("low"), meta.get("high")
-    high = sys.float_info.max if kind is float and high is None else high
-    if (low is not None and not value >= low) or (high is not None and not value <= high):
-        ends = [] if low is None else [f"at least {low:g}"]
-        if high is not None:
-            ends.append("finite" if high == sys.float_info.max else f"at most {high:g}")
-        raise RecipeError(f"recipe: {key} = {value!r} is out of range", f"it must be {' and '.join(ends)}")
-    return value
+def _checked(key: str, value: Any, typed: bool = False) -> Any:
+    return checked(key, _TYPES[key], _FIELDS[key].default, _FIELDS[key].metadata, value, typed)
 
 
 PAPER = Recipe()
@@ -207,47 +177,56 @@ TINY = replace(FAST, name="tiny", width=0.25, dropout=0.2, batch_size=64, epochs
 
 LETTER = {"conv345_std": 0.01}  # what the paper's text has, where recipe `paper` differs
 
-_SOURCES = {"krizhevsky": "code", "caffe": "Caffe"}  # of the values in which a named recipe differs from the paper
-
 RECIPES: Mapping[str, Recipe] = {r.name: r for r in (PAPER, KRIZHEVSKY, CAFFE, FAST, TINY)}
 
 
 def load(name_or_file: str) -> Recipe:
-    """A named recipe, or one from a TOML file: keys it leaves out are those of its `name`, or of `paper`."""
+    """A named recipe, or one from a TOML file: keys it leaves out are those of its `base`, its `name`, or `paper`."""
+    return changed(*opened(name_or_file))
+
+
+def opened(name_or_file: str) -> tuple[Recipe, dict[str, Any]]:
+    """The named recipe to start from, and what a file changes of it."""
     if name_or_file in RECIPES:
-        return RECIPES[name_or_file]
+        return RECIPES[name_or_file], {}
     path = Path(name_or_file)
     if not path.is_file():
-        near = difflib.get_close_matches(name_or_file, RECIPES, 1)
-        guess = f"did you mean {near[0]}? " if near else ""
-        raise RecipeError(
-            f"no recipe and no file is called {name_or_file}", f"{guess}named recipes: {', '.join(RECIPES)}"
-        )
+        raise RecipeError(f"no recipe and no file is called {name_or_file}", _named_recipes(name_or_file))
     try:
         if path.stat().st_size > LARGEST:
             raise ValueError(f"it has more than {LARGEST:,} bytes")
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise RecipeError(f"{path} is not TOML: {error}", "a run's recipe.toml is a good start") from error
-    return from_values(values)
+        hint = "text stands in quotes, true and false in small letters; a run's recipe.toml is a good start"
+        raise RecipeError(f"{path} is not TOML: {error}", hint) from error
+    base = values.pop("base", None)
+    if base is None:
+        return _base_of(values), values
+    if not isinstance(base, str) or base not in RECIPES:
+        raise RecipeError(f"{path}: base = {base!r} is no named recipe", _named_recipes(str(base)))
+    return RECIPES[base], values
 
 
-def listed(name_or_file: str | None) -> dict[str, str]:
-    """The keys that a recipe file lists itself, each with the file's name; none for a named recipe."""
-    if name_or_file is None or name_or_file in RECIPES:
-        return {}
-    return dict.fromkeys(tomllib.loads(Path(name_or_file).read_text(encoding="utf-8")), name_or_file)
+def _named_recipes(typed: str) -> str:
+    near = difflib.get_close_matches(typed, RECIPES, 1)
+    return f"{f'did you mean {near[0]}? ' if near else ''}named recipes: {', '.join(RECIPES)}"
+
+
+def _base_of(values: Mapping[str, Any]) -> Recipe:
+    name = values.get("name")
+    return RECIPES.get(name, PAPER) if isinstance(name, str) else PAPER
 
 
 def from_values(values: Mapping[str, Any]) -> Recipe:
-    """A recipe from a mapping, as TOML and JSON hold it."""
-    name = values.get("name")
-    return changed(RECIPES.get(name, PAPER) if isinstance(name, str) else PAPER, values)
+    """A recipe from a mapping, as the JSON of a model file holds it."""
+    return changed(_base_of(values), values)
 
 
 def changed(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
     """The recipe with some values replaced; unknown keys are refused with the nearest name."""
     for key in values:
+        if key == "base":
+            raise RecipeError("recipe: base is a key of recipe files alone", "--recipe says where to start")
         if key not in _TYPES:
             near = ["learning_rate"] if key == "lr" else difflib.get_close_matches(key, _TYPES, 1)
             guess = f"did you mean {near[0]}?" if near else "alexnet train --print-config lists all keys"
@@ -255,26 +234,39 @@ def changed(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
     return replace(recipe, **values)
 
 
+def differences(recipe: Recipe, other: Recipe) -> dict[str, tuple[Any, Any]]:
+    """The keys in which two recipes differ, each with both values."""
+    return {key: (value, there) for key in _FIELDS if (value := getattr(recipe, key)) != (there := getattr(other, key))}
+
+
+def closest(recipe: Recipe) -> Recipe:
+    """The named recipe that this is a variant of: that of its name, or else the one with most of its values."""
+    return RECIPES.get(recipe.name) or min(RECIPES.values(), key=lambda named: len(differences(recipe, named)))
+
+
 def parsed(settings: Sequence[str]) -> dict[str, Any]:
-    """`key=value` words as typed after --set, each value read as TOML (a bare word is a string)."""
+    """`key=value` words as typed after --set, each value read as TOML; a bare word is text, and True is true."""
     values: dict[str, Any] = {}
-    for setting in settings:
-        key, equals, text = (part.strip() for part in setting.partition("="))
+    for word in settings:
+        key, equals, text = (part.strip() for part in word.partition("="))
         if not equals or not text:
-            raise RecipeError(f"--set {setting} is not key=value", "such as --set dropout=0")
+            raise RecipeError(f"--set {word} is not key=value", "such as --set dropout=0")
+        plain = text.lower() if _TYPES.get(key) is bool else text
         try:
-            values[key] = tomllib.loads(f"value = {text}")["value"]
+            values[key] = tomllib.loads(f"value = {plain}")["value"]
         except (ValueError, RecursionError):
             values[key] = text
+        if _TYPES.get(key) is str and not isinstance(values[key], str):
+            values[key] = text  # a name may look like a number
+        if key in _TYPES:
+            values[key] = _checked(key, values[key], typed=True)
     return values
 
 
-def describe(key: str, base: str = "paper") -> tuple[str, str]:
-    """What a key means, with its values if it has few, and where its value in the named recipe `base` comes from."""
+def describe(key: str) -> tuple[str, str]:
+    """What a key means, with its values if it has few, and where the value of recipe `paper` comes from."""
     meta, kind = _FIELDS[key].metadata, _TYPES[key]
     about = str(meta["about"])
     if get_origin(kind) is Literal:
         about += f"; one of: {', '.join(str(value) for value in get_args(kind))}"
-    own = base in RECIPES and getattr(RECIPES[base], key) != getattr(PAPER, key)
-    own = own or (base, key) == ("caffe", "epochs")  # 450,000 steps of 256 images are 90 epochs, too
-    return about, _SOURCES.get(base, "-") if own else str(meta["source"])
+    return about, str(meta["source"])

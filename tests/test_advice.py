@@ -89,7 +89,8 @@ def test_classes_that_nothing_is_validated_on(prepared: Path, monkeypatch: pytes
         (TINY, 0.3, 64, True),
         (CAFFE, 0.01, 128, False),
         (KRIZHEVSKY, 0.0, 128, True),
-        (replace(PAPER, name="mine"), 5.0, 128, False),  # nobody knows what it should be
+        (replace(TINY, name="mine", dropout=0.5), 5.0, 128, True),  # a variant of tiny, whatever its name
+        (replace(TINY, name="mine", dropout=0.5), 0.05, 128, False),
     ],
 )
 def test_a_rate_far_from_the_batchs(recipe: Recipe, lr: float, batch: int, far: bool) -> None:

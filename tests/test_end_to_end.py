@@ -144,7 +144,7 @@ def test_max_time_and_resume(home: Path) -> None:
     assert longer[0]["step"] == 9
     assert longer[-1]["step"] == 12
     refused = run("train", "--resume", "timed", "--lr", "0.5", code=2)
-    assert "learning_rate = 0.5 differs" in refused.stderr
+    assert "timed was trained otherwise: learning_rate = 0.5 instead of 0.03\n" in refused.stderr
     auto = lines(run("train", *QUICK, "--epochs", "4", "--resume", "auto", "--name", "timed", "--json", "-q"))
     assert [record["event"] for record in auto] == ["start", "end"]
 
@@ -227,7 +227,7 @@ def test_print_config_names_the_sources(home: Path) -> None:
     source = {row["key"]: (row["value"], row["from"]) for row in values}
     assert source["epochs"] == (7, "option")
     assert source["width"] == (0.0625, "--set")
-    assert source["init"] == ("scaled", "tiny")
+    assert source["init"] == ("scaled", "fast")
     assert "0.0625" in run_in(home)("train", *QUICK, "--print-config").stdout
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -128,10 +128,11 @@ def test_training_archive_alone(tmp_path: Path) -> None:
     source = recognise(tmp_path)
     assert [len(items) for items in source.splits.values()] == [8, 4]
     assert source.notes[0].startswith("ILSVRC2012_img_val.tar is not there")
-    assert source.notes[1].startswith(
+    assert source.notes[1] == "the classes are named as torchvision names those of ILSVRC 2012"
+    assert source.notes[2].startswith(
         "kept for validation, as the source has no such split: 4 of 12 pictures, 1 of each"
     )
-    assert source.classes[0] == ClassName("n01440764", "n01440764")
+    assert source.classes[0] == ClassName("tench", "n01440764")
     assert not len(recognise(tmp_path, 0.0).splits["val"])
     third = recognise(tmp_path, 0.3)
     assert [len(items) for items in third.splits.values()] == [8, 4]
@@ -280,17 +281,37 @@ def test_a_devkit_that_scipy_wrote(tmp_path: Path) -> None:
     assert read_devkit(path) == expected
 
 
-def test_names_of_the_thousand_classes(monkeypatch: pytest.MonkeyPatch) -> None:
-    wnids = [f"n{i:08d}" for i in range(1000)]
-    assert ilsvrc.ilsvrc_words(wnids) == {}, "another thousand classes must not get these names"
-    digest = hashlib.sha256("\n".join(wnids).encode()).hexdigest()
-    monkeypatch.setattr(ilsvrc, "WNIDS_SHA256", digest)
+def test_names_of_the_thousand_classes() -> None:
+    """Against torchvision's own list, and wnids that everybody knows."""
     from torchvision.models._meta import _IMAGENET_CATEGORIES
 
-    words = ilsvrc.ilsvrc_words(wnids[::-1])
-    assert [words[wnid] for wnid in wnids] == _IMAGENET_CATEGORIES
-    assert words[wnids[0]] == "tench"
-    assert ilsvrc.ilsvrc_words(wnids[:999]) == {}
+    wnids = [wnid for _, wnid in ilsvrc.sorted_classes()]
+    assert ilsvrc.is_ilsvrc(wnids)
+    assert [name for name, _ in ilsvrc.sorted_classes()] == _IMAGENET_CATEGORIES
+    assert ilsvrc.ilsvrc_words(["n02123045", "n00000001", "n01440764"]) == {"n02123045": "tabby", "n01440764": "tench"}
+
+
+def test_folders_of_wnids_are_named_where_nothing_else_names_them(tmp_path: Path) -> None:
+    cranes, suits, unknown = ("n02012849", "n03126707"), ("n03710637", "n03710721"), "n00007846"
+    for wnid in (*cranes, *suits, unknown):
+        (tmp_path / wnid).mkdir()
+        (tmp_path / wnid / "1.jpg").write_bytes(b".")
+    source = recognise(tmp_path, 0.0)
+    assert [name.name for name in source.classes] == [unknown, "crane bird", "crane", "maillot", "maillot tank suit"]
+    assert [name.wnid for name in source.classes] == [unknown, *cranes, *suits]
+    assert source.notes[0].startswith("4 of 5 classes are named as torchvision names those of ILSVRC 2012, the others")
+    words = {cranes[0]: "crane", cranes[1]: "crane", suits[0]: "maillot", suits[1]: "maillot, tank suit"}  # of the kit
+    (tmp_path / "words.txt").write_text("".join(f"{wnid}\t{text}\n" for wnid, text in words.items()))
+    source = recognise(tmp_path, 0.0)
+    names = [unknown, *(f"crane ({wnid})" for wnid in cranes), "maillot", "maillot, tank suit"]
+    assert [name.name for name in source.classes] == names
+    assert not any("torchvision" in note for note in source.notes)
+    (tmp_path / "words.txt").unlink()
+    shutil.rmtree(tmp_path / unknown)
+    assert recognise(tmp_path, 0.0).notes[0] == "the classes are named as torchvision names those of ILSVRC 2012"
+    (tmp_path / "birds").mkdir()
+    (tmp_path / "birds" / "1.jpg").write_bytes(b".")
+    assert [name.name for name in recognise(tmp_path, 0.0).classes] == ["birds", *cranes, *suits]
 
 
 def test_names_are_found_without_torch() -> None:

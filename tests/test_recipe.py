@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields
+import tomllib
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
 
 from alexnet_cli import recipe as recipes
 from alexnet_cli.errors import RecipeError
+from alexnet_cli.knob import spelled
 from alexnet_cli.recipe import CAFFE, FAST, KRIZHEVSKY, PAPER, RECIPES, TINY, Recipe
 
 
@@ -66,19 +68,54 @@ def test_a_file_may_name_its_base(tmp_path: Path) -> None:
     assert changes(recipes.load(str(file)), TINY) == {"dropout": 0.0}
 
 
+def test_a_file_has_a_name_of_its_own_and_a_base(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text('name = "mine"\nbase = "tiny"\ndropout = 0\n', encoding="utf-8")
+    mine = recipes.load(str(file))
+    assert mine.name == "mine"
+    assert changes(mine, TINY) == {"dropout": 0.0}
+    assert recipes.closest(mine) is TINY
+    file.write_text(mine.to_toml(), encoding="utf-8")  # as a run keeps it: complete, without a base
+    assert "base" not in file.read_text(encoding="utf-8").split()
+    assert recipes.load(str(file)) == mine == recipes.from_values(asdict(mine))
+
+
+@pytest.mark.parametrize(
+    ("text", "what", "hint"),
+    [
+        ('base = "tinny"', "base = 'tinny' is no named recipe", "did you mean tiny? named recipes: paper, krizhevsky"),
+        ("base = 3", "base = 3 is no named recipe", "named recipes: paper"),
+        ("crops = False", "is not TOML", "true and false in small letters"),
+        ('crops = "no"', "crops = 'no' should be true or false", "such as crops = false"),
+        ('towers = "two"', "towers = 'two' should be a whole number", "such as towers = 2"),
+    ],
+)
+def test_files_that_are_wrong(text: str, what: str, hint: str, tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(RecipeError) as caught:
+        recipes.load(str(file))
+    assert what in caught.value.what
+    assert hint in caught.value.hint
+
+
+def test_closest_goes_by_name_and_else_by_values() -> None:
+    assert recipes.closest(replace(TINY, name="paper")) is PAPER
+    assert recipes.closest(replace(CAFFE, name="mine", epochs=3, seed=5)) is CAFFE
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_values_are_spelled_as_toml_reads_them(name: str) -> None:
+    lines = [f"{key} = {spelled(value)}" for key, value in asdict(RECIPES[name]).items()]
+    assert recipes.from_values(tomllib.loads("\n".join(lines))) == RECIPES[name]
+    assert all("\n" not in line for line in lines)
+
+
 def test_every_field_says_what_it_is_and_where_it_comes_from() -> None:
     for field in fields(Recipe):
         about, source = recipes.describe(field.name)
         assert about
         assert source in {"-", "2", "Caffe", "3.1", "3.2", "3.3", "3.4", "3.5", "4.1", "4.2", "5", "code"}, field.name
-
-
-def test_sources_are_those_that_have_the_value() -> None:
-    sources = {
-        key: recipes.describe(key, "caffe")[1] for key in ("epochs", "label_smoothing", "precision", "bias", "crops")
-    }
-    assert sources == {"epochs": "Caffe", "label_smoothing": "-", "precision": "code", "bias": "Caffe", "crops": "4.1"}
-    assert recipes.describe("epochs", "paper")[1] == recipes.describe("epochs", "mine")[1] == "5"
 
 
 def test_keys_with_few_values_list_them() -> None:
@@ -90,7 +127,9 @@ def test_keys_with_few_values_list_them() -> None:
 @pytest.mark.parametrize(
     ("setting", "key", "value"),
     [("dropout=0", "dropout", 0.0), ("lrn=none", "lrn", "none"), ("crops = false", "crops", False),
-     ("drop_epochs=[3, 5]", "drop_epochs", (3, 5)), ("learning_rate=1e-3", "learning_rate", 0.001)],
+     ("crops=False", "crops", False), ("flips=TRUE", "flips", True), ("name=2012", "name", "2012"),
+     ('lrn="none"', "lrn", "none"), ("drop_epochs=[3, 5]", "drop_epochs", (3, 5)),
+     ("learning_rate=1e-3", "learning_rate", 0.001)],
 )  # fmt: skip
 def test_settings_as_typed(setting: str, key: str, value: object) -> None:
     assert getattr(recipes.changed(PAPER, recipes.parsed([setting])), key) == value
@@ -106,11 +145,14 @@ def test_settings_as_typed(setting: str, key: str, value: object) -> None:
         ("dropout=2", "dropout = 2", "at most 0.99"),
         ("dropout=nan", "dropout = nan", "at least 0"),
         ("lrn=both", "lrn = 'both'", "across-maps, within-map, none"),
-        ("epochs=1.5", "should be of type int", "passes over"),
-        ("crops=1", "should be of type bool", "random crops"),
+        ("epochs=1.5", "should be a whole number", "at most; such as --set epochs=90"),
+        ("crops=1", "should be true or false", "otherwise the centre; such as --set crops=false"),
+        ("dropout=half", "dropout = 'half' should be a number", "such as --set dropout=0.5"),
+        ("towers=two", "towers = 'two' should be a whole number", "footnote; such as --set towers=2"),
+        ("base=tiny", "base is a key of recipe files", "--recipe"),
         ("lrn_size=4", "even", "odd"),
         ("drop_epochs=[5, 3]", "must rise", "[25, 51, 79]"),
-        ("drop_epochs=5", "not a list", "[25, 51, 79]"),
+        ("drop_epochs=5", "not a list", "such as --set 'drop_epochs=[25, 51, 79]'"),
         ("towers=3", "out of range", "at most 2"),
         ("learning_rate=inf", "out of range", "finite"),
         ("name=../up", "not a plain name", "letters"),

@@ -13,7 +13,7 @@ from alexnet_cli.core import devices, resume
 from alexnet_cli.core.atomic import point
 from alexnet_cli.core.runs import Run, find_weights, run_of
 from alexnet_cli.errors import DataError, StorageError, UsageError, WeightsError
-from alexnet_cli.recipe import KRIZHEVSKY, PAPER, TINY
+from alexnet_cli.recipe import CAFFE, FAST, KRIZHEVSKY, PAPER, TINY, differences
 
 
 @pytest.fixture(autouse=True)
@@ -185,17 +185,51 @@ def test_going_on_refuses_what_would_change_the_result() -> None:
     with pytest.raises(UsageError, match="counts its steps in batches of 64"):
         resume.agreed(run, replace(TINY, batch_size=32), {"batch_size"})
     assert run.recipe == TINY, "nothing is written before the run has really gone on"
-    with pytest.raises(UsageError, match=r"learning_rate = 0.5 differs") as caught:
+    with pytest.raises(UsageError, match=r"^r was trained otherwise: learning_rate = 0.5 instead of 0.03$") as caught:
         resume.agreed(run, replace(run.recipe, learning_rate=0.5), set())
-    assert "--set learning_rate=0.5" in caught.value.hint
+    assert caught.value.hint == "leave it out, or go on with it all the same: --set learning_rate=0.5"
+    with pytest.raises(UsageError, match=r"crops = False instead of True$") as caught:
+        resume.agreed(run, replace(TINY, crops=False), set())
+    assert caught.value.hint.endswith(": --set crops=false")
     assert resume.agreed(run, replace(TINY, learning_rate=0.5), {"learning_rate"}).learning_rate == 0.5
     with pytest.raises(UsageError, match="is another network"):
         resume.agreed(run, replace(TINY, width=0.5), {"width"})
     paper = Run.create("p", PAPER, {})
     with pytest.raises(UsageError, match=r"^width = 0.25 is another network than that of p, which has 1.0$"):
         resume.agreed(paper, TINY, set())  # not a word of a cycle that it does not have
-    with pytest.raises(UsageError, match=r"^lrn_alpha_divided = True differs"):
-        resume.agreed(paper, KRIZHEVSKY, set())  # nor of the name alone
+
+
+def test_going_on_by_another_recipe_is_met_with_leaving_it_out() -> None:
+    for base in (TINY, PAPER):
+        Run.create(base.name, base, {})
+    tiny, paper = (Run.open(name) for name in ("tiny", "paper"))
+    for run, recipe, what, hint in (
+        (tiny, FAST, "width = 1.0 is another network than that of tiny", "; or train it as a run of its own"),
+        (paper, CAFFE, "batch_size = 256, but paper counts", "; or start a run of its own: --init-from paper"),
+        (paper, KRIZHEVSKY, "paper was trained otherwise: name = krizhevsky instead of paper, ", "; --set KEY=VALUE "),
+    ):
+        with pytest.raises(UsageError, match=f"^{what}") as caught:
+            resume.agreed(run, recipe, set())
+        assert caught.value.hint.startswith(f"leave --recipe out: {run.name} has its own{hint}")
+    rest = len(differences(KRIZHEVSKY, PAPER)) - 1 - 4  # epochs are free, and four are shown
+    assert caught.value.what.endswith(f", and {rest} more")
+    for epoch in range(1, 41):
+        paper.log({"event": "validation", "epoch": epoch, "step": epoch})
+    with pytest.raises(UsageError, match=r"^paper was trained otherwise"):
+        resume.agreed(paper, replace(KRIZHEVSKY, epochs=20), set())  # not a word of the epochs, which are the least
+
+
+def test_changes_on_the_way_are_remembered_with_their_steps() -> None:
+    run = Run.create("r", PAPER, {})
+    assert resume.changes(run, replace(PAPER, momentum=0.8), 0) == [], "nothing was trained before it"
+    first = resume.changes(run, replace(PAPER, momentum=0.8), 30)
+    assert first == [{"step": 30, "key": "momentum", "was": 0.9, "is": 0.8}]
+    run.update({"changed": first})
+    run.begin(replace(PAPER, momentum=0.8), 30, 2)
+    again = replace(run.recipe, bias_rate=2.0)
+    assert resume.changes(run, run.recipe, 60) == first
+    assert resume.changes(run, again, 60) == [*first, {"step": 60, "key": "bias_rate", "was": 1.0, "is": 2.0}]
+    assert resume.changes(run, run.recipe, 20) == [], "what came after the checkpoint is lost, the change too"
 
 
 def test_more_epochs_may_follow_but_not_fewer_than_are_done() -> None:

@@ -158,7 +158,7 @@ def test_a_loss_that_is_no_number_stops_with_the_step(start: Callable[..., Train
         (replace(TINY, epochs=10), 30, "the rate was 0.028; start anew with --set learning_rate=0.003"),
         (replace(TINY, learning_rate=0.3), 20, "the rate was 0.27; start anew with --set learning_rate=0.0272"),
         (replace(TINY, learning_rate=9.0), 90, "the rate was 4.3; start anew with --set learning_rate=0.03"),
-        (replace(FAST, learning_rate=9.0, name="my"), 90, "the rate was 8.4; start anew with --set learning_rate=0.9"),
+        (replace(FAST, learning_rate=9.0, name="my"), 90, "the rate was 8.4; start anew with --set learning_rate=0.02"),
         (KRIZHEVSKY, 260, "the rate was 0.001, that of biases 0.02; start anew with --set learning_rate=0.001"),
         (PAPER, 1, "no rate is to blame before the first update"),
         (replace(PAPER, learning_rate=0.0), 9, "no rate is to blame before the first update"),

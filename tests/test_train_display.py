@@ -126,6 +126,11 @@ def test_hours_name_the_quicker_recipe(
 def test_what_was_changed_is_in_the_heading(training: Training, capsys: pytest.CaptureFixture[str]) -> None:
     heading(Reporter("train"), training)
     assert capsys.readouterr().err.splitlines()[-1] == "changed width 0.015625 instead of 0.25"
+    training.recipe = replace(RECIPE, name="mine", dropout=0.1)
+    heading(Reporter("train"), training)
+    *_, named, changed = capsys.readouterr().err.splitlines()
+    assert named.startswith("recipe  mine · batch 16 ")
+    assert changed == "changed width 0.015625 instead of 0.25 · dropout 0.1 instead of 0.2 · otherwise as recipe tiny"
     training.recipe = TINY
     heading(Reporter("train"), training)
     assert capsys.readouterr().err.splitlines()[-1].startswith("recipe  tiny ")

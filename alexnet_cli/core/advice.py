@@ -15,7 +15,8 @@ from alexnet_cli.core import chance
 from alexnet_cli.core.chance import Counts
 from alexnet_cli.core.records import Record
 from alexnet_cli.core.shards import DUPLICATES, Dataset
-from alexnet_cli.recipe import RECIPES, Recipe
+from alexnet_cli.knob import setting
+from alexnet_cli.recipe import Recipe, closest
 
 FAR = 4  # times off what the batch asks for: a rate that is worth a question
 NEAR = 0.02  # share of the loss of guessing within which a loss is that
@@ -47,7 +48,7 @@ def before(recipe: Recipe, data: Dataset, different: Mapping[str, tuple[Any, Any
         yield _warning("layers 1 to 5 are frozen at random values", "--init-from W starts from those of a network")
     if different:
         told = ", ".join(f"{key} = {here} here, {there} there" for key, (here, there) in different.items())
-        settings = " ".join(f"--set {key}={there}" for key, (_, there) in different.items()).lower()
+        settings = " ".join(setting(key, there) for key, (_, there) in different.items())
         yield _warning(
             f"the weights were trained with another recipe: {told}", f"leave --recipe out, or give {settings}"
         )
@@ -89,8 +90,8 @@ def odd_rate(recipe: Recipe, batch: int, fine_tuning: bool) -> Iterator[Record]:
 
     `batch`: that of the recipe, or all pictures where there are fewer.
     """
-    named = RECIPES.get(recipe.name)
-    if named is None or (recipe.learning_rate, recipe.batch_size) == (named.learning_rate, named.batch_size):
+    named = closest(recipe)
+    if (recipe.learning_rate, recipe.batch_size) == (named.learning_rate, named.batch_size):
         return
     k = batch / named.batch_size
     low, high = sorted((named.learning_rate * math.sqrt(k), named.learning_rate * k))

@@ -15,7 +15,7 @@ from alexnet_cli.core.learning import Momentum, Schedule
 from alexnet_cli.core.loader import Batch
 from alexnet_cli.core.network import Network
 from alexnet_cli.core.weights import LAYERS
-from alexnet_cli.recipe import RECIPES
+from alexnet_cli.recipe import closest
 
 
 def weights(network: Network) -> str:
@@ -72,9 +72,9 @@ def remedy(optimiser: Momentum, schedule: Schedule, step: int, epoch: int, way_o
     if update < 0 or rate == 0:
         return "no rate is to blame before the first update: look at the recipe's initial values, norms and input"
     bias, _ = optimiser.rate_and_decay("fc8.bias", rate, epoch)
-    named = RECIPES.get(schedule.recipe.name)
+    named = closest(schedule.recipe)
     lower = schedule.highest(update) / 10
-    if named and named.learning_rate < 10 * lower:
+    if named.learning_rate < 10 * lower:
         lower = min(lower, named.learning_rate)
     setting = f"--set learning_rate={lower:.3g}"
     told = f"the rate was {rate:.2g}" + (f", that of biases {bias:.2g}" if bias != rate else "")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 WNIDS_SHA256 = "385e0240499426c022b773be1ae4da780f057b89c9694c7f47199f62746b6edd"
@@ -23,19 +23,21 @@ def is_ilsvrc(wnids: Sequence[str]) -> bool:
     return len(wnids) == 1000 and hashlib.sha256("\n".join(sorted(wnids)).encode()).hexdigest() == WNIDS_SHA256
 
 
-def ilsvrc_words(wnids: Sequence[str]) -> dict[str, str]:
-    """Names by wnid, if these are the classes of ILSVRC 2012 and torchvision is there; else nothing."""
-    if not is_ilsvrc(wnids):
-        return {}
-    names = _torchvision()
-    return dict(zip(sorted(wnids), names, strict=True)) if len(names) == len(wnids) else {}
+def ilsvrc_words(wnids: Iterable[str]) -> dict[str, str]:
+    """Names by wnid of those that are classes of ILSVRC 2012; none without torchvision."""
+    names = dict(zip(_wnids(), _torchvision(), strict=False))
+    return {wnid: names[wnid] for wnid in wnids if wnid in names}
 
 
 def sorted_classes() -> list[tuple[str, str]]:
     """Name and wnid of each of the 1000 classes, in the order of the wnids; without torchvision a wnid is the name."""
-    wnids = (Path(__file__).parent / "ilsvrc_wnids.txt").read_text(encoding="ascii").split()
+    wnids = _wnids()
     words = ilsvrc_words(wnids)
     return [(words.get(wnid, wnid), wnid) for wnid in wnids]
+
+
+def _wnids() -> list[str]:
+    return (Path(__file__).parent / "ilsvrc_wnids.txt").read_text(encoding="ascii").split()
 
 
 def _torchvision() -> list[str]:
@@ -46,5 +48,6 @@ def _torchvision() -> list[str]:
             continue
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == LIST for t in node.targets):
-                return [str(name) for name in ast.literal_eval(node.value)]
+                names = [str(name) for name in ast.literal_eval(node.value)]
+                return names if len(names) == 1000 else []
     return []

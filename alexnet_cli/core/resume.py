@@ -8,12 +8,13 @@ import signal
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from typing import Any
 
 from alexnet_cli.core.records import epochs_done
 from alexnet_cli.core.runs import Run
 from alexnet_cli.errors import UsageError
-from alexnet_cli.recipe import Recipe
+from alexnet_cli.knob import setting
+from alexnet_cli.recipe import Recipe, differences
 
 SHAPE = {"towers", "width"}  # another network, whose weights do not fit
 EXIT_CODES = {"Ctrl-C": 130, "SIGTERM": 143, "SIGUSR1": 143, "SIGHUP": 129, "time is up": 75}
@@ -52,30 +53,44 @@ def agreed(run: Run, wanted: Recipe, said: Collection[str]) -> Recipe:
     Raises:
         UsageError: another key differs that would change the result.
     """
-    saved = asdict(run.recipe)
+    saved, name = run.recipe, run.path.name
+    other = differences(wanted, saved)
+    leave = "leave it out" if "name" not in other or "name" in said else f"leave --recipe out: {name} has its own"
+    for key in sorted(SHAPE & set(other)):
+        here, there = other[key]
+        what = f"{key} = {here} is another network than that of {name}, which has {there}"
+        raise UsageError(what, f"{leave}; or train it as a run of its own")
+    if "batch_size" in other:
+        here, there = other["batch_size"]
+        what = f"batch_size = {here}, but {name} counts its steps in batches of {there}"
+        raise UsageError(what, f"{leave}; or start a run of its own: --init-from {run.quoted}")
+    # One cycle is planned to its end: with another end every rate is another.
+    planned = wanted.schedule == saved.schedule == "one-cycle"
+    refused = [key for key in other if key not in said and (planned or key != "epochs")]
+    told = ", ".join(f"{key} = {here} instead of {there}" for key, (here, there) in other.items() if key in refused[:4])
+    if len(refused) > 1:
+        what = f"{name} was trained otherwise: {told}{f', and {len(refused) - 4} more' if len(refused) > 4 else ''}"
+        raise UsageError(what, f"{leave}; --set KEY=VALUE changes a value from here on")
     done = epochs_done(run.records())
     if wanted.epochs < done:
-        raise UsageError(f"epochs = {wanted.epochs}, but {run.path.name} has done {done}", f"--epochs {done} or more")
-    # One cycle is planned to its end: with another end every rate is another.
-    planned = wanted.schedule == saved["schedule"] == "one-cycle"
-    free = set() if planned else {"epochs"}
-    if planned and "epochs" not in said and wanted.epochs != saved["epochs"]:
-        what = f"the one-cycle rate of {run.path.name} is planned for {saved['epochs']} epochs, not {wanted.epochs}"
+        raise UsageError(f"epochs = {wanted.epochs}, but {name} has done {done}", f"--epochs {done} or more")
+    if refused == ["epochs"]:
+        what = f"the one-cycle rate of {name} is planned for {saved.epochs} epochs, not {wanted.epochs}"
         raise UsageError(what, f"go on all the same, every later rate being another: --set epochs={wanted.epochs}")
-    # Another network is the first thing to say; a name is the last: another recipe differs in more than that.
-    for key, value in sorted(asdict(wanted).items(), key=lambda item: (item[0] not in SHAPE, item[0] == "name")):
-        if value != saved[key] and key in SHAPE:
-            what = f"{key} = {value} is another network than that of {run.path.name}, which has {saved[key]}"
-            raise UsageError(what, "train it as a run of its own")
-        if value != saved[key] and key == "batch_size":
-            what = f"batch_size = {value}, but {run.path.name} counts its steps in batches of {saved[key]}"
-            raise UsageError(what, f"leave it out, or start a run of its own: --init-from {run.quoted}")
-        if value != saved[key] and key not in free and key not in said:
-            raise UsageError(
-                f"{key} = {value} differs from the run {run.path.name}, which has {saved[key]}",
-                f"leave it out, or go on with it all the same: --set {key}={value}",
-            )
+    if refused:
+        force = setting(refused[0], getattr(wanted, refused[0]))
+        raise UsageError(f"{name} was trained otherwise: {told}", f"{leave}, or go on with it all the same: {force}")
     return wanted
+
+
+def changes(run: Run, recipe: Recipe, step: int) -> list[dict[str, Any]]:
+    """What was changed on the way to `step`, and what `recipe` changes there, before the run is told of it.
+
+    Each has the `step` after which it holds, the `key`, and what it `was` and `is`.
+    """
+    known = [change for change in run.about.get("changed", []) if change["step"] <= step]
+    new = differences(recipe, run.recipe) if step else {}
+    return known + [{"step": step, "key": key, "was": there, "is": here} for key, (here, there) in new.items()]
 
 
 def seconds(text: str | None) -> float | None:

@@ -90,7 +90,10 @@ def recognise(path: Path, val_fraction: float | None = None) -> Source:
 
 def _source(path: Path, found: Found, val_fraction: float | None) -> Source:
     """Names for the classes; a validation split, taken from the training pictures where there is none."""
-    words = found.words or _words(path) or ilsvrc_words(found.keys)
+    words = found.words or _words(path)
+    if not words and all(map(WNID.fullmatch, found.keys)):
+        words = ilsvrc_words(found.keys)
+        found = found._replace(notes=(*found.notes, _told(len(words), len(found.keys))))
     classes = _class_names(found.keys, words)
     if found.val is not None:
         if val_fraction is not None:
@@ -100,6 +103,15 @@ def _source(path: Path, found: Found, val_fraction: float | None) -> Source:
     splits = _split_by_name(found.train, len(classes), fraction)
     notes = (*found.notes, _kept(splits["val"], len(found.train), len(classes)))
     return Source(path, found.layout, classes, splits, notes if splits["val"] else found.notes)
+
+
+def _told(named: int, classes: int) -> str:
+    """How classes are called that are wnids, where the source says nothing of their names."""
+    theirs = "named as torchvision names those of ILSVRC 2012"
+    if named == classes:
+        return f"the classes are {theirs}"
+    others = f"{named:,} of {classes:,} classes are {theirs}, the others" if named else "the classes are"
+    return f"{others} called by their wnids: words.txt beside them would name them, a line each, wnid<TAB>name"
 
 
 def _kept(val: Pictures, total: int, classes: int) -> str:
@@ -227,6 +239,8 @@ def _class_names(keys: Sequence[str], words: Mapping[str, str]) -> tuple[ClassNa
     # "crane" is a bird and a machine: where the first word is not enough, all of them are kept.
     names = [text if times[first] > 1 else first for first, text in zip(short, full, strict=True)]
     wnids = [key if WNID.fullmatch(key) else None for key in keys]
+    times = Counter(names)  # and where these are "crane" both times, too, the wnid tells them apart
+    names = [f"{name} ({wnid})" if wnid and times[name] > 1 else name for name, wnid in zip(names, wnids, strict=True)]
     return tuple(ClassName(name, wnid) for name, wnid in zip(names, wnids, strict=True))
 
 

@@ -22,7 +22,8 @@ from alexnet_cli.options import (
     Precision,
     QuietFlag,
 )
-from alexnet_plugins.train_display import heading, show_config, show_records, told_once
+from alexnet_plugins.train_config import show_config
+from alexnet_plugins.train_display import heading, show_records, told_once
 from alexnet_plugins.train_end import fail, failing, finish
 from alexnet_plugins.train_report import leave_report
 from alexnet_plugins.train_setup import (
@@ -37,6 +38,7 @@ from alexnet_plugins.train_setup import (
 )
 
 if TYPE_CHECKING:
+    from alexnet_cli.core.tensorboard import State
     from alexnet_cli.core.training import Training
 
 Cache = Literal["auto", "device", "none"]
@@ -81,7 +83,10 @@ def train(
     seed: Annotated[int | None, typer.Option(help=f"Of initial values, order, crops and dropout. {OWN}")] = None,
     resume: Annotated[
         str | None,
-        typer.Option(help="A run to go on with; auto: that of --name, or the newest if unfinished, or a new one."),
+        typer.Option(
+            help="A run to go on with, by its own recipe: an option that would change the result is refused with the "
+            "difference, and --set forces it. auto: that of --name, or the newest if unfinished, or a new one."
+        ),
     ] = None,
     init_from: Annotated[
         str | None,
@@ -104,7 +109,7 @@ def train(
         bool, typer.Option("--compile/--no-compile", help="Have torch.compile make code for the network first.")
     ] = False,
     tensorboard: Annotated[
-        bool, typer.Option("--tensorboard", help="Write RUN/tensorboard too.", show_default=False)
+        bool, typer.Option("--tensorboard", help="Write RUN/tensorboard too, also when resumed.", show_default=False)
     ] = False,
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Show every value and its source, and quit.")
@@ -127,7 +132,7 @@ def train(
     from alexnet_cli.core.fine_tuning import compare, source
     from alexnet_cli.core.ranks import arrangement, meeting, numbers, parent
     from alexnet_cli.core.shards import open_dataset
-    from alexnet_cli.core.tensorboard import check_installed
+    from alexnet_cli.core.tensorboard import check_installed, states
     from alexnet_cli.core.training import Training
 
     options = {"epochs": epochs, "batch_size": batch_size, "learning_rate": lr, "precision": precision, "seed": seed}
@@ -145,11 +150,10 @@ def train(
         reporter = Reporter("train", json=json, quiet=quiet, speaks=ranks.first)
         run = to_continue(ranks, resume, name)
         first = source(init_from, run)
-        base, base_name = base_of(recipe, run, first)
+        base, sources = base_of(recipe, run, first)
         resolved = recipes.changed(recipes.changed(base, said), explicit)
         if print_config:
-            sources = recipes.listed(recipe) | dict.fromkeys(said, "--set") | dict.fromkeys(explicit, "option")
-            show_config(reporter, resolved, sources, base_name)
+            show_config(reporter, resolved, sources | dict.fromkeys(said, "--set") | dict.fromkeys(explicit, "option"))
             return
         if run:
             resolved = agreed(run, resolved, said)
@@ -158,13 +162,14 @@ def train(
         dataset = open_dataset(path)
         transfer = compare(init_from, first, resolved, dataset.classes) if first else None
         habits = habits_of(run, {"save_every": save_every, "keep": keep, "micro_batch": micro_batch})
+        events = states(run, tensorboard)
         check(resolved, dataset, run)
         stop = stack.enter_context(asked_to_stop(limit, parent()))
         placed = devices.place_among(ranks, gpus, resolved.precision, parallel, resolved.towers)
         check_placement(placed, resolved, len(dataset.split("train")), habits["micro_batch"], compile)
         if run:
             stack.enter_context(run.locked())
-        opened_run = opened(run, name, resolved, placed, dataset, transfer, habits)
+        opened_run = opened(run, name, resolved, placed, dataset, transfer, {**habits, "tensorboard": events[0]})
         if not run:
             stack.enter_context(opened_run.locked())
         stack.enter_context(failing(reporter, opened_run))
@@ -181,7 +186,7 @@ def train(
             reporter.line(
                 "note", f"--micro-batch {micro_batch} changes nothing: a step computes {training.share} images"
             )
-        reason = _run(reporter, training, max_steps, stop, habits["save_every"] or sys.maxsize, tensorboard)
+        reason = _run(reporter, training, max_steps, stop, habits["save_every"] or sys.maxsize, events)
         if ranks.first:
             finish(reporter, training, reason, stop)
 
@@ -192,14 +197,18 @@ def _run(
     max_steps: int | None,
     stop: Callable[[], str | None],
     save_every: int,
-    tensorboard: bool,
+    events: tuple[State | None, State | None],
 ) -> str:
     """Run the loop and show its records. Returns why it ended."""
     from alexnet_cli.core.failure import NONE
-    from alexnet_cli.core.tensorboard import recorded
+    from alexnet_cli.core.resume import changes
+    from alexnet_cli.core.tensorboard import INSTALL, recorded
     from alexnet_cli.core.train import fit
 
     start, damaged = _newest(training)
+    now, before = events
+    if now == "behind":
+        reporter.warn("its tensorboard/ stays behind: the package tensorboard is not installed", INSTALL)
     rows, size = training.rows, training.recipe.batch_size
     steps, done = min(training.steps, max_steps or sys.maxsize), int(start.name) if start else 0
     if rows > size and (left_out := rows % size) and done < steps:
@@ -210,14 +219,18 @@ def _run(
         reporter.warn(f"{what}: every step takes them all", f"-b {fewer} makes {rows // fewer} steps an epoch")
     for folder in damaged:
         reporter.warn(f"{folder} is damaged: going on from {start}")
-    training.run.update(NONE)
+    changed = changes(training.run, training.recipe, done)
+    training.run.update({**NONE, "changed": changed})
+    for change in changed:
+        since = f"from step {change['step'] + 1:,} on"
+        reporter.line("changed", f"{since}: {change['key']} {change['is']} instead of {change['was']}")
     if max_steps and done >= max_steps:
         reporter.line("note", f"--max-steps {max_steps:,} counts from the run's start, and {done:,} are done")
     total = max(0, steps - done) * training.batch
     try:
         with reporter.progress("train", total=total) as bar:
             records = fit(training, start, max_steps, stop=told_once(reporter, stop), save_every=save_every)
-            records = recorded(training.run, records) if tensorboard and training.run.writes else records
+            records = recorded(training.run, records, before) if now == "whole" and training.run.writes else records
             reason = show_records(reporter, training, bar, total, records)
     except VerificationError as error:
         fail(reporter, training.run, error)

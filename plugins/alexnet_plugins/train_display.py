@@ -1,10 +1,9 @@
-"""What `alexnet train` shows: the heading, a line for each thing that happens, the values of a recipe."""
+"""What `alexnet train` shows: the heading, a line for each thing that happens."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from alexnet_cli import recipe as recipes
@@ -54,10 +53,14 @@ def heading(reporter: Reporter, training: Training) -> None:
 
 
 def _changes(recipe: Recipe) -> str:
-    """What differs from the recipe of that name (from `paper`, if there is none) and is not shown beside it."""
-    named = recipes.RECIPES.get(recipe.name, recipes.PAPER)
-    pairs = ((key, value, getattr(named, key)) for key, value in asdict(recipe).items() if key not in SHOWN)
-    return " · ".join(f"{key} {value} instead of {other}" for key, value, other in pairs if value != other)
+    """What differs from the named recipe that this is a variant of, and is not shown beside it."""
+    named = recipes.closest(recipe)
+    told = " · ".join(
+        f"{key} {value} instead of {other}"
+        for key, (value, other) in recipes.differences(recipe, named).items()
+        if key not in SHOWN
+    )
+    return told and told + (f" · otherwise as recipe {named.name}" if recipe.name != named.name else "")
 
 
 def _placed(placement: Placement, towers: int) -> str:
@@ -138,23 +141,3 @@ def _expected(training: Training, seconds: float) -> str:
     if seconds < HOUR or training.transfer or training.recipe.width <= tiny.width:
         return told
     return f"{told}; --recipe tiny, of a quarter of the width and {tiny.epochs} epochs, is far quicker"
-
-
-def show_config(reporter: Reporter, recipe: Recipe, sources: dict[str, str], base: str) -> None:
-    """Every value, where it comes from, and what the paper's text has."""
-    from rich.table import Table
-
-    paper, rows = asdict(recipes.PAPER) | recipes.LETTER, []
-    table = Table(title=f"recipe {recipe.name}", box=None, pad_edge=False)
-    table.add_column("key", no_wrap=True)
-    for title in ("value", "from", "paper", "section", "meaning"):
-        table.add_column(title)
-    for key, value in asdict(recipe).items():
-        about, section = recipes.describe(key, recipe.name)
-        source = sources.get(key, base)
-        row = {"key": key, "value": value, "from": source, "paper": paper[key], "section": section, "meaning": about}
-        rows.append(row)
-        shown = [key, str(value), source, str(paper[key]), section, about]
-        table.add_row(*shown, style=None if value == paper[key] else "bold")
-    reporter.result({"event": "config", "values": rows})
-    reporter.show(table)

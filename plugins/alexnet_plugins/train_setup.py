@@ -16,6 +16,7 @@ from alexnet_cli.core.records import count
 from alexnet_cli.core.shapes import widths
 from alexnet_cli.errors import DataError, UsageError
 from alexnet_cli.recipe import Recipe
+from alexnet_plugins.train_config import origins
 
 SHOWN = 5  # names in a message
 
@@ -28,14 +29,13 @@ if TYPE_CHECKING:
     from alexnet_cli.core.weights import Model
 
 
-def base_of(name: str | None, run: Run | None, first: Model | None) -> tuple[Recipe, str]:
-    """The recipe that --set and options change, and where it is from: a run's own, the weights', or a named one."""
+def base_of(name: str | None, run: Run | None, first: Model | None) -> tuple[Recipe, dict[str, str]]:
+    """The recipe that --set and options change, and where each of its values is from."""
     if name is None and run:
-        return run.recipe, run.path.name
+        return run.recipe, dict.fromkeys(vars(run.recipe), run.path.name)
     if name is None and first:
-        return recipes.changed(first.recipe, {"frozen": "none"}), "weights"
-    recipe = recipes.load(name or "paper")
-    return recipe, recipe.name
+        return recipes.changed(first.recipe, {"frozen": "none"}), dict.fromkeys(vars(first.recipe), "weights")
+    return recipes.load(name or "paper"), origins(name or "paper")
 
 
 def habits_of(run: Run | None, typed: dict[str, int | None]) -> dict[str, int | None]:
@@ -113,7 +113,7 @@ def opened(
     placement: Placement,
     data: Dataset,
     transfer: Transfer | None,
-    habits: dict[str, int | None],
+    habits: dict[str, Any],
 ) -> Run:
     """The run, made by rank 0 unless it is there, and saying how it is trained now."""
     from alexnet_cli.core.runs import Run
