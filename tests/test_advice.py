@@ -104,6 +104,25 @@ def test_a_rate_that_rounds_alike_at_both_ends_is_one_number() -> None:
     assert str(told.text).endswith("recipe tiny has 0.03 at 64, which makes 0.03")
 
 
+@pytest.mark.parametrize(
+    ("recipe", "epochs", "told", "settings"),
+    [
+        (KRIZHEVSKY, 91, "", ""),
+        (KRIZHEVSKY, 30, "drop_epochs = [25, 51, 79]", "--set 'drop_epochs=[8, 17, 26]'"),
+        (KRIZHEVSKY, 2, "drop_epochs = [25, 51, 79]", "--set 'drop_epochs=[1, 2]'"),
+        (TINY, 30, "conv1_freeze_epoch = 12", "--set conv1_freeze_epoch=24"),
+        (replace(TINY, name="mine"), 30, "conv1_freeze_epoch = 12", "--set conv1_freeze_epoch=24"),
+        (TINY, 5, "", ""),
+        (replace(TINY, conv1_freeze_epoch=0), 30, "", ""),
+        (PAPER, 200, "", ""),
+    ],
+)
+def test_epochs_that_others_were_counted_for(recipe: Recipe, epochs: int, told: str, settings: str) -> None:
+    said = [(record.text, record.hint) for record in advice.odd_epochs(replace(recipe, epochs=epochs))]
+    made = {KRIZHEVSKY: "the 91 of recipe krizhevsky"}.get(recipe, "the 15 of recipe tiny")
+    assert said == ([(f"{epochs} epochs with {told}, made for {made}", f"in proportion: {settings}")] if told else [])
+
+
 @pytest.mark.parametrize(("pictures", "said"), [([89, 0, 9, 50], False), ([100, 0, 10, 50], True), ([7], False)])
 def test_classes_that_are_far_from_equal_are_named(pictures: list[int], said: bool) -> None:
     told = advice.unequal(("cat", "dog", "emu", "fox"), np.array(pictures))

@@ -15,7 +15,7 @@ from alexnet_cli.core import chance
 from alexnet_cli.core.chance import Counts
 from alexnet_cli.core.records import Record
 from alexnet_cli.core.shards import DUPLICATES, Dataset
-from alexnet_cli.knob import setting
+from alexnet_cli.knob import setting, spelled
 from alexnet_cli.recipe import Recipe, closest
 
 FAR = 4  # times off what the batch asks for: a rate that is worth a question
@@ -44,6 +44,7 @@ def before(recipe: Recipe, data: Dataset, different: Mapping[str, tuple[Any, Any
             f"the validation error will look too good; {data.path / DUPLICATES} lists them all",
         )
     yield from odd_rate(recipe, min(recipe.batch_size, len(data.split("train"))), different is not None)
+    yield from odd_epochs(recipe)
     if recipe.frozen != "none" and different is None:
         yield _warning("layers 1 to 5 are frozen at random values", "--init-from W starts from those of a network")
     if different:
@@ -102,6 +103,30 @@ def odd_rate(recipe: Recipe, batch: int, fine_tuning: bool) -> Iterator[Record]:
             f"has {named.learning_rate:g} at {named.batch_size}, which makes {asked}",
             f"a batch k times as large takes sqrt(k) to k times the rate: --lr {named.learning_rate * k:.2g}",
         )
+
+
+def odd_epochs(recipe: Recipe) -> Iterator[Record]:
+    """Epochs were changed, and what a recipe does after some of them was not: drops of the rate, layer 1 at rest.
+
+    In a shorter training only the drops matter: what else would come never does no harm by that.
+    """
+    named = closest(recipe)
+    keys = ["drop_epochs"] if recipe.schedule == "fixed" else []
+    if recipe.epochs > named.epochs:
+        keys += ["conv1_slow_epoch", "conv1_freeze_epoch", "colour_shift_epochs"]
+    kept = {key: value for key in keys if (value := getattr(recipe, key)) and value == getattr(named, key)}
+    if not kept or recipe.epochs == named.epochs:
+        return
+
+    def scaled(epoch: int) -> int:
+        return max(1, round(epoch * recipe.epochs / named.epochs))
+
+    told = ", ".join(f"{key} = {spelled(value)}" for key, value in kept.items())
+    ours = {k: scaled(v) if isinstance(v, int) else sorted(set(map(scaled, v))) for k, v in kept.items()}
+    yield _warning(
+        f"{recipe.epochs} epochs with {told}, made for the {named.epochs} of recipe {named.name}",
+        f"in proportion: {' '.join(setting(key, value) for key, value in ours.items())}",
+    )
 
 
 @dataclass
