@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from documents import fields_of_json
 from PIL import Image
 
@@ -30,7 +31,8 @@ def _unpacked(archive: str, inside: str, into: Path) -> Path:
     return into / inside
 
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: threads that spin for each other slow small tensors
+os.environ["OMP_NUM_THREADS"] = "1"  # of what tests start: threads that spin for each other slow small tensors
+torch.set_num_threads(1)  # and of this process, which has imported torch by now: sums are the same then, to the bit
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -38,8 +38,8 @@ PLACES: dict[str, tuple[int, Parallel]] = {
     "data of three": (3, "data"),
     "hybrid of four": (4, "hybrid"),
 }
-_CONTEXT = multiprocessing.get_context("forkserver")  # imports torch once, not once in each process
-_CONTEXT.set_forkserver_preload(["rank_cases"])
+_CONTEXT = multiprocessing.get_context("forkserver")  # imports once, not once in each process
+_CONTEXT.set_forkserver_preload(["alexnet_cli.core.train", "torch._dynamo"])  # tests/ is not on its path
 
 
 def processes(count: int, work: Callable[..., None], *arguments: Any) -> None:

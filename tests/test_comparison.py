@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from scipy import stats
 
 from alexnet_cli.core import ablation_picture, comparison
 from alexnet_cli.core.runs import Run
@@ -52,6 +51,8 @@ def test_every_switch_changes_every_recipe_or_is_left_out() -> None:
 
 
 def test_students_t_is_scipys() -> None:
+    from scipy import stats  # a second of imports, which no other file's worker needs to spend
+
     degrees = np.arange(1, comparison.MOST_SEEDS)
     np.testing.assert_allclose(comparison.T975, stats.t.ppf(0.975, degrees), atol=5e-4)
 
@@ -62,6 +63,8 @@ def test_the_interval_is_scipys(n: int) -> None:
     found = comparison.estimate(values.tolist())
     assert found is not None
     assert found.half is not None
+    from scipy import stats
+
     low, high = stats.t.interval(0.95, n - 1, values.mean(), stats.sem(values))
     assert (found.mean - found.half, found.mean + found.half) == pytest.approx((low, high), rel=1e-4)
     assert found.spread == pytest.approx(values.std(ddof=1))
@@ -128,6 +131,8 @@ def test_differences_are_taken_in_pairs(rows: list[comparison.Row]) -> None:
     difference = row["no-norm"].top1_difference
     assert difference is not None
     assert difference.half is not None
+    from scipy import stats
+
     test = stats.ttest_rel([0.32, 0.36, 0.38], [0.30, 0.33, 0.36])
     interval = test.confidence_interval(0.95)
     assert (difference.mean - difference.half, difference.mean + difference.half) == pytest.approx(interval, rel=1e-3)

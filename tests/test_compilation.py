@@ -17,7 +17,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from alexnet_cli.core import response_norm_gpu
 from alexnet_cli.core.augment import Draws
-from alexnet_cli.core.compilation import compiled
 from alexnet_cli.core.layers import Dropout
 from alexnet_cli.core.loader import Loader, training_batches
 from alexnet_cli.core.network import Network, parameters_by_name
@@ -130,6 +129,8 @@ def test_captured_graphs_are_for_the_first_piece_of_a_batch(monkeypatch: pytest.
 
     monkeypatch.setattr(torch, "compile", compile)
     for images, expected in ((128, ["reduce-overhead", "", "reduce-overhead"]), (1024, ["", "", ""])):
+        from alexnet_cli.core.compilation import compiled  # a second, which no other file's worker needs to spend
+
         quick = compiled(network, torch.device("cuda"), images)
         for last in (False, True, True):
             quick(torch.zeros(1, 3, 224, 224)).sum().backward()
@@ -144,6 +145,8 @@ def test_what_cannot_be_compiled_is_a_message(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, str(tmp_path / "none")))
     monkeypatch.setattr("torch._inductor.config.fx_graph_cache", False)
     torch.compiler.reset()
+    from alexnet_cli.core.compilation import compiled
+
     quick = compiled(Network(SMALL, 10), CPU, 2)
     with pytest.raises(MissingError, match=r"--compile: torch.compile fails here: .*C\+\+ compiler"):
         quick(torch.zeros(2, 3, 224, 224))

@@ -98,9 +98,12 @@ def scans(count: int) -> bytes:
     return whole[:last] + whole[last:-2] * count + b"\xff\xd9"
 
 
+ZEROS = zlib.compress(bytes(1 << 27), 9)
+
+
 def unfolding(kind: bytes) -> bytes:
     """A PNG with a chunk that a few kilobytes make 128 MB."""
-    return WHOLE["png"][:33] + chunk(kind, b"a\0\0" + zlib.compress(bytes(1 << 27), 9)) + WHOLE["png"][33:]
+    return WHOLE["png"][:33] + chunk(kind, b"a\0\0" + ZEROS) + WHOLE["png"][33:]
 
 
 FRAME = WHOLE["jpeg"].index(b"\xff\xc0")  # where a JPEG says how large it is

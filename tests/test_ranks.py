@@ -43,9 +43,8 @@ def results(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Results
     return of
 
 
-LONG = {"data of three", "hybrid of four"}
 TABLE = [
-    pytest.param(place, recipe, id=f"{place}, {recipe.name}", marks=[pytest.mark.slow] * (place in LONG))
+    pytest.param(place, recipe, id=f"{place}, {recipe.name}")
     for place, recipe in [*((place, SMALL) for place in PLACES if place != "one"), ("towers", JOINT)]
 ]
 
@@ -68,7 +67,7 @@ def test_the_numbers_are_those_of_one_process(results: Results, place: str, reci
         np.testing.assert_allclose(here[key], one[key], rtol=0, atol=1e-6, err_msg=key)
 
 
-ELSEWHERE = [("towers", "one"), ("one", "data x towers"), pytest.param("data", "towers", marks=pytest.mark.slow)]
+ELSEWHERE = [("towers", "one"), ("one", "data x towers"), ("data", "towers")]
 
 
 @pytest.mark.parametrize(("begun", "then"), ELSEWHERE)

@@ -106,7 +106,7 @@ class Team:
         self.task, self.store = task, meeting_place()
         # Not forked from this one, whose settings they would inherit, but from one that has only loaded the code.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["alexnet_plugins.benchmark_rank"])
+        context.set_forkserver_preload(["alexnet_plugins.benchmark_rank", "torch._dynamo"])  # which replicas import
         self.pipes, self.processes = [], []
         for rank in range(task.processes):
             ours, theirs = context.Pipe()
