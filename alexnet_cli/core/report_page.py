@@ -271,4 +271,7 @@ def _plain(value: Any) -> Any:
     """Names can hold anything: what is not to be seen, or would turn the line around, becomes a question mark."""
     if isinstance(value, Markup):
         return value
-    return "".join("?" if c in TURNING or unicodedata.category(c) in UNSEEN else c for c in str(value))
+    text = str(value)
+    if text.isprintable():  # as most are, and the pictures, which are long
+        return text
+    return "".join("?" if c in TURNING or unicodedata.category(c) in UNSEEN else c for c in text)
