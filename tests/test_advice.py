@@ -110,17 +110,23 @@ def test_a_rate_that_rounds_alike_at_both_ends_is_one_number() -> None:
         (KRIZHEVSKY, 91, "", ""),
         (KRIZHEVSKY, 30, "drop_epochs = [25, 51, 79]", "--set 'drop_epochs=[8, 17, 26]'"),
         (KRIZHEVSKY, 2, "drop_epochs = [25, 51, 79]", "--set 'drop_epochs=[1, 2]'"),
-        (TINY, 30, "conv1_freeze_epoch = 12", "--set conv1_freeze_epoch=24"),
-        (replace(TINY, name="mine"), 30, "conv1_freeze_epoch = 12", "--set conv1_freeze_epoch=24"),
-        (TINY, 5, "", ""),
-        (replace(TINY, conv1_freeze_epoch=0), 30, "", ""),
+        (replace(KRIZHEVSKY, name="mine"), 30, "drop_epochs = [25, 51, 79]", "--set 'drop_epochs=[8, 17, 26]'"),
+        (
+            KRIZHEVSKY,
+            182,
+            "drop_epochs = [25, 51, 79], conv1_slow_epoch = 67, conv1_freeze_epoch = 72, colour_shift_epochs = 67",
+            "--set 'drop_epochs=[50, 102, 158]' --set conv1_slow_epoch=134 --set conv1_freeze_epoch=144 "
+            "--set colour_shift_epochs=134",
+        ),
+        (replace(KRIZHEVSKY, drop_epochs=(8, 17)), 30, "", ""),
+        (TINY, 30, "", ""),
         (PAPER, 200, "", ""),
     ],
 )
 def test_epochs_that_others_were_counted_for(recipe: Recipe, epochs: int, told: str, settings: str) -> None:
     said = [(record.text, record.hint) for record in advice.odd_epochs(replace(recipe, epochs=epochs))]
-    made = {KRIZHEVSKY: "the 91 of recipe krizhevsky"}.get(recipe, "the 15 of recipe tiny")
-    assert said == ([(f"{epochs} epochs with {told}, made for {made}", f"in proportion: {settings}")] if told else [])
+    made = "made for the 91 of recipe krizhevsky"
+    assert said == ([(f"{epochs} epochs with {told}, {made}", f"in proportion: {settings}")] if told else [])
 
 
 @pytest.mark.parametrize(("pictures", "said"), [([89, 0, 9, 50], False), ([100, 0, 10, 50], True), ([7], False)])
