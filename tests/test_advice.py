@@ -102,6 +102,9 @@ def test_a_rate_far_from_the_batchs(recipe: Recipe, lr: float, batch: int, far: 
 def test_a_rate_that_rounds_alike_at_both_ends_is_one_number() -> None:
     (told,) = advice.odd_rate(replace(TINY, learning_rate=3.0, batch_size=65), 65, False)
     assert str(told.text).endswith("recipe tiny has 0.03 at 64, which makes 0.03")
+    (told,) = advice.odd_rate(replace(TINY, learning_rate=3.0), 64, False)
+    assert str(told.text).endswith("recipe tiny has 0.03 at 64")
+    assert told.hint == "--lr 0.03"
 
 
 @pytest.mark.parametrize(
@@ -109,7 +112,9 @@ def test_a_rate_that_rounds_alike_at_both_ends_is_one_number() -> None:
     [
         (KRIZHEVSKY, 91, "", ""),
         (KRIZHEVSKY, 30, "drop_epochs = [25, 51, 79]", "--set 'drop_epochs=[8, 17, 26]'"),
-        (KRIZHEVSKY, 2, "drop_epochs = [25, 51, 79]", "--set 'drop_epochs=[1, 2]'"),
+        (KRIZHEVSKY, 2, "drop_epochs = [25, 51, 79]", "--set 'drop_epochs=[1]'"),
+        (KRIZHEVSKY, 99, "", ""),
+        (replace(KRIZHEVSKY, schedule="plateau", colour_shift=0.0, frozen="conv"), 182, "", ""),
         (replace(KRIZHEVSKY, name="mine"), 30, "drop_epochs = [25, 51, 79]", "--set 'drop_epochs=[8, 17, 26]'"),
         (
             KRIZHEVSKY,
@@ -126,7 +131,7 @@ def test_a_rate_that_rounds_alike_at_both_ends_is_one_number() -> None:
 def test_epochs_that_others_were_counted_for(recipe: Recipe, epochs: int, told: str, settings: str) -> None:
     said = [(record.text, record.hint) for record in advice.odd_epochs(replace(recipe, epochs=epochs))]
     made = "made for the 91 of recipe krizhevsky"
-    assert said == ([(f"{epochs} epochs with {told}, {made}", f"in proportion: {settings}")] if told else [])
+    assert said == ([(f"epochs = {epochs} with {told}, {made}", f"in proportion: {settings}")] if told else [])
 
 
 @pytest.mark.parametrize(("pictures", "said"), [([89, 0, 9, 50], False), ([100, 0, 10, 50], True), ([7], False)])
@@ -135,7 +140,7 @@ def test_classes_that_are_far_from_equal_are_named(pictures: list[int], said: bo
     assert (told is not None) == said
     if told:
         assert told[0] == "the classes are far from equal: 100 training pictures of cat, 10 of emu"
-        assert told[1].startswith("always answering cat errs in only 37.5%: add pictures of rare classes")
+        assert told[1].startswith("always answering cat errs in only 37.5% of them: add pictures of rare classes")
 
 
 def test_a_loss_that_only_knows_how_frequent_the_classes_are() -> None:
@@ -153,9 +158,11 @@ def test_a_loss_that_only_knows_how_frequent_the_classes_are() -> None:
 @pytest.mark.parametrize(
     ("pictures", "steps", "way"),
     [
-        ([7, 7], 8, "8 steps are few: start anew with --epochs 75"),
+        ([77, 77], 8, "8 steps are few: start anew with --epochs 75"),
         ([70, 7], 400, "add pictures of rare classes, or leave common ones out"),
-        ([7, 7], 400, "are the labels right? otherwise another rate than 0.03 (--lr)"),
+        ([7, 3], 1, "a step takes all 10 pictures: start anew with -b 1"),
+        ([77, 77], 1, "1 step is few: start anew with --epochs 600"),
+        ([77, 77], 400, "are the labels right? otherwise another rate than 0.03 (--lr)"),
     ],
 )
 def test_the_way_on_of_a_training_that_learned_nothing(pictures: list[int], steps: int, way: str) -> None:

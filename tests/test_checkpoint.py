@@ -241,7 +241,7 @@ def test_a_disk_that_fails_between_checkpoints(
     original = Path.open
 
     def open_(self: Path, mode: str = "r", *arguments: Any, **more: Any) -> Any:
-        if mode == "a":
+        if mode == "ab+":
             raise OSError(code, os.strerror(code), str(self))
         return original(self, mode, *arguments, **more)
 

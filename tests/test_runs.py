@@ -59,7 +59,7 @@ def test_hints_name_a_run_as_a_shell_takes_it() -> None:
     run = Run.create("my $(run)", PAPER, {})
     with pytest.raises(UsageError) as caught:
         Run.create("my $(run)", TINY, {})
-    assert caught.value.hint == "continue it with --resume 'my $(run)', or choose a name"
+    assert caught.value.hint == "continue it with --resume 'my $(run)', choose another --name, or delete the folder"
     assert run.way_on().endswith("alexnet train --resume 'my $(run)'")
 
 
@@ -229,7 +229,43 @@ def test_changes_on_the_way_are_remembered_with_their_steps() -> None:
     again = replace(run.recipe, bias_rate=2.0)
     assert resume.changes(run, run.recipe, 60) == first
     assert resume.changes(run, again, 60) == [*first, {"step": 60, "key": "bias_rate", "was": 1.0, "is": 2.0}]
-    assert resume.changes(run, run.recipe, 20) == [], "what came after the checkpoint is lost, the change too"
+    from_20 = {**first[0], "step": 20}
+    assert resume.changes(run, run.recipe, 20) == [from_20], "what came after the checkpoint is lost; the recipe is not"
+    assert resume.changes(run, PAPER, 30) == [], "it held for no step"
+    assert resume.changes(run, run.recipe, 0) == []
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        None, 5, [None, {"key": "momentum"}, {"step": 1, "key": "x", "was": 1, "is": 2}],
+        [{"step": 30, "key": "momentum", "was": 0.9, "is": 0.8}],  # killed before recipe.toml had it
+    ],
+)  # fmt: skip
+def test_changes_that_never_were_are_not_told(told: Any) -> None:
+    run = Run.create("r", PAPER, {})
+    run.update({"changed": told})
+    assert resume.changes(run, PAPER, 40) == []
+    made = {"step": 40, "key": "momentum", "was": 0.9, "is": 0.8}
+    assert resume.changes(run, replace(PAPER, momentum=0.8), 40) == [made]
+
+
+def test_what_is_left_of_a_deleted_folder_is_no_run() -> None:
+    run = Run.create("r", PAPER, {})
+    (run.path / "run.json").unlink()
+    with pytest.raises(StorageError, match=r"run\.json is gone"):
+        run.update({"status": "finished"})
+    assert not (run.path / "run.json").exists()
+
+
+def test_a_record_begins_a_line_of_its_own() -> None:
+    run = Run.create("r", PAPER, {})
+    run.log({"event": "step", "step": 1})
+    with (run.path / "metrics.jsonl").open("a") as file:
+        file.write('{"event":"st')  # as a full disk leaves it
+    run.log({"event": "end", "step": 2})
+    run.log({"event": "end", "step": 3})
+    assert [record["step"] for record in run.records()] == [1, 2, 3]
 
 
 def test_more_epochs_may_follow_but_not_fewer_than_are_done() -> None:

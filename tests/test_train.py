@@ -151,6 +151,18 @@ def test_a_loss_that_is_no_number_stops_with_the_step(start: Callable[..., Train
     assert caught.value.hint == "the rate was 4e+10; start anew with --set learning_rate=0.03"
 
 
+def test_a_checkpoint_of_a_network_that_is_lost_is_not_called_good(start: Callable[..., Training]) -> None:
+    training = start(replace(SMALL, epochs=5))
+    list(fit(training, max_steps=training.schedule.steps_per_epoch))
+    assert diagnosis.spoilt(training.run.records(), 4) == ""
+    training.run.log({"event": "validation", "epoch": 1, "step": training.step, "loss": 58.5})
+    error = training.broken(math.nan, training.step + 1, "")
+    told = "the last checkpoint is no good either, validated at a loss of 58.5, where guessing has 1.39; start anew"
+    assert error.hint.startswith(told)
+    assert "--resume" not in error.hint
+    assert error.hint.endswith("--set learning_rate=0.03"), "what it learned with since is not to blame"
+
+
 @pytest.mark.parametrize(
     ("recipe", "step", "told"),
     [

@@ -69,12 +69,12 @@ def test_a_lowest_error_of_guessing_is_no_achievement(
 
 def test_a_network_that_answers_one_class_is_told_when_training_ends() -> None:
     end = Record("end", 3, 30)
-    told = advice.one_sided(np.array([[5, 0], [5, 0]]), ("cat", "dog"), end)
+    told = advice.one_sided(np.array([[50, 0], [50, 0]]), ("cat", "dog"), end)
     assert told is not None
     assert (told.event, told.epoch, told.step) == ("warning", 3, 30)
     assert str(told.text).startswith("100.0% of the answers are cat, and 50.0% of the pictures")
     assert advice.one_sided(np.array([[5, 0], [0, 5]]), ("cat", "dog"), end) is None
-    assert advice.one_sided(np.array([[5, 0], [5, 0]]), ("cat", "dog"), replace(end, step=19)) is None
+    assert advice.one_sided(np.array([[50, 0], [50, 0]]), ("cat", "dog"), replace(end, step=19)) is None
 
 
 @pytest.mark.parametrize(
@@ -109,6 +109,16 @@ def test_a_program_reads_why_it_failed(capsys: pytest.CaptureFixture[str]) -> No
         raise StorageError("the disk is full", "free some space")
     (line,) = capsys.readouterr().out.splitlines()
     assert json.loads(line) == {"schema": "alexnet.train/1", **run.records()[-1]}
+
+
+def test_a_second_ctrl_c_when_all_is_saved_loses_nothing() -> None:
+    run = Run.create("r", TINY, {})
+    run.log({"event": "end", "epoch": 2, "step": 7, "reason": "finished"})
+    with pytest.raises(Stopped) as caught, failing(Reporter("train"), run):
+        raise KeyboardInterrupt
+    assert (caught.value.what, caught.value.hint) == (
+        "stopped at once by a second Ctrl-C: the training is saved", "alexnet export -w r",
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), Stopped("stopped", "go on", 75)])

@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -27,7 +28,7 @@ from alexnet_cli.core.shards import Dataset
 from alexnet_cli.core.switches import SWITCHES, Switch
 from alexnet_cli.core.train import fit
 from alexnet_cli.core.training import Training
-from alexnet_cli.errors import DataError, UsageError, VerificationError
+from alexnet_cli.errors import DataError, StorageError, UsageError, VerificationError
 from alexnet_cli.recipe import Recipe
 
 DIVERGED = "the loss is not a number"
@@ -110,9 +111,14 @@ class Ablation:
                     yield record
             except VerificationError as error:
                 failure.note(run, error, DIVERGED)
+                run.update({"status": "failed", "reason": DIVERGED})  # or the disk's error is that of the ablation
                 return
-            except BaseException as error:
+            except Exception as error:
                 failure.note(run, error)
+                raise
+            except BaseException:  # a second Ctrl-C, or nobody wants more records
+                with suppress(StorageError):
+                    run.update({"status": "interrupted", "reason": "stopped"})
                 raise
             run.update({"status": "finished" if reason == "finished" else "interrupted", "reason": reason})
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ NEAR = 0.02  # share of the loss of guessing within which a loss is that
 RECENT = 10  # records whose mean must be that too: where classes are unequal, a batch may have few of the commonest
 UNEQUAL = 10  # times as many pictures of the commonest class as of the rarest: what is rare is then hardly learned
 NONE = 20  # steps, before which nobody knows anything
+MUCH = 0.1  # share by which the epochs must be others for it to matter what was counted in them
 FEW = 100  # steps, after which hardly any network knows anything
 SOME = 300  # after which a small one does
 SHOWN = 5  # names in a message
@@ -79,7 +80,7 @@ def unequal(names: Sequence[str], pictures: Counts) -> tuple[str, str] | None:
     if pictures[most] < UNEQUAL * pictures[least]:
         return None
     counts = f"{pictures[most]:,} training pictures of {names[most]}, {pictures[least]:,} of {names[least]}"
-    error = f"always answering {names[most]} errs in only {chance.commonest(pictures):.1%}"
+    error = f"always answering {names[most]} errs in only {chance.commonest(pictures):.1%} of them"
     return (
         f"the classes are far from equal: {counts}",
         f"{error}: add pictures of rare classes, or leave common ones out",
@@ -98,10 +99,12 @@ def odd_rate(recipe: Recipe, batch: int, fine_tuning: bool) -> Iterator[Record]:
     low, high = sorted((named.learning_rate * math.sqrt(k), named.learning_rate * k))
     if recipe.learning_rate > FAR * high or (recipe.learning_rate < low / FAR and not fine_tuning):
         asked = " to ".join(dict.fromkeys((f"{low:.2g}", f"{high:.2g}")))  # one number where both round to it
+        has = f"recipe {named.name} has {named.learning_rate:g} at {named.batch_size}"
+        why = f"{has}, which makes {asked}" if k != 1 else has
+        rule = "a batch k times as large takes sqrt(k) to k times the rate: " if k != 1 else ""
         yield _warning(
-            f"rate {recipe.learning_rate:g} is far from what batch {batch} asks for: recipe {named.name} "
-            f"has {named.learning_rate:g} at {named.batch_size}, which makes {asked}",
-            f"a batch k times as large takes sqrt(k) to k times the rate: --lr {named.learning_rate * k:.2g}",
+            f"rate {recipe.learning_rate:g} is far from what batch {batch} asks for: {why}",
+            f"{rule}--lr {named.learning_rate * k:.2g}",
         )
 
 
@@ -113,20 +116,26 @@ def odd_epochs(recipe: Recipe) -> Iterator[Record]:
     named = closest(recipe)
     keys = ["drop_epochs"] if recipe.schedule == "fixed" else []
     if recipe.epochs > named.epochs:
-        keys += ["conv1_slow_epoch", "conv1_freeze_epoch", "colour_shift_epochs"]
+        keys += ["conv1_slow_epoch", "conv1_freeze_epoch"] if recipe.frozen == "none" else []
+        keys += ["colour_shift_epochs"] if recipe.colour_shift else []
     kept = {key: value for key in keys if (value := getattr(recipe, key)) and value == getattr(named, key)}
-    if not kept or recipe.epochs == named.epochs:
+    if not kept or abs(recipe.epochs / named.epochs - 1) < MUCH:
         return
 
     def scaled(epoch: int) -> int:
         return max(1, round(epoch * recipe.epochs / named.epochs))
 
     told = ", ".join(f"{key} = {spelled(value)}" for key, value in kept.items())
-    ours = {k: scaled(v) if isinstance(v, int) else sorted(set(map(scaled, v))) for k, v in kept.items()}
+    ours = {k: scaled(v) if isinstance(v, int) else _within(map(scaled, v), recipe.epochs) for k, v in kept.items()}
     yield _warning(
-        f"{recipe.epochs} epochs with {told}, made for the {named.epochs} of recipe {named.name}",
+        f"epochs = {recipe.epochs} with {told}, made for the {named.epochs} of recipe {named.name}",
         f"in proportion: {' '.join(setting(key, value) for key, value in ours.items())}",
     )
+
+
+def _within(drops: Iterable[int], epochs: int) -> list[int]:
+    """Drops that another epoch follows, each once."""
+    return sorted({drop for drop in drops if drop < epochs})
 
 
 @dataclass
@@ -156,8 +165,9 @@ class Guessing:
             return None
         self.recent.append(record.loss)
         loss, classes = chance.flat_loss(self.pictures, self.recipe.label_smoothing), len(self.pictures)
+        filled = np.count_nonzero(self.pictures)
         lowest = min(record.loss, sum(self.recent) / len(self.recent))
-        if self.told or classes == 1 or record.step < self.patience or lowest < (1 - NEAR) * loss:
+        if self.told or filled == 1 or record.step < self.patience or lowest < (1 - NEAR) * loss:
             return None
         self.told = True
         what = f"the loss is still {record.loss:.3f} at step {record.step:,}, no better than guessing"
@@ -177,9 +187,11 @@ def remedy(recipe: Recipe) -> str:
 
 def way_on(recipe: Recipe, pictures: Counts, steps: int, epochs: int) -> str:
     """What to do about a training of so many steps and epochs whose lowest error is no better than guessing."""
+    if recipe.batch_size > (rows := int(pictures.sum())):
+        return f"a step takes all {rows:,} pictures: start anew with -b {max(1, rows // 10)}"
     if steps < FEW:
         enough = math.ceil(SOME * epochs / max(1, steps))
-        return f"{steps:,} step{'' if steps == 1 else 's'} are few: start anew with --epochs {enough:,}"
+        return f"{steps:,} step{' is' if steps == 1 else 's are'} few: start anew with --epochs {enough:,}"
     if far := unequal([""] * len(pictures), pictures):
         return far[1].partition(": ")[2]
     return remedy(recipe)

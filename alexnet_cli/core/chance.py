@@ -16,6 +16,7 @@ import numpy.typing as npt
 Counts = npt.NDArray[np.int64]
 """Pictures, class by class."""
 
+FEWEST = 10  # pictures of other classes, of fewer of which nothing can be said
 NEARLY_ALL = 0.9  # share of the pictures of other classes that one class takes from a network that tells nothing apart
 LEARN = "it has learned too little yet, or from far more pictures of that class than of others"
 
@@ -83,7 +84,7 @@ def one_sided(confusion: npt.NDArray[np.int64], names: Sequence[str]) -> str:
     answers, pictures = confusion.sum(axis=0), confusion.sum(axis=1)
     seen, images = int(answers.argmax()), int(pictures.sum())
     others, taken = images - int(pictures[seen]), int(answers[seen]) - int(confusion[seen, seen])
-    if not others or taken < NEARLY_ALL * others:
+    if others < FEWEST or taken < NEARLY_ALL * others:
         return ""
     share, true = answers[seen] / images, pictures[seen] / images
     return (

@@ -4,7 +4,9 @@ to do about it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,8 @@ from alexnet_cli.core.loader import Batch
 from alexnet_cli.core.network import Network
 from alexnet_cli.core.weights import LAYERS
 from alexnet_cli.recipe import closest
+
+LOST = 3  # times the loss of guessing
 
 
 def weights(network: Network) -> str:
@@ -63,9 +67,19 @@ def outputs(gradient: Gradient, batch: Batch, draws: Draws, step: int, epoch: in
     return f"the outputs of {found[0] if found else LAYERS[-1]}"
 
 
-def remedy(optimiser: Momentum, schedule: Schedule, step: int, epoch: int, way_on: str) -> str:
+def spoilt(records: Iterable[Mapping[str, Any]], classes: int) -> str:
+    """How the last validation shows a network that is lost for learning, far worse than one that only guesses."""
+    losses = [r.get("loss") for r in records if r.get("event") == "validation"]
+    guessing = math.log(max(2, classes))
+    if not losses or not isinstance(losses[-1], float) or losses[-1] <= LOST * guessing:
+        return ""
+    return f"validated at a loss of {losses[-1]:.3g}, where guessing has {guessing:.3g}"
+
+
+def remedy(optimiser: Momentum, schedule: Schedule, step: int, epoch: int, way_on: str, spoilt: bool = False) -> str:
     """What to do when the loss of `step`, from 1, is no number: a tenth of the highest rate until then, or the named
-    recipe's own if that is lower still. `way_on`: how to go on, if there is a checkpoint, but for the rate.
+    recipe's own if that is lower still. `way_on`: how to go on, if there is a checkpoint, but for the rate. Of one
+    that was `spoilt` before, the rate of now is not to blame.
     """
     update = step - 2  # the last one before that loss, from 0
     rate = schedule.rate(max(0, update))
@@ -73,6 +87,8 @@ def remedy(optimiser: Momentum, schedule: Schedule, step: int, epoch: int, way_o
         return "no rate is to blame before the first update: look at the recipe's initial values, norms and input"
     bias, _ = optimiser.rate_and_decay("fc8.bias", rate, epoch)
     named = closest(schedule.recipe)
+    if spoilt and rate <= named.learning_rate:
+        return f"start anew, as another run, with --set learning_rate={named.learning_rate:.3g}"
     lower = schedule.highest(update) / 10
     if named.learning_rate < 10 * lower:
         lower = min(lower, named.learning_rate)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -73,6 +74,16 @@ class Tally:
     def rate(self) -> float:
         """Images per second."""
         return self.images / self.seconds if self.seconds else 0.0
+
+
+def append(path: Path, record: Mapping[str, Any]) -> None:
+    """Add a line to a metrics.jsonl, after the end of one that a full disk has cut short. Raises OSError."""
+    line = json.dumps(dict(record), separators=(",", ":")) + "\n"
+    with path.open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read(1) == b"\n" else "\n" + line
+        file.write(line.encode())
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 from alexnet_cli.core.records import epochs_done
@@ -73,7 +74,8 @@ def agreed(run: Run, wanted: Recipe, said: Collection[str]) -> Recipe:
         raise UsageError(what, f"{leave}; --set KEY=VALUE changes a value from here on")
     done = epochs_done(run.records())
     if wanted.epochs < done:
-        raise UsageError(f"epochs = {wanted.epochs}, but {name} has done {done}", f"--epochs {done} or more")
+        least = setting("epochs", done) if planned else f"--epochs {done}"
+        raise UsageError(f"epochs = {wanted.epochs}, but {name} has done {done}", f"{least} or more")
     if refused == ["epochs"]:
         what = f"the one-cycle rate of {name} is planned for {saved.epochs} epochs, not {wanted.epochs}"
         raise UsageError(what, f"go on all the same, every later rate being another: --set epochs={wanted.epochs}")
@@ -86,11 +88,39 @@ def agreed(run: Run, wanted: Recipe, said: Collection[str]) -> Recipe:
 def changes(run: Run, recipe: Recipe, step: int) -> list[dict[str, Any]]:
     """What was changed on the way to `step`, and what `recipe` changes there, before the run is told of it.
 
-    Each has the `step` after which it holds, the `key`, and what it `was` and `is`.
+    Each has the `step` after which it holds, the `key`, and what it `was` and `is`. What run.json tells counts as far
+    as it leads to the value in recipe.toml: a run can end between the two. What came later than `step` holds from
+    there, and what held for no step is not told.
     """
-    known = [change for change in run.about.get("changed", []) if change["step"] <= step]
-    new = differences(recipe, run.recipe) if step else {}
-    return known + [{"step": step, "key": key, "was": there, "is": here} for key, (here, there) in new.items()]
+    saved, found = run.recipe, []
+    told = run.about.get("changed")
+    known = [c for c in told if _is_change(c)] if isinstance(told, list) else []
+    new = differences(recipe, saved)
+    for key in dict.fromkeys([*(c["key"] for c in known), *new]):
+        own = [c for c in known if c["key"] == key]
+        while own and own[-1]["is"] != _plain(getattr(saved, key)):
+            own.pop()
+        if key in new:
+            own.append({"step": step, "key": key, "was": _plain(new[key][1]), "is": _plain(new[key][0])})
+        kept: dict[int, dict[str, Any]] = {}
+        for change in own:
+            at = min(change["step"], step)
+            kept[at] = {**change, "step": at, "was": kept.get(at, change)["was"]}
+        found += [c for at, c in kept.items() if at and c["was"] != c["is"]]
+    return sorted(found, key=lambda change: int(change["step"]))
+
+
+def _is_change(found: Any) -> bool:
+    """Whether run.json, which can hold anything, has one there."""
+    return (
+        isinstance(found, dict) and set(found) == {"step", "key", "was", "is"}
+        and type(found["step"]) is int and found["key"] in {field.name for field in fields(Recipe)}
+    )  # fmt: skip
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def seconds(text: str | None) -> float | None:

@@ -25,7 +25,7 @@ from typing import Any
 from alexnet_cli.core.atomic import point, write_text
 from alexnet_cli.core.devices import train_command
 from alexnet_cli.core.listing import read_file
-from alexnet_cli.core.records import read_records, table, unsaved, until
+from alexnet_cli.core.records import append, read_records, table, unsaved, until
 from alexnet_cli.errors import DataError, StorageError, UsageError, WeightsError
 from alexnet_cli.recipe import Recipe, load
 
@@ -64,15 +64,15 @@ class Run:
             path.mkdir(parents=True, exist_ok=_unborn(path))
             (path / "checkpoints").mkdir(exist_ok=True)
             write_text(path / "recipe.toml", recipe.to_toml())
-            run = cls(path)
-            run.update({"schema": "alexnet.run/1", "status": "running", **about})
+            about = {"schema": "alexnet.run/1", "status": "running", **about}
+            write_text(path / "run.json", json.dumps(about, indent=2) + "\n")
             point(root / "latest", path)
         except FileExistsError as error:
-            what = f"a run called {name} is there already: {path}"
-            raise UsageError(what, f"continue it with --resume {shlex.quote(str(name))}, or choose a name") from error
+            way_on = f"continue it with --resume {shlex.quote(str(name))}, choose another --name, or delete the folder"
+            raise UsageError(f"a run called {name} is there already: {path}", way_on) from error
         except OSError as error:
             raise StorageError(f"cannot write {path}: {error.strerror}", "set ALEXNET_RUNS_DIR elsewhere") from error
-        return run
+        return cls(path)
 
     @classmethod
     def open(cls, name: str) -> Run:
@@ -149,19 +149,19 @@ class Run:
             yield
 
     def update(self, about: Mapping[str, Any]) -> None:
-        """Change some entries of run.json."""
+        """Change some entries of run.json. StorageError where it is gone: what is left then is no run any more."""
         if not self.writes:
             return
-        old = self.about if (self.path / "run.json").exists() else {}
+        if not (self.path / "run.json").exists():
+            raise StorageError(f"{self.path / 'run.json'} is gone", self.way_on())
         with self.storing():
-            write_text(self.path / "run.json", json.dumps({**old, **about}, indent=2) + "\n")
+            write_text(self.path / "run.json", json.dumps({**self.about, **about}, indent=2) + "\n")
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append a record to metrics.jsonl."""
-        if not self.writes:
-            return
-        with self.storing(), (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(dict(record), separators=(",", ":")) + "\n")
+        if self.writes:
+            with self.storing():
+                append(self.path / "metrics.jsonl", record)
 
     def records(self) -> list[dict[str, Any]]:
         """The records of metrics.jsonl; a last line that a crash cut short is left out."""

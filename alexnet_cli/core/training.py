@@ -138,11 +138,13 @@ class Training:
     def broken(self, loss: float, step: int, where: str) -> VerificationError:
         """What to say when numbers have stopped being numbers, `where` being the first place."""
         last, first = self.run.checkpoints / "last", f", first in {where}" if where else ""
-        saved, way_on = "", ""
-        if last.exists():
+        saved, way_on, spoilt = "", "", diagnosis.spoilt(self.run.records(), len(self.data.classes))
+        if last.exists() and spoilt:
+            saved = f"the last checkpoint is no good either, {spoilt}; "
+        elif last.exists():
             saved = f"last good checkpoint: {last.resolve()}; "
             way_on = f", or go on from there: alexnet train --resume {self.run.quoted}"
-        hint = saved + diagnosis.remedy(self.optimiser, self.schedule, step, self.epoch, way_on)
+        hint = saved + diagnosis.remedy(self.optimiser, self.schedule, step, self.epoch, way_on, bool(spoilt))
         return VerificationError(f"the loss became {loss} at step {step:,} (epoch {self.epoch}){first}", hint)
 
     def validate(self, stop: Callable[[], str | None] = lambda: None) -> Evaluation | None:

@@ -201,6 +201,7 @@ def _run(
 ) -> str:
     """Run the loop and show its records. Returns why it ended."""
     from alexnet_cli.core.failure import NONE
+    from alexnet_cli.core.records import failure
     from alexnet_cli.core.resume import changes
     from alexnet_cli.core.tensorboard import INSTALL, recorded
     from alexnet_cli.core.train import fit
@@ -219,6 +220,8 @@ def _run(
         reporter.warn(f"{what}: every step takes them all", f"-b {fewer} makes {rows // fewer} steps an epoch")
     for folder in damaged:
         reporter.warn(f"{folder} is damaged: going on from {start}")
+    if (before_that := failure(training.run.about))[0] and training.recipe == training.run.recipe:
+        reporter.warn(f"this run failed before: {before_that[0]}", before_that[1])
     changed = changes(training.run, training.recipe, done)
     training.run.update({**NONE, "changed": changed})
     for change in changed:

@@ -25,8 +25,10 @@ def failing(reporter: Reporter, run: Run) -> Iterator[None]:
     except Stopped:  # on purpose, and said by whoever stopped
         raise
     except KeyboardInterrupt as error:
-        what = "stopped at once by a second Ctrl-C: what came after the last checkpoint is lost"
-        stopped = Stopped(what, f"alexnet train --resume {run.quoted}", EXIT_CODES["Ctrl-C"])
+        over = [record.get("event") for record in run.records()[-1:]] == ["end"]
+        lost = "the training is saved" if over else "what came after the last checkpoint is lost"
+        way_on = f"alexnet {'export -w' if over else 'train --resume'} {run.quoted}"
+        stopped = Stopped(f"stopped at once by a second Ctrl-C: {lost}", way_on, EXIT_CODES["Ctrl-C"])
         fail(reporter, run, stopped, "Ctrl-C", "interrupted")
         raise stopped from error
     except BaseException as error:
