@@ -205,7 +205,8 @@ def opened(name_or_file: str) -> tuple[Recipe, dict[str, Any]]:
     if not isinstance(base, str) or base not in RECIPES:
         raise RecipeError(f"{path}: base = {base!r} is no named recipe", _named_recipes(str(base)))
     if (name := values.get("name")) != base and name in list(RECIPES):  # it may be anything, a list too
-        raise RecipeError(f"{path}: name = {name!r} is another recipe than base = {base!r}", "give it a name of its own")
+        what = f"{path}: name = {name!r} is another recipe than base = {base!r}"
+        raise RecipeError(what, "give it a name of its own")
     return RECIPES[base], values
 
 

@@ -56,7 +56,9 @@ def test_wnids_beside_plain_names_are_named_too(tmp_path: Path) -> None:
     touch(tmp_path, "goldfish/1.jpg")  # that name is taken
     source = recognise(tmp_path)
     assert [c.name for c in source.classes] == ["cats", "goldfish", "tench", "n01443537"]
-    assert source.notes[0].startswith("1 of 4 classes are named as torchvision names those of ILSVRC 2012, others called")
+    assert source.notes[0].startswith(
+        "1 of 4 classes are named as torchvision names those of ILSVRC 2012, others called"
+    )
 
 
 def test_one_folder_per_class_is_split_by_name(tmp_path: Path) -> None:
