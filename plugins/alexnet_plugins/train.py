@@ -156,7 +156,7 @@ def train(
             show_config(reporter, resolved, sources | dict.fromkeys(said, "--set") | dict.fromkeys(explicit, "option"))
             return
         if run:
-            resolved = agreed(run, resolved, said)
+            resolved = agreed(run, resolved, said, vars(base).keys() - said.keys() - explicit.keys() if recipe else ())
         check_steps(run, max_steps)
         path, remark = chosen(data, run)
         dataset = open_dataset(path)
