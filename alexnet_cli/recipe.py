@@ -204,6 +204,9 @@ def opened(name_or_file: str) -> tuple[Recipe, dict[str, Any]]:
         return _base_of(values), values
     if not isinstance(base, str) or base not in RECIPES:
         raise RecipeError(f"{path}: base = {base!r} is no named recipe", _named_recipes(str(base)))
+    if (name := values.get("name")) != base and name in list(RECIPES):  # it may be anything, a list too
+        what = f"{path}: name = {name!r} is another recipe than base = {base!r}"
+        raise RecipeError(what, "give it a name of its own")
     return RECIPES[base], values
 
 

@@ -20,9 +20,10 @@ from alexnet_cli.core.runs import Run
 from alexnet_cli.core.shards import open_dataset
 from alexnet_cli.core.train import fit
 from alexnet_cli.core.training import Training
-from alexnet_cli.errors import StorageError
+from alexnet_cli.errors import StorageError, UsageError
 from alexnet_cli.recipe import TINY
 from alexnet_plugins.train import train
+from alexnet_plugins.train_setup import check_steps
 
 CPU = Placement(torch.device("cpu"), "CPU", "fp32")
 SMALL = replace(TINY, width=1 / 64, batch_size=8, epochs=2, precision="fp32", dropout=0.5)  # six steps an epoch
@@ -151,6 +152,9 @@ def test_what_is_damaged_and_newer_is_not_kept(start: Callable[..., Training]) -
     again = start(Run(training.run.path), keep=2)
     found, damaged = checkpoint.newest(again.run)
     assert [path.name for path in (found, *damaged) if path] == ["00000008", "00000010"]
+    check_steps(again.run, 8)  # --max-steps goes by what the run goes on from
+    with pytest.raises(UsageError, match=r"--max-steps 7 counts from the run's start, and .* has done 8"):
+        check_steps(again.run, 7)
     list(fit(again, found, max_steps=9))
     assert steps(again.run) == [6, 8, 9]
 

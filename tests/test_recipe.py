@@ -85,6 +85,8 @@ def test_a_file_has_a_name_of_its_own_and_a_base(tmp_path: Path) -> None:
     [
         ('base = "tinny"', "base = 'tinny' is no named recipe", "did you mean tiny? named recipes: paper, krizhevsky"),
         ("base = 3", "base = 3 is no named recipe", "named recipes: paper"),
+        ('name = "fast"\nbase = "caffe"', "name = 'fast' is another recipe than base = 'caffe'", "a name of its own"),
+        ('name = []\nbase = "caffe"', "name = []", "name"),
         ("crops = False", "is not TOML", "true and false in small letters"),
         ('crops = "no"', "crops = 'no' should be true or false", "such as crops = false"),
         ('towers = "two"', "towers = 'two' should be a whole number", "such as towers = 2"),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import alexnet
 
 from alexnet_cli.core import devices, resume
 from alexnet_cli.core.atomic import point
@@ -209,7 +210,7 @@ def test_going_on_by_another_recipe_is_met_with_leaving_it_out() -> None:
         (paper, KRIZHEVSKY, "paper was trained otherwise: name = krizhevsky instead of paper, ", "; --set KEY=VALUE "),
     ):
         with pytest.raises(UsageError, match=f"^{what}") as caught:
-            resume.agreed(run, recipe, set())
+            resume.agreed(run, recipe, set(), vars(recipe))
         assert caught.value.hint.startswith(f"leave --recipe out: {run.name} has its own{hint}")
     rest = len(differences(KRIZHEVSKY, PAPER)) - 1 - 4  # epochs are free, and four are shown
     assert caught.value.what.endswith(f", and {rest} more")
@@ -217,6 +218,20 @@ def test_going_on_by_another_recipe_is_met_with_leaving_it_out() -> None:
         paper.log({"event": "validation", "epoch": epoch, "step": epoch})
     with pytest.raises(UsageError, match=r"^paper was trained otherwise"):
         resume.agreed(paper, replace(KRIZHEVSKY, epochs=20), set())  # not a word of the epochs, which are the least
+
+
+def test_a_value_of_a_recipe_is_met_with_leaving_it_out_also_by_one_name() -> None:
+    Run.create("older", replace(TINY, momentum=0.8), {})
+    for words, what, hint in (
+        ((), "momentum = 0.9 instead of 0.8", "leave --recipe out: older has its own, or go on with it all "),
+        (("--set", "momentum=0.8", "--epochs", "9"), "planned for 15 epochs, not 9", "leave it out, or go on all "),
+        (("--set", "momentum=0.8", "--lr", "0.5"), "learning_rate = 0.5 instead of 0.03", "leave it out, or go on "),
+        (("--set", "momentum=0.8", "--set", "width=0.5"), "width = 0.5 is another network", "leave it out; or train "),
+    ):
+        refused = alexnet("train", "--resume", "older", "--recipe", "tiny", *words)
+        assert refused.returncode == 2
+        assert what in refused.stderr
+        assert f"hint: {hint}" in refused.stderr
 
 
 def test_changes_on_the_way_are_remembered_with_their_steps() -> None:

@@ -47,6 +47,20 @@ def test_wordnet_names(tmp_path: Path) -> None:
     )
 
 
+def test_wnids_beside_plain_names_are_named_too(tmp_path: Path) -> None:
+    touch(tmp_path, *(f"{name}/{i}.jpg" for name in ("cats", "n01440764", "n01443537") for i in (1, 2)))
+    source = recognise(tmp_path)
+    assert [c.name for c in source.classes] == ["cats", "tench", "goldfish"]
+    assert [c.wnid for c in source.classes] == [None, "n01440764", "n01443537"]
+    assert source.notes[0] == "2 of 3 classes are named as torchvision names those of ILSVRC 2012"
+    touch(tmp_path, "goldfish/1.jpg")  # that name is taken
+    source = recognise(tmp_path)
+    assert [c.name for c in source.classes] == ["cats", "goldfish", "tench", "n01443537"]
+    assert source.notes[0].startswith(
+        "1 of 4 classes are named as torchvision names those of ILSVRC 2012, others called"
+    )
+
+
 def test_one_folder_per_class_is_split_by_name(tmp_path: Path) -> None:
     sizes = {"few": 1, "two": 2, "many": 40}
     touch(tmp_path, *(f"{name}/{i}.jpg" for name, size in sizes.items() for i in range(size)))

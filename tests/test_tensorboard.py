@@ -12,7 +12,7 @@ import pytest
 from alexnet_cli.core import tensorboard
 from alexnet_cli.core.records import Record
 from alexnet_cli.core.runs import Run
-from alexnet_cli.errors import MissingError, StorageError
+from alexnet_cli.errors import MissingError, Stopped, StorageError
 from alexnet_cli.recipe import TINY
 from alexnet_plugins.train import train
 
@@ -79,7 +79,7 @@ def test_what_was_missed_is_made_up_for(tmp_path: Path, monkeypatch: pytest.Monk
     for asked, there in ((False, True), (True, True), (False, True), (False, False), (False, True)):
         monkeypatch.setattr(tensorboard, "installed", lambda there=there: there)
         now, before = tensorboard.states(made, asked)
-        made.update({"tensorboard": now})
+        made.update({"tensorboard": now and "behind"})
         told.append(now)
         records = noted(made, range(last + 1, last + 4))
         last = [*(tensorboard.recorded(made, records, before) if now == "whole" else records)][-1].step
@@ -89,6 +89,27 @@ def test_what_was_missed_is_made_up_for(tmp_path: Path, monkeypatch: pytest.Monk
             steps = [record["step"] for record in made.records() if record["event"] == "step"]
             assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(step, step / 8) for step in steps]
     assert told == [None, "whole", "whole", "behind", "whole"]
+
+
+def test_the_events_are_whole_only_when_what_was_missed_is_written(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that is killed on the way there makes up for it the next time."""
+    writer = pytest.importorskip("torch.utils.tensorboard").SummaryWriter
+    monkeypatch.chdir(tmp_path)
+    made = run(prepared, 2, asked=False)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "add_scalar", killed)
+        with pytest.raises(Stopped):
+            run(prepared, 3, resume="r")
+    assert made.about["tensorboard"] == "behind"
+    run(prepared, 3, resume="r", asked=False)
+    assert made.about["tensorboard"] == "whole"
+    same(made)
 
 
 def test_a_package_that_is_gone_is_a_warning_when_the_run_goes_on(

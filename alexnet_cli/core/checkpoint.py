@@ -16,6 +16,7 @@ import re
 import shutil
 import zipfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,9 +105,8 @@ def newest(run: Run) -> tuple[Path | None, list[Path]]:
         if not final.exists():
             with run.storing():
                 old.rename(final)
-    folders = [p for p in run.checkpoints.glob("*") if p.name.isdigit() and p.is_dir() and not p.is_symlink()]
     damaged: list[Path] = []
-    for folder in sorted(folders, reverse=True):
+    for folder in _folders(run):
         try:
             best = _check(folder)["best"]
         except WeightsError:
@@ -119,6 +119,23 @@ def newest(run: Run) -> tuple[Path | None, list[Path]]:
         what = f"{run.path} has no whole checkpoint left" + (f": {damaged[0]} is damaged" if damaged else "")
         raise WeightsError(what, "put one back, or start a new run")
     return None, []
+
+
+def step_beyond(run: Run, step: int) -> int | None:
+    """The step of the newest whole checkpoint, if that is more than `step`; only then are its sums checked."""
+    for folder in _folders(run):
+        if int(folder.name) <= step:
+            return None
+        with suppress(WeightsError):
+            _check(folder)
+            return int(folder.name)
+    return None
+
+
+def _folders(run: Run) -> list[Path]:
+    """Those of checkpoints, whole or not, the newest first."""
+    folders = [p for p in run.checkpoints.glob("*") if p.name.isdigit() and p.is_dir() and not p.is_symlink()]
+    return sorted(folders, key=lambda folder: int(folder.name), reverse=True)
 
 
 def load(directory: Path) -> Resumable:

@@ -48,40 +48,46 @@ def _trained(run: Run) -> Run:
     return run
 
 
-def agreed(run: Run, wanted: Recipe, said: Collection[str]) -> Recipe:
+def agreed(run: Run, wanted: Recipe, said: Collection[str], of_recipe: Collection[str] = ()) -> Recipe:
     """The recipe to go on with; keys in `said` may differ from the run's, and more epochs may follow.
+
+    `of_recipe` are the keys whose values a --recipe gave, to be left out if they are refused.
 
     Raises:
         UsageError: another key differs that would change the result.
     """
     saved, name = run.recipe, run.path.name
     other = differences(wanted, saved)
-    leave = "leave it out" if "name" not in other or "name" in said else f"leave --recipe out: {name} has its own"
+
+    def leave(*keys: str) -> str:
+        return f"leave --recipe out: {name} has its own" if set(keys) & set(of_recipe) else "leave it out"
+
     for key in sorted(SHAPE & set(other)):
         here, there = other[key]
         what = f"{key} = {here} is another network than that of {name}, which has {there}"
-        raise UsageError(what, f"{leave}; or train it as a run of its own")
+        raise UsageError(what, f"{leave(key)}; or train it as a run of its own")
     if "batch_size" in other:
         here, there = other["batch_size"]
         what = f"batch_size = {here}, but {name} counts its steps in batches of {there}"
-        raise UsageError(what, f"{leave}; or start a run of its own: --init-from {run.quoted}")
+        raise UsageError(what, f"{leave('batch_size')}; or start a run of its own: --init-from {run.quoted}")
     # One cycle is planned to its end: with another end every rate is another.
     planned = wanted.schedule == saved.schedule == "one-cycle"
     refused = [key for key in other if key not in said and (planned or key != "epochs")]
     told = ", ".join(f"{key} = {here} instead of {there}" for key, (here, there) in other.items() if key in refused[:4])
     if len(refused) > 1:
         what = f"{name} was trained otherwise: {told}{f', and {len(refused) - 4} more' if len(refused) > 4 else ''}"
-        raise UsageError(what, f"{leave}; --set KEY=VALUE changes a value from here on")
+        raise UsageError(what, f"{leave(*refused)}; --set KEY=VALUE changes a value from here on")
     done = epochs_done(run.records())
     if wanted.epochs < done:
         least = setting("epochs", done) if planned else f"--epochs {done}"
         raise UsageError(f"epochs = {wanted.epochs}, but {name} has done {done}", f"{least} or more")
     if refused == ["epochs"]:
         what = f"the one-cycle rate of {name} is planned for {saved.epochs} epochs, not {wanted.epochs}"
-        raise UsageError(what, f"go on all the same, every later rate being another: --set epochs={wanted.epochs}")
+        force = f"go on all the same, every later rate being another: --set epochs={wanted.epochs}"
+        raise UsageError(what, f"{leave('epochs')}, or {force}")
     if refused:
-        force = setting(refused[0], getattr(wanted, refused[0]))
-        raise UsageError(f"{name} was trained otherwise: {told}", f"{leave}, or go on with it all the same: {force}")
+        force = f"go on with it all the same: {setting(refused[0], getattr(wanted, refused[0]))}"
+        raise UsageError(f"{name} was trained otherwise: {told}", f"{leave(*refused)}, or {force}")
     return wanted
 
 

@@ -91,9 +91,9 @@ def recognise(path: Path, val_fraction: float | None = None) -> Source:
 def _source(path: Path, found: Found, val_fraction: float | None) -> Source:
     """Names for the classes; a validation split, taken from the training pictures where there is none."""
     words = found.words or _words(path)
-    if not words and all(map(WNID.fullmatch, found.keys)):
-        words = ilsvrc_words(found.keys)
-        found = found._replace(notes=(*found.notes, _told(len(words), len(found.keys))))
+    if not words and (wnids := [key for key in found.keys if WNID.fullmatch(key)]):
+        words = {wnid: name for wnid, name in ilsvrc_words(wnids).items() if name not in found.keys}
+        found = found._replace(notes=(*found.notes, _told(len(words), len(wnids), len(found.keys))))
     classes = _class_names(found.keys, words)
     if found.val is not None:
         if val_fraction is not None:
@@ -105,12 +105,16 @@ def _source(path: Path, found: Found, val_fraction: float | None) -> Source:
     return Source(path, found.layout, classes, splits, notes if splits["val"] else found.notes)
 
 
-def _told(named: int, classes: int) -> str:
+def _told(named: int, wnids: int, classes: int) -> str:
     """How classes are called that are wnids, where the source says nothing of their names."""
     theirs = "named as torchvision names those of ILSVRC 2012"
-    if named == classes:
-        return f"the classes are {theirs}"
-    others = f"{named:,} of {classes:,} classes are {theirs}, the others" if named else "the classes are"
+    some = f"{named:,} of {classes:,} classes are {theirs}" if named < classes else f"the classes are {theirs}"
+    if named == wnids:
+        return some
+    if named:
+        others = f"{some}, {'the others' if wnids == classes else 'others'}"
+    else:
+        others = "the classes are" if wnids == classes else f"{wnids:,} of {classes:,} classes are"
     return f"{others} called by their wnids: words.txt beside them would name them, a line each, wnid<TAB>name"
 
 

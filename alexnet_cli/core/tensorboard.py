@@ -38,7 +38,7 @@ def check_installed() -> None:
 
 
 def states(run: Run | None, asked: bool) -> tuple[State | None, State | None]:
-    """What run.json is to say of the events, and what it says: None if nobody asked for them, now or before."""
+    """What the events are to become, and what run.json says of them: None if nobody asked for them, now or before."""
     before = run.about.get("tensorboard") if run else None
     if not asked and not before:
         return None, None
@@ -48,7 +48,8 @@ def states(run: Run | None, asked: bool) -> tuple[State | None, State | None]:
 def recorded(run: Run, records: Iterator[Record], before: State | None) -> Iterator[Record]:
     """The same records, each one's numbers being written on its way; those after the step of "start" are superseded.
 
-    Where the events were not whole `before`, or are gone, those of the run's records are written first.
+    Where the events were not whole `before`, or are gone, those of the run's records are written first; only then
+    does run.json call them whole.
 
     Raises:
         StorageError: they cannot be written.
@@ -62,6 +63,7 @@ def recorded(run: Run, records: Iterator[Record], before: State | None) -> Itera
         for old in missed:
             _write(writer, old)
         writer.flush()
+    run.update({"tensorboard": "whole"})
     yield start
     try:
         for record in records:

@@ -156,7 +156,7 @@ def train(
             show_config(reporter, resolved, sources | dict.fromkeys(said, "--set") | dict.fromkeys(explicit, "option"))
             return
         if run:
-            resolved = agreed(run, resolved, said)
+            resolved = agreed(run, resolved, said, vars(base).keys() - said.keys() - explicit.keys() if recipe else ())
         check_steps(run, max_steps)
         path, remark = chosen(data, run)
         dataset = open_dataset(path)
@@ -169,7 +169,8 @@ def train(
         check_placement(placed, resolved, len(dataset.split("train")), habits["micro_batch"], compile)
         if run:
             stack.enter_context(run.locked())
-        opened_run = opened(run, name, resolved, placed, dataset, transfer, {**habits, "tensorboard": events[0]})
+        to_say = {**habits, "tensorboard": events[0] and "behind"}  # until what was missed is made up for
+        opened_run = opened(run, name, resolved, placed, dataset, transfer, to_say)
         if not run:
             stack.enter_context(opened_run.locked())
         stack.enter_context(failing(reporter, opened_run))

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from alexnet_cli import __version__
 from alexnet_cli import recipe as recipes
-from alexnet_cli.core.records import count
 from alexnet_cli.core.shapes import widths
 from alexnet_cli.errors import DataError, UsageError
 from alexnet_cli.recipe import Recipe
@@ -68,11 +67,10 @@ def chosen(data: str | None, run: Run | None) -> tuple[Path, str]:
 
 
 def check_steps(run: Run | None, max_steps: int | None) -> None:
-    """Raise UsageError where a run to go on with has more steps already than it is to have."""
-    if not run or not max_steps:
-        return
-    done = max((count(record, "step") for record in run.records() if record.get("event") == "checkpoint"), default=0)
-    if max_steps < done:
+    """Raise UsageError where a run goes on from more steps already than it is to have."""
+    from alexnet_cli.core.checkpoint import step_beyond
+
+    if run and max_steps and (done := step_beyond(run, max_steps)):
         what = f"--max-steps {max_steps:,} counts from the run's start, and {run.name} has done {done:,}"
         raise UsageError(
             what, f"--max-steps {done + max_steps} does {max_steps:,} more; without it, the run goes to its end"
