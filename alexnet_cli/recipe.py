@@ -182,7 +182,11 @@ RECIPES: Mapping[str, Recipe] = {r.name: r for r in (PAPER, KRIZHEVSKY, CAFFE, F
 
 def load(name_or_file: str) -> Recipe:
     """A named recipe, or one from a TOML file: keys it leaves out are those of its `base`, its `name`, or `paper`."""
-    return changed(*opened(name_or_file))
+    try:
+        return changed(*opened(name_or_file))
+    except RecipeError as error:
+        what = error.what.removeprefix("recipe: ")
+        raise RecipeError(error.what if what == error.what else f"{name_or_file}: {what}", error.hint) from error
 
 
 def opened(name_or_file: str) -> tuple[Recipe, dict[str, Any]]:
