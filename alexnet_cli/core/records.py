@@ -40,6 +40,10 @@ class Record:
     specialisation: float | None = None
     chroma_tower1: float | None = None
     chroma_tower2: float | None = None
+    data: str | None = None
+    recipe: str | None = None
+    classes: int | None = None
+    epochs: int | None = None
     steps_per_epoch: int | None = None
     best: bool | None = None
     path: str | None = None

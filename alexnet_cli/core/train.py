@@ -76,7 +76,10 @@ def fit(
             yield _saved(training, metrics, best)
     if training.step > training.first_step_of_epoch and training.step != training.saved:
         yield _saved(training, metrics)
-    end = Record("end", training.epochs_begun, training.step, path=str(run.path), reason=reason or "finished")
+    lowest = training.schedule.best_error if training.schedule.best_error <= 1 else None
+    end = Record(
+        "end", training.epochs_begun, training.step, top1_error=lowest, path=str(run.path), reason=reason or "finished"
+    )
     names = [name.name for name in training.data.classes]
     if shown and not reason and (remark := advice.one_sided(shown.confusion, names, end)):
         yield _log(run, remark)
@@ -93,8 +96,10 @@ def _saved(training: Training, metrics: dict[str, Any], best: bool = False) -> R
 def _start_record(training: Training) -> Record:
     """Where training begins; `path` is the run's."""
     tensors = training.transfer.tensors() if training.transfer else {}
+    recipe, data = training.recipe, training.data
     return Record(
-        "start", training.epoch, training.step, steps_per_epoch=training.schedule.steps_per_epoch,
+        "start", training.epoch, training.step, data=str(data.path), recipe=recipe.name, classes=len(data.classes),
+        epochs=recipe.epochs, steps_per_epoch=training.schedule.steps_per_epoch,
         path=str(training.run.path), loaded=tensors.get("loaded"), afresh=tensors.get("afresh"),
     )  # fmt: skip
 
