@@ -170,6 +170,15 @@ def test_max_steps_counts_from_the_start_and_says_the_way_on(home: Path) -> None
     assert "resumed from the beginning: no checkpoint had been saved yet" in anew.stderr
 
 
+def test_a_run_that_failed_says_why_before_it_fails_again(home: Path) -> None:
+    run = run_in(home)
+    broken = run("train", *QUICK, "--epochs", "2", "--lr", "1e12", "--name", "broken", code=6).stderr.splitlines()
+    again = run("train", "--resume", "broken", code=6).stderr
+    assert f"warn    this run failed before: {broken[-2].removeprefix('error: ')}\nhint    " in again
+    cured = run("train", "--resume", "broken", "--set", "learning_rate=0.03", "--max-steps", "1").stderr
+    assert "failed before" not in cured
+
+
 SIGNALS = pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 143)]
 )

@@ -221,8 +221,9 @@ def _run(
         reporter.warn(f"{what}: every step takes them all", f"-b {fewer} makes {rows // fewer} steps an epoch")
     for folder in damaged:
         reporter.warn(f"{folder} is damaged: going on from {start}")
-    if (before_that := failure(training.run.about))[0] and training.recipe == training.run.recipe:
-        reporter.warn(f"this run failed before: {before_that[0]}", before_that[1])
+    failed, cure = failure(training.run.about)
+    if failed and training.recipe == training.run.recipe:
+        reporter.warn(f"this run failed before: {failed}", cure)
     changed = changes(training.run, training.recipe, done)
     training.run.update({**NONE, "changed": changed})
     for change in changed:
