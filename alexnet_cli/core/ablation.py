@@ -23,7 +23,7 @@ from alexnet_cli.core import failure
 from alexnet_cli.core.checkpoint import newest
 from alexnet_cli.core.placement import Placement
 from alexnet_cli.core.records import Record
-from alexnet_cli.core.runs import Run, runs_root
+from alexnet_cli.core.runs import Run, is_plain, runs_root
 from alexnet_cli.core.shards import Dataset
 from alexnet_cli.core.switches import SWITCHES, Switch
 from alexnet_cli.core.train import fit
@@ -68,7 +68,7 @@ class Ablation:
             DataError: a split has no images.
         """
         folder = runs_root() / name
-        if not name or name in {".", "..", "latest"} or Path(name).name != name:
+        if not is_plain(name):
             raise UsageError(f"--name {name!r} is not a plain name", "letters, digits, '-' and '_' do well")
         if (folder / "run.json").exists():
             raise UsageError(f"{folder} is a run, not an ablation", "choose another --name")

@@ -6,6 +6,7 @@ import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ MUCH = 0.1  # share by which the epochs must be others for it to matter what was
 FEW = 100  # steps, after which hardly any network knows anything
 SOME = 300  # after which a small one does
 SHOWN = 5  # names in a message
+EVEN_OUT = "add pictures of rare classes, or leave common ones out"
 
 
 def before(recipe: Recipe, data: Dataset, different: Mapping[str, tuple[Any, Any]] | None = None) -> Iterator[Record]:
@@ -81,10 +83,7 @@ def unequal(names: Sequence[str], pictures: Counts) -> tuple[str, str] | None:
         return None
     counts = f"{pictures[most]:,} training pictures of {names[most]}, {pictures[least]:,} of {names[least]}"
     error = f"always answering {names[most]} errs in only {chance.commonest(pictures):.1%} of them"
-    return (
-        f"the classes are far from equal: {counts}",
-        f"{error}: add pictures of rare classes, or leave common ones out",
-    )
+    return f"the classes are far from equal: {counts}", f"{error}: {EVEN_OUT}"
 
 
 def odd_rate(recipe: Recipe, batch: int, fine_tuning: bool) -> Iterator[Record]:
@@ -159,15 +158,20 @@ class Guessing:
         """
         return cls(recipe, pictures, min(2000, max(NONE, min(FEW, steps), steps // 10)))
 
+    @cached_property
+    def flat_loss(self) -> float:
+        """The loss of guessing."""
+        return chance.flat_loss(self.pictures, self.recipe.label_smoothing)
+
     def heed(self, record: Record) -> Record | None:
         """Look at a record; the warning, if it is due."""
         if record.event != "step" or record.loss is None:
             return None
         self.recent.append(record.loss)
-        loss, classes = chance.flat_loss(self.pictures, self.recipe.label_smoothing), len(self.pictures)
-        filled = np.count_nonzero(self.pictures)
-        lowest = min(record.loss, sum(self.recent) / len(self.recent))
-        if self.told or filled == 1 or record.step < self.patience or lowest < (1 - NEAR) * loss:
+        if self.told or record.step < self.patience or np.count_nonzero(self.pictures) == 1:
+            return None
+        loss, classes = self.flat_loss, len(self.pictures)
+        if min(record.loss, sum(self.recent) / len(self.recent)) < (1 - NEAR) * loss:
             return None
         self.told = True
         what = f"the loss is still {record.loss:.3f} at step {record.step:,}, no better than guessing"
@@ -192,9 +196,7 @@ def way_on(recipe: Recipe, pictures: Counts, steps: int, epochs: int) -> str:
     if steps < FEW:
         enough = math.ceil(SOME * epochs / max(1, steps))
         return f"{steps:,} step{' is' if steps == 1 else 's are'} few: start anew with --epochs {enough:,}"
-    if far := unequal([""] * len(pictures), pictures):
-        return far[1].partition(": ")[2]
-    return remedy(recipe)
+    return EVEN_OUT if unequal([""] * len(pictures), pictures) else remedy(recipe)
 
 
 def one_sided(confusion: npt.NDArray[np.int64], names: Sequence[str], at: Record) -> Record | None:

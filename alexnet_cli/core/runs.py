@@ -53,7 +53,7 @@ class Run:
             UsageError: a run of that name is there already, or it is no plain name.
             StorageError: the directory cannot be made.
         """
-        if name is not None and not _plain(name):
+        if name is not None and not is_plain(name):
             raise UsageError(f"--name {name!r} is not a plain name", "letters, digits, '-' and '_' do well, up to 200")
         root = root or runs_root()
         stem = name or f"{time.strftime('%Y-%m-%d_%H%M%S')}_{recipe.name}"
@@ -189,7 +189,7 @@ class Run:
             temporary.replace(self.path / "metrics.csv")
 
 
-def _plain(name: str) -> bool:
+def is_plain(name: str) -> bool:
     """Whether a name can be that of a folder on any disk, and be read in a message."""
     odd = {"", ".", "..", "latest"}
     return name not in odd and Path(name).name == name and name.isprintable() and len(os.fsencode(name)) <= 200

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -179,17 +179,21 @@ def train(
             habits["micro_batch"], habits["keep"] or 1, compress,
         )  # fmt: skip
         heading(reporter, training)
-        if remark:
-            reporter.line("note", remark)
-        if parallel != "auto" and ranks.size == 1:
-            reporter.line("note", f"--parallel {parallel} is for several devices, and there is one: --gpus names more")
-        if micro_batch and micro_batch > training.share:
-            reporter.line(
-                "note", f"--micro-batch {micro_batch} changes nothing: a step computes {training.share} images"
-            )
+        for note in _notes(training, remark, parallel, micro_batch):
+            reporter.line("note", note)
         reason = _run(reporter, training, max_steps, stop, habits["save_every"] or sys.maxsize, events)
         if ranks.first:
             finish(reporter, training, reason, stop)
+
+
+def _notes(training: Training, remark: str, parallel: str, micro_batch: int | None) -> Iterator[str]:
+    """What was chosen without being asked for, and what was asked for and changes nothing."""
+    if remark:
+        yield remark
+    if parallel != "auto" and training.placement.ranks.size == 1:
+        yield f"--parallel {parallel} is for several devices, and there is one: --gpus names more"
+    if micro_batch and micro_batch > training.share:
+        yield f"--micro-batch {micro_batch} changes nothing: a step computes {training.share} images"
 
 
 def _run(
