@@ -13,6 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from alexnet_cli.core import response_norm_gpu
+from alexnet_cli.core.architecture import PARAMETERS
 from alexnet_cli.core.augment import Draws, Pixels
 from alexnet_cli.core.gradient import Gradient
 from alexnet_cli.core.loader import Batch
@@ -22,7 +23,6 @@ from alexnet_cli.core.runs import Run
 from alexnet_cli.core.shards import open_dataset
 from alexnet_cli.core.train import fit
 from alexnet_cli.core.training import Training
-from alexnet_cli.core.weights import PARAMETERS
 from alexnet_cli.errors import MissingError
 from alexnet_cli.recipe import RECIPES, TINY, Recipe
 

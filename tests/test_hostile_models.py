@@ -24,10 +24,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from model_files import random_model, save_model
 
-from alexnet_cli.core import checkpoint, onnx_graph, session, shards, weights
+from alexnet_cli.core import architecture, checkpoint, onnx_graph, session, shards, weights
+from alexnet_cli.core.architecture import tensor_shapes
 from alexnet_cli.core.loader import Loader, all_batches
 from alexnet_cli.core.session import Session
-from alexnet_cli.core.shapes import tensor_shapes
 from alexnet_cli.errors import DataError, WeightsError
 from alexnet_cli.recipe import PAPER, TINY
 
@@ -91,7 +91,7 @@ LIES = st.one_of(
 )
 
 
-@given(st.sampled_from([*weights.PARAMETERS, "mean"]), LIES)
+@given(st.sampled_from([*architecture.PARAMETERS, "mean"]), LIES)
 @generated(50)
 def test_headers_that_lie(folder: Path, name: str, lie: dict[str, Any] | None) -> None:
     header, tensors = parts(folder / "whole.safetensors")
@@ -163,11 +163,11 @@ def test_a_class_more_than_outputs_and_another_crop(folder: Path) -> None:
         assert words in right_or_refused(folder / "x.safetensors")
 
 
-@pytest.mark.parametrize("place", range(len(weights.PARAMETERS)))
+@pytest.mark.parametrize("place", range(len(architecture.PARAMETERS)))
 def test_the_first_layer_that_differs_is_named(tmp_path: Path, place: int) -> None:
     """Weights of another width from some layer on: that layer's name, both shapes, whatever follows."""
     model = random_model(RECIPE, 4)
-    names = weights.PARAMETERS[place:]
+    names = architecture.PARAMETERS[place:]
     wrong = {name: model.tensors[name][:-1] if name in names[:1] else model.tensors[name][1:] for name in names}
     path = save_model(replace(model, tensors={**model.tensors, **wrong}), tmp_path / "x.safetensors")
     found = " x ".join(map(str, wrong[names[0]].shape))

@@ -16,14 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from alexnet_cli.core import ilsvrc
+from alexnet_cli.core.architecture import LAYERS, ONE_TOWER, PER_TOWER, tensor_shapes
 from alexnet_cli.core.atomic import replacing
 from alexnet_cli.core.devkit import read_devkit
 from alexnet_cli.core.foreign import Array, Foreign, Labels, Pixels, refused
 from alexnet_cli.core.listing import read_file
 from alexnet_cli.core.runs import MODEL, Run, runs_root
-from alexnet_cli.core.shapes import ONE_TOWER, PER_TOWER, tensor_shapes
 from alexnet_cli.core.sources import ClassName
-from alexnet_cli.core.weights import LAYERS, Model, metadata
+from alexnet_cli.core.weights import Model, metadata
 from alexnet_cli.errors import DataError, StorageError, UsageError, WeightsError
 from alexnet_cli.recipe import SIDE, Recipe
 

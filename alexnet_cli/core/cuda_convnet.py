@@ -17,8 +17,8 @@ from typing import IO, Any, cast
 import numpy as np
 
 from alexnet_cli.core import foreign
+from alexnet_cli.core.architecture import KERNELS
 from alexnet_cli.core.foreign import CONVNET_MEAN, Array, Foreign, damaged, refused
-from alexnet_cli.core.shapes import KERNELS
 from alexnet_cli.core.unpickler import NUMPY, Inert, PickledArray, load, text
 from alexnet_cli.errors import WeightsError
 from alexnet_cli.recipe import KRIZHEVSKY

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from alexnet_cli.core.architecture import LAYERS
 from alexnet_cli.core.augment import Draws
 from alexnet_cli.core.gradient import Gradient
 from alexnet_cli.core.learning import Momentum, Schedule
 from alexnet_cli.core.loader import Batch
 from alexnet_cli.core.network import Network
-from alexnet_cli.core.weights import LAYERS
 from alexnet_cli.recipe import closest
 
 LOST = 10  # times the loss of guessing: one that learned by heart, and is sure where it is wrong, has less

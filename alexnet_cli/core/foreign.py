@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from alexnet_cli import recipe as recipes
-from alexnet_cli.core.shapes import KERNELS
+from alexnet_cli.core.architecture import KERNELS
 from alexnet_cli.errors import RecipeError, WeightsError
 from alexnet_cli.recipe import Order, Recipe
 

@@ -1,18 +1,8 @@
 """The network (sections 3.2 and 3.5): eight layers in two towers, and one table of initial values (section 5).
 
-Channel counts below are per tower; a process that holds `held` towers multiplies by it, and layers that see only
-their own tower are grouped convolutions with `held` groups. The same class is the whole network on one device, one
-tower of two, and the convolutions with some of the columns of layers 6 to 8.
-
-    layer   kernel         in one filter   per tower   map      then
-    conv1   11 x 11 / 4    3               48          55 x 55  norm, pool
-    conv2   5 x 5          own 48          128         27 x 27  norm, pool
-    conv3   3 x 3          both: 256       192         13 x 13
-    conv4   3 x 3          own 192         192         13 x 13
-    conv5   3 x 3          own 192         128         13 x 13  pool -> 6 x 6
-    fc6     -              both: 9216      2048                 dropout
-    fc7     -              both: 4096      2048                 dropout
-    fc8     -              both: 4096      classes, a sum over towers
+Geometry comes from `architecture.layer_specs`, per tower; a process that holds `held` towers multiplies maps by it, and
+layers that see only their own tower are grouped convolutions with `held` groups. The same class is the whole network
+on one device, one tower of two, and the convolutions with some of the columns of layers 6 to 8.
 """
 
 from __future__ import annotations
@@ -24,14 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from alexnet_cli.core.architecture import EDGE_PADDING, PARAMETERS, layer_specs
 from alexnet_cli.core.layers import Activation, Dropout, OverlappingPooling, ResponseNorm, WithinMapNorm
 from alexnet_cli.core.rows import Rows
-from alexnet_cli.core.shapes import widths
 from alexnet_cli.core.towers import Towers
-from alexnet_cli.core.weights import PARAMETERS, Model
+from alexnet_cli.core.weights import Model
 from alexnet_cli.recipe import Recipe
-
-PADDING_224 = (0, 3, 0, 3)  # three zero columns right, rows below: the last of 55 windows reaches pixel 226
 
 
 class Network(nn.Module):
@@ -45,33 +33,37 @@ class Network(nn.Module):
         self.recipe = recipe
         self.towers = towers = towers or Towers(recipe.towers, recipe.towers)
         self.columns, self.rows = columns or towers, Rows(columns)
-        c = widths(recipe)
-        mine = {layer: n * towers.held for layer, n in c.items()}
-        every = {layer: n * towers.total for layer, n in c.items()}
-        units = {layer: every[layer] // self.columns.total * self.columns.held for layer in ("fc6", "fc7")}
-        own = towers.held
-        pad2, pad5 = (2, 1) if recipe.pool_size == 3 else (1, 0)  # so that maps are 27, 13, 13, 6 either way
-        self.conv1 = nn.Conv2d(3, mine["conv1"], 11, stride=4)
-        self.conv2 = nn.Conv2d(mine["conv1"], mine["conv2"], 5, padding=pad2, groups=own)
-        self.conv3 = nn.Conv2d(every["conv2"], mine["conv3"], 3, padding=1)
-        self.conv4 = nn.Conv2d(mine["conv3"], mine["conv4"], 3, padding=1, groups=own)
-        self.conv5 = nn.Conv2d(mine["conv4"], mine["conv5"], 3, padding=pad5, groups=own)
-        self.fc6 = nn.Linear(every["conv5"] * 6 * 6, units["fc6"])
-        self.fc7 = nn.Linear(every["fc6"], units["fc7"])
-        self.fc8 = nn.Linear(units["fc7"], classes)
+        specs = {spec.name: spec for spec in layer_specs(recipe, classes)}
+
+        def conv(name: str) -> nn.Conv2d:
+            spec = specs[name]
+            groups = 1 if name == "conv1" or spec.sees_both else towers.held
+            inputs, maps = spec.inputs * groups, spec.maps * towers.held
+            padding = 0 if name == "conv1" else spec.padding[0]  # `pad_right_and_bottom` pads conv1's input
+            return nn.Conv2d(inputs, maps, spec.kernel, spec.stride, padding, groups=groups)
+
+        def units(name: str) -> int:
+            return specs[name].biases // self.columns.total * self.columns.held
+
+        self.conv1, self.conv2, self.conv3 = conv("conv1"), conv("conv2"), conv("conv3")
+        self.conv4, self.conv5 = conv("conv4"), conv("conv5")
+        self.fc6 = nn.Linear(specs["fc6"].inputs, units("fc6"))
+        self.fc7 = nn.Linear(specs["fc7"].inputs, units("fc7"))
+        self.fc8 = nn.Linear(units("fc7"), classes)
         self.act = Activation(recipe)
         self.pool = OverlappingPooling(recipe)
         self.stage1 = _stage(recipe, recipe.stage1_order, towers, "norm1", extra=False)
         self.stage2 = _stage(recipe, recipe.stage2_order, towers, "norm2", extra=recipe.within_norm_2)
-        before = self.columns.first * every["fc6"] // self.columns.total
-        self.drop6, self.drop7 = Dropout(recipe, salt=6, first_unit=before), Dropout(recipe, salt=7, first_unit=before)
+        first_unit = self.columns.first * specs["fc6"].biases // self.columns.total
+        self.drop6 = Dropout(recipe, salt=6, first_unit=first_unit)
+        self.drop7 = Dropout(recipe, salt=7, first_unit=first_unit)
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor) -> Tensor:
         """Pixels to logits; softmax belongs to the loss."""
         towers, columns, images = self.towers, self.columns, x
         if self.recipe.input_size == 224 and self.recipe.edge_padding:
-            x = padded(x)
+            x = pad_right_and_bottom(x)
         x = self.stage1(self.conv1(x.contiguous(memory_format=torch.channels_last)))
         x = self.stage2(self.conv2(x))
         x = self.act(self.conv3(towers.share(x, "conv3")))
@@ -108,15 +100,14 @@ class Network(nn.Module):
         self.drop7.draw(self.recipe.seed, step, first_row)
 
 
-def padded(x: Tensor) -> Tensor:
-    """`functional.pad(x, PADDING_224)`, channels-last and in the type that convolution 1 computes in.
+def pad_right_and_bottom(x: Tensor) -> Tensor:
+    """`functional.pad(x, (0, 3, 0, 3))`, channels-last and in the type that convolution 1 computes in.
 
-    The picture is copied once, instead of filled with zeros, copied and converted. Autocast leaves float64 as it is.
+    The image is copied once, instead of filled with zeros, copied and converted. Autocast leaves float64 as it is.
     """
     n, c, height, width = x.shape
-    _, right, _, below = PADDING_224
     dtype = x.dtype if x.dtype == torch.float64 else cast(x.device.type) or x.dtype
-    out = x.new_empty(n, height + below, width + right, c, dtype=dtype).permute(0, 3, 1, 2)
+    out = x.new_empty(n, height + EDGE_PADDING, width + EDGE_PADDING, c, dtype=dtype).permute(0, 3, 1, 2)
     out[:, :, height:] = 0
     out[:, :, :height, width:] = 0
     out[:, :, :height, :width] = x

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from alexnet_cli.core.shapes import KERNELS
+from alexnet_cli.core.architecture import KERNELS
 from alexnet_cli.recipe import SIDE, Recipe
 
 GREY = 128  # beside the picture

@@ -6,7 +6,7 @@ from typing import Any
 
 from alexnet_cli.core import anatomy, network_picture, report_pictures
 from alexnet_cli.core.anatomy import Layer
-from alexnet_cli.core.network import PADDING_224
+from alexnet_cli.core.architecture import EDGE_PADDING
 from alexnet_cli.core.report import Report
 from alexnet_cli.recipe import Recipe
 
@@ -34,7 +34,7 @@ def network(report: Report, drawn: bool) -> dict[str, Any] | None:
 
 
 def _picture(recipe: Recipe) -> tuple[str, ...]:
-    side, edge = recipe.input_size, PADDING_224[1]
+    side, edge = recipe.input_size, EDGE_PADDING
     padded = recipe.input_size == 224 and recipe.edge_padding
     then = f"{edge} zeros right and below" if padded else ""
     return ("picture", "", "", "3 colours", f"{side}×{side}", then, "")

@@ -18,15 +18,13 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from alexnet_cli import recipe as recipes
-from alexnet_cli.core.shapes import tensor_shapes
+from alexnet_cli.core.architecture import tensor_shapes
 from alexnet_cli.core.sources import ClassName, class_list
 from alexnet_cli.errors import RecipeError, WeightsError
 from alexnet_cli.recipe import SIDE, Recipe
 
 SCHEMA = "alexnet.model/1"
-LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
 LARGEST_HEADER = 2**24  # bytes; that of 20,000 classes has one or two million
-PARAMETERS = tuple(f"{layer}.{part}" for layer in LAYERS for part in ("weight", "bias"))
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from typing import Literal
 
 import torch
 
+from alexnet_cli.core.architecture import layer_widths
 from alexnet_cli.core.network import Network, parameters_by_name
-from alexnet_cli.core.shapes import widths
 from alexnet_cli.recipe import PAPER, Recipe
 
 Parallel = Literal["tower", "data", "hybrid"]
@@ -68,7 +68,7 @@ def activations(recipe: Recipe, batch: int, devices: int, way: Parallel, size: i
 
     The logits and their gradients are float32 in any case.
     """
-    c = {layer: recipe.towers * n for layer, n in widths(recipe).items()}
+    c = {layer: recipe.towers * n for layer, n in layer_widths(recipe).items()}
     if way == "tower":
         images = batch / (devices / 2)  # of a pair
         halves = {"conv3": 13 * 13 * c["conv2"] / 2, "fc6": 6 * 6 * c["conv5"] / 2, "fc7": c["fc6"] / 2}

@@ -95,9 +95,9 @@ def script(scratch: Path) -> list[str]:
 
 def widths_and_classes() -> list[str]:
     """Of conv1 to conv5, of fc6, and the number of classes."""
-    from alexnet_cli.core.shapes import widths
+    from alexnet_cli.core.architecture import layer_widths
 
-    per_tower, recipe = widths(benchmark_infer.RECIPE), benchmark_infer.RECIPE
+    per_tower, recipe = layer_widths(benchmark_infer.RECIPE), benchmark_infer.RECIPE
     counts = [recipe.towers * per_tower[layer] for layer in ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6")]
     return [str(count) for count in (*counts, CLASSES)]
 

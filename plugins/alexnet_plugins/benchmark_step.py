@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from alexnet_cli.core.architecture import EDGE_PADDING, layer_widths
 from alexnet_cli.core.learning import Momentum
-from alexnet_cli.core.network import PADDING_224, Network, initialise, parameters_by_name
-from alexnet_cli.core.shapes import widths
+from alexnet_cli.core.network import Network, initialise, parameters_by_name
 from alexnet_cli.recipe import Recipe
 
 CLASSES = 1000
@@ -143,10 +143,10 @@ def stock(recipe: Recipe, classes: int) -> nn.Sequential:
 
     Dropout is torch's, which rescales in training: equal to ours where the recipe says `dropout_inverted`.
     """
-    c = {layer: recipe.towers * n for layer, n in widths(recipe).items()}
+    c = {layer: recipe.towers * n for layer, n in layer_widths(recipe).items()}
     own = recipe.towers
     parts: list[tuple[str, nn.Module]] = [
-        ("pad", nn.ZeroPad2d(PADDING_224)),
+        ("pad", nn.ZeroPad2d((0, EDGE_PADDING, 0, EDGE_PADDING))),
         ("conv1", nn.Conv2d(3, c["conv1"], 11, stride=4)),
         *_stage(recipe, 1),
         ("conv2", nn.Conv2d(c["conv1"], c["conv2"], 5, padding=2, groups=own)),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from alexnet_cli import __version__
 from alexnet_cli import recipe as recipes
-from alexnet_cli.core.shapes import widths
+from alexnet_cli.core.architecture import layer_widths
 from alexnet_cli.errors import DataError, UsageError
 from alexnet_cli.recipe import Recipe
 from alexnet_plugins.train_config import origins
@@ -99,7 +99,7 @@ def check_placement(placement: Placement, recipe: Recipe, rows: int, micro_batch
         raise UsageError(f"a batch of {batch} is not to be had from {ranks.replicas} replicas", "-b takes more")
     if ranks.columns and micro_batch:
         raise UsageError("--parallel hybrid computes whole batches", "leave --micro-batch out, or use --parallel data")
-    units = recipe.towers * widths(recipe)["fc6"]
+    units = recipe.towers * layer_widths(recipe)["fc6"]
     if ranks.columns and units % ranks.size:
         raise UsageError(f"{units:,} units of layer 6 do not divide by {ranks.size}", "use another number of devices")
 
