@@ -18,7 +18,7 @@ import typer
 from commands import alexnet
 
 from alexnet_cli import cli, entry_points
-from alexnet_cli.core import devices, response_norm_gpu
+from alexnet_cli.core import devices, triton_kernels
 from alexnet_cli.errors import AlexNetError, DataError, Stopped, VerificationError
 
 HEAVY = ("torch", "torchvision", "numpy", "PIL", "onnxruntime", "onnx", "safetensors")
@@ -417,7 +417,7 @@ def test_doctor_says_what_each_gpu_can_do(monkeypatch: pytest.MonkeyPatch) -> No
     gpus = [devices.Gpu(0, "H100", 80 << 30, "9.0"), devices.Gpu(1, "K80", 12 << 30, "3.7")]
     monkeypatch.setattr(devices, "visible_gpus", lambda: gpus)
     monkeypatch.setattr(devices, "take", lambda index: ["", "no kernel image is available"][index])
-    monkeypatch.setattr(response_norm_gpu, "why_not", lambda index: "")
+    monkeypatch.setattr(triton_kernels, "unavailable_reason", lambda index: "")
     said = alexnet("doctor").stdout
     assert "0: H100, 80 GiB, bf16 arithmetic: yes, kernels: ok" in said
     assert "1: K80, 12 GiB, bf16 arithmetic: no, cannot be used: no kernel image is available" in said

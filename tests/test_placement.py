@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from alexnet_cli.core import placement, response_norm_gpu
+from alexnet_cli.core import placement, triton_kernels
 from alexnet_cli.core.devices import Gpu
 from alexnet_cli.core.placement import one, place, place_among
 from alexnet_cli.core.ranks import Numbers, Ranks
@@ -26,7 +26,7 @@ def _gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two GPUs, of which everything can be said but to compute."""
     monkeypatch.setattr(placement, "visible_gpus", lambda: [T4, H100])
     monkeypatch.setattr(placement, "take", lambda index: "")
-    monkeypatch.setattr(response_norm_gpu, "why_not", lambda index: "")
+    monkeypatch.setattr(triton_kernels, "unavailable_reason", lambda index: "")
 
 
 def tf32() -> tuple[bool, bool]:

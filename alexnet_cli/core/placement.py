@@ -159,9 +159,9 @@ def _on(gpu_id: int | None, gpus: str | None, precision: str) -> Placement:
         precision = "fp32"
     _allow_tf32(precision != "fp32")
     torch.backends.cudnn.benchmark = True
-    from alexnet_cli.core import response_norm_gpu  # which imports Triton, that nobody else needs
+    from alexnet_cli.core import triton_kernels  # which imports Triton, that nobody else needs
 
-    if reason := response_norm_gpu.why_not(gpu.index):
+    if reason := triton_kernels.unavailable_reason(gpu.index):
         notes.append(f"response normalisation runs without its GPU kernel, more slowly: {reason}")
     return Placement(torch.device("cuda", gpu.index), name, precision, tuple(notes))
 

@@ -39,11 +39,11 @@ def fast(x: Tensor, size: int, k: float, alpha: float, beta: float, towers: int,
     if not len(x):
         return x
     if x.device.type == "cuda":
-        from alexnet_cli.core import response_norm_gpu
+        from alexnet_cli.core import triton_kernels
 
         # What is compiled is not tried first: torch.compile needs all that the kernel needs.
-        if torch.compiler.is_compiling() or not response_norm_gpu.why_not(x.device.index):
-            return response_norm_gpu.fused(x, size, k, alpha, beta, towers, relu)
+        if torch.compiler.is_compiling() or not triton_kernels.unavailable_reason(x.device.index):
+            return triton_kernels.fused_response_norm(x, size, k, alpha, beta, towers, relu)
     out: Tensor = _AcrossMaps.apply(x, size, k, alpha, beta, towers, relu)
     return out
 

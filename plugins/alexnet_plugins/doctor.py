@@ -61,9 +61,9 @@ def _about(gpu: Gpu) -> dict[str, Any]:
     about = {"index": gpu.index, "name": gpu.name, "memory": gpu.memory, "capability": gpu.capability, "bf16": gpu.bf16}
     if problem := take(gpu.index):
         return about | {"problem": problem}
-    from alexnet_cli.core import response_norm_gpu  # which imports Triton
+    from alexnet_cli.core import triton_kernels  # which imports Triton
 
-    return about | {"kernels": response_norm_gpu.why_not(gpu.index) or "ok"}
+    return about | {"kernels": triton_kernels.unavailable_reason(gpu.index) or "ok"}
 
 
 def _told(gpu: dict[str, Any]) -> str:

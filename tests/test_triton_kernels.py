@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from alexnet_cli.core import placement, response_norm, response_norm_gpu, update_gpu
+from alexnet_cli.core import placement, response_norm, triton_kernels
 from alexnet_cli.core.devices import Gpu
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -41,9 +41,9 @@ def test_they_compile_for_gpus_that_are_not_here(
     from triton.compiler import ASTSource
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    constants = {"beta": 0.75, "half": 2, "maps": 48, "relu": True, "block": response_norm_gpu.BLOCK}
+    constants = {"beta": 0.75, "half": 2, "maps": 48, "relu": True, "block": triton_kernels.NORM_BLOCK}
     kinds = {"x": f"*{dtype}", "grad": f"*{dtype}", "out": f"*{dtype}", "k": "fp32", "alpha": "fp32"}
-    for kernel in (response_norm_gpu._forward_kernel, response_norm_gpu._backward_kernel):
+    for kernel in (triton_kernels._norm_forward_kernel, triton_kernels._norm_backward_kernel):
         names = kernel.arg_names
         signature = {name: "constexpr" if name in constants else kinds.get(name, "i32") for name in names}
         source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()})
@@ -64,10 +64,10 @@ def test_the_update_compiles_for_gpus_that_are_not_here(
     from triton.compiler import ASTSource
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    names = update_gpu._kernel.arg_names
+    names = triton_kernels._update_kernel.arg_names
     kinds = {"weight": "*fp32", "velocity": "*fp32", "gradient": "*fp32", "count": "i32", "block": "constexpr"}
     signature = {name: kinds.get(name, "fp32") for name in names}
-    source = ASTSource(update_gpu._kernel, signature, {(names.index("block"),): update_gpu.BLOCK})
+    source = ASTSource(triton_kernels._update_kernel, signature, {(names.index("block"),): triton_kernels.UPDATE_BLOCK})
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
     assert (compiled.asm["ttgir"].count("tt.load"), compiled.asm["ttgir"].count("tt.store")) == (3, 2)
 
@@ -112,9 +112,9 @@ def pretended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Prete
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernels: tuple[Any, ...] = (
-        response_norm_gpu._forward_kernel,
-        response_norm_gpu._backward_kernel,
-        update_gpu._kernel,
+        triton_kernels._norm_forward_kernel,
+        triton_kernels._norm_backward_kernel,
+        triton_kernels._update_kernel,
     )
     monkeypatch.setattr(driver, "_active", made := Pretended())
     yield made
@@ -127,16 +127,16 @@ def test_they_are_launched_with_what_they_take(pretended: Pretended) -> None:
     """The way from a call to a launch, which neither the interpreter nor the compiler alone goes."""
     x = torch.empty(64, 96, 55, 55, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
     for values in (x, x[:0]):
-        response_norm_gpu.forward(values, 5, 2.0, 1e-4, 0.75, 2, True)
-        response_norm_gpu.backward(values, values, 5, 2.0, 1e-4, 0.75, 2, True)
+        triton_kernels.response_norm_forward(values, 5, 2.0, 1e-4, 0.75, 2, True)
+        triton_kernels.response_norm_backward(values, values, 5, 2.0, 1e-4, 0.75, 2, True)
     weight, velocity, gradient = ([torch.empty(96, 3, 11, 11)] for _ in range(3))
-    update_gpu.fused(weight, velocity, gradient, 0.9, 0.01, 0.0005)
+    triton_kernels.fused_update(weight, velocity, gradient, 0.9, 0.01, 0.0005)
     found = [(name, grid[0], given[-1]) for name, grid, given in pretended.launched]
-    block, programs = response_norm_gpu.BLOCK, x.numel() // response_norm_gpu.BLOCK
+    block, programs = triton_kernels.NORM_BLOCK, x.numel() // triton_kernels.NORM_BLOCK
     assert found == [
-        ("_forward_kernel", programs, block), ("_backward_kernel", programs, block),
-        ("_forward_kernel", 1, block), ("_backward_kernel", 1, block),
-        ("_kernel", 35, update_gpu.BLOCK),
+        ("_norm_forward_kernel", programs, block), ("_norm_backward_kernel", programs, block),
+        ("_norm_forward_kernel", 1, block), ("_norm_backward_kernel", 1, block),
+        ("_update_kernel", 35, triton_kernels.UPDATE_BLOCK),
     ]  # fmt: skip
     counts = [next(value for value in given if type(value) is int) for _, _, given in pretended.launched]
     assert counts == [x.numel(), x.numel(), 0, 0, 96 * 3 * 11 * 11]
@@ -147,8 +147,8 @@ def test_without_triton_they_can_be_imported_and_say_so() -> None:
     code = (
         "import sys; sys.modules['triton'] = None\n"
         "import alexnet_cli.core.train; assert 'torch._dynamo' not in sys.modules\n"
-        "from alexnet_cli.core import response_norm_gpu, update_gpu\n"
-        "assert response_norm_gpu.why_not(0) == update_gpu.why_not(0) == 'Triton is not installed'"
+        "from alexnet_cli.core import triton_kernels\n"
+        "assert triton_kernels.unavailable_reason(0) == 'Triton is not installed'"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
@@ -156,15 +156,15 @@ def test_without_triton_they_can_be_imported_and_say_so() -> None:
 @pytest.mark.parametrize(("reason", "used"), [("", True), ("Failed to find C compiler.", False)])
 def test_who_normalises_on_a_gpu(reason: str, used: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors without values stand for those on a GPU."""
-    monkeypatch.setattr(response_norm_gpu, "why_not", lambda index: reason)
+    monkeypatch.setattr(triton_kernels, "unavailable_reason", lambda index: reason)
     taken: list[tuple[object, ...]] = []
-    fused = response_norm_gpu.fused
+    fused = triton_kernels.fused_response_norm
 
     def noted(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
         taken.append(arguments)
         return fused(x, *arguments)
 
-    monkeypatch.setattr(response_norm_gpu, "fused", noted)
+    monkeypatch.setattr(triton_kernels, "fused_response_norm", noted)
     with FakeTensorMode():
         x = torch.empty(2, 8, 3, 5, device="cuda").contiguous(memory_format=torch.channels_last)
         out = response_norm.fast(x, 5, 2.0, 1e-4, 0.75, 2, True)
@@ -177,10 +177,10 @@ def test_a_gpu_that_cannot_run_them_is_told_about(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(placement, "take", lambda index: "")
     for switch in ("benchmark", "allow_tf32"):  # to be put back afterwards
         monkeypatch.setattr(torch.backends.cudnn, switch, getattr(torch.backends.cudnn, switch))
-    monkeypatch.setattr(response_norm_gpu, "why_not", lambda index: "Failed to find C compiler.")
+    monkeypatch.setattr(triton_kernels, "unavailable_reason", lambda index: "Failed to find C compiler.")
     chosen = placement.place("0", "fp32")
     assert chosen.device == torch.device("cuda", 0)
     assert "without its GPU kernel" in chosen.notes[0]
     assert "Failed to find C compiler." in chosen.notes[0]
-    monkeypatch.setattr(response_norm_gpu, "why_not", lambda index: "")
+    monkeypatch.setattr(triton_kernels, "unavailable_reason", lambda index: "")
     assert placement.place("0", "fp32").notes == ()

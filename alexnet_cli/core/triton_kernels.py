@@ -1,9 +1,6 @@
-"""Response normalisation on a GPU: one kernel forward and one backward, the twins of `response_norm.plain`.
+"""The Triton kernels of the GPU path: response normalization (section 3.3) and the update rule (section 5).
 
-Every lane makes one value and reads the maps around it itself: they are its neighbours' own values, so that each
-comes from memory once and from the cache after that. Values are taken in the order they have in memory, where the
-next map is `inner` values on: 1 if channels-last, height x width if contiguous. Any number of maps will do. Backward
-keeps x alone and makes the denominators again.
+Each has a plain twin in PyTorch with the same result: `response_norm.plain` and `optim.update`.
 """
 
 from __future__ import annotations
@@ -21,9 +18,16 @@ try:
 except ImportError:  # some systems have none, and without a GPU nobody needs it
     triton = None
 
-BLOCK = 256  # values to a program of 128 threads: at two bytes each, every read of a warp is one line of the cache
+NORM_BLOCK = 256  # values per program of 128 threads: at two bytes each, a warp reads one cache line
+UPDATE_BLOCK = 1024  # values per program of 128 threads: each thread reads 16 bytes twice from each array
 
 _jit: Callable[[Any], Any] = triton.jit if triton else lambda function: function
+
+
+# Response normalization. Every lane makes one value and reads the maps around it itself: they are its neighbors' own
+# values, so that each comes from memory once and from the cache after that. Values are taken in the order they have in
+# memory, where the next map is `inner` values on: 1 if channels-last, height x width if contiguous. Any number of maps
+# will do. Backward keeps x alone and makes the denominators again.
 
 
 @_jit
@@ -59,7 +63,7 @@ def _powers(base: tl.tensor, beta: tl.constexpr) -> Any:
 
 
 @_jit
-def _forward_kernel(
+def _norm_forward_kernel(
     x: tl.tensor, out: tl.tensor, count: tl.tensor, inner: tl.tensor, k: tl.tensor, alpha: tl.tensor,
     beta: tl.constexpr, half: tl.constexpr, maps: tl.constexpr, relu: tl.constexpr, block: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -74,7 +78,7 @@ def _forward_kernel(
 
 
 @_jit
-def _backward_kernel(
+def _norm_backward_kernel(
     x: tl.tensor, grad: tl.tensor, out: tl.tensor, count: tl.tensor, inner: tl.tensor, k: tl.tensor, alpha: tl.tensor,
     beta: tl.constexpr, half: tl.constexpr, maps: tl.constexpr, relu: tl.constexpr, block: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -101,18 +105,18 @@ def _backward_kernel(
     tl.store(out + here, result.to(out.dtype.element_ty), here < count)
 
 
-def forward(x: Tensor, size: int, k: float, alpha: float, beta: float, towers: int, relu: bool) -> Tensor:
+def response_norm_forward(x: Tensor, size: int, k: float, alpha: float, beta: float, towers: int, relu: bool) -> Tensor:
     """`response_norm.plain` without its gradient: N x C x H x W in and out, in x's memory format."""
     x, inner = _in_order(x)
     out = torch.empty_like(x)
     with torch.cuda.device_of(x):
-        _forward_kernel[_programs(x)](
-            x, out, x.numel(), inner, k, alpha, beta, size // 2, x.shape[1] // towers, relu, BLOCK
+        _norm_forward_kernel[_programs(x)](
+            x, out, x.numel(), inner, k, alpha, beta, size // 2, x.shape[1] // towers, relu, NORM_BLOCK
         )
     return out
 
 
-def backward(
+def response_norm_backward(
     x: Tensor, grad: Tensor, size: int, k: float, alpha: float, beta: float, towers: int, relu: bool
 ) -> Tensor:
     """The gradient for x, in x's memory format, from that for the result, in any."""
@@ -120,15 +124,15 @@ def backward(
     grad = grad.contiguous(memory_format=torch.channels_last if inner == 1 else torch.contiguous_format)
     out = torch.empty_like(x)
     with torch.cuda.device_of(x):
-        _backward_kernel[_programs(x)](
-            x, grad, out, x.numel(), inner, k, alpha, beta, size // 2, x.shape[1] // towers, relu, BLOCK
+        _norm_backward_kernel[_programs(x)](
+            x, grad, out, x.numel(), inner, k, alpha, beta, size // 2, x.shape[1] // towers, relu, NORM_BLOCK
         )
     return out
 
 
 def _programs(x: Tensor) -> tuple[int]:
     """How many programs make x's values; at least one, since a GPU takes no fewer: of a batch it may have no image."""
-    return (max(1, -(-x.numel() // BLOCK)),)
+    return (max(1, -(-x.numel() // NORM_BLOCK)),)
 
 
 def _in_order(x: Tensor) -> tuple[Tensor, int]:
@@ -138,22 +142,8 @@ def _in_order(x: Tensor) -> tuple[Tensor, int]:
     return x.contiguous(), x.shape[2] * x.shape[3]
 
 
-@functools.cache
-def why_not(index: int) -> str:
-    """Why the kernels cannot run on this GPU (no Triton, no C compiler, too old), or "" if they can: it is tried."""
-    if triton is None:
-        return "Triton is not installed"
-    try:
-        for dtype in (torch.float32, torch.bfloat16):
-            x = torch.ones(1, 8, 2, 2, device=torch.device("cuda", index), dtype=dtype)
-            backward(x, forward(x, 5, 1.0, 1.0, 0.75, 2, True), 5, 1.0, 1.0, 0.75, 2, True).sum().item()
-    except Exception as error:  # Triton's, the C compiler's and the driver's have no other base in common
-        return (str(error) or type(error).__name__).partition("\n")[0]
-    return ""
-
-
 def _like_x(x: Tensor, *_: object) -> Tensor:
-    """What the compiler must know of a result: all but its values."""
+    """The result without its values, for torch.compile."""
     return torch.empty_like(_in_order(x)[0])
 
 
@@ -170,8 +160,8 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 # Registered with torch, so that torch.compile takes each as one step and does not look inside.
 _SETTINGS = "int size, float k, float alpha, float beta, int towers, bool relu"
 for _name, _inputs, _function in (
-    ("alexnet::response_norm", "Tensor x", forward),
-    ("alexnet::response_norm_backward", "Tensor x, Tensor grad", backward),
+    ("alexnet::response_norm", "Tensor x", response_norm_forward),
+    ("alexnet::response_norm_backward", "Tensor x, Tensor grad", response_norm_backward),
 ):
     torch.library.define(_name, f"({_inputs}, {_SETTINGS}) -> Tensor")
     torch.library.impl(_name, ("cpu", "cuda"), _function)  # cpu: Triton's interpreter, which the tests use
@@ -179,7 +169,67 @@ for _name, _inputs, _function in (
 torch.library.register_autograd("alexnet::response_norm", _differentiate, setup_context=_keep)
 
 
-def fused(x: Tensor, size: int, k: float, alpha: float, beta: float, towers: int, relu: bool = False) -> Tensor:
+def fused_response_norm(
+    x: Tensor, size: int, k: float, alpha: float, beta: float, towers: int, relu: bool = False
+) -> Tensor:
     """The same as `response_norm.plain`, in values and gradients, in x's memory format."""
     out: Tensor = torch.ops.alexnet.response_norm(x, size, k, alpha, beta, towers, relu)
     return out
+
+
+@_jit
+def _update_kernel(
+    weight: tl.tensor, velocity: tl.tensor, gradient: tl.tensor, count: tl.tensor,
+    momentum: tl.tensor, rate: tl.tensor, pull: tl.tensor, block: tl.constexpr,
+) -> None:  # fmt: skip
+    """`pull` is what the decay takes off a weight in one step."""
+    here = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    inside = here < count
+    w = tl.load(weight + here, inside, 0.0)
+    v = tl.load(velocity + here, inside, 0.0) * momentum
+    v = v - rate * tl.load(gradient + here, inside, 0.0)
+    v = v - pull * w
+    tl.store(velocity + here, v, inside)
+    tl.store(weight + here, w + v, inside)
+
+
+@torch.no_grad()
+def fused_update(
+    weights: list[Tensor],
+    velocity: list[Tensor],
+    gradients: list[Tensor],
+    momentum: float,
+    rate: float,
+    decay: float,
+) -> None:
+    """The paper's update, in place and in one pass; the twin of `optim.update`.
+
+    Float32 tensors of any shape that lie densely in memory; each velocity has the strides of its weight.
+    The rule by itself is four passes over weights, velocity and gradient.
+    """
+    for w, v, g in zip(weights, velocity, gradients, strict=True):
+        if g.stride() != w.stride():
+            g = torch.empty_like(w).copy_(g)
+        with torch.cuda.device_of(w):
+            _update_kernel[(-(-w.numel() // UPDATE_BLOCK),)](
+                w, v, g, w.numel(), momentum, rate, decay * rate, UPDATE_BLOCK
+            )
+
+
+@functools.cache
+def unavailable_reason(index: int) -> str:
+    """Why the kernels cannot run on this GPU (no Triton, no C compiler, too old), or "" if they can; tried once."""
+    if triton is None:
+        return "Triton is not installed"
+    device = torch.device("cuda", index)
+    try:
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.ones(1, 8, 2, 2, device=device, dtype=dtype)
+            y = response_norm_forward(x, 5, 1.0, 1.0, 0.75, 2, True)
+            response_norm_backward(x, y, 5, 1.0, 1.0, 0.75, 2, True).sum().item()
+        weight, velocity, gradient = ([torch.ones(3, device=device)] for _ in range(3))
+        fused_update(weight, velocity, gradient, 0.9, 0.01, 0.0005)
+        weight[0].sum().item()
+    except Exception as error:  # Triton's, the C compiler's and the driver's have no other base in common
+        return (str(error) or type(error).__name__).partition("\n")[0]
+    return ""
