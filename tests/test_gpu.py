@@ -99,8 +99,8 @@ def test_more_bytes_and_more_values_than_32_bits_count(images: int, gigabytes: i
 
 def test_masks_are_the_same_bits_everywhere() -> None:
     for key, first_row, first_unit in ((12345678901234567, 0, 0), (2**63 + 5, 77, 2048)):
-        start = layers.words(key, first_row)
-        here, there = (layers.hashed(start.to(device), 130, 300, first_unit) for device in ("cpu", GPU))
+        start = layers.dropout_state(key, first_row)
+        here, there = (layers.hash_uniform(start.to(device), 130, 300, first_unit) for device in ("cpu", GPU))
         assert torch.equal(here, there.cpu())
 
 

@@ -10,7 +10,7 @@ import torch
 from model_files import random_model
 
 from alexnet_cli.core import receptive_field
-from alexnet_cli.core.network import Network, from_model
+from alexnet_cli.core.network import Network, network_from_model
 from alexnet_cli.recipe import CAFFE, KRIZHEVSKY, PAPER, Recipe
 
 RECIPES = {
@@ -25,7 +25,7 @@ RECIPES = {
 
 def positive(recipe: Recipe) -> Network:
     """A network whose units all fire, so that whatever is in a field can be noticed."""
-    network = from_model(random_model(replace(recipe, width=1 / 32, lrn_alpha=0.1, input_divisor=1.0))).double()
+    network = network_from_model(random_model(replace(recipe, width=1 / 32, lrn_alpha=0.1, input_divisor=1.0))).double()
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.abs_()

@@ -11,7 +11,7 @@ import torch
 from model_files import random_model
 
 from alexnet_cli.core import images, onnx_graph
-from alexnet_cli.core.network import from_model
+from alexnet_cli.core.network import network_from_model
 from alexnet_cli.core.responses import Responses, pictures, responses
 from alexnet_cli.core.session import Convolution, Layer, Session
 from alexnet_cli.core.shards import Split, open_dataset
@@ -34,7 +34,7 @@ def in_torch(model: Model, split: Split, layer: str) -> torch.Tensor:
     mean = model.mean[:, window, window]
     if model.recipe.mean == "rgb":
         mean = model.mean.mean((1, 2), keepdims=True)
-    network, seen = from_model(model), []
+    network, seen = network_from_model(model), []
     module = {"fc6": network.drop6, "fc7": network.drop7}.get(layer) or getattr(network, layer)
     module.register_forward_hook(lambda _m, _i, output: seen.append(output.clone()))
     with torch.no_grad():

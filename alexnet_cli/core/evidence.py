@@ -26,7 +26,7 @@ from alexnet_cli.core.evaluate import Classify, Evaluation, TorchClassifier, eva
 from alexnet_cli.core.images import Pixels as Picture
 from alexnet_cli.core.loader import Loader, all_batches
 from alexnet_cli.core.neighbourhoods import Neighbourhood
-from alexnet_cli.core.network import from_model
+from alexnet_cli.core.network import network_from_model
 from alexnet_cli.core.origin import is_best
 from alexnet_cli.core.patience import Patience, Spent
 from alexnet_cli.core.placement import Placement, threads_for_decoding
@@ -125,7 +125,9 @@ class Subject:
         """The network at work."""
         model, placement = self.model, self.placement
         pixels = Pixels(model.recipe, model.mean, None, None, placement.device)
-        return Backoff(TorchClassifier(from_model(model).to(placement.device), pixels, placement), lambda n: None)
+        return Backoff(
+            TorchClassifier(network_from_model(model).to(placement.device), pixels, placement), lambda n: None
+        )
 
     @property
     def unkept(self) -> str:

@@ -23,12 +23,12 @@ from alexnet_cli.recipe import Recipe
 
 
 class Network(nn.Module):
-    """AlexNet. Float N x 3 x 224 x 224 (227 if the recipe says so), mean-subtracted -> logits N x classes."""
+    """AlexNet. Mean-subtracted float N x 3 x 224 x 224 (227 if the recipe says so) -> logits N x classes."""
 
     def __init__(
         self, recipe: Recipe, classes: int, towers: Towers | None = None, columns: Towers | None = None
     ) -> None:
-        """`towers` says which towers this process holds, `columns` which units of layers 6 to 8 if otherwise split."""
+        """`towers`: the towers that this process holds; `columns`: its units of layers 6 to 8, if split otherwise."""
         super().__init__()
         self.recipe = recipe
         self.towers = towers = towers or Towers(recipe.towers, recipe.towers)
@@ -60,7 +60,7 @@ class Network(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Pixels to logits; softmax belongs to the loss."""
+        """Images to logits; softmax belongs to the loss."""
         towers, columns, images = self.towers, self.columns, x
         if self.recipe.input_size == 224 and self.recipe.edge_padding:
             x = pad_right_and_bottom(x)
@@ -76,7 +76,7 @@ class Network(nn.Module):
         return self.rows.own(x, images)
 
     def slicing(self, name: str) -> tuple[Towers, int] | None:
-        """Along which dimension a parameter is split, and among whom; None where everyone has it whole."""
+        """Among which processes and along which dimension a parameter is split; None if every process has all of it."""
         if name == "fc8.bias":
             return None
         if name == "fc8.weight":
@@ -84,17 +84,17 @@ class Network(nn.Module):
         return (self.columns if name.startswith("fc") else self.towers), 0
 
     def own(self, name: str, whole: Tensor) -> Tensor:
-        """This process's slice of a parameter of the whole network, or of what goes with it."""
+        """This process's slice of a whole parameter, or of a tensor of its shape (velocity, gradient)."""
         slicing = self.slicing(name)
         return whole if slicing is None else slicing[0].own(whole, slicing[1])
 
     def whole(self, name: str, own: Tensor) -> Tensor | None:
-        """The whole of a parameter, or of what goes with it, on the CPU; None where others collect it."""
+        """The whole of a parameter, or of a tensor of its shape, on the CPU; None on ranks that do not collect it."""
         slicing = self.slicing(name)
         return own.detach().cpu().contiguous() if slicing is None else slicing[0].whole(own, slicing[1])
 
     def draw_dropout(self, step: int, first_row: int = 0) -> None:
-        """Choose the dropout masks of the coming step: the same on any device."""
+        """Choose the dropout masks of a step; they are the same on any device and for any placement."""
         first_row = 0 if self.rows.columns else first_row
         self.drop6.draw(self.recipe.seed, step, first_row)
         self.drop7.draw(self.recipe.seed, step, first_row)
@@ -106,7 +106,7 @@ def pad_right_and_bottom(x: Tensor) -> Tensor:
     The image is copied once, instead of filled with zeros, copied and converted. Autocast leaves float64 as it is.
     """
     n, c, height, width = x.shape
-    dtype = x.dtype if x.dtype == torch.float64 else cast(x.device.type) or x.dtype
+    dtype = x.dtype if x.dtype == torch.float64 else autocast_dtype(x.device.type) or x.dtype
     out = x.new_empty(n, height + EDGE_PADDING, width + EDGE_PADDING, c, dtype=dtype).permute(0, 3, 1, 2)
     out[:, :, height:] = 0
     out[:, :, :height, width:] = 0
@@ -114,14 +114,14 @@ def pad_right_and_bottom(x: Tensor) -> Tensor:
     return out
 
 
-def cast(device: str) -> torch.dtype | None:
-    """The type that autocast has convolutions compute in, if it is on."""
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """The dtype in which convolutions compute under autocast; None if autocast is off."""
     on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if on else None
 
 
-class AcrossTowers(nn.Module):
-    """A normalisation that looks over the edge of a tower, as Caffe's does, where the next tower is elsewhere."""
+class JointTowerNorm(nn.Module):
+    """Normalization across the maps of both towers (as in Caffe), when the other tower is in another process."""
 
     def __init__(self, norm: ResponseNorm, towers: Towers, name: str) -> None:
         super().__init__()
@@ -133,12 +133,12 @@ class AcrossTowers(nn.Module):
 
 
 def _stage(recipe: Recipe, order: str, towers: Towers, name: str, *, extra: bool) -> nn.Sequential:
-    """What follows convolutions 1 and 2, in the recipe's order."""
+    """The layers after convolutions 1 and 2, in the recipe's order."""
     across = recipe.lrn == "across-maps"
     joint = across and recipe.lrn_joint and towers.held < towers.total
     joined = across and not joint and recipe.activation == "relu" and "relu-norm" in order
     own = ResponseNorm(recipe, towers.held, relu=joined)
-    norm: list[nn.Module] = [AcrossTowers(own, towers, name) if joint else own]
+    norm: list[nn.Module] = [JointTowerNorm(own, towers, name) if joint else own]
     if extra:
         norm.append(WithinMapNorm(recipe))
     parts: dict[str, list[nn.Module]] = {
@@ -150,55 +150,55 @@ def _stage(recipe: Recipe, order: str, towers: Towers, name: str, *, extra: bool
 
 
 def initial_values(recipe: Recipe) -> dict[str, tuple[float | None, float]]:
-    """Layer -> deviation of its weights and value of its biases (section 5). None: sqrt(2 / inputs).
+    """Layer -> (standard std of its weights, value of its biases) (section 5). None: sqrt(2 / inputs).
 
     paper       conv1  conv2  conv3  conv4  conv5  fc6  fc7  fc8
-    deviation   .01    .01    .03    .03    .03    .01  .01  .01     (.03: the code; the text has .01)
+    std         .01    .01    .03    .03    .03    .01  .01  .01     (.03: the code; the text has .01)
     bias        0      1      0      1      1      1    1    0
     """
     r = recipe
-    deviation = dict.fromkeys(("conv1", "conv2", "fc8"), r.weight_std)
-    deviation |= dict.fromkeys(("conv3", "conv4", "conv5"), r.conv345_std) | dict.fromkeys(("fc6", "fc7"), r.fc67_std)
+    std = dict.fromkeys(("conv1", "conv2", "fc8"), r.weight_std)
+    std |= dict.fromkeys(("conv3", "conv4", "conv5"), r.conv345_std) | dict.fromkeys(("fc6", "fc7"), r.fc67_std)
     ones = {"conv2", "conv4", "conv5", "fc6", "fc7"}
     return {
         layer: (
             None if r.init == "scaled" else std,
             r.bias if layer in ones and r.init == "gaussian" else 0.0,
         )
-        for layer, std in deviation.items()
+        for layer, std in std.items()
     }
 
 
 @torch.no_grad()
 def initialise(network: Network) -> None:
-    """Set every parameter from the recipe's table and seed; each layer has a generator of its own.
+    """Set every parameter from `initial_values` and the seed; each layer has a random generator of its own.
 
-    What a process holds is a slice of what the whole network is drawn as.
+    The whole network is drawn, then sliced, so that placement does not change the values.
     """
     with torch.device("meta"):
         whole = Network(network.recipe, network.fc8.out_features)
-    for number, (layer, (deviation, bias)) in enumerate(sorted(initial_values(network.recipe).items())):
+    for number, (layer, (std, bias)) in enumerate(sorted(initial_values(network.recipe).items())):
         module = network.get_submodule(layer)
         shape = whole.get_parameter(f"{layer}.weight").shape
         generator = torch.Generator().manual_seed(network.recipe.seed * 1000 + number)
-        if deviation is None:
-            # The last layer has no rectifier after it: half the variance, and a start at even odds.
-            deviation = math.sqrt((1.0 if layer == "fc8" else 2.0) / shape[1:].numel())
+        if std is None:
+            # No ReLU follows the last layer: half the variance is enough.
+            std = math.sqrt((1.0 if layer == "fc8" else 2.0) / shape[1:].numel())
         if layer == "conv1":
-            deviation *= network.recipe.conv1_scale
-        values = torch.empty(shape).normal_(0.0, deviation, generator=generator)
+            std *= network.recipe.conv1_scale
+        values = torch.empty(shape).normal_(0.0, std, generator=generator)
         module.get_parameter("weight").copy_(network.own(f"{layer}.weight", values))
         module.get_parameter("bias").fill_(bias)
 
 
 def parameters_by_name(network: Network) -> Iterator[tuple[str, nn.Parameter]]:
-    """Names as in a model file, and parameters, layer by layer."""
+    """(name as in a model file, parameter), layer by layer."""
     for name in PARAMETERS:
         yield name, network.get_parameter(name)
 
 
 def parameter_count(network: Network) -> int:
-    """Of the whole network, whatever of it is here."""
+    """Number of parameters of the whole network, whatever part of it this process holds."""
     count = 0
     for name, parameter in parameters_by_name(network):
         slicing = network.slicing(name)
@@ -206,7 +206,7 @@ def parameter_count(network: Network) -> int:
     return count
 
 
-def from_model(model: Model) -> Network:
+def network_from_model(model: Model) -> Network:
     """The network of a model file, in evaluation mode on the CPU."""
     network = Network(model.recipe, len(model.classes))
     with torch.no_grad():

@@ -141,13 +141,13 @@ def _torch(path: Path, views: int, gpus: str | None) -> Judge:
     """A model file's network in PyTorch."""
     from alexnet_cli.core.augment import Pixels
     from alexnet_cli.core.evaluate import TorchClassifier
-    from alexnet_cli.core.network import from_model
+    from alexnet_cli.core.network import network_from_model
     from alexnet_cli.core.placement import place
     from alexnet_cli.core.weights import read
 
     model, placement = read(path), place(gpus, "fp32")
     pixels = Pixels(model.recipe, model.mean, None, None, placement.device)
-    network = from_model(model).to(placement.device)
+    network = network_from_model(model).to(placement.device)
     classify = TorchClassifier(network, pixels, placement, views)
     return classify, model.classes, model.recipe, f"{placement.name} · fp32", model.info
 
