@@ -245,9 +245,10 @@ def test_mean_files(lie: str, tmp_path: Path) -> None:
         conversion.read_mean(path, bgr=True)
 
 
-def test_a_mean_file_that_is_sound(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("field", "kind"), [(5, "<f4"), (8, "<f8")])
+def test_a_mean_file_that_is_sound(field: int, kind: str, tmp_path: Path) -> None:
     path = tmp_path / "mean"
-    path.write_bytes(files.floats(5, np.array(files.MEAN_BGR, np.float32)) + files.integer(2, 3))
+    path.write_bytes(files.inside(field, np.array(files.MEAN_BGR, kind).tobytes()) + files.integer(2, 3))
     found = conversion.read_mean(path, bgr=True)
     np.testing.assert_allclose(found[:, 7, 9], files.MEAN_BGR[::-1], rtol=1e-6)
 

@@ -207,6 +207,21 @@ def test_half_precision_is_read_too() -> None:
         np.testing.assert_array_equal(model.tensors["conv2.weight"], named["conv2.weight"].float().numpy())
 
 
+def test_an_archive_that_another_program_packed_again() -> None:
+    import zipfile
+
+    import torch
+
+    named = {n: torch.from_numpy(v) for n, v in state_dict(files.tensors(), "{layer}").items()}
+    torch.save(named, "theirs.pth")
+    with zipfile.ZipFile("theirs.pth") as theirs, zipfile.ZipFile("again.pth", "w", zipfile.ZIP_DEFLATED) as again:
+        for entry in theirs.infolist():
+            again.writestr(entry.filename, theirs.read(entry))
+    model, _ = imported(Path("again.pth").read_bytes())
+    for name, value in named.items():
+        np.testing.assert_array_equal(model.tensors[name], value.numpy())
+
+
 def test_a_transposed_tensor_is_read_as_it_is_seen() -> None:
     import torch
 

@@ -7,6 +7,7 @@ subtracts the part of the mean that lies under the crop.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,46 +21,69 @@ from alexnet_cli.core.foreign import CAFFE_MEAN, Array, Foreign, damaged, refuse
 from alexnet_cli.errors import WeightsError
 from alexnet_cli.recipe import CAFFE
 
-# The fields of caffe.proto that are read, all others are skipped: label, type, name, number, default. Packed floats are
-# declared as bytes, which is what they are in the file, so that NumPy reads them without a Python object per number.
-LAYER_SETTINGS = ["convolution_param", "lrn_param", "pooling_param", "transform_param"]
-FIELDS = {
-    "BlobShape": ["repeated int64 dim 1"],
-    "BlobProto": [
-        *("optional int32 num 1 1", "optional int32 channels 2 1", "optional int32 height 3 1"),
-        *("optional int32 width 4 1", "optional bytes data 5", "optional BlobShape shape 7"),
-        "optional bytes double_data 8",
-    ],
-    "ConvolutionParameter": ["repeated uint32 pad 3", "repeated uint32 stride 6"],
-    "LRNParameter": [
-        *("optional uint32 local_size 1 5", "optional float alpha 2 1", "optional float beta 3 0.75"),
-        *("optional int32 norm_region 4", "optional float k 5 1"),
-    ],
-    "PoolingParameter": [
-        *("optional int32 pool 1", "optional uint32 kernel_size 2", "optional uint32 stride 3 1"),
-        "optional uint32 pad 4",
-    ],
-    "TransformationParameter": [
-        *("optional float scale 1 1", "optional uint32 crop_size 3", "repeated float mean_value 5"),
-    ],
-    "LayerParameter": [
-        *("optional string name 1", "optional string type 2", "repeated BlobProto blobs 7"),
-        *(
-            "optional TransformationParameter transform_param 100",
-            "optional ConvolutionParameter convolution_param 106",
-        ),
-        *("optional LRNParameter lrn_param 118", "optional PoolingParameter pooling_param 121"),
-    ],
-    "V1LayerParameter": [
-        *("optional bytes layer 1", "optional string name 4", "optional int32 type 5", "repeated BlobProto blobs 6"),
-        *("optional ConvolutionParameter convolution_param 10", "optional LRNParameter lrn_param 18"),
-        *("optional PoolingParameter pooling_param 19", "optional TransformationParameter transform_param 36"),
-    ],
-    "NetParameter": [
-        *("optional string name 1", "repeated V1LayerParameter layers 2", "repeated int32 input_dim 4"),
-        "repeated LayerParameter layer 100",
-    ],
+# The part of caffe.proto that is read; the runtime skips all other fields. Packed floats (data, double_data) are
+# declared as bytes, which is what they are in the file: NumPy reads them without a Python object per number.
+PROTO = """
+message BlobShape { repeated int64 dim = 1; }
+message BlobProto {
+  optional int32 num = 1 [default = 1];
+  optional int32 channels = 2 [default = 1];
+  optional int32 height = 3 [default = 1];
+  optional int32 width = 4 [default = 1];
+  optional bytes data = 5;
+  optional BlobShape shape = 7;
+  optional bytes double_data = 8;
 }
+message ConvolutionParameter {
+  repeated uint32 pad = 3;
+  repeated uint32 stride = 6;
+}
+message LRNParameter {
+  optional uint32 local_size = 1 [default = 5];
+  optional float alpha = 2 [default = 1];
+  optional float beta = 3 [default = 0.75];
+  optional int32 norm_region = 4;
+  optional float k = 5 [default = 1];
+}
+message PoolingParameter {
+  optional int32 pool = 1;
+  optional uint32 kernel_size = 2;
+  optional uint32 stride = 3 [default = 1];
+  optional uint32 pad = 4;
+}
+message TransformationParameter {
+  optional float scale = 1 [default = 1];
+  optional uint32 crop_size = 3;
+  repeated float mean_value = 5;
+}
+message LayerParameter {
+  optional string name = 1;
+  optional string type = 2;
+  repeated BlobProto blobs = 7;
+  optional TransformationParameter transform_param = 100;
+  optional ConvolutionParameter convolution_param = 106;
+  optional LRNParameter lrn_param = 118;
+  optional PoolingParameter pooling_param = 121;
+}
+message V1LayerParameter {
+  optional bytes layer = 1;
+  optional string name = 4;
+  optional int32 type = 5;
+  repeated BlobProto blobs = 6;
+  optional ConvolutionParameter convolution_param = 10;
+  optional LRNParameter lrn_param = 18;
+  optional PoolingParameter pooling_param = 19;
+  optional TransformationParameter transform_param = 36;
+}
+message NetParameter {
+  optional string name = 1;
+  repeated V1LayerParameter layers = 2;
+  repeated int32 input_dim = 4;
+  repeated LayerParameter layer = 100;
+}
+"""
+MESSAGE = re.compile(r"message (\w+) \{(.*?)\}", re.DOTALL)
+FIELD = re.compile(r"(optional|repeated) (\w+) (\w+) = (\d+)(?: \[default = (.+)\])?;")
 WORDS = {
     "Convolution": "conv", "InnerProduct": "fc", "ReLU": "relu", "LRN": "norm", "Pooling": "pool",
     4: "conv", 14: "fc", 18: "relu", 15: "norm", 17: "pool",
@@ -73,24 +97,22 @@ WITHIN_CHANNEL = 1  # of LRNParameter.norm_region
 
 
 def _message_classes() -> dict[str, Any]:
-    """The classes of the messages in FIELDS, by name."""
+    """The classes of the messages in PROTO, by name."""
     field_type = descriptor_pb2.FieldDescriptorProto
     file = descriptor_pb2.FileDescriptorProto(name="alexnet/caffe.proto", package="caffe", syntax="proto2")
-    for message, fields in FIELDS.items():
+    for message, fields in MESSAGE.findall(PROTO):
         made = file.message_type.add(name=message)
-        for field in fields:
-            label, kind, name, number, *default = field.split()
-            made.field.add(
-                name=name,
-                number=int(number),
-                label=field_type.Label.Value(f"LABEL_{label.upper()}"),
-                type=field_type.TYPE_MESSAGE if kind in FIELDS else field_type.Type.Value(f"TYPE_{kind.upper()}"),
-                type_name=f".caffe.{kind}" if kind in FIELDS else None,
-                default_value=default[0] if default else None,
-            )
+        for label, kind, name, number, default in FIELD.findall(fields):
+            field = made.field.add(name=name, number=int(number), default_value=default or None)
+            field.label = field_type.Label.Value(f"LABEL_{label.upper()}")
+            if kind[0].isupper():
+                field.type, field.type_name = field_type.TYPE_MESSAGE, f".caffe.{kind}"
+            else:
+                field.type = field_type.Type.Value(f"TYPE_{kind.upper()}")
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
-    return {name: message_factory.GetMessageClass(pool.FindMessageTypeByName(f"caffe.{name}")) for name in FIELDS}
+    names = [message.name for message in file.message_type]
+    return {name: message_factory.GetMessageClass(pool.FindMessageTypeByName(f"caffe.{name}")) for name in names}
 
 
 MESSAGES = _message_classes()

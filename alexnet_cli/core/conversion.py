@@ -1,5 +1,6 @@
-"""Another program's network as a model file of this toolkit: the reader by the file's first bytes, then width and
-towers from the shapes, names, mean, pixels.
+"""Read another program's network, and make a model file of this toolkit from it.
+
+A file's first bytes say which reader it needs, the shapes give width and towers; then come classes, mean and pixels.
 """
 
 from __future__ import annotations
