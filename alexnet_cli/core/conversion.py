@@ -34,10 +34,8 @@ PUBLISHED: Mapping[str, str] = {
 }
 """SHA-1 of files that everybody means by their names."""
 LARGEST = 2**31  # bytes
-ZIP, PLAIN = (
-    b"PK\x03\x04",
-    b"\x80\x02\x8a\n\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19.",
-)  # PyTorch's, since 1.6 and before
+ZIP = b"PK\x03\x04"  # PyTorch's archive
+PLAIN = b"\x80\x02\x8a\n\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."  # PyTorch's file of before 1.6
 NPY = b"\x93NUMPY"
 CAFFE = (b"\n", b"\x12", b"\xa2\x06")  # fields 1, 2 and 100 of a protocol buffer: name, layers, layer
 ONNX = b"\x08"  # field 1, a number: ir_version
@@ -85,7 +83,7 @@ def read_network(path: Path, recipe: Recipe, pixels: Pixels) -> Foreign:
         raise WeightsError(f"{path} holds no weights: it is text", "the weights are in a file of their own beside it")
     if start.startswith(ONNX) or path.suffix.lower() == ".onnx":
         return onnx_weights.read(path)
-    if start.startswith(CAFFE):
+    if start.startswith(CAFFE) or path.suffix.lower() == ".caffemodel":
         return caffemodel.read(path)
     raise WeightsError(f"{path} is of no kind that is known", KNOWN)
 
