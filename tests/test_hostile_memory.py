@@ -24,7 +24,6 @@ from alexnet_cli.core import onnx_graph, onnx_wire
 from alexnet_cli.core.runs import Run
 from alexnet_cli.core.session import Session
 from alexnet_cli.core.shards import open_dataset
-from alexnet_cli.core.state_dict import read_safetensors
 from alexnet_cli.errors import DataError, RecipeError, WeightsError
 from alexnet_cli.recipe import TINY, load
 
@@ -284,15 +283,9 @@ def test_a_record_that_unfolds(tmp_path: Path) -> None:
         open_dataset(tmp_path)
 
 
-def test_metrics_of_junk_and_a_foreign_net_of_holes(tmp_path: Path) -> None:
+def test_metrics_of_junk(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n' + "[" * 100_000 + '\n{"step": 2')
     assert Run(tmp_path).records() == [{"step": 1}]
-    header = b'{"a.weight":{"dtype":"F32","shape":[17179869184],"data_offsets":[0,68719476736]}}'
-    path = tmp_path / "x.safetensors"
-    path.write_bytes(struct.pack("<Q", len(header)) + header)
-    os.truncate(path, 8 + len(header) + (1 << 36))
-    with pytest.raises(WeightsError, match="larger than 2 GB"):
-        read_safetensors(path, TINY, "rgb")
 
 
 @pytest.mark.slow

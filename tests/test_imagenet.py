@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from imagenet_files import NAMES, VAL, val_name
+from scipy.io import savemat
 
 from alexnet_cli.core import ilsvrc, images, packing
 from alexnet_cli.core.devkit import read_devkit
@@ -266,19 +267,16 @@ def test_the_devkit_says_ids_not_the_sorted_order(tmp_path: Path) -> None:
     assert [kit.truth[f"ILSVRC2012_val_{i:08d}"] for i in range(1, 6)] == list(VAL)
 
 
-def test_a_devkit_that_scipy_wrote(tmp_path: Path) -> None:
-    scipy_io = pytest.importorskip("scipy.io")
-    path = made.devkit(tmp_path, packed=False)
-    kinds = [(key, object) for key in ("ILSVRC2012_ID", "WNID", "words", "gloss", "num_children", "children")]
-    synsets = np.zeros((5, 1), kinds)
-    for i, (wnid, (words, identity)) in enumerate(made.CLASSES.items()):
-        synsets[i, 0] = (float(identity), wnid, words, "a fish or a bird", 0.0, np.zeros((1, 0)))
-    synsets[4, 0] = (1001.0, "n00001740", "entity", "all there is", 4.0, np.array([[1.0, 2.0, 3.0, 4.0]]))
-    buffer = io.BytesIO()
-    scipy_io.savemat(buffer, {"synsets": synsets}, do_compression=True)
-    expected = read_devkit(path)
-    (path / "data" / "meta.mat").write_bytes(buffer.getvalue())
-    assert read_devkit(path) == expected
+@pytest.mark.parametrize("how", ["cut short", "text", "without synsets", "numbers"])
+def test_a_devkit_with_a_damaged_table(how: str, tmp_path: Path) -> None:
+    kit = made.devkit(tmp_path, packed=False)
+    meta, other = kit / "data" / "meta.mat", io.BytesIO()
+    savemat(other, {"classes" if how == "without synsets" else "synsets": np.arange(3.0)})
+    contents = {"cut short": meta.read_bytes()[:300], "text": b"tench\n" * 100}
+    meta.write_bytes(contents.get(how, other.getvalue()))
+    with pytest.raises(DataError, match=r"meta\.mat has no usable table of synsets") as caught:
+        read_devkit(kit)
+    assert caught.value.exit_code == 3
 
 
 def test_names_of_the_thousand_classes() -> None:
