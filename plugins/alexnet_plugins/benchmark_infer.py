@@ -22,7 +22,7 @@ import torch
 from onnx import helper, numpy_helper
 from torch import nn
 
-from alexnet_cli.core import calibration, export, onnx_graph, onnx_int8
+from alexnet_cli.core import export, onnx_graph, quantize
 from alexnet_cli.core.network import Network, initialise, parameters_by_name
 from alexnet_cli.core.session import Session
 from alexnet_cli.core.sources import ClassName
@@ -113,7 +113,7 @@ def write_files(folder: Path) -> dict[str, Path]:
 def int8(of: Model) -> onnx.ModelProto:
     """The int8 graph; calibrated on noise."""
     proto = onnx_graph.build(of, rows=True)
-    return onnx_int8.quantised(proto, calibration.ranges(proto, crops(CALIBRATION).astype(np.uint8)))
+    return quantize.to_int8(proto, quantize.measure_ranges(proto, crops(CALIBRATION).astype(np.uint8)))
 
 
 def with_operator(proto: onnx.ModelProto, recipe: Recipe) -> onnx.ModelProto:
