@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -15,7 +16,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from alexnet_cli import __version__, usage
+from alexnet_cli import __version__
 from alexnet_cli.console import STDERR, visible
 from alexnet_cli.entry_points import HINT, Offer, callable_offers
 from alexnet_cli.errors import AlexNetError, LostError, MissingError, Terminated, memory_ended, told
@@ -241,7 +242,7 @@ def _left_for_the_launcher(error: BaseException, what: str, hint: str, code: int
 def _told(error: BaseException, typed: Sequence[str] = ()) -> tuple[str, str, int]:
     """What to say of an error, what to do about it, and the exit code."""
     if hasattr(error, "format_message"):  # the parser's errors; their base has no public name before Typer 0.27.2
-        return usage.told(error, typed)
+        return _format_parser_error(error)
     if isinstance(error, KeyboardInterrupt | typer.Abort):
         return "stopped by Ctrl-C", "", CTRL_C
     if isinstance(error, Terminated):
@@ -249,6 +250,16 @@ def _told(error: BaseException, typed: Sequence[str] = ()) -> tuple[str, str, in
     if _stopped and not (isinstance(error, AlexNetError | OSError) or memory_ended(error)):
         return _told(_stopped[0])
     return told(error)
+
+
+def _format_parser_error(error: Any) -> tuple[str, str, int]:
+    """Return the parser's own message, its "Did you mean ...?" or the command's help as the hint, and the exit code."""
+    message = " ".join(error.format_message().split()).rstrip(".")
+    context = getattr(error, "ctx", None)
+    hint = f"{context.command_path if context is not None else 'alexnet'} --help"
+    if suggested := re.search(r"(?:Did you mean (.+)\?|\(Possible options: (.+)\))$", message):
+        message, hint = message[: suggested.start()].rstrip(" ."), f"did you mean {suggested[1] or suggested[2]}?"
+    return message, hint, int(getattr(error, "exit_code", 2))
 
 
 def _quiet_pipe() -> int:

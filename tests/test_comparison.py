@@ -16,7 +16,8 @@ from alexnet_cli.core import ablation_picture, comparison
 from alexnet_cli.core.runs import Run
 from alexnet_cli.core.switches import BASE, SWITCHES, Switch, chosen
 from alexnet_cli.errors import UsageError
-from alexnet_cli.recipe import CAFFE, KRIZHEVSKY, PAPER, TINY, changed
+from alexnet_cli.recipe import CAFFE, KRIZHEVSKY, PAPER, TINY
+from alexnet_cli.recipe_io import apply_changes
 
 SWITCH = {switch.name: switch for switch in SWITCHES}
 LOGS = {  # top-1 and top-5 error in the comments of the authors' configurations: the ablation, and what it is beside
@@ -100,7 +101,7 @@ def made_up(
     """Runs that ended with such errors, and learned `slow` times as slowly as 0.9 at the start, 0 after 100 steps."""
     runs = {}
     for seed, error in errors.items():
-        run = Run.create(f"s{seed}", changed(TINY, {"seed": seed, "activation": activation}), {}, folder)
+        run = Run.create(f"s{seed}", apply_changes(TINY, {"seed": seed, "activation": activation}), {}, folder)
         for step in range(10, 201, 10):
             run.log({"event": "step", "epoch": 1, "step": step, "top1_error": max(0.0, 0.9 - 0.009 * step / slow)})
         fields = {"top1_error": error, "top5_error": error / 5, "train_top1_error": error / 2}

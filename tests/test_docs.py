@@ -60,7 +60,7 @@ def test_links_lead_somewhere(document: str) -> None:
 
 
 def test_the_table_of_the_paper_names_files_and_values_that_exist() -> None:
-    from alexnet_cli import recipe
+    from alexnet_cli import recipe, recipe_io
     from alexnet_cli.core.switches import SWITCHES
 
     text = text_of("docs/paper.md")
@@ -69,7 +69,7 @@ def test_the_table_of_the_paper_names_files_and_values_that_exist() -> None:
     settings = [s for s in re.findall(r"`([a-z_0-9]+=[\w.-]+)`", text) if not s.startswith("ALEXNET")]
     assert len(settings) > 10
     for setting in settings:
-        recipe.changed(recipe.PAPER, recipe.parsed([setting]))
+        recipe_io.apply_changes(recipe.PAPER, recipe_io.parse_settings([setting]))
     for switch in SWITCHES[1:]:
         assert re.search(rf"(?m)^\| {switch.section} \|.*`{switch.name}`[^|]*\|$", text), switch.name
         for setting in switch.settings.replace("=0.0", "=0").split():
@@ -203,12 +203,11 @@ def test_the_other_pages(document: str, home: Path) -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_blocks_that_are_neither_typed_nor_saved_are_what_they_seem(document: str, tmp_path: Path) -> None:
-    from alexnet_cli import recipe
 
     for block in blocks(text_of(document)):
         if block.language == "toml" and not block.file:
             (tmp_path / "own.toml").write_text(block.text, encoding="utf-8")
-            recipe.load(str(tmp_path / "own.toml"))
+            recipe_io.load_recipe(str(tmp_path / "own.toml"))
         elif block.language == "bash":
             subprocess.run(["bash", "-n"], input=block.text, text=True, check=True)
         else:

@@ -26,7 +26,8 @@ from alexnet_cli.core.session import Session
 from alexnet_cli.core.shards import open_dataset
 from alexnet_cli.core.state_dict import read_safetensors
 from alexnet_cli.errors import DataError, RecipeError, WeightsError
-from alexnet_cli.recipe import TINY, load
+from alexnet_cli.recipe import TINY
+from alexnet_cli.recipe_io import load_recipe
 
 MODEL = random_model(replace(TINY, width=1 / 64), 4)
 LONG = 30_000  # its square times four is 3.6 GB
@@ -275,7 +276,7 @@ def test_recipes_that_unfold(text: str, tmp_path: Path) -> None:
     """A key of 100,000 parts took more than 20 GB."""
     (tmp_path / "r.toml").write_text(text)
     with pytest.raises(RecipeError, match="is not TOML"):
-        load(str(tmp_path / "r.toml"))
+        load_recipe(str(tmp_path / "r.toml"))
 
 
 def test_a_record_that_unfolds(tmp_path: Path) -> None:

@@ -16,8 +16,7 @@ from alexnet_cli.core import chance
 from alexnet_cli.core.chance import Counts
 from alexnet_cli.core.records import Record
 from alexnet_cli.core.shards import DUPLICATES, Dataset
-from alexnet_cli.knob import setting, spelled
-from alexnet_cli.recipe import Recipe, closest
+from alexnet_cli.recipe import Recipe, find_closest_recipe, format_set_option, format_toml
 
 FAR = 4  # times off what the batch asks for: a rate that is worth a question
 NEAR = 0.02  # share of the loss of guessing within which a loss is that
@@ -52,7 +51,7 @@ def before(recipe: Recipe, data: Dataset, different: Mapping[str, tuple[Any, Any
         yield _warning("layers 1 to 5 are frozen at random values", "--init-from W starts from those of a network")
     if different:
         told = ", ".join(f"{key} = {here} here, {there} there" for key, (here, there) in different.items())
-        settings = " ".join(setting(key, there) for key, (_, there) in different.items())
+        settings = " ".join(format_set_option(key, there) for key, (_, there) in different.items())
         yield _warning(
             f"the weights were trained with another recipe: {told}", f"leave --recipe out, or give {settings}"
         )
@@ -91,7 +90,7 @@ def odd_rate(recipe: Recipe, batch: int, fine_tuning: bool) -> Iterator[Record]:
 
     `batch`: that of the recipe, or all pictures where there are fewer.
     """
-    named = closest(recipe)
+    named = find_closest_recipe(recipe)
     if (recipe.learning_rate, recipe.batch_size) == (named.learning_rate, named.batch_size):
         return
     k = batch / named.batch_size
@@ -112,7 +111,7 @@ def odd_epochs(recipe: Recipe) -> Iterator[Record]:
 
     In a shorter training only the drops matter: what else would come never does no harm by that.
     """
-    named = closest(recipe)
+    named = find_closest_recipe(recipe)
     keys = ["drop_epochs"] if recipe.schedule == "fixed" else []
     if recipe.epochs > named.epochs:
         keys += ["conv1_slow_epoch", "conv1_freeze_epoch"] if recipe.frozen == "none" else []
@@ -124,11 +123,11 @@ def odd_epochs(recipe: Recipe) -> Iterator[Record]:
     def scaled(epoch: int) -> int:
         return max(1, round(epoch * recipe.epochs / named.epochs))
 
-    told = ", ".join(f"{key} = {spelled(value)}" for key, value in kept.items())
+    told = ", ".join(f"{key} = {format_toml(value)}" for key, value in kept.items())
     ours = {k: scaled(v) if isinstance(v, int) else _within(map(scaled, v), recipe.epochs) for k, v in kept.items()}
     yield _warning(
         f"epochs = {recipe.epochs} with {told}, made for the {named.epochs} of recipe {named.name}",
-        f"in proportion: {' '.join(setting(key, value) for key, value in ours.items())}",
+        f"in proportion: {' '.join(format_set_option(key, value) for key, value in ours.items())}",
     )
 
 

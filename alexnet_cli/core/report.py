@@ -27,7 +27,7 @@ from alexnet_cli.core.shards import Dataset, find_dataset, open_dataset
 from alexnet_cli.core.sources import ClassName
 from alexnet_cli.core.weights import Model
 from alexnet_cli.errors import AlexNetError, DataError, RecipeError
-from alexnet_cli.recipe import PAPER, Recipe, describe
+from alexnet_cli.recipe import PAPER, Recipe, describe_setting
 
 FEW = 5  # with no more classes, every answer is among the five likeliest
 
@@ -61,7 +61,7 @@ class Report:
     def values(self) -> list[Value]:
         """Every value of the recipe."""
         mine, paper = asdict(self.recipe), asdict(PAPER)
-        return [Value(key, mine[key], paper[key], *describe(key)) for key in mine if key != "name"]
+        return [Value(key, mine[key], paper[key], *describe_setting(key)) for key in mine if key != "name"]
 
     @property
     def parameters(self) -> int | None:

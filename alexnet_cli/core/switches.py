@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from alexnet_cli.errors import UsageError
-from alexnet_cli.recipe import Recipe, changed
+from alexnet_cli.recipe import Recipe
+from alexnet_cli.recipe_io import apply_changes
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +38,7 @@ class Switch:
 
     def applied(self, base: Recipe) -> Recipe:
         """The base with the idea turned off."""
-        return changed(base, self.changes)
+        return apply_changes(base, self.changes)
 
 
 BASE = Switch("base", "-")

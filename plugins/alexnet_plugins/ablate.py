@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from alexnet_cli import recipe as recipes
+from alexnet_cli import recipe_io
 from alexnet_cli.console import Progress, Reporter
 from alexnet_cli.errors import PartialError, Stopped
 from alexnet_cli.options import DataOption, GpusOption, JobsOption, JsonFlag, QuietFlag
@@ -61,8 +61,8 @@ def ablate(
 
     level = training_error / 100
     reporter = Reporter("ablate", json=json, quiet=quiet)
-    base = recipes.changed(recipes.load(recipe), recipes.parsed(settings or []))
-    base = recipes.changed(base, {"epochs": epochs} if epochs else {})
+    base = recipe_io.apply_changes(recipe_io.load_recipe(recipe), recipe_io.parse_settings(settings or []))
+    base = recipe_io.apply_changes(base, {"epochs": epochs} if epochs else {})
     wanted, off = switches.chosen(base, [word.strip() for word in only.split(",")] if only else [])
     dataset = open_dataset(find_dataset(data))
     place = placement.place(gpus, base.precision)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from alexnet_cli import recipe as recipes
+from alexnet_cli import recipe_io
 from alexnet_cli.console import Reporter
 from alexnet_cli.errors import VerificationError
 from alexnet_cli.options import (
@@ -124,9 +124,9 @@ def train(
     """  # fmt: skip
     from alexnet_cli.core.resume import agreed, asked_to_stop, seconds
 
-    limit, said = seconds(max_time), recipes.parsed(settings or [])
+    limit, said = seconds(max_time), recipe_io.parse_settings(settings or [])
     if recipe:
-        recipes.changed(recipes.load(recipe), said)  # what is mistyped is told before torch is loaded
+        recipe_io.apply_changes(recipe_io.load_recipe(recipe), said)  # what is mistyped is told before torch is loaded
 
     from alexnet_cli.core import placement as devices
     from alexnet_cli.core.fine_tuning import compare, source
@@ -142,7 +142,8 @@ def train(
     if not print_config and (count := devices.processes(gpus, processes)) > 1:
         from alexnet_cli.core.launch import launch
 
-        tried = recipes.changed(recipes.load(recipe or "paper"), {**said, **explicit})  # what is wrong is wrong before
+        # what is wrong is wrong before
+        tried = recipe_io.apply_changes(recipe_io.load_recipe(recipe or "paper"), {**said, **explicit})
         arrangement(count, parallel, tried.towers)
         raise typer.Exit(launch(sys.argv[1:], count))
     with ExitStack() as stack:
@@ -151,7 +152,7 @@ def train(
         run = to_continue(ranks, resume, name)
         first = source(init_from, run)
         base, sources = base_of(recipe, run, first)
-        resolved = recipes.changed(recipes.changed(base, said), explicit)
+        resolved = recipe_io.apply_changes(recipe_io.apply_changes(base, said), explicit)
         if print_config:
             show_config(reporter, resolved, sources | dict.fromkeys(said, "--set") | dict.fromkeys(explicit, "option"))
             return
