@@ -164,7 +164,7 @@ def test_commands_run_in_the_folder_without_the_users_settings(tmp_path: Path, m
 
 @pytest.mark.slow
 def test_the_whole_demo(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "alexnet_cli.cli", "demo", "-o", "story", "--json"]
+    command = [sys.executable, "-m", "alexnet_cli", "demo", "-o", "story", "--json"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)

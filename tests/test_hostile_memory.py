@@ -191,7 +191,7 @@ def test_graphs_that_ask_for_gigabytes(name: str, tmp_path: Path) -> None:
     assert error.value.exit_code == 3
 
 
-def ran(words: list[str], module: str = "alexnet_cli.cli") -> tuple[int, str, int]:
+def ran(words: list[str], module: str = "alexnet_cli") -> tuple[int, str, int]:
     """Exit code, what was said, and the most bytes that a process of the command held."""
     command = [sys.executable, "-m", module, *words]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:

@@ -82,7 +82,7 @@ def test_a_network_that_answers_one_class_is_told_when_training_ends() -> None:
     [
         (StorageError("runs/r cannot be written: No space left", "free some space"), "runs/r cannot be written: No sp"),
         (OSError(28, "No space left on device"), "No space left on device"),
-        (MemoryError(), "the memory does not suffice"),
+        (MemoryError(), "out of memory"),
         (ZeroDivisionError("oops"), "internal error: ZeroDivisionError: oops"),
     ],
 )

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from alexnet_cli.errors import MissingError, memory_ended
+from alexnet_cli.errors import MissingError, is_out_of_memory
 
 
 class Backoff:
@@ -44,6 +44,6 @@ class Backoff:
         try:
             return np.concatenate([self.function(images[i : i + at_once]) for i in range(0, len(images), at_once)])
         except Exception as error:
-            if not memory_ended(error):
+            if not is_out_of_memory(error):
                 raise
             return None

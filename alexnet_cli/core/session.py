@@ -20,7 +20,7 @@ import numpy.typing as npt
 from alexnet_cli.core import onnx_mapped, onnx_metadata, onnx_wire, weights
 from alexnet_cli.core.devices import cores, gpu_present, int8_saturates, load_cuda
 from alexnet_cli.core.sources import ClassName
-from alexnet_cli.errors import AlexNetError, MissingError, WeightsError, memory_ended
+from alexnet_cli.errors import AlexNetError, MissingError, WeightsError, is_out_of_memory
 from alexnet_cli.recipe import SIDE, Recipe
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
@@ -145,7 +145,7 @@ class Session:
         try:
             results = self._session.run(outputs, {"input": crops.astype(np.float32, copy=False)}, options)
         except Exception as error:
-            if memory_ended(error):
+            if is_out_of_memory(error):
                 raise
             what = f"{self.path} cannot be run: {_words(error)}"
             raise WeightsError(what, "if it is damaged, export it anew") from error

@@ -52,7 +52,7 @@ class Stage:
         Raises:
             AlexNetError: with the exit code of the command, if that is not 0.
         """
-        command = [sys.executable, "-m", "alexnet_cli.cli", *words, *(["-q"] if self.quiet else [])]
+        command = [sys.executable, "-m", "alexnet_cli", *words, *(["-q"] if self.quiet else [])]
         own = {name: value for name, value in os.environ.items() if name not in FOREIGN}
         error = self.folder.resolve() / ERROR
         own |= {"TORCHELASTIC_ERROR_FILE": str(error), "ALEXNET_DEMO": "1"}  # see cli.py

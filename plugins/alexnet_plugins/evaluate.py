@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from alexnet_cli.console import Reporter, visible
+from alexnet_cli.console import Reporter, make_printable
 from alexnet_cli.errors import DataError, StorageError
 from alexnet_cli.options import (
     BatchOption,
@@ -194,7 +194,7 @@ def _report(
     for word, lines in (("worst", rows), ("mixed", pairs)):
         width = max((len(left) for left, _ in lines), default=0)
         for left, right in lines:
-            reporter.show(visible(f"{word:<8}{left:<{width}}   {right}"))
+            reporter.show(make_printable(f"{word:<8}{left:<{width}}   {right}"))
             word = ""
 
 

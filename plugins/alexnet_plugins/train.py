@@ -21,6 +21,8 @@ from alexnet_cli.options import (
     Parallel,
     Precision,
     QuietFlag,
+    SettingsOption,
+    complete_recipe,
 )
 from alexnet_plugins.train_config import show_config
 from alexnet_plugins.train_display import heading, show_records, told_once
@@ -49,13 +51,8 @@ OWN = "[default: the recipe's]"
 
 def train(
     data: DataOption = None,
-    recipe: Annotated[str | None, typer.Option("--recipe", help=NAMES)] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="KEY=VALUE", help="Change one value of the recipe; --print-config lists them. Repeatable."
-        ),
-    ] = None,
+    recipe: Annotated[str | None, typer.Option("--recipe", help=NAMES, autocompletion=complete_recipe)] = None,
+    settings: SettingsOption = None,
     epochs: Annotated[int | None, typer.Option(min=1, help=f"Passes over the training set, at most. {OWN}")] = None,
     max_steps: Annotated[int | None, typer.Option(min=1, help="Stop after so many steps.")] = None,
     batch_size: Annotated[
