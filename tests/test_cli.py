@@ -106,7 +106,7 @@ def test_every_command_explains_itself(command: str) -> None:
         assert "--json" in result.stdout
         assert "--quiet" in result.stdout
         own = "--weights" in result.stdout and "--data" in result.stdout
-        assert ("that the weights were trained on" in " ".join(result.stdout.split())) == own
+        assert ("the one the weights were trained on" in " ".join(result.stdout.split())) == own
 
 
 def test_without_arguments_help_and_exit_2() -> None:

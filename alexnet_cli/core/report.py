@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from alexnet_cli.core import evidence, history, qualitative
-from alexnet_cli.core.evaluate import matching
+from alexnet_cli.core.evaluate import match_classes
 from alexnet_cli.core.evidence import Evidence, Opened, Subject
 from alexnet_cli.core.history import History
 from alexnet_cli.core.patience import Patience
@@ -146,7 +146,7 @@ def _evidence(
         missing = missing or "the run has no checkpoint yet"
     elif placement and isinstance(data, Dataset):
         try:
-            output_of = matching(opened.model.classes, data.classes, opened.model.path)
+            output_of = match_classes(opened.model.classes, data.classes, opened.model.path)
             return evidence.collect(Subject(opened, run.path if run else None, data, output_of, placement), patience)
         except DataError as error:
             return Evidence(missing=dict.fromkeys(evidence.PARTS, error.what), failed=error.what)

@@ -111,7 +111,7 @@ def _int8(
 ) -> dict[str, Any]:
     """Calibrated on `sets[1]`, or else on the set that accuracy is judged on, `sets[0]`."""
     from alexnet_cli.core import calibration, export_int8
-    from alexnet_cli.core.evaluate import matching
+    from alexnet_cli.core.evaluate import match_classes
     from alexnet_cli.core.export import crops_of
     from alexnet_cli.core.probes import centres, evenly
     from alexnet_cli.core.shards import find_dataset, open_dataset
@@ -135,7 +135,7 @@ def _int8(
         reporter.warn("the accuracy that is lost was not measured", "leave out --no-verify to know it")
         return _numbers(None) | about | {"accuracy": None}
     try:
-        output_of = matching(model.classes, judge.classes, model.path)
+        output_of = match_classes(model.classes, judge.classes, model.path)
     except DataError as error:
         raise DataError(error.what, "name a set of the network's classes with --data, or say --no-verify") from error
     labelled = export_int8.labelled(held, side, output_of)
