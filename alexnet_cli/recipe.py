@@ -39,10 +39,10 @@ class Recipe:
     # 3 The architecture
     activation: Literal["relu", "tanh", "sigmoid"] = setting("relu", "3.1", "nonlinearity of layers 1 to 7")
     towers: int = setting(2, "3.2", "2, or 1 for the one-GPU network of the paper's footnote", 1, 2)
-    width: float = setting(1.0, "-", "share of the paper's channels in every layer but the last", 1 / 64, 4)
+    width: float = setting(1.0, "-", "fraction of the paper's channels in every layer but the last", 1 / 64, 4)
     input_size: Literal[224, 227] = setting(224, "3.5", "side of the crop in pixels (227: Caffe, unpadded)")
     edge_padding: bool = setting(True, "code", "zeros right of and below 224 pixels: maps of 55 in layer 1, else 54")
-    lrn: Literal["across-maps", "within-map", "none"] = setting("across-maps", "3.3", "response normalisation")
+    lrn: Literal["across-maps", "within-map", "none"] = setting("across-maps", "3.3", "kind of response normalisation")
     lrn_size: int = setting(5, "3.3", "n: adjacent maps in the sum (across) or side of the window (within)", 1, 255)
     lrn_k: float = setting(2.0, "3.3", "k: the constant in the denominator", 1e-6)
     lrn_alpha: float = setting(1e-4, "3.3", "alpha, for inputs in 0..255", 0)
@@ -50,18 +50,18 @@ class Recipe:
     lrn_alpha_divided: bool = setting(False, "3.3", "divide alpha by the number of terms, as the code and Caffe do")
     lrn_joint: bool = setting(False, "3.5", "normalise across both towers' maps, as Caffe does")
     within_norm_2: bool = setting(False, "code", "one more normalisation, within each map (5x5), in stage 2")
-    stage1_order: Order = setting("relu-norm-pool", "3.5", "what follows convolution 1")
-    stage2_order: Order = setting("relu-norm-pool", "3.5", "what follows convolution 2")
+    stage1_order: Order = setting("relu-norm-pool", "3.5", "order of the operations after convolution 1")
+    stage2_order: Order = setting("relu-norm-pool", "3.5", "order of the operations after convolution 2")
     pool_size: int = setting(3, "3.4", "side of the pooling window; 3 overlaps at stride 2, 2 does not", 2, 3)
 
     # 4 Reducing overfitting
     crops: bool = setting(True, "4.1", "random crops in training; otherwise the centre")
-    crop_group: int = setting(1, "4.1", "images, one after the other, that share a crop and a reflection", 1)
+    crop_group: int = setting(1, "4.1", "consecutive images that share a crop and a reflection", 1)
     flips: bool = setting(True, "4.1", "random horizontal reflections in training")
-    colour_shift: float = setting(0.1, "4.1", "deviation of the shift along each principal axis, in its own", 0)
+    colour_shift: float = setting(0.1, "4.1", "std of the shift along each principal axis, relative to the axis", 0)
     colour_shift_epochs: int = setting(0, "4.1", "epochs with the colour shift; 0 = all", 0)
     colour_shift_divide: float = setting(1.0, "4.1", "divide the shifted image by this", 0.1)
-    dropout: float = setting(0.5, "4.2", "probability to drop a unit of layers 6 and 7", 0, 0.99)
+    dropout: float = setting(0.5, "4.2", "probability of dropping a unit of layers 6 and 7", 0, 0.99)
     dropout_inverted: bool = setting(False, "4.2", "rescale in training (as Caffe does) instead of at test time")
 
     # 2 The dataset
@@ -73,14 +73,16 @@ class Recipe:
     # 5 Details of learning
     batch_size: int = setting(128, "5", "images per step, over all devices", 1)
     epochs: int = setting(90, "5", "passes over the training set, at most", 1)
-    learning_rate: float = setting(0.01, "5", "initial rate; the highest one if one-cycle", 0)
-    momentum: float = setting(0.9, "5", "share of the velocity kept at each step", 0, 0.9999)
-    weight_decay: float = setting(0.0005, "5", "share of each weight taken off, times the rate", 0)
-    bias_rate: float = setting(1.0, "5", "rate of the biases, as a multiple of the weights'", 0)
-    bias_rate_drops: bool = setting(True, "5", "biases follow the drops of the rate")
-    bias_decay: bool = setting(True, "5", "weight decay on biases too")
+    learning_rate: float = setting(0.01, "5", "initial learning rate; the highest one if one-cycle", 0)
+    momentum: float = setting(0.9, "5", "fraction of the velocity kept at each step", 0, 0.9999)
+    weight_decay: float = setting(
+        0.0005, "5", "fraction of each weight subtracted per step, times the learning rate", 0
+    )
+    bias_rate: float = setting(1.0, "5", "learning rate of biases, as a multiple of the weights'", 0)
+    bias_rate_drops: bool = setting(True, "5", "the learning rate of biases drops with the schedule")
+    bias_decay: bool = setting(True, "5", "apply weight decay to biases too")
     schedule: Literal["plateau", "fixed", "one-cycle"] = setting(
-        "plateau", "5", "divide by ten when validation error stops falling, or at fixed epochs, or one cycle"
+        "plateau", "5", "divide the rate by ten when validation error stops falling or at fixed epochs, or one cycle"
     )
     plateau_epochs: int = setting(5, "5", "epochs without a new lowest validation error before a drop", 1)
     plateau_drops: int = setting(3, "5", "drops before training ends", 0)
@@ -88,19 +90,21 @@ class Recipe:
     conv1_slow_epoch: int = setting(0, "code", "layer 1 learns at a tenth after this epoch; 0 = never", 0)
     conv1_freeze_epoch: int = setting(0, "code", "layer 1 is frozen after this epoch; 0 = never", 0)
     frozen: Literal["none", "conv"] = setting(
-        "none", "-", "layers that keep their values (conv: 1 to 5), for fine-tuning"
+        "none", "-", "layers that are not trained (conv: 1 to 5), for fine-tuning"
     )
-    label_smoothing: float = setting(0.0, "-", "share of the target spread over all classes", 0, 0.99)
+    label_smoothing: float = setting(0.0, "-", "fraction of the target spread over all classes", 0, 0.99)
     init: Literal["gaussian", "scaled"] = setting(
         "gaussian", "5", "N(0, std), or N(0, 2 / inputs) with all biases 0 (He et al. 2015)"
     )
     conv1_scale: float = setting(1.0, "-", "factor on the initial weights of layer 1", 0)
-    weight_std: float = setting(0.01, "5", "deviation of the initial weights", 0)
-    conv345_std: float = setting(0.03, "code", "the same in layers 3 to 5; the paper's text has 0.01", 0)
-    fc67_std: float = setting(0.01, "5", "the same in layers 6 and 7", 0)
+    weight_std: float = setting(0.01, "5", "std of the initial weights", 0)
+    conv345_std: float = setting(
+        0.03, "code", "std of the initial weights of layers 3 to 5; the paper's text has 0.01", 0
+    )
+    fc67_std: float = setting(0.01, "5", "std of the initial weights of layers 6 and 7", 0)
     bias: float = setting(1.0, "5", "initial biases of layers 2, 4, 5, 6, 7; the others start at 0")
-    precision: Literal["fp32", "tf32", "bf16"] = setting("fp32", "code", "arithmetic of the matrix products")
-    seed: int = setting(0, "-", "of initial values, order, crops, shifts and dropout", 0, 2**31 - 1)
+    precision: Literal["fp32", "tf32", "bf16"] = setting("fp32", "code", "precision of the matrix products")
+    seed: int = setting(0, "-", "random seed (initial weights, data order, augmentation, dropout)", 0, 2**31 - 1)
 
     def __post_init__(self) -> None:
         """Raise RecipeError for the first value that has the wrong type or is out of range."""

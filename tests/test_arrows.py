@@ -236,7 +236,9 @@ def test_core(name: str) -> None:
     path = ROOT / "alexnet_cli" / "core" / f"{name}.py"
     extra = inside(path, "alexnet_cli.core") - set(CORE[name].split())
     assert not extra, f"core/{name}.py imports {extra}, which the table above does not allow"
-    assert inside(path, "alexnet_cli") <= {"errors", "recipe", "recipe_io"}, "core knows neither the shell nor the plugins"
+    assert inside(path, "alexnet_cli") <= {"errors", "recipe", "recipe_io"}, (
+        "core knows neither the shell nor the plugins"
+    )
     tops = {module.split(".")[0] for module in imports(path)}
     assert not tops & {"typer", "rich", "click", "alexnet_plugins"}
     if name not in TORCH:
