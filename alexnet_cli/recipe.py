@@ -75,9 +75,7 @@ class Recipe:
     epochs: int = setting(90, "5", "passes over the training set, at most", 1)
     learning_rate: float = setting(0.01, "5", "initial learning rate; the highest one if one-cycle", 0)
     momentum: float = setting(0.9, "5", "fraction of the velocity kept at each step", 0, 0.9999)
-    weight_decay: float = setting(
-        0.0005, "5", "fraction of each weight subtracted per step, times the learning rate", 0
-    )
+    weight_decay: float = setting(0.0005, "5", "fraction of each weight subtracted per step, times the rate", 0)
     bias_rate: float = setting(1.0, "5", "learning rate of biases, as a multiple of the weights'", 0)
     bias_rate_drops: bool = setting(True, "5", "the learning rate of biases drops with the schedule")
     bias_decay: bool = setting(True, "5", "apply weight decay to biases too")
@@ -97,11 +95,9 @@ class Recipe:
         "gaussian", "5", "N(0, std), or N(0, 2 / inputs) with all biases 0 (He et al. 2015)"
     )
     conv1_scale: float = setting(1.0, "-", "factor on the initial weights of layer 1", 0)
-    weight_std: float = setting(0.01, "5", "std of the initial weights", 0)
-    conv345_std: float = setting(
-        0.03, "code", "std of the initial weights of layers 3 to 5; the paper's text has 0.01", 0
-    )
-    fc67_std: float = setting(0.01, "5", "std of the initial weights of layers 6 and 7", 0)
+    weight_std: float = setting(0.01, "5", "std of initial weights", 0)
+    conv345_std: float = setting(0.03, "code", "std of initial weights in layers 3 to 5; the paper's text has 0.01", 0)
+    fc67_std: float = setting(0.01, "5", "std of initial weights in layers 6 and 7", 0)
     bias: float = setting(1.0, "5", "initial biases of layers 2, 4, 5, 6, 7; the others start at 0")
     precision: Literal["fp32", "tf32", "bf16"] = setting("fp32", "code", "precision of the matrix products")
     seed: int = setting(0, "-", "random seed (initial weights, data order, augmentation, dropout)", 0, 2**31 - 1)

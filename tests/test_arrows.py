@@ -137,8 +137,8 @@ CORE = {
     "report_network": "anatomy network network_picture report report_pictures",
     "report_sections": "confusion_matrix evaluate evidence filter_picture history report report_charts "
     "report_pictures results",
-    "report_page": "atomic baselines history plotting records report report_charts report_network report_sections results "
-    "runs shards",
+    "report_page": "atomic baselines history plotting records report report_charts report_network report_sections "
+    "results runs shards",
     # weights of other programs
     "protobuf": "",
     "unpickler": "",
