@@ -184,7 +184,7 @@ def test_the_commands_of_the_readme(prepared: Path, tmp_path: Path, gpus: list[s
     """Train where nothing is said, evaluate, and go on on the CPU."""
 
     def said(*words: str) -> str:
-        process = [sys.executable, "-m", "alexnet_cli.cli", *words, "--json"]
+        process = [sys.executable, "-m", "alexnet_cli", *words, "--json"]
         done = subprocess.run(process, capture_output=True, text=True, cwd=tmp_path, timeout=300)
         assert done.returncode == 0, done.stderr
         return done.stdout

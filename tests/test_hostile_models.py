@@ -30,7 +30,8 @@ from alexnet_cli.core.loader import Loader, all_batches
 from alexnet_cli.core.runs import Run
 from alexnet_cli.core.session import Session
 from alexnet_cli.errors import DataError, RecipeError, WeightsError
-from alexnet_cli.recipe import PAPER, TINY, load
+from alexnet_cli.recipe import PAPER, TINY
+from alexnet_cli.recipe_io import load_recipe
 
 RECIPE = replace(TINY, width=1 / 64)
 SECRET = "do-not-read-me"
@@ -349,7 +350,7 @@ def test_recipes_that_unfold(text: str, tmp_path: Path) -> None:
     """A key of 100,000 parts took more than 20 GB."""
     (tmp_path / "r.toml").write_text(text)
     with pytest.raises(RecipeError, match="is not TOML"):
-        load(str(tmp_path / "r.toml"))
+        load_recipe(str(tmp_path / "r.toml"))
 
 
 def test_metrics_of_junk(tmp_path: Path) -> None:

@@ -226,7 +226,7 @@ def test_a_folder_of_the_largest_pictures_fits_in_two_gigabytes(tmp_path: Path) 
     for number in range(6):
         (tmp_path / f"{number}.png").write_bytes(png(9459, 9459, rows=9459))
         (tmp_path / f"{number}-colour.png").write_bytes(png(9459, 9459, 8, 6, 9459))
-    words = [sys.executable, "-m", "alexnet_cli.cli", "predict", str(tmp_path), "-w", str(model), "-q"]
+    words = [sys.executable, "-m", "alexnet_cli", "predict", str(tmp_path), "-w", str(model), "-q"]
     with subprocess.Popen(words, stdout=subprocess.PIPE) as process:
         assert process.stdout
         shown = process.stdout.read().decode()
@@ -247,7 +247,7 @@ def test_large_pictures_are_prepared_one_at_a_time_whatever_the_workers(tmp_path
         for other in range(40):
             (folder / f"{number}-{other}.jpg").write_bytes(WHOLE["jpeg"])
     words = ["prepare", str(tmp_path / "source"), "-o", str(tmp_path / "out"), "--workers", "6", "-q"]
-    with subprocess.Popen([sys.executable, "-m", "alexnet_cli.cli", *words]) as process:
+    with subprocess.Popen([sys.executable, "-m", "alexnet_cli", *words]) as process:
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     assert process.returncode == 0

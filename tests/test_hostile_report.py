@@ -109,9 +109,9 @@ def test_results_that_contradict_themselves_are_none(copy: Run, file: str, chang
     path = copy.path / "eval" / file
     text = path.read_text(encoding="utf-8")
     assert change(text) != text
-    assert results.read(path.parent, "val-1", len(NAMES), {})
+    assert results.read_results(path.parent, "val-1", len(NAMES), {})
     path.write_text(change(text), encoding="utf-8")
-    assert results.read(path.parent, "val-1", len(NAMES), {}) is None
+    assert results.read_results(path.parent, "val-1", len(NAMES), {}) is None
 
 
 def test_they_are_made_anew(copy: Run) -> None:

@@ -55,7 +55,7 @@ def start(prepared: Path, tmp_path: Path) -> Iterator[Any]:
     started: list[Command] = []
 
     def command(*extra: str, before: tuple[str, ...] = (), settings: dict[str, str] | None = None) -> Command:
-        words = ["-m", "alexnet_cli.cli", "train", "--data", str(prepared), *SMALL, "--name", "r", *extra]
+        words = ["-m", "alexnet_cli", "train", "--data", str(prepared), *SMALL, "--name", "r", *extra]
         environment = {**os.environ, "ALEXNET_RUNS_DIR": str(tmp_path / "runs"), **(settings or {})}
         pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         process = subprocess.Popen([sys.executable, *before, *words], text=True, env=environment, **pipes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from alexnet_cli.core import confusion_picture, lettering
+from alexnet_cli.core import confusion_matrix, lettering
 from alexnet_cli.core.contact_sheet import Row, Tile, sheet
 
 
@@ -28,7 +28,13 @@ def test_english_is_written_in_pillows_own_font_and_without_matplotlib_all_is(mo
 def test_pictures_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib", reason="the extra `charts` brings the font")
     tiles = [Tile(np.zeros((8, 8, 3), np.uint8), "Bär")]
-    pages = [confusion_picture.draw(np.eye(2, dtype=np.int64), ["ß", "Ж"], "t"), sheet([Row("x", tiles)], "t")]
+    pages = [
+        confusion_matrix.draw_confusion_matrix(np.eye(2, dtype=np.int64), ["ß", "Ж"], "t"),
+        sheet([Row("x", tiles)], "t"),
+    ]
     monkeypatch.setattr(lettering, "_other", lambda: None)
-    boxes = [confusion_picture.draw(np.eye(2, dtype=np.int64), ["ß", "Ж"], "t"), sheet([Row("x", tiles)], "t")]
+    boxes = [
+        confusion_matrix.draw_confusion_matrix(np.eye(2, dtype=np.int64), ["ß", "Ж"], "t"),
+        sheet([Row("x", tiles)], "t"),
+    ]
     assert all(page.tobytes() != box.tobytes() for page, box in zip(pages, boxes, strict=True))

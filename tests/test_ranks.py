@@ -108,7 +108,7 @@ def test_counts_add_up() -> None:
     first.add(np.eye(3, dtype=np.float32), np.array([0, 1, 1]))
     second.add(np.eye(3, dtype=np.float32)[:1], np.array([2]))
     parts = {id(first.confusion): second.confusion, id(first.top5_hits): second.top5_hits}
-    both = first.summed(lambda own: own + parts.get(id(own), np.array([second.loss_sum])))
+    both = first.sum_over_ranks(lambda own: own + parts.get(id(own), np.array([second.loss_sum])))
     assert (both.images, both.top1_error) == (4, 0.5)
     assert both.loss_sum == pytest.approx(first.loss_sum + second.loss_sum)
 

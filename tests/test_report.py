@@ -22,7 +22,7 @@ from alexnet_cli.core.evaluate import Evaluation
 from alexnet_cli.core.evidence import Evidence, Opened
 from alexnet_cli.core.history import History, of
 from alexnet_cli.core.report import gather
-from alexnet_cli.core.results import numbers
+from alexnet_cli.core.results import summarize
 from alexnet_cli.core.runs import Run
 from alexnet_cli.core.shards import Dataset
 from alexnet_cli.core.sources import ClassName
@@ -334,7 +334,7 @@ def test_a_network_that_broke_down_has_what_can_be_said(
     sections = {s["id"]: s["note"] for s in json.loads(result.stdout)["sections"]}
     of_pictures = {"filters", "results", "examples", "neighbours"}
     assert {name for name in of_pictures if sections[name]} == absent
-    assert ("no number" if factor != factor else "too large for float16") in sections["neighbours"]
+    assert ("NaN" if factor != factor else "too large for float16") in sections["neighbours"]
 
 
 @pytest.mark.parametrize("status", ["running", "failed", "interrupted"])
@@ -395,7 +395,7 @@ def page_of(path: Path, classes: Sequence[ClassName], confusion: Sequence[Sequen
     model = replace(random_model(replace(PAPER, width=1 / 32), len(classes)), classes=tuple(classes))
     counts = Evaluation(np.array(confusion, np.int64), np.array(confusion, np.int64).sum(axis=1))
     found = gather(None, Opened(model, ""), "none")
-    evidence = Evidence((numbers(counts, 1, "torch"),), counts, missing=found.evidence.missing)
+    evidence = Evidence((summarize(counts, 1, "torch"),), counts, missing=found.evidence.missing)
     report_page.write(replace(found, evidence=evidence), path)
     return Page(path)
 
@@ -455,7 +455,7 @@ def test_a_thousand_classes_stay_readable_and_small(tmp_path: Path) -> None:
     counts = Evaluation(np.diag(np.full(1000, 30)), np.full(1000, 45))
     np.add.at(counts.confusion, tuple(generator.integers(0, 1000, (2, 20_000))), 1)
     found = gather(None, Opened(model, ""), "none")
-    page = replace(found, evidence=Evidence((numbers(counts, 1, "torch"),), counts, missing=found.evidence.missing))
+    page = replace(found, evidence=Evidence((summarize(counts, 1, "torch"),), counts, missing=found.evidence.missing))
     report_page.write(page, tmp_path / "page.html")
     assert (tmp_path / "page.html").stat().st_size < 2e6
     read = Page(tmp_path / "page.html")

@@ -21,8 +21,7 @@ import torch
 
 from alexnet_cli.core import neighbourhoods, results
 from alexnet_cli.core.augment import Pixels
-from alexnet_cli.core.backoff import Backoff
-from alexnet_cli.core.evaluate import Classify, Evaluation, TorchClassifier, evaluate
+from alexnet_cli.core.evaluate import Classify, Evaluation, HalvingClassifier, TorchClassifier, evaluate
 from alexnet_cli.core.images import Pixels as Picture
 from alexnet_cli.core.loader import Loader, all_batches
 from alexnet_cli.core.neighbourhoods import Neighbourhood
@@ -30,8 +29,8 @@ from alexnet_cli.core.network import network_from_model
 from alexnet_cli.core.origin import is_best
 from alexnet_cli.core.patience import Patience, Spent
 from alexnet_cli.core.placement import Placement, threads_for_decoding
-from alexnet_cli.core.published import published
 from alexnet_cli.core.responses import pictures
+from alexnet_cli.core.results import find_published
 from alexnet_cli.core.shards import Dataset, Split
 from alexnet_cli.core.weights import Model, read
 from alexnet_cli.errors import DataError, StorageError, WeightsError
@@ -125,7 +124,7 @@ class Subject:
         """The network at work."""
         model, placement = self.model, self.placement
         pixels = Pixels(model.recipe, model.mean, None, None, placement.device)
-        return Backoff(
+        return HalvingClassifier(
             TorchClassifier(network_from_model(model).to(placement.device), pixels, placement), lambda n: None
         )
 
@@ -185,16 +184,16 @@ def stored(subject: Subject) -> list[tuple[Mapping[str, Any], Evaluation]]:
     of = {"weights_sha256": subject.opened.sha256, "data_hash": data.hash}
     found: list[tuple[Mapping[str, Any], Evaluation]] = []
     for views in results.PROTOCOL:
-        stem = results.stem("val", views, model.path, data)
-        if run and (there := results.read(run / "eval", stem, len(model.classes), of)):
+        stem = results.make_file_stem("val", views, model.path, data)
+        if run and (there := results.read_results(run / "eval", stem, len(model.classes), of)):
             totals, counts = there
             found.append((_numbers(subject, counts, totals["views"], totals["backend"]), counts))
     return found
 
 
 def _numbers(subject: Subject, counts: Evaluation, views: int, backend: str) -> dict[str, Any]:
-    figure = published(subject.model.recipe, subject.data.classes)
-    return results.numbers(counts, views, backend, figure)
+    figure = find_published(subject.model.recipe, subject.data.classes)
+    return results.summarize(counts, views, backend, figure)
 
 
 def _measured(subject: Subject, val: Split, patience: Patience) -> Evaluation:
@@ -204,7 +203,7 @@ def _measured(subject: Subject, val: Split, patience: Patience) -> Evaluation:
     with Loader(val, size, threads_for_decoding(None)) as loader:
         batches = loader.batches(all_batches(len(val), size))
         for batch, _, _ in evaluate(subject.classify, batches, counts, subject.output_of):
-            counts.check(subject.model.path)
+            counts.check_finite(subject.model.path)
             advance(len(batch.rows))
     return counts
 
@@ -214,8 +213,12 @@ def _keep(subject: Subject, counts: Evaluation) -> None:
     model, data = subject.model, subject.data
     if not subject.run or subject.unkept or not is_best(model.path):
         return
-    totals = _numbers(subject, counts, 1, "torch") | results.origin("val", model.path, subject.opened.sha256, data)
-    results.write(subject.run / "eval", results.stem("val", 1, model.path, data), counts, model.classes, totals)
+    totals = _numbers(subject, counts, 1, "torch") | results.describe_source(
+        "val", model.path, subject.opened.sha256, data
+    )
+    results.write_results(
+        subject.run / "eval", results.make_file_stem("val", 1, model.path, data), counts, model.classes, totals
+    )
 
 
 def sample(split: Split, most: int = SAMPLE) -> npt.NDArray[np.int64]:

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from alexnet_cli import recipe as recipes
+from alexnet_cli import recipe_io
 from alexnet_cli.core.architecture import CONV_LAYERS, layer_specs
 from alexnet_cli.errors import RecipeError, WeightsError
 from alexnet_cli.recipe import CAFFE, Order, Recipe
@@ -45,7 +45,7 @@ class Foreign:
 def built(path: Path, base: Recipe, values: Mapping[str, Any]) -> Recipe:
     """A recipe with the values that a file gives. Raises WeightsError for those that no recipe can have."""
     try:
-        return recipes.changed(base, values)
+        return recipe_io.apply_changes(base, values)
     except RecipeError as error:
         raise refused(path, f"it has a setting that this network cannot have ({error.what})") from error
 

@@ -43,7 +43,7 @@ def launch(arguments: Sequence[str], processes: int) -> int:
     ranks = range(processes)
     with tempfile.TemporaryDirectory(prefix="alexnet-") as folder, asked_to_stop(None) as asked:
         safely = [] if os.getcwd() in sys.path else ["-P"]  # or -m would import what lies in the user's folder
-        command = (*safely, "-m", "alexnet_cli.cli", *arguments)
+        command = (*safely, "-m", "alexnet_cli", *arguments)
         started = start_processes(
             "alexnet", sys.executable, dict.fromkeys(ranks, command),
             {rank: variables(rank, processes, store.port) for rank in ranks}, DefaultLogsSpecs(log_dir=folder),

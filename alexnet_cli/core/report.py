@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from alexnet_cli.core import evidence, history, qualitative
-from alexnet_cli.core.evaluate import matching
+from alexnet_cli.core.evaluate import match_classes
 from alexnet_cli.core.evidence import Evidence, Opened, Subject
 from alexnet_cli.core.history import History
 from alexnet_cli.core.patience import Patience
@@ -27,7 +27,7 @@ from alexnet_cli.core.shards import Dataset, find_dataset, open_dataset
 from alexnet_cli.core.sources import ClassName
 from alexnet_cli.core.weights import Model
 from alexnet_cli.errors import AlexNetError, DataError, RecipeError
-from alexnet_cli.recipe import PAPER, Recipe, describe
+from alexnet_cli.recipe import PAPER, Recipe, describe_setting
 
 FEW = 5  # with no more classes, every answer is among the five likeliest
 
@@ -61,7 +61,7 @@ class Report:
     def values(self) -> list[Value]:
         """Every value of the recipe."""
         mine, paper = asdict(self.recipe), asdict(PAPER)
-        return [Value(key, mine[key], paper[key], *describe(key)) for key in mine if key != "name"]
+        return [Value(key, mine[key], paper[key], *describe_setting(key)) for key in mine if key != "name"]
 
     @property
     def parameters(self) -> int | None:
@@ -146,7 +146,7 @@ def _evidence(
         missing = missing or "the run has no checkpoint yet"
     elif placement and isinstance(data, Dataset):
         try:
-            output_of = matching(opened.model.classes, data.classes, opened.model.path)
+            output_of = match_classes(opened.model.classes, data.classes, opened.model.path)
             return evidence.collect(Subject(opened, run.path if run else None, data, output_of, placement), patience)
         except DataError as error:
             return Evidence(missing=dict.fromkeys(evidence.PARTS, error.what), failed=error.what)

@@ -17,7 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 import alexnet_cli
-from alexnet_cli.core import chance, report_charts, report_network, report_sections, results
+from alexnet_cli.core import baselines, report_charts, report_network, report_sections, results
 from alexnet_cli.core.atomic import write_text
 from alexnet_cli.core.history import number
 from alexnet_cli.core.plotting import HINT, can_draw
@@ -141,7 +141,7 @@ def _lead(report: Report) -> str:
     if totals:
         first, of = totals[0], _of(report.data.name if report.data else None)
         low, high = first["top1_error_interval"]
-        guess = chance.beside(first["chance_error"], first["commonest_error"])
+        guess = baselines.format_baselines(first["chance_error"], first["commonest_error"])
         five = "" if few else f", top-5 error {first['top5_error']:.1%}"
         return (
             f"Top-1 error {first['top1_error']:.1%} ({guess}; 95 % interval {low:.1%} to {high:.1%})"
@@ -159,16 +159,17 @@ def _lead(report: Report) -> str:
 def _worth(report: Report, totals: Mapping[str, Any]) -> str:
     """Whether that is more than answers without a look at the pictures are worth."""
     counts, names = report.evidence.counts, told_apart(report.classes)
-    same = f" {said}." if counts and (said := chance.one_sided(counts.confusion, names)) else ""
-    return (f" This is {said}." if (said := chance.guessed(totals)) else "") + same
+    same = f" {said}." if counts and (said := baselines.describe_one_sided(counts.confusion, names)) else ""
+    return (f" This is {said}." if (said := baselines.describe_totals(totals)) else "") + same
 
 
 def _beside(report: Report) -> str:
     """What such answers give on the run's own validation pictures, if they are there."""
     with suppress(DataError):
         if report.data and report.own_data and len(labels := report.data.split("val").labels):
-            of_each = chance.counted(labels, len(report.classes))
-            return f" ({chance.beside(chance.guessing(len(report.classes)), chance.commonest(of_each))})"
+            of_each = baselines.count_images(labels, len(report.classes))
+            guessing, majority = baselines.guessing_error(len(report.classes)), baselines.majority_error(of_each)
+            return f" ({baselines.format_baselines(guessing, majority)})"
     return ""
 
 

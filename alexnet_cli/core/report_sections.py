@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from alexnet_cli.core import confusion_picture, filter_picture, published, report_pictures, results
+from alexnet_cli.core import confusion_matrix, filter_picture, report_pictures, results
 from alexnet_cli.core.evaluate import Evaluation
 from alexnet_cli.core.evidence import Example
 from alexnet_cli.core.history import number
@@ -134,11 +134,11 @@ def outcome(report: Report) -> Names | None:
     if counts is None:
         return None
     names = told_apart(report.classes)
-    ranked = sorted(results.per_class(counts, report.classes), key=lambda row: float(row["top1_error"]))
+    ranked = sorted(results.count_per_class(counts, report.classes), key=lambda row: float(row["top1_error"]))
     rows = [_class(row, counts, names) for row in ranked]
     title = f"{counts.images:,} validation pictures, top-1 error {counts.top1_error:.1%}"
-    image = confusion_picture.draw(counts.confusion, names, title)
-    pairs = [(names[true], names[seen], times) for true, seen, times in results.mistakes(counts, MOST)]
+    image = confusion_matrix.draw_confusion_matrix(counts.confusion, names, title)
+    pairs = [(names[true], names[seen], times) for true, seen, times in results.find_mistakes(counts, MOST)]
     first = (
         f" The most frequent mistake: {pairs[0][0]} taken for {pairs[0][1]}, {_times(pairs[0][2])}." if pairs else ""
     )
@@ -204,7 +204,7 @@ def _known(totals: Sequence[Mapping[str, Any]]) -> list[Row]:
     if not known:
         return []
     what = f"published: {known['source']}, {results.PROTOCOL[known['views']]}"
-    return [(what, f"{published.IMAGES:,}", f"{known['top1_error']:.1%}", f"{known['top5_error']:.1%}", "")]
+    return [(what, f"{results.VALIDATION_IMAGES:,}", f"{known['top1_error']:.1%}", f"{known['top5_error']:.1%}", "")]
 
 
 def examples(report: Report) -> Names | None:

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from alexnet_cli.core import onnx_metadata, weights
 from alexnet_cli.core.devices import cores, gpu_present, int8_saturates, load_cuda
 from alexnet_cli.core.sources import ClassName
-from alexnet_cli.errors import MissingError, WeightsError, memory_ended
+from alexnet_cli.errors import MissingError, WeightsError, is_out_of_memory
 from alexnet_cli.recipe import Recipe
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
@@ -169,7 +169,7 @@ class Session:
         try:
             results = self._session.run(outputs, {"input": crops.astype(np.float32, copy=False)}, options)
         except Exception as error:
-            if memory_ended(error):
+            if is_out_of_memory(error):
                 raise
             what = f"{self.path} cannot be run: {_words(error)}"
             raise WeightsError(what, "if the file is damaged, export it again") from error

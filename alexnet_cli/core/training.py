@@ -157,7 +157,7 @@ class Training:
             for _ in evaluate(classify, loader.batches(plan), counts):
                 if stop():
                     return None
-        return counts.summed(ranks.total)
+        return counts.sum_over_ranks(ranks.total)
 
     def save(self, metrics: dict[str, Any], best: bool) -> Path:
         """Write a checkpoint of this moment."""

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
-from alexnet_cli import recipe as recipes
+from alexnet_cli import recipe_io
 from alexnet_cli.core.architecture import tensor_shapes
 from alexnet_cli.core.sources import ClassName, class_list
 from alexnet_cli.errors import RecipeError, WeightsError
@@ -112,7 +112,7 @@ def described(path: Path, text: Mapping[str, str]) -> tuple[Recipe, tuple[ClassN
             f"expected {SCHEMA}, as `alexnet train` writes it",
         )
     try:
-        recipe = recipes.from_values(json.loads(text["recipe"]))
+        recipe = recipe_io.recipe_from_dict(json.loads(text["recipe"]))
         entries = json.loads(text["classes"])
         classes = class_list([entry["name"] for entry in entries], [entry.get("wnid") for entry in entries])
         info = dict(json.loads(text.get("info", "{}")))

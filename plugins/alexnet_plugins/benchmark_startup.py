@@ -65,7 +65,7 @@ def contests(scratch: Path, picture: Path | None) -> Generator[Contest]:
     if picture is None:
         picture = scratch / "picture.jpg"
         picture.write_bytes(benchmark_pictures.picture(0))
-    ours = {kind: _process("-m", "alexnet_cli.cli", "predict", str(picture), "-w", str(files[kind]), "-q")
+    ours = {kind: _process("-m", "alexnet_cli", "predict", str(picture), "-w", str(files[kind]), "-q")
             for kind in ("fp32", "int8", "fp16")}  # fmt: skip
     rival = _process(*script(scratch), str(picture), *widths_and_classes())
     bare = _process("-c", "import numpy, PIL.Image, onnxruntime, typer")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from alexnet_cli import __version__
 from alexnet_cli.console import Reporter
-from alexnet_cli.entry_points import offers
+from alexnet_cli.entry_points import find_entries
 from alexnet_cli.errors import MissingError
 from alexnet_cli.options import JsonFlag, QuietFlag
 
@@ -92,11 +92,11 @@ def _installed(name: str) -> str | None:
 def _broken() -> dict[str, str]:
     """Commands that do not load -> why."""
     broken = {}
-    for offer in (offer for offer in offers() if offer.status != "disabled"):
+    for entry in (entry for entry in find_entries() if entry.status != "disabled"):
         try:
-            offer.load()
+            entry.load()
         except MissingError as error:
-            broken[f"{offer.name} ({offer.distribution})"] = error.what
+            broken[f"{entry.name} ({entry.distribution})"] = error.what
     return broken
 
 

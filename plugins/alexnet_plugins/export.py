@@ -111,7 +111,7 @@ def _int8(
 ) -> dict[str, Any]:
     """Calibrated on `sets[1]`, or else on the set that accuracy is judged on, `sets[0]`."""
     from alexnet_cli.core import export as exporting
-    from alexnet_cli.core.evaluate import matching
+    from alexnet_cli.core.evaluate import match_classes
     from alexnet_cli.core.quantize import CALIBRATION_IMAGES
     from alexnet_cli.core.shards import find_dataset, open_dataset
 
@@ -134,7 +134,7 @@ def _int8(
         reporter.warn("the accuracy that is lost was not measured", "leave out --no-verify to know it")
         return _numbers(None) | about | {"accuracy": None}
     try:
-        output_of = matching(model.classes, judge.classes, model.path)
+        output_of = match_classes(model.classes, judge.classes, model.path)
     except DataError as error:
         raise DataError(error.what, "name a set of the network's classes with --data, or say --no-verify") from error
     labelled = exporting.labelled(held, side, output_of)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from alexnet_cli import recipe as recipes
+from alexnet_cli import recipe_io
 from alexnet_cli.console import Reporter
 from alexnet_cli.errors import UsageError
 from alexnet_cli.options import JsonFlag, QuietFlag
@@ -58,7 +59,7 @@ def import_weights(
     name = output or re.sub(r"[^\w.-]", "_", file.stem).strip(".") or "imported"
     if file.is_file():
         conversion.check_place(name)  # before a large file is read
-    found = conversion.read_network(file, recipes.load(recipe or "paper"), pixels or "rgb")
+    found = conversion.read_network(file, recipe_io.load_recipe(recipe or "paper"), pixels or "rgb")
     if found.format not in BARE and (recipe or pixels):
         raise UsageError(f"{file} says itself how its network is built", "leave --recipe and --pixels out")
     found = _ordered(found, order)

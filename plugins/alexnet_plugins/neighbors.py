@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from alexnet_cli.console import Reporter, visible
+from alexnet_cli.console import Reporter, make_printable
 from alexnet_cli.errors import PartialError, StorageError, UsageError
 from alexnet_cli.options import JsonFlag, OwnDataOption, QuietFlag, WeightsOption
 
@@ -68,7 +68,7 @@ def neighbors(
         failed += isinstance(picture, str)
         if isinstance(picture, str):
             reporter.result({"path": name, "error": picture})
-            reporter.show(visible(f"{name}\n  cannot be read: {picture}".replace("\n", " ")))
+            reporter.show(make_printable(f"{name}\n  cannot be read: {picture}".replace("\n", " ")))
             continue
         records = qualitative_sheets.neighbour_records(near, distances, split, dataset.classes)
         reporter.result({"path": name, "neighbours": records})
@@ -130,11 +130,11 @@ def _found(
 
 def _table(name: str, records: list[dict[str, Any]]) -> str:
     """A line for each neighbour: rank, distance, class, and which picture of the source it is."""
-    width = max(len("class"), *(len(visible(record["label"])) for record in records))
-    lines = [visible(name), f"  rank  distance  {'class':<{width}}  picture"]
+    width = max(len("class"), *(len(make_printable(record["label"])) for record in records))
+    lines = [make_printable(name), f"  rank  distance  {'class':<{width}}  picture"]
     for record in records:
-        label = f"{visible(record['label']):<{width}}"
-        lines.append(f"  {record['rank']:>4}  {record['distance']:8.3f}  {label}  {visible(record['source'])}")
+        label = f"{make_printable(record['label']):<{width}}"
+        lines.append(f"  {record['rank']:>4}  {record['distance']:8.3f}  {label}  {make_printable(record['source'])}")
     return "\n".join(lines)
 
 

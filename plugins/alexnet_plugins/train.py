@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from alexnet_cli import recipe as recipes
+from alexnet_cli import recipe_io
 from alexnet_cli.console import Reporter
 from alexnet_cli.errors import VerificationError
 from alexnet_cli.options import (
@@ -21,6 +21,8 @@ from alexnet_cli.options import (
     Parallel,
     Precision,
     QuietFlag,
+    SettingsOption,
+    complete_recipe,
 )
 from alexnet_plugins.train_config import show_config
 from alexnet_plugins.train_display import heading, show_records, told_once
@@ -49,13 +51,8 @@ OWN = "[default: the recipe's]"
 
 def train(
     data: DataOption = None,
-    recipe: Annotated[str | None, typer.Option("--recipe", help=NAMES)] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="KEY=VALUE", help="Change one value of the recipe; --print-config lists them. Repeatable."
-        ),
-    ] = None,
+    recipe: Annotated[str | None, typer.Option("--recipe", help=NAMES, autocompletion=complete_recipe)] = None,
+    settings: SettingsOption = None,
     epochs: Annotated[int | None, typer.Option(min=1, help=f"Passes over the training set, at most. {OWN}")] = None,
     max_steps: Annotated[int | None, typer.Option(min=1, help="Stop after so many steps.")] = None,
     batch_size: Annotated[
@@ -124,9 +121,9 @@ def train(
     """  # fmt: skip
     from alexnet_cli.core.resume import agreed, asked_to_stop, seconds
 
-    limit, said = seconds(max_time), recipes.parsed(settings or [])
+    limit, said = seconds(max_time), recipe_io.parse_settings(settings or [])
     if recipe:
-        recipes.changed(recipes.load(recipe), said)  # what is mistyped is told before torch is loaded
+        recipe_io.apply_changes(recipe_io.load_recipe(recipe), said)  # what is mistyped is told before torch is loaded
 
     from alexnet_cli.core import placement as devices
     from alexnet_cli.core.fine_tuning import compare, source
@@ -142,7 +139,8 @@ def train(
     if not print_config and (count := devices.processes(gpus, processes)) > 1:
         from alexnet_cli.core.launch import launch
 
-        tried = recipes.changed(recipes.load(recipe or "paper"), {**said, **explicit})  # what is wrong is wrong before
+        # what is wrong is wrong before
+        tried = recipe_io.apply_changes(recipe_io.load_recipe(recipe or "paper"), {**said, **explicit})
         arrangement(count, parallel, tried.towers)
         raise typer.Exit(launch(sys.argv[1:], count))
     with ExitStack() as stack:
@@ -151,7 +149,7 @@ def train(
         run = to_continue(ranks, resume, name)
         first = source(init_from, run)
         base, sources = base_of(recipe, run, first)
-        resolved = recipes.changed(recipes.changed(base, said), explicit)
+        resolved = recipe_io.apply_changes(recipe_io.apply_changes(base, said), explicit)
         if print_config:
             show_config(reporter, resolved, sources | dict.fromkeys(said, "--set") | dict.fromkeys(explicit, "option"))
             return

@@ -82,16 +82,16 @@ def finish(reporter: Reporter, training: Training, reason: str, stop: Callable[[
 
 def _reached(training: Training) -> tuple[str, str]:
     """The lowest error, with what it is worth, and what to do next."""
-    from alexnet_cli.core import advice, chance
+    from alexnet_cli.core import advice, baselines
 
     best, data, steps = training.schedule.best_error, training.data, training.step
     if best > 1:
         return "", "alexnet evaluate"
-    trained, val = (chance.counted(data.split(name).labels, len(data.classes)) for name in ("train", "val"))
-    reaches = chance.lowest_reaches(best, int(val.sum()), training.epochs_begun)
-    guess, always = chance.guessing(len(val)), chance.commonest(val)
+    trained, val = (baselines.count_images(data.split(name).labels, len(data.classes)) for name in ("train", "val"))
+    reaches = baselines.bound_lowest_error(best, int(val.sum()), training.epochs_begun)
+    guess, always = baselines.guessing_error(len(val)), baselines.majority_error(val)
     reached = f" · lowest top-1 error {best:.1%}"
-    if said := chance.no_better(guess, always, reaches):
+    if said := baselines.describe_no_better(guess, always, reaches):
         return f"{reached}, {said} ({always:.1%})", advice.way_on(
             training.recipe, trained, steps, training.epochs_begun
         )

@@ -10,8 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alexnet_cli import __version__
-from alexnet_cli import recipe as recipes
+from alexnet_cli import __version__, recipe_io
 from alexnet_cli.core.architecture import layer_widths
 from alexnet_cli.errors import DataError, UsageError
 from alexnet_cli.recipe import Recipe
@@ -33,8 +32,8 @@ def base_of(name: str | None, run: Run | None, first: Model | None) -> tuple[Rec
     if name is None and run:
         return run.recipe, dict.fromkeys(vars(run.recipe), run.path.name)
     if name is None and first:
-        return recipes.changed(first.recipe, {"frozen": "none"}), dict.fromkeys(vars(first.recipe), "weights")
-    return recipes.load(name or "paper"), origins(name or "paper")
+        return recipe_io.apply_changes(first.recipe, {"frozen": "none"}), dict.fromkeys(vars(first.recipe), "weights")
+    return recipe_io.load_recipe(name or "paper"), origins(name or "paper")
 
 
 def habits_of(run: Run | None, typed: dict[str, int | None]) -> dict[str, int | None]:

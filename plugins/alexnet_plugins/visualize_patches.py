@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from alexnet_cli.console import Reporter, visible
+from alexnet_cli.console import Reporter, make_printable
 from alexnet_cli.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def strongest(
     reporter.show(f"        {'unit':<6}{'response':<10}the three pictures that excite it most")
     for number in units:
         names = [dataset.classes[split.labels[row]].name for row in found.rows[number][:3]]
-        reporter.show(visible(f"unit    {number:<6}{found.responses[number, 0]:<10.3g}{', '.join(names)}"))
+        reporter.show(make_printable(f"unit    {number:<6}{found.responses[number, 0]:<10.3g}{', '.join(names)}"))
     inputs = (found, units, split, dataset.classes, model.recipe, layer)
     record = {"layer": layer, "data": str(dataset.path), "units": qualitative_sheets.unit_records(*inputs)}
     return record, sheet(qualitative_sheets.unit_rows(*inputs), f"{title}, validation pictures of {dataset.name}")

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alexnet_cli.console import Reporter, visible
+from alexnet_cli.console import Reporter, make_printable
 from alexnet_cli.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def way(
     for part in found.layers:
         reporter.show(_told(part, towers))
     block = "█" if "utf" in (sys.stdout.encoding or "").lower() else "#"
-    names = [visible(label.label) for label in found.top]
+    names = [make_printable(label.label) for label in found.top]
     width = max([NAME, *map(len, names)])
     for text, label in zip(names, found.top, strict=True):
         bar = block * round(BAR * label.probability)

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet_cli.core import ablation_picture, comparison
 from alexnet_cli.core.runs import Run
-from alexnet_cli.core.switches import BASE, SWITCHES, Switch, chosen
 from alexnet_cli.errors import UsageError
-from alexnet_cli.recipe import CAFFE, KRIZHEVSKY, PAPER, TINY, changed
+from alexnet_cli.recipe import CAFFE, KRIZHEVSKY, PAPER, TINY
+from alexnet_cli.recipe_io import apply_changes
+from alexnet_plugins.ablate import table
+from alexnet_plugins.ablate.study import BASE, SWITCHES, Switch, choose_switches
 
 SWITCH = {switch.name: switch for switch in SWITCHES}
 LOGS = {  # top-1 and top-5 error in the comments of the authors' configurations: the ablation, and what it is beside
@@ -38,29 +39,22 @@ def test_the_papers_differences_are_those_of_the_logs(
 
 def test_every_switch_changes_every_recipe_or_is_left_out() -> None:
     for base in (PAPER, TINY, KRIZHEVSKY):
-        switches, off = chosen(base)
+        switches, off = choose_switches(base)
         assert (switches, off) == (list(SWITCHES), [])
         assert switches[0] is BASE
-        assert len({switch.applied(base) for switch in switches}) == len(SWITCHES)
-    assert not SWITCH["no-norm"].applied(KRIZHEVSKY).within_norm_2
-    assert [switch.name for switch in chosen(CAFFE)[1]] == ["no-colour-shift"]
-    assert [switch.name for switch in chosen(PAPER, ["tanh"])[0]] == ["base", "tanh"]
+        assert len({switch.apply(base) for switch in switches}) == len(SWITCHES)
+    assert not SWITCH["no-norm"].apply(KRIZHEVSKY).within_norm_2
+    assert [switch.name for switch in choose_switches(CAFFE)[1]] == ["no-colour-shift"]
+    assert [switch.name for switch in choose_switches(PAPER, ["tanh"])[0]] == ["base", "tanh"]
     with pytest.raises(UsageError) as caught:
-        chosen(PAPER, ["tan"])
+        choose_switches(PAPER, ["tan"])
     assert "did you mean tanh?" in caught.value.hint
-
-
-def test_students_t_is_scipys() -> None:
-    from scipy import stats  # a second of imports, which no other file's worker needs to spend
-
-    degrees = np.arange(1, comparison.MOST_SEEDS)
-    np.testing.assert_allclose(comparison.T975, stats.t.ppf(0.975, degrees), atol=5e-4)
 
 
 @pytest.mark.parametrize("n", [2, 3, 7])
 def test_the_interval_is_scipys(n: int) -> None:
     values = np.random.default_rng(n).normal(0.3, 0.02, n)
-    found = comparison.estimate(values.tolist())
+    found = table.estimate_mean(values.tolist())
     assert found is not None
     assert found.half is not None
     from scipy import stats
@@ -71,9 +65,9 @@ def test_the_interval_is_scipys(n: int) -> None:
 
 
 def test_one_value_has_no_interval_and_none_is_nothing() -> None:
-    one = comparison.estimate([0.25])
-    assert one == comparison.Estimate(0.25, None, None, (0.25,))
-    assert comparison.estimate([]) is None
+    one = table.estimate_mean([0.25])
+    assert one == table.Estimate(0.25, None, None, (0.25,))
+    assert table.estimate_mean([]) is None
 
 
 def test_the_curve_is_a_mean_over_the_last_steps() -> None:
@@ -83,15 +77,15 @@ def test_the_curve_is_a_mean_over_the_last_steps() -> None:
     records = [
         {"event": "step", "step": b, "top1_error": errors[a:b].mean()} for a, b in zip(starts, ends, strict=True)
     ]
-    found = comparison.curve([{"event": "start", "step": 0}, *records])
+    found = table.smooth_training_error([{"event": "start", "step": 0}, *records])
     wanted = []
     for end in ends:
-        begin = max((s for s in starts if end - s >= comparison.WINDOW), default=None)
+        begin = max((s for s in starts if end - s >= table.WINDOW), default=None)
         if begin is not None:
             wanted.append((end, errors[begin:end].mean()))
     assert [step for step, _ in found] == [step for step, _ in wanted]
     np.testing.assert_allclose([e for _, e in found], [e for _, e in wanted])
-    assert comparison.curve([]) == []
+    assert table.smooth_training_error([]) == []
 
 
 def made_up(
@@ -100,7 +94,7 @@ def made_up(
     """Runs that ended with such errors, and learned `slow` times as slowly as 0.9 at the start, 0 after 100 steps."""
     runs = {}
     for seed, error in errors.items():
-        run = Run.create(f"s{seed}", changed(TINY, {"seed": seed, "activation": activation}), {}, folder)
+        run = Run.create(f"s{seed}", apply_changes(TINY, {"seed": seed, "activation": activation}), {}, folder)
         for step in range(10, 201, 10):
             run.log({"event": "step", "epoch": 1, "step": step, "top1_error": max(0.0, 0.9 - 0.009 * step / slow)})
         fields = {"top1_error": error, "top5_error": error / 5, "train_top1_error": error / 2}
@@ -112,7 +106,7 @@ def made_up(
 
 
 @pytest.fixture
-def rows(tmp_path: Path) -> list[comparison.Row]:
+def rows(tmp_path: Path) -> list[table.Row]:
     base = made_up(tmp_path / "base", {0: 0.30, 1: 0.33, 2: 0.36})
     runs = {
         BASE: base,
@@ -123,10 +117,10 @@ def rows(tmp_path: Path) -> list[comparison.Row]:
         SWITCH["tanh"]: made_up(tmp_path / "e", {0: 0.4}, slow=2, activation="tanh"),
         SWITCH["sigmoid"]: made_up(tmp_path / "f", {0: 0.9}, status="failed"),
     }
-    return comparison.compare(runs)
+    return table.build_rows(runs)
 
 
-def test_differences_are_taken_in_pairs(rows: list[comparison.Row]) -> None:
+def test_differences_are_taken_in_pairs(rows: list[table.Row]) -> None:
     row = {r.switch.name: r for r in rows}
     difference = row["no-norm"].top1_difference
     assert difference is not None
@@ -148,7 +142,7 @@ def test_differences_are_taken_in_pairs(rows: list[comparison.Row]) -> None:
     assert row["base"].top1_difference is None
 
 
-def test_steps_to_a_training_error(rows: list[comparison.Row]) -> None:
+def test_steps_to_a_training_error(rows: list[table.Row]) -> None:
     """The window of 50 steps, five records of ten, is the mean of a straight line: its middle record counts."""
 
     def first(slow: int) -> int:
@@ -157,34 +151,34 @@ def test_steps_to_a_training_error(rows: list[comparison.Row]) -> None:
             if np.mean([max(0.0, 0.9 - 0.009 * s / slow) for s in range(step - 40, step + 1, 10)]) <= 0.25
         )  # fmt: skip
 
-    assert comparison.speeds(rows, 0.25) == {"relu": [first(1)] * 3, "tanh": [first(2)]}
-    assert comparison.speeds(rows, 0.001)["tanh"] == [None]
+    assert table.count_steps_by_activation(rows, 0.25) == {"relu": [first(1)] * 3, "tanh": [first(2)]}
+    assert table.count_steps_by_activation(rows, 0.001)["tanh"] == [None]
 
 
-def test_the_files_hold_the_table(rows: list[comparison.Row]) -> None:
-    lines = list(csv.DictReader(io.StringIO(comparison.to_csv(rows, 0.25))))
+def test_the_files_hold_the_table(rows: list[table.Row]) -> None:
+    lines = list(csv.DictReader(io.StringIO(table.format_csv(rows, 0.25))))
     assert [line["switch"] for line in lines] == [row.switch.name for row in rows]
     assert float(lines[1]["top1_difference"]) == pytest.approx(0.07 / 3)
     assert float(lines[1]["paper_top1_difference"]) == 0.014
     assert lines[1]["seeds"] == "0 1 2"
     assert lines[6]["top1_error"] == ""
-    whole = json.loads(comparison.to_json(rows, {"data": "d"}, 0.25))
+    whole = json.loads(table.format_json(rows, {"data": "d"}, 0.25))
     assert whole["rows"][1]["top1_error"]["values"] == [0.32, 0.36, 0.38]
     assert whole["rows"][0]["curves"][0][0][0] == 50
 
 
-def test_the_picture(rows: list[comparison.Row]) -> None:
+def test_the_picture(rows: list[table.Row]) -> None:
     pytest.importorskip("matplotlib")
-    png = ablation_picture.draw(rows, "made up", 0.25)
+    png = table.draw_chart(rows, "made up", 0.25)
     with Image.open(io.BytesIO(png)) as picture:
         assert picture.format == "PNG"
         assert picture.width > 1200
         pixels = np.asarray(picture.convert("RGB")).astype(int)
-    for colour in (ablation_picture.OURS, ablation_picture.PAPERS):
+    for colour in (table.OUR_COLOR, table.PAPER_COLOR):
         rgb = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
         assert (np.abs(pixels - rgb).max(2) < 8).sum() > 100
     alone = Switch("base", "-")
-    assert ablation_picture.draw([replace(rows[0], switch=alone, curves=())], "one row", 0.25)[:4] == b"\x89PNG"
-    one_activation = ablation_picture.draw([row for row in rows if row.activation != "tanh"], "no figure 1", 0.25)
+    assert table.draw_chart([replace(rows[0], switch=alone, curves=())], "one row", 0.25)[:4] == b"\x89PNG"
+    one_activation = table.draw_chart([row for row in rows if row.activation != "tanh"], "no figure 1", 0.25)
     with Image.open(io.BytesIO(one_activation)) as narrow:
         assert narrow.width < 900
