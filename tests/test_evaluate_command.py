@@ -23,7 +23,7 @@ from alexnet_cli.console import Reporter
 from alexnet_cli.core import chance, onnx_graph, placement, results, session, weights
 from alexnet_cli.core import evaluate as evaluating
 from alexnet_cli.core.backoff import Backoff
-from alexnet_cli.core.confusion_picture import RIGHT, WRONG, draw
+from alexnet_cli.core.confusion_picture import RIGHT, WRONG, draw_confusion_matrix
 from alexnet_cli.core.devices import Gpu
 from alexnet_cli.core.ilsvrc import WNIDS_SHA256
 from alexnet_cli.core.published import published
@@ -316,7 +316,7 @@ def test_the_picture_of_the_confusions_can_be_read(classes: int) -> None:
     np.fill_diagonal(counts, 4)
     counts[0] = 0
     counts[0, 0], counts[0, 1] = 3, 1  # one in four
-    page = draw(counts, [f"class {i}" for i in range(classes)], "title")
+    page = draw_confusion_matrix(counts, [f"class {i}" for i in range(classes)], "title")
     pixels = np.asarray(page)
     assert max(page.size) < 2400
     for colour, at_least in ((RIGHT, classes - 1), (255 + 0.5 * (WRONG - 255), 1)):
@@ -331,7 +331,7 @@ def test_the_picture_of_the_confusions_can_be_read(classes: int) -> None:
 def test_classes_that_play_no_part_are_left_out_of_the_picture() -> None:
     counts = np.zeros((1000, 1000), np.int64)
     counts[5, 5], counts[7, 9] = 2, 2
-    assert draw(counts, [f"{i}" for i in range(1000)], "").size[0] < 600
+    assert draw_confusion_matrix(counts, [f"{i}" for i in range(1000)], "").size[0] < 600
 
 
 @pytest.mark.parametrize(

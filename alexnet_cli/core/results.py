@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from alexnet_cli.core import chance
-from alexnet_cli.core.confusion_picture import draw
+from alexnet_cli.core.confusion_picture import draw_confusion_matrix
 from alexnet_cli.core.evaluate import Evaluation
 from alexnet_cli.core.listing import read_file
 from alexnet_cli.core.origin import own_data
@@ -138,7 +138,7 @@ def write(
             matrix.writerow(["true \\ predicted", *names])
             matrix.writerows([name, *row] for name, row in zip(names, counts.confusion.tolist(), strict=True))
         title = f"{stem} · {totals['protocol']} · {counts.images:,} images · top-1 error {counts.top1_error:.1%}"
-        draw(counts.confusion, names, title).save(files[3], "PNG")
+        draw_confusion_matrix(counts.confusion, names, title).save(files[3], "PNG")
     except OSError as error:
         raise StorageError(f"cannot write to {folder}: {error.strerror}", "free space, or check permissions") from error
     return files

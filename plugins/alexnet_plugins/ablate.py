@@ -54,7 +54,7 @@ def ablate(
     Measures what each is worth on your data: trains the base and every switch with each seed. Stopped or killed, the
     same command goes on; what is finished is not trained again, and more seeds may follow.
     """
-    from alexnet_cli.core import placement, plotting, switches
+    from alexnet_cli.core import placement, report_charts, switches
     from alexnet_cli.core.ablation import Ablation, cells
     from alexnet_cli.core.resume import EXIT_CODES, asked_to_stop
     from alexnet_cli.core.shards import find_dataset, open_dataset
@@ -70,8 +70,8 @@ def ablate(
     todo = cells(base, wanted, seeds)
     done = [cell for cell in todo if made.finished(cell)]
     _heading(reporter, made, base, off, f"{len(todo)} trainings, {len(done)} of them finished")
-    if not plotting.can_draw():
-        reporter.warn("no chart will be drawn: matplotlib is not installed", plotting.HINT)
+    if not report_charts.can_draw():
+        reporter.warn("no chart will be drawn: matplotlib is not installed", report_charts.INSTALL_HINT)
     with asked_to_stop(None) as stop:
         reason = _train_all(reporter, made, todo, done, stop, level)
     rows = report(reporter, made, level, show=True)

@@ -26,7 +26,7 @@ def report(reporter: Reporter, made: Ablation, error: float, *, show: bool) -> l
     Raises:
         StorageError: the files cannot be written.
     """
-    from alexnet_cli.core import ablation_picture, comparison, plotting
+    from alexnet_cli.core import ablation_picture, comparison, report_charts
 
     rows = comparison.compare(made.runs())
     if not rows:
@@ -38,7 +38,7 @@ def report(reporter: Reporter, made: Ablation, error: float, *, show: bool) -> l
         "ablation.csv": comparison.to_csv(rows, error).encode(),
         "ablation.json": comparison.to_json(rows, about, error).encode(),
     }
-    if show and plotting.can_draw():
+    if show and report_charts.can_draw():
         contents["ablation.png"] = ablation_picture.draw(rows, title, error)
     for name, content in contents.items():
         _write(made.folder / name, content)

@@ -57,7 +57,7 @@ def evaluate(
     """
     from alexnet_cli.core import results
     from alexnet_cli.core.evaluate import matching
-    from alexnet_cli.core.neighbours import sha256
+    from alexnet_cli.core.neighbors import hash_file
     from alexnet_cli.core.origin import own_data, told, unfinished
     from alexnet_cli.core.published import published
     from alexnet_cli.core.runs import find_weights, run_of, trained_on
@@ -86,7 +86,7 @@ def evaluate(
         results.make(folder)
     counts = _counted(reporter, path, images, classify, classes, output_of, batch_size, jobs, predictions)
     figure = published(recipe, dataset.classes)
-    totals = results.numbers(counts, views, backend, figure) | results.origin(split, path, sha256(path), dataset)
+    totals = results.numbers(counts, views, backend, figure) | results.origin(split, path, hash_file(path), dataset)
     _report(reporter, counts, classes, totals, results.compared(figure, views, counts.images) if figure else "")
     if (split, views, backend) == ("val", 1, "torch") and own_data(path, dataset):
         _explain(reporter, about, run, counts.top1_error)

@@ -104,7 +104,7 @@ class History:
         return statistics.median(rates) if rates else None
 
 
-def of(records: Iterable[Mapping[str, Any]], recipe: Recipe) -> History:
+def read_history(records: Iterable[Mapping[str, Any]], recipe: Recipe) -> History:
     """The history that a run's records tell. Records without what they should have are passed over."""
     epochs: list[Mapping[str, Any]] = []
     pieces: list[Piece] = []
