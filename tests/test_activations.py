@@ -49,23 +49,23 @@ def test_every_layer_is_what_the_network_makes_of_the_centre_crop(recipe: Recipe
 
         session.network.get_submodule(name).register_forward_hook(keep)
     chances = session.probabilities(np.ascontiguousarray(crop.transpose(2, 0, 1))[None])[0]
-    assert [part.layer for part in found.layers] == ["conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7"]
-    for part in found.layers:
-        if part.maps:
-            expected = ACTIVATIONS[recipe.activation](there[part.layer].clone())[0].numpy()
-            before = there[part.layer][0].numpy()
+    assert [layer.name for layer in found.layers] == ["conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7"]
+    for layer in found.layers:
+        if layer.has_maps:
+            expected = ACTIVATIONS[recipe.activation](there[layer.name].clone())[0].numpy()
+            before = there[layer.name][0].numpy()
         else:
-            expected = before = there[part.layer.replace("fc", "drop")][0].numpy()
+            expected = before = there[layer.name.replace("fc", "drop")][0].numpy()
             if recipe.activation == "sigmoid":
                 before = before - (0.5 if recipe.dropout_inverted else 0.25)
-        np.testing.assert_allclose(part.values, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
-        assert part.active() == pytest.approx((before > 0).mean(), abs=0.005), part.layer
+        np.testing.assert_allclose(layer.values, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+        assert layer.compute_active_share() == pytest.approx((before > 0).mean(), abs=0.005), layer.name
         peaks = expected.reshape(len(expected), -1).max(1)
         half = len(expected) // recipe.towers
         for tower in range(recipe.towers):
             mine = peaks[tower * half : (tower + 1) * half]
-            assert peaks[part.strongest(tower)[0]] == pytest.approx(mine.max(), rel=1e-3)
-            assert sorted(part.strongest(tower)) == list(range(tower * half, (tower + 1) * half))
+            assert peaks[layer.sort_units(tower)[0]] == pytest.approx(mine.max(), rel=1e-3)
+            assert sorted(layer.sort_units(tower)) == list(range(tower * half, (tower + 1) * half))
     assert [label.index for label in found.top] == np.argsort(-chances)[:5].tolist()
     assert [label.probability for label in found.top] == pytest.approx(np.sort(chances)[::-1][:5].tolist(), rel=1e-3)
 
@@ -107,7 +107,7 @@ def test_a_tower_at_rest_is_black_and_the_highest_answer_of_the_layer_white() ->
     map25 = tiles(page, found, 1)
     assert (map25[:29] == 255).all()
     assert (map25[31:] == 0).all()
-    assert found.layers[0].strongest(1)[:2] == [25, 22]
+    assert found.layers[0].sort_units(1)[:2] == [25, 22]
     greys = activations.scale_to_grey(found.layers[0])
     assert greys[22, 6, 6] == round(255 * (2 / 8) ** 0.5)
     [one, two] = make_layer_records(found, [0, 1])[0]["strongest"]
@@ -121,8 +121,8 @@ def test_a_tower_at_rest_is_black_and_the_highest_answer_of_the_layer_white() ->
 def test_where_answers_lie_on_both_sides_of_rest_that_is_mid_grey() -> None:
     values = np.zeros((4, 3, 3), np.float32)
     values[0, 0, 0], values[3, 1, 1] = -1.0, 0.25
-    part = make_trace(values, lowest=-1.0).layers[0]
-    greys = activations.scale_to_grey(part)
+    layer = make_trace(values, lowest=-1.0).layers[0]
+    greys = activations.scale_to_grey(layer)
     assert (greys[0, 0, 0], greys[1, 0, 0], greys[3, 1, 1]) == (0, 128, round(255 * 0.75))
 
 

@@ -1,4 +1,4 @@
-"""What one picture excites on its way through the network, layer by layer, and what it is taken for. No torch."""
+"""The activations of one image in every layer, its most likely classes, and a page that shows both. No torch."""
 
 from __future__ import annotations
 
@@ -29,60 +29,49 @@ NONLINEAR: dict[str, Callable[[Array], Array]] = {
 }
 LOWEST_AND_REST = {"relu": (0.0, 0.0), "tanh": (-1.0, 0.0), "sigmoid": (0.0, 0.5)}
 
-Grey = npt.NDArray[np.uint8]
-
-WIDTH, MARGIN, LEFT = 1600, 24, 300  # pixels: of the page, around it, of the column with picture and answers
-GUTTER, GAP = 32, 4  # between columns, between maps
-COLUMNS, ROWS = 16, 2  # maps in a row, of all towers together; rows of them
-TILE = 70  # side of a map
-NUMBER, HEAD, STRIP = 19, 34, 68  # heights: of a map's number, of a layer's heading, of a strip of units
-LARGE, NORMAL, SMALL = 26, 19, 16  # heights of letters
-FAINT, BAR, TRACK = (95, 95, 95), (36, 92, 150), (228, 232, 238)
-COLUMNS_TOP = MARGIN + 64  # where the columns begin
-
 
 @dataclass(frozen=True)
 class LayerActivations:
-    """What the units of a layer make of a picture, right after the nonlinearity: before normalisation and pooling."""
+    """Activations of a layer for one image, right after the nonlinearity: before normalisation and pooling."""
 
-    layer: Convolution | Layer
+    name: Convolution | Layer
     values: Array
     """Maps x rows x columns, tower 1 first; layers 6 and 7: units, as the next layer sees them."""
     towers: int
     lowest: float
-    """What a unit can answer at least: 0, or with tanh as far below 0 as above."""
+    """The lowest possible activation: 0, or with tanh as far below 0 as above."""
     rest: float
-    """What a unit that hears nothing answers: 0, or half of what a sigmoid can answer."""
+    """The activation for an input of zero: 0, or half of the maximum of a sigmoid."""
 
     @property
-    def maps(self) -> bool:
+    def has_maps(self) -> bool:
         """Whether the units are arranged in maps."""
         return self.values.ndim == 3
 
-    def units(self, tower: int) -> range:
+    def unit_range(self, tower: int) -> range:
         """The numbers of a tower's maps or units; towers count from 0."""
         each = len(self.values) // self.towers
         return range(tower * each, (tower + 1) * each)
 
-    def peaks(self) -> Array:
-        """Of each map the highest value; of a unit its own."""
-        return self.values.max(axis=(1, 2)) if self.maps else self.values
+    def compute_peaks(self) -> Array:
+        """The highest activation of each map; of a unit its own."""
+        return self.values.max(axis=(1, 2)) if self.has_maps else self.values
 
-    def active(self, tower: int | None = None) -> float:
-        """The share of units, of a tower or of all, that answer more than at rest; each place of a map is a unit."""
-        units = self.units(tower) if tower is not None else range(len(self.values))
+    def compute_active_share(self, tower: int | None = None) -> float:
+        """The share of units, of a tower or of all, above rest; each position of a map counts as a unit."""
+        units = self.unit_range(tower) if tower is not None else range(len(self.values))
         return float(np.mean(self.values[units.start : units.stop] > self.rest))
 
-    def strongest(self, tower: int) -> list[int]:
-        """A tower's maps or units by their highest value, strongest first; equal ones in their order."""
-        units = self.units(tower)
-        order = np.argsort(-self.peaks()[units.start : units.stop], kind="stable")
+    def sort_units(self, tower: int) -> list[int]:
+        """A tower's maps or units by their highest activation, highest first; equal ones in their order."""
+        units = self.unit_range(tower)
+        order = np.argsort(-self.compute_peaks()[units.start : units.stop], kind="stable")
         return [units[i] for i in order.tolist()]
 
 
 @dataclass(frozen=True)
 class Trace:
-    """A picture from its pixels to its answers."""
+    """One image on its way through the network."""
 
     seen: Pixels
     """uint8 S x S x 3: the centre crop, 224 x 224 or 227 x 227."""
@@ -91,7 +80,7 @@ class Trace:
 
 
 def trace_image(model: Model, picture: Pixels) -> Trace:
-    """Follow the centre view of a decoded picture, uint8 256 x 256 x 3, through all layers.
+    """Compute all layers for the centre view of a decoded image, uint8 256 x 256 x 3.
 
     Raises:
         WeightsError: what the network computes is no number.
@@ -122,23 +111,23 @@ def _trace_units(model: Model, picture: Pixels, layer: Layer) -> tuple[LayerActi
     return LayerActivations(layer, units, recipe.towers, factor * lowest, factor * rest), chances
 
 
-def make_layer_records(found: Trace, towers: list[int]) -> list[dict[str, Any]]:
+def make_layer_records(trace: Trace, towers: list[int]) -> list[dict[str, Any]]:
     """The layers for programs; the strongest unit of each of these towers, none where all are at rest."""
     records = []
-    for part in found.layers:
-        best = [(tower, part.strongest(tower)[0]) for tower in towers]
-        peaks = part.peaks()
+    for layer in trace.layers:
+        best = [(tower, layer.sort_units(tower)[0]) for tower in towers]
+        peaks = layer.compute_peaks()
         records.append({
-            "layer": part.layer,
-            "units": len(part.values),
-            "side": part.values.shape[1] if part.maps else None,
-            "active": part.active(),
+            "layer": layer.name,
+            "units": len(layer.values),
+            "side": layer.values.shape[1] if layer.has_maps else None,
+            "active": layer.compute_active_share(),
             "strongest": [
                 {
                     "tower": tower + 1,
-                    "unit": unit if part.active(tower) else None,
+                    "unit": unit if layer.compute_active_share(tower) else None,
                     "response": float(peaks[unit]),
-                    "active": part.active(tower),
+                    "active": layer.compute_active_share(tower),
                 }
                 for tower, unit in best
             ],
@@ -146,44 +135,60 @@ def make_layer_records(found: Trace, towers: list[int]) -> list[dict[str, Any]]:
     return records
 
 
-def draw_trace(found: Trace, towers: Sequence[int], name: str, caption: Sequence[str]) -> Image.Image:
+# Drawing
+
+Grey = npt.NDArray[np.uint8]
+
+WIDTH, MARGIN, LEFT = 1600, 24, 300  # pixels: of the page, around it, of the column with picture and answers
+GUTTER, GAP = 32, 4  # between columns, between maps
+COLUMNS, ROWS = 16, 2  # maps in a row, of all towers together; rows of them
+TILE = 70  # side of a map
+NUMBER, HEAD, STRIP = 19, 34, 68  # heights: of a map's number, of a layer's heading, of a strip of units
+LARGE, NORMAL, SMALL = 26, 19, 16  # heights of letters
+FAINT, BAR, TRACK = (95, 95, 95), (36, 92, 150), (228, 232, 238)
+COLUMNS_TOP = MARGIN + 64  # where the columns begin
+
+
+def draw_trace(trace: Trace, towers: Sequence[int], name: str, caption: Sequence[str]) -> Image.Image:
     """RGB, 1600 pixels wide: left the picture and its answers as figure 4 has them, right the layers from the top.
 
     `towers` are those to show, from 0; `caption` are lines about the network.
     """
-    blocks = [HEAD + (_count_rows(part, towers) * (TILE + NUMBER) if part.maps else STRIP) for part in found.layers]
+    blocks = [
+        HEAD + (_count_rows(layer, towers) * (TILE + NUMBER) if layer.has_maps else STRIP) for layer in trace.layers
+    ]
     height = max(COLUMNS_TOP + HEAD + sum(blocks) + MARGIN, 940)
     page = _Page(Image.new("RGB", (WIDTH, height), PAGE))
     page.text(MARGIN, MARGIN - 4, f"{name} on its way through the network", LARGE, WIDTH - 2 * MARGIN)
     page.text(MARGIN, MARGIN + 32, " · ".join(caption), NORMAL, WIDTH - 2 * MARGIN, FAINT)
-    _draw_input(page, found)
+    _draw_input(page, trace)
     left, width = MARGIN + LEFT + GUTTER, WIDTH - 2 * MARGIN - LEFT - GUTTER
     each = (width - GUTTER * (len(towers) - 1)) // len(towers)
     top = COLUMNS_TOP + HEAD
     for number, tower in enumerate(towers):
-        heading = f"tower {tower + 1} of {found.layers[0].towers}"
+        heading = f"tower {tower + 1} of {trace.layers[0].towers}"
         page.text(left + number * (each + GUTTER), COLUMNS_TOP, heading, LARGE, each)
-    for part, block in zip(found.layers, blocks, strict=True):
-        _draw_heading(page, part, left, top, width)
+    for layer, block in zip(trace.layers, blocks, strict=True):
+        _draw_heading(page, layer, left, top, width)
         for number, tower in enumerate(towers):
             place = (left + number * (each + GUTTER), top + HEAD)
-            if part.maps:
-                _draw_maps(page, part, tower, place, COLUMNS // len(towers))
+            if layer.has_maps:
+                _draw_maps(page, layer, tower, place, COLUMNS // len(towers))
             else:
-                page.image.paste(_draw_strip(part, tower, each), place)
+                page.image.paste(_draw_strip(layer, tower, each), place)
         top += block
     return page.image
 
 
-def scale_to_grey(part: LayerActivations) -> Grey:
+def scale_to_grey(layer: LayerActivations) -> Grey:
     """The values of a layer as greys, 0 to 255, all on one scale: white is the layer's strongest answer.
 
     Black is none; where units can answer below rest (tanh, sigmoid), that is mid-grey. A grey goes with the root of
     an answer, or a single strong unit would leave all others in the dark.
     """
-    answer = part.values - part.rest
+    answer = layer.values - layer.rest
     share = np.sign(answer) * np.sqrt(np.abs(answer) / (np.abs(answer).max() or 1))
-    greys: Grey = np.rint(255 * (share + 1) / 2 if part.lowest < part.rest else 255 * share).astype(np.uint8)
+    greys: Grey = np.rint(255 * (share + 1) / 2 if layer.lowest < layer.rest else 255 * share).astype(np.uint8)
     return greys
 
 
@@ -200,24 +205,24 @@ class _Page:
         self.pen.text((left, top), fit_text(text, width, font), ink, font, anchor=anchor)
 
 
-def _draw_input(page: _Page, found: Trace) -> None:
+def _draw_input(page: _Page, trace: Trace) -> None:
     """The picture, its answers below it as in figure 4 of the paper, and how to read the rest."""
-    side = len(found.seen)
-    picture = Image.fromarray(found.seen).resize((LEFT, LEFT), Image.Resampling.LANCZOS)
+    side = len(trace.seen)
+    picture = Image.fromarray(trace.seen).resize((LEFT, LEFT), Image.Resampling.LANCZOS)
     page.image.paste(picture, (MARGIN, COLUMNS_TOP))
     page.text(MARGIN, COLUMNS_TOP + LEFT + 6, f"what the network sees, {side} x {side}", SMALL, LEFT, FAINT)
     top = COLUMNS_TOP + LEFT + 44
-    for label in found.top:
+    for label in trace.top:
         _draw_class(page, label, top)
         top += 52
-    for line in _legend_lines(found.layers[0]):
+    for line in _legend_lines(trace.layers[0]):
         page.text(MARGIN, top + 8, line, NORMAL - 2, LEFT, FAINT)
         top += 25
 
 
-def _legend_lines(part: LayerActivations) -> tuple[str, ...]:
+def _legend_lines(layer: LayerActivations) -> tuple[str, ...]:
     """How to read the maps, in lines that fit the column."""
-    nothing = "mid-grey none." if part.lowest < part.rest else "black none at all."
+    nothing = "mid-grey none." if layer.lowest < layer.rest else "black none at all."
     return (
         "A square is a map: where in the",
         "picture a unit answers, and how",
@@ -242,24 +247,25 @@ def _draw_class(page: _Page, label: Label, top: int) -> None:
         page.pen.rectangle((MARGIN, top + 27, MARGIN + length - 1, top + 40), BAR)
 
 
-def _draw_heading(page: _Page, part: LayerActivations, left: int, top: int, width: int) -> None:
-    """Name and size of a layer."""
-    count = len(part.values)
-    size = f"{count:,} maps of {part.values.shape[1]} x {part.values.shape[2]}" if part.maps else f"{count:,} units"
-    told = f"{size} · {100 * part.active():.0f} % of units active · highest {float(part.peaks().max()):.3g}"
-    page.text(left, top + 6, part.layer, LARGE - 4, 80)
-    page.text(left + 80, top + 9, told, NORMAL - 2, width - 80, FAINT)
+def _draw_heading(page: _Page, layer: LayerActivations, left: int, top: int, width: int) -> None:
+    """Name and size of a layer, the share of active units, the highest activation."""
+    count, *side = layer.values.shape
+    size = f"{count:,} maps of {side[0]} x {side[1]}" if layer.has_maps else f"{count:,} units"
+    active, highest = 100 * layer.compute_active_share(), float(layer.compute_peaks().max())
+    page.text(left, top + 6, layer.name, LARGE - 4, 80)
+    line = f"{size} · {active:.0f} % of units active · highest {highest:.3g}"
+    page.text(left + 80, top + 9, line, NORMAL - 2, width - 80, FAINT)
 
 
-def _count_rows(part: LayerActivations, towers: Sequence[int]) -> int:
+def _count_rows(layer: LayerActivations, towers: Sequence[int]) -> int:
     """Rows of maps that a layer fills."""
-    return min(ROWS, -(-len(part.units(towers[0])) // (COLUMNS // len(towers))))
+    return min(ROWS, -(-len(layer.unit_range(towers[0])) // (COLUMNS // len(towers))))
 
 
-def _draw_maps(page: _Page, part: LayerActivations, tower: int, place: tuple[int, int], columns: int) -> None:
+def _draw_maps(page: _Page, layer: LayerActivations, tower: int, place: tuple[int, int], columns: int) -> None:
     """The strongest maps of a tower, below each the number of its unit."""
-    greys = scale_to_grey(part)
-    for i, unit in enumerate(part.strongest(tower)[: columns * ROWS]):
+    greys = scale_to_grey(layer)
+    for i, unit in enumerate(layer.sort_units(tower)[: columns * ROWS]):
         left = place[0] + i % columns * (TILE + GAP)
         top = place[1] + i // columns * (TILE + NUMBER)
         page.pen.rectangle((left - 1, top - 1, left + TILE, top + TILE), outline=TRACK)
@@ -275,10 +281,10 @@ def _enlarge_map(pixels: Grey) -> Image.Image:
     return large.resize((TILE, TILE), Image.Resampling.BOX)
 
 
-def _draw_strip(part: LayerActivations, tower: int, width: int) -> Image.Image:
+def _draw_strip(layer: LayerActivations, tower: int, width: int) -> Image.Image:
     """All units of a tower in their order, a square each, as large as the strip allows."""
-    units = part.units(tower)
-    values = scale_to_grey(part)[units.start : units.stop]
+    units = layer.unit_range(tower)
+    values = scale_to_grey(layer)[units.start : units.stop]
     cell = next(c for c in range(24, 0, -1) if -(-len(values) // (width // c)) * c <= STRIP - 8 or c == 1)
     columns = min(len(values), width // cell)
     rows = -(-len(values) // columns)

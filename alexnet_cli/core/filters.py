@@ -28,7 +28,7 @@ SPECTRUM = 64  # kernels are padded to so many rows and columns: spectra have st
 
 @dataclass(frozen=True)
 class Tower:
-    """What is measured of a tower's kernels, each an array of (kernels,)."""
+    """Measurements of a tower's kernels, each an array of (kernels,)."""
 
     chroma: Vector  # colour share: grey 0, chance 2/3, opponent colours 1
     norm: Vector
@@ -97,27 +97,27 @@ def measure_specialisation(towers: Sequence[Kernels], seed: int = 0) -> Speciali
 
 
 def summarize_epoch(weight: Kernels, towers: int) -> dict[str, float]:
-    """What training tells of conv1 after each epoch: the area under the curve, and each tower's mean colour share."""
+    """What `train` records of conv1 after each epoch: the area under the curve, and each tower's mean colour share."""
     parts = split_towers(weight, towers)
     chroma, dead = [measure_chroma(kernels) for kernels in parts], _find_dead(parts)
-    found = {
+    summary = {
         f"chroma_tower{i + 1}": float(np.average(c, weights=np.sqrt(_compute_energy(kernels))))
         for i, (c, kernels) in enumerate(zip(chroma, parts, strict=True))
         if kernels.any()
     }
     compared = [c[~faint] for c, faint in zip(chroma, dead, strict=True)]
     if towers == 2 and all(len(c) for c in compared):
-        found["specialisation"] = compute_auc(compared[0], compared[1])
-    return found
+        summary["specialisation"] = compute_auc(compared[0], compared[1])
+    return summary
 
 
-def make_record(found: Specialisation) -> dict[str, Any]:
-    """All that is measured, for programs."""
-    towers = {f"tower{i + 1}": tower for i, tower in enumerate(found.towers)}
+def make_record(measured: Specialisation) -> dict[str, Any]:
+    """The measurements for `--json`."""
+    towers = {f"tower{i + 1}": tower for i, tower in enumerate(measured.towers)}
     return {
-        "chroma_fraction": dict(zip(towers, found.means, strict=True)),
-        "auc": found.auc, "auc_interval": found.interval, "p_value": found.p_value,
-        "smoothness": found.smoothness, "undertrained": found.undertrained, "dead": found.dead,
+        "chroma_fraction": dict(zip(towers, measured.means, strict=True)),
+        "auc": measured.auc, "auc_interval": measured.interval, "p_value": measured.p_value,
+        "smoothness": measured.smoothness, "undertrained": measured.undertrained, "dead": measured.dead,
         "towers": {
             name: {
                 "frequency": tower.mean(tower.frequency), "selectivity": tower.mean(tower.selectivity),
@@ -131,7 +131,7 @@ def make_record(found: Specialisation) -> dict[str, Any]:
 
 
 def _list_kernels(tower: Tower) -> list[dict[str, Any]]:
-    """What is measured of every kernel of a tower."""
+    """The measurements of each kernel of a tower."""
     columns = {
         "chroma": tower.chroma, "norm": tower.norm, "smoothness": tower.smoothness, "frequency": tower.frequency,
         "orientation": tower.orientation, "selectivity": tower.selectivity, "dead": tower.dead,
@@ -199,7 +199,7 @@ def measure_smoothness(kernels: Kernels) -> float:
 
 
 def measure_kernel_smoothness(kernels: Kernels) -> Vector:
-    """(N,) the same of each kernel by itself; 0 for a kernel of zeros."""
+    """(N,) the smoothness of each kernel by itself; 0 for a kernel of zeros."""
     products, energies = _correlate_neighbours(kernels)
     energy = sum((np.sqrt(a * b) for a, b in energies), np.zeros(len(kernels)))
     result: Vector = np.divide(products, energy, out=np.zeros(len(kernels)), where=energy > 0)
@@ -215,7 +215,7 @@ def _correlate_neighbours(kernels: Kernels) -> tuple[Vector, list[tuple[Vector, 
 
 
 class Waves(NamedTuple):
-    """Of each kernel (N,): `frequency` in cycles a pixel, `orientation` in degrees (0 along the rows, 90 along the
+    """Per kernel (N,): `frequency` in cycles a pixel, `orientation` in degrees (0 along the rows, 90 along the
     columns, 45 from lower left to upper right), `selectivity` 0..1.
     """
 

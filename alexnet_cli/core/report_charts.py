@@ -57,28 +57,29 @@ class Line(NamedTuple):
 
 def draw_charts(history: History, few_classes: bool = False) -> dict[str, Chart]:
     """`loss`, `errors`, `rate` and `towers`, as far as there is something to draw; of few classes no top-5 error."""
-    top5 = [] if few_classes else [Line("top-5, validation", history.curve("top5_error"))]
+    top5 = [] if few_classes else [Line("top-5, validation", history.epoch_curve("top5_error"))]
     drawn = {
         "loss": _draw_curves(
             "Loss", "nats a picture", history,
-            [Line("training", history.steps("loss"), False), Line("validation", history.curve("loss"))],
+            [Line("training", history.step_curve("loss"), False), Line("validation", history.epoch_curve("loss"))],
         ),
         "errors": _draw_curves(
             "Error", "% of the pictures", history,
             [
-                Line("top-1, training", history.steps("top1_error"), False),
-                Line("top-1, validation", history.curve("top1_error")), *top5,
+                Line("top-1, training", history.step_curve("top1_error"), False),
+                Line("top-1, validation", history.epoch_curve("top1_error")), *top5,
             ], percent=True,
         ),
         "rate": _draw_curves(
-            "Learning rate", "rate", history, [Line("rate", history.rates(), False, bool(history.drops))], log=True,
+            "Learning rate", "rate", history,
+            [Line("rate", history.rate_curve(), False, bool(history.drops))], log=True,
         ),
         "towers": _draw_curves(
             "Specialisation", "share, and area under the curve", history,
             [
-                Line("told apart by colour (AUC)", history.curve("specialisation")),
-                Line("colour share, tower 1", history.curve("chroma_tower1")),
-                Line("colour share, tower 2", history.curve("chroma_tower2")),
+                Line("told apart by colour (AUC)", history.epoch_curve("specialisation")),
+                Line("colour share, tower 1", history.epoch_curve("chroma_tower1")),
+                Line("colour share, tower 2", history.epoch_curve("chroma_tower2")),
             ], level=(CHANCE, "colour share of noise"),
         ),
     }  # fmt: skip

@@ -23,7 +23,7 @@ from alexnet_cli.core.atomic import write_text
 from alexnet_cli.core.records import failure
 from alexnet_cli.core.report_charts import INSTALL_HINT, can_draw, draw_charts
 from alexnet_cli.core.report_collect import Report, make_names_unique
-from alexnet_cli.core.report_history import number
+from alexnet_cli.core.report_history import get_number
 from alexnet_cli.core.runs import typed
 from alexnet_cli.core.shards import ROOT
 from alexnet_cli.errors import DataError, StorageError, UsageError
@@ -48,7 +48,7 @@ class Section:
 
 
 def check_writable(path: Path) -> None:
-    """See that a page can be written there, before it is made.
+    """Check that a page can be written there, before it is computed.
 
     Raises:
         UsageError: it is a folder.
@@ -82,7 +82,7 @@ def _storage_errors(path: Path) -> Iterator[None]:
 
 
 def render_page(report: Report) -> tuple[str, list[Section]]:
-    """The page, and its sections."""
+    """The page as HTML, and its sections."""
     charts = draw_charts(report.history, report.has_few_classes) if can_draw() else {}
     names = {
         "network": sections.describe_network(report, can_draw()),
@@ -111,7 +111,7 @@ def list_sections(report: Report) -> list[Section]:
     unknown = "" if report.classes else "The number of classes is not known: no checkpoint yet, and no data set."
     found = [Section("network", "The network", unknown), Section("recipe", "The recipe beside the paper's")]
     if trained:
-        none = "" if history.pieces or history.epochs else "No step has been recorded yet."
+        none = "" if history.windows or history.epochs else "No step has been recorded yet."
         undrawn = "" if can_draw() or none else f"Curves need a plotting library: {INSTALL_HINT}, then alexnet report."
         found.append(Section("curves", "Loss and errors", none or undrawn))
     absent = "" if report.towers else "Layer 1 holds values that are no numbers."
@@ -134,7 +134,7 @@ def _explain_missing(reason: str | None) -> str:
 
 
 def _write_lead(report: Report) -> str:
-    """The result in a sentence."""
+    """One sentence with the error, or an empty string."""
     totals, best, few = report.evidence.totals, report.history.best, report.has_few_classes
     if totals:
         first, of = totals[0], _name_data(report.data.name if report.data else None)
@@ -147,7 +147,7 @@ def _write_lead(report: Report) -> str:
             f"{results.PROTOCOL[first['views']]}.{_rate_result(report, first)}"
         )
     if best:
-        five = "" if few or number(best, "top5_error") is None else f", top-5 error {best['top5_error']:.1%}"
+        five = "" if few or get_number(best, "top5_error") is None else f", top-5 error {best['top5_error']:.1%}"
         at = f"after epoch {best['epoch']}, on the validation pictures"
         error = f"Lowest top-1 error {best['top1_error']:.1%}{_compare_with_guessing(report)}{five}"
         return f"{error}, {at}{_name_data(report.about.get('data'))}."
@@ -155,14 +155,14 @@ def _write_lead(report: Report) -> str:
 
 
 def _rate_result(report: Report, totals: Mapping[str, Any]) -> str:
-    """Whether that is more than answers without a look at the pictures are worth."""
+    """A sentence if the error is no better than guessing or always the same class; else empty."""
     counts, names = report.evidence.counts, make_names_unique(report.classes)
     same = f" {said}." if counts and (said := chance.one_sided(counts.confusion, names)) else ""
     return (f" This is {said}." if (said := chance.guessed(totals)) else "") + same
 
 
 def _compare_with_guessing(report: Report) -> str:
-    """What such answers give on the run's own validation pictures, if they are there."""
+    """The error of guessing on the run's own validation images, in brackets, if they are there."""
     with suppress(DataError):
         if report.data and report.is_own_data and len(labels := report.data.split("val").labels):
             of_each = chance.counted(labels, len(report.classes))
@@ -185,10 +185,10 @@ def _list_remarks(report: Report) -> list[str]:
 
 
 def _list_facts(report: Report) -> list[tuple[str, str]]:
-    """What one asks first."""
+    """Terms and values at the top of the page."""
     about, history, info = report.about, report.history, report.model.info if report.model else {}
     done, measured = len(history.epochs), report.data.name if report.data else ""
-    begun = max(history.begun, int(number(info, "epoch") or 0)) if report.is_trained else 0
+    begun = max(history.begun, int(get_number(info, "epoch") or 0)) if report.is_trained else 0
     progress = f"in epoch {begun}" if begun > done else str(done)
     time = _format_duration(history.seconds) if history.seconds else ""
     imported = about.get("imported")
@@ -242,7 +242,7 @@ def _list_origin(report: Report) -> list[tuple[str, str]]:
 
 
 def _repeat_command(about: Mapping[str, Any]) -> list[str]:
-    """What made the run, with the data set that it found by itself."""
+    """The command of the run, with --data also if the run chose the data set itself."""
     words, path = _as_words(about.get("command")), about.get("data_path")
     if not words or not isinstance(path, str) or any(word.partition("=")[0] == "--data" for word in words):
         return words
@@ -251,12 +251,12 @@ def _repeat_command(about: Mapping[str, Any]) -> list[str]:
 
 
 def _as_words(found: Any) -> list[str]:
-    """A list out of run.json, which may be anything."""
+    """A value of run.json, which may be anything, as a list of words."""
     return list(map(str, found)) if isinstance(found, list) else [] if found is None else [str(found)]
 
 
 def _format_duration(seconds: float) -> str:
-    """Such as 45 s, 3 min 20 s, 5 h 12 min."""
+    """For example 45 s, 3 min 20 s, 5 h 12 min."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -266,7 +266,7 @@ def _format_duration(seconds: float) -> str:
 
 
 def _make_printable(value: Any) -> Any:
-    """Names can hold anything: what is not to be seen, or would turn the line around, becomes a question mark."""
+    """Names can hold anything: invisible characters and direction marks become question marks."""
     if isinstance(value, Markup):
         return value
     text = str(value)

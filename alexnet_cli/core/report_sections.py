@@ -22,7 +22,7 @@ from alexnet_cli.core.evaluate import Evaluation
 from alexnet_cli.core.network import PADDING_224
 from alexnet_cli.core.report_charts import Chart, draw_network
 from alexnet_cli.core.report_collect import Example, RecipeValue, Report, make_names_unique
-from alexnet_cli.core.report_history import number
+from alexnet_cli.core.report_history import get_number
 from alexnet_cli.recipe import Recipe
 
 Row = tuple[Any, ...]
@@ -116,7 +116,7 @@ def describe_curves(report: Report, charts: Mapping[str, Chart]) -> Names:
     rows = [
         (
             epoch["epoch"],
-            *(_format_number(epoch, k) if "loss" in k else _format_percent(number(epoch, k)) for k in keys),
+            *(_format_number(epoch, k) if "loss" in k else _format_percent(get_number(epoch, k)) for k in keys),
             _format_number(epoch, "lr", ".3g"), _format_number(epoch, "images_per_second", ",.0f"),
             "after it" if epoch["epoch"] in history.drops else "",
         )
@@ -153,7 +153,7 @@ def describe_filters(report: Report, charts: Mapping[str, Chart]) -> Names | Non
     curve = [
         (epoch["epoch"], *(_format_number(epoch, key) for key in ("specialisation", "chroma_tower1", "chroma_tower2")))
         for epoch in report.history.epochs
-        if number(epoch, "chroma_tower1") is not None
+        if get_number(epoch, "chroma_tower1") is not None
     ]
     return {
         "words": "The kernels of layer 1, figure 3 of the paper: all on one scale, zero in mid-grey, so that what "
@@ -328,7 +328,7 @@ def _format_percent(share: float | None) -> str:
 
 
 def _format_number(record: Mapping[str, Any], key: str, form: str = ".3f") -> str:
-    value = number(record, key)
+    value = get_number(record, key)
     return "" if value is None else format(value, form)
 
 

@@ -130,8 +130,8 @@ def draw_picture_trace(
         raise DataError(f"{path} cannot be read: {picture}", "look at the file, or choose another picture")
     trace = trace_image(model, picture)
     reporter.line("picture", f"{path} · shorter side to 256, the middle {len(trace.seen)}×{len(trace.seen)}")
-    for part in trace.layers:
-        reporter.show(_format_layer(part, towers))
+    for layer in trace.layers:
+        reporter.show(_format_layer(layer, towers))
     block = "█" if "utf" in (sys.stdout.encoding or "").lower() else "#"
     names = [visible(label.label) for label in trace.top]
     width = max([MIN_NAME, *map(len, names)])
@@ -149,16 +149,17 @@ def draw_picture_trace(
     return record, draw_trace(trace, towers, title, [*caption, network])
 
 
-def _format_layer(part: LayerActivations, towers: list[int]) -> str:
+def _format_layer(layer: LayerActivations, towers: list[int]) -> str:
     """A layer for people: size, share of active units, the strongest of each tower."""
-    count = f"{len(part.values):,}"
-    size = f"{count:>5} maps {part.values.shape[1]}×{part.values.shape[2]}" if part.maps else f"{count:>5} units"
-    peaks, words = part.peaks(), []
+    count = f"{len(layer.values):,}"
+    size = f"{count:>5} maps {layer.values.shape[1]}×{layer.values.shape[2]}" if layer.has_maps else f"{count:>5} units"
+    peaks, words = layer.compute_peaks(), []
     for tower in towers:
-        unit = part.strongest(tower)[0]
-        best = f"unit {unit} ({peaks[unit]:.3g})" if part.active(tower) else "at rest"
-        words.append(f"tower {tower + 1} {best}" if part.towers > 1 else best)
-    return f"{part.layer:<7} {size:<17}{100 * part.active():>3.0f} % active   strongest: {' · '.join(words)}"
+        unit = layer.sort_units(tower)[0]
+        best = f"unit {unit} ({peaks[unit]:.3g})" if layer.compute_active_share(tower) else "at rest"
+        words.append(f"tower {tower + 1} {best}" if layer.towers > 1 else best)
+    active = 100 * layer.compute_active_share()
+    return f"{layer.name:<7} {size:<17}{active:>3.0f} % active   strongest: {' · '.join(words)}"
 
 
 def terminal_shows_colour() -> bool:
