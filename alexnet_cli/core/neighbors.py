@@ -155,7 +155,7 @@ def find_nearest(vectors: Vectors, queries: Vectors, k: int) -> tuple[Rows, Dist
     for first in range(0, len(vectors), size):
         block = vectors[first : first + size]
         squares = np.einsum("nu,nu->n", block, block)
-        halves = squares / 2 - queries @ block.T  # half the squared distance, less |q|^2 / 2
+        halves = squares / 2 - (block @ queries.T).T  # half the squared distance, less |q|^2 / 2; this order is fast
         kth = min(k, len(block)) - 1
         limits = np.partition(halves, kth, axis=1)[:, kth] + 2 * _bound_error(queries, float(squares.max()))
         nearest = [

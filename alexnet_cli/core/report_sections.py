@@ -105,10 +105,11 @@ def _format_value(value: Any) -> str:
 def describe_curves(report: Report, charts: Mapping[str, Chart]) -> Names:
     """Loss and errors, drawn and in numbers."""
     history = report.history
+    drops = ", ".join(map(str, history.drops))
     if report.recipe.schedule == "one-cycle":
         words = "The rate goes through one cycle, changed at every step: there are no drops to mark."
     elif history.drops:
-        words = f"The rate was divided after epoch {_join(history.drops)}, where the dotted lines are."
+        words = f"The rate was divided after epoch {drops}, where the dotted lines are."
     else:
         words = "The rate has not been divided yet."
     words += " Training curves are means over the steps, with dropout and distorted pictures; validation is without."
@@ -334,10 +335,6 @@ def _format_number(record: Mapping[str, Any], key: str, form: str = ".3f") -> st
 
 def _format_times(count: int) -> str:
     return "once" if count == 1 else f"{count:,} times"
-
-
-def _join(numbers: Sequence[int]) -> str:
-    return ", ".join(map(str, numbers))
 
 
 def _encode_photograph(pixels: npt.NDArray[np.uint8]) -> str:
