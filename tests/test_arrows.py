@@ -28,7 +28,7 @@ CORE = {
     "transport": "",
     "ranks": "heartbeat towers transport",
     "launch": "devices ranks resume",
-    "placement": "devices ranks response_norm_gpu",
+    "placement": "devices ranks triton_kernels",
     # section 2: the dataset
     "listing": "",
     "folders": "listing",
@@ -55,8 +55,8 @@ CORE = {
     "cache": "devices loader",
     # sections 3 and 4: the network
     "augment": "",
-    "response_norm_gpu": "",
-    "response_norm": "response_norm_gpu",
+    "triton_kernels": "",
+    "response_norm": "triton_kernels",
     "layers": "response_norm",
     "rows": "towers",
     "shapes": "",
@@ -146,7 +146,7 @@ CORE = {
 TORCH = {
     "devices", "state_dict", "ranks", "launch", "rows", "replicas", "update_gpu", "placement", "fast_images", "chunk",
     "packing", "loader", "cache", "augment", "response_norm", "transport", "waiting",
-    "response_norm_gpu", "layers", "towers", "network", "compilation", "learning", "checkpoint", "evaluate", "results",
+    "triton_kernels", "layers", "towers", "network", "compilation", "learning", "checkpoint", "evaluate", "results",
     "fine_tuning", "gradient", "diagnosis", "training", "train", "ablation", "tensorboard",
     "torch_session", "evidence", "report", "report_sections", "report_page", "anatomy", "report_network",
 }  # fmt: skip

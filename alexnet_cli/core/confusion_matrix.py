@@ -12,8 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
-from alexnet_cli.core import lettering
-from alexnet_cli.core.lettering import Font
+from alexnet_cli.core.drawing import Font, load_font
 
 Counts = npt.NDArray[np.int64]
 
@@ -31,7 +30,7 @@ def draw_confusion_matrix(confusion: Counts, names: Sequence[str], title: str) -
     """Draw `confusion[true, predicted]`. Classes without images that were never predicted are left out."""
     rows, columns = np.flatnonzero(confusion.sum(1)), np.flatnonzero(confusion.sum(1) + confusion.sum(0))
     cell = max(SMALLEST if len(columns) <= SIDE else 1, min(LARGEST, SIDE // len(columns)))
-    font = lettering.font(TEXT, "".join(names))
+    font = load_font(TEXT, "".join(names))
     every = -(-(TEXT + 2) // cell)  # so that labels do not touch
     labels = [_format_label(names[i], i if every > 1 else None) for i in range(len(names))]
     margin = GAP * 2 + max(int(font.getlength(labels[i])) for i in columns)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from alexnet_cli.core import advice, qualitative
+from alexnet_cli.core import advice, filters
 from alexnet_cli.core.augment import Draws
 from alexnet_cli.core.baselines import count_images
 from alexnet_cli.core.cache import Cache, remembering
@@ -224,4 +224,4 @@ def _specialisation(training: Training) -> dict[str, float]:
         return {}
     with ranks.together("collecting layer 1"):
         weight = network.whole("conv1.weight", network.conv1.weight)
-    return {} if weight is None else qualitative.index(weight.numpy(), training.recipe.towers)
+    return {} if weight is None else filters.summarize_epoch(weight.numpy(), training.recipe.towers)

@@ -58,7 +58,7 @@ def evaluate(
     """
     from alexnet_cli.core import results
     from alexnet_cli.core.evaluate import match_classes
-    from alexnet_cli.core.neighbours import sha256
+    from alexnet_cli.core.neighbors import hash_file
     from alexnet_cli.core.origin import own_data, told, unfinished
     from alexnet_cli.core.runs import find_weights, run_of, trained_on
     from alexnet_cli.core.shards import find_dataset, open_dataset
@@ -88,7 +88,7 @@ def evaluate(
     counts = _count_images(reporter, path, images, classify, classes, output_of, batch_size, jobs, predictions)
     published = results.find_published(recipe, dataset.classes)
     totals = results.summarize(counts, views, backend, published)
-    totals |= results.describe_source(split, path, sha256(path), dataset)
+    totals |= results.describe_source(split, path, hash_file(path), dataset)
     _report(reporter, counts, classes, totals)
     if published:
         reporter.show(f"known   {results.format_published(published, views, counts.images)}")

@@ -181,7 +181,7 @@ def train(
             reporter.line("note", note)
         reason = _run(reporter, training, max_steps, stop, habits["save_every"] or sys.maxsize, events)
         if ranks.first:
-            finish(reporter, training, reason, stop)
+            finish(reporter, training, reason)
 
 
 def _notes(training: Training, remark: str, parallel: str, micro_batch: int | None) -> Iterator[str]:
@@ -242,7 +242,7 @@ def _run(
     except VerificationError as error:
         fail(reporter, training.run, error)
         if training.run.writes:  # how it came to that is in the curves
-            leave_report(reporter, training, stopped=True)
+            leave_report(reporter, training)
         raise
     if reason != "finished":  # that it is only when all its files are there
         training.run.update({"status": "interrupted", "reason": reason})

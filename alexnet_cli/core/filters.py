@@ -10,12 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-
-from alexnet_cli.core import spectra
 
 Kernels = npt.NDArray[np.float32]
 Vector = npt.NDArray[np.float64]
@@ -25,11 +23,12 @@ PERMUTATIONS = 10_000
 DEAD = 0.1  # a kernel with less than this share of the median norm has not learned anything
 NOISE = 0.3  # smoothness below which a kernel counts as noise: white noise has 0, a grating over 0.8
 NORMAL_95 = 1.96
+SPECTRUM = 64  # kernels are padded to so many rows and columns: spectra have steps of 1/64 cycle a pixel
 
 
 @dataclass(frozen=True)
 class Tower:
-    """What is measured of a tower's kernels, each an array of (kernels,)."""
+    """Measurements of a tower's kernels, each an array of (kernels,)."""
 
     chroma: Vector  # colour share: grey 0, chance 2/3, opponent colours 1
     norm: Vector
@@ -80,45 +79,45 @@ class Specialisation:
         return self.smoothness < NOISE
 
 
-def split(weight: Kernels, towers: int) -> tuple[Kernels, ...]:
+def split_towers(weight: Kernels, towers: int) -> tuple[Kernels, ...]:
     """conv1's weights, tower by tower: the first half of the kernels is tower 1."""
     return tuple(np.split(weight, towers))
 
 
-def specialisation(towers: Sequence[Kernels], seed: int = 0) -> Specialisation:
+def measure_specialisation(towers: Sequence[Kernels], seed: int = 0) -> Specialisation:
     """Measure the kernels of one or two towers."""
-    dead = _dead(towers)
-    measured = tuple(_measure(kernels, faint) for kernels, faint in zip(towers, dead, strict=True))
+    dead = _find_dead(towers)
+    measured = tuple(_measure_tower(kernels, faint) for kernels, faint in zip(towers, dead, strict=True))
     compared = [tower.chroma[~tower.dead] for tower in measured]
     auc = chance = p_value = None
     if len(compared) == 2 and all(len(c) for c in compared):
-        auc, p_value = separation(compared[0], compared[1]), permutation_p(compared[0], compared[1], seed)
-        chance = auc_interval(auc, len(compared[0]), len(compared[1]))
-    return Specialisation(measured, auc, chance, p_value, smoothness(np.concatenate(towers)))
+        auc, p_value = compute_auc(compared[0], compared[1]), compute_p_value(compared[0], compared[1], seed)
+        chance = compute_auc_interval(auc, len(compared[0]), len(compared[1]))
+    return Specialisation(measured, auc, chance, p_value, measure_smoothness(np.concatenate(towers)))
 
 
-def index(weight: Kernels, towers: int) -> dict[str, float]:
-    """What training tells of conv1 after each epoch: the area under the curve, and each tower's mean colour share."""
-    parts = split(weight, towers)
-    chroma, dead = [chroma_fraction(kernels) for kernels in parts], _dead(parts)
-    found = {
-        f"chroma_tower{i + 1}": float(np.average(c, weights=np.sqrt(_energy(kernels))))
+def summarize_epoch(weight: Kernels, towers: int) -> dict[str, float]:
+    """What `train` records of conv1 after each epoch: the area under the curve, and each tower's mean colour share."""
+    parts = split_towers(weight, towers)
+    chroma, dead = [measure_chroma(kernels) for kernels in parts], _find_dead(parts)
+    summary = {
+        f"chroma_tower{i + 1}": float(np.average(c, weights=np.sqrt(_compute_energy(kernels))))
         for i, (c, kernels) in enumerate(zip(chroma, parts, strict=True))
         if kernels.any()
     }
     compared = [c[~faint] for c, faint in zip(chroma, dead, strict=True)]
     if towers == 2 and all(len(c) for c in compared):
-        found["specialisation"] = separation(compared[0], compared[1])
-    return found
+        summary["specialisation"] = compute_auc(compared[0], compared[1])
+    return summary
 
 
-def numbers(found: Specialisation) -> dict[str, Any]:
-    """All that is measured, for programs."""
-    towers = {f"tower{i + 1}": tower for i, tower in enumerate(found.towers)}
+def make_record(measured: Specialisation) -> dict[str, Any]:
+    """The measurements for `--json`."""
+    towers = {f"tower{i + 1}": tower for i, tower in enumerate(measured.towers)}
     return {
-        "chroma_fraction": dict(zip(towers, found.means, strict=True)),
-        "auc": found.auc, "auc_interval": found.interval, "p_value": found.p_value,
-        "smoothness": found.smoothness, "undertrained": found.undertrained, "dead": found.dead,
+        "chroma_fraction": dict(zip(towers, measured.means, strict=True)),
+        "auc": measured.auc, "auc_interval": measured.interval, "p_value": measured.p_value,
+        "smoothness": measured.smoothness, "undertrained": measured.undertrained, "dead": measured.dead,
         "towers": {
             name: {
                 "frequency": tower.mean(tower.frequency), "selectivity": tower.mean(tower.selectivity),
@@ -127,12 +126,12 @@ def numbers(found: Specialisation) -> dict[str, Any]:
             for name, tower in towers.items()
         },
         "kernel_chroma": {name: tower.chroma.tolist() for name, tower in towers.items()},
-        "kernel_statistics": {name: _each(tower) for name, tower in towers.items()},
+        "kernel_statistics": {name: _list_kernels(tower) for name, tower in towers.items()},
     }  # fmt: skip
 
 
-def _each(tower: Tower) -> list[dict[str, Any]]:
-    """What is measured of every kernel of a tower."""
+def _list_kernels(tower: Tower) -> list[dict[str, Any]]:
+    """The measurements of each kernel of a tower."""
     columns = {
         "chroma": tower.chroma, "norm": tower.norm, "smoothness": tower.smoothness, "frequency": tower.frequency,
         "orientation": tower.orientation, "selectivity": tower.selectivity, "dead": tower.dead,
@@ -142,26 +141,25 @@ def _each(tower: Tower) -> list[dict[str, Any]]:
     return [dict(zip(columns, row, strict=True)) for row in rows]
 
 
-def chroma_fraction(kernels: Kernels) -> Vector:
+def measure_chroma(kernels: Kernels) -> Vector:
     """(N,) share of each kernel's energy that is colour: grey 0, independent random weights 2/3, opponent 1.
 
     1 - sum_p (u . w_p)^2 / sum_p |w_p|^2 with u = (1, 1, 1) / sqrt(3), the grey axis of an orthonormal basis.
     A kernel of zeros has no colour: 0.
     """
-    energy = _energy(kernels)
+    energy = _compute_energy(kernels)
     grey = (kernels.astype(np.float64).sum(axis=1) ** 2).sum(axis=(1, 2)) / 3
     share: Vector = 1 - np.divide(grey, energy, out=np.ones_like(energy), where=energy > 0)
     return share.clip(0.0, 1.0)
 
 
-def separation(first: Vector, second: Vector) -> float:
+def compute_auc(first: Vector, second: Vector) -> float:
     """Area under the ROC curve of two groups, the larger of both directions; ties count half."""
-    wins = _ranks(np.concatenate([first, second]))[: len(first)].sum() - len(first) * (len(first) + 1) / 2
-    share = float(wins / (len(first) * len(second)))
+    share = float(0.5 + 0.5 * np.sign(first[:, None] - second).mean())
     return max(share, 1 - share)
 
 
-def auc_interval(auc: float, first: int, second: int) -> tuple[float, float]:
+def compute_auc_interval(auc: float, first: int, second: int) -> tuple[float, float]:
     """The 95 % interval of an area under the curve of two groups of so many (Newcombe 2006, method 5).
 
     All areas that lie within 1.96 of their own standard deviations from the one that was found. At 0.5 that deviation
@@ -174,34 +172,41 @@ def auc_interval(auc: float, first: int, second: int) -> tuple[float, float]:
     return float(inside.min(initial=auc)), float(inside.max(initial=auc))
 
 
-def permutation_p(first: Vector, second: Vector, seed: int = 0) -> float:
+def compute_p_value(first: Vector, second: Vector, seed: int = 0) -> float:
     """Share of random divisions of all kernels into two such groups that separate at least as well."""
-    ranks = _ranks(np.concatenate([first, second]))
+    from scipy.stats import permutation_test, rankdata  # takes about a second
+
+    ranks = rankdata(np.concatenate([first, second]))
     middle = len(first) * (len(ranks) + 1) / 2
-    rows = np.broadcast_to(ranks, (PERMUTATIONS, len(ranks)))
-    shuffled = np.random.default_rng(seed).permuted(rows, axis=1)
-    distance = np.abs(shuffled[:, : len(first)].sum(axis=1) - middle)
-    as_good = distance >= abs(ranks[: len(first)].sum() - middle) - 1e-9
-    return float((1 + as_good.sum()) / (1 + PERMUTATIONS))
+
+    def measure_distance(group: Vector, _other: Vector, axis: int) -> Vector:
+        distance: Vector = np.abs(group.sum(axis=axis) - middle)
+        return distance
+
+    groups, generator = (ranks[: len(first)], ranks[len(first) :]), np.random.default_rng(seed)
+    test = permutation_test(
+        groups, measure_distance, n_resamples=PERMUTATIONS, alternative="greater", random_state=generator
+    )
+    return float(test.pvalue)
 
 
-def smoothness(kernels: Kernels) -> float:
+def measure_smoothness(kernels: Kernels) -> float:
     """Correlation of weights one step apart, down and across, over all kernels: noise 0, smooth near 1."""
-    products, energies = _neighbours(kernels)
+    products, energies = _correlate_neighbours(kernels)
     product = products.sum()
     energy = sum(float(np.sqrt(a.sum() * b.sum())) for a, b in energies)
     return float(product) / energy if energy else 0.0
 
 
-def kernel_smoothness(kernels: Kernels) -> Vector:
-    """(N,) the same of each kernel by itself; 0 for a kernel of zeros."""
-    products, energies = _neighbours(kernels)
+def measure_kernel_smoothness(kernels: Kernels) -> Vector:
+    """(N,) the smoothness of each kernel by itself; 0 for a kernel of zeros."""
+    products, energies = _correlate_neighbours(kernels)
     energy = sum((np.sqrt(a * b) for a, b in energies), np.zeros(len(kernels)))
     result: Vector = np.divide(products, energy, out=np.zeros(len(kernels)), where=energy > 0)
     return result
 
 
-def _neighbours(kernels: Kernels) -> tuple[Vector, list[tuple[Vector, Vector]]]:
+def _correlate_neighbours(kernels: Kernels) -> tuple[Vector, list[tuple[Vector, Vector]]]:
     """Per kernel: the sum of the products of neighbours, and down and across the energies of both."""
     w = kernels.astype(np.float64)
     pairs = [(w[..., 1:, :], w[..., :-1, :]), (w[..., :, 1:], w[..., :, :-1])]
@@ -209,28 +214,59 @@ def _neighbours(kernels: Kernels) -> tuple[Vector, list[tuple[Vector, Vector]]]:
     return products, [((a**2).sum(axis=(1, 2, 3)), (b**2).sum(axis=(1, 2, 3))) for a, b in pairs]
 
 
-def _measure(kernels: Kernels, dead: Flags) -> Tower:
-    waves = spectra.strongest_wave(kernels)
+class Waves(NamedTuple):
+    """Per kernel (N,): `frequency` in cycles a pixel, `orientation` in degrees (0 along the rows, 90 along the
+    columns, 45 from lower left to upper right), `selectivity` 0..1.
+    """
+
+    frequency: Vector
+    orientation: Vector
+    selectivity: Vector
+
+
+def compute_power(kernels: Kernels) -> Vector:
+    """N x 3 x H x W -> N x 64 x 64: the energy of each wave, over all colours; [0, 0] is the mean.
+
+    The sum over the colours does not change when colours are rotated: a red-green grating counts as much as a grey one.
+    """
+    spectrum = np.fft.fft2(kernels.astype(np.float64), s=(SPECTRUM, SPECTRUM))
+    energy: Vector = (np.abs(spectrum) ** 2).sum(axis=1)
+    return energy
+
+
+def find_strongest_wave(kernels: Kernels) -> Waves:
+    """Frequency and orientation where the spectrum is highest, and how much of it agrees with one orientation.
+
+    Selectivity is |sum P e^(2 i angle)| / sum P over all waves but the mean, one less the circular variance: 0 for a
+    round blob, near 1 for a grating. A kernel of zeros has 0 everywhere.
+    """
+    energy = compute_power(kernels)
+    steps = np.fft.fftfreq(SPECTRUM)
+    down, across = np.meshgrid(steps, steps, indexing="ij")
+    peak = energy.reshape(len(kernels), -1).argmax(axis=1)
+    frequency = np.hypot(down, across).ravel()[peak]
+    orientation = np.degrees(np.arctan2(across, down)).ravel()[peak] % 180  # stripes run across their wave
+    energy[:, 0, 0] = 0
+    total = energy.sum(axis=(1, 2))
+    resultant = np.abs((energy * np.exp(2j * np.arctan2(down, across))).sum(axis=(1, 2)))
+    selectivity = np.divide(resultant, total, out=np.zeros(len(kernels)), where=total > 0)
+    return Waves(frequency, orientation, selectivity)
+
+
+def _measure_tower(kernels: Kernels, dead: Flags) -> Tower:
+    waves = find_strongest_wave(kernels)
     return Tower(
-        chroma_fraction(kernels), np.sqrt(_energy(kernels)), kernel_smoothness(kernels),
+        measure_chroma(kernels), np.sqrt(_compute_energy(kernels)), measure_kernel_smoothness(kernels),
         waves.frequency, waves.orientation, waves.selectivity, dead,
     )  # fmt: skip
 
 
-def _dead(towers: Sequence[Kernels]) -> list[Flags]:
-    norms = [np.sqrt(_energy(kernels)) for kernels in towers]
+def _find_dead(towers: Sequence[Kernels]) -> list[Flags]:
+    norms = [np.sqrt(_compute_energy(kernels)) for kernels in towers]
     least = DEAD * float(np.median(np.concatenate(norms)))
     return [(norm < least) | (norm == 0) for norm in norms]
 
 
-def _energy(kernels: Kernels) -> Vector:
+def _compute_energy(kernels: Kernels) -> Vector:
     energy: Vector = (kernels.astype(np.float64) ** 2).sum(axis=(1, 2, 3))
     return energy
-
-
-def _ranks(values: Vector) -> Vector:
-    """Ranks from 1; equal values share the mean of theirs."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    ranks: Vector = (last - (counts - 1) / 2)[inverse]
-    return ranks

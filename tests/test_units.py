@@ -12,10 +12,9 @@ from model_files import random_model
 
 from alexnet_cli.core import images, onnx_graph
 from alexnet_cli.core.network import network_from_model
-from alexnet_cli.core.responses import Responses, pictures, responses
 from alexnet_cli.core.session import Convolution, Layer, Session
 from alexnet_cli.core.shards import Split, open_dataset
-from alexnet_cli.core.stimuli import stimuli
+from alexnet_cli.core.units import ActivationBatch, find_top_activations, iterate_activations, read_images
 from alexnet_cli.core.weights import Model
 from alexnet_cli.errors import DataError, WeightsError
 from alexnet_cli.recipe import CAFFE, KRIZHEVSKY, PAPER, Recipe
@@ -59,7 +58,7 @@ def test_responses_are_those_of_torch(recipe: Recipe, layer: Layer | Convolution
     onnx_graph.write(model, tmp_path / "m.onnx")
     expected = in_torch(model, split, layer).numpy()
     for source in (model, tmp_path / "m.onnx"):
-        found = list(responses(split, Session(source, layer=layer)))
+        found = list(iterate_activations(split, Session(source, layer=layer)))
         assert np.concatenate([rows for rows, _ in found]).tolist() == list(range(20))
         np.testing.assert_allclose(np.concatenate([v for _, v in found]), expected, rtol=1e-3, atol=1e-4)
 
@@ -67,14 +66,14 @@ def test_responses_are_those_of_torch(recipe: Recipe, layer: Layer | Convolution
 def test_a_session_computes_nothing_behind_its_layer(split: Split) -> None:
     model = random_model(replace(PAPER, width=1 / 32))
     broken = dict(model.tensors) | {"conv4.weight": np.full_like(model.tensors["conv4.weight"], np.nan)}
-    found = next(iter(responses(split, Session(replace(model, tensors=broken), layer="conv3"))))
+    found = next(iter(iterate_activations(split, Session(replace(model, tensors=broken), layer="conv3"))))
     assert np.isfinite(found.values).all()
     with pytest.raises(WeightsError, match="no number"):
-        next(iter(responses(split, Session(replace(model, tensors=broken), layer="conv4"))))
+        next(iter(iterate_activations(split, Session(replace(model, tensors=broken), layer="conv4"))))
 
 
 def test_pictures_come_in_the_order_of_the_rows_and_a_damaged_one_is_named(split: Split) -> None:
-    found = list(pictures(split, [7, 0, 7]))
+    found = list(read_images(split, [7, 0, 7]))
     assert [(p == images.decode(bytes(split.jpeg(r)))).all() for p, r in zip(found, [7, 0, 7], strict=True)] == [
         True
     ] * 3
@@ -85,35 +84,36 @@ def test_pictures_come_in_the_order_of_the_rows_and_a_damaged_one_is_named(split
 
     damaged = Damaged(split.name, split.folder, split.rows, split.files)
     with pytest.raises(DataError, match=r"\(row 3\) of split val"):
-        list(pictures(damaged, range(5)))
+        list(read_images(damaged, range(5)))
 
 
-def batches(values: np.ndarray, size: int) -> list[Responses]:
+def batches(values: np.ndarray, size: int) -> list[ActivationBatch]:
     return [
-        Responses(np.arange(i, min(i + size, len(values))), values[i : i + size]) for i in range(0, len(values), size)
+        ActivationBatch(np.arange(i, min(i + size, len(values))), values[i : i + size])
+        for i in range(0, len(values), size)
     ]
 
 
 @pytest.mark.parametrize(("size", "k"), [(1, 3), (4, 3), (50, 9), (7, 60)])
 def test_the_strongest_are_found_in_one_pass_whatever_the_batch(size: int, k: int) -> None:
     values = np.random.default_rng(0).integers(-9, 9, (50, 6, 3, 4)).astype(np.float32)  # with many ties
-    found = stimuli(batches(values, size), k)
+    found = find_top_activations(batches(values, size), k)
     assert found is not None
     for unit in range(6):
         answers = [(-float(values[i, unit].max()), i) for i in range(50)]
         best = sorted(answers)[:k]
         assert found.rows[unit].tolist() == [i for _, i in best]
-        assert found.responses[unit].tolist() == [-v for v, _ in best]
-        for row, (y, x) in zip(found.rows[unit], found.places[unit], strict=True):
+        assert found.values[unit].tolist() == [-v for v, _ in best]
+        for row, (y, x) in zip(found.rows[unit], found.positions[unit], strict=True):
             assert values[row, unit, y, x] == values[row, unit].max()
-    order = found.strongest(np.array([4, 1, 5]))
-    assert found.responses[order, 0].tolist() == sorted(found.responses[[4, 1, 5], 0].tolist(), reverse=True)
+    order = found.sort_units(np.array([4, 1, 5]))
+    assert found.values[order, 0].tolist() == sorted(found.values[[4, 1, 5], 0].tolist(), reverse=True)
 
 
 def test_layers_without_maps_have_one_place_and_no_pictures_give_nothing() -> None:
     values = np.random.default_rng(1).standard_normal((10, 5)).astype(np.float32)
-    found = stimuli(batches(values, 4), 2)
+    found = find_top_activations(batches(values, 4), 2)
     assert found is not None
     assert (found.rows == np.argsort(-values, axis=0)[:2].T).all()
-    assert not found.places.any()
-    assert stimuli([], 3) is None
+    assert not found.positions.any()
+    assert find_top_activations([], 3) is None
