@@ -72,7 +72,7 @@ def ablate(
     Measures what each is worth on your data: trains the base and every switch with each seed. After a stop or crash,
     repeat the command to continue; finished trainings are kept, also when you add seeds.
     """
-    from alexnet_cli.core import placement, plotting
+    from alexnet_cli.core import placement
     from alexnet_cli.core.resume import EXIT_CODES, asked_to_stop
     from alexnet_cli.core.shards import find_dataset, open_dataset
     from alexnet_plugins.ablate.study import AblationStudy, choose_switches, make_cells
@@ -88,8 +88,8 @@ def ablate(
     cells = make_cells(base, switches, seeds)
     finished = [cell for cell in cells if study.is_finished(cell)]
     _show_heading(reporter, study, base, off, f"{len(cells)} trainings, {len(finished)} of them finished")
-    if not plotting.can_draw():
-        reporter.warn("no chart will be drawn: matplotlib is not installed", plotting.HINT)
+    if not report_charts.can_draw():
+        reporter.warn("no chart will be drawn: matplotlib is not installed", report_charts.INSTALL_HINT)
     with asked_to_stop(None) as stop:
         reason = _train_all(reporter, study, cells, finished, stop, training_error / 100)
     rows = _report(reporter, study, training_error / 100, show=True)
@@ -180,7 +180,7 @@ def _report(reporter: Reporter, study: AblationStudy, error: float, *, show: boo
     Raises:
         StorageError: the files cannot be written.
     """
-    from alexnet_cli.core import plotting
+    from alexnet_cli.core import report_charts
     from alexnet_plugins.ablate import table
 
     rows = table.build_rows(study.find_done_runs())
@@ -192,7 +192,7 @@ def _report(reporter: Reporter, study: AblationStudy, error: float, *, show: boo
         "ablation.csv": table.format_csv(rows, error).encode(),
         "ablation.json": table.format_json(rows, about, error).encode(),
     }
-    if show and plotting.can_draw():
+    if show and report_charts.can_draw():
         title = f"{study.folder.name}: {study.data.name}, {images:,} validation images"
         contents["ablation.png"] = table.draw_chart(rows, title, error)
     for name, content in contents.items():
