@@ -12,7 +12,7 @@ import numpy as np
 from mat_files import mat_file
 from PIL import Image
 
-from alexnet_cli.core.sources import ClassName
+from alexnet_cli.core.classes import ClassName
 
 DEVKIT = "ILSVRC2012_devkit_t12"
 # Sorted wnids, the words of each, and an ILSVRC2012_ID that follows another order.

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from alexnet_cli.core.files import replace_file
 from alexnet_cli.core.predict import Classifier, Prediction
 from alexnet_cli.errors import StorageError
 
@@ -30,7 +31,7 @@ def writing(path: Path, classifier: Classifier, layer: str) -> Iterator[Callable
     Raises:
         StorageError: the file cannot be written.
     """
-    rows, whole = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("rows", "tmp"))
+    rows = path.with_name(f".{path.name}.{os.getpid()}.rows")
     kept: list[Prediction] = []
     try:
         with rows.open("wb") as file:
@@ -47,14 +48,12 @@ def writing(path: Path, classifier: Classifier, layer: str) -> Iterator[Callable
             yield add
         units = rows.stat().st_size // 4 // len(kept) if kept else 0
         values = np.memmap(rows, np.float32, "r", shape=(len(kept), units)) if kept else np.empty((0, 0), np.float32)
-        with whole.open("wb") as file:
+        with replace_file(path) as temporary, temporary.open("wb") as file:
             np.savez(file, **_arrays(kept, values), layer=np.array(layer), weights=np.array(str(classifier.path)))
-        whole.replace(path)
     except OSError as error:
         raise _unwritable(path, error) from error
     finally:
-        for left in (rows, whole):
-            left.unlink(missing_ok=True)
+        rows.unlink(missing_ok=True)
 
 
 def _arrays(kept: list[Prediction], values: Any) -> dict[str, Any]:
