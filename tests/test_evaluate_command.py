@@ -23,11 +23,12 @@ from alexnet_cli.console import Reporter
 from alexnet_cli.core import chance, onnx_graph, placement, results, session, weights
 from alexnet_cli.core import evaluate as evaluating
 from alexnet_cli.core.backoff import Backoff
-from alexnet_cli.core.classes import WNIDS_SHA256, ClassName
 from alexnet_cli.core.confusion_picture import RIGHT, WRONG, draw
 from alexnet_cli.core.devices import Gpu
+from alexnet_cli.core.ilsvrc import WNIDS_SHA256
 from alexnet_cli.core.published import published
 from alexnet_cli.core.shards import open_dataset
+from alexnet_cli.core.sources import ClassName
 from alexnet_cli.errors import DataError, MissingError, StorageError, WeightsError
 from alexnet_cli.recipe import CAFFE, FAST, KRIZHEVSKY, PAPER, Recipe
 from alexnet_plugins.evaluate import _explain, _onnx
@@ -288,7 +289,7 @@ def test_published_figures_are_those_of_the_sources(monkeypatch: pytest.MonkeyPa
     assert published(PAPER, classes) is None  # a thousand classes, but others
     digest = hashlib.sha256("\n".join(wnids).encode()).hexdigest()
     assert digest != WNIDS_SHA256
-    monkeypatch.setattr("alexnet_cli.core.classes.WNIDS_SHA256", digest)
+    monkeypatch.setattr("alexnet_cli.core.ilsvrc.WNIDS_SHA256", digest)
     caffenet = replace(CAFFE, stage1_order="relu-pool-norm", stage2_order="relu-pool-norm")
     expected = {
         PAPER: (10, 40.7, 18.2), FAST: (10, 40.7, 18.2), KRIZHEVSKY: (10, 40.664, 18.210),

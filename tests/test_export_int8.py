@@ -14,11 +14,11 @@ from typer import Typer
 from typer.testing import CliRunner, Result
 
 from alexnet_cli.core import accuracy, calibration, export_int8
-from alexnet_cli.core.classes import ClassName
 from alexnet_cli.core.export import drawn_crops, verify
 from alexnet_cli.core.probes import evenly
 from alexnet_cli.core.session import Session
 from alexnet_cli.core.shards import open_dataset
+from alexnet_cli.core.sources import ClassName
 from alexnet_cli.core.weights import Model
 from alexnet_cli.errors import DataError, UsageError, VerificationError
 from alexnet_cli.recipe import PAPER

@@ -18,7 +18,6 @@ from model_files import random_model, save_model
 from report_cases import HOSTILE, NAMES, RECIPE, Page, hostile_data, make_run, report, told
 
 from alexnet_cli.core import report_page, weights
-from alexnet_cli.core.classes import ClassName
 from alexnet_cli.core.evaluate import Evaluation
 from alexnet_cli.core.evidence import Evidence, Opened
 from alexnet_cli.core.history import History, of
@@ -26,6 +25,7 @@ from alexnet_cli.core.report import gather
 from alexnet_cli.core.results import numbers
 from alexnet_cli.core.runs import Run
 from alexnet_cli.core.shards import Dataset
+from alexnet_cli.core.sources import ClassName
 from alexnet_cli.core.training import Training
 from alexnet_cli.core.weights import Model
 from alexnet_cli.errors import DataError, PartialError, UsageError, WeightsError

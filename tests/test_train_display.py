@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from alexnet_cli.console import Reporter
-from alexnet_cli.core.classes import ClassName
 from alexnet_cli.core.placement import Placement
 from alexnet_cli.core.records import Record
 from alexnet_cli.core.runs import Run
 from alexnet_cli.core.shards import open_dataset
+from alexnet_cli.core.sources import ClassName
 from alexnet_cli.core.training import Training
 from alexnet_cli.recipe import PAPER, TINY, Recipe
 from alexnet_plugins.train_display import heading, show_records, told_once

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from alexnet_cli.core.files import replace_file
 from alexnet_cli.core.predict import Classifier, Prediction
 from alexnet_cli.errors import StorageError
 
@@ -31,7 +30,7 @@ def writing(path: Path, classifier: Classifier, layer: str) -> Iterator[Callable
     Raises:
         StorageError: the file cannot be written.
     """
-    rows = path.with_name(f".{path.name}.{os.getpid()}.rows")
+    rows, whole = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("rows", "tmp"))
     kept: list[Prediction] = []
     try:
         with rows.open("wb") as file:
@@ -48,12 +47,14 @@ def writing(path: Path, classifier: Classifier, layer: str) -> Iterator[Callable
             yield add
         units = rows.stat().st_size // 4 // len(kept) if kept else 0
         values = np.memmap(rows, np.float32, "r", shape=(len(kept), units)) if kept else np.empty((0, 0), np.float32)
-        with replace_file(path) as temporary, temporary.open("wb") as file:
+        with whole.open("wb") as file:
             np.savez(file, **_arrays(kept, values), layer=np.array(layer), weights=np.array(str(classifier.path)))
+        whole.replace(path)
     except OSError as error:
         raise _unwritable(path, error) from error
     finally:
-        rows.unlink(missing_ok=True)
+        for left in (rows, whole):
+            left.unlink(missing_ok=True)
 
 
 def _arrays(kept: list[Prediction], values: Any) -> dict[str, Any]:

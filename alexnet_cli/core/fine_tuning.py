@@ -6,6 +6,7 @@ pad every map stand for the mean.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,10 +16,9 @@ import numpy as np
 import torch
 
 from alexnet_cli.core import weights
-from alexnet_cli.core.classes import ClassName
-from alexnet_cli.core.files import hash_file
 from alexnet_cli.core.network import Network
 from alexnet_cli.core.runs import Run, find_weights
+from alexnet_cli.core.sources import ClassName
 from alexnet_cli.core.weights import LAYERS, Model
 from alexnet_cli.errors import UsageError, WeightsError
 from alexnet_cli.recipe import Recipe
@@ -57,7 +57,7 @@ class Transfer:
     def about(self) -> dict[str, Any]:
         """What run.json says, so that the run can begin once more from the same."""
         path = self.model.path.absolute()
-        return {"weights": self.spec, "path": str(path), "sha256": hash_file(path), **self.tensors()}
+        return {"weights": self.spec, "path": str(path), "sha256": checksum(path), **self.tensors()}
 
     def different(self, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
         """Recipe keys that change what the loaded weights mean: key -> (value here, value there)."""
@@ -86,7 +86,7 @@ def source(spec: str | None, run: Run | None) -> Model | None:
     if begun is None or any(run.checkpoints.glob("*/meta.json")):
         return None
     path = Path(begun["path"])
-    if path.is_file() and hash_file(path) != begun["sha256"]:
+    if path.is_file() and checksum(path) != begun["sha256"]:
         raise WeightsError(f"{path} is not as it was when the run began", "start a run of another --name")
     return weights.read(path)
 
@@ -128,6 +128,12 @@ def freeze(network: Network, recipe: Recipe) -> None:
     """Have the layers that the recipe freezes learn nothing: no gradient is computed, so no update is made."""
     for layer in FROZEN[recipe.frozen]:
         network.get_submodule(layer).requires_grad_(False)
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a weights file, by which a run says what it began from."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _tensors(layers: Sequence[str]) -> list[str]:

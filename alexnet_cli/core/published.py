@@ -7,7 +7,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from alexnet_cli.core.classes import ClassName, is_ilsvrc
+from alexnet_cli.core.ilsvrc import is_ilsvrc
+from alexnet_cli.core.sources import ClassName
 from alexnet_cli.recipe import Recipe
 
 IMAGES = 50_000

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from alexnet_cli.core.classes import ClassName
 from alexnet_cli.core.contact_sheet import Row, Tile
 from alexnet_cli.core.images import Pixels
 from alexnet_cli.core.receptive_field import extent, patch
 from alexnet_cli.core.responses import pictures
 from alexnet_cli.core.shards import Split
+from alexnet_cli.core.sources import ClassName
 from alexnet_cli.core.stimuli import Stimuli
 from alexnet_cli.recipe import Recipe
 

@@ -14,13 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from alexnet_cli.core import chance
-from alexnet_cli.core.classes import ClassName
 from alexnet_cli.core.confusion_picture import draw
 from alexnet_cli.core.evaluate import Evaluation
-from alexnet_cli.core.files import read_file
+from alexnet_cli.core.listing import read_file
 from alexnet_cli.core.origin import own_data
 from alexnet_cli.core.published import IMAGES, Figure
 from alexnet_cli.core.shards import Dataset
+from alexnet_cli.core.sources import ClassName
 from alexnet_cli.errors import DataError, StorageError
 
 ENDS = (".json", "_per_class.csv", "_confusion.csv", "_confusion.png")

@@ -10,19 +10,21 @@ runs/latest                   points to the newest run
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
 import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from alexnet_cli.core.atomic import point, write_text
 from alexnet_cli.core.devices import train_command
-from alexnet_cli.core.files import lock_file, read_file, replace_link, write_text
+from alexnet_cli.core.listing import read_file
 from alexnet_cli.core.records import append, read_records, table, unsaved, until
 from alexnet_cli.errors import DataError, StorageError, UsageError, WeightsError
 from alexnet_cli.recipe import Recipe, load
@@ -64,7 +66,7 @@ class Run:
             write_text(path / "recipe.toml", recipe.to_toml())
             about = {"schema": "alexnet.run/1", "status": "running", **about}
             write_text(path / "run.json", json.dumps(about, indent=2) + "\n")
-            replace_link(root / "latest", path)
+            point(root / "latest", path)
         except FileExistsError as error:
             way_on = f"continue it with --resume {shlex.quote(str(name))}, choose another --name, or delete the folder"
             raise UsageError(f"a run called {name} is there already: {path}", way_on) from error
@@ -137,9 +139,13 @@ class Run:
         if not self.writes:
             yield
             return
-        with ExitStack() as stack:
-            with self.storing():
-                stack.enter_context(lock_file(self.path / ".lock", f"another command is training {self.path}"))
+        with self.storing():
+            file = (self.path / ".lock").open("w")
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise DataError(f"another command is training {self.path}", "wait until it is done") from None
             yield
 
     def update(self, about: Mapping[str, Any]) -> None:
@@ -177,8 +183,10 @@ class Run:
         """Write metrics.csv anew from the records: one row per epoch."""
         if not self.writes:
             return
+        temporary = self.path / ".metrics.csv.tmp"
         with self.storing():
-            write_text(self.path / "metrics.csv", table(self.records()))
+            temporary.write_text(table(self.records()), encoding="utf-8")
+            temporary.replace(self.path / "metrics.csv")
 
 
 def is_plain(name: str) -> bool:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from alexnet_cli.core.classes import WNID, ilsvrc_words, name_classes, read_words
 from alexnet_cli.core.classes import ClassName as ClassName
+from alexnet_cli.core.classes import class_list as class_list
 from alexnet_cli.core.folders import (
     READ,
     class_folders,
@@ -185,3 +186,6 @@ def _descend(path: Path) -> Path:
 def _has_classes(path: Path) -> bool:
     """Whether it would be taken for one folder per class, or for train/CLASS."""
     return any(folder.is_dir() and len(class_folders(folder)[0]) > 1 for folder in (path, path / "train"))
+
+
+recognise = recognize  # the old name, until the last callers have changed

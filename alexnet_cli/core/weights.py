@@ -18,8 +18,8 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from alexnet_cli import recipe as recipes
-from alexnet_cli.core.classes import ClassName, class_list
 from alexnet_cli.core.shapes import tensor_shapes
+from alexnet_cli.core.sources import ClassName, class_list
 from alexnet_cli.errors import RecipeError, WeightsError
 from alexnet_cli.recipe import SIDE, Recipe
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -56,10 +57,10 @@ def report(reporter: Reporter, made: Ablation, error: float, *, show: bool) -> l
 
 
 def _write(path: Path, content: bytes) -> None:
-    from alexnet_cli.core.files import write_chunks
-
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        write_chunks(path, [content])
+        temporary.write_bytes(content)
+        temporary.replace(path)
     except OSError as error:
         raise StorageError(f"{path} cannot be written: {error.strerror or error}", "free some space") from error
 

@@ -23,9 +23,9 @@ from onnx import helper, numpy_helper
 from torch import nn
 
 from alexnet_cli.core import calibration, export, onnx_graph, onnx_int8
-from alexnet_cli.core.classes import ClassName
 from alexnet_cli.core.network import Network, initialise, parameters_by_name
 from alexnet_cli.core.session import Session
+from alexnet_cli.core.sources import ClassName
 from alexnet_cli.core.weights import Model
 from alexnet_cli.recipe import PAPER, SIDE, Recipe
 from alexnet_plugins.benchmark_step import CLASSES, FORMATS, Layout, arithmetic, stock

@@ -143,9 +143,9 @@ def _limit(split: Split, rows: npt.NDArray[np.int64], workers: int, stack: ExitS
 def epoch_costs(scratch: Path, rows: int = ILSVRC) -> dict[str, float]:
     """Seconds to open an index of so many rows, and for each part of an epoch's order."""
     from alexnet_cli.core.augment import Draws
-    from alexnet_cli.core.classes import ClassName
     from alexnet_cli.core.loader import epoch_order, training_batches
     from alexnet_cli.core.shards import ROW, Dataset, index_name
+    from alexnet_cli.core.sources import ClassName
     from alexnet_cli.core.stopwatch import least_seconds
     from alexnet_cli.recipe import PAPER
 

@@ -43,15 +43,15 @@ def contest(source: Path, paths: list[Path], workers: int, scratch: Path, notes:
 
 
 def _ours(source: Path, workers: int, scratch: Path) -> Pass:
+    from alexnet_cli.core.packing import pack
     from alexnet_cli.core.plan import Plan
-    from alexnet_cli.core.prepare import pack
-    from alexnet_cli.core.sources import recognize
+    from alexnet_cli.core.sources import recognise
 
     numbers = itertools.count()
 
     def run() -> int:
         output = scratch / f"ours{next(numbers)}"
-        images = sum(step.images for step in pack(Plan(recognize(source), output, QUALITY), workers))
+        images = sum(step.images for step in pack(Plan(recognise(source), output, QUALITY), workers))
         shutil.rmtree(output)
         return images
 

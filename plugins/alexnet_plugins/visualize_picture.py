@@ -48,11 +48,11 @@ def way(
     """The picture through all layers: the record for programs, and the page."""
     from alexnet_cli.core.activations import course, layer_records
     from alexnet_cli.core.activations_picture import draw
-    from alexnet_cli.core.images import PixelBudget
     from alexnet_cli.core.inputs import STANDARD, load
+    from alexnet_cli.core.memory import Memory
 
     path = source if isinstance(source, str) else STANDARD
-    picture = load(source, model.exif_rotate, PixelBudget())
+    picture = load(source, model.exif_rotate, Memory())
     if isinstance(picture, str):
         raise DataError(f"{path} cannot be read: {picture}", "look at the file, or choose another picture")
     found = course(model, picture)
