@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet_cli.core import listing, shards, sources
+from alexnet_cli.core import shards, sources
+from alexnet_cli.core.files import read_file
 from alexnet_cli.core.plan import Plan
 from alexnet_cli.core.prepare import pack
 from alexnet_cli.core.shard_writer import ShardWriter
@@ -129,14 +130,14 @@ def test_a_pipe_is_refused_and_not_waited_for(source: Path, tmp_path: Path) -> N
 
 
 def test_what_may_not_be_read(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = listing.read_file
+    real = read_file
 
     def read(path: Path) -> bytes:
         if path.name == "3.jpg":
             raise PermissionError(13, "Permission denied", str(path))
         return real(path)
 
-    monkeypatch.setattr(listing, "read_file", read)
+    monkeypatch.setattr("alexnet_cli.core.listing.read_file", read)
     _, refused = packed(source, tmp_path / "out")
     assert refused == {f"train/{name}/3.jpg": "it cannot be read: Permission denied" for name in ("a", "b")}
 
