@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from scipy.io import savemat
 
-from alexnet_cli.core.sources import ClassName
+from alexnet_cli.core.classes import ClassName
 
 DEVKIT = "ILSVRC2012_devkit_t12"
 # Sorted wnids, the words of each, and an ILSVRC2012_ID that follows another order.

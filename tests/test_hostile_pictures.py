@@ -23,8 +23,8 @@ from PIL import Image
 
 from alexnet_cli import cli
 from alexnet_cli.core import images
+from alexnet_cli.core.images import PixelBudget
 from alexnet_cli.core.inputs import ahead, expand, load
-from alexnet_cli.core.memory import Memory
 from alexnet_cli.recipe import PAPER
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (40, 60, 4), dtype=np.uint8)
@@ -48,7 +48,7 @@ WHOLE = {kind: encoded(kind) for kind in KINDS}
 
 def answered(data: bytes) -> str:
     """Empty for a picture that was decoded; or why it was not."""
-    found = load(data, True, Memory())
+    found = load(data, True, PixelBudget())
     if isinstance(found, str):
         assert found.strip()
         return found

@@ -315,7 +315,7 @@ def test_pictures_are_turned_if_asked(pets: Path, capsys: pytest.CaptureFixture[
 def test_a_disk_that_is_too_small_is_said_before_starting(
     pets: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Plan, "free", lambda self: 1000)
+    monkeypatch.setattr(Plan, "bytes_free", lambda self: 1000)
     assert run(pets) == 7
     assert "1 MB needed in prepared/pets, but" in capsys.readouterr().err
     assert os.listdir() == ["pets"]

@@ -24,10 +24,10 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from alexnet_cli.core.classes import ClassName
 from alexnet_cli.core.images import Pixels
 from alexnet_cli.core.inputs import Source, ahead
 from alexnet_cli.core.session import Layer, Session
-from alexnet_cli.core.sources import ClassName
 from alexnet_cli.core.views import mean_correction, views
 from alexnet_cli.errors import StorageError, UsageError, WeightsError
 from alexnet_cli.recipe import Recipe

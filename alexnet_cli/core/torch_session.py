@@ -9,10 +9,10 @@ import numpy.typing as npt
 import torch
 
 from alexnet_cli.core import weights
+from alexnet_cli.core.classes import ClassName
 from alexnet_cli.core.devices import take, visible_gpus
 from alexnet_cli.core.network import network_from_model
 from alexnet_cli.core.session import Crops, Layer
-from alexnet_cli.core.sources import ClassName
 from alexnet_cli.recipe import SIDE, Recipe
 
 Array = npt.NDArray[np.float32]

@@ -207,17 +207,17 @@ def _parallel(setting: Setting) -> Generator[Contest]:
 
 def _dataset(setting: Setting) -> tuple[Dataset, str]:
     """The data set that was named, or one prepared for this, and a sentence about it."""
-    from alexnet_cli.core.packing import pack
     from alexnet_cli.core.plan import Plan
+    from alexnet_cli.core.prepare import pack
     from alexnet_cli.core.shards import find_dataset, open_dataset
-    from alexnet_cli.core.sources import recognise
+    from alexnet_cli.core.sources import recognize
 
     if setting.data is not None:
         path = find_dataset(setting.data)
         return open_dataset(path), f"measured on the training split of {path}"
     source, _, note = _source(setting)
     path = setting.scratch / "prepared"
-    for _ in pack(Plan(recognise(source), path), setting.workers):
+    for _ in pack(Plan(recognize(source), path), setting.workers):
         pass
     return open_dataset(path), f"{note}, prepared"
 

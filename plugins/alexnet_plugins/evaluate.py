@@ -24,9 +24,9 @@ from alexnet_cli.options import (
 )
 
 if TYPE_CHECKING:
+    from alexnet_cli.core.classes import ClassName
     from alexnet_cli.core.evaluate import Classify, Evaluation
     from alexnet_cli.core.shards import Split
-    from alexnet_cli.core.sources import ClassName
     from alexnet_cli.recipe import Recipe
 
     LoadedModel = tuple[Classify, Sequence[ClassName], Recipe, str, Mapping[str, Any]]

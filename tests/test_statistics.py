@@ -1,4 +1,4 @@
-"""Counts that come a shard at a time against numpy over everything at once."""
+"""Statistics that come a shard at a time against numpy over everything at once."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections import defaultdict
 import numpy as np
 import pytest
 
-from alexnet_cli.core.census import FACT, LONGEST, Census, Facts, duplicates
 from alexnet_cli.core.shard_writer import npy_header
 from alexnet_cli.core.shards import ROW
+from alexnet_cli.core.statistics import IMAGE_FACT, LONGEST, ImageFacts, SourceStats, find_duplicates
 
 
-def facts(rng: np.random.Generator, first: int, count: int) -> Facts:
+def facts(rng: np.random.Generator, first: int, count: int) -> ImageFacts:
     """So few different digests that many pictures are equal; two of them differ in their last byte only."""
-    found = np.zeros(count, FACT)
+    found = np.zeros(count, IMAGE_FACT)
     found["row"] = np.arange(first, first + count)
     found["width"], found["height"] = rng.integers(1, LONGEST + 1, (2, count))
     digests = [bytes([n // 2, *range(14), n % 2]) for n in range(60)]
@@ -25,21 +25,21 @@ def facts(rng: np.random.Generator, first: int, count: int) -> Facts:
 
 
 @pytest.mark.parametrize("counts", [(1,), (2,), (40, 1, 60), (7, 30, 8, 6)])
-def test_a_census_by_shards_is_that_of_the_whole(counts: tuple[int, ...]) -> None:
+def test_statistics_by_shards_are_those_of_the_whole(counts: tuple[int, ...]) -> None:
     rng = np.random.default_rng(sum(counts))
     parts = [facts(rng, sum(counts[:i]), count) for i, count in enumerate(counts)]
-    census = Census()
+    stats = SourceStats()
     for part in parts:
-        census.add(part)
+        stats.add(part)
     whole = np.concatenate(parts)
-    for side, spread in census.sizes().items():
+    for side, spread in stats.sizes().items():
         assert spread == {"min": whole[side].min(), "median": np.median(whole[side]), "max": whole[side].max()}
-    assert census.turned == sum(orientation != 1 for orientation in whole["orientation"])
+    assert stats.turned == sum(orientation != 1 for orientation in whole["orientation"])
     rows = defaultdict(list)
     for row, digest in zip(whole["row"].tolist(), whole["digest"].tolist(), strict=True):
         rows[digest].append(row)
     expected = sorted(group for group in rows.values() if len(group) > 1)
-    found = duplicates(census.repeated(), {"train": iter(parts)}, lambda split, row: {"path": f"{split}/{row}"})
+    found = find_duplicates(stats.repeated(), {"train": iter(parts)}, lambda split, row: {"path": f"{split}/{row}"})
     assert [[entry["path"] for entry in group] for group in found] == [
         [f"train/{row}" for row in group] for group in expected
     ]
