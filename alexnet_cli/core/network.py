@@ -25,9 +25,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from alexnet_cli.core.layers import Activation, Dropout, OverlappingPooling, ResponseNorm, WithinMapNorm
-from alexnet_cli.core.rows import Rows
 from alexnet_cli.core.shapes import widths
-from alexnet_cli.core.towers import Towers
+from alexnet_cli.core.towers import HybridGather, TowerGroup
 from alexnet_cli.core.weights import PARAMETERS, Model
 from alexnet_cli.recipe import Recipe
 
@@ -38,13 +37,13 @@ class Network(nn.Module):
     """AlexNet. Float N x 3 x 224 x 224 (227 if the recipe says so), mean-subtracted -> logits N x classes."""
 
     def __init__(
-        self, recipe: Recipe, classes: int, towers: Towers | None = None, columns: Towers | None = None
+        self, recipe: Recipe, classes: int, towers: TowerGroup | None = None, columns: TowerGroup | None = None
     ) -> None:
         """`towers` says which towers this process holds, `columns` which units of layers 6 to 8 if otherwise split."""
         super().__init__()
         self.recipe = recipe
-        self.towers = towers = towers or Towers(recipe.towers, recipe.towers)
-        self.columns, self.rows = columns or towers, Rows(columns)
+        self.towers = towers = towers or TowerGroup(recipe.towers, recipe.towers)
+        self.columns, self.rows = columns or towers, HybridGather(columns)
         c = widths(recipe)
         mine = {layer: n * towers.held for layer, n in c.items()}
         every = {layer: n * towers.total for layer, n in c.items()}
@@ -83,7 +82,7 @@ class Network(nn.Module):
         x = columns.sum(functional.linear(x, self.fc8.weight), "fc8") + self.fc8.bias
         return self.rows.own(x, images)
 
-    def slicing(self, name: str) -> tuple[Towers, int] | None:
+    def slicing(self, name: str) -> tuple[TowerGroup, int] | None:
         """Along which dimension a parameter is split, and among whom; None where everyone has it whole."""
         if name == "fc8.bias":
             return None
@@ -132,7 +131,7 @@ def cast(device: str) -> torch.dtype | None:
 class AcrossTowers(nn.Module):
     """A normalisation that looks over the edge of a tower, as Caffe's does, where the next tower is elsewhere."""
 
-    def __init__(self, norm: ResponseNorm, towers: Towers, name: str) -> None:
+    def __init__(self, norm: ResponseNorm, towers: TowerGroup, name: str) -> None:
         super().__init__()
         self.norm, self.towers, self.name = norm, towers, name
 
@@ -141,7 +140,7 @@ class AcrossTowers(nn.Module):
         return self.towers.own(self.norm(self.towers.share(x, self.name)), 1)
 
 
-def _stage(recipe: Recipe, order: str, towers: Towers, name: str, *, extra: bool) -> nn.Sequential:
+def _stage(recipe: Recipe, order: str, towers: TowerGroup, name: str, *, extra: bool) -> nn.Sequential:
     """What follows convolutions 1 and 2, in the recipe's order."""
     across = recipe.lrn == "across-maps"
     joint = across and recipe.lrn_joint and towers.held < towers.total

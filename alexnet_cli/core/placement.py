@@ -11,7 +11,15 @@ from dataclasses import dataclass, replace
 import torch
 
 from alexnet_cli.core.devices import Gpu, cores, cpu_bf16, take, visible_gpus
-from alexnet_cli.core.ranks import ALONE, Numbers, Parallel, Ranks, arranged, numbers, parent
+from alexnet_cli.core.process_group import (
+    ALONE,
+    Parallel,
+    ProcessMesh,
+    RankInfo,
+    arrange_mesh,
+    launcher_pid,
+    read_rank_info,
+)
 from alexnet_cli.errors import MissingError, UsageError
 
 
@@ -25,7 +33,7 @@ class Placement:
     name: str
     precision: str
     notes: tuple[str, ...] = ()
-    ranks: Ranks = ALONE
+    ranks: ProcessMesh = ALONE
     names: tuple[str, ...] = ()
     """The devices of all ranks, in their order; empty where this one is alone."""
 
@@ -62,10 +70,10 @@ def place(gpus: str | None, precision: str) -> Placement:
         MissingError: a GPU was asked for that is not there.
         UsageError: `gpus` is something else, or several.
     """
-    return _on(one(gpus), gpus, precision)
+    return _on(single_gpu(gpus), gpus, precision)
 
 
-def one(gpus: str | None) -> int | None:
+def single_gpu(gpus: str | None) -> int | None:
     """The id of the GPU that `place` would choose; None for the CPU. Raises as that does."""
     wanted = _wanted(gpus)
     if len(wanted) > 1 and gpus != "all":
@@ -82,7 +90,7 @@ def processes(gpus: str | None, asked: int | None) -> int:
     """
     if asked is not None and (gpus or "none") != "none":
         raise UsageError("--processes is for the CPU", "--gpus 0,1 starts a process for each GPU named")
-    if (joined := numbers()) is not None:
+    if (joined := read_rank_info()) is not None:
         if asked not in (None, joined.size):
             what = f"--processes {asked}: a launcher has started this one as {joined.rank + 1} of {joined.size}"
             raise UsageError(what, "leave --processes to it, or unset WORLD_SIZE and RANK (SLURM_STEP_ID)")
@@ -92,36 +100,36 @@ def processes(gpus: str | None, asked: int | None) -> int:
     return max(1, len(_wanted(gpus)))
 
 
-def ours(gpus: str | None) -> list[int]:
+def local_gpus(gpus: str | None) -> list[int]:
     """The GPUs of this machine's processes, one each; none where they are on the CPU."""
-    joined = numbers() is not None
+    joined = read_rank_info() is not None
     return _wanted(("all" if visible_gpus() else "none") if joined and gpus is None else gpus)
 
 
 def backend(gpus: str | None) -> str:
     """What the processes talk through: gloo where two share a GPU, which nccl does not allow."""
-    ids = ours(gpus)
+    ids = local_gpus(gpus)
     return "cuda:nccl,cpu:gloo" if ids and len(set(ids)) == len(ids) else "gloo"
 
 
-def place_among(ranks: Ranks, gpus: str | None, precision: str, parallel: Parallel, towers: int) -> Placement:
+def place_ranks(ranks: ProcessMesh, gpus: str | None, precision: str, parallel: Parallel, towers: int) -> Placement:
     """Choose this process's device, and what it has of the network.
 
     Raises:
         MissingError: a GPU was asked for that is not there.
         UsageError: the devices cannot be used in the way of `parallel`.
     """
-    mine, ids = numbers(), ours(gpus)
+    mine, ids = read_rank_info(), local_gpus(gpus)
     if mine is None or ranks.size == 1:
         return _on(ids[0] if ids else None, gpus, precision)
     own = _own(ids, mine, gpus)
     found = _on(own, gpus or "none", precision)
     if found.device.type == "cpu":
-        if parent() is None:  # our launcher has done so, or has been told otherwise
+        if launcher_pid() is None:  # our launcher has done so, or has been told otherwise
             torch.set_num_threads(max(1, cores() // mine.local_size))
         found = replace(found, name=f"CPU process {mine.rank}")
     name = found.name if mine.local_size == ranks.size else f"{found.name} of {socket.gethostname()}"
-    told = ranks.everyone((name, found.precision, "" if own is None else _gpu(own).uuid))
+    told = ranks.gather_values((name, found.precision, "" if own is None else _gpu(own).uuid))
     names, precisions, uuids = zip(*told, strict=True)
     if ids and "nccl" in backend(gpus) and len(set(uuids)) < ranks.size:
         what = f"each process is to have a GPU of its own: processes {ranks.size}, GPUs {len(set(uuids))}"
@@ -129,10 +137,10 @@ def place_among(ranks: Ranks, gpus: str | None, precision: str, parallel: Parall
     if len(set(precisions)) > 1:  # or they would send each other what the other does not expect
         note = f"not every device has {precision} arithmetic: training in fp32"
         found = replace(found, precision="fp32", notes=(*found.notes, note))
-    return replace(found, ranks=arranged(ranks, parallel, towers, found.device), names=names)
+    return replace(found, ranks=arrange_mesh(ranks, parallel, towers, found.device), names=names)
 
 
-def _own(ids: list[int], mine: Numbers, gpus: str | None) -> int | None:
+def _own(ids: list[int], mine: RankInfo, gpus: str | None) -> int | None:
     """This process's GPU: by its place on this machine, or the one that a launcher lets it see. Raises MissingError."""
     if not ids or mine.local_rank < len(ids):
         return ids[mine.local_rank] if ids else None
@@ -224,5 +232,5 @@ def keep_memory() -> None:
 
 def threads_for_decoding(asked: int | None) -> int:
     """How many threads decode pictures: what was asked, or one per core that is this process's, at most eight."""
-    mine = numbers()
+    mine = read_rank_info()
     return asked or min(8, max(1, cores() // (mine.local_size if mine else 1)))

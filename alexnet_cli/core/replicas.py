@@ -13,12 +13,12 @@ from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
 from alexnet_cli.core.network import Network
-from alexnet_cli.core.ranks import Ranks
+from alexnet_cli.core.process_group import ProcessMesh
 
 Summed = torch.futures.Future[Tensor]
 
 
-def replicated(network: Network, ranks: Ranks, compress: bool) -> nn.Module:
+def replicated(network: Network, ranks: ProcessMesh, compress: bool) -> nn.Module:
     """The network with gradients added up over `ranks.group`; `compress` sends them as bf16.
 
     What is split over all ranks by columns, and so is nobody's replica, keeps its own. Parameters that learn nothing
@@ -43,11 +43,10 @@ def replicated(network: Network, ranks: Ranks, compress: bool) -> nn.Module:
     return wrapped
 
 
-def _added(ranks: Ranks, bucket: GradBucket, layers: dict[Tensor, str], compress: bool) -> Summed:
+def _added(ranks: ProcessMesh, bucket: GradBucket, layers: dict[Tensor, str], compress: bool) -> Summed:
     """The sum of a bucket's gradients over replicas, when it is there."""
     gradients = bucket.buffer()
     sent = gradients.to(torch.bfloat16) if compress else gradients
-    ranks.at("adding up gradients")
     for parameter in bucket.parameters():
         size = parameter.numel() * sent.element_size()
         ranks.traffic[f"{layers[parameter]} gradients"] += 2 * size * (ranks.replicas - 1) // ranks.replicas

@@ -50,7 +50,7 @@ def contests(gpus: str | None, batch: int | None, workers: int) -> Generator[Con
     on_gpus = count > 1
     count = max(2, count)
     batch = -(-(batch or BATCH) // count) * count  # a share that comes out even is exact when scaled
-    chosen = placement.ours(gpus)
+    chosen = placement.local_gpus(gpus)
     ids = ",".join(map(str, chosen)) if on_gpus else "none"
     task = Task(RECIPE, batch, STEPS_ON_GPU if on_gpus else 1, count, max(1, workers // count), "tower", ids)
     yield from _contest(task, "fp32", workers)
@@ -101,16 +101,16 @@ class Team:
     """Processes that train together, each of which does what it is asked when all are."""
 
     def __init__(self, task: Task) -> None:
-        from alexnet_cli.core.launch import meeting_place, variables
+        from alexnet_cli.core.launch import rank_variables, start_store
 
-        self.task, self.store = task, meeting_place()
+        self.task, self.store = task, start_store()
         # Not forked from this one, whose settings they would inherit, but from one that has only loaded the code.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["alexnet_plugins.benchmark_rank", "torch._dynamo"])  # which replicas import
         self.pipes, self.processes = [], []
         for rank in range(task.processes):
             ours, theirs = context.Pipe()
-            numbered = variables(rank, task.processes, self.store.port)
+            numbered = rank_variables(rank, task.processes, self.store.port)
             self.pipes.append(ours)
             self.processes.append(context.Process(target=serve, args=(task, numbered, theirs), daemon=True))
             self.processes[-1].start()
@@ -166,14 +166,14 @@ def serve(task: Task, numbered: dict[str, str], pipe: Connection) -> None:
     os.environ.update(numbered)  # before torch is loaded, which reads how many threads to have
     import torch
 
-    from alexnet_cli.core.placement import backend, place_among
-    from alexnet_cli.core.ranks import meeting, numbers
+    from alexnet_cli.core.placement import backend, place_ranks
+    from alexnet_cli.core.process_group import join_process_group, read_rank_info
     from alexnet_plugins.benchmark_rank import Step
 
     recipe = task.recipe
     try:
-        with meeting(numbers(), backend(task.gpus)) as ranks:
-            placed = place_among(ranks, task.gpus, recipe.precision, task.parallel, recipe.towers)
+        with join_process_group(read_rank_info(), backend(task.gpus)) as ranks:
+            placed = place_ranks(ranks, task.gpus, recipe.precision, task.parallel, recipe.towers)
             if placed.device.type == "cpu":
                 torch.set_num_threads(task.threads)
             step = Step(recipe, task.batch, task.steps, placed)

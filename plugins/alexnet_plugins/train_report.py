@@ -28,7 +28,7 @@ def leave_report(
         from alexnet_cli.core import report_page
         from alexnet_cli.core.evidence import opened
         from alexnet_cli.core.patience import Patience
-        from alexnet_cli.core.ranks import ALONE
+        from alexnet_cli.core.process_group import ALONE
         from alexnet_cli.core.report import gather
         from alexnet_cli.core.runs import find_weights
 

@@ -1,4 +1,4 @@
-"""What transports complain of, and who waits longest; NCCL's part is played."""
+"""Errors of gloo and NCCL become messages that say what happened to which rank; NCCL is simulated."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+from torch._C._distributed_c10d import HashStore
 
-from alexnet_cli.core import transport
-from alexnet_cli.core.ranks import Ranks
+from alexnet_cli.core import process_group
+from alexnet_cli.core.process_group import ProcessMesh
 from alexnet_cli.errors import LostError, MissingError
 
 NCCL = (
@@ -21,15 +22,18 @@ GONE = NCCL.format("ncclRemoteError", "socketPollConnect: Connect to 10.0.0.2 fa
 
 
 def test_gpus_that_cannot_talk_are_told_apart_from_ranks_that_are_gone() -> None:
-    why = r"^rank 1: NCCL.* fails at: step 1; Error while creating shared memory"
-    with pytest.raises(MissingError, match=why) as told, Ranks(1, 2).together("step 1"):
+    why = r"^rank 1: NCCL.* failed in step 1: Error while creating shared memory"
+    with pytest.raises(MissingError, match=why) as told, ProcessMesh(1, 2).together("step 1"):
         raise RuntimeError(SHARED_MEMORY)
     assert not isinstance(told.value, LostError)
     assert "NCCL_DEBUG=INFO" in told.value.hint
-    for message in (GONE, "gloo: Connection closed by peer", "Timed out after 600 s"):
-        with pytest.raises(LostError, match="waited for the others in vain"), Ranks(1, 2).together("step 1"):
+    for message in (GONE, "gloo: Connection closed by peer"):
+        with (
+            pytest.raises(LostError, match="rank 1 lost its connection to another rank in step 1"),
+            ProcessMesh(1, 2).together("step 1"),
+        ):
             raise RuntimeError(message)
-    with pytest.raises(RuntimeError, match=r"^bug$"), Ranks(1, 2).together("step 1"):
+    with pytest.raises(RuntimeError, match=r"^bug$"), ProcessMesh(1, 2).together("step 1"):
         raise RuntimeError("bug")
 
 
@@ -50,5 +54,14 @@ def test_nccl_waits_longer(name: str | None, waits: timedelta | None, monkeypatc
                 raise RuntimeError("No backend type associated with device type cuda")
             return Backend()
 
-    transport.outlast(Group())  # type: ignore[arg-type]
+    process_group._lengthen_nccl_timeout(Group())  # type: ignore[arg-type]
     assert found == [waits] * (waits is not None)
+
+
+def test_ranks_that_did_not_arrive_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process_group, "ARRIVAL_SECONDS", 0.1)
+    store = HashStore()
+    store.set("timed out/2", "")
+    missing = pytest.raises(LostError, match=r"^rank 1 timed out in step 7: ranks 0, 3 did not arrive$")
+    with missing, ProcessMesh(1, 4, store=store).together("step 7"):
+        raise RuntimeError("gloo: Timed out waiting 5000ms for recv operation to complete")
