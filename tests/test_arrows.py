@@ -155,7 +155,6 @@ CORE = {
     "mean_image": "caffemodel cuda_convnet foreign protobuf unpickler",
     "recognition": "caffemodel cuda_convnet foreign onnx_weights protobuf state_dict torch_file",
     "conversion": "atomic devkit foreign ilsvrc listing runs shapes sources weights",
-    "stopwatch": "",
 }
 TORCH = {
     "devices", "process_group", "launch", "replicas", "update_gpu", "placement", "fast_images", "chunk", "packing",
@@ -175,29 +174,24 @@ BESIDE = {
     "train_setup": {"train_config"},
     "visualize_filters": {"visualize_patches", "visualize_picture", "visualize_terminal"},
     "benchmark": {
-        "benchmark_pictures",
-        "benchmark_prepare",
-        "benchmark_load",
-        "benchmark_train",
-        "benchmark_infer",
-        "benchmark_startup",
+        "benchmark_data",
+        "benchmark_inference",
         "benchmark_parallel",
+        "benchmark_pictures",
+        "benchmark_stopwatch",
+        "benchmark_training",
     },
-    "benchmark_train": {"benchmark_step"},
-    "benchmark_parallel": {"benchmark_rank"},
-    "benchmark_infer": {"benchmark_step"},
-    "benchmark_startup": {"benchmark_infer", "benchmark_pictures", "benchmark_step"},
+    "benchmark_data": {"benchmark_stopwatch"},
+    "benchmark_inference": {"benchmark_pictures", "benchmark_stopwatch", "benchmark_training"},
+    "benchmark_parallel": {"benchmark_stopwatch", "benchmark_training"},
+    "benchmark_training": {"benchmark_stopwatch"},
 }
 RIVALS = {
-    "benchmark_load",
-    "benchmark_train",
-    "benchmark_step",
-    "benchmark_infer",
-    "benchmark_startup",
+    "benchmark_data",
+    "benchmark_inference",
     "benchmark_parallel",
-    "benchmark_rank",
-    "benchmark_costs",
-}  # what others use is measured here
+    "benchmark_training",
+}
 
 
 def imports(path: Path) -> set[str]:
