@@ -21,19 +21,39 @@ SHARED_MEMORY = NCCL.format("ncclSystemError", "Error while creating shared memo
 GONE = NCCL.format("ncclRemoteError", "socketPollConnect: Connect to 10.0.0.2 failed: Connection refused")
 
 
-def test_gpus_that_cannot_talk_are_told_apart_from_ranks_that_are_gone() -> None:
-    why = r"^rank 1: NCCL.* failed in step 1: Error while creating shared memory"
-    with pytest.raises(MissingError, match=why) as told, ProcessMesh(1, 2).together("step 1"):
+@pytest.fixture
+def mesh(monkeypatch: pytest.MonkeyPatch) -> ProcessMesh:
+    """Rank 1 of 4, where rank 2 has reported that it lost another rank."""
+    monkeypatch.setattr(process_group, "REPORT_SECONDS", 0.1)
+    store = HashStore()
+    store.set("lost/2", "")
+    return ProcessMesh(1, 4, store=store)
+
+
+@pytest.mark.parametrize(
+    ("message", "event"),
+    [
+        (GONE, "lost its connection"),
+        ("gloo: Connection closed by peer", "lost its connection"),
+        ("gloo: Timed out waiting 5000ms for recv operation to complete", "timed out"),
+    ],
+)
+def test_a_missing_rank_is_named(mesh: ProcessMesh, message: str, event: str) -> None:
+    missing = pytest.raises(LostError, match=rf"^rank 1 {event} in step 7: ranks 0, 3 did not arrive$")
+    with missing, mesh.together("step 7"):
+        raise RuntimeError(message)
+
+
+def test_gpus_that_cannot_exchange_data_are_not_a_missing_rank(mesh: ProcessMesh) -> None:
+    reason = r"^rank 1: NCCL.* failed in step 1: Error while creating shared memory"
+    with pytest.raises(MissingError, match=reason) as caught, mesh.together("step 1"):
         raise RuntimeError(SHARED_MEMORY)
-    assert not isinstance(told.value, LostError)
-    assert "NCCL_DEBUG=INFO" in told.value.hint
-    for message in (GONE, "gloo: Connection closed by peer"):
-        with (
-            pytest.raises(LostError, match="rank 1 lost its connection to another rank in step 1"),
-            ProcessMesh(1, 2).together("step 1"),
-        ):
-            raise RuntimeError(message)
-    with pytest.raises(RuntimeError, match=r"^bug$"), ProcessMesh(1, 2).together("step 1"):
+    assert not isinstance(caught.value, LostError)
+    assert "NCCL_DEBUG=INFO" in caught.value.hint
+
+
+def test_other_errors_stay_as_they_are(mesh: ProcessMesh) -> None:
+    with pytest.raises(RuntimeError, match=r"^bug$"), mesh.together("step 1"):
         raise RuntimeError("bug")
 
 
@@ -56,12 +76,3 @@ def test_nccl_waits_longer(name: str | None, waits: timedelta | None, monkeypatc
 
     process_group._lengthen_nccl_timeout(Group())  # type: ignore[arg-type]
     assert found == [waits] * (waits is not None)
-
-
-def test_ranks_that_did_not_arrive_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process_group, "ARRIVAL_SECONDS", 0.1)
-    store = HashStore()
-    store.set("timed out/2", "")
-    missing = pytest.raises(LostError, match=r"^rank 1 timed out in step 7: ranks 0, 3 did not arrive$")
-    with missing, ProcessMesh(1, 4, store=store).together("step 7"):
-        raise RuntimeError("gloo: Timed out waiting 5000ms for recv operation to complete")

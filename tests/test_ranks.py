@@ -142,7 +142,7 @@ def test_the_numbers_of_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (found.rank, found.size, found.local_rank, found.local_size) == (5, 8, 1, 4)
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "x"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UsageError, match="are no numbers"):
+    with pytest.raises(UsageError, match="are not numbers"):
         read_rank_info()
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("RANK", "2")

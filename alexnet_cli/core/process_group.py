@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import Store
+from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from alexnet_cli.core.towers import TowerGroup
@@ -31,7 +31,7 @@ LAUNCHER = "ALEXNET_LAUNCHER"  # process id of the `alexnet` command that starte
 TIMEOUT = "ALEXNET_TIMEOUT"  # seconds that a rank waits for the others
 DEFAULT_TIMEOUT = 600.0
 NCCL_FACTOR = 2  # how many times longer than gloo NCCL waits
-ARRIVAL_SECONDS = 5.0  # after a timeout, how long the other ranks have to report that they timed out too
+REPORT_SECONDS = 3.0  # after a failure, how long the other ranks have to report that they see it too
 # Words by which gloo, NCCL and the store can be recognized in an error: they share no exception class.
 TRANSPORT_WORDS = ("gloo", "Dist", "NCCL", "Connection", "Timed out", "Broken pipe", "onnection reset")
 
@@ -180,19 +180,19 @@ class ProcessMesh:
             raise LostError(f"rank {self.rank} {self._describe_loss(error, operation)}", hint) from error
 
     def _describe_loss(self, error: RuntimeError, operation: str) -> str:
-        """Say which rank is missing. Every rank that timed out reports in the store; the missing one does not.
+        """Say which rank is missing. Every rank that sees the failure reports in the store; the missing one does not.
 
         torch.distributed.monitored_barrier would tell only rank 0 who is missing, and prints to stderr by itself.
         """
-        if "timed out" not in str(error).lower() or self.store is None:
-            return f"lost its connection to another rank in {operation}"
-        self.store.set_timeout(timedelta(seconds=ARRIVAL_SECONDS))
+        assert self.store is not None
+        self.store.set_timeout(timedelta(seconds=REPORT_SECONDS))
         try:
-            missing = _missing_ranks(self.store, "timed out", self.rank, self.size, ARRIVAL_SECONDS)
+            missing = _missing_ranks(self.store, "lost", self.rank, self.size, REPORT_SECONDS)
         except RuntimeError:
             missing = [0]  # the store does not answer: rank 0 keeps it, unless a launcher does
-        who = f"{_format_ranks(missing)} did not arrive" if missing else "all ranks were late"
-        return f"timed out in {operation}: {who}"
+        event = "timed out" if "timed out" in str(error).lower() else "lost its connection"
+        reason = f"{_format_ranks(missing)} did not arrive" if missing else "no rank is missing; is the network down?"
+        return f"{event} in {operation}: {reason}"
 
 
 ALONE = ProcessMesh()
@@ -241,8 +241,7 @@ def mesh_shape(size: int, parallel: Parallel, towers: int) -> tuple[int, int]:
 def join_process_group(info: RankInfo | None, backend: str) -> Iterator[ProcessMesh]:
     """While inside, be one rank of a process group, if there are several. `arrange_mesh` then divides the network.
 
-    torch's rendezvous prefixes the store with torchrun's restart count, so that a restarted rank does not read the
-    addresses of its predecessors.
+    torchrun keeps its store over restarts. The prefix keeps restarted ranks from reading their predecessors' addresses.
 
     Raises:
         MissingError: another rank did not arrive.
@@ -253,7 +252,8 @@ def join_process_group(info: RankInfo | None, backend: str) -> Iterator[ProcessM
     timeout = read_timeout()
     os.environ.update({"RANK": str(info.rank), "WORLD_SIZE": str(info.size)})
     try:
-        store = next(rendezvous("env://", timeout=timeout))[0]
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = PrefixStore(f"attempt {attempt}", next(rendezvous("env://", timeout=timeout))[0])
         if missing := _missing_ranks(store, "joined", info.rank, info.size, timeout.total_seconds()):
             raise RuntimeError(f"{_format_ranks(missing)} did not arrive")
         dist.init_process_group(backend, store=store, rank=info.rank, world_size=info.size, timeout=timeout)
@@ -272,8 +272,9 @@ def arrange_mesh(ranks: ProcessMesh, parallel: Parallel, towers: int, device: to
     replicas, each = mesh_shape(ranks.size, parallel, towers)
     replica, tower = ranks.rank // each, ranks.rank % each
     mesh = np.arange(ranks.size).reshape(replicas, each)
-    tower_group = _group(mesh) if each == 2 else None
-    data_group = _group(mesh.T) if replicas > 1 else None
+    with ranks.together("connecting towers and replicas"):
+        tower_group = _group(mesh) if each == 2 else None
+        data_group = _group(mesh.T) if replicas > 1 else None
     staged = device.type == "cuda" and "nccl" not in str(dist.get_backend_config())
 
     def part(total: int, first: int, group: dist.ProcessGroup | None) -> TowerGroup:
