@@ -14,7 +14,7 @@ from alexnet_cli.core import response_norm
 from alexnet_cli.core.architecture import EDGE_PADDING, layer_widths
 from alexnet_cli.core.layers import OverlappingPooling, within_map
 from alexnet_cli.core.network import Network, initialise, pad_right_and_bottom, parameters_by_name
-from alexnet_cli.core.towers import Towers
+from alexnet_cli.core.towers import TowerGroup
 from alexnet_cli.recipe import CAFFE, FAST, KRIZHEVSKY, PAPER, RECIPES, Recipe
 
 SMALL = replace(PAPER, width=1 / 16)
@@ -46,7 +46,7 @@ def test_parameters_by_layer() -> None:
 
 def test_one_tower_of_two_holds_its_half() -> None:
     with torch.device("meta"):
-        half = Network(PAPER, 1000, Towers(2, 1))
+        half = Network(PAPER, 1000, TowerGroup(2, 1))
     sizes = [count(half.get_submodule(layer)) for layer in layer_widths(PAPER)]
     assert sizes == [17_472, 153_728, 442_560, 331_968, 221_312, 18_876_416, 8_390_656]
 

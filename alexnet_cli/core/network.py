@@ -16,8 +16,7 @@ from torch.nn import functional
 
 from alexnet_cli.core.architecture import EDGE_PADDING, PARAMETERS, layer_specs
 from alexnet_cli.core.layers import Activation, Dropout, OverlappingPooling, ResponseNorm, WithinMapNorm
-from alexnet_cli.core.rows import Rows
-from alexnet_cli.core.towers import Towers
+from alexnet_cli.core.towers import HybridGather, TowerGroup
 from alexnet_cli.core.weights import Model
 from alexnet_cli.recipe import Recipe
 
@@ -26,13 +25,13 @@ class Network(nn.Module):
     """AlexNet. Mean-subtracted float N x 3 x 224 x 224 (227 if the recipe says so) -> logits N x classes."""
 
     def __init__(
-        self, recipe: Recipe, classes: int, towers: Towers | None = None, columns: Towers | None = None
+        self, recipe: Recipe, classes: int, towers: TowerGroup | None = None, columns: TowerGroup | None = None
     ) -> None:
         """`towers`: the towers that this process holds; `columns`: its units of layers 6 to 8, if split otherwise."""
         super().__init__()
         self.recipe = recipe
-        self.towers = towers = towers or Towers(recipe.towers, recipe.towers)
-        self.columns, self.rows = columns or towers, Rows(columns)
+        self.towers = towers = towers or TowerGroup(recipe.towers, recipe.towers)
+        self.columns, self.rows = columns or towers, HybridGather(columns)
         specs = {spec.name: spec for spec in layer_specs(recipe, classes)}
 
         def conv(name: str) -> nn.Conv2d:
@@ -75,7 +74,7 @@ class Network(nn.Module):
         x = columns.sum(functional.linear(x, self.fc8.weight), "fc8") + self.fc8.bias
         return self.rows.own(x, images)
 
-    def slicing(self, name: str) -> tuple[Towers, int] | None:
+    def slicing(self, name: str) -> tuple[TowerGroup, int] | None:
         """Among which processes and along which dimension a parameter is split; None if every process has all of it."""
         if name == "fc8.bias":
             return None
@@ -123,7 +122,7 @@ def autocast_dtype(device: str) -> torch.dtype | None:
 class JointTowerNorm(nn.Module):
     """Normalization across the maps of both towers (as in Caffe), when the other tower is in another process."""
 
-    def __init__(self, norm: ResponseNorm, towers: Towers, name: str) -> None:
+    def __init__(self, norm: ResponseNorm, towers: TowerGroup, name: str) -> None:
         super().__init__()
         self.norm, self.towers, self.name = norm, towers, name
 
@@ -132,7 +131,7 @@ class JointTowerNorm(nn.Module):
         return self.towers.own(self.norm(self.towers.share(x, self.name)), 1)
 
 
-def _stage(recipe: Recipe, order: str, towers: Towers, name: str, *, extra: bool) -> nn.Sequential:
+def _stage(recipe: Recipe, order: str, towers: TowerGroup, name: str, *, extra: bool) -> nn.Sequential:
     """The layers after convolutions 1 and 2, in the recipe's order."""
     across = recipe.lrn == "across-maps"
     joint = across and recipe.lrn_joint and towers.held < towers.total

@@ -159,11 +159,11 @@ def _load_torch(path: Path, views: int, gpus: str | None) -> LoadedModel:
 
 def _load_onnx(path: Path, views: int, gpus: str | None) -> LoadedModel:
     """Load an ONNX file in ONNX Runtime."""
-    from alexnet_cli.core.placement import one
+    from alexnet_cli.core.placement import single_gpu
     from alexnet_cli.core.predict import probabilities
     from alexnet_cli.core.session import Session
 
-    gpu = None if gpus is None else one(gpus)
+    gpu = None if gpus is None else single_gpu(gpus)
     session = Session(path, provider="auto" if gpus is None else "cpu" if gpu is None else "cuda", gpu=gpu or 0)
     place = f"{session.device}, since {session.fallback}" if session.fallback else session.device
     classify = lambda images: probabilities(images.numpy(), session, views)  # noqa: E731 - typed by LoadedModel

@@ -127,7 +127,7 @@ def train(
 
     from alexnet_cli.core import placement as devices
     from alexnet_cli.core.fine_tuning import compare, source
-    from alexnet_cli.core.ranks import arrangement, meeting, numbers, parent
+    from alexnet_cli.core.process_group import join_process_group, launcher_pid, mesh_shape, read_rank_info
     from alexnet_cli.core.shards import open_dataset
     from alexnet_cli.core.tensorboard import check_installed, states
     from alexnet_cli.core.training import Training
@@ -141,10 +141,10 @@ def train(
 
         # what is wrong is wrong before
         tried = recipe_io.apply_changes(recipe_io.load_recipe(recipe or "paper"), {**said, **explicit})
-        arrangement(count, parallel, tried.towers)
+        mesh_shape(count, parallel, tried.towers)
         raise typer.Exit(launch(sys.argv[1:], count))
     with ExitStack() as stack:
-        ranks = stack.enter_context(meeting(numbers(), devices.backend(gpus)))
+        ranks = stack.enter_context(join_process_group(read_rank_info(), devices.backend(gpus)))
         reporter = Reporter("train", json=json, quiet=quiet, speaks=ranks.first)
         run = to_continue(ranks, resume, name)
         first = source(init_from, run)
@@ -162,8 +162,8 @@ def train(
         habits = habits_of(run, {"save_every": save_every, "keep": keep, "micro_batch": micro_batch})
         events = states(run, tensorboard)
         check(resolved, dataset, run)
-        stop = stack.enter_context(asked_to_stop(limit, parent()))
-        placed = devices.place_among(ranks, gpus, resolved.precision, parallel, resolved.towers)
+        stop = stack.enter_context(asked_to_stop(limit, launcher_pid()))
+        placed = devices.place_ranks(ranks, gpus, resolved.precision, parallel, resolved.towers)
         check_placement(placed, resolved, len(dataset.split("train")), habits["micro_batch"], compile)
         if run:
             stack.enter_context(run.locked())

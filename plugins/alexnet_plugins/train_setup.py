@@ -21,7 +21,7 @@ SHOWN = 5  # names in a message
 if TYPE_CHECKING:
     from alexnet_cli.core.fine_tuning import Transfer
     from alexnet_cli.core.placement import Placement
-    from alexnet_cli.core.ranks import Ranks
+    from alexnet_cli.core.process_group import ProcessMesh
     from alexnet_cli.core.runs import Run
     from alexnet_cli.core.shards import Dataset
     from alexnet_cli.core.weights import Model
@@ -42,7 +42,7 @@ def habits_of(run: Run | None, typed: dict[str, int | None]) -> dict[str, int | 
     return {key: known.get(key) if value is None else value for key, value in typed.items()}
 
 
-def to_continue(ranks: Ranks, resume: str | None, name: str | None) -> Run | None:
+def to_continue(ranks: ProcessMesh, resume: str | None, name: str | None) -> Run | None:
     """The run to go on with, or None to start one. Rank 0 decides: it may be about to make what others would find."""
     from alexnet_cli.core import resume as resuming
     from alexnet_cli.core.runs import Run

@@ -72,7 +72,7 @@ def ablate(
     Measures what each is worth on your data: trains the base and every switch with each seed. After a stop or crash,
     repeat the command to continue; finished trainings are kept, also when you add seeds.
     """
-    from alexnet_cli.core import placement
+    from alexnet_cli.core import placement, report_charts
     from alexnet_cli.core.resume import EXIT_CODES, asked_to_stop
     from alexnet_cli.core.shards import find_dataset, open_dataset
     from alexnet_plugins.ablate.study import AblationStudy, choose_switches, make_cells

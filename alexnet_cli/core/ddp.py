@@ -1,7 +1,7 @@
-"""The same weights in several processes, each with images of its own: torch's DistributedDataParallel.
+"""Data parallelism: the same weights in several processes, with torch's DistributedDataParallel.
 
-The loss of a process is its images' share of the mean over the whole batch, so gradients are added, not averaged. What
-crosses is sent in buckets while the backward pass goes on.
+Each process's loss is its images' share of the mean over the whole batch, so gradients are summed, not averaged. They
+are sent in buckets during the backward pass.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
 from alexnet_cli.core.network import Network
-from alexnet_cli.core.ranks import Ranks
+from alexnet_cli.core.process_group import ProcessMesh
 
 Summed = torch.futures.Future[Tensor]
 
 
-def replicated(network: Network, ranks: Ranks, compress: bool) -> nn.Module:
-    """The network with gradients added up over `ranks.group`; `compress` sends them as bf16.
+def replicated(network: Network, ranks: ProcessMesh, compress: bool) -> nn.Module:
+    """Wrap the network so that gradients are summed over `ranks.group`; `compress` sends them as bf16.
 
-    What is split over all ranks by columns, and so is nobody's replica, keeps its own. Parameters that learn nothing
-    must say so before: whoever freezes one wraps the network anew. Where nobody's replica learns, it stays as it is.
+    Layers that are split over all ranks (hybrid) are left out. Freeze parameters before, and wrap the network again
+    after freezing more. Returns the network itself if no replicated parameter is trainable.
     """
     assert ranks.group is not None
     apart = [name for name, _ in network.named_buffers()]  # each rank draws the dropout of its own images
@@ -43,11 +43,10 @@ def replicated(network: Network, ranks: Ranks, compress: bool) -> nn.Module:
     return wrapped
 
 
-def _added(ranks: Ranks, bucket: GradBucket, layers: dict[Tensor, str], compress: bool) -> Summed:
-    """The sum of a bucket's gradients over replicas, when it is there."""
+def _added(ranks: ProcessMesh, bucket: GradBucket, layers: dict[Tensor, str], compress: bool) -> Summed:
+    """Start to sum a bucket's gradients over replicas. Returns the future of the sum."""
     gradients = bucket.buffer()
     sent = gradients.to(torch.bfloat16) if compress else gradients
-    ranks.at("adding up gradients")
     for parameter in bucket.parameters():
         size = parameter.numel() * sent.element_size()
         ranks.traffic[f"{layers[parameter]} gradients"] += 2 * size * (ranks.replicas - 1) // ranks.replicas
@@ -61,5 +60,5 @@ def _added(ranks: Ranks, bucket: GradBucket, layers: dict[Tensor, str], compress
 
 
 def trainable(network: nn.Module) -> list[str]:
-    """The parameters that learn: with others, gradients are exchanged in another way."""
+    """The names of the trainable parameters. If they change, the network must be wrapped again."""
     return [name for name, parameter in network.named_parameters() if parameter.requires_grad]

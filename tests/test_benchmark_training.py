@@ -16,9 +16,20 @@ from alexnet_cli.core.network import Network, initialise
 from alexnet_cli.core.placement import Placement
 from alexnet_cli.core.shards import open_dataset
 from alexnet_cli.recipe import PAPER
-from alexnet_plugins import benchmark_step, benchmark_train
+from alexnet_plugins import benchmark_training
 from alexnet_plugins.benchmark import Topic, benchmark
-from alexnet_plugins.benchmark_step import Conditions, Layout
+from alexnet_plugins.benchmark_training import (
+    FORMATS,
+    Conditions,
+    Contestants,
+    Layout,
+    arithmetic,
+    build_ours,
+    build_peer,
+    build_stock,
+    compare_training,
+    count_operations,
+)
 
 SMALL = replace(PAPER, width=1 / 16)
 
@@ -28,7 +39,7 @@ def test_stock_is_the_same_network(layout: Layout) -> None:
     recipe = replace(PAPER, width=1 / 8, dropout_inverted=True)
     ours, images = Network(recipe, 30).eval(), torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(5))
     initialise(ours)
-    theirs = benchmark_step.stock(recipe, 30).to(memory_format=benchmark_step.FORMATS[layout]).eval()
+    theirs = build_stock(recipe, 30).to(memory_format=FORMATS[layout]).eval()
     theirs.load_state_dict(ours.state_dict())
     # As strong as after learning, and differing from map to map, so that normalisation and towers show.
     images, found = images * 60, []
@@ -44,23 +55,26 @@ def test_stock_is_the_same_network(layout: Layout) -> None:
 
 def test_a_step_of_each_learns() -> None:
     conditions = Conditions(SMALL, 2, 3, "cpu", 1)
-    for learner in (benchmark_step.ours(conditions), benchmark_step.other("stock", conditions, "contiguous")):
+    for learner in (
+        build_ours(conditions),
+        build_peer("stock", conditions, "contiguous"),
+    ):
         before = {name: p.detach().clone() for name, p in learner.network.named_parameters()}
-        assert learner.run(lambda: benchmark_step.arithmetic("cpu", bf16=False)) == 6
+        assert learner.run(lambda: arithmetic("cpu", bf16=False)) == 6
         assert all(not torch.equal(p, before[name]) for name, p in learner.network.named_parameters())
 
 
 def test_operations_are_those_of_the_paper() -> None:
     with torch.device("meta"):
         network = Network(PAPER, 1000)
-    assert benchmark_step.operations(network) == pytest.approx(4.35e9, rel=1e-3)
+    assert count_operations(network) == pytest.approx(4.35e9, rel=1e-3)
 
 
 def test_ours_is_fed_from_shards_where_there_is_data(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark_train, "FED_BATCHES", 3)
+    monkeypatch.setattr(benchmark_training, "FED_BATCHES", 3)
     cpu, dataset = Placement(torch.device("cpu"), "CPU", "fp32"), open_dataset(prepared)
     with ExitStack() as stack:
-        field = benchmark_train.Field(Conditions(SMALL, 32, 1, "cpu", 1), lambda: (dataset, "four colours"), stack)
+        field = Contestants(Conditions(SMALL, 32, 1, "cpu", 1), lambda: (dataset, "four colours"), stack)
         before = field.ours.network.get_parameter("fc8.bias").detach().clone()
         contest = field.contest(cpu, [])
         run = contest.peers["ours, fed from shards"]
@@ -70,7 +84,7 @@ def test_ours_is_fed_from_shards_where_there_is_data(prepared: Path, monkeypatch
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark_train, "RECIPE", SMALL)
+    monkeypatch.setattr(benchmark_training, "RECIPE", SMALL)
     monkeypatch.setattr(placement, "cpu_bf16", lambda: True)
     benchmark(Topic.train, rounds=1, seconds=0.0, jobs=1, batch_size=2, gpus="none", json=True, quiet=True)
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -89,9 +103,9 @@ def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
 
 
 def test_without_bf16_it_is_left_out_and_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark_train, "RECIPE", SMALL)
+    monkeypatch.setattr(benchmark_training, "RECIPE", SMALL)
     monkeypatch.setattr(placement, "cpu_bf16", lambda: False)
-    (only,) = benchmark_train.contests("none", 2, 1, no_data)
+    (only,) = compare_training("none", 2, 1, no_data)
     assert only.name == "train fp32"
     assert any("bf16 is left out" in note for note in only.notes)
 

@@ -1,7 +1,8 @@
-"""A step of training as something to time: ours, the same network from torch's own parts, and torchvision's AlexNet.
+"""`alexnet benchmark train`: our training step, the same network built from torch's own parts, and torchvision's.
 
-A step is forward, loss, backward and update. The pictures are noise that is on the device already, so that nothing
-but the network counts.
+A step is forward, loss, backward and update, on noise that is on the device already, so that nothing but the network
+counts. The peers run in a process of their own, with threads and memory as any script has them: keeping freed memory
+is a good part of what ours gains on a CPU, and holds for a whole process.
 """
 
 from __future__ import annotations
@@ -9,20 +10,33 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
-from typing import Literal
+from functools import partial
+from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from alexnet_cli.core.architecture import EDGE_PADDING, layer_widths
+from alexnet_cli.core.augment import Draws, Pixels
 from alexnet_cli.core.learning import Momentum
+from alexnet_cli.core.loader import Loader
 from alexnet_cli.core.network import Network, initialise, parameters_by_name
-from alexnet_cli.recipe import Recipe
+from alexnet_cli.core.placement import Placement, place
+from alexnet_cli.recipe import PAPER, Recipe
+from alexnet_plugins.benchmark_stopwatch import Contest, Pass, fresh_process
 
+if TYPE_CHECKING:
+    from alexnet_cli.core.shards import Dataset
+
+RECIPE = PAPER
+BATCH, BATCH_ON_GPU = 64, 128
+STEPS_ON_GPU = 20  # a pass: to wait for the device after every step would undo what overlaps
+FED_BATCHES = 64  # a pass of the loader: enough that the first batch, which nothing hides, does not decide
 CLASSES = 1000
 RATE = 1e-4  # small: what is learned from noise should not run away, and takes as long
 MAPS = {"conv1": 55 * 55, "conv2": 27 * 27} | dict.fromkeys(("conv3", "conv4", "conv5"), 13 * 13)  # pixels of each
@@ -34,6 +48,84 @@ FORMATS: dict[Layout, torch.memory_format] = {
     "contiguous": torch.contiguous_format,
     "channels-last": torch.channels_last,
 }
+
+Data = Callable[[], tuple["Dataset", str]]
+
+
+def compare_training(gpus: str | None, batch: int | None, workers: int, data: Data) -> Generator[Contest]:
+    """One in float32, then one in bf16, where the CPU has it. `data` is asked for where there is a GPU to feed."""
+    torch.set_num_threads(workers)
+    placement = place(gpus, "fp32")
+    on_gpu = placement.device.type == "cuda"
+    batch = batch or (BATCH_ON_GPU if on_gpu else BATCH)
+    conditions = Conditions(RECIPE, batch, STEPS_ON_GPU if on_gpu else 1, str(placement.device), workers)
+    notes = [f"{placement.name}, {batch} pictures a step: noise, already on the device"]
+    low = place(gpus, "bf16")
+    if low.precision != "bf16":
+        notes.append(f"this {'GPU' if on_gpu else 'CPU'} has no bf16 arithmetic: bf16 is left out")
+    with ExitStack() as stack:
+        field = Contestants(conditions, data if on_gpu else None, stack)
+        yield field.contest(placement, notes)
+        if low.precision == "bf16":
+            yield field.contest(low, notes)
+
+
+class Contestants:
+    """The networks that compete, built once; both contests train the same ones further."""
+
+    def __init__(self, conditions: Conditions, data: Data | None, stack: ExitStack) -> None:
+        self.conditions, self.stack = conditions, stack
+        self.process = stack.enter_context(fresh_process())
+        self.ours, self.bound = build_ours(conditions), build_ours(conditions, norm=False)
+        self.kept = None if data else build_peer("stock", conditions, "contiguous")
+        self.data = data() if data else None
+
+    def contest(self, placement: Placement, notes: list[str]) -> Contest:
+        """Everything in the placement's arithmetic, and stock in float32 in any case."""
+        low = placement.precision == "bf16"
+        peers = {"stock: contiguous, float32": self._apart("stock", "contiguous", bf16=False)}
+        if self.kept:
+            peers["the same, memory kept as ours"] = partial(self.kept.run, nullcontext)
+        if low:
+            peers["stock: channels-last, bf16"] = self._apart("stock", "channels-last", bf16=True)
+        peers["limit: ours without normalisation"] = partial(self.bound.run, placement.arithmetic)
+        peers["torchvision's AlexNet"] = self._apart("torchvision", "channels-last", bf16=low)
+        notes = [
+            *notes,
+            "stock and torchvision's run in a process of their own, with memory as any script has it",
+            "torchvision's AlexNet is another, simpler network: one tower, fewer maps, no normalisation",
+        ]
+        if self.data:
+            dataset, note = self.data
+            peers["ours, fed from shards"] = feed_from_shards(self.ours, dataset, placement, self.stack)
+            notes.append(f"fed from shards: {note}")
+        return Contest(
+            f"train {placement.precision}", partial(self.ours.run, placement.arithmetic), peers, notes,
+            operations=count_operations(self.ours.network),
+        )  # fmt: skip
+
+    def _apart(self, kind: Kind, layout: Layout, *, bf16: bool) -> Pass:
+        return lambda: self.process.submit(run_peer, kind, self.conditions, layout, bf16).result()
+
+
+def feed_from_shards(learner: Learner, dataset: Dataset, placement: Placement, stack: ExitStack) -> Pass:
+    """Ours from the loader on: decoding, the bus, crops and colour on the device, the step."""
+    conditions, split = learner.conditions, dataset.split("train")
+    recipe, device, count = conditions.recipe, placement.device, FED_BATCHES * conditions.batch
+    loader = stack.enter_context(Loader(split, conditions.batch, conditions.threads, device))
+    colours = dataset.mean_image(), dataset.colour_std, dataset.colour_axes
+    pixels = Pixels(recipe, *colours, device, placement.dtype)
+    draws = Draws.of_epoch(len(split), recipe, 1)
+    plan = np.split(np.resize(np.random.default_rng(0).permutation(len(split)), count), FED_BATCHES)
+
+    def run() -> int:
+        for batch in loader.batches(plan):
+            views = pixels.train(batch.images, batch.rows, draws, 1)
+            learner.step(views, batch.labels.to(device, non_blocking=True), placement.arithmetic)
+        wait_for_device(conditions.device)
+        return count
+
+    return run
 
 
 @dataclass(frozen=True)
@@ -78,11 +170,11 @@ class Learner:
         """A pass over the noise; the device is done with it when this returns."""
         for _ in range(self.conditions.steps):
             self.step(self.images, self.labels, arithmetic)
-        finish(self.conditions.device)
+        wait_for_device(self.conditions.device)
         return self.conditions.steps * len(self.labels)
 
 
-def finish(device: str) -> None:
+def wait_for_device(device: str) -> None:
     """Wait for what the device still has to do."""
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
@@ -93,7 +185,7 @@ def arithmetic(device: str, *, bf16: bool) -> AbstractContextManager[object]:
     return torch.autocast(device.split(":")[0], torch.bfloat16) if bf16 else contextlib.nullcontext()
 
 
-def ours(conditions: Conditions, *, norm: bool = True) -> Learner:
+def build_ours(conditions: Conditions, *, norm: bool = True) -> Learner:
     """Our network and update rule; without response normalisation it is the bound."""
     recipe = conditions.recipe if norm else replace(conditions.recipe, lrn="none")
     network = Network(recipe, CLASSES)
@@ -108,37 +200,37 @@ def ours(conditions: Conditions, *, norm: bool = True) -> Learner:
     return Learner(conditions, network, network.zero_grad, update)
 
 
-def other(kind: Kind, conditions: Conditions, layout: Layout) -> Learner:
+def build_peer(kind: Kind, conditions: Conditions, layout: Layout) -> Learner:
     """A network as others have it, with torch's SGD."""
-    network = stock(conditions.recipe, CLASSES) if kind == "stock" else _torchvision()
+    network = build_stock(conditions.recipe, CLASSES) if kind == "stock" else _build_torchvision()
     network.to(conditions.device).to(memory_format=FORMATS[layout])
     recipe = conditions.recipe
     sgd = torch.optim.SGD(network.parameters(), RATE, recipe.momentum, weight_decay=recipe.weight_decay)
     return Learner(conditions, network, sgd.zero_grad, sgd.step, layout)
 
 
-def apart(kind: Kind, conditions: Conditions, layout: Layout, bf16: bool) -> int:
+def run_peer(kind: Kind, conditions: Conditions, layout: Layout, bf16: bool) -> int:
     """A pass of a network as others have it, for a process that does nothing else; built in its first pass."""
-    learner = _remembered(kind, conditions, layout)
+    learner = _cached_peer(kind, conditions, layout)
     return learner.run(functools.partial(arithmetic, conditions.device, bf16=bf16))
 
 
 @functools.cache
-def _remembered(kind: Kind, conditions: Conditions, layout: Layout) -> Learner:
+def _cached_peer(kind: Kind, conditions: Conditions, layout: Layout) -> Learner:
     torch.set_num_threads(conditions.threads)
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = False  # float32 is to mean the same as in ours
-    return other(kind, conditions, layout)
+    return build_peer(kind, conditions, layout)
 
 
-def _torchvision() -> nn.Module:
+def _build_torchvision() -> nn.Module:
     from torchvision.models import alexnet
 
     network: nn.Module = alexnet(num_classes=CLASSES)
     return network
 
 
-def stock(recipe: Recipe, classes: int) -> nn.Sequential:
+def build_stock(recipe: Recipe, classes: int) -> nn.Sequential:
     """The network of recipe `paper` or `fast`, at any width, from torch's parts; its parameters are named as ours.
 
     Dropout is torch's, which rescales in training: equal to ours where the recipe says `dropout_inverted`.
@@ -197,7 +289,7 @@ class TowerNorm(nn.LocalResponseNorm):
         return super().forward(x.reshape(n * self.towers, c // self.towers, h, w)).reshape(n, c, h, w)
 
 
-def operations(network: nn.Module) -> float:
+def count_operations(network: nn.Module) -> float:
     """Floating-point operations to train on one image: two a multiply-add, forward and twice that backward."""
     weights = {name.removesuffix(".weight"): p.numel() for name, p in network.named_parameters() if p.dim() > 1}
     return 3.0 * 2 * sum(count * MAPS.get(layer, 1) for layer, count in weights.items())

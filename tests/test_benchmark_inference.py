@@ -16,11 +16,11 @@ from model_files import random_model
 from alexnet_cli.core import onnx_graph
 from alexnet_cli.core.export import drawn_crops
 from alexnet_cli.core.session import Session
-from alexnet_cli.core.stopwatch import Contest, Times
 from alexnet_cli.recipe import CAFFE, PAPER, Recipe
-from alexnet_plugins import benchmark_infer, benchmark_pictures, benchmark_startup
+from alexnet_plugins import benchmark_inference, benchmark_pictures
 from alexnet_plugins.benchmark import Topic, benchmark
-from alexnet_plugins.benchmark_infer import Conditions
+from alexnet_plugins.benchmark_stopwatch import Contest, Times
+from alexnet_plugins.benchmark_training import Conditions
 
 SMALL = replace(PAPER, width=1 / 16, dropout_inverted=True)
 
@@ -28,7 +28,7 @@ SMALL = replace(PAPER, width=1 / 16, dropout_inverted=True)
 @pytest.mark.parametrize("recipe", [SMALL, replace(PAPER, towers=1, width=1 / 16, lrn_alpha=1e-3)])
 def test_the_operator_is_the_same_network(recipe: Recipe, tmp_path: Path) -> None:
     model, crops = random_model(recipe), drawn_crops(recipe.input_size, 3)
-    proto = benchmark_infer.with_operator(onnx_graph.build(model), recipe)
+    proto = benchmark_inference.use_lrn_operator(onnx_graph.build(model), recipe)
     onnx.checker.check_model(proto, full_check=True)
     assert [node.op_type for node in proto.graph.node].count("LRN") == 2
     (tmp_path / "a.onnx").write_bytes(proto.SerializeToString())
@@ -38,17 +38,17 @@ def test_the_operator_is_the_same_network(recipe: Recipe, tmp_path: Path) -> Non
 
 
 def test_every_file_runs_and_stock_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark_infer, "RECIPE", SMALL)
-    crops = benchmark_infer.crops(2)
+    monkeypatch.setattr(benchmark_inference, "RECIPE", SMALL)
+    crops = benchmark_inference.make_crops(2)
     answers = {
         name: Session(path, provider="cpu").logits(crops)
-        for name, path in benchmark_infer.write_files(tmp_path).items()
+        for name, path in benchmark_inference.write_files(tmp_path).items()
     }
     np.testing.assert_allclose(answers["operator"], answers["fp32"], atol=1e-5)
     for name in ("fp16", "int8"):
         np.testing.assert_allclose(answers[name], answers["fp32"], atol=0.05 * float(np.ptp(answers["fp32"])))
     assert np.abs(answers["bare"] - answers["fp32"]).max() > 1e-4
-    assert benchmark_infer.stock_pass(Conditions(SMALL, 2, "cpu", 1), "contiguous", False) == 2
+    assert benchmark_inference.run_stock(Conditions(SMALL, 2, 1, "cpu", 1), "contiguous", False) == 2
 
 
 def test_seconds_are_given_as_seconds() -> None:
@@ -61,14 +61,14 @@ def test_seconds_are_given_as_seconds() -> None:
 
 def test_the_script_gives_the_answers_of_predict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch and torchvision as a user has them, against our file: same network, same picture."""
-    monkeypatch.setattr(benchmark_infer, "RECIPE", SMALL)
+    monkeypatch.setattr(benchmark_inference, "RECIPE", SMALL)
     random = replace(random_model(SMALL, 1000), recipe=SMALL)
-    random.tensors["mean"][:] = benchmark_infer.GREY
-    monkeypatch.setattr(benchmark_infer, "model", lambda recipe: random)
+    random.tensors["mean"][:] = benchmark_inference.GREY
+    monkeypatch.setattr(benchmark_inference, "make_model", lambda recipe: random)
     picture = tmp_path / "a.jpg"
     picture.write_bytes(benchmark_pictures.picture(1))
-    script, weights = benchmark_startup.script(tmp_path)
-    words = [sys.executable, script, weights, str(picture), *benchmark_startup.widths_and_classes()]
+    script, weights = benchmark_inference.write_script(tmp_path)
+    words = [sys.executable, script, weights, str(picture), *benchmark_inference.script_arguments()]
     said = subprocess.run(words, capture_output=True, text=True, check=True, timeout=100).stdout.split()
     from alexnet_cli.core.predict import predict
 
@@ -79,7 +79,7 @@ def test_the_script_gives_the_answers_of_predict(tmp_path: Path, monkeypatch: py
 
 
 def test_infer_says_what_it_should(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark_infer, "RECIPE", SMALL)
+    monkeypatch.setattr(benchmark_inference, "RECIPE", SMALL)
     benchmark(Topic.infer, rounds=1, seconds=0.0, jobs=1, batch_size=2, gpus="none", json=True, quiet=True)
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["name"] for line in found] == ["infer fp32, 2", "infer int8, 2"]
@@ -93,7 +93,7 @@ def test_infer_says_what_it_should(capsys: pytest.CaptureFixture[str], monkeypat
 
 @pytest.mark.slow
 def test_startup_says_what_it_should(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark_infer, "RECIPE", SMALL)
+    monkeypatch.setattr(benchmark_inference, "RECIPE", SMALL)
     benchmark(Topic.startup, rounds=1, json=True, quiet=True)
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["name"] for line in found] == ["startup fp32", "startup int8"]

@@ -1,12 +1,14 @@
-"""Contestants timed in turn, A B C A B C ..., so that a busy moment of the machine hits all of them alike."""
+"""Times contestants in turn, A B C A B C ..., so that a busy moment of the machine slows all of them alike."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -77,7 +79,7 @@ class Times:
         return rate if self.contest.unit == "img/s" else 1 / rate
 
 
-def rounds(times: Times, count: int, seconds: float) -> Iterator[int]:
+def run_rounds(times: Times, count: int, seconds: float) -> Iterator[int]:
     """Time every contestant `count` times for at least so many seconds each; yields the number of each round.
 
     A pass of each before the first round, which does not count, loads code and files.
@@ -86,13 +88,13 @@ def rounds(times: Times, count: int, seconds: float) -> Iterator[int]:
     for work in (contest.ours, *contest.peers.values()):
         work()
     for number in range(count):
-        times.ours.append(rate(contest.ours, seconds))
+        times.ours.append(measure_rate(contest.ours, seconds))
         for name, work in contest.peers.items():
-            times.peers[name].append(rate(work, seconds))
+            times.peers[name].append(measure_rate(work, seconds))
         yield number
 
 
-def rate(work: Pass, seconds: float) -> float:
+def measure_rate(work: Pass, seconds: float) -> float:
     """Images per second over as many passes as last so long."""
     images, start = 0, time.perf_counter()
     while True:
@@ -112,13 +114,23 @@ def least_seconds(work: Callable[[], object], tries: int = 3) -> float:
     return min(found)
 
 
-def hardware(workers: int) -> dict[str, Any]:
+def fresh_process() -> ProcessPoolExecutor:
+    """A process with threads and memory as any script has them: started fresh, without the settings of this one."""
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_forget_thread_settings)
+
+
+def _forget_thread_settings() -> None:
+    """Runs before torch is imported: let waiting threads of OpenMP behave as by default."""
+    os.environ.pop("GOMP_SPINCOUNT", None)
+
+
+def describe_hardware(workers: int) -> dict[str, Any]:
     """The processor, its cores, the workers used, and how busy the machine was already."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     return {"cpu": _processor(), "cores": os.cpu_count(), "workers": workers, "load_before": load}
 
 
-def versions(names: Sequence[str]) -> dict[str, str]:
+def installed_versions(names: Sequence[str]) -> dict[str, str]:
     """Python's version, and those of the packages that are installed."""
     found = {"python": platform.python_version()}
     for name in names:
