@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from trainings import new_loop
 
 from alexnet_cli.core import cache, devices
 from alexnet_cli.core.cache import Cache, Where, remembering
@@ -15,8 +16,6 @@ from alexnet_cli.core.loader import Loader, training_batches
 from alexnet_cli.core.placement import Placement
 from alexnet_cli.core.runs import Run
 from alexnet_cli.core.shards import open_dataset
-from alexnet_cli.core.train import fit
-from alexnet_cli.core.training import Training
 from alexnet_cli.errors import MissingError
 from alexnet_cli.recipe import TINY
 
@@ -67,9 +66,9 @@ def test_training_ends_with_the_same_weights(prepared: Path, tmp_path: Path, mon
     place, weights = Placement(torch.device("cpu"), "CPU", "fp32"), []
     modes: tuple[Where, ...] = ("none", "device")
     for where in modes:
-        training = Training(recipe, open_dataset(prepared), Run.create(where, recipe, {}), place, 1, where)
-        list(fit(training))
-        weights.append([p.detach().clone() for p in training.network.parameters()])
+        training = new_loop(recipe, open_dataset(prepared), Run.create(where, recipe, {}), place, 1, where)
+        list(training.fit())
+        weights.append([p.detach().clone() for p in training.trainer.network.parameters()])
     for a, b in zip(*weights, strict=True):
         assert torch.equal(a, b)
 

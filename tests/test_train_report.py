@@ -12,30 +12,30 @@ from typing import Any
 import pytest
 from commands import alexnet
 from report_cases import Page
+from trainings import new_loop
 from typer import Typer
 from typer.testing import CliRunner
 
 from alexnet_cli.console import Reporter
+from alexnet_cli.core.loop import TrainingLoop
 from alexnet_cli.core.placement import place
 from alexnet_cli.core.runs import ONNX, Run
 from alexnet_cli.core.shards import open_dataset
-from alexnet_cli.core.train import fit
-from alexnet_cli.core.training import Training
 from alexnet_cli.recipe import TINY
-from alexnet_plugins.train_report import leave_report
+from alexnet_plugins.train_display import write_report
 
-Trained = Callable[..., Training]
+Trained = Callable[..., TrainingLoop]
 
 
 @pytest.fixture
 def trained(prepared: Path, tmp_path: Path) -> Trained:
     """A training that has done some steps."""
 
-    def make(steps: int) -> Training:
+    def make(steps: int) -> TrainingLoop:
         recipe = replace(TINY, width=1 / 16, batch_size=16, epochs=2)
         run = Run.create("r", recipe, {"data": "colours", "data_path": str(prepared)}, tmp_path)
-        training = Training(recipe, open_dataset(prepared), run, place("none", "bf16"), 1)
-        list(fit(training, max_steps=steps, record_every=1))
+        training = new_loop(recipe, open_dataset(prepared), run, place("none", "bf16"), 1)
+        list(training.fit(max_steps=steps, record_every=1))
         return training
 
     return make
@@ -43,7 +43,7 @@ def trained(prepared: Path, tmp_path: Path) -> Trained:
 
 def test_a_finished_training_has_it_all(trained: Trained, capsys: pytest.CaptureFixture[str]) -> None:
     training = trained(6)
-    leave_report(Reporter("train"), training, stopped=False)
+    write_report(Reporter("train"), training, stopped=False)
     assert capsys.readouterr().err == f"report  {training.run.path / 'report.html'}\n"
     page = Page(training.run.path / "report.html")
     assert "Not here" not in page.all_text
@@ -61,7 +61,7 @@ def test_who_stops_it_waits_for_no_picture(trained: Trained, monkeypatch: pytest
 
     training = trained(steps)
     monkeypatch.setattr("alexnet_cli.core.shards.Split.jpeg", decode)
-    leave_report(Reporter("train"), training, stopped=True)
+    write_report(Reporter("train"), training, stopped=True)
     page = Page(training.run.path / "report.html")
     assert page.all_text.count("it takes more time than the end of a training has: alexnet report adds it") == 3
     assert sum("kernels of tower" in (image["alt"] or "") for image in page.images) == 2
@@ -77,15 +77,15 @@ def test_a_second_interrupt_ends_the_waiting_and_no_more(
 
     training = trained(1)
     monkeypatch.setattr("alexnet_cli.core.report_charts.svg", impatient)
-    leave_report(Reporter("train"), training, stopped=True)
+    write_report(Reporter("train"), training, stopped=True)
     assert capsys.readouterr().err.startswith("warn    no report was written: interrupted\nhint    alexnet report -w ")
     assert not (training.run.path / "report.html").exists()
 
 
 def test_a_slow_network_is_not_waited_for(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
     training = trained(6)
-    monkeypatch.setattr("alexnet_plugins.train_report.SECONDS", 1e-9)
-    leave_report(Reporter("train"), training, stopped=False)
+    monkeypatch.setattr("alexnet_plugins.train_display.REPORT_SECONDS", 1e-9)
+    write_report(Reporter("train"), training, stopped=False)
     assert not (training.run.path / "eval").exists()
     assert not (training.run.path / "neighbours").exists()
 
@@ -96,7 +96,7 @@ def test_a_stop_is_heard_while_the_report_is_made(
     asked: list[str] = []
     training = trained(6)
     monkeypatch.setattr("alexnet_cli.core.evidence._measured", lambda *_: asked.append("SIGTERM"))
-    leave_report(Reporter("train"), training, False, lambda: next(iter(asked), None))
+    write_report(Reporter("train"), training, False, lambda: next(iter(asked), None))
     page = Page(training.run.path / "report.html")
     assert page.all_text.count("alexnet report adds it") == 3
     assert [line[:70] for line in capsys.readouterr().err.splitlines()] == [

@@ -19,15 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from alexnet_cli import __version__
-from alexnet_cli.core import failure
-from alexnet_cli.core.checkpoint import newest
+from alexnet_cli.core.checkpoint import find_newest
+from alexnet_cli.core.loop import TrainingLoop
 from alexnet_cli.core.placement import Placement
 from alexnet_cli.core.records import Record
-from alexnet_cli.core.runs import Run, is_plain, runs_root
+from alexnet_cli.core.runs import RUNNING, Run, is_plain, record_failure, runs_root
 from alexnet_cli.core.shards import Dataset
 from alexnet_cli.core.switches import SWITCHES, Switch
-from alexnet_cli.core.train import fit
-from alexnet_cli.core.training import Training
+from alexnet_cli.core.trainer import Trainer
 from alexnet_cli.errors import DataError, StorageError, UsageError, VerificationError
 from alexnet_cli.recipe import Recipe
 
@@ -92,7 +91,7 @@ class Ablation:
         return run.about.get("status") == "finished" or diverged(run)
 
     def train(self, cell: Cell, stop: Callable[[], str | None]) -> Iterator[Record]:
-        """Train a cell, or go on with it from its newest checkpoint; the records of `fit`.
+        """Train a cell, or go on with it from its newest checkpoint; the records of `TrainingLoop.fit`.
 
         Where the loss is not a number any more the records end, and the run says so.
 
@@ -101,20 +100,21 @@ class Ablation:
         """
         run = self._run(cell.name) or Run.create(cell.name, cell.recipe, self._about(cell), self.folder)
         with run.locked():
-            run.update(failure.NONE)
-            training = Training(cell.recipe, self.data, run, self.placement, self.threads)
-            start, _ = newest(run)
+            run.update(RUNNING)
+            trainer = Trainer.for_dataset(cell.recipe, self.data, self.placement)
+            loop = TrainingLoop(trainer, self.data, run, self.threads)
+            start, _ = find_newest(run)
             reason = None
             try:
-                for record in fit(training, start, stop=stop):
+                for record in loop.fit(start, stop=stop):
                     reason = record.reason
                     yield record
             except VerificationError as error:
-                failure.note(run, error, DIVERGED)
+                record_failure(run, error, DIVERGED)
                 run.update({"status": "failed", "reason": DIVERGED})  # or the disk's error is that of the ablation
                 return
             except Exception as error:
-                failure.note(run, error)
+                record_failure(run, error)
                 raise
             except BaseException:  # a second Ctrl-C, or nobody wants more records
                 with suppress(StorageError):

@@ -27,10 +27,10 @@ from alexnet_cli.core.images import Pixels as Picture
 from alexnet_cli.core.loader import Loader, all_batches
 from alexnet_cli.core.neighbourhoods import Neighbourhood
 from alexnet_cli.core.network import from_model
-from alexnet_cli.core.origin import is_best
 from alexnet_cli.core.patience import Patience, Spent
 from alexnet_cli.core.placement import Placement, threads_for_decoding
 from alexnet_cli.core.published import published
+from alexnet_cli.core.resolve import is_best
 from alexnet_cli.core.responses import pictures
 from alexnet_cli.core.shards import Dataset, Split
 from alexnet_cli.core.weights import Model, read

@@ -22,7 +22,7 @@ from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 
 from alexnet_cli.core.devices import cores
 from alexnet_cli.core.ranks import LAUNCHER
-from alexnet_cli.core.resume import EXIT_CODES, asked_to_stop
+from alexnet_cli.core.signals import EXIT_CODES, catch_stop_signals
 from alexnet_cli.errors import AlexNetError, MissingError, Stopped
 
 PERIOD = 0.1  # seconds between two looks at the processes
@@ -41,7 +41,7 @@ def launch(arguments: Sequence[str], processes: int) -> int:
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ""  # its handlers raise, be the processes started or half of them
     store = meeting_place()
     ranks = range(processes)
-    with tempfile.TemporaryDirectory(prefix="alexnet-") as folder, asked_to_stop(None) as asked:
+    with tempfile.TemporaryDirectory(prefix="alexnet-") as folder, catch_stop_signals(None) as asked:
         safely = [] if os.getcwd() in sys.path else ["-P"]  # or -m would import what lies in the user's folder
         command = (*safely, "-m", "alexnet_cli.cli", *arguments)
         started = start_processes(

@@ -29,8 +29,8 @@ import numpy.typing as npt
 from alexnet_cli.core import outlines
 from alexnet_cli.core.atomic import write_text
 from alexnet_cli.core.nearest import Index
-from alexnet_cli.core.origin import is_best, own_data
 from alexnet_cli.core.outlines import Outlines, Vectors
+from alexnet_cli.core.resolve import is_best, is_training_data
 from alexnet_cli.core.responses import responses
 from alexnet_cli.core.runs import MODEL, ONNX
 from alexnet_cli.core.session import Layer, Session
@@ -80,7 +80,7 @@ def place(weights: Path, run: Path | None, dataset: Dataset) -> Path:
         words.append(weights.stem)
     elif weights.name == MODEL and (not is_best(weights) or (run / ONNX).is_file()):
         words.append(weights.resolve().parent.name)
-    if not own_data(weights, dataset):
+    if not is_training_data(weights, dataset):
         words.append(dataset.path.resolve().name)
     return run / "-".join(words)
 

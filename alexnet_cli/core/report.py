@@ -22,7 +22,8 @@ from alexnet_cli.core.history import History
 from alexnet_cli.core.patience import Patience
 from alexnet_cli.core.placement import Placement
 from alexnet_cli.core.qualitative import Kernels, Specialisation
-from alexnet_cli.core.runs import Run, typed
+from alexnet_cli.core.resolve import shorten_path
+from alexnet_cli.core.runs import Run
 from alexnet_cli.core.shards import Dataset, find_dataset, open_dataset
 from alexnet_cli.core.sources import ClassName
 from alexnet_cli.core.weights import Model
@@ -165,7 +166,7 @@ def data_of(run: Run | None, spec: str | None) -> Dataset | str:
     path = about.get("data_path")
     known = Path(path) if isinstance(path, str) else None
     try:
-        dataset = open_dataset(typed(known) if known else find_dataset(None))
+        dataset = open_dataset(shorten_path(known) if known else find_dataset(None))
     except (AlexNetError, OSError, ValueError) as error:  # the last two where it is no path at all
         why = error.what if isinstance(error, AlexNetError) else str(error)
         what = f"the data set {about.get('data') or known.name} cannot be opened: " if known else ""

@@ -24,7 +24,7 @@ from alexnet_cli.core.plotting import HINT, can_draw
 from alexnet_cli.core.records import failure
 from alexnet_cli.core.report import Report, told_apart
 from alexnet_cli.core.report_charts import Chart
-from alexnet_cli.core.runs import typed
+from alexnet_cli.core.resolve import shorten_path
 from alexnet_cli.core.shards import ROOT
 from alexnet_cli.errors import DataError, StorageError, UsageError
 
@@ -249,7 +249,7 @@ def _command(about: Mapping[str, Any]) -> list[str]:
     if not words or not isinstance(path, str) or any(word.partition("=")[0] == "--data" for word in words):
         return words
     data = Path(path)
-    return [*words, "--data", data.name if data.parent.name == ROOT.name else str(typed(data))]
+    return [*words, "--data", data.name if data.parent.name == ROOT.name else str(shorten_path(data))]
 
 
 def _words(found: Any) -> list[str]:

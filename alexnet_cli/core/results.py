@@ -17,8 +17,8 @@ from alexnet_cli.core import chance
 from alexnet_cli.core.confusion_picture import draw
 from alexnet_cli.core.evaluate import Evaluation
 from alexnet_cli.core.listing import read_file
-from alexnet_cli.core.origin import own_data
 from alexnet_cli.core.published import IMAGES, Figure
+from alexnet_cli.core.resolve import is_training_data
 from alexnet_cli.core.shards import Dataset
 from alexnet_cli.core.sources import ClassName
 from alexnet_cli.errors import DataError, StorageError
@@ -60,7 +60,7 @@ def stem(split: str, views: int, weights: Path, dataset: Dataset) -> str:
     overwrite what another gave.
     """
     other = [weights.stem] * (weights.suffix == ".onnx")
-    other += [dataset.path.resolve().name] * (not own_data(weights, dataset))
+    other += [dataset.path.resolve().name] * (not is_training_data(weights, dataset))
     return "-".join([split, str(views), *other])
 
 

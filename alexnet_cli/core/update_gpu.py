@@ -1,4 +1,4 @@
-"""The update rule (section 5) on a GPU: one kernel for each parameter, the twin of `learning.update`.
+"""The update rule (section 5) on a GPU: one kernel for each parameter, the twin of `optim.update`.
 
 The rule by itself is four passes over weights, velocity and gradient; here each value is read and written once.
 """
@@ -48,7 +48,7 @@ def fused(
     rate: float,
     decay: float,
 ) -> None:
-    """`learning.update`, in place: float32 tensors of any shape that lie densely in memory, velocity as its weight."""
+    """`optim.update`, in place: float32 tensors of any shape that lie densely in memory, velocity as its weight."""
     for w, v, g in zip(weights, velocity, gradients, strict=True):
         if g.stride() != w.stride():
             g = torch.empty_like(w).copy_(g)

@@ -56,8 +56,8 @@ def ablate(
     """
     from alexnet_cli.core import placement, plotting, switches
     from alexnet_cli.core.ablation import Ablation, cells
-    from alexnet_cli.core.resume import EXIT_CODES, asked_to_stop
     from alexnet_cli.core.shards import find_dataset, open_dataset
+    from alexnet_cli.core.signals import EXIT_CODES, catch_stop_signals
 
     level = training_error / 100
     reporter = Reporter("ablate", json=json, quiet=quiet)
@@ -72,7 +72,7 @@ def ablate(
     _heading(reporter, made, base, off, f"{len(todo)} trainings, {len(done)} of them finished")
     if not plotting.can_draw():
         reporter.warn("no chart will be drawn: matplotlib is not installed", plotting.HINT)
-    with asked_to_stop(None) as stop:
+    with catch_stop_signals(None) as stop:
         reason = _train_all(reporter, made, todo, done, stop, level)
     rows = report(reporter, made, level, show=True)
     if reason:

@@ -5,17 +5,16 @@ The pictures are noise, decoded already; crops, colour, exchange and update are 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
-from alexnet_cli.core.augment import Draws, Pixels
-from alexnet_cli.core.gradient import Gradient
-from alexnet_cli.core.learning import Momentum
+from alexnet_cli.core.augment import Pixels
 from alexnet_cli.core.loader import Batch
-from alexnet_cli.core.network import Network, initialise, parameters_by_name
 from alexnet_cli.core.placement import Placement
-from alexnet_cli.core.replicas import replicated
 from alexnet_cli.core.stopwatch import least_seconds
+from alexnet_cli.core.trainer import Trainer
 from alexnet_cli.recipe import SIDE, Recipe
 
 CLASSES = 1000
@@ -29,55 +28,47 @@ class Step:
     def __init__(self, recipe: Recipe, images: int, steps: int, placed: Placement) -> None:
         """Of a batch of so many images over all ranks; `steps` steps are a pass."""
         ranks, device = placed.ranks, placed.device
-        self.images, self.steps, self.placed, self.done = images, steps, placed, 0
-        self.network = Network(recipe, CLASSES, ranks.towers, ranks.columns)
-        initialise(self.network)
-        self.network.to(device)
-        self.optimiser = Momentum(parameters_by_name(self.network), recipe)
+        self.images, self.steps, self.placed = images, steps, placed
         generator, share = np.random.default_rng(0), ranks.share(images)
         pictures = generator.integers(0, 256, (images, SIDE, SIDE, 3), np.uint8)[share]
         labels = generator.integers(0, CLASSES, images)[share]
         rows = np.arange(images)[share]
         self.batch = Batch(torch.from_numpy(pictures).to(device), torch.from_numpy(labels), rows)
-        self.draws = Draws.of_epoch(images, recipe, 1)
         mean = np.full((3, SIDE, SIDE), 128, np.float32)
         pixels = Pixels(recipe, mean, np.ones(3, np.float32), np.eye(3, dtype=np.float32), device, placed.dtype)
-        forward = self.network if ranks.group is None else replicated(self.network, ranks, compress=False)
-        self.gradient = Gradient(self.network, forward, pixels, placed, len(rows), images)
+        recipe = replace(recipe, batch_size=images, learning_rate=RATE)
+        self.trainer = Trainer(recipe, CLASSES, images, pixels, placed)
+        self.trainer.begin_epoch()
 
     def run(self) -> None:
         """A pass; the device is done with it when this returns."""
         for _ in range(self.steps):
-            self._step()
+            self.trainer.step(self.batch)
         self._finish()
 
     def sent(self) -> dict[str, int]:
         """The bytes that this rank sends in a step, by what for."""
         traffic = self.placed.ranks.traffic
         traffic.clear()
-        self._step()
+        self.trainer.step(self.batch)
         return dict(traffic)
 
     def exchange(self, layer: str) -> float:
         """Seconds that it takes to share what comes before a layer, and to send back its gradient."""
-        towers, side = self.network.towers, int(POOLED[layer] ** 0.5)
-        channels = self.network.get_submodule({"conv3": "conv2", "fc6": "conv5"}[layer]).get_parameter("bias").numel()
+        network, side = self.trainer.network, int(POOLED[layer] ** 0.5)
+        before = {"conv3": "conv2", "fc6": "conv5"}[layer]
+        channels = network.get_submodule(before).get_parameter("bias").numel()
         dtype = torch.bfloat16 if self.placed.precision == "bf16" else torch.float32
         own = torch.zeros(self.images, channels, side, side, dtype=dtype, device=self.placed.device)
         own = own.contiguous(memory_format=torch.channels_last).requires_grad_()
 
         def both_ways() -> None:
-            shared = towers.share(own, layer)
+            shared = network.towers.share(own, layer)
             shared.backward(shared.detach())
             self._finish()
 
         both_ways()
         return least_seconds(both_ways, 5)
-
-    def _step(self) -> None:
-        self.gradient.compute(self.batch, self.draws, self.done, 1)
-        self.optimiser.step(RATE, 1)
-        self.done += 1
 
     def _finish(self) -> None:
         if self.placed.device.type == "cuda":

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from alexnet_cli.core.learning import Momentum
 from alexnet_cli.core.network import PADDING_224, Network, initialise, parameters_by_name
+from alexnet_cli.core.optim import PaperSGD
 from alexnet_cli.core.shapes import widths
 from alexnet_cli.recipe import Recipe
 
@@ -99,7 +99,7 @@ def ours(conditions: Conditions, *, norm: bool = True) -> Learner:
     network = Network(recipe, CLASSES)
     initialise(network)
     network.to(conditions.device)
-    optimiser, count = Momentum(parameters_by_name(network), recipe), itertools.count(1)
+    optimiser, count = PaperSGD(parameters_by_name(network), recipe), itertools.count(1)
 
     def update() -> None:
         optimiser.step(RATE, 1)

@@ -58,29 +58,35 @@ def evaluate(
     from alexnet_cli.core import results
     from alexnet_cli.core.evaluate import matching
     from alexnet_cli.core.neighbours import sha256
-    from alexnet_cli.core.origin import own_data, told, unfinished
     from alexnet_cli.core.published import published
-    from alexnet_cli.core.runs import find_weights, run_of, trained_on
+    from alexnet_cli.core.resolve import (
+        describe_unfinished_run,
+        describe_weights,
+        find_run_folder,
+        find_training_data,
+        find_weights,
+        is_training_data,
+    )
     from alexnet_cli.core.shards import find_dataset, open_dataset
 
     reporter = Reporter("evaluate", json=json, quiet=quiet)
     path = find_weights(weights, (".safetensors", ".onnx"))
-    dataset = open_dataset(find_dataset(data or trained_on(path)))
+    dataset = open_dataset(find_dataset(data or find_training_data(path)))
     images = dataset.split(split)
     if not len(images):
         raise DataError(f"{dataset.path}: split {split} holds no images", "prepare it anew with --val-fraction 0.1")
     backend = "onnx" if path.suffix == ".onnx" else "torch"
     classify, classes, recipe, place, about = (_onnx if backend == "onnx" else _torch)(path, views, gpus)
     output_of = matching(classes, dataset.classes, path)
-    reporter.line("weights", told(path, about))
-    if remark := unfinished(path):
+    reporter.line("weights", describe_weights(path, about))
+    if remark := describe_unfinished_run(path):
         reporter.line("note", remark)
     reporter.line("data", f"{dataset.path} · {split} · {len(images):,} images, each counted once")
     reporter.line("mode", f"{results.PROTOCOL[views]} · {backend} · {place}")
     if len(dataset.classes) < len(classes):
         known = f"{len(dataset.classes):,} of the {len(classes):,} classes that the network can answer"
         reporter.line("note", f"the data set has {known}: an answer outside of them counts as wrong")
-    run = run_of(path)
+    run = find_run_folder(path)
     folder = output or (run / "eval" if run else None)
     if folder:
         results.make(folder)
@@ -88,7 +94,7 @@ def evaluate(
     figure = published(recipe, dataset.classes)
     totals = results.numbers(counts, views, backend, figure) | results.origin(split, path, sha256(path), dataset)
     _report(reporter, counts, classes, totals, results.compared(figure, views, counts.images) if figure else "")
-    if (split, views, backend) == ("val", 1, "torch") and own_data(path, dataset):
+    if (split, views, backend) == ("val", 1, "torch") and is_training_data(path, dataset):
         _explain(reporter, about, run, counts.top1_error)
     if folder:
         files = results.write(folder, results.stem(split, views, path, dataset), counts, classes, totals)

@@ -50,7 +50,7 @@ def neighbors(
     from alexnet_cli.core import qualitative_sheets
     from alexnet_cli.core.contact_sheet import sheet
     from alexnet_cli.core.inputs import expand
-    from alexnet_cli.core.runs import find_weights, run_of, trained_on
+    from alexnet_cli.core.resolve import find_run_folder, find_training_data, find_weights
     from alexnet_cli.core.shards import find_dataset, open_dataset
 
     reporter = Reporter("neighbors", json=json, quiet=quiet)
@@ -58,7 +58,7 @@ def neighbors(
         raise UsageError(f"-o {output}: not a .png file", "such as -o neighbors.png")
     sources = expand(inputs, getattr(sys.stdin, "buffer", None))
     path = find_weights(weights, (".onnx", ".safetensors"))
-    dataset = open_dataset(find_dataset(data or trained_on(path)))
+    dataset = open_dataset(find_dataset(data or find_training_data(path)))
     split = dataset.split("train")
     reporter.line("data", f"{dataset.path} · train · {len(split):,} images")
     session, index = _index(reporter, path, dataset, split, len(sources))
@@ -76,7 +76,7 @@ def neighbors(
         if len(rows) < SHOWN:
             rows.append(qualitative_sheets.neighbour_row(name, picture, near, distances, split, dataset.classes))
     if rows:
-        run = run_of(path)
+        run = find_run_folder(path)
         target = output or ((run / "figures" if run else Path()) / "neighbors.png")
         title = f"nearest training pictures of {dataset.name} in fc7, Euclidean distance, {path}"
         _save(reporter, sheet(rows, title), target, len(rows), len(sources) - failed)
@@ -87,16 +87,15 @@ def neighbors(
 def _index(reporter: Reporter, path: Path, dataset: Dataset, split: Split, pictures: int) -> tuple[Session, Index]:
     """The network up to layer 7, and the index of the training set, made now if it is not there."""
     from alexnet_cli.core import neighbours
-    from alexnet_cli.core.origin import told
     from alexnet_cli.core.predict import FEW
-    from alexnet_cli.core.runs import run_of
+    from alexnet_cli.core.resolve import describe_weights, find_run_folder
     from alexnet_cli.core.session import Session
 
-    folder = neighbours.place(path, run_of(path), dataset)
+    folder = neighbours.place(path, find_run_folder(path), dataset)
     origin = neighbours.Origin.of(path, dataset, split)
     index = neighbours.open_index(folder, origin)
     session = Session(path, few=index is not None and pictures <= FEW, layer=neighbours.LAYER)
-    reporter.line("weights", told(path, session.about))
+    reporter.line("weights", describe_weights(path, session.about))
     if session.fallback:
         reporter.warn(f"the network runs on the CPU: {session.fallback}", "see `alexnet doctor`")
     if index is None:

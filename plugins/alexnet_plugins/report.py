@@ -33,12 +33,11 @@ def report(
     """
     from alexnet_cli.core import report_page
     from alexnet_cli.core.evidence import opened
-    from alexnet_cli.core.origin import is_best, told
     from alexnet_cli.core.patience import Patience
     from alexnet_cli.core.placement import place
     from alexnet_cli.core.plotting import HINT, can_draw
     from alexnet_cli.core.report import data_of, gather
-    from alexnet_cli.core.runs import typed
+    from alexnet_cli.core.resolve import describe_weights, is_best, shorten_path
     from alexnet_cli.core.shards import Dataset
 
     reporter = Reporter("report", json=json, quiet=quiet)
@@ -50,10 +49,12 @@ def report(
     target = output or (run.path if run else Path()) / f"report{other}.html"
     report_page.ready(target)
     network = opened(path) if path else None
-    there = told(path, network.model.info) if path and network else f"none yet in {run.path if run else path}"
+    there = (
+        describe_weights(path, network.model.info) if path and network else f"none yet in {run.path if run else path}"
+    )
     reporter.line("weights", there)
     dataset = data_of(run, data)
-    reporter.line("data", str(typed(dataset.path)) if isinstance(dataset, Dataset) else dataset)
+    reporter.line("data", str(shorten_path(dataset.path)) if isinstance(dataset, Dataset) else dataset)
     with ExitStack() as stack:
         started: list[Progress] = []
 
@@ -83,7 +84,8 @@ def report(
 
 def _subject(spec: str | None) -> tuple[Run | None, Path | None]:
     """What -w means: a run, with its best weights if it has any, or weights alone."""
-    from alexnet_cli.core.runs import Run, find_weights, run_of
+    from alexnet_cli.core.resolve import find_run_folder, find_weights
+    from alexnet_cli.core.runs import Run
 
     try:
         path = find_weights(spec)
@@ -93,5 +95,5 @@ def _subject(spec: str | None) -> tuple[Run | None, Path | None]:
         except UsageError:
             pass
         raise
-    run = run_of(path)
+    run = find_run_folder(path)
     return (Run(run) if run else None), path

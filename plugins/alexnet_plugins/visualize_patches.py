@@ -33,14 +33,14 @@ def strongest(
 
     from alexnet_cli.core import qualitative_sheets
     from alexnet_cli.core.contact_sheet import sheet
-    from alexnet_cli.core.runs import trained_on
+    from alexnet_cli.core.resolve import find_training_data
     from alexnet_cli.core.session import Session
     from alexnet_cli.core.shards import find_dataset, open_dataset
     from alexnet_cli.core.stimuli import stimuli
 
     width = len(model.tensors[f"{layer}.bias"])
     shown = _units(unit, towers, width, model.recipe.towers, layer)
-    dataset = open_dataset(find_dataset(data or trained_on(model.path)))
+    dataset = open_dataset(find_dataset(data or find_training_data(model.path)))
     split = dataset.split("val")
     reporter.line("data", f"{dataset.path} · val · {len(split):,} images")
     ranked = f"{width:,} units"
