@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from commands import alexnet
 from PIL import Image
+from safetensors.torch import load_file
 
 from alexnet_cli.core import ablation
 from alexnet_cli.core.ablation import Ablation, Cell, cells

@@ -58,8 +58,8 @@ def test_nothing_is_said_where_all_is_well(prepared: Path, name: str) -> None:
 
 def test_classes_without_pictures_and_pictures_in_both_splits(odd: Path) -> None:
     empty, leak = diagnostics.check_settings(PAPER, open_dataset(odd))
-    assert empty.text == "1 of 4 classes has no training picture: green"
-    assert leak.text == "2 pictures are in train and in val"
+    assert empty.text == "1 of 4 classes has no training image: green"
+    assert leak.text == "2 images are in both train and val"
     assert str(odd / "duplicates.jsonl") in str(leak.hint)
     listed = [json.loads(line) for line in (odd / "duplicates.jsonl").read_text().splitlines()]
     assert len(listed) == 2
@@ -70,7 +70,7 @@ def test_classes_that_nothing_is_validated_on(prepared: Path, monkeypatch: pytes
     found = [np.array(labels) for labels in ([0, 1, 2, 3], [1, 3])]
     monkeypatch.setattr(Dataset, "split", lambda _, name: SimpleNamespace(labels=found[name == "val"]))
     (told,) = diagnostics.check_empty_classes(data)
-    assert told.text == "2 of 4 classes have no validation picture: blue, red"
+    assert told.text == "2 of 4 classes have no validation image: blue, red"
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_classes_that_are_far_from_equal_are_named(pictures: list[int], said: bo
     told = diagnostics.describe_imbalance(("cat", "dog", "emu", "fox"), np.array(pictures))
     assert (told is not None) == said
     if told:
-        assert told[0] == "the classes are far from equal: 100 training pictures of cat, 10 of emu"
+        assert told[0] == "the classes are very unequal: 100 training images of cat, 10 of emu"
         assert told[1].startswith("always answering cat errs in only 37.5% of them: add images of rare classes")
 
 
@@ -151,7 +151,7 @@ def test_a_loss_that_only_knows_how_frequent_the_classes_are() -> None:
         told = [watch.update(Record("step", 1, 100 + i, loss=loss)) for i, loss in enumerate(losses)]
         assert any(told) == said
         if said:
-            assert str(told[0] and told[0].text).endswith("than guessing (the same answer for every picture = 0.199)")
+            assert str(told[0] and told[0].text).endswith("than guessing (the same answer for every image = 0.199)")
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_fine_tuning_may_be_slow_and_frozen_layers_should_be_of_somebody(prepare
     ]  # fmt: skip
     (told,) = diagnostics.check_settings(slow, data, {"lrn_k": (2.0, 1.0), "lrn_joint": (False, True)})
     assert str(told.text).endswith(": lrn_k = 2.0 here, 1.0 there, lrn_joint = False here, True there")
-    assert told.hint == "leave --recipe out, or give --set lrn_k=1.0 --set lrn_joint=true"
+    assert told.hint == "remove --recipe, or give --set lrn_k=1.0 --set lrn_joint=true"
 
 
 @pytest.mark.parametrize(("steps", "patience"), [(3, 20), (48, 48), (1248, 124), (3510, 351), (900_000, 2000)])

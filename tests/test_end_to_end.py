@@ -144,7 +144,7 @@ def test_max_time_and_resume(home: Path) -> None:
     assert longer[0]["step"] == 9
     assert longer[-1]["step"] == 12
     refused = run("train", "--resume", "timed", "--lr", "0.5", code=2)
-    assert "timed was trained otherwise: learning_rate = 0.5 instead of 0.03\n" in refused.stderr
+    assert "timed was trained with another recipe: learning_rate = 0.5 instead of 0.03\n" in refused.stderr
     auto = lines(run("train", *QUICK, "--epochs", "4", "--resume", "auto", "--name", "timed", "--json", "-q"))
     assert [record["event"] for record in auto] == ["start", "end"]
 

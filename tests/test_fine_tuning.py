@@ -118,15 +118,15 @@ def test_a_recipe_under_which_the_weights_mean_something_else_is_told() -> None:
 def test_frozen_layers_keep_every_bit_and_the_others_learn_as_before(start: Callable[..., TrainingLoop]) -> None:
     """One step from the same weights: the update of the other layers does not depend on what is frozen."""
     frozen, free = (start(replace(SMALL, frozen=kind, weight_decay=0.1)) for kind in ("conv", "none"))
-    before = tensors(frozen.network)
+    before = tensors(frozen.trainer.network)
     for training in (frozen, free):
         list(training.fit(max_steps=1))
-    after, other = tensors(frozen.network), tensors(free.network)
+    after, other = tensors(frozen.trainer.network), tensors(free.trainer.network)
     for name in PARAMETERS:
         if name.split(".")[0] in CONVOLUTIONS:
             np.testing.assert_array_equal(after[name], before[name])
-            assert not frozen.optimiser.velocity[name].any()
-            assert frozen.network.get_parameter(name).grad is None
+            assert not frozen.trainer.optimizer.velocity[name].any()
+            assert frozen.trainer.network.get_parameter(name).grad is None
             assert not np.array_equal(other[name], before[name])
         else:
             np.testing.assert_array_equal(after[name], other[name])

@@ -37,10 +37,10 @@ RECIPES = [
 def test_a_step_equals_one_on_the_cpu(prepared: Path, recipe: Recipe, gpu: str) -> None:
     """Views, masks, loss, gradients and the update: only the order of sums differs."""
     here, there = training(prepared, "cpu", "none", recipe), training(prepared, "gpu", gpu, recipe)
-    assert there.placement.device == torch.device("cuda", int(gpu))
+    assert there.trainer.placement.device == torch.device("cuda", int(gpu))
     assert losses(there, 1) == pytest.approx(losses(here, 1), rel=1e-5)
-    found = dict(parameters_by_name(there.network))
-    for name, parameter in parameters_by_name(here.network):
+    found = dict(parameters_by_name(there.trainer.network))
+    for name, parameter in parameters_by_name(here.trainer.network):
         gradient = found[name].grad
         assert parameter.grad is not None
         assert gradient is not None
@@ -133,7 +133,7 @@ def test_without_the_kernels_it_gives_the_same(prepared: Path, monkeypatch: pyte
     with_them = losses(training(prepared, "with", "0"), 2)
     monkeypatch.setattr(response_norm_gpu, "why_not", lambda index: "no C compiler")
     without = training(prepared, "without", "0")
-    assert "no C compiler" in without.placement.notes[0]
+    assert "no C compiler" in without.trainer.placement.notes[0]
     assert losses(without, 2) == pytest.approx(with_them, rel=1e-5)
 
 

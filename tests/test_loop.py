@@ -24,6 +24,7 @@ from alexnet_cli.core.records import Record
 from alexnet_cli.core.resolve import find_weights
 from alexnet_cli.core.runs import Run
 from alexnet_cli.core.shards import open_dataset
+from alexnet_cli.core.trainer import Trainer
 from alexnet_cli.errors import StorageError, VerificationError, WeightsError
 from alexnet_cli.recipe import FAST, KRIZHEVSKY, PAPER, TINY, Recipe
 
@@ -109,9 +110,12 @@ def test_interrupted_anywhere_it_ends_with_the_very_same_weights(start: Start, r
     list(whole.fit())
     training, resume, ends = start(recipe), None, []
     for stop_at in (1, 3, 4, 100):  # inside an epoch, between two, at the first step of one, never
-        records = list(
-            training.fit(resume, stop=lambda t=training, n=stop_at: "Ctrl-C" if t.trainer.steps_done >= n else None)
-        )  # type: ignore[misc]
+        trainer = training.trainer
+
+        def stop(trainer: Trainer = trainer, stop_at: int = stop_at) -> str | None:
+            return "Ctrl-C" if trainer.steps_done >= stop_at else None
+
+        records = list(training.fit(resume, stop=stop))
         ends.append(records[-1].reason)
         if stop_at != 100:
             resume = (training.run.checkpoints / "last").resolve()

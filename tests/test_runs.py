@@ -45,13 +45,13 @@ def test_a_new_run_has_its_recipe_and_is_the_latest() -> None:
 
 @pytest.mark.parametrize("name", ["", "..", "a/b", "latest", "two\nlines", "\udcff", "x" * 201])
 def test_names_that_would_lead_elsewhere_or_cannot_be_read(name: str) -> None:
-    with pytest.raises(UsageError, match="not a plain name"):
+    with pytest.raises(UsageError, match="cannot be the name of a folder"):
         Run.create(name, PAPER, {})
 
 
 def test_a_name_that_is_taken_is_not_overwritten() -> None:
     Run.create("mine", PAPER, {})
-    with pytest.raises(UsageError, match="is there already") as caught:
+    with pytest.raises(UsageError, match="exists already") as caught:
         Run.create("mine", TINY, {})
     assert "--resume mine" in caught.value.hint
     assert Run.open("mine").recipe == PAPER
@@ -82,7 +82,7 @@ def test_what_a_run_left_that_was_killed_while_it_was_made_is_taken_up() -> None
     for name in ("notes.txt", "checkpoints/00000003"):
         folder = Path("runs") / f"mine-{len(name)}"
         (folder / name).mkdir(parents=True)
-        with pytest.raises(UsageError, match="is there already"):
+        with pytest.raises(UsageError, match="exists already"):
             Run.create(folder.name, TINY, {})
 
 
@@ -169,7 +169,7 @@ def test_what_w_cannot_be() -> None:
     Path("a.pth").write_bytes(b"x")
     with pytest.raises(WeightsError, match=r"not a .safetensors file") as caught:
         find_weights("a.pth")
-    assert caught.value.hint.endswith("another program's network: alexnet import-weights")
+    assert caught.value.hint.endswith("weights of another program: alexnet import-weights")
     for onnx, way in ((Path("runs/r/alexnet.onnx"), ".safetensors file: -w r"), (Path("b.onnx"), ".safetensors file")):
         onnx.write_bytes(b"x")
         with pytest.raises(WeightsError, match=r"not a .safetensors file") as caught:
@@ -180,16 +180,18 @@ def test_what_w_cannot_be() -> None:
 def test_going_on_refuses_what_would_change_the_result() -> None:
     run = Run.create("r", TINY, {})
     with pytest.raises(
-        UsageError, match="one-cycle rate of r is planned for 15 epochs, not 99"
+        UsageError, match="one-cycle schedule of r is planned for 15 epochs, not 99"
     ):  # every rate of the cycle would be another
         resume.check_recipe(run, replace(TINY, epochs=99), set())
     assert resume.check_recipe(run, replace(TINY, epochs=99), {"epochs"}).epochs == 99
     with pytest.raises(UsageError, match="counts its steps in batches of 64"):
         resume.check_recipe(run, replace(TINY, batch_size=32), {"batch_size"})
     assert run.recipe == TINY, "nothing is written before the run has really gone on"
-    with pytest.raises(UsageError, match=r"^r was trained otherwise: learning_rate = 0.5 instead of 0.03$") as caught:
+    with pytest.raises(
+        UsageError, match=r"^r was trained with another recipe: learning_rate = 0.5 instead of 0.03$"
+    ) as caught:
         resume.check_recipe(run, replace(run.recipe, learning_rate=0.5), set())
-    assert caught.value.hint == "leave it out, or go on with it all the same: --set learning_rate=0.5"
+    assert caught.value.hint == "remove it, or force it: --set learning_rate=0.5"
     with pytest.raises(UsageError, match=r"crops = False instead of True$") as caught:
         resume.check_recipe(run, replace(TINY, crops=False), set())
     assert caught.value.hint.endswith(": --set crops=false")
@@ -197,7 +199,7 @@ def test_going_on_refuses_what_would_change_the_result() -> None:
     with pytest.raises(UsageError, match="is another network"):
         resume.check_recipe(run, replace(TINY, width=0.5), {"width"})
     paper = Run.create("p", PAPER, {})
-    with pytest.raises(UsageError, match=r"^width = 0.25 is another network than that of p, which has 1.0$"):
+    with pytest.raises(UsageError, match=r"^width = 0.25 makes another network than that of p, which has 1.0$"):
         resume.check_recipe(paper, TINY, set())  # not a word of a cycle that it does not have
 
 
@@ -206,18 +208,23 @@ def test_going_on_by_another_recipe_is_met_with_leaving_it_out() -> None:
         Run.create(base.name, base, {})
     tiny, paper = (Run.open(name) for name in ("tiny", "paper"))
     for run, recipe, what, hint in (
-        (tiny, FAST, "width = 1.0 is another network than that of tiny", "; or train it as a run of its own"),
+        (tiny, FAST, "width = 1.0 makes another network than that of tiny", "; or start a new run"),
         (paper, CAFFE, "batch_size = 256, but paper counts", "; or start a run of its own: --init-from paper"),
-        (paper, KRIZHEVSKY, "paper was trained otherwise: name = krizhevsky instead of paper, ", "; --set KEY=VALUE "),
+        (
+            paper,
+            KRIZHEVSKY,
+            "paper was trained with another recipe: name = krizhevsky instead of paper, ",
+            "; --set KEY=VALUE ",
+        ),
     ):
         with pytest.raises(UsageError, match=f"^{what}") as caught:
             resume.check_recipe(run, recipe, set(), vars(recipe))
-        assert caught.value.hint.startswith(f"leave --recipe out: {run.name} has its own{hint}")
+        assert caught.value.hint.startswith(f"remove --recipe: {run.name} has its own{hint}")
     rest = len(differences(KRIZHEVSKY, PAPER)) - 1 - 4  # epochs are free, and four are shown
     assert caught.value.what.endswith(f", and {rest} more")
     for epoch in range(1, 41):
         paper.log({"event": "validation", "epoch": epoch, "step": epoch})
-    with pytest.raises(UsageError, match=r"^paper was trained otherwise"):
+    with pytest.raises(UsageError, match=r"^paper was trained with another recipe"):
         resume.check_recipe(
             paper, replace(KRIZHEVSKY, epochs=20), set()
         )  # not a word of the epochs, which are the least
@@ -226,10 +233,14 @@ def test_going_on_by_another_recipe_is_met_with_leaving_it_out() -> None:
 def test_a_value_of_a_recipe_is_met_with_leaving_it_out_also_by_one_name() -> None:
     Run.create("older", replace(TINY, momentum=0.8), {})
     for words, what, hint in (
-        ((), "momentum = 0.9 instead of 0.8", "leave --recipe out: older has its own, or go on with it all "),
-        (("--set", "momentum=0.8", "--epochs", "9"), "planned for 15 epochs, not 9", "leave it out, or go on all "),
-        (("--set", "momentum=0.8", "--lr", "0.5"), "learning_rate = 0.5 instead of 0.03", "leave it out, or go on "),
-        (("--set", "momentum=0.8", "--set", "width=0.5"), "width = 0.5 is another network", "leave it out; or train "),
+        ((), "momentum = 0.9 instead of 0.8", "remove --recipe: older has its own, or force it"),
+        (("--set", "momentum=0.8", "--epochs", "9"), "planned for 15 epochs, not 9", "remove it, or force it"),
+        (("--set", "momentum=0.8", "--lr", "0.5"), "learning_rate = 0.5 instead of 0.03", "remove it, or force it"),
+        (
+            ("--set", "momentum=0.8", "--set", "width=0.5"),
+            "width = 0.5 makes another network",
+            "remove it; or start a new run",
+        ),
     ):
         refused = alexnet("train", "--resume", "older", "--recipe", "tiny", *words)
         assert refused.returncode == 2
@@ -325,7 +336,7 @@ def test_which_run_auto_goes_on_with() -> None:
     run.update({"status": "finished"})
     assert resume.find_run_to_resume("auto", None) is None
     assert resume.find_run_to_resume("slurm", "slurm") is not None
-    with pytest.raises(UsageError, match="goes on with slurm"):
+    with pytest.raises(UsageError, match="continues run slurm"):
         resume.find_run_to_resume("slurm", "mine")
     with pytest.raises(UsageError, match="no run is called other"):
         resume.find_run_to_resume("other", None)
@@ -340,7 +351,7 @@ def test_lengths_of_time(text: str | None, seconds: float | None) -> None:
 
 @pytest.mark.parametrize("text", ["", "8", "soon", "-5", "1.5h", "5m1h", "h"])
 def test_no_lengths_of_time(text: str) -> None:
-    with pytest.raises(UsageError, match="not a length of time"):
+    with pytest.raises(UsageError, match="not a duration"):
         signals.parse_duration(text)
 
 

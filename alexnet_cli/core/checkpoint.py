@@ -74,9 +74,8 @@ def save(
         model = safetensors.torch.save({**tensors, "mean": mean.contiguous()}, metadata=dict(metadata))
         sums = {MODEL: _write(temporary / MODEL, model)}
         del model  # a quarter of a gigabyte
-        sums[OPTIMIZER] = _write(
-            temporary / OPTIMIZER, safetensors.torch.save({n: v.contiguous() for n, v in velocity.items()})
-        )
+        packed = {name: value.contiguous() for name, value in velocity.items()}
+        sums[OPTIMIZER] = _write(temporary / OPTIMIZER, safetensors.torch.save(packed))
         meta = {"schema": SCHEMA, "step": step, "best": best, "sha256": sums, "position": dict(position)}
         write_text(temporary / META, json.dumps(meta, indent=2, allow_nan=False) + "\n")
         _sync(temporary)

@@ -67,7 +67,7 @@ def check_settings(
         listed = ", ".join(f"{key} = {here} here, {there} there" for key, (here, there) in different.items())
         settings = " ".join(setting(key, there) for key, (_, there) in different.items())
         yield _warning(
-            f"the weights were trained with another recipe: {listed}", f"leave --recipe out, or give {settings}"
+            f"the weights were trained with another recipe: {listed}", f"remove --recipe, or give {settings}"
         )
 
 

@@ -115,8 +115,8 @@ class TrainingLoop:
                     reason = record.reason
                     if reason is None:
                         yield self._log(record)
-                    if (warning := plateau.update(record)) is not None:
-                        yield self._log(warning)
+                    if plateau_warning := plateau.update(record):
+                        yield self._log(plateau_warning)
                     left = trainer.last_step_of_epoch - record.step
                     if record.event == "step" and record.step % save_every == 0 and left > 0:
                         yield self._save(metrics)
@@ -138,8 +138,8 @@ class TrainingLoop:
             reason=reason or "finished",
         )  # fmt: skip
         names = [name.name for name in self.data.classes]
-        if best_counts and not reason and (warning := diagnostics.check_one_sided(best_counts.confusion, names, end)):
-            yield self._log(warning)
+        if best_counts and not reason and (one_sided := diagnostics.check_one_sided(best_counts.confusion, names, end)):
+            yield self._log(one_sided)
         yield self._log(end)
 
     def _train_epoch(
