@@ -167,7 +167,7 @@ def test_max_steps_counts_from_the_start_and_says_the_way_on(home: Path) -> None
     (home / "runs" / "steps" / "checkpoints").mkdir()
     (home / "runs" / "steps" / "metrics.jsonl").unlink()
     anew = run("train", "--resume", "steps", "--max-steps", "1")
-    assert "resumed from the beginning: no checkpoint had been saved yet" in anew.stderr
+    assert "resumed from the start: no checkpoint had been saved yet" in anew.stderr
 
 
 def test_a_run_that_failed_says_why_before_it_fails_again(home: Path) -> None:

@@ -196,7 +196,7 @@ def test_going_on_refuses_what_would_change_the_result() -> None:
         resume.check_recipe(run, replace(TINY, crops=False), set())
     assert caught.value.hint.endswith(": --set crops=false")
     assert resume.check_recipe(run, replace(TINY, learning_rate=0.5), {"learning_rate"}).learning_rate == 0.5
-    with pytest.raises(UsageError, match="is another network"):
+    with pytest.raises(UsageError, match="makes another network"):
         resume.check_recipe(run, replace(TINY, width=0.5), {"width"})
     paper = Run.create("p", PAPER, {})
     with pytest.raises(UsageError, match=r"^width = 0.25 makes another network than that of p, which has 1.0$"):
@@ -209,11 +209,11 @@ def test_going_on_by_another_recipe_is_met_with_leaving_it_out() -> None:
     tiny, paper = (Run.open(name) for name in ("tiny", "paper"))
     for run, recipe, what, hint in (
         (tiny, FAST, "width = 1.0 makes another network than that of tiny", "; or start a new run"),
-        (paper, CAFFE, "batch_size = 256, but paper counts", "; or start a run of its own: --init-from paper"),
+        (paper, CAFFE, "batch_size = 256, but paper counts", "; or start a new run: --init-from paper"),
         (
             paper,
             KRIZHEVSKY,
-            "paper was trained with another recipe: name = krizhevsky instead of paper, ",
+            "paper was trained with another recipe: name = krizhevsky instead of ",
             "; --set KEY=VALUE ",
         ),
     ):

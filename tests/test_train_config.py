@@ -50,7 +50,7 @@ def test_what_differs_from_the_paper_comes_last_and_can_be_pasted(mine: str) -> 
     assert different == listed & set(asdict(recipe))
     assert re.search(r"(?m)^crops +false +true +--set ", other)
     assert re.search(r"(?m)^learning_rate +0\.02 +0\.01 +option ", other)
-    assert re.search(r"(?m)^- +of no source", shown)
+    assert re.search(r"(?m)^- +no source", shown)
 
 
 def test_json_has_sources_and_plain_values(mine: str) -> None:

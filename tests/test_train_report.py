@@ -101,7 +101,7 @@ def test_a_stop_is_heard_while_the_report_is_made(
     assert page.all_text.count("alexnet report adds it") == 3
     assert [line[:70] for line in capsys.readouterr().err.splitlines()] == [
         f"report  {training.run.path / 'report.html'}"[:70],
-        "warn    SIGTERM: the training is done and saved, but its report is wit",
+        "warn    SIGTERM: the training is done and saved, but its report lacks ",
         "hint    alexnet report -w r adds it",
     ]
 
@@ -134,7 +134,7 @@ def test_what_ends_in_numbers_that_are_none_leaves_one_too(prepared: Path, tmp_p
     result = alexnet("train", *words, "--data", str(prepared), "--gpus", "none", folder=tmp_path)
     assert result.returncode == 6
     assert [line[:30] for line in result.stderr.splitlines()[-3:]] == [
-        "report  runs/a b/report.html", "error: the loss became nan at ", "hint: the rate was 4e+10; star",
+        "report  runs/a b/report.html", "error: the loss became nan at ", "hint: the rate was 4e+10; trai",
     ]  # fmt: skip
     what, hint = (line.partition(": ")[2] for line in result.stderr.splitlines()[-2:])
     run = Run(tmp_path / "runs" / "a b")
