@@ -139,7 +139,7 @@ def test_max_time_and_resume(home: Path) -> None:
     finished = lines(run("train", "--resume", "timed", "--json", "-q"))
     assert finished[-1]["reason"] == "finished"
     refused = run("train", "--resume", "timed", "--epochs", "4", code=2)
-    assert "every later rate being another: --set epochs=4" in refused.stderr
+    assert "which changes every later learning rate: --set epochs=4" in refused.stderr
     longer = lines(run("train", "--resume", "timed", "--set", "epochs=4", "--json", "-q"))
     assert longer[0]["step"] == 9
     assert longer[-1]["step"] == 12
@@ -155,7 +155,7 @@ def test_max_steps_counts_from_the_start_and_says_the_way_on(home: Path) -> None
     assert "stopped runs/steps · by --max-steps at step 2 of 15\nnext    alexnet train --resume steps" in first.stderr
     assert "done" not in first.stderr
     again = run("train", "--resume", "steps", "--max-steps", "2")
-    assert "note    --max-steps 2 counts from the run's start, and 2 are done" in again.stderr
+    assert "note    --max-steps 2 counts from the start of the run, and 2 are done" in again.stderr
     before = (home / "runs" / "steps" / "run.json").read_bytes()
     refused = run("train", "--resume", "steps", "--max-steps", "1", code=2)
     assert refused.stderr == (
