@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from trainings import new_loop
 
-from alexnet_cli.core.augment import Draws
 from alexnet_cli.core.devices import visible_gpus
 from alexnet_cli.core.loader import Loader, training_batches
+from alexnet_cli.core.loop import TrainingLoop
 from alexnet_cli.core.placement import place
 from alexnet_cli.core.runs import Run
 from alexnet_cli.core.shards import open_dataset
-from alexnet_cli.core.training import Training
 from alexnet_cli.recipe import TINY, Recipe
 
 MARKS = [
@@ -36,16 +36,16 @@ def training(
     *,
     compile: bool = False,
     micro_batch: int | None = None,
-) -> Training:
+) -> TrainingLoop:
     """One that has not begun, in a run of that name."""
     run, placed = Run.create(name, recipe, {}), place(gpus, recipe.precision)
-    return Training(recipe, open_dataset(prepared), run, placed, 2, compile=compile, micro_batch=micro_batch)
+    return new_loop(recipe, open_dataset(prepared), run, placed, 2, compile=compile, micro_batch=micro_batch)
 
 
-def losses(training: Training, steps: int) -> list[float]:
+def losses(training: TrainingLoop, steps: int) -> list[float]:
     """Of the first steps; leaves the gradients of the last."""
-    recipe = training.recipe
-    draws = Draws.of_epoch(training.rows, recipe, 1)
-    plan = training_batches(training.rows, recipe.batch_size, recipe.seed, 1)[:steps]
-    with Loader(training.data.split("train"), recipe.batch_size, 2, training.placement.device) as loader:
-        return [float(training.take_step(batch, draws).loss) for batch in loader.batches(plan)]
+    trainer, recipe = training.trainer, training.trainer.recipe
+    trainer.begin_epoch()
+    plan = training_batches(trainer.rows, recipe.batch_size, recipe.seed, 1)[:steps]
+    with Loader(training.data.split("train"), recipe.batch_size, 2, trainer.placement.device) as loader:
+        return [float(trainer.step(batch).loss) for batch in loader.batches(plan)]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from alexnet_cli.core import learning, response_norm, triton_kernels
+from alexnet_cli.core import optim, response_norm, triton_kernels
 
 K, ALPHA = 2.0, 5e-4
 LAST, FIRST = torch.channels_last, torch.contiguous_format
@@ -112,7 +112,7 @@ def check_update(device: str) -> None:
     for rate, decay in ((0.01, 5e-4), (0.01, 0.0), (0.001, 5e-4)):
         gradients = [torch.randn(shape, generator=generator) for shape in shapes]
         triton_kernels.fused_update(ours, velocity, [g.to(device) for g in gradients], 0.9, rate, decay)
-        learning.update(plain, expected, gradients, 0.9, rate, decay)
+        optim.update(plain, expected, gradients, 0.9, rate, decay)
         for found, right in zip((*ours, *velocity), (*plain, *expected), strict=True):
             torch.testing.assert_close(found.cpu(), right, rtol=1e-6, atol=1e-7)
 

@@ -13,17 +13,16 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch._C._distributed_c10d import TCPStore
+from trainings import new_loop
 
-from alexnet_cli.core.augment import Draws
 from alexnet_cli.core.launch import rank_variables
-from alexnet_cli.core.loader import Loader, epoch_order, training_batches
+from alexnet_cli.core.loader import Loader, training_batches
+from alexnet_cli.core.loop import TrainingLoop
 from alexnet_cli.core.network import parameters_by_name
 from alexnet_cli.core.placement import backend, place_ranks
 from alexnet_cli.core.process_group import Parallel, arrange_mesh, join_process_group, read_rank_info
 from alexnet_cli.core.runs import Run
 from alexnet_cli.core.shards import open_dataset
-from alexnet_cli.core.train import fit
-from alexnet_cli.core.training import Training
 from alexnet_cli.recipe import Recipe
 
 SECONDS = 120
@@ -39,7 +38,7 @@ PLACES: dict[str, tuple[int, Parallel]] = {
     "hybrid of four": (4, "hybrid"),
 }
 _CONTEXT = multiprocessing.get_context("forkserver")  # imports once, not once in each process
-_CONTEXT.set_forkserver_preload(["alexnet_cli.core.train", "torch._dynamo"])  # tests/ is not on its path
+_CONTEXT.set_forkserver_preload(["alexnet_cli.core.loop", "torch._dynamo"])  # tests/ is not on its path
 
 
 def processes(count: int, work: Callable[..., None], *arguments: Any) -> None:
@@ -70,30 +69,30 @@ def _as_rank(numbered: dict[str, str], work: Callable[..., None], arguments: tup
         raise
 
 
-def training(stack: ExitStack, place: str, recipe: Recipe, prepared: Path, folder: Path, gpus: Gpus) -> Training:
+def training(stack: ExitStack, place: str, recipe: Recipe, prepared: Path, folder: Path, gpus: Gpus) -> TrainingLoop:
     """This process's part of a training, in touch with the others while `stack` is."""
     count = PLACES[place][0]
     ids = {"none": "none", "one": ",".join(["0"] * count), "each": ",".join(map(str, range(count)))}[gpus]
     ranks = stack.enter_context(join_process_group(read_rank_info(), backend(ids)))
     placed = place_ranks(ranks, ids, recipe.precision, PLACES[place][1], recipe.towers)
-    return Training(recipe, open_dataset(prepared), Run(folder, writes=ranks.first), placed, threads=1, cache="none")
+    run = Run(folder, writes=ranks.first)
+    return new_loop(recipe, open_dataset(prepared), run, placed, cache="none")
 
 
-def first_gradient(trained: Training) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def first_gradient(loop: TrainingLoop) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """The logits of the first eight training pictures, and the whole gradient of the first batch."""
+    trained, data = loop.trainer, loop.data
     recipe, ranks = trained.recipe, trained.placement.ranks
     trained.begin_epoch()
-    order = epoch_order(trained.rows, recipe.seed, 1)
-    draws = Draws.of_epoch(trained.rows, recipe, 1, order)
     plan = training_batches(trained.rows, recipe.batch_size, recipe.seed, 1, 0, ranks.replica, ranks.replicas)[:1]
     eight = [np.arange(8)[ranks.share(8)]]
-    with Loader(trained.data.split("train"), 16, 1, trained.placement.device) as loader:
+    with Loader(data.split("train"), 16, 1, trained.placement.device) as loader:
         for batch in loader.batches(eight):
             with torch.inference_mode():
-                logits = trained.network.eval()(trained.pixels.centre_view(batch.images)).cpu().numpy()
+                logits = trained.network.eval()(trained.augment.centre_view(batch.images)).cpu().numpy()
             trained.network.train()
         for batch in loader.batches(plan):
-            trained.gradient.compute(batch, draws, 0, 1)
+            trained.compute_gradient(batch)
     gradients = {}
     for name, parameter in parameters_by_name(trained.network):
         assert parameter.grad is not None
@@ -112,9 +111,9 @@ def record(
     with ExitStack() as stack:
         trained = training(stack, place, recipe, prepared, folder, gpus)
         logits, gradients = first_gradient(trained)
-        records = [r.as_dict() for r in fit(trained, resume, max_steps=steps, record_every=1)]
-        weights, _ = trained.whole() if trained.placement.ranks.collects else ({}, {})
-        if trained.placement.ranks.first:
+        records = [r.as_dict() for r in trained.fit(resume, max_steps=steps, record_every=1)]
+        weights, _ = trained.trainer.gather_state() if trained.trainer.placement.ranks.collects else ({}, {})
+        if trained.trainer.placement.ranks.first:
             found: dict[str, Any] = {
                 "logits": logits,
                 "losses": [r["loss"] for r in records if r["event"] == "step"],

@@ -17,11 +17,13 @@ import pytest
 import torch
 from commands import alexnet
 from PIL import Image
+from safetensors.torch import load_file
 
 from alexnet_cli.core.network import Network, parameter_count
 from alexnet_cli.core.placement import Placement
 from alexnet_cli.core.records import Record
-from alexnet_cli.core.runs import Run, find_weights
+from alexnet_cli.core.resolve import find_weights
+from alexnet_cli.core.runs import Run
 from alexnet_cli.core.shards import open_dataset
 from alexnet_cli.errors import PartialError, UsageError
 from alexnet_cli.recipe import PAPER, TINY
@@ -74,7 +76,7 @@ def test_a_cell_is_a_run_that_goes_on_to_the_same_weights(made: AblationStudy) -
     assert again[0].step == first[-1].step > 0
     assert made.is_finished(broken)
     tensors = [
-        torch.load(Run(made.folder / cell.name).checkpoints / "last" / "state.pt", weights_only=True)["velocity"]
+        load_file(Run(made.folder / cell.name).checkpoints / "last" / "optimizer.safetensors")
         for cell in (whole, broken)
     ]
     assert all(torch.equal(value, tensors[1][name]) for name, value in tensors[0].items())

@@ -13,35 +13,36 @@ from typing import Any
 
 import pytest
 import torch
+from trainings import new_loop
 
 from alexnet_cli.core import checkpoint
+from alexnet_cli.core.loop import TrainingLoop
 from alexnet_cli.core.placement import Placement
 from alexnet_cli.core.runs import Run
 from alexnet_cli.core.shards import open_dataset
-from alexnet_cli.core.train import fit
-from alexnet_cli.core.training import Training
 from alexnet_cli.errors import StorageError, UsageError
 from alexnet_cli.recipe import TINY
 from alexnet_plugins.train import train
-from alexnet_plugins.train_setup import check_steps
+from alexnet_plugins.train_setup import check_max_steps
 
 CPU = Placement(torch.device("cpu"), "CPU", "fp32")
 SMALL = replace(TINY, width=1 / 64, batch_size=8, epochs=2, precision="fp32", dropout=0.5)  # six steps an epoch
+Start = Callable[..., TrainingLoop]
 NAMES = iter(f"run{i}" for i in range(1000))
 
 
 @pytest.fixture
-def start(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Training]:
+def start(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
     monkeypatch.setenv("ALEXNET_RUNS_DIR", str(tmp_path / "runs"))
 
-    def start(run: Run | None = None, keep: int = 1) -> Training:
-        return Training(SMALL, open_dataset(prepared), run or Run.create(next(NAMES), SMALL, {}), CPU, 1, keep=keep)
+    def start(run: Run | None = None, keep: int = 1) -> TrainingLoop:
+        return new_loop(SMALL, open_dataset(prepared), run or Run.create(next(NAMES), SMALL, {}), CPU, 1, keep=keep)
 
     return start
 
 
-def values(training: Training) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in training.network.parameters()])
+def values(training: TrainingLoop) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in training.trainer.network.parameters()])
 
 
 def steps(run: Run) -> list[int]:
@@ -79,23 +80,23 @@ def killed_at(count: int) -> Iterator[list[str]]:
 
 @pytest.mark.parametrize("every", [17, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_at_any_operation_the_newest_whole_checkpoint_leads_to_the_same_weights(
-    start: Callable[..., Training], every: int
+    start: Start, every: int
 ) -> None:
     """Saving every second step: checkpoints within an epoch, at its end, over an older one, the best and another."""
     whole = start()
     with killed_at(0) as operations:
-        list(fit(whole, save_every=2))
+        list(whole.fit(save_every=2))
     assert len(operations) > 80
     lost = []
     for count in range(1, len(operations) + 1, every):
         first = start()
         with killed_at(count) as told, pytest.raises(Killed):
-            list(fit(first, save_every=2))
+            list(first.fit(save_every=2))
         assert len(told) == count
         second = start(Run(first.run.path))
-        found, damaged = checkpoint.newest(second.run)
-        lost.append(first.step - int(found.name if found else 0))
-        list(fit(second, found, save_every=2))
+        found, damaged = checkpoint.find_newest(second.run)
+        lost.append(first.trainer.steps_done - int(found.name if found else 0))
+        list(second.fit(found, save_every=2))
         assert torch.equal(values(second), values(whole)), f"killed instead of {told[-1]}, number {count}"
         assert damaged == []
         assert set(steps(whole.run)) <= set(steps(second.run))  # killed at the very end, an older one may be left
@@ -106,9 +107,9 @@ def test_killed_at_any_operation_the_newest_whole_checkpoint_leads_to_the_same_w
     assert max(lost) <= 3  # a checkpoint that was being written, and the two steps before it
 
 
-def test_every_so_many_steps_and_so_many_are_kept(start: Callable[..., Training]) -> None:
+def test_every_so_many_steps_and_so_many_are_kept(start: Start) -> None:
     training = start(keep=3)
-    records = list(fit(training, save_every=2))
+    records = list(training.fit(save_every=2))
     saved = [(r.step, r.epoch) for r in records if r.event == "checkpoint"]
     assert saved == [(2, 1), (4, 1), (6, 1), (8, 2), (10, 2), (12, 2)]
     best = int((training.run.checkpoints / "best").resolve().name)
@@ -132,52 +133,52 @@ def test_a_run_keeps_to_what_it_was_told_until_it_is_told_otherwise(
     assert {key: run.about[key] for key in options} == options | {"keep": 1}
 
 
-def test_any_kept_checkpoint_leads_to_the_same_weights(start: Callable[..., Training]) -> None:
+def test_any_kept_checkpoint_leads_to_the_same_weights(start: Start) -> None:
     whole = start(keep=9)
-    list(fit(whole, save_every=1))
+    list(whole.fit(save_every=1))
     assert steps(whole.run) == list(range(4, 13))
     for step in (5, 6, 11):
         run = Run.create(next(NAMES), SMALL, {})
         shutil.copytree(whole.run.checkpoints / f"{step:08}", run.checkpoints / f"{step:08}")
         other = start(run)
-        list(fit(other, run.checkpoints / f"{step:08}"))
+        list(other.fit(run.checkpoints / f"{step:08}"))
         assert torch.equal(values(other), values(whole))
 
 
-def test_what_is_damaged_and_newer_is_not_kept(start: Callable[..., Training]) -> None:
+def test_what_is_damaged_and_newer_is_not_kept(start: Start) -> None:
     training = start(keep=2)
-    list(fit(training, save_every=2, max_steps=10))
+    list(training.fit(save_every=2, max_steps=10))
     assert steps(training.run) == [6, 8, 10]
-    (training.run.checkpoints / "00000010" / "state.pt").write_bytes(b"")
+    (training.run.checkpoints / "00000010" / "optimizer.safetensors").write_bytes(b"")
     again = start(Run(training.run.path), keep=2)
-    found, damaged = checkpoint.newest(again.run)
+    found, damaged = checkpoint.find_newest(again.run)
     assert [path.name for path in (found, *damaged) if path] == ["00000008", "00000010"]
-    check_steps(again.run, 8)  # --max-steps goes by what the run goes on from
+    check_max_steps(again.run, 8)  # --max-steps goes by what the run goes on from
     with pytest.raises(UsageError, match=r"--max-steps 7 counts from the run's start, and .* has done 8"):
-        check_steps(again.run, 7)
-    list(fit(again, found, max_steps=9))
+        check_max_steps(again.run, 7)
+    list(again.fit(found, max_steps=9))
     assert steps(again.run) == [6, 8, 9]
 
 
-def test_stopped_while_validating_it_goes_on_to_the_same_weights(start: Callable[..., Training]) -> None:
+def test_stopped_while_validating_it_goes_on_to_the_same_weights(start: Start) -> None:
     whole, training = start(), start()
-    told = [r.as_dict() for r in fit(whole) if r.event == "validation"]
+    told = [r.as_dict() for r in whole.fit() if r.event == "validation"]
     calls = 0
 
     def stop() -> str | None:
         nonlocal calls
-        calls += training.step == 6
+        calls += training.trainer.steps_done == 6
         return "SIGTERM" if calls >= 2 else None  # the first is that of the loop, before it takes a batch
 
-    records = list(fit(training, stop=stop))
+    records = list(training.fit(stop=stop))
     assert [(r.event, r.step, r.epoch) for r in records[-2:]] == [("checkpoint", 6, 1), ("end", 6, 1)]
     assert records[-1].reason == "SIGTERM"
     assert "validation" not in {r.event for r in records}
     once_more = start(Run(training.run.path))
-    killed = fit(once_more, checkpoint.newest(once_more.run)[0])
+    killed = once_more.fit(checkpoint.find_newest(once_more.run)[0])
     assert [next(killed).event for _ in range(2)] == ["start", "validation"]
     again = start(Run(training.run.path))
-    rest = list(fit(again, checkpoint.newest(again.run)[0]))
+    rest = list(again.fit(checkpoint.find_newest(again.run)[0]))
     assert [r.event for r in rest[:3]] == ["start", "validation", "checkpoint"]
     assert len((again.run.path / "metrics.csv").read_text().splitlines()) == 3  # the epoch is told once
     assert torch.equal(values(again), values(whole))
@@ -185,11 +186,9 @@ def test_stopped_while_validating_it_goes_on_to_the_same_weights(start: Callable
         assert {**record, "images_per_second": 0} == {**other, "images_per_second": 0}
 
 
-def test_a_file_that_reads_back_otherwise_is_no_checkpoint(
-    start: Callable[..., Training], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_reads_back_otherwise_is_no_checkpoint(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     training = start()
-    list(fit(training, max_steps=2))
+    list(training.fit(max_steps=2))
     before = (training.run.checkpoints / "last").resolve()
 
     def bad_disk(descriptor: int, _offset: int, length: int, _advice: int) -> None:
@@ -197,20 +196,20 @@ def test_a_file_that_reads_back_otherwise_is_no_checkpoint(
 
     monkeypatch.setattr(os, "posix_fadvise", bad_disk)
     again = start(Run(training.run.path))
-    with pytest.raises(StorageError, match="reads back otherwise than it was written"):
-        list(fit(again, before, max_steps=3))
+    with pytest.raises(StorageError, match="does not read back as written"):
+        list(again.fit(before, max_steps=3))
     assert (training.run.checkpoints / "last").resolve() == before
     checkpoint.load(before)
     assert steps(training.run) == [2]
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "state.pt", "meta.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "meta.json"])
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
 def test_a_disk_that_fails_within_a_checkpoint_keeps_the_last(
-    start: Callable[..., Training], monkeypatch: pytest.MonkeyPatch, name: str, code: int
+    start: Start, monkeypatch: pytest.MonkeyPatch, name: str, code: int
 ) -> None:
     training = start()
-    list(fit(training, max_steps=2))
+    list(training.fit(max_steps=2))
     before = (training.run.checkpoints / "last").resolve()
     original = Path.open
 
@@ -220,7 +219,7 @@ def test_a_disk_that_fails_within_a_checkpoint_keeps_the_last(
         return original(self, mode, *arguments, **more)
 
     again = start(Run(training.run.path))
-    records = fit(again, before, max_steps=3)
+    records = again.fit(before, max_steps=3)
     next(records)
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", open_)
@@ -235,12 +234,10 @@ def test_a_disk_that_fails_within_a_checkpoint_keeps_the_last(
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES])
-def test_a_disk_that_fails_between_checkpoints(
-    start: Callable[..., Training], monkeypatch: pytest.MonkeyPatch, code: int
-) -> None:
+def test_a_disk_that_fails_between_checkpoints(start: Start, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     """Even a line of metrics.jsonl that cannot be written stops the run with the way on."""
     training = start()
-    records = fit(training, record_every=1, save_every=2)
+    records = training.fit(record_every=1, save_every=2)
     next(record for record in records if record.event == "checkpoint")
     original = Path.open
 
@@ -256,10 +253,10 @@ def test_a_disk_that_fails_between_checkpoints(
     checkpoint.load((training.run.checkpoints / "last").resolve())
 
 
-def test_a_run_folder_that_is_deleted_meanwhile(start: Callable[..., Training]) -> None:
+def test_a_run_folder_that_is_deleted_meanwhile(start: Start) -> None:
     for event in ("step", "validation"):
         training = start()
-        records = fit(training, record_every=1)
+        records = training.fit(record_every=1)
         next(record for record in records if record.event == event)
         shutil.rmtree(training.run.path)
         with pytest.raises(StorageError) as caught:

@@ -14,17 +14,16 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from trainings import new_loop
 
 from alexnet_cli.core import triton_kernels
-from alexnet_cli.core.augment import Draws
 from alexnet_cli.core.layers import Dropout
 from alexnet_cli.core.loader import Loader, training_batches
+from alexnet_cli.core.loop import TrainingLoop
 from alexnet_cli.core.network import Network, parameters_by_name
 from alexnet_cli.core.placement import Placement
 from alexnet_cli.core.runs import Run
 from alexnet_cli.core.shards import open_dataset
-from alexnet_cli.core.train import fit
-from alexnet_cli.core.training import Training
 from alexnet_cli.errors import MissingError
 from alexnet_cli.recipe import PAPER, TINY
 
@@ -54,16 +53,16 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
     return made
 
 
-def losses(prepared: Path, name: str, *, compile: bool) -> tuple[list[float], Training]:
+def losses(prepared: Path, name: str, *, compile: bool) -> tuple[list[float], TrainingLoop]:
     """Of three steps."""
     data = open_dataset(prepared)
-    training = Training(
+    training = new_loop(
         SMALL, data, Run.create(name, SMALL, {}), Placement(CPU, "CPU", "fp32"), threads=1, compile=compile
     )
-    draws = Draws.of_epoch(training.rows, SMALL, 1)
+    training.trainer.begin_epoch()
     with Loader(data.split("train"), 8, 1) as loader:
-        batches = loader.batches(training_batches(training.rows, 8, 0, 1)[:3])
-        return [training.take_step(batch, draws).loss.item() for batch in batches], training
+        batches = loader.batches(training_batches(training.trainer.rows, 8, 0, 1)[:3])
+        return [training.trainer.step(batch).loss.item() for batch in batches], training
 
 
 def test_three_steps_give_the_same_losses_and_names(
@@ -75,8 +74,9 @@ def test_three_steps_give_the_same_losses_and_names(
     found, training = losses(prepared, "compiled", compile=True)
     assert len(graphs) == 3  # before, between and after the normalisations, and none anew at the second step
     assert found == pytest.approx(expected, rel=1e-5)
-    assert [n for n, _ in parameters_by_name(training.network)] == [n for n, _ in training.network.named_parameters()]
-    for a, b in zip(eager.network.parameters(), training.network.parameters(), strict=True):
+    network = training.trainer.network
+    assert [n for n, _ in parameters_by_name(network)] == [n for n, _ in network.named_parameters()]
+    for a, b in zip(eager.trainer.network.parameters(), network.parameters(), strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -85,10 +85,10 @@ def test_a_run_goes_on_from_one_that_was_not_compiled(
 ) -> None:
     monkeypatch.setenv("ALEXNET_RUNS_DIR", str(tmp_path))
     run, place = Run.create("run", SMALL, {}), Placement(CPU, "CPU", "fp32")
-    list(fit(Training(SMALL, open_dataset(prepared), run, place, threads=1), max_steps=2))
+    list(new_loop(SMALL, open_dataset(prepared), run, place).fit(max_steps=2))
     last = (run.checkpoints / "last").resolve()
-    training = Training(SMALL, open_dataset(prepared), Run(run.path), place, threads=1, compile=True)
-    assert [r.reason for r in fit(training, last)][-1] == "finished"
+    training = new_loop(SMALL, open_dataset(prepared), Run(run.path), place, threads=1, compile=True)
+    assert [r.reason for r in training.fit(last)][-1] == "finished"
     assert graphs
 
 
@@ -129,9 +129,9 @@ def test_captured_graphs_are_for_the_first_piece_of_a_batch(monkeypatch: pytest.
 
     monkeypatch.setattr(torch, "compile", compile)
     for images, expected in ((128, ["reduce-overhead", "", "reduce-overhead"]), (1024, ["", "", ""])):
-        from alexnet_cli.core.compilation import compiled  # a second, which no other file's worker needs to spend
+        from alexnet_cli.core.trainer import compile_network  # a second, which no other file's worker needs to spend
 
-        quick = compiled(network, torch.device("cuda"), images)
+        quick = compile_network(network, torch.device("cuda"), images)
         for last in (False, True, True):
             quick(torch.zeros(1, 3, 224, 224)).sum().backward()
             if last:
@@ -145,9 +145,9 @@ def test_what_cannot_be_compiled_is_a_message(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, str(tmp_path / "none")))
     monkeypatch.setattr("torch._inductor.config.fx_graph_cache", False)
     torch.compiler.reset()
-    from alexnet_cli.core.compilation import compiled
+    from alexnet_cli.core.trainer import compile_network
 
-    quick = compiled(Network(SMALL, 10), CPU, 2)
+    quick = compile_network(Network(SMALL, 10), CPU, 2)
     with pytest.raises(MissingError, match=r"--compile: torch.compile fails here: .*C\+\+ compiler"):
         quick(torch.zeros(2, 3, 224, 224))
 

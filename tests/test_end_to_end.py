@@ -139,12 +139,12 @@ def test_max_time_and_resume(home: Path) -> None:
     finished = lines(run("train", "--resume", "timed", "--json", "-q"))
     assert finished[-1]["reason"] == "finished"
     refused = run("train", "--resume", "timed", "--epochs", "4", code=2)
-    assert "every later rate being another: --set epochs=4" in refused.stderr
+    assert "which changes every later learning rate: --set epochs=4" in refused.stderr
     longer = lines(run("train", "--resume", "timed", "--set", "epochs=4", "--json", "-q"))
     assert longer[0]["step"] == 9
     assert longer[-1]["step"] == 12
     refused = run("train", "--resume", "timed", "--lr", "0.5", code=2)
-    assert "timed was trained otherwise: learning_rate = 0.5 instead of 0.03\n" in refused.stderr
+    assert "timed was trained with another recipe: learning_rate = 0.5 instead of 0.03\n" in refused.stderr
     auto = lines(run("train", *QUICK, "--epochs", "4", "--resume", "auto", "--name", "timed", "--json", "-q"))
     assert [record["event"] for record in auto] == ["start", "end"]
 
@@ -155,7 +155,7 @@ def test_max_steps_counts_from_the_start_and_says_the_way_on(home: Path) -> None
     assert "stopped runs/steps · by --max-steps at step 2 of 15\nnext    alexnet train --resume steps" in first.stderr
     assert "done" not in first.stderr
     again = run("train", "--resume", "steps", "--max-steps", "2")
-    assert "note    --max-steps 2 counts from the run's start, and 2 are done" in again.stderr
+    assert "note    --max-steps 2 counts from the start of the run, and 2 are done" in again.stderr
     before = (home / "runs" / "steps" / "run.json").read_bytes()
     refused = run("train", "--resume", "steps", "--max-steps", "1", code=2)
     assert refused.stderr == (
@@ -167,7 +167,7 @@ def test_max_steps_counts_from_the_start_and_says_the_way_on(home: Path) -> None
     (home / "runs" / "steps" / "checkpoints").mkdir()
     (home / "runs" / "steps" / "metrics.jsonl").unlink()
     anew = run("train", "--resume", "steps", "--max-steps", "1")
-    assert "resumed from the beginning: no checkpoint had been saved yet" in anew.stderr
+    assert "resumed from the start: no checkpoint had been saved yet" in anew.stderr
 
 
 def test_a_run_that_failed_says_why_before_it_fails_again(home: Path) -> None:

@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 import torch
 from model_files import random_model, save_model
+from trainings import new_loop
 
 from alexnet_cli.core import fine_tuning
 from alexnet_cli.core.architecture import LAYERS, PARAMETERS
+from alexnet_cli.core.loop import TrainingLoop
 from alexnet_cli.core.network import Network, initialise
 from alexnet_cli.core.placement import Placement
 from alexnet_cli.core.runs import Run
 from alexnet_cli.core.shards import open_dataset
 from alexnet_cli.core.sources import ClassName
-from alexnet_cli.core.train import fit
-from alexnet_cli.core.training import Training
 from alexnet_cli.core.weights import Model
 from alexnet_cli.errors import UsageError, WeightsError
 from alexnet_cli.recipe import TINY, Recipe
@@ -39,14 +39,14 @@ def other(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def start(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Training]:
+def start(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., TrainingLoop]:
     monkeypatch.setenv("ALEXNET_RUNS_DIR", str(tmp_path / "runs"))
 
-    def start(recipe: Recipe = SMALL, model: Model | None = None, run: Run | None = None) -> Training:
+    def start(recipe: Recipe = SMALL, model: Model | None = None, run: Run | None = None) -> TrainingLoop:
         data = open_dataset(prepared)
-        transfer = fine_tuning.compare("x", model, recipe, data.classes) if model else None
+        transfer = fine_tuning.match_layers("x", model, recipe, data.classes) if model else None
         run = run or Run.create(next(NAMES), recipe, {})
-        return Training(recipe, data, run, CPU, 1, transfer=transfer)
+        return new_loop(recipe, data, run, CPU, 1, transfer=transfer)
 
     return start
 
@@ -55,58 +55,58 @@ def tensors(network: Network) -> dict[str, np.ndarray]:
     return {name: network.get_parameter(name).detach().numpy().copy() for name in PARAMETERS}
 
 
-def test_all_but_the_classes_is_taken_over(start: Callable[..., Training]) -> None:
+def test_all_but_the_classes_is_taken_over(start: Callable[..., TrainingLoop]) -> None:
     model = random_model(SMALL)
     training = start(model=model)
-    found, fresh = tensors(training.network), Network(SMALL, 4)
+    found, fresh = tensors(training.trainer.network), Network(SMALL, 4)
     initialise(fresh)
     for name in PARAMETERS:
         expected = model.tensors[name] if not name.startswith("fc8") else tensors(fresh)[name]
         np.testing.assert_array_equal(found[name], expected)
     assert training.transfer is not None
-    assert training.transfer.afresh == {"fc8": "4 classes here, 10 there, not the same ones"}
-    record = next(iter(fit(training)))
+    assert training.transfer.afresh == {"fc8": "4 classes here, 10 there, different ones"}
+    record = next(iter(training.fit()))
     assert record.loaded == [name for name in PARAMETERS if not name.startswith("fc8")]
     assert record.afresh == ["fc8.weight", "fc8.bias"]
 
 
 def test_the_same_classes_are_taken_over_too_but_not_as_many_others() -> None:
     model = random_model(SMALL)
-    assert fine_tuning.compare("x", model, SMALL, model.classes).afresh == {}
+    assert fine_tuning.match_layers("x", model, SMALL, model.classes).afresh == {}
     others = [ClassName(f"other {i}") for i in range(10)]
-    assert list(fine_tuning.compare("x", model, SMALL, others).afresh) == ["fc8"]
-    assert list(fine_tuning.compare("x", model, SMALL, model.classes[::-1]).afresh) == ["fc8"]
+    assert list(fine_tuning.match_layers("x", model, SMALL, others).afresh) == ["fc8"]
+    assert list(fine_tuning.match_layers("x", model, SMALL, model.classes[::-1]).afresh) == ["fc8"]
 
 
 def test_a_layer_of_another_shape_starts_afresh() -> None:
     model = random_model(SMALL)
     odd = replace(model, tensors={**model.tensors, "fc6.weight": np.zeros((256, 9), np.float32)})
-    transfer = fine_tuning.compare("x", odd, SMALL, model.classes)
+    transfer = fine_tuning.match_layers("x", odd, SMALL, model.classes)
     assert dict(transfer.afresh) == {"fc6": "256x576 here, 256x9 there"}
     assert transfer.tensors()["loaded"] == [name for name in PARAMETERS if not name.startswith("fc6")]
 
 
 def test_where_nothing_fits_the_first_layer_is_named() -> None:
     with pytest.raises(WeightsError, match=r"the first, conv1, is 12x3x11x11 here, 6x3x11x11 there") as caught:
-        fine_tuning.compare("x", random_model(SMALL), replace(SMALL, width=1 / 8), random_model(SMALL).classes)
+        fine_tuning.match_layers("x", random_model(SMALL), replace(SMALL, width=1 / 8), random_model(SMALL).classes)
     assert "--set width=0.0625 --set towers=2" in caught.value.hint
 
 
 def test_weights_that_are_no_numbers_are_named() -> None:
     model = random_model(SMALL)
     model.tensors["conv3.weight"][1, 0, 2, 2] = np.nan
-    with pytest.raises(WeightsError, match=r"random: conv3\.weight holds values that are no numbers"):
-        fine_tuning.compare("x", model, SMALL, model.classes)
+    with pytest.raises(WeightsError, match=r"random: conv3\.weight holds NaN or infinite values"):
+        fine_tuning.match_layers("x", model, SMALL, model.classes)
     model.tensors["conv3.weight"][1, 0, 2, 2] = 0
     model.tensors["fc8.bias"][0] = np.inf  # of a layer that starts afresh
-    assert fine_tuning.compare("x", model, SMALL, model.classes[::-1]).loaded[-1] == "fc7"
+    assert fine_tuning.match_layers("x", model, SMALL, model.classes[::-1]).loaded[-1] == "fc7"
     with pytest.raises(WeightsError, match=r"fc8\.bias"):
-        fine_tuning.compare("x", model, SMALL, model.classes)
+        fine_tuning.match_layers("x", model, SMALL, model.classes)
 
 
 def test_a_recipe_under_which_the_weights_mean_something_else_is_told() -> None:
     model = random_model(SMALL)
-    transfer = fine_tuning.compare("x", model, SMALL, model.classes)
+    transfer = fine_tuning.match_layers("x", model, SMALL, model.classes)
     assert transfer.different(replace(SMALL, epochs=3, learning_rate=1, dropout=0)) == {}
     halved = replace(SMALL, dropout_inverted=False, dropout=0.0, input_size=227, mean="rgb")
     assert set(transfer.different(halved)) == {"dropout_inverted", "dropout", "input_size", "mean"}
@@ -116,41 +116,41 @@ def test_a_recipe_under_which_the_weights_mean_something_else_is_told() -> None:
     }
 
 
-def test_frozen_layers_keep_every_bit_and_the_others_learn_as_before(start: Callable[..., Training]) -> None:
+def test_frozen_layers_keep_every_bit_and_the_others_learn_as_before(start: Callable[..., TrainingLoop]) -> None:
     """One step from the same weights: the update of the other layers does not depend on what is frozen."""
     frozen, free = (start(replace(SMALL, frozen=kind, weight_decay=0.1)) for kind in ("conv", "none"))
-    before = tensors(frozen.network)
+    before = tensors(frozen.trainer.network)
     for training in (frozen, free):
-        list(fit(training, max_steps=1))
-    after, other = tensors(frozen.network), tensors(free.network)
+        list(training.fit(max_steps=1))
+    after, other = tensors(frozen.trainer.network), tensors(free.trainer.network)
     for name in PARAMETERS:
         if name.split(".")[0] in CONVOLUTIONS:
             np.testing.assert_array_equal(after[name], before[name])
-            assert not frozen.optimiser.velocity[name].any()
-            assert frozen.network.get_parameter(name).grad is None
+            assert not frozen.trainer.optimizer.velocity[name].any()
+            assert frozen.trainer.network.get_parameter(name).grad is None
             assert not np.array_equal(other[name], before[name])
         else:
             np.testing.assert_array_equal(after[name], other[name])
             assert not np.array_equal(after[name], before[name])
 
 
-def test_frozen_and_interrupted_it_ends_with_the_same_weights(start: Callable[..., Training]) -> None:
+def test_frozen_and_interrupted_it_ends_with_the_same_weights(start: Callable[..., TrainingLoop]) -> None:
     recipe, model = replace(SMALL, frozen="conv"), random_model(SMALL)
     whole = start(recipe, model)
-    list(fit(whole))
+    list(whole.fit())
     first = start(recipe, model)
-    list(fit(first, max_steps=4))
+    list(first.fit(max_steps=4))
     second = start(recipe, run=first.run)
-    list(fit(second, (first.run.checkpoints / "last").resolve()))
-    for name, value in tensors(second.network).items():
-        np.testing.assert_array_equal(value, tensors(whole.network)[name])
+    list(second.fit((first.run.checkpoints / "last").resolve()))
+    for name, value in tensors(second.trainer.network).items():
+        np.testing.assert_array_equal(value, tensors(whole.trainer.network)[name])
         if name.split(".")[0] in CONVOLUTIONS:
             np.testing.assert_array_equal(value, model.tensors[name])
 
 
 def begun(path: Path, spec: str = "base") -> Run:
     """A run that began from a file and has no checkpoint yet."""
-    transfer = fine_tuning.compare(spec, random_model(SMALL), SMALL, random_model(SMALL).classes)
+    transfer = fine_tuning.match_layers(spec, random_model(SMALL), SMALL, random_model(SMALL).classes)
     transfer = replace(transfer, model=replace(transfer.model, path=path))
     return Run.create(next(NAMES), SMALL, {"init_from": transfer.about()})
 
@@ -161,30 +161,30 @@ def test_a_run_without_a_checkpoint_begins_once_more_from_the_same_weights(
     monkeypatch.setenv("ALEXNET_RUNS_DIR", str(tmp_path / "runs"))
     run = begun(other)
     for spec in (None, "base"):  # resumed by name; the same command once more
-        again = fine_tuning.source(spec, run)
+        again = fine_tuning.load_source(spec, run)
         assert again is not None
         np.testing.assert_array_equal(again.tensors["conv1.weight"], random_model(SMALL).tensors["conv1.weight"])
     save_model(random_model(SMALL, seed=1), other)
-    with pytest.raises(WeightsError, match="not as it was when the run began"):
-        fine_tuning.source(None, run)
+    with pytest.raises(WeightsError, match="has changed since the run started"):
+        fine_tuning.load_source(None, run)
     (run.checkpoints / "00000003").mkdir()
     (run.checkpoints / "00000003" / "meta.json").touch()
     other.unlink()
-    assert fine_tuning.source("base", run) is None
+    assert fine_tuning.load_source("base", run) is None
 
 
 def test_a_run_cannot_be_gone_on_with_from_elsewhere(
     other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ALEXNET_RUNS_DIR", str(tmp_path / "runs"))
-    with pytest.raises(UsageError, match="was begun from base"):
-        fine_tuning.source("elsewhere", begun(other))
-    with pytest.raises(UsageError, match="was begun without --init-from"):
-        fine_tuning.source(str(other), Run.create("plain", SMALL, {}))
-    assert fine_tuning.source(None, Run(tmp_path / "runs" / "plain")) is None
-    assert fine_tuning.source(None, None) is None
+    with pytest.raises(UsageError, match="was started from base"):
+        fine_tuning.load_source("elsewhere", begun(other))
+    with pytest.raises(UsageError, match="was started without --init-from"):
+        fine_tuning.load_source(str(other), Run.create("plain", SMALL, {}))
+    assert fine_tuning.load_source(None, Run(tmp_path / "runs" / "plain")) is None
+    assert fine_tuning.load_source(None, None) is None
     with pytest.raises(WeightsError, match="is called nowhere"):
-        fine_tuning.source("nowhere", None)
+        fine_tuning.load_source("nowhere", None)
 
 
 def test_the_command(

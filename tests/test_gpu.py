@@ -19,10 +19,10 @@ from alexnet_cli.core.augment import Draws, Pixels
 from alexnet_cli.core.cache import Cache
 from alexnet_cli.core.devices import onnx_providers, take, visible_gpus
 from alexnet_cli.core.loader import Loader, all_batches, training_batches
+from alexnet_cli.core.loop import DataTimer
 from alexnet_cli.core.session import Session
 from alexnet_cli.core.shards import open_dataset
 from alexnet_cli.core.torch_session import TorchSession
-from alexnet_cli.core.waiting import Waiting
 from alexnet_cli.recipe import CAFFE, KRIZHEVSKY, PAPER, TINY, Recipe
 
 pytestmark = gpu_cases.MARKS
@@ -155,12 +155,12 @@ def test_the_wait_for_data_is_that_of_the_device() -> None:
     waited = []
     for work in (cycles, 0):
         torch.cuda.synchronize(GPU)
-        waiting = Waiting(GPU)
+        waiting = DataTimer(GPU)
         torch.cuda._sleep(work)
         with waiting:
             time.sleep(0.1)
         torch.cuda.synchronize(GPU)
-        waited.append(waiting.taken())
+        waited.append(waiting.read())
     assert waited[0] < 0.05
     assert 0.09 < waited[1] < 0.5
 

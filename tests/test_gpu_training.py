@@ -16,11 +16,10 @@ import rank_cases
 import torch
 from gpu_cases import GPU, SMALL, has_bf16, losses, several, training
 
-from alexnet_cli.core import compilation, triton_kernels
+from alexnet_cli.core import triton_kernels
 from alexnet_cli.core.evaluate import TorchClassifier
 from alexnet_cli.core.network import parameters_by_name
 from alexnet_cli.core.runs import Run
-from alexnet_cli.core.train import fit
 from alexnet_cli.recipe import CAFFE, KRIZHEVSKY, PAPER, Recipe
 
 pytestmark = gpu_cases.MARKS
@@ -38,10 +37,10 @@ RECIPES = [
 def test_a_step_equals_one_on_the_cpu(prepared: Path, recipe: Recipe, gpu: str) -> None:
     """Views, masks, loss, gradients and the update: only the order of sums differs."""
     here, there = training(prepared, "cpu", "none", recipe), training(prepared, "gpu", gpu, recipe)
-    assert there.placement.device == torch.device("cuda", int(gpu))
+    assert there.trainer.placement.device == torch.device("cuda", int(gpu))
     assert losses(there, 1) == pytest.approx(losses(here, 1), rel=1e-5)
-    found = dict(parameters_by_name(there.network))
-    for name, parameter in parameters_by_name(here.network):
+    found = dict(parameters_by_name(there.trainer.network))
+    for name, parameter in parameters_by_name(here.trainer.network):
         gradient = found[name].grad
         assert parameter.grad is not None
         assert gradient is not None
@@ -67,18 +66,18 @@ def test_a_batch_that_does_not_fit_is_computed_in_pieces(prepared: Path) -> None
     recipe = replace(SMALL, width=1 / 2, batch_size=48)
     expected = losses(training(prepared, "whole", "0", recipe), 1)
     learner = training(prepared, "pieces", "0", recipe)
-    learner.network.zero_grad()
+    learner.trainer.network.zero_grad()
     torch.cuda.empty_cache()
     room = torch.cuda.memory_reserved(GPU) + (200 << 20)
     torch.cuda.set_per_process_memory_fraction(room / torch.cuda.mem_get_info(GPU)[1], GPU)
     found = losses(learner, 1)
-    assert learner.gradient.piece < 48
+    assert learner.trainer.micro_batch < 48
     assert found == pytest.approx(expected, rel=1e-4)
 
 
 def test_memory_does_not_grow(prepared: Path) -> None:
     learner, taken = training(prepared, "long", "0", replace(SMALL, batch_size=4)), []
-    for record in fit(learner, record_every=3):
+    for record in learner.fit(record_every=3):
         if record.event == "step":
             taken.append(torch.cuda.memory_allocated(GPU))
     assert len(taken) > 4
@@ -92,7 +91,7 @@ def test_a_compiled_network_gives_the_same_losses(prepared: Path, way: str, monk
     torch.compiler.reset()
     recipe, piece = replace(SMALL, batch_size=8), 3 if "pieces" in way else None
     if way == "plain":
-        monkeypatch.setattr(compilation, "LAUNCH_BOUND", 0)
+        monkeypatch.setattr("alexnet_cli.core.trainer.CUDA_GRAPH_IMAGES", 0)
     expected = losses(training(prepared, "eager", "0", recipe), 6)
     found = losses(training(prepared, "compiled", "0", recipe, compile=True, micro_batch=piece), 6)
     assert found == pytest.approx(expected, rel=1e-4)
@@ -105,12 +104,12 @@ def test_a_compiled_run_validates_saves_and_goes_on(prepared: Path) -> None:
     """In bf16, which compiled code rounds less often."""
     torch.compiler.reset()
     recipe = replace(SMALL, precision="bf16", dropout=0.0)
-    eager = [r.train_loss for r in fit(training(prepared, "eager", "0", recipe)) if r.event == "validation"]
+    eager = [r.train_loss for r in training(prepared, "eager", "0", recipe).fit() if r.event == "validation"]
     begun = training(prepared, "compiled", "0", recipe, compile=True)
-    compiled = [r.train_loss for r in fit(begun, max_steps=4) if r.event == "validation"]
+    compiled = [r.train_loss for r in begun.fit(max_steps=4) if r.event == "validation"]
     rest = training(prepared, "rest", "0", recipe, compile=True)
     rest.run = Run(begun.run.path)
-    compiled += [r.train_loss for r in fit(rest, begun.run.checkpoints / "last") if r.event == "validation"]
+    compiled += [r.train_loss for r in rest.fit(begun.run.checkpoints / "last") if r.event == "validation"]
     assert len(compiled) == 2
     assert compiled == pytest.approx(eager, rel=0.1)
 
@@ -118,7 +117,7 @@ def test_a_compiled_run_validates_saves_and_goes_on(prepared: Path) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "tf32", pytest.param("bf16", marks=has_bf16)])
 def test_it_learns_in_every_precision(prepared: Path, precision: str) -> None:
     recipe = replace(SMALL, epochs=8, dropout=0.2, learning_rate=0.03, precision=precision)  # type: ignore[arg-type]
-    records = list(fit(training(prepared, precision, "0", recipe)))
+    records = list(training(prepared, precision, "0", recipe).fit())
     assert records[-1].reason == "finished"
     found = [r.train_loss for r in records if r.event == "validation"]
     assert found[0] is not None
@@ -134,18 +133,18 @@ def test_without_the_kernels_it_gives_the_same(prepared: Path, monkeypatch: pyte
     with_them = losses(training(prepared, "with", "0"), 2)
     monkeypatch.setattr(triton_kernels, "unavailable_reason", lambda index: "no C compiler")
     without = training(prepared, "without", "0")
-    assert "no C compiler" in without.placement.notes[0]
+    assert "no C compiler" in without.trainer.placement.notes[0]
     assert losses(without, 2) == pytest.approx(with_them, rel=1e-5)
 
 
 def test_a_run_goes_on_from_its_checkpoint(prepared: Path) -> None:
     """To the same numbers but for the order of sums: bit-identical is the CPU's promise."""
-    whole = [r.loss for r in fit(training(prepared, "whole", "0"), record_every=1) if r.event == "step"]
+    whole = [r.loss for r in training(prepared, "whole", "0").fit(record_every=1) if r.event == "step"]
     begun = training(prepared, "begun", "0")
-    list(fit(begun, max_steps=2))
+    list(begun.fit(max_steps=2))
     rest = training(prepared, "rest", "0")
     rest.run = Run(begun.run.path)
-    found = [r.loss for r in fit(rest, begun.run.checkpoints / "last", record_every=1) if r.event == "step"]
+    found = [r.loss for r in rest.fit(begun.run.checkpoints / "last", record_every=1) if r.event == "step"]
     assert len(whole) == 6
     assert found == pytest.approx(whole[2:], rel=1e-4)
 
@@ -156,7 +155,9 @@ def test_answers_are_those_of_the_cpu(prepared: Path, views: int) -> None:
     answers = []
     for gpus in ("none", "0"):
         learner = training(prepared, f"on-{gpus}", gpus, replace(SMALL, width=1 / 4))
-        answers.append(TorchClassifier(learner.network, learner.pixels, learner.placement, views)(images))
+        answers.append(
+            TorchClassifier(learner.trainer.network, learner.trainer.augment, learner.trainer.placement, views)(images)
+        )
     np.testing.assert_allclose(answers[1], answers[0], atol=1e-5)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import simplejpeg
 import torch
+from trainings import new_loop
 
 from alexnet_cli.core import devices
 from alexnet_cli.core import loader as loader_module
@@ -32,8 +33,6 @@ from alexnet_cli.core.loader import (
 from alexnet_cli.core.placement import Placement
 from alexnet_cli.core.runs import Run
 from alexnet_cli.core.shards import ROW, Dataset, index_name, open_dataset
-from alexnet_cli.core.train import fit
-from alexnet_cli.core.training import Training
 from alexnet_cli.errors import DataError, MissingError
 from alexnet_cli.recipe import TINY
 
@@ -226,9 +225,9 @@ def test_training_ends_with_the_same_weights(prepared: Path, tmp_path: Path, mon
     place, weights = Placement(torch.device("cpu"), "CPU", "fp32"), []
     modes: tuple[CacheMode, ...] = ("none", "device")
     for where in modes:
-        training = Training(recipe, open_dataset(prepared), Run.create(where, recipe, {}), place, 1, where)
-        list(fit(training))
-        weights.append([p.detach().clone() for p in training.network.parameters()])
+        loop = new_loop(recipe, open_dataset(prepared), Run.create(where, recipe, {}), place, 1, where)
+        list(loop.fit())
+        weights.append([p.detach().clone() for p in loop.trainer.network.parameters()])
     for a, b in zip(*weights, strict=True):
         assert torch.equal(a, b)
 

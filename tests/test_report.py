@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from model_files import random_model, save_model
 from report_cases import HOSTILE, NAMES, RECIPE, Page, hostile_data, make_run, report, told
+from trainings import new_loop
 
 from alexnet_cli.core import report_page, weights
 from alexnet_cli.core.evaluate import Evaluation
@@ -25,7 +26,6 @@ from alexnet_cli.core.results import summarize
 from alexnet_cli.core.runs import Run
 from alexnet_cli.core.shards import Dataset
 from alexnet_cli.core.sources import ClassName
-from alexnet_cli.core.training import Training
 from alexnet_cli.core.weights import Model
 from alexnet_cli.errors import DataError, PartialError, UsageError, WeightsError
 from alexnet_cli.recipe import PAPER
@@ -195,14 +195,14 @@ def test_another_checkpoint_has_a_page_of_its_own(copy: Run) -> None:
 
 def test_drops_are_marked_after_the_epochs_that_the_schedule_has(prepared: Path, tmp_path: Path) -> None:
     """The records are those of a real training, and the lines are at the ticks of these epochs."""
+
     from alexnet_cli.core.placement import place
     from alexnet_cli.core.report_charts import draw_charts
     from alexnet_cli.core.shards import open_dataset
-    from alexnet_cli.core.train import fit
 
     recipe = replace(PAPER, width=1 / 32, batch_size=48, epochs=5, schedule="fixed", drop_epochs=(1, 3))
     run = Run.create("drops", recipe, {}, tmp_path)
-    list(fit(Training(recipe, open_dataset(prepared), run, place("none", "fp32"), 1)))
+    list(new_loop(recipe, open_dataset(prepared), run, place("none", "fp32"), 1).fit())
     history = read_history(run.records(), recipe)
     assert history.drops == (1, 3)
     drawn = draw_charts(history)["loss"]

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from commands import alexnet
 
-from alexnet_cli.core import devices, resume
+from alexnet_cli.core import devices, resume, signals
 from alexnet_cli.core.atomic import point
-from alexnet_cli.core.runs import Run, find_weights, run_of
+from alexnet_cli.core.resolve import find_run_folder, find_weights
+from alexnet_cli.core.runs import Run
 from alexnet_cli.errors import DataError, StorageError, UsageError, WeightsError
 from alexnet_cli.recipe import CAFFE, FAST, KRIZHEVSKY, PAPER, TINY, compare_recipes
 
@@ -44,13 +45,13 @@ def test_a_new_run_has_its_recipe_and_is_the_latest() -> None:
 
 @pytest.mark.parametrize("name", ["", "..", "a/b", "latest", "two\nlines", "\udcff", "x" * 201])
 def test_names_that_would_lead_elsewhere_or_cannot_be_read(name: str) -> None:
-    with pytest.raises(UsageError, match="not a plain name"):
+    with pytest.raises(UsageError, match="cannot be the name of a folder"):
         Run.create(name, PAPER, {})
 
 
 def test_a_name_that_is_taken_is_not_overwritten() -> None:
     Run.create("mine", PAPER, {})
-    with pytest.raises(UsageError, match="is there already") as caught:
+    with pytest.raises(UsageError, match="exists already") as caught:
         Run.create("mine", TINY, {})
     assert "--resume mine" in caught.value.hint
     assert Run.open("mine").recipe == PAPER
@@ -61,7 +62,7 @@ def test_hints_name_a_run_as_a_shell_takes_it() -> None:
     with pytest.raises(UsageError) as caught:
         Run.create("my $(run)", TINY, {})
     assert caught.value.hint == "continue it with --resume 'my $(run)', choose another --name, or delete the folder"
-    assert run.way_on().endswith("alexnet train --resume 'my $(run)'")
+    assert run.storage_hint().endswith("alexnet train --resume 'my $(run)'")
 
 
 def test_what_a_run_left_that_was_killed_while_it_was_made_is_taken_up() -> None:
@@ -76,12 +77,12 @@ def test_what_a_run_left_that_was_killed_while_it_was_made_is_taken_up() -> None
         folder.mkdir(parents=True)
         for name in left:
             (folder / name).mkdir() if name == "checkpoints" else (folder / name).write_text("cut sho")
-        assert resume.to_continue("auto", folder.name) is None
+        assert resume.find_run_to_resume("auto", folder.name) is None
         assert Run.create(folder.name, TINY, {}).recipe == TINY
     for name in ("notes.txt", "checkpoints/00000003"):
         folder = Path("runs") / f"mine-{len(name)}"
         (folder / name).mkdir(parents=True)
-        with pytest.raises(UsageError, match="is there already"):
+        with pytest.raises(UsageError, match="exists already"):
             Run.create(folder.name, TINY, {})
 
 
@@ -124,8 +125,8 @@ def test_what_w_means() -> None:
     assert find_weights("r", both).name == "model.safetensors"
     (run.path / "alexnet.onnx").write_bytes(b"x")
     assert find_weights("r", both) == run.path / "alexnet.onnx"
-    assert run_of(find_weights("r")) == run.path
-    assert run_of(Path("elsewhere/model.onnx")) is None
+    assert find_run_folder(find_weights("r")) == run.path
+    assert find_run_folder(Path("elsewhere/model.onnx")) is None
 
 
 @pytest.mark.parametrize(
@@ -168,7 +169,7 @@ def test_what_w_cannot_be() -> None:
     Path("a.pth").write_bytes(b"x")
     with pytest.raises(WeightsError, match=r"not a .safetensors file") as caught:
         find_weights("a.pth")
-    assert caught.value.hint.endswith("another program's network: alexnet import-weights")
+    assert caught.value.hint.endswith("weights of another program: alexnet import-weights")
     for onnx, way in ((Path("runs/r/alexnet.onnx"), ".safetensors file: -w r"), (Path("b.onnx"), ".safetensors file")):
         onnx.write_bytes(b"x")
         with pytest.raises(WeightsError, match=r"not a .safetensors file") as caught:
@@ -179,25 +180,27 @@ def test_what_w_cannot_be() -> None:
 def test_going_on_refuses_what_would_change_the_result() -> None:
     run = Run.create("r", TINY, {})
     with pytest.raises(
-        UsageError, match="one-cycle rate of r is planned for 15 epochs, not 99"
+        UsageError, match="one-cycle schedule of r is planned for 15 epochs, not 99"
     ):  # every rate of the cycle would be another
-        resume.agreed(run, replace(TINY, epochs=99), set())
-    assert resume.agreed(run, replace(TINY, epochs=99), {"epochs"}).epochs == 99
+        resume.check_recipe(run, replace(TINY, epochs=99), set())
+    assert resume.check_recipe(run, replace(TINY, epochs=99), {"epochs"}).epochs == 99
     with pytest.raises(UsageError, match="counts its steps in batches of 64"):
-        resume.agreed(run, replace(TINY, batch_size=32), {"batch_size"})
+        resume.check_recipe(run, replace(TINY, batch_size=32), {"batch_size"})
     assert run.recipe == TINY, "nothing is written before the run has really gone on"
-    with pytest.raises(UsageError, match=r"^r was trained otherwise: learning_rate = 0.5 instead of 0.03$") as caught:
-        resume.agreed(run, replace(run.recipe, learning_rate=0.5), set())
-    assert caught.value.hint == "leave it out, or go on with it all the same: --set learning_rate=0.5"
+    with pytest.raises(
+        UsageError, match=r"^r was trained with another recipe: learning_rate = 0.5 instead of 0.03$"
+    ) as caught:
+        resume.check_recipe(run, replace(run.recipe, learning_rate=0.5), set())
+    assert caught.value.hint == "remove it, or force it: --set learning_rate=0.5"
     with pytest.raises(UsageError, match=r"crops = False instead of True$") as caught:
-        resume.agreed(run, replace(TINY, crops=False), set())
+        resume.check_recipe(run, replace(TINY, crops=False), set())
     assert caught.value.hint.endswith(": --set crops=false")
-    assert resume.agreed(run, replace(TINY, learning_rate=0.5), {"learning_rate"}).learning_rate == 0.5
-    with pytest.raises(UsageError, match="is another network"):
-        resume.agreed(run, replace(TINY, width=0.5), {"width"})
+    assert resume.check_recipe(run, replace(TINY, learning_rate=0.5), {"learning_rate"}).learning_rate == 0.5
+    with pytest.raises(UsageError, match="makes another network"):
+        resume.check_recipe(run, replace(TINY, width=0.5), {"width"})
     paper = Run.create("p", PAPER, {})
-    with pytest.raises(UsageError, match=r"^width = 0.25 is another network than that of p, which has 1.0$"):
-        resume.agreed(paper, TINY, set())  # not a word of a cycle that it does not have
+    with pytest.raises(UsageError, match=r"^width = 0.25 makes another network than that of p, which has 1.0$"):
+        resume.check_recipe(paper, TINY, set())  # not a word of a cycle that it does not have
 
 
 def test_going_on_by_another_recipe_is_met_with_leaving_it_out() -> None:
@@ -205,28 +208,39 @@ def test_going_on_by_another_recipe_is_met_with_leaving_it_out() -> None:
         Run.create(base.name, base, {})
     tiny, paper = (Run.open(name) for name in ("tiny", "paper"))
     for run, recipe, what, hint in (
-        (tiny, FAST, "width = 1.0 is another network than that of tiny", "; or train it as a run of its own"),
-        (paper, CAFFE, "batch_size = 256, but paper counts", "; or start a run of its own: --init-from paper"),
-        (paper, KRIZHEVSKY, "paper was trained otherwise: name = krizhevsky instead of paper, ", "; --set KEY=VALUE "),
+        (tiny, FAST, "width = 1.0 makes another network than that of tiny", "; or start a new run"),
+        (paper, CAFFE, "batch_size = 256, but paper counts", "; or start a new run: --init-from paper"),
+        (
+            paper,
+            KRIZHEVSKY,
+            "paper was trained with another recipe: name = krizhevsky instead of ",
+            "; --set KEY=VALUE ",
+        ),
     ):
         with pytest.raises(UsageError, match=f"^{what}") as caught:
-            resume.agreed(run, recipe, set(), vars(recipe))
-        assert caught.value.hint.startswith(f"leave --recipe out: {run.name} has its own{hint}")
+            resume.check_recipe(run, recipe, set(), vars(recipe))
+        assert caught.value.hint.startswith(f"remove --recipe: {run.name} has its own{hint}")
     rest = len(compare_recipes(KRIZHEVSKY, PAPER)) - 1 - 4  # epochs are free, and four are shown
     assert caught.value.what.endswith(f", and {rest} more")
     for epoch in range(1, 41):
         paper.log({"event": "validation", "epoch": epoch, "step": epoch})
-    with pytest.raises(UsageError, match=r"^paper was trained otherwise"):
-        resume.agreed(paper, replace(KRIZHEVSKY, epochs=20), set())  # not a word of the epochs, which are the least
+    with pytest.raises(UsageError, match=r"^paper was trained with another recipe"):
+        resume.check_recipe(
+            paper, replace(KRIZHEVSKY, epochs=20), set()
+        )  # not a word of the epochs, which are the least
 
 
 def test_a_value_of_a_recipe_is_met_with_leaving_it_out_also_by_one_name() -> None:
     Run.create("older", replace(TINY, momentum=0.8), {})
     for words, what, hint in (
-        ((), "momentum = 0.9 instead of 0.8", "leave --recipe out: older has its own, or go on with it all "),
-        (("--set", "momentum=0.8", "--epochs", "9"), "planned for 15 epochs, not 9", "leave it out, or go on all "),
-        (("--set", "momentum=0.8", "--lr", "0.5"), "learning_rate = 0.5 instead of 0.03", "leave it out, or go on "),
-        (("--set", "momentum=0.8", "--set", "width=0.5"), "width = 0.5 is another network", "leave it out; or train "),
+        ((), "momentum = 0.9 instead of 0.8", "remove --recipe: older has its own, or force it"),
+        (("--set", "momentum=0.8", "--epochs", "9"), "planned for 15 epochs, not 9", "remove it, or force it"),
+        (("--set", "momentum=0.8", "--lr", "0.5"), "learning_rate = 0.5 instead of 0.03", "remove it, or force it"),
+        (
+            ("--set", "momentum=0.8", "--set", "width=0.5"),
+            "width = 0.5 makes another network",
+            "remove it; or start a new run",
+        ),
     ):
         refused = alexnet("train", "--resume", "older", "--recipe", "tiny", *words)
         assert refused.returncode == 2
@@ -236,18 +250,18 @@ def test_a_value_of_a_recipe_is_met_with_leaving_it_out_also_by_one_name() -> No
 
 def test_changes_on_the_way_are_remembered_with_their_steps() -> None:
     run = Run.create("r", PAPER, {})
-    assert resume.changes(run, replace(PAPER, momentum=0.8), 0) == [], "nothing was trained before it"
-    first = resume.changes(run, replace(PAPER, momentum=0.8), 30)
+    assert resume.list_changes(run, replace(PAPER, momentum=0.8), 0) == [], "nothing was trained before it"
+    first = resume.list_changes(run, replace(PAPER, momentum=0.8), 30)
     assert first == [{"step": 30, "key": "momentum", "was": 0.9, "is": 0.8}]
     run.update({"changed": first})
     run.begin(replace(PAPER, momentum=0.8), 30, 2)
     again = replace(run.recipe, bias_rate=2.0)
-    assert resume.changes(run, run.recipe, 60) == first
-    assert resume.changes(run, again, 60) == [*first, {"step": 60, "key": "bias_rate", "was": 1.0, "is": 2.0}]
+    assert resume.list_changes(run, run.recipe, 60) == first
+    assert resume.list_changes(run, again, 60) == [*first, {"step": 60, "key": "bias_rate", "was": 1.0, "is": 2.0}]
     from_20 = {**first[0], "step": 20}
-    assert resume.changes(run, run.recipe, 20) == [from_20], "what came after the checkpoint is lost; the recipe is not"
-    assert resume.changes(run, PAPER, 30) == [], "it held for no step"
-    assert resume.changes(run, run.recipe, 0) == []
+    assert resume.list_changes(run, run.recipe, 20) == [from_20], "what came later is lost; the recipe is not"
+    assert resume.list_changes(run, PAPER, 30) == [], "it held for no step"
+    assert resume.list_changes(run, run.recipe, 0) == []
 
 
 @pytest.mark.parametrize(
@@ -260,9 +274,9 @@ def test_changes_on_the_way_are_remembered_with_their_steps() -> None:
 def test_changes_that_never_were_are_not_told(told: Any) -> None:
     run = Run.create("r", PAPER, {})
     run.update({"changed": told})
-    assert resume.changes(run, PAPER, 40) == []
+    assert resume.list_changes(run, PAPER, 40) == []
     made = {"step": 40, "key": "momentum", "was": 0.9, "is": 0.8}
-    assert resume.changes(run, replace(PAPER, momentum=0.8), 40) == [made]
+    assert resume.list_changes(run, replace(PAPER, momentum=0.8), 40) == [made]
 
 
 def test_what_is_left_of_a_deleted_folder_is_no_run() -> None:
@@ -285,12 +299,12 @@ def test_a_record_begins_a_line_of_its_own() -> None:
 
 def test_more_epochs_may_follow_but_not_fewer_than_are_done() -> None:
     run = Run.create("r", PAPER, {})
-    assert resume.agreed(run, replace(PAPER, epochs=99), set()).epochs == 99
+    assert resume.check_recipe(run, replace(PAPER, epochs=99), set()).epochs == 99
     for epoch in (1, 2, 3):
         run.log({"event": "validation", "epoch": epoch, "step": 10 * epoch})
-    assert resume.agreed(run, replace(PAPER, epochs=3), set()).epochs == 3
+    assert resume.check_recipe(run, replace(PAPER, epochs=3), set()).epochs == 3
     with pytest.raises(UsageError, match="epochs = 2, but r has done 3"):
-        resume.agreed(run, replace(PAPER, epochs=2), {"epochs"})
+        resume.check_recipe(run, replace(PAPER, epochs=2), {"epochs"})
 
 
 def test_odd_lines_and_files_of_a_run_are_messages() -> None:
@@ -300,7 +314,7 @@ def test_odd_lines_and_files_of_a_run_are_messages() -> None:
     assert run.records() == [{"event": "step", "step": 3}]
     with (run.path / "metrics.jsonl").open("a") as file:
         file.write('{"event":"step","step":null}\n{"event":"validation","step":"x"}\n{"step":9}\n')
-    assert resume.agreed(run, PAPER, set()) == PAPER
+    assert resume.check_recipe(run, PAPER, set()) == PAPER
     run.begin(PAPER, 4, 2)
     assert [r.get("step") for r in run.records()] == [3, None, "x"]
     (run.path / "run.json").write_text("[]")
@@ -311,34 +325,34 @@ def test_odd_lines_and_files_of_a_run_are_messages() -> None:
 
 
 def test_which_run_auto_goes_on_with() -> None:
-    assert resume.to_continue(None, None) is None
-    assert resume.to_continue("auto", None) is None
-    assert resume.to_continue("auto", "slurm") is None
+    assert resume.find_run_to_resume(None, None) is None
+    assert resume.find_run_to_resume("auto", None) is None
+    assert resume.find_run_to_resume("auto", "slurm") is None
     run = Run.create("slurm", TINY, {})
     for name in (None, "slurm"):
-        found = resume.to_continue("auto", name)
+        found = resume.find_run_to_resume("auto", name)
         assert found is not None
         assert found.path.name == "slurm"
     run.update({"status": "finished"})
-    assert resume.to_continue("auto", None) is None
-    assert resume.to_continue("slurm", "slurm") is not None
-    with pytest.raises(UsageError, match="goes on with slurm"):
-        resume.to_continue("slurm", "mine")
+    assert resume.find_run_to_resume("auto", None) is None
+    assert resume.find_run_to_resume("slurm", "slurm") is not None
+    with pytest.raises(UsageError, match="continues run slurm"):
+        resume.find_run_to_resume("slurm", "mine")
     with pytest.raises(UsageError, match="no run is called other"):
-        resume.to_continue("other", None)
+        resume.find_run_to_resume("other", None)
 
 
 @pytest.mark.parametrize(
     ("text", "seconds"), [("8h", 28800), ("30m", 1800), ("1h30m", 5400), ("90s", 90), (None, None)]
 )
 def test_lengths_of_time(text: str | None, seconds: float | None) -> None:
-    assert resume.seconds(text) == seconds
+    assert signals.parse_duration(text) == seconds
 
 
 @pytest.mark.parametrize("text", ["", "8", "soon", "-5", "1.5h", "5m1h", "h"])
 def test_no_lengths_of_time(text: str) -> None:
-    with pytest.raises(UsageError, match="not a length of time"):
-        resume.seconds(text)
+    with pytest.raises(UsageError, match="not a duration"):
+        signals.parse_duration(text)
 
 
 def test_two_commands_on_one_run() -> None:
@@ -353,7 +367,7 @@ def test_the_newest_run_is_taken_by_its_own_name() -> None:
     """So that results land in it even if another run becomes the newest meanwhile."""
     run = Run.create("r", PAPER, {})
     checkpoint(run, 1, "last")
-    assert run_of(find_weights(None)) == run.path
+    assert find_run_folder(find_weights(None)) == run.path
     for spec in ("", "."):
         with pytest.raises(WeightsError):
             find_weights(spec)
@@ -363,7 +377,7 @@ def test_a_run_inside_a_folder_of_runs_is_called_by_both_names() -> None:
     run = Run.create("cell", PAPER, {}, Path("runs/several"))
     assert (run.name, Run.open("several/cell").path) == ("several/cell", run.path)
     assert Run(Path("elsewhere/cell")).name == "cell"
-    assert "alexnet train --resume several/cell" in run.way_on()
+    assert "alexnet train --resume several/cell" in run.storage_hint()
     assert not Path("runs/latest").exists()
 
 

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from alexnet_cli.core import tensorboard
-from alexnet_cli.core.records import Record
 from alexnet_cli.core.runs import Run
-from alexnet_cli.errors import MissingError, Stopped, StorageError
-from alexnet_cli.recipe import TINY
+from alexnet_cli.errors import MissingError, StorageError
 from alexnet_plugins.train import train
 
 
@@ -61,70 +58,33 @@ def test_it_goes_on_with_the_run_and_holds_its_numbers_once_each(
     same(made)
 
 
-def noted(made: Run, steps: range) -> Iterator[Record]:
-    """What the loop does: each record is in metrics.jsonl when it is yielded."""
-    for step in steps:
-        record = Record("start" if step == steps[0] else "step", 1, step, loss=step / 8)
-        made.log(record.as_dict())
-        yield record
-
-
-def test_what_was_missed_is_made_up_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of before it was asked for, and those of where the package was missing."""
+def test_asked_for_later_it_begins_there(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`alexnet report` has the curves of the steps before."""
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.chdir(tmp_path)
-    made, told, last = Run.create("r", TINY, {}), [], -1
-    for asked, there in ((False, True), (True, True), (False, True), (False, False), (False, True)):
-        monkeypatch.setattr(tensorboard, "installed", lambda there=there: there)
-        now, before = tensorboard.states(made, asked)
-        made.update({"tensorboard": now and "behind"})
-        told.append(now)
-        records = noted(made, range(last + 1, last + 4))
-        last = [*(tensorboard.recorded(made, records, before) if now == "whole" else records)][-1].step
-        if now == "whole":
-            events = EventAccumulator(str(made.path / "tensorboard"))
-            events.Reload()
-            steps = [record["step"] for record in made.records() if record["event"] == "step"]
-            assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(step, step / 8) for step in steps]
-    assert told == [None, "whole", "whole", "behind", "whole"]
-
-
-def test_the_events_are_whole_only_when_what_was_missed_is_written(
-    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A run that is killed on the way there makes up for it the next time."""
-    writer = pytest.importorskip("torch.utils.tensorboard").SummaryWriter
-    monkeypatch.chdir(tmp_path)
-    made = run(prepared, 2, asked=False)
-
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(writer, "add_scalar", killed)
-        with pytest.raises(Stopped):
-            run(prepared, 3, resume="r")
-    assert made.about["tensorboard"] == "behind"
-    run(prepared, 3, resume="r", asked=False)
-    assert made.about["tensorboard"] == "whole"
-    same(made)
+    run(prepared, 2, asked=False)
+    made = run(prepared, 4, resume="r")
+    events = EventAccumulator(str(made.path / "tensorboard"))
+    events.Reload()
+    assert [scalar.step for scalar in events.Scalars("train/loss")] == [3, 4]
+    assert made.about["tensorboard"] is True
 
 
 def test_a_package_that_is_gone_is_a_warning_when_the_run_goes_on(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tensorboard, "installed", lambda: False)
+    monkeypatch.setattr(tensorboard, "is_installed", lambda: False)
     made = run(prepared, 1, asked=False)
-    made.update({"tensorboard": "whole"})
+    made.update({"tensorboard": True})
     capsys.readouterr()
     run(prepared, 2, resume="r", asked=False, settings="momentum=0.8", quiet=False)
     shown = capsys.readouterr().err
     assert f"hint    {tensorboard.INSTALL}\n" in shown
     assert re.search(r"(?m)^changed from step 2 on: momentum 0\.8 instead of 0\.9$", shown)
-    assert made.about["tensorboard"] == "behind"
+    assert made.about["tensorboard"] is True, "and it goes on when the package is back"
     assert made.about["changed"] == [{"step": 1, "key": "momentum", "was": 0.9, "is": 0.8}]
     assert made.recipe.momentum == 0.8
 

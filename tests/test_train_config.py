@@ -14,7 +14,7 @@ from commands import alexnet
 from alexnet_cli import recipe as recipes
 from alexnet_cli import recipe_io
 from alexnet_cli.recipe import PAPER, TINY
-from alexnet_plugins.train_config import origins
+from alexnet_plugins.train_setup import find_sources
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def mine(tmp_path: Path) -> str:
 
 
 def test_each_value_is_whose_it_is(mine: str) -> None:
-    found = origins(mine)
+    found = find_sources(mine)
     assert {key for key, source in found.items() if source == mine} == {"name", "dropout", "epochs"}
     assert {key for key, source in found.items() if source == "tiny"} == {"width", "batch_size", "learning_rate"}
     assert (found["init"], found["precision"], found["momentum"]) == ("fast", "fast", "paper")
@@ -33,15 +33,15 @@ def test_each_value_is_whose_it_is(mine: str) -> None:
 
 
 def test_named_recipes_have_values_of_others() -> None:
-    caffe, krizhevsky = origins("caffe"), origins("krizhevsky")
+    caffe, krizhevsky = find_sources("caffe"), find_sources("krizhevsky")
     assert (caffe["epochs"], caffe["bias"], caffe["crops"], caffe["precision"]) == ("Caffe", "Caffe", "paper", "code")
     assert (krizhevsky["crop_group"], krizhevsky["epochs"], krizhevsky["bias"]) == ("code", "code", "paper")
-    assert set(origins("paper").values()) == {"paper", "code", "-"}
+    assert set(find_sources("paper").values()) == {"paper", "code", "-"}
 
 
 def test_what_differs_from_the_paper_comes_last_and_can_be_pasted(mine: str) -> None:
     shown = alexnet("train", "--print-config", "--recipe", mine, "--set", "crops=False", "--lr", "0.02").stdout
-    same, _, other = shown.partition("recipe mine: otherwise than in the paper")
+    same, _, other = shown.partition("recipe mine: different from the paper")
     rows = [re.match(r"(\w+) +(\S+)  ", line) for text in (same, other) for line in text.splitlines()[1:]]
     recipe = recipe_io.apply_changes(recipe_io.load_recipe(mine), {"crops": False, "learning_rate": 0.02})
     lines = [f"{row[1]} = {row[2]}" for row in rows if row and row[1] in asdict(recipe)]
@@ -51,7 +51,7 @@ def test_what_differs_from_the_paper_comes_last_and_can_be_pasted(mine: str) -> 
     assert different == listed & set(asdict(recipe))
     assert re.search(r"(?m)^crops +false +true +--set ", other)
     assert re.search(r"(?m)^learning_rate +0\.02 +0\.01 +option ", other)
-    assert re.search(r"(?m)^- +of no source", shown)
+    assert re.search(r"(?m)^- +no source", shown)
 
 
 def test_json_has_sources_and_plain_values(mine: str) -> None:

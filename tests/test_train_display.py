@@ -9,32 +9,33 @@ from pathlib import Path
 
 import pytest
 import torch
+from trainings import new_loop
 
 from alexnet_cli.console import Reporter
+from alexnet_cli.core.loop import TrainingLoop
 from alexnet_cli.core.placement import Placement
 from alexnet_cli.core.records import Record
 from alexnet_cli.core.runs import Run
 from alexnet_cli.core.shards import open_dataset
 from alexnet_cli.core.sources import ClassName
-from alexnet_cli.core.training import Training
 from alexnet_cli.recipe import PAPER, TINY, Recipe
-from alexnet_plugins.train_display import heading, show_records, told_once
+from alexnet_plugins.train_display import announce_stop, show_heading, show_records
 
 RECIPE = replace(TINY, width=1 / 64, batch_size=16, precision="fp32")
 
 
 def test_that_it_stops_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
     answers = iter([None, "SIGTERM", "SIGTERM"])
-    ask = told_once(Reporter("train"), lambda: next(answers))
+    ask = announce_stop(Reporter("train"), lambda: next(answers))
     assert [ask(), ask(), ask()] == [None, "SIGTERM", "SIGTERM"]
-    assert capsys.readouterr().err == "stop    SIGTERM: saving what was learned; Ctrl-C stops without that\n"
+    assert capsys.readouterr().err == "stop    SIGTERM: saving a checkpoint; Ctrl-C stops without saving\n"
 
 
 @pytest.fixture
-def training(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Training:
+def training(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainingLoop:
     monkeypatch.setenv("ALEXNET_RUNS_DIR", str(tmp_path))
     place = Placement(torch.device("cpu"), "CPU", "fp32")
-    return Training(RECIPE, open_dataset(prepared), Run.create("r", RECIPE, {}), place, 1)
+    return new_loop(RECIPE, open_dataset(prepared), Run.create("r", RECIPE, {}), place, 1)
 
 
 class Bar:
@@ -69,7 +70,7 @@ RECORDS = [
 
 @pytest.mark.parametrize(("classes", "errors"), [(4, "50.0%"), (6, "50.0/12.5%")])
 def test_the_line_has_epoch_loss_errors_and_the_wait_for_data(
-    training: Training, classes: int, errors: str, capsys: pytest.CaptureFixture[str]
+    training: TrainingLoop, classes: int, errors: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     training.data = replace(training.data, classes=tuple(ClassName(str(i)) for i in range(classes)))
     bar = Bar()
@@ -82,7 +83,7 @@ def test_the_line_has_epoch_loss_errors_and_the_wait_for_data(
 
 
 def test_without_a_terminal_there_is_a_line_every_half_minute(
-    training: Training, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    training: TrainingLoop, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
@@ -108,37 +109,37 @@ def test_without_a_terminal_there_is_a_line_every_half_minute(
         (
             PAPER,
             34_000,
-            "9h26m on this CPU; --recipe tiny, of a quarter of the width and 15 epochs, is far quicker",
+            "9h26m on this CPU; --recipe tiny (a quarter of the width, 15 epochs) is far quicker",
         ),
         (PAPER, 3_000, "50m0s on this CPU"),
         (TINY, 34_000, "9h26m on this CPU"),
     ],
 )
 def test_hours_name_the_quicker_recipe(
-    training: Training, recipe: Recipe, seconds: int, told: str, capsys: pytest.CaptureFixture[str]
+    training: TrainingLoop, recipe: Recipe, seconds: int, told: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    training.recipe = recipe
+    training.trainer.recipe = recipe
     records = [Record("start", 1, 0, steps_per_epoch=8), step(10)]
     show_records(Reporter("train"), training, Bar(), 40 * seconds, iter(records))
     assert capsys.readouterr().err == f"time    about {told}\n"
 
 
-def test_what_was_changed_is_in_the_heading(training: Training, capsys: pytest.CaptureFixture[str]) -> None:
-    heading(Reporter("train"), training)
+def test_what_was_changed_is_in_the_heading(training: TrainingLoop, capsys: pytest.CaptureFixture[str]) -> None:
+    show_heading(Reporter("train"), training)
     assert capsys.readouterr().err.splitlines()[-1] == "changed width 0.015625 instead of 0.25"
-    training.recipe = replace(RECIPE, name="mine", dropout=0.1)
-    heading(Reporter("train"), training)
+    training.trainer.recipe = replace(RECIPE, name="mine", dropout=0.1)
+    show_heading(Reporter("train"), training)
     *_, named, changed = capsys.readouterr().err.splitlines()
     assert named.startswith("recipe  mine · batch 16 ")
-    assert changed == "changed width 0.015625 instead of 0.25 · dropout 0.1 instead of 0.2 · otherwise as recipe tiny"
-    training.recipe = TINY
-    heading(Reporter("train"), training)
+    assert changed == "changed width 0.015625 instead of 0.25 · dropout 0.1 instead of 0.2 · the rest as in recipe tiny"
+    training.trainer.recipe = TINY
+    show_heading(Reporter("train"), training)
     assert capsys.readouterr().err.splitlines()[-1].startswith("recipe  tiny ")
 
 
-def test_a_finished_run_counts_nothing(training: Training, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_run_counts_nothing(training: TrainingLoop, capsys: pytest.CaptureFixture[str]) -> None:
     reporter = Reporter("train")
     with reporter.progress("train", total=0) as bar:
-        show_records(reporter, training, bar, 0, iter([Record("start", 16, training.steps)]))
-    told = "this run is finished, all 15 epochs of it; to go on: alexnet train --resume r --set epochs=30"
+        show_records(reporter, training, bar, 0, iter([Record("start", 16, training.trainer.total_steps)]))
+    told = "this run has finished all its 15 epochs; to continue: alexnet train --resume r --set epochs=30"
     assert capsys.readouterr().err == f"note    {told}\n"

@@ -10,18 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from trainings import new_loop
 
 from alexnet_cli.console import Reporter
-from alexnet_cli.core import advice, failure
+from alexnet_cli.core import diagnostics
 from alexnet_cli.core.placement import Placement
 from alexnet_cli.core.records import Record
-from alexnet_cli.core.runs import Run
+from alexnet_cli.core.runs import RUNNING, Run
 from alexnet_cli.core.shards import open_dataset
-from alexnet_cli.core.training import Training
 from alexnet_cli.errors import Stopped, StorageError
 from alexnet_cli.recipe import TINY
-from alexnet_plugins.train_end import _reached, failing
-from alexnet_plugins.train_setup import chosen
+from alexnet_plugins.train_display import describe_result, record_errors
+from alexnet_plugins.train_setup import choose_data
 
 RECIPE = replace(TINY, width=1 / 64, batch_size=16, precision="fp32")
 
@@ -37,22 +37,25 @@ def test_of_several_prepared_sets_the_newest_is_named_and_the_others(
     for name in ("a", "b"):
         shutil.copytree(prepared, tmp_path / "prepared" / name)
         if name == "a":
-            assert chosen(None, None) == (Path("prepared/a"), "")
+            assert choose_data(None, None) == (Path("prepared/a"), "")
     (tmp_path / "prepared" / "latest").symlink_to("b")
-    assert chosen(None, None) == (Path("prepared/b"), "prepared/b is the set prepared last; --data chooses another: a")
-    assert chosen("a", None) == (Path("prepared/a"), "")
+    assert choose_data(None, None) == (
+        Path("prepared/b"),
+        "prepared/b is the newest prepared data set; --data chooses another: a",
+    )
+    assert choose_data("a", None) == (Path("prepared/a"), "")
     run = Run.create("r", TINY, {"data_path": str(prepared)})
-    assert chosen(None, run) == (prepared, "")
+    assert choose_data(None, run) == (prepared, "")
     monkeypatch.setenv("ALEXNET_DATA", "a")
-    assert chosen(None, None) == (Path("prepared/a"), "")
+    assert choose_data(None, None) == (Path("prepared/a"), "")
 
 
 @pytest.mark.parametrize(
     ("best", "steps", "reached", "way_on"),
     [
         (0.05, 300, " · lowest top-1 error 5.0%", "alexnet evaluate"),
-        (0.75, 300, " · lowest top-1 error 75.0%, no better than guessing (75.0%)", "are the labels right?"),
-        (0.7, 3, " · lowest top-1 error 70.0%, no better than guessing (75.0%)", "3 steps are few: start anew"),
+        (0.75, 300, " · lowest top-1 error 75.0%, no better than guessing (75.0%)", "check the labels"),
+        (0.7, 3, " · lowest top-1 error 70.0%, no better than guessing (75.0%)", "3 steps may be too few: train again"),
         (float("inf"), 3, "", "alexnet evaluate"),
     ],
 )
@@ -60,21 +63,22 @@ def test_a_lowest_error_of_guessing_is_no_achievement(
     prepared: Path, best: float, steps: int, reached: str, way_on: str
 ) -> None:
     place = Placement(torch.device("cpu"), "CPU", "fp32")
-    training = Training(RECIPE, open_dataset(prepared), Run.create("r", RECIPE, {}), place, 1, step=steps)
-    training.schedule.best_error = best
-    said = _reached(training)
+    training = new_loop(RECIPE, open_dataset(prepared), Run.create("r", RECIPE, {}), place, 1)
+    training.trainer.steps_done = steps
+    training.trainer.schedule.best_error = best
+    said = describe_result(training)
     assert said[0] == reached
     assert said[1].startswith(way_on)
 
 
 def test_a_network_that_answers_one_class_is_told_when_training_ends() -> None:
     end = Record("end", 3, 30)
-    told = advice.one_sided(np.array([[50, 0], [50, 0]]), ("cat", "dog"), end)
+    told = diagnostics.check_one_sided(np.array([[50, 0], [50, 0]]), ("cat", "dog"), end)
     assert told is not None
     assert (told.event, told.epoch, told.step) == ("warning", 3, 30)
-    assert str(told.text).startswith("100.0% of the answers are cat, but only 50.0% of the images")
-    assert advice.one_sided(np.array([[5, 0], [0, 5]]), ("cat", "dog"), end) is None
-    assert advice.one_sided(np.array([[50, 0], [50, 0]]), ("cat", "dog"), replace(end, step=19)) is None
+    assert str(told.text).startswith("100.0% of the answers are cat, and 50.0% of the pictures")
+    assert diagnostics.check_one_sided(np.array([[5, 0], [0, 5]]), ("cat", "dog"), end) is None
+    assert diagnostics.check_one_sided(np.array([[50, 0], [50, 0]]), ("cat", "dog"), replace(end, step=19)) is None
 
 
 @pytest.mark.parametrize(
@@ -91,21 +95,25 @@ def test_whatever_fails_is_left_in_the_run_and_told_to_programs(
 ) -> None:
     run = Run.create("r", TINY, {})
     run.log({"event": "step", "epoch": 2, "step": 7})
-    with pytest.raises(type(error)), failing(Reporter("train", json=True), run), failing(Reporter("train"), run):
+    with (
+        pytest.raises(type(error)),
+        record_errors(Reporter("train", json=True), run),
+        record_errors(Reporter("train"), run),
+    ):
         raise error
-    with pytest.raises(type(error)), failing(Reporter("train", json=True), run):  # nor does what comes later
+    with pytest.raises(type(error)), record_errors(Reporter("train", json=True), run):  # nor does what comes later
         raise error
     about, (_, end) = run.about, run.records()
     assert (about["status"], about["reason"]) == ("failed", "error")
     assert about["error"].startswith(what)
     assert (end["event"], end["epoch"], end["step"], end["text"]) == ("end", 2, 7, about["error"])
-    run.update(failure.NONE)
+    run.update(RUNNING)
     assert (run.about["status"], run.about["error"]) == ("running", None), "which a run that goes on forgets"
 
 
 def test_a_program_reads_why_it_failed(capsys: pytest.CaptureFixture[str]) -> None:
     run = Run.create("r", TINY, {})
-    with pytest.raises(StorageError), failing(Reporter("train", json=True), run):
+    with pytest.raises(StorageError), record_errors(Reporter("train", json=True), run):
         raise StorageError("the disk is full", "free some space")
     (line,) = capsys.readouterr().out.splitlines()
     assert json.loads(line) == {"schema": "alexnet.train/1", **run.records()[-1]}
@@ -114,17 +122,17 @@ def test_a_program_reads_why_it_failed(capsys: pytest.CaptureFixture[str]) -> No
 def test_a_second_ctrl_c_when_all_is_saved_loses_nothing() -> None:
     run = Run.create("r", TINY, {})
     run.log({"event": "end", "epoch": 2, "step": 7, "reason": "finished"})
-    with pytest.raises(Stopped) as caught, failing(Reporter("train"), run):
+    with pytest.raises(Stopped) as caught, record_errors(Reporter("train"), run):
         raise KeyboardInterrupt
     assert (caught.value.what, caught.value.hint) == (
-        "stopped at once by a second Ctrl-C: the training is saved", "alexnet export -w r",
+        "stopped by a second Ctrl-C: the training is saved", "alexnet export -w r",
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), Stopped("stopped", "go on", 75)])
 def test_who_stops_it_does_not_make_it_fail(error: BaseException) -> None:
     run = Run.create("r", TINY, {})
-    with pytest.raises(Stopped) as caught, failing(Reporter("train"), run):
+    with pytest.raises(Stopped) as caught, record_errors(Reporter("train"), run):
         raise error
     again = isinstance(error, KeyboardInterrupt)
     assert caught.value.exit_code == (130 if again else 75)

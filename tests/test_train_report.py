@@ -10,30 +10,30 @@ from typing import Any
 import pytest
 from commands import alexnet
 from report_cases import Page
+from trainings import new_loop
 from typer import Typer
 from typer.testing import CliRunner
 
 from alexnet_cli.console import Reporter
+from alexnet_cli.core.loop import TrainingLoop
 from alexnet_cli.core.placement import place
 from alexnet_cli.core.runs import ONNX, Run
 from alexnet_cli.core.shards import open_dataset
-from alexnet_cli.core.train import fit
-from alexnet_cli.core.training import Training
 from alexnet_cli.recipe import TINY
-from alexnet_plugins.train_report import leave_report
+from alexnet_plugins.train_display import write_report
 
-Trained = Callable[..., Training]
+Trained = Callable[..., TrainingLoop]
 
 
 @pytest.fixture
 def trained(prepared: Path, tmp_path: Path) -> Trained:
     """A training that has done some steps."""
 
-    def make(steps: int) -> Training:
+    def make(steps: int) -> TrainingLoop:
         recipe = replace(TINY, width=1 / 16, batch_size=16, epochs=2)
         run = Run.create("r", recipe, {"data": "colours", "data_path": str(prepared)}, tmp_path)
-        training = Training(recipe, open_dataset(prepared), run, place("none", "bf16"), 1)
-        list(fit(training, max_steps=steps, record_every=1))
+        training = new_loop(recipe, open_dataset(prepared), run, place("none", "bf16"), 1)
+        list(training.fit(max_steps=steps, record_every=1))
         return training
 
     return make
@@ -50,7 +50,7 @@ def test_no_picture_is_read_for_it(
 
     training = trained(steps)
     monkeypatch.setattr("alexnet_cli.core.shards.Split.jpeg", decode)
-    leave_report(Reporter("train"), training)
+    write_report(Reporter("train"), training)
     assert capsys.readouterr().err == f"report  {training.run.path / 'report.html'}\n"
     page = Page(training.run.path / "report.html")
     assert page.all_text.count("it has not been computed yet: alexnet report adds it") == 3
@@ -68,7 +68,7 @@ def test_a_second_interrupt_ends_the_waiting_and_no_more(
 
     training = trained(1)
     monkeypatch.setattr("alexnet_cli.core.report_charts.render_svg", impatient)
-    leave_report(Reporter("train"), training)
+    write_report(Reporter("train"), training)
     assert capsys.readouterr().err.startswith("warn    no report was written: interrupted\nhint    alexnet report -w ")
     assert not (training.run.path / "report.html").exists()
 

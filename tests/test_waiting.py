@@ -7,17 +7,17 @@ import time
 import pytest
 import torch
 
-from alexnet_cli.core.waiting import Waiting
+from alexnet_cli.core.loop import DataTimer
 
 
 def test_on_a_cpu_it_is_what_the_clock_says() -> None:
-    waiting, started = Waiting(torch.device("cpu")), time.perf_counter()
+    waiting, started = DataTimer(torch.device("cpu")), time.perf_counter()
     for _ in range(2):
         with waiting:
             time.sleep(0.02)
     time.sleep(0.03)
-    assert 0.04 <= waiting.taken() <= time.perf_counter() - started - 0.03
-    assert waiting.taken() == 0
+    assert 0.04 <= waiting.read() <= time.perf_counter() - started - 0.03
+    assert waiting.read() == 0
 
 
 def test_on_a_gpu_it_is_the_time_without_work(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,11 +37,11 @@ def test_on_a_gpu_it_is_the_time_without_work(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda place: f"the stream of {place}")
-    waiting = Waiting(torch.device("cuda", 1))
+    waiting = DataTimer(torch.device("cuda", 1))
     device[0] = 10.0
     for until, work in ((4.0, 10.0), (15.0, 10.0), (37.0, 10.0)):
         with waiting:
             host[0] = until
         device[0] += work
-    assert waiting.taken() == pytest.approx(0.007)
-    assert waiting.taken() == 0
+    assert waiting.read() == pytest.approx(0.007)
+    assert waiting.read() == 0

@@ -25,7 +25,7 @@ from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 
 from alexnet_cli.core.devices import cores
 from alexnet_cli.core.process_group import LAUNCHER
-from alexnet_cli.core.resume import EXIT_CODES, asked_to_stop
+from alexnet_cli.core.signals import EXIT_CODES, catch_stop_signals
 from alexnet_cli.errors import AlexNetError, MissingError, Stopped
 
 POLL_SECONDS = 0.1
@@ -50,7 +50,7 @@ def launch(arguments: Sequence[str], processes: int) -> int:
     command = (*isolated, "-m", "alexnet_cli", *arguments)
     ranks = range(processes)
     variables = {rank: rank_variables(rank, processes, store.port) for rank in ranks}
-    with tempfile.TemporaryDirectory(prefix="alexnet-") as folder, asked_to_stop(None) as stop_reason:
+    with tempfile.TemporaryDirectory(prefix="alexnet-") as folder, catch_stop_signals(None) as stop_reason:
         logs = DefaultLogsSpecs(log_dir=folder)
         context = start_processes("alexnet", sys.executable, dict.fromkeys(ranks, command), variables, logs)
         assert isinstance(context, SubprocessContext)  # that of a command, not of a function

@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 from alexnet_cli.core.atomic import replacing, write_text
 from alexnet_cli.core.drawing import Row, Tile
 from alexnet_cli.core.images import Pixels
-from alexnet_cli.core.origin import is_best, own_data
+from alexnet_cli.core.resolve import is_best, is_training_data
 from alexnet_cli.core.runs import MODEL, ONNX
 from alexnet_cli.core.session import Layer, Session, Source
 from alexnet_cli.core.shards import Dataset, Split
@@ -76,7 +76,7 @@ def index_folder(weights: Path, run: Path | None, dataset: Dataset) -> Path:
         words.append(weights.stem)
     elif weights.name == MODEL and (not is_best(weights) or (run / ONNX).is_file()):
         words.append(weights.resolve().parent.name)
-    if not own_data(weights, dataset):
+    if not is_training_data(weights, dataset):
         words.append(dataset.path.resolve().name)
     return run / "-".join(words)
 

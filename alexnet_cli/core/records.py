@@ -59,7 +59,7 @@ class Record:
 
 
 @dataclass
-class Tally:
+class RunningMetrics:
     """Sums over training images; `seconds` and `waited` (for data) are wall time."""
 
     images: int = 0
@@ -69,7 +69,7 @@ class Tally:
     seconds: float = 0.0
     waited: float = 0.0
 
-    def add(self, other: Tally) -> None:
+    def add(self, other: RunningMetrics) -> None:
         """Add the sums of another."""
         for name, value in asdict(other).items():
             setattr(self, name, getattr(self, name) + value)

@@ -29,10 +29,10 @@ from alexnet_cli.core.images import Pixels as Image
 from alexnet_cli.core.loader import Loader, all_batches
 from alexnet_cli.core.neighbors import Neighborhood, find_neighborhoods
 from alexnet_cli.core.network import network_from_model
-from alexnet_cli.core.origin import is_best
 from alexnet_cli.core.placement import Placement, threads_for_decoding
 from alexnet_cli.core.report_history import History, read_history
-from alexnet_cli.core.runs import Run, typed
+from alexnet_cli.core.resolve import is_best, shorten_path
+from alexnet_cli.core.runs import Run
 from alexnet_cli.core.shards import Dataset, Split, find_dataset, open_dataset
 from alexnet_cli.core.sources import ClassName
 from alexnet_cli.core.units import read_images
@@ -181,7 +181,7 @@ def find_run_data(run: Run | None, spec: str | None) -> Dataset | str:
     path = about.get("data_path")
     known = Path(path) if isinstance(path, str) else None
     try:
-        dataset = open_dataset(typed(known) if known else find_dataset(None))
+        dataset = open_dataset(shorten_path(known) if known else find_dataset(None))
     except (AlexNetError, OSError, ValueError) as error:  # the last two where it is no path at all
         why = error.what if isinstance(error, AlexNetError) else str(error)
         what = f"the data set {about.get('data') or known.name} cannot be opened: " if known else ""

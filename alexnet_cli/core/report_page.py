@@ -24,7 +24,7 @@ from alexnet_cli.core.records import failure
 from alexnet_cli.core.report_charts import INSTALL_HINT, can_draw, draw_charts
 from alexnet_cli.core.report_collect import Report, make_names_unique
 from alexnet_cli.core.report_history import get_number
-from alexnet_cli.core.runs import typed
+from alexnet_cli.core.resolve import shorten_path
 from alexnet_cli.core.shards import ROOT
 from alexnet_cli.errors import DataError, StorageError, UsageError
 
@@ -248,7 +248,7 @@ def _repeat_command(about: Mapping[str, Any]) -> list[str]:
     if not words or not isinstance(path, str) or any(word.partition("=")[0] == "--data" for word in words):
         return words
     data = Path(path)
-    return [*words, "--data", data.name if data.parent.name == ROOT.name else str(typed(data))]
+    return [*words, "--data", data.name if data.parent.name == ROOT.name else str(shorten_path(data))]
 
 
 def _as_words(found: Any) -> list[str]:

@@ -18,7 +18,7 @@ from alexnet_cli.core.confusion_matrix import draw_confusion_matrix
 from alexnet_cli.core.evaluate import Evaluation
 from alexnet_cli.core.ilsvrc import is_ilsvrc
 from alexnet_cli.core.listing import read_file
-from alexnet_cli.core.origin import own_data
+from alexnet_cli.core.resolve import is_training_data
 from alexnet_cli.core.shards import Dataset
 from alexnet_cli.core.sources import ClassName
 from alexnet_cli.errors import DataError, StorageError
@@ -89,7 +89,7 @@ def make_file_stem(split: str, views: int, weights: Path, dataset: Dataset) -> s
     parts = [split, str(views)]
     if weights.suffix == ".onnx":
         parts.append(weights.stem)
-    if not own_data(weights, dataset):
+    if not is_training_data(weights, dataset):
         parts.append(dataset.path.resolve().name)
     return "-".join(parts)
 

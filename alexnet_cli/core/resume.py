@@ -1,13 +1,8 @@
-"""Going on with a run: which one, with which recipe, until when."""
+"""Resuming a run: which one, with which recipe, and what changed. No torch."""
 
 from __future__ import annotations
 
-import os
-import re
-import signal
-import time
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from dataclasses import fields
 from typing import Any
 
@@ -16,156 +11,115 @@ from alexnet_cli.core.runs import Run
 from alexnet_cli.errors import UsageError
 from alexnet_cli.recipe import Recipe, compare_recipes, format_set_option
 
-SHAPE = {"towers", "width"}  # another network, whose weights do not fit
-EXIT_CODES = {"Ctrl-C": 130, "SIGTERM": 143, "SIGUSR1": 143, "SIGHUP": 129, "time is up": 75}
+SHAPE = {"towers", "width"}  # recipe keys that make a network of another shape
 
 
-def to_continue(resume: str | None, name: str | None) -> Run | None:
-    """The run to go on with, or None to start one.
+def find_run_to_resume(resume: str | None, name: str | None) -> Run | None:
+    """The run to resume, or None to start a new one.
 
-    `resume` is a run, or "auto": the run called `name`, or else the newest if it is not finished, or else none.
+    `resume` is a run or "auto", which means the run called `name`, otherwise the newest if it is not finished.
     """
     if resume is None:
         return None
     if resume != "auto":
         run = Run.open(resume)
         if name not in (None, run.path.name):
-            raise UsageError(f"--resume {resume} goes on with {run.path.name}", f"leave --name {name} out")
-        return _trained(run)
+            raise UsageError(f"--resume {resume} continues run {run.path.name}", f"remove --name {name}")
+        return _check_trained(run)
     try:
         run = Run.open(name or "latest")
     except UsageError:
         return None
-    return _trained(run) if name or run.about.get("status") != "finished" else None
+    return _check_trained(run) if name or run.about.get("status") != "finished" else None
 
 
-def _trained(run: Run) -> Run:
-    """The run, unless its weights were imported: there is no training of theirs to go on with."""
+def _check_trained(run: Run) -> Run:
+    """The run, unless its weights were imported: then there is no training to resume."""
     if "imported" in run.about:
         name = run.path.name
         raise UsageError(f"{name} was imported, not trained", f"start from its weights: --init-from {run.quoted}")
     return run
 
 
-def agreed(run: Run, wanted: Recipe, said: Collection[str], of_recipe: Collection[str] = ()) -> Recipe:
-    """The recipe to go on with; keys in `said` may differ from the run's, and more epochs may follow.
+def check_recipe(run: Run, wanted: Recipe, forced: Collection[str], from_file: Collection[str] = ()) -> Recipe:
+    """The recipe to resume with; keys in `forced` may differ from the run's, and there may be more epochs.
 
-    `of_recipe` are the keys whose values a --recipe gave, to be left out if they are refused.
+    `from_file` are the keys whose values came from --recipe; the hint then is to remove that option.
 
     Raises:
-        UsageError: another key differs that would change the result.
+        UsageError: another key differs and would change the result.
     """
     saved, name = run.recipe, run.path.name
-    other = compare_recipes(wanted, saved)
+    differing = compare_recipes(wanted, saved)
 
-    def leave(*keys: str) -> str:
-        return f"leave --recipe out: {name} has its own" if set(keys) & set(of_recipe) else "leave it out"
+    def remove_option(*keys: str) -> str:
+        return f"remove --recipe: {name} has its own" if set(keys) & set(from_file) else "remove it"
 
-    for key in sorted(SHAPE & set(other)):
-        here, there = other[key]
-        what = f"{key} = {here} is another network than that of {name}, which has {there}"
-        raise UsageError(what, f"{leave(key)}; or train it as a run of its own")
-    if "batch_size" in other:
-        here, there = other["batch_size"]
+    for key in sorted(SHAPE & set(differing)):
+        here, there = differing[key]
+        what = f"{key} = {here} makes another network than that of {name}, which has {there}"
+        raise UsageError(what, f"{remove_option(key)}; or start a new run")
+    if "batch_size" in differing:
+        here, there = differing["batch_size"]
         what = f"batch_size = {here}, but {name} counts its steps in batches of {there}"
-        raise UsageError(what, f"{leave('batch_size')}; or start a run of its own: --init-from {run.quoted}")
-    # One cycle is planned to its end: with another end every rate is another.
+        raise UsageError(what, f"{remove_option('batch_size')}; or start a new run: --init-from {run.quoted}")
+    # A one-cycle schedule is planned to its end: another number of epochs changes every learning rate.
     planned = wanted.schedule == saved.schedule == "one-cycle"
-    refused = [key for key in other if key not in said and (planned or key != "epochs")]
-    told = ", ".join(f"{key} = {here} instead of {there}" for key, (here, there) in other.items() if key in refused[:4])
+    refused = [key for key in differing if key not in forced and (planned or key != "epochs")]
+    listed = ", ".join(
+        f"{key} = {here} instead of {there}" for key, (here, there) in differing.items() if key in refused[:4]
+    )
     if len(refused) > 1:
-        what = f"{name} was trained otherwise: {told}{f', and {len(refused) - 4} more' if len(refused) > 4 else ''}"
-        raise UsageError(what, f"{leave(*refused)}; --set KEY=VALUE changes a value from here on")
+        more = f", and {len(refused) - 4} more" if len(refused) > 4 else ""
+        what = f"{name} was trained with another recipe: {listed}{more}"
+        raise UsageError(what, f"{remove_option(*refused)}; --set KEY=VALUE changes a value from here on")
     done = epochs_done(run.records())
     if wanted.epochs < done:
         least = format_set_option("epochs", done) if planned else f"--epochs {done}"
         raise UsageError(f"epochs = {wanted.epochs}, but {name} has done {done}", f"{least} or more")
     if refused == ["epochs"]:
-        what = f"the one-cycle rate of {name} is planned for {saved.epochs} epochs, not {wanted.epochs}"
-        force = f"go on all the same, every later rate being another: --set epochs={wanted.epochs}"
-        raise UsageError(what, f"{leave('epochs')}, or {force}")
+        what = f"the one-cycle schedule of {name} is planned for {saved.epochs} epochs, not {wanted.epochs}"
+        force = f"force it, which changes every later learning rate: --set epochs={wanted.epochs}"
+        raise UsageError(what, f"{remove_option('epochs')}, or {force}")
     if refused:
-        force = f"go on with it all the same: {format_set_option(refused[0], getattr(wanted, refused[0]))}"
-        raise UsageError(f"{name} was trained otherwise: {told}", f"{leave(*refused)}, or {force}")
+        force = f"force it: {format_set_option(refused[0], getattr(wanted, refused[0]))}"
+        raise UsageError(f"{name} was trained with another recipe: {listed}", f"{remove_option(*refused)}, or {force}")
     return wanted
 
 
-def changes(run: Run, recipe: Recipe, step: int) -> list[dict[str, Any]]:
-    """What was changed on the way to `step`, and what `recipe` changes there, before the run is told of it.
+def list_changes(run: Run, recipe: Recipe, step: int) -> list[dict[str, Any]]:
+    """Recipe changes up to `step`, and those that `recipe` makes there: the new value of "changed" in run.json.
 
-    Each has the `step` after which it holds, the `key`, and what it `was` and `is`. What run.json tells counts as far
-    as it leads to the value in recipe.toml: a run can end between the two. What came later than `step` holds from
-    there, and what held for no step is not told.
+    Each has the `step` after which it holds, the `key`, and its values before (`was`) and after (`is`). Changes in
+    run.json that did not reach recipe.toml are dropped: a run can be killed between the two writes. Changes after
+    `step` are moved to it, and changes that held for no step are dropped.
     """
-    saved, found = run.recipe, []
-    told = run.about.get("changed")
-    known = [c for c in told if _is_change(c)] if isinstance(told, list) else []
+    saved, changes = run.recipe, []
+    recorded = run.about.get("changed")
+    known = [c for c in recorded if _is_change(c)] if isinstance(recorded, list) else []
     new = compare_recipes(recipe, saved)
     for key in dict.fromkeys([*(c["key"] for c in known), *new]):
         own = [c for c in known if c["key"] == key]
-        while own and own[-1]["is"] != _plain(getattr(saved, key)):
+        while own and own[-1]["is"] != _to_json(getattr(saved, key)):
             own.pop()
         if key in new:
-            own.append({"step": step, "key": key, "was": _plain(new[key][1]), "is": _plain(new[key][0])})
+            own.append({"step": step, "key": key, "was": _to_json(new[key][1]), "is": _to_json(new[key][0])})
         kept: dict[int, dict[str, Any]] = {}
         for change in own:
             at = min(change["step"], step)
             kept[at] = {**change, "step": at, "was": kept.get(at, change)["was"]}
-        found += [c for at, c in kept.items() if at and c["was"] != c["is"]]
-    return sorted(found, key=lambda change: int(change["step"]))
+        changes += [c for at, c in kept.items() if at and c["was"] != c["is"]]
+    return sorted(changes, key=lambda change: int(change["step"]))
 
 
 def _is_change(found: Any) -> bool:
-    """Whether run.json, which can hold anything, has one there."""
+    """Whether a value from run.json is a change as `list_changes` returns them."""
     return (
         isinstance(found, dict) and set(found) == {"step", "key", "was", "is"}
         and type(found["step"]) is int and found["key"] in {field.name for field in fields(Recipe)}
     )  # fmt: skip
 
 
-def _plain(value: Any) -> Any:
-    """A value as JSON has it."""
+def _to_json(value: Any) -> Any:
+    """A recipe value as JSON reads it back."""
     return list(value) if isinstance(value, tuple) else value
-
-
-def seconds(text: str | None) -> float | None:
-    """A length of time: 8h, 30m, 45s, 1h30m. UsageError for anything else, a bare number too."""
-    if text is None:
-        return None
-    match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
-    if not match or not any(match.groups()):
-        raise UsageError(f"--max-time {text} is not a length of time", "such as 8h, 30m, 1h30m or 90s")
-    hours, minutes, rest = (int(part or 0) for part in match.groups())
-    return hours * 3600 + minutes * 60 + rest
-
-
-@contextmanager
-def asked_to_stop(limit: float | None, parent: int | None = None) -> Iterator[Callable[[], str | None]]:
-    """While inside: a function that gives the reason to stop (a key of EXIT_CODES) once there is one.
-
-    Ctrl-C, SIGTERM, SIGUSR1 and a closed terminal are reasons, and so are the end of `limit` seconds and that of the
-    process `parent`, which has started this one and would have passed a signal on.
-    A second Ctrl-C stops at once.
-    """
-    reasons: list[str] = []
-    deadline = time.monotonic() + limit if limit is not None else None
-
-    def note(number: int, _frame: object) -> None:
-        if reasons and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        reasons.append("Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name)
-
-    def stop() -> str | None:
-        if deadline is not None and time.monotonic() >= deadline:
-            reasons.append("time is up")
-        if parent is not None and os.getppid() != parent:
-            reasons.append("SIGTERM")
-        return reasons[0] if reasons else None
-
-    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
-    before = {number: signal.signal(number, note) for number in numbers}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""The run directory: what a training run leaves on disk, and how `-w` finds weights in it. No torch.
+"""The run directory: what a training run writes. No torch.
 
 runs/NAME/run.json            status, command line, versions, devices, data set, seed
           recipe.toml         the resolved recipe; `alexnet train --recipe` repeats the run with it
@@ -16,8 +16,8 @@ import os
 import re
 import shlex
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,52 +25,56 @@ from typing import Any
 from alexnet_cli.core.atomic import point, write_text
 from alexnet_cli.core.devices import train_command
 from alexnet_cli.core.listing import read_file
-from alexnet_cli.core.records import append, read_records, table, unsaved, until
-from alexnet_cli.errors import DataError, StorageError, UsageError, WeightsError
+from alexnet_cli.core.records import Record, append, count, read_records, table, until
+from alexnet_cli.errors import DataError, StorageError, UsageError, format_error
 from alexnet_cli.recipe import Recipe
 from alexnet_cli.recipe_io import load_recipe
 
 MODEL, ONNX = "model.safetensors", "alexnet.onnx"
+RUNNING = {"status": "running", "reason": None, "error": None, "hint": None}
+"""Entries of run.json while a run goes on."""
 LARGEST = 2**24  # bytes of run.json and of meta.json, which have some thousands
 
 
 def runs_root() -> Path:
-    """Where runs are kept: ALEXNET_RUNS_DIR, or `runs` in the current folder."""
+    """The folder of all runs: ALEXNET_RUNS_DIR, or `runs` in the current folder."""
     return Path(os.environ.get("ALEXNET_RUNS_DIR") or "runs")
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run directory. Of several processes that train it, only one `writes`; the others only read."""
+    """One run directory. Of several processes that train it, only the one with `writes` changes it."""
 
     path: Path
     writes: bool = True
 
     @classmethod
     def create(cls, name: str | None, recipe: Recipe, about: Mapping[str, Any], root: Path | None = None) -> Run:
-        """Make the directory of a new run, in `root` or where runs are kept, and point its `latest` to it.
+        """Create the directory of a new run in `root` (default: `runs_root()`) and point `latest` to it.
 
         Raises:
             UsageError: a run of that name is there already, or it is no plain name.
             StorageError: the directory cannot be made.
         """
         if name is not None and not is_plain(name):
-            raise UsageError(f"--name {name!r} is not a plain name", "letters, digits, '-' and '_' do well, up to 200")
+            raise UsageError(
+                f"--name {name!r} cannot be the name of a folder", "use letters, digits, '-' and '_', at most 200"
+            )
         root = root or runs_root()
         stem = name or f"{time.strftime('%Y-%m-%d_%H%M%S')}_{recipe.name}"
-        path, count = root / stem, 1
+        path, number = root / stem, 1
         while name is None and path.exists():
-            path = root / f"{stem}-{(count := count + 1)}"
+            path = root / f"{stem}-{(number := number + 1)}"
         try:
-            path.mkdir(parents=True, exist_ok=_unborn(path))
+            path.mkdir(parents=True, exist_ok=_is_abandoned(path))
             (path / "checkpoints").mkdir(exist_ok=True)
             write_text(path / "recipe.toml", recipe.to_toml())
             about = {"schema": "alexnet.run/1", "status": "running", **about}
             write_text(path / "run.json", json.dumps(about, indent=2) + "\n")
             point(root / "latest", path)
         except FileExistsError as error:
-            way_on = f"continue it with --resume {shlex.quote(str(name))}, choose another --name, or delete the folder"
-            raise UsageError(f"a run called {name} is there already: {path}", way_on) from error
+            hint = f"continue it with --resume {shlex.quote(str(name))}, choose another --name, or delete the folder"
+            raise UsageError(f"a run called {name} exists already: {path}", hint) from error
         except OSError as error:
             raise StorageError(f"cannot write {path}: {error.strerror}", "set ALEXNET_RUNS_DIR elsewhere") from error
         return cls(path)
@@ -80,18 +84,18 @@ class Run:
         """The run of that name, directory or `latest`; UsageError where there is none."""
         for path in (runs_root() / name, Path(name)):
             if (path / "run.json").is_file():
-                return cls(_named(path))
-        raise UsageError(f"no run is called {name} in {runs_root()}", _known_runs(name))
+                return cls(follow_latest(path))
+        raise UsageError(f"no run is called {name} in {runs_root()}", list_runs(name))
 
     @property
     def name(self) -> str:
-        """What -w and --resume call it: such as NAME, or ABLATION/CELL."""
+        """Its name for -w and --resume, such as NAME or ABLATION/CELL."""
         path, root = self.path.resolve(), runs_root().resolve()
         return str(path.relative_to(root)) if path.is_relative_to(root) else path.name
 
     @property
     def quoted(self) -> str:
-        """The same for a shell."""
+        """The name, quoted for a shell."""
         return shlex.quote(self.name)
 
     @property
@@ -106,7 +110,7 @@ class Run:
 
     @property
     def about(self) -> dict[str, Any]:
-        """What run.json says."""
+        """The content of run.json. Raises DataError if it cannot be read."""
         try:
             return dict(json.loads(read_file(self.path / "run.json", LARGEST)))
         except (OSError, ValueError, TypeError, RecursionError, DataError) as error:
@@ -114,25 +118,27 @@ class Run:
 
     @contextmanager
     def storing(self) -> Iterator[None]:
-        """While inside: an error of the disk becomes a StorageError with the way on."""
+        """While inside: an OSError becomes a StorageError with a hint how to continue."""
         try:
             yield
         except OSError as error:
-            raise StorageError(f"{self.path} cannot be written: {error.strerror or error}", self.way_on()) from error
+            raise StorageError(
+                f"{self.path} cannot be written: {error.strerror or error}", self.storage_hint()
+            ) from error
 
-    def way_on(self) -> str:
-        """What to do when the disk fails: it depends on what is left."""
+    def storage_hint(self) -> str:
+        """What to do after a disk error; it depends on what is left of the run."""
         last = self.checkpoints / "last"
         if not self.path.is_dir():
-            return "the folder of the run is gone, or has another name now: start a new run, or --resume that name"
+            return "the folder of the run was deleted or renamed: start a new run, or --resume its new name"
         due = any(record.get("event") == "checkpoint" for record in self.records())
         none = "its checkpoints are gone" if due else "no checkpoint was due yet"
         saved = f"last good checkpoint: {last.resolve()}" if last.exists() else none
-        return f"{saved}; free some space, or make it writable, then: alexnet train --resume {self.quoted}"
+        return f"{saved}; free some space or make it writable, then: alexnet train --resume {self.quoted}"
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the run for this process alone; the kernel lets go however the process ends.
+        """Lock the run for this process; the kernel releases it however the process ends.
 
         Raises:
             DataError: another command is training it.
@@ -150,11 +156,11 @@ class Run:
             yield
 
     def update(self, about: Mapping[str, Any]) -> None:
-        """Change some entries of run.json. StorageError where it is gone: what is left then is no run any more."""
+        """Change some entries of run.json. Raises StorageError if the file is gone."""
         if not self.writes:
             return
         if not (self.path / "run.json").exists():
-            raise StorageError(f"{self.path / 'run.json'} is gone", self.way_on())
+            raise StorageError(f"{self.path / 'run.json'} is gone", self.storage_hint())
         with self.storing():
             write_text(self.path / "run.json", json.dumps({**self.about, **about}, indent=2) + "\n")
 
@@ -165,11 +171,11 @@ class Run:
                 append(self.path / "metrics.jsonl", record)
 
     def records(self) -> list[dict[str, Any]]:
-        """The records of metrics.jsonl; a last line that a crash cut short is left out."""
+        """The records of metrics.jsonl, without a last line cut short by a crash."""
         return read_records(self.path / "metrics.jsonl")
 
     def begin(self, recipe: Recipe, step: int, epoch: int) -> None:
-        """Make ready to go on after `step`, in `epoch`: what comes then, and the ONNX file, will be made anew."""
+        """Prepare to continue after `step` of `epoch`: delete later records and the ONNX file."""
         if not self.writes:
             return
         kept = [json.dumps(r, separators=(",", ":")) + "\n" for r in until(self.records(), step, epoch)]
@@ -181,7 +187,7 @@ class Run:
         self.write_csv()
 
     def write_csv(self) -> None:
-        """Write metrics.csv anew from the records: one row per epoch."""
+        """Write metrics.csv from the records: one row per epoch."""
         if not self.writes:
             return
         temporary = self.path / ".metrics.csv.tmp"
@@ -191,13 +197,13 @@ class Run:
 
 
 def is_plain(name: str) -> bool:
-    """Whether a name can be that of a folder on any disk, and be read in a message."""
+    """Whether a name can be that of a folder on any disk and be shown in a message."""
     odd = {"", ".", "..", "latest"}
     return name not in odd and Path(name).name == name and name.isprintable() and len(os.fsencode(name)) <= 200
 
 
-def _unborn(path: Path) -> bool:
-    """Whether a folder is what a run leaves that was killed while it was being made."""
+def _is_abandoned(path: Path) -> bool:
+    """Whether a folder was left by a run that was killed while it was being created."""
     own = path.is_dir() and not path.is_symlink() and not any((path / "checkpoints").glob("*"))
     return own and all(
         entry.name in {"checkpoints", "recipe.toml", ".lock"}
@@ -206,9 +212,9 @@ def _unborn(path: Path) -> bool:
     )
 
 
-def _known_runs(typed: str = "") -> str:
-    """What runs there are, after the one that was likely meant: the newest of that recipe, or a name much like it."""
-    from difflib import get_close_matches  # which only an error needs
+def list_runs(typed: str = "") -> str:
+    """A hint that lists the newest runs, beginning with the one that `typed` probably means."""
+    from difflib import get_close_matches
 
     names = sorted(p.parent.name for p in runs_root().glob("*/run.json") if p.parent.name != "latest")
     if not names:
@@ -218,64 +224,30 @@ def _known_runs(typed: str = "") -> str:
     return f"{f'did you mean {near[0]}? ' if near else ''}there are: {', '.join(names[-5:])}{more}"
 
 
-def _named(path: Path) -> Path:
-    """The run that a pointer such as runs/latest means at this moment."""
+def follow_latest(path: Path) -> Path:
+    """The run that a link such as runs/latest points to now."""
     return path.parent / os.readlink(path) if path.is_symlink() else path
 
 
-def find_weights(spec: str | None, suffixes: Sequence[str] = (".safetensors",)) -> Path:
-    """The file that -w means: a run's name or directory, a checkpoint directory, or a model file.
+def record_failure(run: Run, error: BaseException, reason: str = "error", status: str = "failed") -> Record | None:
+    """Write an error's message and hint to run.json and as the last record, as far as the disk allows.
 
-    A run stands for its best checkpoint (the last one before the first validation); where `suffixes` lists
-    ".onnx" before ".safetensors", for its alexnet.onnx. None stands for runs/latest.
-
-    Raises:
-        WeightsError: there is no such file, or it is of a kind this command cannot use.
+    Returns that record; None if the run is not running, or its records have an end already.
     """
-    if spec == "":
-        raise WeightsError("-w names nothing", _known_runs())
-    path = _named(runs_root() / (spec or "latest"))
-    if spec is not None and not (path / "run.json").is_file() and Path(spec).exists():
-        path = Path(spec)
-    if path.is_file():
-        if path.suffix not in suffixes:
-            hint = f"this takes a run, a checkpoint folder or a {' or '.join(suffixes)} file"
-            if path.suffix != ".onnx":
-                hint += "; another program's network: alexnet import-weights"
-            elif run := run_of(path):
-                hint += f": -w {Run(run).quoted}"
-            raise WeightsError(f"{path} is not a {' or '.join(suffixes)} file", hint)
-        return path
-    if spec is None and not path.exists():
-        which = "no newest run" if any(runs_root().glob("*/run.json")) else "no run yet"
-        raise WeightsError(f"there is {which} in {runs_root().absolute()} to take weights from", _known_runs())
-    checkpoints = [f"checkpoints/{name}/{MODEL}" for name in ("best", "last")]
-    inside = {".onnx": (ONNX,), ".safetensors": (MODEL, *checkpoints)}
-    for suffix in suffixes:
-        for name in inside[suffix]:
-            if (path / name).is_file():
-                return path / name
-    if (path / "run.json").is_file():
-        raise WeightsError(*unsaved(path, Run(path).about, Run(path).quoted))
-    none = f"{path} is no run, checkpoint folder or model file"
-    raise WeightsError(none if path.exists() else f"no run, folder or file is called {spec}", _known_runs(spec or ""))
-
-
-def trained_on(path: Path) -> str | None:
-    """The prepared data set that the run of a weights file was trained on, if it is still there."""
-    run = run_of(path)
-    data = Run(run).about.get("data_path") if run else None
-    return str(typed(Path(data))) if isinstance(data, str) and os.path.isdir(data) else None  # whatever it is
-
-
-def typed(path: Path) -> Path:
-    """A path as one would type it here."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-
-
-def run_of(path: Path) -> Path | None:
-    """The run directory that a weights file lies in, or None."""
-    for parent in path.parents:
-        if (parent / "run.json").is_file():
-            return parent
-    return None
+    what, hint, _ = format_error(error)
+    try:
+        if run.about.get("status") != "running":
+            return None
+        records = run.records()
+    except DataError:
+        records = []
+    with suppress(StorageError, DataError):  # the error that stopped the run matters more
+        run.update({"status": status, "reason": reason, "error": what, "hint": hint})
+    last = records[-1] if records else {}
+    if last.get("event") == "end":
+        return None
+    epoch, step = max(1, count(last, "epoch")), count(last, "step")
+    end = Record("end", epoch, step, path=str(run.path), reason=reason, text=what, hint=hint or None)
+    with suppress(StorageError):
+        run.log(end.as_dict())
+    return end

@@ -26,15 +26,12 @@ import numpy as np
 import torch
 
 from alexnet_cli.core import devices, placement
-from alexnet_cli.core.architecture import layer_widths
-from alexnet_cli.core.augment import Draws, Pixels
-from alexnet_cli.core.ddp import replicated
-from alexnet_cli.core.gradient import Gradient
+from alexnet_cli.core.architecture import layer_specs, layer_widths
+from alexnet_cli.core.augment import Pixels
 from alexnet_cli.core.launch import rank_variables, start_store
-from alexnet_cli.core.learning import Momentum
 from alexnet_cli.core.loader import Batch
-from alexnet_cli.core.network import Network, initialise, parameters_by_name
 from alexnet_cli.core.process_group import join_process_group, read_rank_info
+from alexnet_cli.core.trainer import Trainer
 from alexnet_cli.errors import AlexNetError, MissingError
 from alexnet_cli.recipe import PAPER, SIDE, Recipe
 from alexnet_plugins.benchmark_stopwatch import Contest, least_seconds
@@ -211,55 +208,47 @@ class RankStep:
     def __init__(self, recipe: Recipe, images: int, steps: int, placed: placement.Placement) -> None:
         """Of a batch of so many images over all ranks; `steps` steps are a pass."""
         ranks, device = placed.ranks, placed.device
-        self.images, self.steps, self.placed, self.done = images, steps, placed, 0
-        self.network = Network(recipe, CLASSES, ranks.towers, ranks.columns)
-        initialise(self.network)
-        self.network.to(device)
-        self.optimiser = Momentum(parameters_by_name(self.network), recipe)
+        self.images, self.steps, self.placed = images, steps, placed
         generator, share = np.random.default_rng(0), ranks.share(images)
         pictures = generator.integers(0, 256, (images, SIDE, SIDE, 3), np.uint8)[share]
         labels = generator.integers(0, CLASSES, images)[share]
         rows = np.arange(images)[share]
         self.batch = Batch(torch.from_numpy(pictures).to(device), torch.from_numpy(labels), rows)
-        self.draws = Draws.of_epoch(images, recipe, 1)
         mean = np.full((3, SIDE, SIDE), 128, np.float32)
         pixels = Pixels(recipe, mean, np.ones(3, np.float32), np.eye(3, dtype=np.float32), device, placed.dtype)
-        forward = self.network if ranks.group is None else replicated(self.network, ranks, compress=False)
-        self.gradient = Gradient(self.network, forward, pixels, placed, len(rows), images)
+        recipe = replace(recipe, batch_size=images, learning_rate=RATE)
+        self.trainer = Trainer(recipe, CLASSES, images, pixels, placed)
+        self.trainer.begin_epoch()
 
     def run(self) -> None:
         """A pass; the device is done with it when this returns."""
         for _ in range(self.steps):
-            self._step()
+            self.trainer.step(self.batch)
         wait_for_device(str(self.placed.device))
 
     def sent(self) -> dict[str, int]:
         """The bytes that this rank sends in a step, by what for."""
         traffic = self.placed.ranks.traffic
         traffic.clear()
-        self._step()
+        self.trainer.step(self.batch)
         return dict(traffic)
 
     def exchange(self, layer: str) -> float:
         """Seconds that it takes to share what comes before a layer, and to send back its gradient."""
-        towers, side = self.network.towers, int(POOLED[layer] ** 0.5)
-        channels = self.network.get_submodule({"conv3": "conv2", "fc6": "conv5"}[layer]).get_parameter("bias").numel()
+        network, side = self.trainer.network, int(POOLED[layer] ** 0.5)
+        before = {"conv3": "conv2", "fc6": "conv5"}[layer]
+        channels = network.get_submodule(before).get_parameter("bias").numel()
         dtype = torch.bfloat16 if self.placed.precision == "bf16" else torch.float32
         own = torch.zeros(self.images, channels, side, side, dtype=dtype, device=self.placed.device)
         own = own.contiguous(memory_format=torch.channels_last).requires_grad_()
 
         def both_ways() -> None:
-            shared = towers.share(own, layer)
+            shared = network.towers.share(own, layer)
             shared.backward(shared.detach())
             wait_for_device(str(self.placed.device))
 
         both_ways()
         return least_seconds(both_ways, 5)
-
-    def _step(self) -> None:
-        self.gradient.compute(self.batch, self.draws, self.done, 1)
-        self.optimiser.step(RATE, 1)
-        self.done += 1
 
 
 @dataclass(frozen=True)
@@ -289,12 +278,7 @@ GPU = Device(50e12, 1e-3)
 
 def count_parameters(recipe: Recipe) -> dict[str, int]:
     """Layer -> parameters of the whole network."""
-    with torch.device("meta"):
-        network = Network(recipe, CLASSES)
-    counts: Counter[str] = Counter()
-    for name, parameter in parameters_by_name(network):
-        counts[name.partition(".")[0]] += parameter.numel()
-    return counts
+    return {spec.name: spec.parameters for spec in layer_specs(recipe, CLASSES)}
 
 
 def activation_bytes(recipe: Recipe, batch: int, devices: int, way: Way, size: int = FLOAT) -> dict[str, float]:

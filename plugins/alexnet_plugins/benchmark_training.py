@@ -23,9 +23,9 @@ from torch.nn import functional
 
 from alexnet_cli.core.architecture import EDGE_PADDING, layer_widths
 from alexnet_cli.core.augment import Draws, Pixels
-from alexnet_cli.core.learning import Momentum
 from alexnet_cli.core.loader import Loader
 from alexnet_cli.core.network import Network, initialise, parameters_by_name
+from alexnet_cli.core.optim import PaperSGD
 from alexnet_cli.core.placement import Placement, place
 from alexnet_cli.recipe import PAPER, Recipe
 from alexnet_plugins.benchmark_stopwatch import Contest, Pass, fresh_process
@@ -191,7 +191,7 @@ def build_ours(conditions: Conditions, *, norm: bool = True) -> Learner:
     network = Network(recipe, CLASSES)
     initialise(network)
     network.to(conditions.device)
-    optimiser, count = Momentum(parameters_by_name(network), recipe), itertools.count(1)
+    optimiser, count = PaperSGD(parameters_by_name(network), recipe), itertools.count(1)
 
     def update() -> None:
         optimiser.step(RATE, 1)

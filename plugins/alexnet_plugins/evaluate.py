@@ -59,13 +59,19 @@ def evaluate(
     from alexnet_cli.core import results
     from alexnet_cli.core.evaluate import match_classes
     from alexnet_cli.core.neighbors import hash_file
-    from alexnet_cli.core.origin import own_data, told, unfinished
-    from alexnet_cli.core.runs import find_weights, run_of, trained_on
+    from alexnet_cli.core.resolve import (
+        describe_unfinished_run,
+        describe_weights,
+        find_run_folder,
+        find_training_data,
+        find_weights,
+        is_training_data,
+    )
     from alexnet_cli.core.shards import find_dataset, open_dataset
 
     reporter = Reporter("evaluate", json=json, quiet=quiet)
     path = find_weights(weights, (".safetensors", ".onnx"))
-    dataset = open_dataset(find_dataset(data or trained_on(path)))
+    dataset = open_dataset(find_dataset(data or find_training_data(path)))
     images = dataset.split(split)
     if not len(images):
         raise DataError(f"{dataset.path}: split {split} has no images", "prepare it again with --val-fraction 0.1")
@@ -73,15 +79,15 @@ def evaluate(
     load = _load_onnx if backend == "onnx" else _load_torch
     classify, classes, recipe, place, about = load(path, views, gpus)
     output_of = match_classes(classes, dataset.classes, path)
-    reporter.line("weights", told(path, about))
-    if remark := unfinished(path):
+    reporter.line("weights", describe_weights(path, about))
+    if remark := describe_unfinished_run(path):
         reporter.line("note", remark)
     reporter.line("data", f"{dataset.path} · {split} · {len(images):,} images, each counted once")
     reporter.line("mode", f"{results.PROTOCOL[views]} · {backend} · {place}")
     if len(dataset.classes) < len(classes):
         known = f"{len(dataset.classes):,} of the {len(classes):,} classes of the network"
         reporter.line("note", f"the data set has {known}; any other answer counts as wrong")
-    run = run_of(path)
+    run = find_run_folder(path)
     folder = output or (run / "eval" if run else None)
     if folder:
         results.make_folder(folder)
@@ -93,7 +99,7 @@ def evaluate(
     if published:
         reporter.show(f"known   {results.format_published(published, views, counts.images)}")
     _report_worst(reporter, counts, classes)
-    if (split, views, backend) == ("val", 1, "torch") and own_data(path, dataset):
+    if (split, views, backend) == ("val", 1, "torch") and is_training_data(path, dataset):
         _explain_difference(reporter, about, run, counts.top1_error)
     if folder:
         stem = results.make_file_stem(split, views, path, dataset)

@@ -50,8 +50,7 @@ def export(
 ) -> None:
     """Write one ONNX file, checked against PyTorch."""
     from alexnet_cli.core import weights as model_file
-    from alexnet_cli.core.origin import told, unfinished
-    from alexnet_cli.core.runs import find_weights, trained_on
+    from alexnet_cli.core.resolve import describe_unfinished_run, describe_weights, find_training_data, find_weights
 
     if precision != "int8" and (calibrate is not None or force):
         raise UsageError(f"{'--force' if force else '--calibrate'} is for int8", "add --precision int8")
@@ -61,12 +60,14 @@ def export(
     source = find_weights(weights)
     model = model_file.read(source)
     path = _place(output, source, precision)
-    said = told(source, model.info)
+    said = describe_weights(source, model.info)
     reporter.line("weights", f"{said} · {len(model.classes):,} classes · recipe {model.recipe.name}")
-    if remark := unfinished(source):
+    if remark := describe_unfinished_run(source):
         reporter.line("note", remark)
     if precision == "int8":
-        found = _int8(reporter, model, path, (data or trained_on(source), calibrate), verify=verify, force=force)
+        found = _int8(
+            reporter, model, path, (data or find_training_data(source), calibrate), verify=verify, force=force
+        )
     else:
         found = _float(reporter, model, path, precision, data, verify=verify)
     size = path.stat().st_size
@@ -76,12 +77,12 @@ def export(
 
 def _place(output: Path | None, source: Path, precision: str) -> Path:
     """Where the file goes: beside the run's own, which is of its best checkpoint in float32, and never over it."""
-    from alexnet_cli.core.origin import is_best
-    from alexnet_cli.core.runs import ONNX, run_of
+    from alexnet_cli.core.resolve import find_run_folder, is_best
+    from alexnet_cli.core.runs import ONNX
 
     other = [] if is_best(source) else [source.resolve().parent.name]
     name = "-".join([Path(ONNX).stem, *other, *([] if precision == "fp32" else [precision])])
-    path = output or (run_of(source) or Path()) / f"{name}.onnx"
+    path = output or (find_run_folder(source) or Path()) / f"{name}.onnx"
     if path.suffix != ".onnx":
         raise UsageError(f"-o {path} does not end in .onnx", f"such as -o {path.stem or 'alexnet'}.onnx")
     if not path.parent.is_dir():
@@ -171,11 +172,11 @@ def _numbers(checked: Verification | None) -> dict[str, Any]:
 def _crops(model: Model, data: str | None) -> tuple[Crops, str]:
     """What to compare on, and what it is: pictures of the prepared set, or drawn ones if there is none."""
     from alexnet_cli.core.export import crops_of, drawn_crops
-    from alexnet_cli.core.runs import trained_on
+    from alexnet_cli.core.resolve import find_training_data
     from alexnet_cli.core.shards import find_dataset, open_dataset
 
     try:
-        dataset = open_dataset(find_dataset(data or trained_on(model.path)))
+        dataset = open_dataset(find_dataset(data or find_training_data(model.path)))
     except DataError:
         if data is not None:
             raise

@@ -50,7 +50,7 @@ def neighbors(
     from alexnet_cli.core.drawing import draw_sheet
     from alexnet_cli.core.inputs import expand
     from alexnet_cli.core.neighbors import make_records, make_sheet_row
-    from alexnet_cli.core.runs import find_weights, run_of, trained_on
+    from alexnet_cli.core.resolve import find_run_folder, find_training_data, find_weights
     from alexnet_cli.core.shards import find_dataset, open_dataset
 
     reporter = Reporter("neighbors", json=json, quiet=quiet)
@@ -58,7 +58,7 @@ def neighbors(
         raise UsageError(f"-o {output}: not a .png file", "such as -o neighbors.png")
     sources = expand(inputs, getattr(sys.stdin, "buffer", None))
     path = find_weights(weights, (".onnx", ".safetensors"))
-    dataset = open_dataset(find_dataset(data or trained_on(path)))
+    dataset = open_dataset(find_dataset(data or find_training_data(path)))
     split = dataset.split("train")
     reporter.line("data", f"{dataset.path} · train · {len(split):,} images")
     session, vectors = _open_index(reporter, path, dataset, split, len(sources))
@@ -76,7 +76,7 @@ def neighbors(
         if len(rows) < MAX_ROWS:
             rows.append(make_sheet_row(name, picture, near, distances, split, dataset.classes))
     if rows:
-        run = run_of(path)
+        run = find_run_folder(path)
         target = output or ((run / "figures" if run else Path()) / "neighbors.png")
         title = f"nearest training pictures of {dataset.name} in fc7, Euclidean distance, {path}"
         _save_sheet(reporter, draw_sheet(rows, title), target, len(rows), len(sources) - failed)
@@ -89,16 +89,15 @@ def _open_index(
 ) -> tuple[Session, Vectors]:
     """The network up to layer 7, and the index of the training set, made now if it is not there."""
     from alexnet_cli.core import neighbors
-    from alexnet_cli.core.origin import told
     from alexnet_cli.core.predict import FEW
-    from alexnet_cli.core.runs import run_of
+    from alexnet_cli.core.resolve import describe_weights, find_run_folder
     from alexnet_cli.core.session import Session
 
-    folder = neighbors.index_folder(path, run_of(path), dataset)
+    folder = neighbors.index_folder(path, find_run_folder(path), dataset)
     source = neighbors.IndexSource(neighbors.hash_file(path), dataset.hash, len(split))
     vectors = neighbors.open_index(folder, source)
     session = Session(path, few=vectors is not None and pictures <= FEW, layer=neighbors.LAYER)
-    reporter.line("weights", told(path, session.about))
+    reporter.line("weights", describe_weights(path, session.about))
     if session.fallback:
         reporter.warn(f"the network runs on the CPU: {session.fallback}", "see `alexnet doctor`")
     if vectors is None:

@@ -53,10 +53,9 @@ def predict(
     import time
 
     from alexnet_cli.core.inputs import expand
-    from alexnet_cli.core.origin import told, unfinished
     from alexnet_cli.core.predict import FEW, open_classifier
     from alexnet_cli.core.predict import predict as run
-    from alexnet_cli.core.runs import find_weights
+    from alexnet_cli.core.resolve import describe_unfinished_run, describe_weights, find_weights
 
     if (features is None) != (output is None):
         raise UsageError("--features and -o belong together", "such as --features fc7 -o features.npz")
@@ -69,8 +68,8 @@ def predict(
     sources = expand(inputs, getattr(sys.stdin, "buffer", None), ours)
     model = find_weights(weights, (".safetensors",) if backend == "torch" else (".onnx", ".safetensors"))
     classifier = open_classifier(model, backend, few=len(sources) * views <= FEW, layer=features)
-    reporter.line("weights", told(model, classifier.about))
-    if remark := unfinished(model):
+    reporter.line("weights", describe_weights(model, classifier.about))
+    if remark := describe_unfinished_run(model):
         reporter.line("note", remark)
     if ours:
         drawn = "a picture" if len(ours) == 1 else f"{len(ours):,} pictures"

@@ -31,11 +31,10 @@ def report(
     `neighbors` are used if they are of these weights, and made otherwise.
     """
     from alexnet_cli.core import report_page
-    from alexnet_cli.core.origin import is_best, told
     from alexnet_cli.core.placement import place
     from alexnet_cli.core.report_charts import INSTALL_HINT, can_draw
     from alexnet_cli.core.report_collect import collect_report, find_run_data, open_model
-    from alexnet_cli.core.runs import typed
+    from alexnet_cli.core.resolve import describe_weights, is_best, shorten_path
     from alexnet_cli.core.shards import Dataset
 
     reporter = Reporter("report", json=json, quiet=quiet)
@@ -47,10 +46,12 @@ def report(
     target = output or (run.path if run else Path()) / f"report{other}.html"
     report_page.check_writable(target)
     network = open_model(path) if path else None
-    there = told(path, network.model.info) if path and network else f"none yet in {run.path if run else path}"
+    there = (
+        describe_weights(path, network.model.info) if path and network else f"none yet in {run.path if run else path}"
+    )
     reporter.line("weights", there)
     dataset = find_run_data(run, data)
-    reporter.line("data", str(typed(dataset.path)) if isinstance(dataset, Dataset) else dataset)
+    reporter.line("data", str(shorten_path(dataset.path)) if isinstance(dataset, Dataset) else dataset)
     with reporter.progress("report", total=None) as progress:
         found = collect_report(run, network, dataset, place(None, "fp32") if path else None, progress.advance)
     if found.evidence.unsaved:
@@ -73,7 +74,8 @@ def report(
 
 def _resolve_weights(spec: str | None) -> tuple[Run | None, Path | None]:
     """What -w means: a run, with its best weights if it has any, or weights alone."""
-    from alexnet_cli.core.runs import Run, find_weights, run_of
+    from alexnet_cli.core.resolve import find_run_folder, find_weights
+    from alexnet_cli.core.runs import Run
 
     try:
         path = find_weights(spec)
@@ -83,5 +85,5 @@ def _resolve_weights(spec: str | None) -> tuple[Run | None, Path | None]:
         except UsageError:
             pass
         raise
-    run = run_of(path)
+    run = find_run_folder(path)
     return (Run(run) if run else None), path

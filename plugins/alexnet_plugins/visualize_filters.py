@@ -68,8 +68,7 @@ def visualize_filters(
     Measures whether one tower took to colour. All kernels share one scale, and zero is mid-grey: what looks faint is
     faint.
     """
-    from alexnet_cli.core.origin import told
-    from alexnet_cli.core.runs import find_weights, run_of
+    from alexnet_cli.core.resolve import describe_weights, find_run_folder, find_weights
     from alexnet_cli.core.weights import read
 
     mode = "--picture" if picture is not None else "--layer" if layer else None
@@ -80,8 +79,8 @@ def visualize_filters(
     path = find_weights(weights)
     model = read(path)
     chosen = _choose_towers(tower, model.recipe.towers)
-    reporter.line("weights", told(path, model.info))
-    run = run_of(path)
+    reporter.line("weights", describe_weights(path, model.info))
+    run = find_run_folder(path)
     part = f"-tower{chosen[0] + 1}" if len(chosen) < model.recipe.towers else ""
     if source is not None:
         name = f"{visualize_views.name_picture(source)}-layers{part}.png"

@@ -45,14 +45,14 @@ def draw_top_patches(
     import numpy as np
 
     from alexnet_cli.core.drawing import draw_sheet
-    from alexnet_cli.core.runs import trained_on
+    from alexnet_cli.core.resolve import find_training_data
     from alexnet_cli.core.session import Session
     from alexnet_cli.core.shards import find_dataset, open_dataset
     from alexnet_cli.core.units import find_top_activations, make_records, make_sheet_rows
 
     width = len(model.tensors[f"{layer}.bias"])
     chosen = _choose_units(unit, towers, width, model.recipe.towers, layer)
-    dataset = open_dataset(find_dataset(data or trained_on(model.path)))
+    dataset = open_dataset(find_dataset(data or find_training_data(model.path)))
     split = dataset.split("val")
     reporter.line("data", f"{dataset.path} · val · {len(split):,} images")
     ranked = f"{width:,} units"

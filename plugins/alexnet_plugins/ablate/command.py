@@ -73,8 +73,8 @@ def ablate(
     repeat the command to continue; finished trainings are kept, also when you add seeds.
     """
     from alexnet_cli.core import placement, report_charts
-    from alexnet_cli.core.resume import EXIT_CODES, asked_to_stop
     from alexnet_cli.core.shards import find_dataset, open_dataset
+    from alexnet_cli.core.signals import EXIT_CODES, catch_stop_signals
     from alexnet_plugins.ablate.study import AblationStudy, choose_switches, make_cells
 
     reporter = Reporter("ablate", json=json, quiet=quiet)
@@ -90,7 +90,7 @@ def ablate(
     _show_heading(reporter, study, base, off, f"{len(cells)} trainings, {len(finished)} of them finished")
     if not report_charts.can_draw():
         reporter.warn("no chart will be drawn: matplotlib is not installed", report_charts.INSTALL_HINT)
-    with asked_to_stop(None) as stop:
+    with catch_stop_signals(None) as stop:
         reason = _train_all(reporter, study, cells, finished, stop, training_error / 100)
     rows = _report(reporter, study, training_error / 100, show=True)
     if reason:

@@ -20,14 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from alexnet_cli import __version__
-from alexnet_cli.core import failure
-from alexnet_cli.core.checkpoint import newest
+from alexnet_cli.core.checkpoint import find_newest
+from alexnet_cli.core.loop import TrainingLoop
 from alexnet_cli.core.placement import Placement
 from alexnet_cli.core.records import Record
-from alexnet_cli.core.runs import Run, is_plain, runs_root
+from alexnet_cli.core.runs import RUNNING, Run, is_plain, record_failure, runs_root
 from alexnet_cli.core.shards import Dataset
-from alexnet_cli.core.train import fit
-from alexnet_cli.core.training import Training
+from alexnet_cli.core.trainer import Trainer
 from alexnet_cli.errors import DataError, StorageError, UsageError, VerificationError
 from alexnet_cli.recipe import Recipe
 from alexnet_cli.recipe_io import apply_changes
@@ -160,7 +159,7 @@ class AblationStudy:
         return is_done(run)
 
     def train(self, cell: Cell, stop: Callable[[], str | None]) -> Iterator[Record]:
-        """Train a cell, from its newest checkpoint if there is one; yields the records of `fit`.
+        """Train a cell, from its newest checkpoint if there is one; yields the records of `TrainingLoop.fit`.
 
         If the loss becomes NaN, the records end and the run's status says so.
 
@@ -169,20 +168,21 @@ class AblationStudy:
         """
         run = self._find_run(cell) or Run.create(cell.name, cell.recipe, self._describe_run(cell), self.folder)
         with run.locked():
-            run.update(failure.NONE)
-            training = Training(cell.recipe, self.data, run, self.placement, self.threads)
-            start, _ = newest(run)
+            run.update(RUNNING)
+            trainer = Trainer.for_dataset(cell.recipe, self.data, self.placement)
+            loop = TrainingLoop(trainer, self.data, run, self.threads)
+            start, _ = find_newest(run)
             reason = None
             try:
-                for record in fit(training, start, stop=stop):
+                for record in loop.fit(start, stop=stop):
                     reason = record.reason
                     yield record
             except VerificationError as error:
-                failure.note(run, error, DIVERGED)
+                record_failure(run, error, DIVERGED)
                 run.update({"status": "failed", "reason": DIVERGED})
                 return
             except Exception as error:
-                failure.note(run, error)
+                record_failure(run, error)
                 raise
             except BaseException:  # a second Ctrl-C, or the caller wants no more records
                 with suppress(StorageError):

@@ -1,10 +1,10 @@
-"""The paper's update rule and the schedules of its rate (section 5)."""
+"""The paper's update rule and its learning rate schedules (section 5)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,29 +12,26 @@ from torch import Tensor
 
 from alexnet_cli.recipe import Recipe
 
-WARM_UP_SHARE, FIRST_RATE, LAST_RATE = (
-    0.15,
-    1 / 25,
-    1 / 1000,
-)  # one cycle: share of steps rising; rates over the peak
+WARM_UP_SHARE = 0.15  # one-cycle: share of the steps in which the rate rises
+FIRST_RATE, LAST_RATE = 1 / 25, 1 / 1000  # one-cycle: relative to the highest rate
 
 
-class Momentum:
+class PaperSGD:
     """v <- momentum * v - decay * rate * w - rate * gradient;  w <- w + v.
 
-    The rate is inside the velocity, unlike in torch.optim.SGD: after a drop the old velocity dies out by itself.
-    Weights and biases may differ in rate and decay, and layer 1 may be slowed and frozen, as in net #145.
+    The rate is inside the velocity, unlike in torch.optim.SGD: after a drop the old velocity decays with the momentum.
+    Weights and biases may have different rates and decay; layer 1 may be slowed and frozen, as in the authors' code.
     """
 
     def __init__(self, parameters: Iterable[tuple[str, Tensor]], recipe: Recipe) -> None:
         self.recipe = recipe
         self.parameters = dict(parameters)
         self.velocity = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
-        self.update = _fastest({p.device for p in self.parameters.values()})
+        self.update = _choose_update({p.device for p in self.parameters.values()})
 
     @torch.no_grad()
     def step(self, rate: float, epoch: int) -> None:
-        """Take one step; `epoch` counts from 1. Parameters whose rate is 0 keep still, decay and all."""
+        """Take one step; `epoch` counts from 1. A parameter with rate 0 does not change, not even by decay."""
         groups: dict[tuple[float, float], list[str]] = {}
         for name, parameter in self.parameters.items():
             if parameter.grad is not None:
@@ -48,7 +45,7 @@ class Momentum:
             self.update(weights, velocity, gradients, self.recipe.momentum, own_rate, decay)
 
     def rate_and_decay(self, name: str, rate: float, epoch: int) -> tuple[float, float]:
-        """Of one parameter, when the network's rate is `rate`."""
+        """Rate and weight decay of one parameter when the network's rate is `rate`."""
         recipe = self.recipe
         decay = recipe.weight_decay
         if name.endswith(".bias"):
@@ -57,10 +54,10 @@ class Momentum:
         slow = recipe.conv1_slow_epoch and epoch > recipe.conv1_slow_epoch
         if name == "conv1.weight" and slow:
             rate /= 10
-        return (rate if self.learns(name, epoch) else 0.0), decay
+        return (rate if self.is_learning(name, epoch) else 0.0), decay
 
-    def learns(self, name: str, epoch: int) -> bool:
-        """Whether a parameter still changes in an epoch: layer 1 may be frozen at last, as in net #145."""
+    def is_learning(self, name: str, epoch: int) -> bool:
+        """Whether a parameter changes in an epoch: the recipe may freeze layer 1 after some epoch."""
         freeze = self.recipe.conv1_freeze_epoch
         return not (name.startswith("conv1.") and freeze and epoch > freeze)
 
@@ -74,7 +71,7 @@ def update(
     rate: float,
     decay: float,
 ) -> None:
-    """The rule, in place, for parameters of one rate and decay."""
+    """Apply the rule in place to parameters that share rate and decay."""
     torch._foreach_mul_(velocity, momentum)
     torch._foreach_add_(velocity, gradients, alpha=-rate)
     if decay:
@@ -82,19 +79,19 @@ def update(
     torch._foreach_add_(weights, velocity)
 
 
-def _fastest(devices: Collection[torch.device]) -> Callable[..., None]:
-    """`update`, or its twin where everything is on one GPU that can run it."""
+def _choose_update(devices: Collection[torch.device]) -> Callable[..., None]:
+    """The fused Triton kernel if all parameters are on one GPU that can run it, otherwise `update`."""
     (device, *others) = devices
     if others or device.type != "cuda":
         return update
-    from alexnet_cli.core import triton_kernels  # which imports Triton, that nobody else needs
+    from alexnet_cli.core import triton_kernels  # imports Triton
 
     return update if triton_kernels.unavailable_reason(device.index or 0) else triton_kernels.fused_update
 
 
 @dataclass
 class Schedule:
-    """The rate at every step. `plateau` watches the validation error and says when training is over."""
+    """The learning rate at every step. `plateau` follows the validation error and decides when training ends."""
 
     recipe: Recipe
     steps_per_epoch: int
@@ -103,7 +100,7 @@ class Schedule:
     epochs_since_best: int = 0
 
     def rate(self, step: int) -> float:
-        """The rate of step `step`, which counts from 0."""
+        """Learning rate of step `step`, counted from 0."""
         recipe = self.recipe
         if recipe.schedule == "plateau":
             return float(recipe.learning_rate / 10**self.drops)
@@ -112,13 +109,13 @@ class Schedule:
             return float(recipe.learning_rate / 10 ** sum(epochs_done >= drop for drop in recipe.drop_epochs))
         return recipe.learning_rate * _one_cycle(step / (self.steps_per_epoch * recipe.epochs))
 
-    def highest(self, step: int) -> float:
-        """The highest rate of the steps up to `step`, which counts from 0."""
+    def highest_rate(self, step: int) -> float:
+        """Highest rate of the steps up to `step`, counted from 0."""
         recipe, rising = self.recipe, WARM_UP_SHARE * self.steps_per_epoch * self.recipe.epochs
         return self.rate(step) if recipe.schedule == "one-cycle" and step < rising else recipe.learning_rate
 
     def observe(self, error: float) -> bool:
-        """Take note of an epoch's validation error. Returns whether it is the lowest so far."""
+        """Take in an epoch's validation error. Returns whether it is the lowest so far."""
         if error < self.best_error:
             self.best_error, self.epochs_since_best = error, 0
             return True
@@ -129,18 +126,18 @@ class Schedule:
 
     @property
     def over(self) -> bool:
-        """Whether the error has stopped falling after the last drop (the paper ended there, after three)."""
+        """Whether the error has stopped falling after the last drop (the paper ended after three)."""
         return self.recipe.schedule == "plateau" and self.drops > self.recipe.plateau_drops
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
-        state = asdict(self)
-        return {key: state[key] for key in ("drops", "best_error", "epochs_since_best")}
+        """What a checkpoint keeps, as JSON values."""
+        best = self.best_error if math.isfinite(self.best_error) else None
+        return {"drops": self.drops, "best_error": best, "epochs_since_best": self.epochs_since_best}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint's state."""
-        self.drops, self.best_error = int(state["drops"]), float(state["best_error"])
-        self.epochs_since_best = int(state["epochs_since_best"])
+        """Continue from a checkpoint's state. Raises KeyError, TypeError or ValueError if it is not one."""
+        self.drops, self.epochs_since_best = int(state["drops"]), int(state["epochs_since_best"])
+        self.best_error = math.inf if state["best_error"] is None else float(state["best_error"])
 
 
 def _one_cycle(done: float) -> float:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from alexnet_cli.core.atomic import point
-from alexnet_cli.core.origin import is_best, told, unfinished
+from alexnet_cli.core.resolve import describe_unfinished_run, describe_weights, is_best
 from alexnet_cli.core.runs import Run
 from alexnet_cli.recipe import TINY
 
@@ -30,12 +30,12 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 def test_a_file_of_a_run_is_its_best_or_its_last_or_neither(run: Run) -> None:
     onnx = Path("runs/a/alexnet.onnx")
-    assert told(onnx, {"epoch": 2, "step": 20, "run": "a"}) == "runs/a/alexnet.onnx · epoch 2 (best)"
-    assert told(onnx, {"epoch": 3, "step": 30}) == "runs/a/alexnet.onnx · epoch 3 (last)"
-    assert told(onnx, {"epoch": 1, "step": 10}) == "runs/a/alexnet.onnx · epoch 1"
-    assert told(onnx, {"epoch": 1, "step": "20"}) == "runs/a/alexnet.onnx · epoch 1"
-    assert told(onnx, {}) == "runs/a/alexnet.onnx"
-    assert told(Path("b.onnx"), {"epoch": 2, "step": 20, "run": "a"}) == "b.onnx · run a · epoch 2"
+    assert describe_weights(onnx, {"epoch": 2, "step": 20, "run": "a"}) == "runs/a/alexnet.onnx · epoch 2 (best)"
+    assert describe_weights(onnx, {"epoch": 3, "step": 30}) == "runs/a/alexnet.onnx · epoch 3 (last)"
+    assert describe_weights(onnx, {"epoch": 1, "step": 10}) == "runs/a/alexnet.onnx · epoch 1"
+    assert describe_weights(onnx, {"epoch": 1, "step": "20"}) == "runs/a/alexnet.onnx · epoch 1"
+    assert describe_weights(onnx, {}) == "runs/a/alexnet.onnx"
+    assert describe_weights(Path("b.onnx"), {"epoch": 2, "step": 20, "run": "a"}) == "b.onnx · run a · epoch 2"
 
 
 def test_which_checkpoint_a_run_stands_for(run: Run) -> None:
@@ -51,17 +51,19 @@ def test_which_checkpoint_a_run_stands_for(run: Run) -> None:
 def test_a_run_that_has_not_finished_is_said_to_be_so(run: Run, status: str) -> None:
     run.update({"status": status})
     weights = run.checkpoints / "best" / "model.safetensors"
-    assert unfinished(weights) == ("the run has not finished: epoch 3 of 15 so far; alexnet train --resume a goes on")
+    assert describe_unfinished_run(weights) == (
+        "the run has not finished: epoch 3 of 15 so far; alexnet train --resume a goes on"
+    )
     run.log({"event": "validation", "epoch": None})
     run.log({"event": "validation", "epoch": "4"})
-    assert "epoch 3 of 15 so far" in unfinished(weights)
+    assert "epoch 3 of 15 so far" in describe_unfinished_run(weights)
     run.update({"status": "finished"})
-    assert not unfinished(weights)
+    assert not describe_unfinished_run(weights)
 
 
 def test_what_is_no_run_of_training_says_nothing(run: Run) -> None:
-    assert not unfinished(Path("elsewhere.safetensors"))
+    assert not describe_unfinished_run(Path("elsewhere.safetensors"))
     (run.path / "run.json").write_text(json.dumps({"imported": {}}))
-    assert not unfinished(run.path / "model.safetensors")
+    assert not describe_unfinished_run(run.path / "model.safetensors")
     (run.path / "run.json").write_text("[")
-    assert not unfinished(run.path / "model.safetensors")
+    assert not describe_unfinished_run(run.path / "model.safetensors")
