@@ -1,6 +1,6 @@
-"""What a command says: the result on stdout, everything else on stderr.
+"""Output of the commands: the result on stdout, everything else on stderr.
 
-On a terminal progress is one moving line; elsewhere a plain line every half minute, so that a log never stays empty.
+Progress is one moving line on a terminal, and a plain line every 30 seconds in a log.
 """
 
 from __future__ import annotations
@@ -20,50 +20,50 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 SECONDS_BETWEEN_LINES = 30.0
-SECONDS_OF_PATIENCE = 2.0
-WIDTH_OF_FILES = 160  # columns of a table that goes to a file or a pipe
+SECONDS_BEFORE_WAITING_LINE = 2.0
+FILE_WIDTH = 160  # columns of a table that goes to a file or a pipe
 
 
 class Progress(Protocol):
-    """A count that grows."""
+    """A progress display."""
 
     def advance(self, n: int, note: str = "") -> None:
-        """Count `n` more; show `note` beside the count."""
+        """Count `n` more units, and show `note` next to the count."""
 
     def skip(self, n: int) -> None:
-        """Count `n` that were done before: they say nothing of the pace."""
+        """Count `n` units that were done earlier, without counting them for the rate."""
 
 
 class Reporter:
-    """The voice of one command."""
+    """Writes the output of one command: as text or as JSON, quiet or not."""
 
     def __init__(self, command: str, *, json: bool = False, quiet: bool = False, speaks: bool = True) -> None:
-        """Of several processes that run one command, only one `speaks`."""
+        """`speaks` is False in all but one of the processes that run a command together."""
         self.command, self.json, self.quiet, self.speaks = command, json and speaks, quiet or not speaks, speaks
         self._bar: Any = None
 
     def line(self, label: str, text: str) -> None:
-        """A labelled line on stderr; nothing when quiet."""
+        """Write a labelled line to stderr, unless quiet."""
         if not self.quiet:
-            self._stderr(f"{label:<7} {visible(text)}")
+            self._stderr(f"{label:<7} {make_printable(text)}")
 
     def warn(self, text: str, hint: str = "") -> None:
-        """A warning on stderr, and what to do about it."""
+        """Write a warning and a hint to stderr, even when quiet."""
         if not self.speaks:
             return
-        self._stderr(f"warn    {visible(text)}")
+        self._stderr(f"warn    {make_printable(text)}")
         if hint:
-            self._stderr(f"hint    {visible(hint)}")
+            self._stderr(f"hint    {make_printable(hint)}")
 
     def result(self, record: Mapping[str, Any]) -> None:
-        """The result as one line of JSON, if that is what was asked for."""
+        """Write the result to stdout as one line of JSON, if --json was given."""
         if self.json:
             line = {"schema": f"alexnet.{self.command}/1", **record}
-            sys.stdout.write(json.dumps(_plain(line), separators=(",", ":"), allow_nan=False) + "\n")
+            sys.stdout.write(json.dumps(_to_json_value(line), separators=(",", ":"), allow_nan=False) + "\n")
             sys.stdout.flush()
 
     def show(self, renderable: RenderableType) -> None:
-        """The result for people: text is printed as it is, tables and the like as wide as the terminal."""
+        """Write the result for people to stdout (not with --json): text, or a Rich table as wide as the terminal."""
         if self.json or not self.speaks:
             return
         if isinstance(renderable, str):
@@ -71,33 +71,33 @@ class Reporter:
         else:
             from rich.console import Console
 
-            width = None if sys.stdout.isatty() else WIDTH_OF_FILES
+            width = None if sys.stdout.isatty() else FILE_WIDTH
             Console(highlight=False, width=width).print(renderable)
         sys.stdout.flush()
 
     @contextmanager
     def progress(self, description: str, total: int | None, unit: str = "img") -> Iterator[Progress]:
-        """Show how far the work is while inside."""
+        """Show progress inside the `with` block; `total` None means that the number of units is unknown."""
         if self.quiet:
-            yield _Silent()
-        elif moving(sys.stderr):
-            with _bar() as bar:
+            yield _SilentProgress()
+        elif is_interactive(sys.stderr):
+            with _make_bar() as bar:
                 self._bar = bar
                 try:
-                    yield _Moving(bar, description, total, unit)
+                    yield _BarProgress(bar, description, total, unit)
                 finally:
                     self._bar = None
         else:
-            lines = _Lines(self._stderr, description, total, unit)
-            with _reminding(lines.due):  # even where nothing is counted for long
+            lines = _LineProgress(self._stderr, description, total, unit)
+            with _call_periodically(lines.write_if_due):  # also while nothing is counted for long
                 yield lines
-            if lines.pace.done > max(lines.told, lines.pace.skipped):
-                lines.say()
+            if lines.rate.done > max(lines.written_count, lines.rate.skipped):
+                lines.write_line()
 
     @contextmanager
     def waiting(self, label: str, text: str) -> Iterator[None]:
-        """Where nothing can be counted: say what takes so long, after two seconds and then every half minute."""
-        started, due = time.monotonic(), time.monotonic() + SECONDS_OF_PATIENCE
+        """While something that cannot be counted runs, say what it is: after 2 seconds, then every 30 seconds."""
+        started, due = time.monotonic(), time.monotonic() + SECONDS_BEFORE_WAITING_LINE
 
         def remind() -> float:
             nonlocal due
@@ -106,7 +106,7 @@ class Reporter:
                 due = time.monotonic() + SECONDS_BETWEEN_LINES
             return due
 
-        with _reminding(remind):
+        with _call_periodically(remind):
             yield
 
     def _stderr(self, text: str) -> None:
@@ -117,26 +117,24 @@ class Reporter:
 
 
 class _Stderr:
-    """stderr, where nobody need listen: a pipe without a reader, a terminal that was closed and a log on a full disk
-    are no reasons to stop working.
-    """
+    """stderr that ignores failures: a closed pipe or terminal, or a log on a full disk, must not stop the work."""
 
     @property
     def stream(self) -> Any:
-        """The stream itself: while a bar moves, Rich puts one of its own in place of it."""
+        """The real stream: while a progress bar is shown, Rich replaces sys.stderr."""
         return getattr(sys.stderr, "rich_proxied_file", sys.stderr)
 
     @property
     def encoding(self) -> str:
-        """What the stream can show."""
+        """Encoding of the stream."""
         return str(self.stream.encoding)
 
     def isatty(self) -> bool:
-        """Whether it is a terminal."""
+        """Return whether the stream is a terminal."""
         return bool(self.stream.isatty())
 
     def write(self, text: str) -> None:
-        """Write; where that fails, what comes later is thrown away, or the end of the program would fail over it."""
+        """Write; after a failure, discard all later output, or the flush at exit would fail again."""
         try:
             self.stream.write(text)
             self.stream.flush()
@@ -145,19 +143,19 @@ class _Stderr:
                 os.dup2(nowhere.fileno(), self.stream.fileno())
 
     def flush(self) -> None:
-        """Nothing waits."""
+        """Do nothing: `write` flushes."""
 
 
 STDERR = _Stderr()
 
 
 @contextmanager
-def _reminding(due: Callable[[], float]) -> Iterator[None]:
-    """While inside: call `due` now and whenever the moment comes that it returned (`time.monotonic`)."""
+def _call_periodically(function: Callable[[], float]) -> Iterator[None]:
+    """Call `function` in a thread, now and at each time it returns (`time.monotonic`), until the block ends."""
     done = threading.Event()
 
     def remind() -> None:
-        while not done.wait(max(0.0, due() - time.monotonic())):
+        while not done.wait(max(0.0, function() - time.monotonic())):
             pass
 
     thread = threading.Thread(target=remind, daemon=True)
@@ -169,37 +167,37 @@ def _reminding(due: Callable[[], float]) -> Iterator[None]:
         thread.join()
 
 
-def moving(stream: Any) -> bool:
-    """Whether a line may be drawn over again: a capable terminal, and no setting against it."""
+def is_interactive(stream: Any) -> bool:
+    """Return whether a line can be redrawn: a capable terminal, and no setting against it."""
     calm = os.environ.get("TERM") == "dumb" or os.environ.get("TTY_INTERACTIVE") == "0" or "CI" in os.environ
     return bool(stream.isatty()) and not calm
 
 
-def visible(text: str) -> str:
-    """Names of files can hold anything; a line of ours stays one line and moves no cursor."""
+def make_printable(text: str) -> str:
+    """Escape what is not printable, such as line breaks and terminal codes in file names."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
 
 
-def _plain(value: Any) -> Any:
-    """JSON has no NaN: null instead."""
+def _to_json_value(value: Any) -> Any:
+    """Return the value for JSON, with None for NaN and infinity, which JSON lacks."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {key: _plain(v) for key, v in value.items()}
+        return {key: _to_json_value(v) for key, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [_to_json_value(v) for v in value]
     return value
 
 
-class _Silent:
+class _SilentProgress:
     def advance(self, n: int, note: str = "") -> None:
-        """Say nothing."""
+        """Do nothing."""
 
     def skip(self, n: int) -> None:
-        """Say nothing."""
+        """Do nothing."""
 
 
-def _bar() -> Any:
+def _make_bar() -> Any:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn
 
@@ -207,72 +205,72 @@ def _bar() -> Any:
     return Progress(*columns, console=Console(file=cast("IO[str]", STDERR), highlight=False), transient=True)
 
 
-class _Pace:
-    """A count against the clock."""
+class _Rate:
+    """A count and the time since it started."""
 
     def __init__(self, total: int | None, unit: str) -> None:
         self.total, self.unit, self.done, self.skipped, self.started = total, unit, 0, 0, time.monotonic()
 
-    def told(self) -> str:
-        """Images a second and the time that is left."""
+    def format_rate(self) -> str:
+        """Return units per second and the time left."""
         rate = (self.done - self.skipped) / max(1e-9, time.monotonic() - self.started)
         left = (self.total - self.done) / rate if self.total is not None and rate else 0
         pace = format(rate, ",.0f" if rate >= 10 else ".2g")
         return f"{pace} {self.unit}/s" + (f"  eta {duration(left)}" if left > 0 else "")
 
 
-class _Moving:
-    """Rich's bar, with a note and the pace beside it."""
+class _BarProgress:
+    """Rich's bar, with a note and the rate next to it."""
 
     def __init__(self, bar: Any, description: str, total: int | None, unit: str) -> None:
-        self.bar, self.pace = bar, _Pace(total, unit)
+        self.bar, self.rate = bar, _Rate(total, unit)
         self.task = bar.add_task(description, total=total, note="")
 
     def advance(self, n: int, note: str = "") -> None:
         """Move the bar."""
-        self.pace.done += n
-        self.bar.update(self.task, advance=n, note=f"{note}{'  ' if note else ''}{self.pace.told()}")
+        self.rate.done += n
+        self.bar.update(self.task, advance=n, note=f"{note}{'  ' if note else ''}{self.rate.format_rate()}")
 
     def skip(self, n: int) -> None:
-        """Move the bar without a word."""
-        self.pace.done, self.pace.skipped = self.pace.done + n, self.pace.skipped + n
+        """Move the bar without a note."""
+        self.rate.done, self.rate.skipped = self.rate.done + n, self.rate.skipped + n
         self.bar.update(self.task, advance=n)
 
 
-class _Lines:
-    """A plain line now and then."""
+class _LineProgress:
+    """A plain line every 30 seconds."""
 
     def __init__(self, write: Any, description: str, total: int | None, unit: str) -> None:
-        self.write, self.description, self.pace, self.note = write, description, _Pace(total, unit), ""
-        self.said, self.told = self.pace.started, 0  # when, and how many
-        self.saying = threading.Lock()
+        self.write, self.description, self.rate, self.note = write, description, _Rate(total, unit), ""
+        self.written_at, self.written_count = self.rate.started, 0  # of the last line
+        self.lock = threading.Lock()
 
-    def due(self) -> float:
-        """Say how far it is if the last line is half a minute old. Returns when the next is due."""
+    def write_if_due(self) -> float:
+        """Write a line if the last is 30 seconds old, and return when the next is due."""
         self.advance(0)
-        return self.said + SECONDS_BETWEEN_LINES
+        return self.written_at + SECONDS_BETWEEN_LINES
 
     def advance(self, n: int, note: str = "") -> None:
-        """Count, and say so if the last line is half a minute old."""
-        with self.saying:
-            self.pace.done, self.note = self.pace.done + n, note or self.note
-            if time.monotonic() - self.said >= SECONDS_BETWEEN_LINES:
-                self.say()
+        """Count, and write a line if the last is 30 seconds old."""
+        with self.lock:
+            self.rate.done, self.note = self.rate.done + n, note or self.note
+            if time.monotonic() - self.written_at >= SECONDS_BETWEEN_LINES:
+                self.write_line()
 
     def skip(self, n: int) -> None:
-        """Count without a word."""
-        self.pace.done, self.pace.skipped = self.pace.done + n, self.pace.skipped + n
+        """Count without writing."""
+        self.rate.done, self.rate.skipped = self.rate.done + n, self.rate.skipped + n
 
-    def say(self) -> None:
+    def write_line(self) -> None:
         """Write the line."""
-        self.said, self.told = time.monotonic(), self.pace.done
-        pace, note = self.pace, f"{self.note}  " if self.note else ""
-        count = f"{pace.done:,}" if pace.total is None else f"{pace.done:,}/{pace.total:,}"
-        self.write(f"{self.description:<7} {count} {pace.unit}  {note}{pace.told()}")
+        self.written_at, self.written_count = time.monotonic(), self.rate.done
+        rate, note = self.rate, f"{self.note}  " if self.note else ""
+        count = f"{rate.done:,}" if rate.total is None else f"{rate.done:,}/{rate.total:,}"
+        self.write(f"{self.description:<7} {count} {rate.unit}  {note}{rate.format_rate()}")
 
 
 def duration(seconds: float) -> str:
-    """Such as 45s, 3m20s, 5h12m, 6d3h."""
+    """Format a duration, such as 45s, 3m20s, 5h12m, 6d3h."""
     whole = round(seconds)
     for size, name, smaller, small in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
         if whole >= size:

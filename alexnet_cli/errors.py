@@ -4,9 +4,9 @@
     ├── UsageError          2  an argument or option cannot be used
     │   └── RecipeError     2  a recipe value is unknown or out of range
     ├── DataError           3  data missing or invalid
-    │   └── WeightsError    3  a model or checkpoint file is missing, damaged or foreign
+    │   └── WeightsError    3  a model or checkpoint file is missing, corrupt or unsupported
     ├── MissingError        4  the environment lacks something: a GPU, an optional package
-    │   └── LostError       4  another process of the same training does not answer
+    │   └── LostError       4  another process of the same training does not respond
     ├── PartialError        5  finished, but some items failed
     ├── VerificationError   6  a result did not pass its own check
     ├── StorageError        7  the disk is full or read-only; the last good checkpoint is intact
@@ -18,8 +18,8 @@ A message is two lines: what and where, then what to do. The shell prints them; 
 import errno
 
 STORAGE_ERRORS = {errno.ENOSPC, errno.EROFS, errno.EDQUOT}
-# PyTorch on a GPU and on a CPU, cuDNN, ONNX Runtime; none of them has an exception of its own that all share.
-NO_MEMORY = (
+# Of PyTorch on a GPU and on a CPU, cuDNN and ONNX Runtime, which share no exception class.
+OUT_OF_MEMORY_SIGNS = (
     "OutOfMemoryError",
     "out of memory",
     "can't allocate memory",
@@ -57,7 +57,7 @@ class DataError(AlexNetError):
 
 
 class WeightsError(DataError):
-    """A model or checkpoint file is missing, damaged or foreign."""
+    """A model or checkpoint file is missing, corrupt or unsupported."""
 
 
 class MissingError(AlexNetError):
@@ -67,7 +67,7 @@ class MissingError(AlexNetError):
 
 
 class LostError(MissingError):
-    """Another process of the same training does not answer any more; what happened to it, it says itself."""
+    """Another process of the same training does not respond. That process reports its own error."""
 
 
 class PartialError(AlexNetError):
@@ -97,18 +97,20 @@ class Stopped(AlexNetError):
 
 
 class Terminated(BaseException):
-    """SIGTERM has come: as after Ctrl-C, everything is unwound, and nothing stays behind."""
+    """SIGTERM was received. It unwinds the stack as Ctrl-C does, so that everything is cleaned up."""
 
     exit_code = 143
 
 
-def memory_ended(error: BaseException) -> bool:
-    """Whether an error of anybody's says that there was too little memory."""
-    return isinstance(error, MemoryError) or any(sign in f"{type(error).__name__} {error}" for sign in NO_MEMORY)
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error of any library means that memory ran out, on the CPU or a GPU."""
+    return isinstance(error, MemoryError) or any(
+        sign in f"{type(error).__name__} {error}" for sign in OUT_OF_MEMORY_SIGNS
+    )
 
 
-def told(error: BaseException) -> tuple[str, str, int]:
-    """What to say of an error, of ours or of anybody's, what to do about it, and the exit code."""
+def format_error(error: BaseException) -> tuple[str, str, int]:
+    """Return message, hint and exit code of any error."""
     if isinstance(error, AlexNetError):
         return error.what, error.hint, error.exit_code
     if isinstance(error, OSError):
@@ -120,7 +122,8 @@ def told(error: BaseException) -> tuple[str, str, int]:
         if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError):
             return what, "check the path and its permissions", 3
         return what, "check the path and its permissions", 1
-    if memory_ended(error):
-        what = f"the memory does not suffice: {str(error).partition(chr(10))[0] or 'it is all taken'}"
-        return what, "a smaller batch (-b) takes less; so do --micro-batch and --cache none in training", 4
-    return f"internal error: {type(error).__name__}: {error}", "a bug; alexnet --debug COMMAND shows where", 1
+    if is_out_of_memory(error):
+        detail = str(error).partition("\n")[0]
+        hint = "use a smaller batch (-b); when training, --micro-batch and --cache none need less memory too"
+        return f"out of memory{f': {detail}' if detail else ''}", hint, 4
+    return f"internal error: {type(error).__name__}: {error}", "this is a bug; alexnet --debug COMMAND shows where", 1

@@ -1,56 +1,122 @@
-"""Options that several commands share, each said once."""
+"""Options that several commands share, and the completion of their values in the shell."""
 
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 import typer
 
-JsonFlag = Annotated[bool, typer.Option("--json", help="Machine-readable result on stdout.", show_default=False)]
+Parallel = Literal["auto", "tower", "data", "hybrid"]
+Precision = Literal["fp32", "tf32", "bf16"]
+
+
+def complete_weights(incomplete: str) -> list[str]:
+    """Return the runs for -w, or else the paths, that start with what was typed. Any failure means no completions."""
+    try:
+        from alexnet_cli.core.runs import runs_root
+
+        return _match((path.parent.name for path in runs_root().glob("*/run.json")), incomplete)
+    except Exception:  # an error message would end up in the command line that the user is typing
+        return []
+
+
+def complete_data(incomplete: str) -> list[str]:
+    """Return the prepared data sets for --data, or else the paths, that start with what was typed."""
+    try:
+        from alexnet_cli.core.shards import names
+
+        return _match(names(), incomplete)
+    except Exception:
+        return []
+
+
+def complete_recipe(incomplete: str) -> list[str]:
+    """Return the named recipes, or else the paths, that start with what was typed."""
+    from alexnet_cli.recipe import RECIPES
+
+    return _match(RECIPES, incomplete)
+
+
+def complete_setting(incomplete: str) -> list[tuple[str, str]]:
+    """Return `key=` and its meaning for every recipe key that starts with what was typed after --set."""
+    from alexnet_cli.recipe import FIELDS, describe_setting
+
+    return [(f"{key}=", describe_setting(key)[0]) for key in FIELDS if key.startswith(incomplete)]
+
+
+def _match(names: Iterable[str], incomplete: str) -> list[str]:
+    matching = sorted(name for name in names if name.startswith(incomplete))
+    return matching or sorted(path + os.sep * os.path.isdir(path) for path in glob.glob(f"{glob.escape(incomplete)}*"))
+
+
+def _check_views(views: int) -> int:
+    if views not in (1, 10):
+        raise typer.BadParameter("use 1 (centre view) or 10 (the paper's ten views)")
+    return views
+
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Write the result to stdout as JSON.", show_default=False)]
 QuietFlag = Annotated[
-    bool, typer.Option("--quiet", "-q", help="Nothing on stderr but warnings and errors.", show_default=False)
+    bool, typer.Option("--quiet", "-q", help="Write only warnings and errors to stderr.", show_default=False)
 ]
 WeightsOption = Annotated[
     str | None,
     typer.Option(
-        "--weights", "-w", metavar="W", help="A run, a checkpoint folder or a model file. [default: the newest run]"
+        "--weights",
+        "-w",
+        metavar="W",
+        help="Run, checkpoint folder or model file. [default: newest run]",
+        autocompletion=complete_weights,
     ),
 ]
-_PREPARED = "A prepared data set: its folder, or its name under prepared/."
+_PREPARED = "Prepared data set: a folder, or a name under prepared/."
 DataOption = Annotated[
-    str | None, typer.Option("--data", metavar="D", help=f"{_PREPARED} [default: the only one, or the newest]")
+    str | None,
+    typer.Option(
+        "--data",
+        metavar="D",
+        help=f"{_PREPARED} [default: the only one, else the newest]",
+        autocompletion=complete_data,
+    ),
 ]
 OwnDataOption = Annotated[  # of commands that take weights
     str | None,
     typer.Option(
         "--data",
         metavar="D",
-        help=f"{_PREPARED} [default: the one that the weights were trained on; else the only one, or the newest]",
+        help=f"{_PREPARED} [default: the one the weights were trained on, else the only one, else the newest]",
+        autocompletion=complete_data,
     ),
 ]
-BatchOption = Annotated[int | None, typer.Option("--batch-size", "-b", min=1, help="Images at a time.")]
+SettingsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change one value of the recipe; `alexnet train --print-config` lists them. Repeatable.",
+        autocompletion=complete_setting,
+    ),
+]
+BatchOption = Annotated[int | None, typer.Option("--batch-size", "-b", min=1, help="Images per batch.")]
 GpusOption = Annotated[
-    str | None, typer.Option("--gpus", metavar="IDS", help="0, all or none. [default: the first GPU, if there is one]")
+    str | None, typer.Option("--gpus", metavar="IDS", help="0, all or none. [default: first GPU, else CPU]")
 ]
 DevicesOption = Annotated[
     str | None,
     typer.Option(
         "--gpus",
         metavar="IDS",
-        help="0; or 0,1 for a tower each; 0,1,2,3 for two pairs; all; none. [default: the first GPU, if there is one]",
+        help="0 (both towers on it), 0,1 (a tower each), 0,1,2,3 (two pairs), all, or none. "
+        "[default: first GPU, else CPU]",
     ),
 ]
 JobsOption = Annotated[
-    int | None, typer.Option("--jobs", "-j", min=1, help="Threads that decode pictures. [default: one per core]")
+    int | None, typer.Option("--jobs", "-j", min=1, help="Threads that decode images. [default: one per core]")
 ]
-
-
-def _one_or_ten(views: int) -> int:
-    if views not in (1, 10):
-        raise typer.BadParameter("there are 1, the centre, and 10, the paper's")
-    return views
-
-
 ViewsOption = Annotated[
-    int, typer.Option("--views", callback=_one_or_ten, help="1: the centre; 10: corners, centre and their mirrors.")
+    int,
+    typer.Option("--views", callback=_check_views, help="1 (centre) or 10 (corners, centre and their mirror images)."),
 ]
-Parallel = Literal["auto", "tower", "data", "hybrid"]
-Precision = Literal["fp32", "tf32", "bf16"]

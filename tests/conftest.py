@@ -16,9 +16,9 @@ from documents import fields_of_json
 from PIL import Image
 
 from alexnet_cli.console import Reporter
-from alexnet_cli.core.packing import pack
 from alexnet_cli.core.plan import Plan
-from alexnet_cli.core.sources import recognise
+from alexnet_cli.core.prepare import pack
+from alexnet_cli.core.sources import recognize
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -115,6 +115,6 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def prepared(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same, prepared."""
     output = tmp_path_factory.mktemp("prepared") / "colours"
-    for _ in pack(Plan(recognise(pictures), output, 95), workers=2):
+    for _ in pack(Plan(recognize(pictures), output, 95), workers=2):
         pass
     return output

@@ -1,4 +1,4 @@
-"""Weights files of other programs, written byte by byte, and what those programs compute with them, literally.
+"""Weights files of other programs, Caffe's byte by byte, and what those programs compute with them, literally.
 
 Nothing here uses the code under test: tensors are in the layout of the file, pictures in the channels of the program.
 """
@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
+from onnx import helper, numpy_helper
 from test_onnx_graph import convolved, pooled
 
 Maps = npt.NDArray[np.float64]
@@ -67,20 +69,18 @@ def single(number: int, value: float) -> bytes:
     return varint(number << 3 | 5) + struct.pack("<f", value)
 
 
-def floats(number: int, values: Floats, packed: bool = True) -> bytes:
-    if packed:
-        return inside(number, values.astype("<f4").tobytes())
-    return b"".join(single(number, float(value)) for value in values.ravel())
+def floats(number: int, values: Floats) -> bytes:
+    return inside(number, values.astype("<f4").tobytes())
 
 
-def blob(value: Floats, *, legacy: bool, packed: bool = True) -> bytes:
+def blob(value: Floats, *, legacy: bool) -> bytes:
     """BlobProto, with num, channels, height, width as Caffe wrote until 2014, or with a shape; and gradients."""
     if legacy:
         four = (1,) * (4 - value.ndim) + value.shape
         shape = b"".join(integer(i + 1, n) for i, n in enumerate(four))
     else:
         shape = inside(7, inside(1, b"".join(map(varint, value.shape))))
-    return shape + floats(5, value, packed) + floats(6, np.zeros(2, np.float32)) + inside(99, b"unknown")
+    return shape + floats(5, value) + floats(6, np.zeros(2, np.float32)) + inside(99, b"unknown")
 
 
 STAGES = {
@@ -91,10 +91,6 @@ V1_TYPES = {"conv": 4, "fc": 14, "relu": 18, "norm": 15, "pool": 17, "data": 5, 
 V2_TYPES = {
     "conv": "Convolution", "fc": "InnerProduct", "relu": "ReLU", "norm": "LRN", "pool": "Pooling",
     "data": "Data", "dropout": "Dropout", "loss": "SoftmaxWithLoss",
-}  # fmt: skip
-V0_TYPES = {
-    "conv": "conv", "fc": "innerproduct", "relu": "relu", "norm": "lrn", "pool": "pool",
-    "data": "data", "dropout": "dropout", "loss": "softmax_loss",
 }  # fmt: skip
 
 
@@ -121,7 +117,6 @@ def caffemodel(
     version: int = 2,
     order: str = "relu-norm-pool",
     *,
-    packed: bool = True,
     bare: bool = False,
     name: str = "AlexNet",
     k: float | None = None,
@@ -131,17 +126,14 @@ def caffemodel(
     for kind, layer in caffe_sequence(order):
         if bare and kind not in ("conv", "fc"):
             continue
-        blobs = [blob(value, legacy=version < 2, packed=packed) for value in weights.get(layer, ())]
+        blobs = [blob(value, legacy=version < 2) for value in weights.get(layer, ())]
         settings = b"" if bare else _settings(kind, layer, version, k)
         if version == 2:
             body = inside(1, layer) + inside(2, V2_TYPES[kind]) + inside(3, "below")
             out += inside(100, body + b"".join(inside(7, b) for b in blobs) + settings)
-        elif version == 1:
+        else:
             body = inside(2, "below") + inside(4, layer) + integer(5, V1_TYPES[kind]) + single(7, 1) + single(7, 2)
             out += inside(2, body + b"".join(inside(6, b) for b in blobs) + settings)
-        else:
-            body = inside(1, layer) + inside(2, V0_TYPES[kind]) + b"".join(inside(50, b) for b in blobs) + settings
-            out += inside(2, inside(2, "below") + inside(1, body))
     return out
 
 
@@ -149,21 +141,19 @@ def _settings(kind: str, layer: str, version: int, k: float | None) -> bytes:
     """Settings as bvlc_alexnet has them; `k` is given only where it is not Caffe's default of 1."""
     if kind == "conv":
         pad, stride, group, kernel = PADS.get(layer, 0), STRIDES.get(layer, 1), GROUPS[layer], SHAPES[layer][-1]
-        numbers = (7, 8, 9, 10) if version == 0 else (3, 4, 5, 6)
-        values = zip(numbers, (pad, kernel, group, stride), strict=True)
-        content = b"".join(integer(n, value) for n, value in values if value not in (0, None))
+        values = zip((3, 4, 5, 6), (pad, kernel, group, stride), strict=True)
+        content = b"".join(integer(n, value) for n, value in values if value)
     elif kind == "norm":
-        size, alpha, beta, constant = (13, 14, 15, 22) if version == 0 else (1, 2, 3, 5)
-        content = integer(size, 5) + single(alpha, 1e-4) + single(beta, 0.75)
-        content += b"" if k is None else single(constant, k)
+        content = integer(1, 5) + single(2, 1e-4) + single(3, 0.75)
+        content += b"" if k is None else single(5, k)
     elif kind == "pool":
-        content = integer(8, 3) + integer(10, 2) if version == 0 else integer(1, 0) + integer(2, 3) + integer(3, 2)
-    elif kind == "data" and version > 0:
+        content = integer(1, 0) + integer(2, 3) + integer(3, 2)
+    elif kind == "data":
         content = integer(2, 1) + integer(3, 227)
     else:
         return b""
     number = {"conv": (10, 106), "norm": (18, 118), "pool": (19, 121), "data": (36, 100)}[kind]
-    return content if version == 0 else inside(number[version - 1], content)
+    return inside(number[version - 1], content)
 
 
 # What Caffe computes
@@ -209,42 +199,13 @@ def connected(weights: Tensors, v: Maps, keep: float) -> Maps:
 # ONNX
 
 
-def attribute(name: str, value: int | float | Sequence[int]) -> bytes:
-    content = inside(1, name)
-    if isinstance(value, int):
-        content += integer(3, value) + integer(20, 2)
-    elif isinstance(value, float):
-        content += single(2, value) + integer(20, 1)
-    else:
-        content += b"".join(integer(8, n) for n in value) + integer(20, 7)
-    return inside(5, content)
-
-
-def node(operator: str, inputs: Sequence[str], output: str, **attributes: int | float | Sequence[int]) -> bytes:
-    content = b"".join(inside(1, i) for i in inputs) + inside(2, output) + inside(4, operator)
-    return inside(1, content + b"".join(attribute(name, value) for name, value in attributes.items()))
-
-
-def onnx_tensor(name: str, value: npt.NDArray[Any], raw: bool = True) -> bytes:
-    dims = b"".join(integer(1, n) for n in value.shape)
-    kind = {"float32": 1, "int64": 7}[value.dtype.name]
-    return dims + integer(2, kind) + inside(8, name) + (inside(9, value.tobytes()) if raw else floats(4, value))
-
-
-def onnx_value(name: str, shape: Sequence[int]) -> bytes:
-    dims = b"".join(inside(1, integer(1, n)) for n in shape)
-    return inside(1, name) + inside(2, inside(1, integer(1, 1) + inside(2, dims)))
-
-
 def onnx_model(weights: Tensors, *, side: int = 224, raw: bool = True, trans: bool = True) -> bytes:
     """The model zoo's bvlcalexnet: names as Caffe2 gave them, unpadded 224 pixels, pooling padded at the end."""
-    graph, last = b"", "data_0"
+    nodes: list[onnx.NodeProto] = []
 
-    def add(operator: str, extra: Sequence[str] = (), **attributes: int | float | Sequence[int]) -> None:
-        nonlocal graph, last
-        output = f"{operator}_{len(graph)}"
-        graph += node(operator, [last, *extra], output, **attributes)
-        last = output
+    def add(operator: str, extra: Sequence[str] = (), **attributes: Any) -> None:
+        last = nodes[-1].output[0] if nodes else "data_0"
+        nodes.append(helper.make_node(operator, [last, *extra], [f"{operator}_{len(nodes)}"], **attributes))
 
     for layer in SHAPES:
         names = [f"{layer}_w_0", f"{layer}_b_0"]
@@ -264,69 +225,17 @@ def onnx_model(weights: Tensors, *, side: int = 224, raw: bool = True, trans: bo
             end = 1 if side == 224 else 0
             add("MaxPool", kernel_shape=[3, 3], pads=[0, 0, end, end], strides=[2, 2])
     add("Softmax", axis=1)
-    values = onnx_tensor("shape", np.array([-1, 576], np.int64))
-    content = inside(5, values)
+    values = [numpy_helper.from_array(np.array([-1, 576]), "shape")]
     for layer, (weight, bias) in weights.items():
         weight = weight if trans or weight.ndim == 4 else np.ascontiguousarray(weight.T)
-        content += inside(5, onnx_tensor(f"{layer}_w_0", weight, raw)) + inside(
-            5, onnx_tensor(f"{layer}_b_0", bias, raw)
-        )
-    content += inside(11, onnx_value("data_0", (1, 3, side, side))) + inside(12, onnx_value(last, (1, 10)))
-    return (
-        integer(1, 8)
-        + inside(7, graph + inside(2, "bvlc_alexnet") + content)
-        + inside(8, inside(1, "") + integer(2, 12))
-    )
-
-
-# Pickles of Python 2
-
-
-class Old:
-    """An instance of a class of old, such as cuda-convnet's options: module, name, attributes."""
-
-    def __init__(self, module: str, name: str, state: dict[str, Any]) -> None:
-        self.module, self.name, self.state = module, name, state
-
-
-def pickled(value: Any) -> bytes:
-    """As cPickle of Python 2 wrote it with protocol 2: strings are bytes, arrays reconstructed by NumPy."""
-    memo: dict[int, int] = {}
-    return b"\x80\x02" + _pickled(value, memo) + b"."
-
-
-def _pickled(value: Any, memo: dict[int, int]) -> bytes:
-    if value is None or isinstance(value, bool):
-        return {None: b"N", True: b"\x88", False: b"\x89"}[value]
-    if isinstance(value, int):
-        return b"K" + bytes([value]) if 0 <= value < 256 else b"J" + struct.pack("<i", value)
-    if isinstance(value, float):
-        return b"G" + struct.pack(">d", value)
-    if isinstance(value, str | bytes):
-        raw = value.encode("latin-1") if isinstance(value, str) else value
-        return (b"U" + bytes([len(raw)]) if len(raw) < 256 else b"T" + struct.pack("<i", len(raw))) + raw
-    if isinstance(value, tuple):
-        return b"(" + b"".join(_pickled(v, memo) for v in value) + b"t"
-    if isinstance(value, list):
-        return b"](" + b"".join(_pickled(v, memo) for v in value) + b"e"
-    if isinstance(value, Old):
-        return b"(i" + f"{value.module}\n{value.name}\n".encode() + _pickled(value.state, memo) + b"b"
-    if isinstance(value, dict):
-        if id(value) in memo:
-            return b"j" + struct.pack("<I", memo[id(value)])
-        memo[id(value)] = len(memo)
-        put = b"r" + struct.pack("<I", memo[id(value)])
-        return b"}" + put + b"(" + b"".join(_pickled(k, memo) + _pickled(v, memo) for k, v in value.items()) + b"u"
-    assert isinstance(value, np.ndarray)
-    return array_pickled(value.shape, value.dtype.str, value.tobytes("A"), value.flags.f_contiguous and value.ndim > 1)
-
-
-def array_pickled(shape: tuple[int, ...], dtype: str, raw: bytes, fortran: bool = False) -> bytes:
-    """A NumPy array as Python 2 pickled it, whether or not its parts agree."""
-    none: dict[int, int] = {}
-    made = (
-        b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n" + _pickled((0,), none) + _pickled("b", none) + b"tR"
-    )
-    kind = b"cnumpy\ndtype\n" + _pickled((dtype[1:], 0, 1), none) + b"R"
-    kind += _pickled((3, dtype[0], None, None, None, -1, -1, 0), none) + b"b"
-    return made + b"(K\x01" + _pickled(shape, none) + kind + _pickled(fortran, none) + _pickled(raw, none) + b"tb"
+        for name, value in ((f"{layer}_w_0", weight), (f"{layer}_b_0", bias)):
+            numbers = value.tobytes() if raw else value.ravel()
+            values.append(helper.make_tensor(name, onnx.TensorProto.FLOAT, value.shape, numbers, raw))
+    ends = [
+        helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
+        for name, shape in (("data_0", (1, 3, side, side)), (nodes[-1].output[0], (1, 10)))
+    ]
+    graph = helper.make_graph(nodes, "bvlc_alexnet", ends[:1], ends[1:], values)
+    model = helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 12)])
+    onnx.checker.check_model(model, full_check=True)
+    return bytes(model.SerializeToString())

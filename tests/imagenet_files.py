@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from mat_files import mat_file
 from PIL import Image
+from scipy.io import savemat
 
-from alexnet_cli.core.sources import ClassName
+from alexnet_cli.core.classes import ClassName
 
 DEVKIT = "ILSVRC2012_devkit_t12"
 # Sorted wnids, the words of each, and an ILSVRC2012_ID that follows another order.
@@ -94,13 +94,14 @@ def class_archives(root: Path, train: Mapping[str, bytes]) -> list[Path]:
 
 def devkit(root: Path, packed: bool = True, truth: tuple[str, ...] = VAL) -> Path:
     """meta.mat with a group of classes too, and the ground truth by ILSVRC2012_ID."""
-    rows = [(identity, wnid, words, 0) for wnid, (words, identity) in CLASSES.items()]
-    rows = [*sorted(rows), (1001, "n00001740", "entity", 4)]
+    rows = [(float(identity), wnid, words, 0.0) for wnid, (words, identity) in CLASSES.items()]
+    rows = [*sorted(rows), (1001.0, "n00001740", "entity", 4.0)]
     keys = ("ILSVRC2012_ID", "WNID", "words", "num_children")
-    entries: list[dict[str, str | float]] = [dict(zip(keys, row, strict=True)) for row in rows]
+    meta = io.BytesIO()
+    savemat(meta, {"synsets": np.array(rows, [(key, object) for key in keys])[:, None]}, do_compression=True)
     files = {
         f"{DEVKIT}/readme.txt": b"Read me.",
-        f"{DEVKIT}/data/meta.mat": mat_file("synsets", entries, compressed=True),
+        f"{DEVKIT}/data/meta.mat": meta.getvalue(),
         f"{DEVKIT}/data/ILSVRC2012_validation_ground_truth.txt": "".join(f"{CLASSES[w][1]}\n" for w in truth).encode(),
     }
     if packed:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from alexnet_cli.core import learning, response_norm, response_norm_gpu, update_gpu
+from alexnet_cli.core import learning, response_norm, triton_kernels
 
 K, ALPHA = 2.0, 5e-4
 LAST, FIRST = torch.channels_last, torch.contiguous_format
@@ -56,7 +56,7 @@ def check(case: Case, device: str) -> None:
     x = (x * 60).contiguous(memory_format=case.layout).to(device)
     arguments = (case.size, K, ALPHA, case.beta, case.towers, case.relu)
     quick, slow = x.clone().requires_grad_(), x.cpu().float().clone().requires_grad_()
-    out, expected = response_norm_gpu.fused(quick, *arguments), response_norm.plain(slow, *arguments)
+    out, expected = triton_kernels.fused_response_norm(quick, *arguments), response_norm.plain(slow, *arguments)
     out.backward(grad.to(device))  # contiguous, whatever the layout of x
     expected.backward(grad.float())
     assert quick.grad is not None
@@ -71,7 +71,7 @@ def check_layouts(device: str) -> None:
     whole = torch.randn(2, 10, 6, 8, generator=torch.Generator().manual_seed(2)).to(device) * 60
     for x in (whole[:, 2:8, 1:4, ::2], whole.transpose(2, 3), whole.permute(1, 0, 3, 2)):
         quick, slow = (v.detach().requires_grad_() for v in (x, x.cpu()))
-        response_norm_gpu.fused(quick, 5, K, ALPHA, 0.75, 2).sum().backward()
+        triton_kernels.fused_response_norm(quick, 5, K, ALPHA, 0.75, 2).sum().backward()
         response_norm.plain(slow, 5, K, ALPHA, 0.75, 2).sum().backward()
         assert quick.grad is not None
         close(quick.grad, slow.grad)
@@ -81,7 +81,7 @@ def check_not_a_number(device: str) -> None:
     """NaN is not rectified away, and stays inside its window."""
     x = torch.ones(1, 12, 1, 1, device=device)
     x[0, 5] = torch.nan
-    out = response_norm_gpu.fused(x, 5, K, ALPHA, 0.75, 1, True).flatten()
+    out = triton_kernels.fused_response_norm(x, 5, K, ALPHA, 0.75, 1, True).flatten()
     assert out.isnan().nonzero().flatten().tolist() == [3, 4, 5, 6, 7]
 
 
@@ -90,11 +90,13 @@ def check_operator(device: str) -> None:
     x = torch.randn(2, 8, 3, 5, device=device).contiguous(memory_format=LAST).requires_grad_()
     torch.library.opcheck(torch.ops.alexnet.response_norm.default, (x, 5, K, ALPHA, 0.75, 2, True))
     compiled = torch.compile(
-        lambda v: response_norm_gpu.fused(v * 2, 5, K, ALPHA, 0.75, 2, True) + 1, backend="aot_eager", fullgraph=True
+        lambda v: triton_kernels.fused_response_norm(v * 2, 5, K, ALPHA, 0.75, 2, True) + 1,
+        backend="aot_eager",
+        fullgraph=True,
     )
     compiled(x).sum().backward()
     again = x.detach().clone().requires_grad_()
-    (response_norm_gpu.fused(again * 2, 5, K, ALPHA, 0.75, 2, True) + 1).sum().backward()
+    (triton_kernels.fused_response_norm(again * 2, 5, K, ALPHA, 0.75, 2, True) + 1).sum().backward()
     torch.testing.assert_close(x.grad, again.grad)
 
 
@@ -109,7 +111,7 @@ def check_update(device: str) -> None:
     expected = [torch.zeros_like(w) for w in plain]
     for rate, decay in ((0.01, 5e-4), (0.01, 0.0), (0.001, 5e-4)):
         gradients = [torch.randn(shape, generator=generator) for shape in shapes]
-        update_gpu.fused(ours, velocity, [g.to(device) for g in gradients], 0.9, rate, decay)
+        triton_kernels.fused_update(ours, velocity, [g.to(device) for g in gradients], 0.9, rate, decay)
         learning.update(plain, expected, gradients, 0.9, rate, decay)
         for found, right in zip((*ours, *velocity), (*plain, *expected), strict=True):
             torch.testing.assert_close(found.cpu(), right, rtol=1e-6, atol=1e-7)

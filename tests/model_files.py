@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from alexnet_cli.core.sources import ClassName
+from alexnet_cli.core.classes import ClassName
 from alexnet_cli.core.weights import Model, metadata
 from alexnet_cli.recipe import Recipe
 

@@ -15,11 +15,11 @@ import torch
 from torch._C._distributed_c10d import TCPStore
 
 from alexnet_cli.core.augment import Draws
-from alexnet_cli.core.launch import variables
+from alexnet_cli.core.launch import rank_variables
 from alexnet_cli.core.loader import Loader, epoch_order, training_batches
 from alexnet_cli.core.network import parameters_by_name
-from alexnet_cli.core.placement import backend, place_among
-from alexnet_cli.core.ranks import Parallel, arranged, meeting, numbers
+from alexnet_cli.core.placement import backend, place_ranks
+from alexnet_cli.core.process_group import Parallel, arrange_mesh, join_process_group, read_rank_info
 from alexnet_cli.core.runs import Run
 from alexnet_cli.core.shards import open_dataset
 from alexnet_cli.core.train import fit
@@ -46,7 +46,7 @@ def processes(count: int, work: Callable[..., None], *arguments: Any) -> None:
     """Run `work(*arguments)` as so many ranks; AssertionError unless all of them end well, in time."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     started = [
-        _CONTEXT.Process(target=_as_rank, args=(variables(rank, count, store.port), work, arguments), daemon=True)
+        _CONTEXT.Process(target=_as_rank, args=(rank_variables(rank, count, store.port), work, arguments), daemon=True)
         for rank in range(count)
     ]
     for process in started:
@@ -74,8 +74,8 @@ def training(stack: ExitStack, place: str, recipe: Recipe, prepared: Path, folde
     """This process's part of a training, in touch with the others while `stack` is."""
     count = PLACES[place][0]
     ids = {"none": "none", "one": ",".join(["0"] * count), "each": ",".join(map(str, range(count)))}[gpus]
-    ranks = stack.enter_context(meeting(numbers(), backend(ids)))
-    placed = place_among(ranks, ids, recipe.precision, PLACES[place][1], recipe.towers)
+    ranks = stack.enter_context(join_process_group(read_rank_info(), backend(ids)))
+    placed = place_ranks(ranks, ids, recipe.precision, PLACES[place][1], recipe.towers)
     return Training(recipe, open_dataset(prepared), Run(folder, writes=ranks.first), placed, threads=1, cache="none")
 
 
@@ -100,7 +100,7 @@ def first_gradient(trained: Training) -> tuple[np.ndarray, dict[str, np.ndarray]
         whole = trained.network.whole(name, parameter.grad) if ranks.collects else None
         if whole is not None:
             gradients[name] = whole.numpy()
-    every = ranks.everyone(logits)
+    every = ranks.gather_values(logits)
     each = ranks.size // ranks.replicas
     return np.concatenate(every[::each]), gradients
 
@@ -128,8 +128,8 @@ def record(
 
 def exchange(dtype: torch.dtype) -> None:
     """Share channels between two ranks, and check what each has then, and its gradient, against plain sums."""
-    with meeting(numbers(), "gloo") as met:
-        towers = arranged(met, "tower", 2, torch.device("cpu")).towers
+    with join_process_group(read_rank_info(), "gloo") as met:
+        towers = arrange_mesh(met, "tower", 2, torch.device("cpu")).towers
         assert towers is not None
         both = torch.arange(16.0).reshape(2, 4, 2)
         own = towers.own(both, 1).to(dtype).requires_grad_()

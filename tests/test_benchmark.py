@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet_cli.core import stopwatch
-from alexnet_cli.core.stopwatch import Contest, Times
-from alexnet_plugins import benchmark_load, benchmark_pictures
+from alexnet_plugins import benchmark_data, benchmark_pictures
+from alexnet_plugins import benchmark_stopwatch as stopwatch
 from alexnet_plugins.benchmark import Topic, benchmark
-from alexnet_plugins.benchmark_prepare import by_pillow
+from alexnet_plugins.benchmark_data import resize_with_pillow
+from alexnet_plugins.benchmark_stopwatch import Contest, Times
 
 
 def test_turns_are_taken_in_order() -> None:
@@ -29,7 +29,7 @@ def test_turns_are_taken_in_order() -> None:
         return work
 
     times = Times.of(Contest("x", named("A"), {"b": named("B"), "c": named("C")}))
-    assert list(stopwatch.rounds(times, 2, seconds=0)) == [0, 1]
+    assert list(stopwatch.run_rounds(times, 2, seconds=0)) == [0, 1]
     assert "".join(turns) == "ABC" * 3  # the first is for warming up
     assert [len(times.ours), len(times.peers["b"]), len(times.peers["c"])] == [2, 2, 2]
 
@@ -45,7 +45,7 @@ def test_a_ratio_is_the_median_of_the_rounds_ratios() -> None:
 def test_a_timing_lasts_as_long_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 0.4, 0.8, 1.2])
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
-    assert stopwatch.rate(lambda: 6, 1.0) == pytest.approx(18 / 1.2)
+    assert stopwatch.measure_rate(lambda: 6, 1.0) == pytest.approx(18 / 1.2)
 
 
 def test_drawn_pictures_are_the_same_every_time_and_as_large_as_photographs() -> None:
@@ -65,7 +65,7 @@ def test_the_pillow_pipeline_does_the_same_work(tmp_path: Path) -> None:
     data = benchmark_pictures.picture(0)
     (tmp_path / "a.jpg").write_bytes(data)
     (tmp_path / "out").mkdir()
-    by_pillow(tmp_path / "out", [tmp_path / "a.jpg"])
+    resize_with_pillow(tmp_path / "out", [tmp_path / "a.jpg"])
     with Image.open(tmp_path / "out" / "a.jpg") as image:
         theirs = np.asarray(image).astype(float)
     ours = images.to_256(images.decode(data))
@@ -75,7 +75,7 @@ def test_the_pillow_pipeline_does_the_same_work(tmp_path: Path) -> None:
 @pytest.mark.parametrize("topic", [Topic.load, Topic.prepare])
 @pytest.mark.filterwarnings("default")
 def test_the_command(topic: Topic, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark_load, "IMAGES", 2 * benchmark_load.BATCH)
+    monkeypatch.setattr(benchmark_data, "IMAGES", 2 * benchmark_data.BATCH)
     benchmark(topic=topic, images=16, rounds=1, seconds=0.0, jobs=1, json=True, quiet=True)
     found = json.loads(capsys.readouterr().out)
     assert found["schema"] == "alexnet.benchmark/1"

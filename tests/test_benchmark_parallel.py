@@ -13,10 +13,22 @@ import pytest
 from alexnet_cli.core import devices
 from alexnet_cli.errors import AlexNetError
 from alexnet_cli.recipe import PAPER
-from alexnet_plugins import benchmark_costs as costs
 from alexnet_plugins import benchmark_parallel
 from alexnet_plugins.benchmark import Topic, benchmark
-from alexnet_plugins.benchmark_parallel import Task, Team
+from alexnet_plugins.benchmark_parallel import (
+    FLOAT,
+    HALF,
+    WAYS,
+    RankTeam,
+    Task,
+    activation_bytes,
+    bytes_table,
+    count_parameters,
+    expected_rate,
+    scale_to_batch,
+    sent_bytes,
+    speed_table,
+)
 
 SMALL = replace(PAPER, width=1 / 16)
 TASK = Task(SMALL, batch=4, steps=1, processes=2, threads=1, parallel="tower", gpus="none")
@@ -32,18 +44,18 @@ def test_the_bytes_of_the_whole_network() -> None:
         "fc7": B * 2048 * there_and_back,
         "fc8": B * 1000 * logits,
     }
-    assert costs.sent(PAPER, B, 2, "tower") == towers
-    assert sum(costs.parameters(PAPER).values()) == 60_965_224
-    data = sum(costs.sent(PAPER, B, 2, "data").values())
+    assert sent_bytes(PAPER, B, 2, "tower") == towers
+    assert sum(count_parameters(PAPER).values()) == 60_965_224
+    data = sum(sent_bytes(PAPER, B, 2, "data").values())
     assert data == 60_965_224 * 4
     assert sum(towers.values()) / data == pytest.approx(0.121, abs=0.001)  # more than the tenth aimed at
-    assert sum(costs.sent(PAPER, B, 2, "tower", costs.HALF).values()) / data == pytest.approx(0.061, abs=0.001)
+    assert sum(sent_bytes(PAPER, B, 2, "tower", HALF).values()) / data == pytest.approx(0.061, abs=0.001)
     hybrid = {
         "fc6": B // 2 * 9216 * there_and_back,
         "fc7": B * 2048 * there_and_back,
         "fc8": B * 1000 * logits + B // 2 * 1000 * 4,
     }
-    assert costs.activations(PAPER, B, 2, "hybrid") == hybrid
+    assert activation_bytes(PAPER, B, 2, "hybrid") == hybrid
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,8 +69,8 @@ def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     assert found["sent_bytes"]["ours"] == {
         "conv3": B * 8 * 13 * 13 * 8, "fc6": B * 8 * 6 * 6 * 8, "fc7": B * 128 * 8, "fc8": B * 1000 * 4,
     }  # fmt: skip
-    assert found["sent_bytes"]["data"] == {layer: 4 * n for layer, n in costs.parameters(SMALL).items()}
-    assert found["sent_bytes"]["hybrid"] == costs.sent(SMALL, B, 2, "hybrid")
+    assert found["sent_bytes"]["data"] == {layer: 4 * n for layer, n in count_parameters(SMALL).items()}
+    assert found["sent_bytes"]["hybrid"] == sent_bytes(SMALL, B, 2, "hybrid")
     assert {"exchange for conv3 alone, there and back", "exchange for fc6 alone, there and back"} == set(
         found["seconds"]
     )
@@ -71,23 +83,23 @@ def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
 def test_four_send_what_is_on_paper(way: Any) -> None:
     low = devices.cpu_bf16()
     recipe = replace(SMALL, precision="bf16" if low else "fp32")
-    with Team(replace(TASK, recipe=recipe, batch=8, processes=4, parallel=way)) as team:
+    with RankTeam(replace(TASK, recipe=recipe, batch=8, processes=4, parallel=way)) as team:
         every = team.ask("sent")
     assert all(sent == every[0] for sent in every)
-    expected = costs.sent(recipe, 8, 4, way, costs.HALF if low else costs.FLOAT)
-    assert benchmark_parallel.at_batch(every[0], 1) == pytest.approx(expected, abs=3)  # rounded by parameter
+    expected = sent_bytes(recipe, 8, 4, way, HALF if low else FLOAT)
+    assert scale_to_batch(every[0], 1) == pytest.approx(expected, abs=3)  # rounded by parameter
 
 
 def test_only_activations_grow_with_the_batch() -> None:
     sent = {"conv3": 10, "conv3 gradients": 7, "fc6 images": 1, "fc6": 2}
-    assert benchmark_parallel.at_batch(sent, 4) == {"conv3": 47, "fc6": 12}
+    assert scale_to_batch(sent, 4) == {"conv3": 47, "fc6": 12}
 
 
 def test_what_fails_in_a_process_is_told() -> None:
-    with Team(replace(TASK, processes=3)) as team, pytest.raises(AlexNetError, match=r"rank \d of 3: .*3 is odd"):
+    with RankTeam(replace(TASK, processes=3)) as team, pytest.raises(AlexNetError, match=r"rank \d of 3: .*3 is odd"):
         team.run()
     assert not any(process.is_alive() for process in team.processes)
-    with Team(TASK) as team:
+    with RankTeam(TASK) as team:
         assert team.run() == 4
         team.processes[1].kill()
         with pytest.raises(AlexNetError, match=r"has died|rank 0 of 2"):
@@ -95,15 +107,15 @@ def test_what_fails_in_a_process_is_told() -> None:
     assert not any(process.is_alive() for process in team.processes)
 
 
-@pytest.mark.parametrize("table", [costs.bytes_table(), costs.speed_table(), costs.speed_table(128)])
+@pytest.mark.parametrize("table", [bytes_table(), speed_table(), speed_table(128)])
 def test_the_page_shows_what_the_code_computes(table: str) -> None:
     assert table in PAGE
 
 
 def test_the_page_holds_paper_against_measurement() -> None:
     """`| fp32 | tower | 46 (..) | 47 |`: measured beside what one process and the exchange alone let expect."""
-    for precision, size in (("fp32", costs.FLOAT), ("bf16", costs.HALF)):
+    for precision, size in (("fp32", FLOAT), ("bf16", HALF)):
         rate, exchange = (float(n) for n in re.findall(rf"{precision}:\s([\d.]+)\simg/s,\s([\d.]+)\sms", PAGE)[0])
         rows = dict(re.findall(rf"\| {precision} \| (\w+) \| [^|]*\| ([\d.]+) \|", PAGE))
-        expected = {way: f"{costs.here(rate, exchange / 1000, way, size):.0f}" for way in costs.WAYS}
+        expected = {way: f"{expected_rate(rate, exchange / 1000, way, size):.0f}" for way in WAYS}
         assert rows == expected

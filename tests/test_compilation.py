@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from alexnet_cli.core import response_norm_gpu
+from alexnet_cli.core import triton_kernels
 from alexnet_cli.core.augment import Draws
 from alexnet_cli.core.layers import Dropout
 from alexnet_cli.core.loader import Loader, training_batches
@@ -110,7 +110,7 @@ def test_for_a_gpu_the_network_is_one_graph(
 ) -> None:
     """Tensors without values stand for those on a GPU; each normalisation is one step, and nothing is tried out."""
     monkeypatch.setattr(torch.nn.Module, "to", lambda self, *_, **__: self)  # which such tensors do not support
-    monkeypatch.setattr(response_norm_gpu, "why_not", lambda index: pytest.fail("tried while compiling"))
+    monkeypatch.setattr(triton_kernels, "unavailable_reason", lambda index: pytest.fail("tried while compiling"))
     with FakeTensorMode(), torch.device("cuda"):
         network, x = Network(SMALL, 10), torch.empty(8, 3, 224, 224)
         quick: Callable[[Tensor], Tensor] = torch.compile(network, fullgraph=True, dynamic=False)

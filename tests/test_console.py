@@ -120,7 +120,7 @@ def test_a_wait_is_explained_only_if_it_is_long(
     with reporter.waiting("look", "reading"):
         pass
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr("alexnet_cli.console.SECONDS_OF_PATIENCE", 0.01)
+    monkeypatch.setattr("alexnet_cli.console.SECONDS_BEFORE_WAITING_LINE", 0.01)
     with reporter.waiting("look", "reading"):
         time.sleep(0.3)
     assert capsys.readouterr().err == "look    reading (0s so far)\n"

@@ -25,7 +25,7 @@ from documents import (
     read_document,
 )
 
-from alexnet_cli import cli, entry_points
+from alexnet_cli import cli, entry_points, recipe, recipe_io
 
 SMALL = "--set width=0.03125 --set precision=fp32 --set batch_size=16 --epochs 1"  # a full one takes hours
 WITH_WEIGHTS = ("--init-from", "--resume")  # the width is that of other weights
@@ -54,7 +54,7 @@ def test_every_command_and_option_that_is_mentioned_exists(document: str) -> Non
 
 def test_the_json_of_every_command_is_described() -> None:
     group = typer.main.get_command(cli.app)
-    ours = {offer.name for offer in entry_points.offers({}) if offer.ours}
+    ours = {entry.name for entry in entry_points.find_entries({}) if entry.is_builtin}
     assert set(fields_of_json()) == ours <= set(group.commands)  # type: ignore[attr-defined]
 
 
@@ -80,8 +80,7 @@ def test_the_spelling_is_american(document: str) -> None:
 
 
 def test_the_table_of_the_paper_names_files_and_values_that_exist() -> None:
-    from alexnet_cli import recipe
-    from alexnet_cli.core.switches import SWITCHES
+    from alexnet_plugins.ablate.study import SWITCHES
 
     text = read_document("docs/paper.md")
     files = re.findall(r"`(core/[\w/]+\.py)`", text)
@@ -91,7 +90,7 @@ def test_the_table_of_the_paper_names_files_and_values_that_exist() -> None:
     settings = [s for s in re.findall(r"`([a-z_0-9]+=[\w.-]+)`", text) if not s.startswith("ALEXNET")]
     assert len(settings) > 10
     for setting in settings:
-        recipe.changed(recipe.PAPER, recipe.parsed([setting]))
+        recipe_io.apply_changes(recipe.PAPER, recipe_io.parse_settings([setting]))
     for switch in SWITCHES[1:]:
         assert re.search(rf"(?m)^\| {switch.section} \|.*`{switch.name}`[^|]*\|$", text), switch.name
         for setting in switch.settings.replace("=0.0", "=0").split():
@@ -102,10 +101,9 @@ def test_the_table_of_layers_counts_the_parameters_of_the_network() -> None:
     import torch
 
     from alexnet_cli.core.network import Network
-    from alexnet_cli.recipe import PAPER
 
     with torch.device("meta"):
-        tensors = Network(PAPER, 1000).state_dict()
+        tensors = Network(recipe.PAPER, 1000).state_dict()
     counted = {}
     for row in find_table("layer | filters (both towers)"):
         counted[row[0]] = int(row[-1].replace(",", ""))
@@ -119,7 +117,7 @@ def environment(folder: Path) -> dict[str, str]:
     """Return an environment in which `alexnet` and `python` are those of this test, and so is what they import."""
     scripts = folder / ".scripts"
     scripts.mkdir(exist_ok=True)
-    for name, words in (("alexnet", "-m alexnet_cli.cli"), ("python", "")):
+    for name, words in (("alexnet", "-m alexnet_cli"), ("python", "")):
         script = scripts / name
         script.write_text(f'#!/bin/sh\nexec "{sys.executable}" {words} "$@"\n', encoding="utf-8")
         script.chmod(0o755)
@@ -231,12 +229,10 @@ def test_make_has_the_targets_of_the_readme() -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_blocks_that_are_neither_typed_nor_saved_are_what_they_seem(document: str, tmp_path: Path) -> None:
-    from alexnet_cli import recipe
-
     for block in find_blocks(read_document(document)):
         if block.language == "toml" and not block.file:
             (tmp_path / "own.toml").write_text(block.text, encoding="utf-8")
-            recipe.load(str(tmp_path / "own.toml"))
+            recipe_io.load_recipe(str(tmp_path / "own.toml"))
         elif block.language == "bash":
             subprocess.run(["bash", "-n"], input=block.text, text=True, check=True)
         else:

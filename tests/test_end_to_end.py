@@ -35,7 +35,7 @@ def run_in(folder: Path, alexnet: Alexnet = alexnet) -> Alexnet:
 
 def typed(*words: str, folder: Path) -> Done:
     """In a process of its own, as users do."""
-    command = [sys.executable, "-m", "alexnet_cli.cli", *words]
+    command = [sys.executable, "-m", "alexnet_cli", *words]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
 
 
@@ -216,7 +216,7 @@ def test_signals_save_and_stop(home: Path, number: signal.Signals, code: int, mo
 @SIGNALS
 def test_signals_save_and_stop_a_process(home: Path, number: signal.Signals, code: int) -> None:
     name = f"process{int(number)}"
-    command = [sys.executable, "-m", "alexnet_cli.cli", "train", *QUICK, "--epochs", "500", "--name", name]
+    command = [sys.executable, "-m", "alexnet_cli", "train", *QUICK, "--epochs", "500", "--name", name]
     child = subprocess.Popen(command, cwd=home, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     try:
         deadline, log = time.monotonic() + 60, home / "runs" / name / "metrics.jsonl"

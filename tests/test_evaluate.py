@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from alexnet_cli.core.augment import Pixels
-from alexnet_cli.core.chance import interval
-from alexnet_cli.core.evaluate import Evaluation, TorchClassifier, evaluate, matching, ranking
+from alexnet_cli.core.baselines import wilson_interval
+from alexnet_cli.core.evaluate import Evaluation, TorchClassifier, evaluate, match_classes, rank_classes
 from alexnet_cli.core.loader import Batch
 from alexnet_cli.core.network import Network, initialise
 from alexnet_cli.core.placement import Placement
@@ -50,7 +50,7 @@ def test_a_network_that_says_the_same_of_everything_is_wrong_most_of_the_time() 
 
 
 def test_ranking_of_few_classes() -> None:
-    assert ranking(np.array([[0.2, 0.7, 0.1]], np.float32), 5).tolist() == [[1, 0, 2]]
+    assert rank_classes(np.array([[0.2, 0.7, 0.1]], np.float32), 5).tolist() == [[1, 0, 2]]
 
 
 def classifier(views: int) -> TorchClassifier:
@@ -89,11 +89,11 @@ def batch(labels: list[int]) -> Batch:
 def test_a_permuted_class_list_changes_nothing() -> None:
     table = np.eye(3, dtype=np.float32)[[0, 1, 1]] * 0.6 + 0.1
     model = (A, B, C)
-    assert matching(model, (A, B, C), Path("m")) is None
+    assert match_classes(model, (A, B, C), Path("m")) is None
     plain, permuted = Evaluation.empty(3), Evaluation.empty(3)
     assert len(list(evaluate(lambda _: table, [batch([0, 1, 2])], plain))) == 1
     permuted_classes = (C, A, B)
-    output_of = matching(model, permuted_classes, Path("m"))
+    output_of = match_classes(model, permuted_classes, Path("m"))
     assert output_of is not None
     labels = [permuted_classes.index(c) for c in model]
     assert len(list(evaluate(lambda _: table, [batch(labels)], permuted, output_of))) == 1
@@ -102,14 +102,14 @@ def test_a_permuted_class_list_changes_nothing() -> None:
 
 
 def test_a_subset_matches_and_an_unknown_class_is_an_error() -> None:
-    subset = matching((A, B, C), (B,), Path("m"))
+    subset = match_classes((A, B, C), (B,), Path("m"))
     assert subset is not None
     assert subset.tolist() == [1]
-    renamed = matching((A, B), (ClassName("chien", "n02"), A), Path("m"))
+    renamed = match_classes((A, B), (ClassName("chien", "n02"), A), Path("m"))
     assert renamed is not None
     assert renamed.tolist() == [1, 0]
     with pytest.raises(DataError, match="such as wolf"):
-        matching((A, B), (A, ClassName("wolf", "n03")), Path("m"))
+        match_classes((A, B), (A, ClassName("wolf", "n03")), Path("m"))
 
 
 @pytest.mark.parametrize(
@@ -117,4 +117,4 @@ def test_a_subset_matches_and_an_unknown_class_is_an_error() -> None:
 )
 def test_intervals_are_wilsons(error: float, images: int, low: float, high: float) -> None:
     """Values of the textbook formula, worked out elsewhere."""
-    assert interval(error, images) == pytest.approx((low, high), abs=5e-4)
+    assert wilson_interval(error, images) == pytest.approx((low, high), abs=5e-4)

@@ -20,18 +20,18 @@ from typer import Typer
 from typer.testing import CliRunner, Result
 
 from alexnet_cli.console import Reporter
-from alexnet_cli.core import chance, onnx_graph, placement, results, session, weights
+from alexnet_cli.core import baselines, onnx_graph, placement, results, session, weights
 from alexnet_cli.core import evaluate as evaluating
-from alexnet_cli.core.backoff import Backoff
-from alexnet_cli.core.confusion_picture import RIGHT, WRONG, draw
+from alexnet_cli.core.confusion_matrix import RIGHT, WRONG, draw_confusion_matrix
 from alexnet_cli.core.devices import Gpu
+from alexnet_cli.core.evaluate import HalvingClassifier
 from alexnet_cli.core.ilsvrc import WNIDS_SHA256
-from alexnet_cli.core.published import published
+from alexnet_cli.core.results import find_published
 from alexnet_cli.core.shards import open_dataset
 from alexnet_cli.core.sources import ClassName
 from alexnet_cli.errors import DataError, MissingError, StorageError, WeightsError
 from alexnet_cli.recipe import CAFFE, FAST, KRIZHEVSKY, PAPER, Recipe
-from alexnet_plugins.evaluate import _explain, _onnx
+from alexnet_plugins.evaluate import _explain_difference, _load_onnx
 
 SMALL = replace(FAST, width=1 / 16)
 
@@ -78,8 +78,8 @@ def test_what_guessing_gives_stands_beside_the_error(runs: Path) -> None:
     assert "note    no better than guessing: the 95 % interval reaches 75.0%" in told.stderr
     record = numbers("-w", "one")
     assert record["chance_error"] == record["commonest_error"] == 0.75
-    assert chance.guessed(record)
-    assert not chance.guessed(record | {"top1_error_interval": (0.1, 0.74)})
+    assert baselines.describe_totals(record)
+    assert not baselines.describe_totals(record | {"top1_error_interval": (0.1, 0.74)})
 
 
 @pytest.mark.parametrize("views", ["1", "10"])
@@ -111,7 +111,6 @@ def test_a_network_of_no_numbers_has_no_error_rate(runs: Path, prepared: Path, t
     for file in (broken, tmp_path / "broken.onnx"):
         result = run("-w", str(file), "--views", views, "--data", str(prepared))
         assert isinstance(result.exception, WeightsError), result.output
-        assert "no number" in result.exception.what
 
 
 def test_a_permuted_class_list_changes_nothing(runs: Path, prepared: Path, tmp_path: Path) -> None:
@@ -206,7 +205,7 @@ def test_a_subset_is_a_note_and_an_unknown_class_an_error(runs: Path, prepared: 
     assert "taken for violet\\x1b" in result.stdout
     assert "\x1b" not in result.stdout + result.stderr
     assert "4 of the 5 classes" in result.stderr
-    assert "warn    100.0% of the answers are violet\\x1b[2J, and 0.0% of the pictures" in result.stderr
+    assert "warn    100.0% of the answers are violet\\x1b[2J, but only 0.0% of the images" in result.stderr
     fewer = named(classes[1:], tmp_path / "fewer.safetensors")
     error = run("-w", str(fewer), "--data", str(prepared)).exception
     assert isinstance(error, DataError)
@@ -215,12 +214,12 @@ def test_a_subset_is_a_note_and_an_unknown_class_an_error(runs: Path, prepared: 
 
 def test_two_classes_of_one_name_are_not_guessed_at() -> None:
     bird, machine = ClassName("crane", "n02012849"), ClassName("crane", "n03126707")
-    order = evaluating.matching((bird, machine), (machine, bird), Path("m"))
+    order = evaluating.match_classes((bird, machine), (machine, bird), Path("m"))
     assert order is not None
     assert order.tolist() == [1, 0]  # told apart by wnid
     for model, data in (((bird, machine), (ClassName("crane"),)), ((ClassName("crane"),), (bird, machine))):
         with pytest.raises(DataError, match="crane is the name of several"):
-            evaluating.matching(model, data, Path("m"))
+            evaluating.match_classes(model, data, Path("m"))
 
 
 def ended(kind: str) -> Exception:
@@ -255,7 +254,7 @@ def test_memory_that_ends_halves_the_batch(runs: Path, monkeypatch: pytest.Monke
     assert result.exception is None
     assert seen[:3] == [16, 8, 4]
     assert max(seen[3:]) == 2
-    assert result.stderr.count("no more than 2 images at a time") == 1
+    assert result.stderr.count("using a batch size of 2") == 1
     found = json.loads(result.stdout)
     assert found["top1_error"] == plain["top1_error"]
     assert found["loss"] == pytest.approx(plain["loss"], rel=1e-4)
@@ -274,10 +273,10 @@ def test_not_one_image_and_other_errors() -> None:
     def broken(images: Any) -> Any:
         raise RuntimeError("shapes do not fit")
 
-    with pytest.raises(MissingError, match="one image at a time"):
-        Backoff(never, lambda _: None)(np.zeros((5, 2)))
+    with pytest.raises(MissingError, match="a batch of one image"):
+        HalvingClassifier(never, lambda _: None)(np.zeros((5, 2)))
     with pytest.raises(RuntimeError, match="shapes"):
-        Backoff(broken, lambda _: None)(np.zeros((5, 2)))
+        HalvingClassifier(broken, lambda _: None)(np.zeros((5, 2)))
 
 
 def test_published_figures_are_those_of_the_sources(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,7 +285,7 @@ def test_published_figures_are_those_of_the_sources(monkeypatch: pytest.MonkeyPa
 
     wnids = [f"n{i:08d}" for i in range(1000)]
     classes = [ClassName(f"class {i}", wnid) for i, wnid in enumerate(wnids)]
-    assert published(PAPER, classes) is None  # a thousand classes, but others
+    assert find_published(PAPER, classes) is None  # a thousand classes, but others
     digest = hashlib.sha256("\n".join(wnids).encode()).hexdigest()
     assert digest != WNIDS_SHA256
     monkeypatch.setattr("alexnet_cli.core.ilsvrc.WNIDS_SHA256", digest)
@@ -296,13 +295,13 @@ def test_published_figures_are_those_of_the_sources(monkeypatch: pytest.MonkeyPa
         CAFFE: (1, 42.9, 19.8), caffenet: (1, 42.6, 19.6),
     }  # fmt: skip
     for recipe, (views, top1, top5) in expected.items():
-        figure = published(recipe, classes[::-1])
+        figure = find_published(recipe, classes[::-1])
         assert figure is not None
         assert (figure.views, 100 * figure.top1_error, 100 * figure.top5_error) == pytest.approx((views, top1, top5))
-    figure = published(PAPER, classes)
+    figure = find_published(PAPER, classes)
     assert figure is not None
-    assert published(PAPER, classes[:-1]) is None
-    same, other = results.compared(figure, 10, 50_000), results.compared(figure, 1, 1234)
+    assert find_published(PAPER, classes[:-1]) is None
+    same, other = results.format_published(figure, 10, 50_000), results.format_published(figure, 1, 1234)
     assert "40.7%" in same
     assert "18.2%" in same
     assert "this is" not in same
@@ -316,7 +315,7 @@ def test_the_picture_of_the_confusions_can_be_read(classes: int) -> None:
     np.fill_diagonal(counts, 4)
     counts[0] = 0
     counts[0, 0], counts[0, 1] = 3, 1  # one in four
-    page = draw(counts, [f"class {i}" for i in range(classes)], "title")
+    page = draw_confusion_matrix(counts, [f"class {i}" for i in range(classes)], "title")
     pixels = np.asarray(page)
     assert max(page.size) < 2400
     for colour, at_least in ((RIGHT, classes - 1), (255 + 0.5 * (WRONG - 255), 1)):
@@ -331,7 +330,7 @@ def test_the_picture_of_the_confusions_can_be_read(classes: int) -> None:
 def test_classes_that_play_no_part_are_left_out_of_the_picture() -> None:
     counts = np.zeros((1000, 1000), np.int64)
     counts[5, 5], counts[7, 9] = 2, 2
-    assert draw(counts, [f"{i}" for i in range(1000)], "").size[0] < 600
+    assert draw_confusion_matrix(counts, [f"{i}" for i in range(1000)], "").size[0] < 600
 
 
 @pytest.mark.parametrize(
@@ -341,8 +340,8 @@ def test_another_error_than_training_told_is_explained(
     precision: str, recorded: float, said: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "run.json").write_text(json.dumps({"precision": "fp32", "resumed": [{"precision": precision}]}))
-    _explain(Reporter("evaluate"), {"metrics": {"top1_error": recorded}}, tmp_path, 0.4)
-    told = "note    training told 50.0% of these weights: it validates in bf16, this is fp32\n"
+    _explain_difference(Reporter("evaluate"), {"metrics": {"top1_error": recorded}}, tmp_path, 0.4)
+    told = "note    training recorded 50.0% for these weights in bf16; this is fp32\n"
     assert capsys.readouterr().err == (told if said else "")
 
 
@@ -363,7 +362,7 @@ def test_an_onnx_file_runs_on_the_gpu_that_was_named(
 
     monkeypatch.setattr(session, "Session", Opened)
     monkeypatch.setattr(placement, "visible_gpus", lambda: [Gpu(i, "H100", 80 << 30, "9.0") for i in (0, 1)])
-    _onnx(Path("a.onnx"), 1, asked)
+    _load_onnx(Path("a.onnx"), 1, asked)
     assert opened == [{"provider": provider, "gpu": gpu}]
     with pytest.raises(MissingError, match="GPUs visible here: 0, 1"):
-        _onnx(Path("a.onnx"), 1, "2")
+        _load_onnx(Path("a.onnx"), 1, "2")

@@ -30,11 +30,11 @@ from alexnet_cli.core.export import (
     export_unverified,
     verify,
 )
-from alexnet_cli.core.packing import pack
 from alexnet_cli.core.plan import Plan
+from alexnet_cli.core.prepare import pack
 from alexnet_cli.core.session import Session
 from alexnet_cli.core.shards import open_dataset
-from alexnet_cli.core.sources import recognise
+from alexnet_cli.core.sources import recognize
 from alexnet_cli.core.torch_session import TorchSession
 from alexnet_cli.errors import DataError, StorageError, UsageError, VerificationError, WeightsError
 from alexnet_cli.recipe import PAPER
@@ -236,7 +236,7 @@ def test_command_compares_on_validation_pictures_of_the_prepared_set(
         for label, name in enumerate(("cats", "dogs")):
             for i in range(count):
                 draw(tmp_path / "pets" / split / name / f"{i}.png", seed=100 * label + i + 50 * (split == "val"))
-    list(pack(Plan(recognise(tmp_path / "pets"), tmp_path / "prepared" / "pets", 95), workers=1))
+    list(pack(Plan(recognize(tmp_path / "pets"), tmp_path / "prepared" / "pets", 95), workers=1))
     model = random_model(SMALL)
     crops = crops_of(open_dataset(tmp_path / "prepared" / "pets"), model)
     validation = open_dataset(tmp_path / "prepared" / "pets").split("val")

@@ -13,9 +13,9 @@ from model_files import random_model, save_model
 from typer import Typer
 from typer.testing import CliRunner, Result
 
-from alexnet_cli.core import accuracy, calibration, export_int8
-from alexnet_cli.core.export import drawn_crops, verify
-from alexnet_cli.core.probes import evenly
+from alexnet_cli.core import export as exporting
+from alexnet_cli.core import quantize
+from alexnet_cli.core.export import Comparison, drawn_crops, evenly, verify
 from alexnet_cli.core.session import Session
 from alexnet_cli.core.shards import open_dataset
 from alexnet_cli.core.sources import ClassName
@@ -42,21 +42,21 @@ def right(model: Model, crops: Crops) -> list[tuple[Crops, npt.NDArray[np.int64]
 def test_what_loses_too_much_is_refused_unless_forced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, crops, path = random_model(SMALL), drawn_crops(224, 24), tmp_path / "a.onnx"
     path.write_bytes(b"the one from before")
-    ranges = calibration.ranges
+    ranges = quantize.measure_ranges
     # The middle of the network in five steps instead of 256.
     coarse = {"conv3.relu": 64.0, "conv4.relu": 64.0}
     monkeypatch.setattr(
-        calibration, "ranges",
+        quantize, "measure_ranges",
         lambda proto, c: {n: (a, b * coarse.get(n, 1)) for n, (a, b) in ranges(proto, c).items()},
     )  # fmt: skip
     with pytest.raises(VerificationError, match="points fewer right answers") as caught:
-        export_int8.export_int8(model, path, crops, (crops, right(model, crops)))
+        exporting.export_int8(model, path, crops, (crops, right(model, crops)))
     assert caught.value.exit_code == 6
     assert path.read_bytes() == b"the one from before"
     assert [p.name for p in tmp_path.iterdir()] == ["a.onnx"]
-    check = export_int8.export_int8(model, path, crops, (crops, right(model, crops)), force=True)
+    check = exporting.export_int8(model, path, crops, (crops, right(model, crops)), force=True)
     assert check.loss.reference == 1
-    assert check.loss.lost > export_int8.LARGEST_LOSS
+    assert check.loss.lost > exporting.LARGEST_LOSS
     measured = Session(path, provider="cpu").info.measured
     assert measured["accuracy"]["lost"] == pytest.approx(check.loss.lost)
 
@@ -64,28 +64,28 @@ def test_what_loses_too_much_is_refused_unless_forced(tmp_path: Path, monkeypatc
 @pytest.mark.parametrize(
     ("found", "refused"),
     [
-        (accuracy.Comparison(75, 26, 1, 0), False),  # one picture of 75 is 1.3 points
-        (accuracy.Comparison(75, 25, 2, 0), True),
-        (accuracy.Comparison(500, 300, 6, 1), False),  # one point
-        (accuracy.Comparison(500, 300, 6, 0), True),
+        (Comparison(75, 26, 1, 0), False),  # one picture of 75 is 1.3 points
+        (Comparison(75, 25, 2, 0), True),
+        (Comparison(500, 300, 6, 1), False),  # one point
+        (Comparison(500, 300, 6, 0), True),
     ],
 )
 def test_a_single_picture_refuses_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: accuracy.Comparison, refused: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: Comparison, refused: bool
 ) -> None:
     model, crops, path = random_model(SMALL), drawn_crops(224, 2), tmp_path / "a.onnx"
-    monkeypatch.setattr(accuracy, "compare", lambda *_: found)
+    monkeypatch.setattr(exporting, "compare", lambda *_: found)
     if refused:
         with pytest.raises(VerificationError, match=rf"on {found.images} pictures .* 95 % interval of the loss [-+]\d"):
-            export_int8.export_int8(model, path, crops, (crops, []))
+            exporting.export_int8(model, path, crops, (crops, []))
     else:
-        export_int8.export_int8(model, path, crops, (crops, []))
+        exporting.export_int8(model, path, crops, (crops, []))
     assert path.exists() != refused
 
 
 def test_a_good_file_says_what_was_measured(tmp_path: Path) -> None:
     model, crops, path = random_model(SMALL), drawn_crops(224, 24), tmp_path / "a.onnx"
-    check = export_int8.export_int8(model, path, crops, (crops, right(model, crops)))
+    check = exporting.export_int8(model, path, crops, (crops, right(model, crops)))
     session = Session(path, provider="cpu")
     assert session.info.precision == "int8"
     assert session.info.measured["calibration_images"] == 24
@@ -99,8 +99,8 @@ def test_pictures_to_judge_on_are_all_or_evenly_spaced(prepared: Path, monkeypat
     split = open_dataset(prepared).split("val")
     assert evenly(split, 100) == list(range(20))
     assert evenly(split, 3) == [0, 9, 19]
-    monkeypatch.setattr(export_int8, "BATCH", 8)
-    batches = list(export_int8.labelled(split, 224, np.array([3, 2, 1, 0])))
+    monkeypatch.setattr(exporting, "BATCH", 8)
+    batches = list(exporting.labelled(split, 224, np.array([3, 2, 1, 0])))
     assert [len(crops) for crops, _ in batches] == [8, 8, 4]
     assert batches[0][0].shape == (8, 3, 224, 224)
     np.testing.assert_array_equal(np.concatenate([labels for _, labels in batches]), 3 - split.labels)

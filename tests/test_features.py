@@ -17,7 +17,7 @@ from typer import Typer
 from typer.testing import CliRunner, Result
 
 from alexnet_cli.core import images, onnx_graph, weights
-from alexnet_cli.core.network import from_model
+from alexnet_cli.core.network import network_from_model
 from alexnet_cli.core.predict import open_classifier, predict
 from alexnet_cli.core.session import Layer, Session
 from alexnet_cli.core.views import mean_correction, views
@@ -35,7 +35,7 @@ def by_hand(model: weights.Model, picture: str, layer: str, count: int) -> np.nd
         inputs = inputs + mean_correction(model.mean, model.recipe.input_size, count)
     low = (256 - model.recipe.input_size) // 2
     mean = model.mean[:, low : 256 - low, low : 256 - low][:, : inputs.shape[2], : inputs.shape[3]]
-    network = from_model(model)
+    network = network_from_model(model)
     keep = 1 if model.recipe.dropout_inverted else 1 - model.recipe.dropout
     seen: list[torch.Tensor] = []
     network.fc6.register_forward_hook(lambda _m, _i, flat: seen.append(flat))

@@ -13,6 +13,7 @@ import torch
 from model_files import random_model, save_model
 
 from alexnet_cli.core import fine_tuning
+from alexnet_cli.core.architecture import LAYERS, PARAMETERS
 from alexnet_cli.core.network import Network, initialise
 from alexnet_cli.core.placement import Placement
 from alexnet_cli.core.runs import Run
@@ -20,7 +21,7 @@ from alexnet_cli.core.shards import open_dataset
 from alexnet_cli.core.sources import ClassName
 from alexnet_cli.core.train import fit
 from alexnet_cli.core.training import Training
-from alexnet_cli.core.weights import LAYERS, PARAMETERS, Model
+from alexnet_cli.core.weights import Model
 from alexnet_cli.errors import UsageError, WeightsError
 from alexnet_cli.recipe import TINY, Recipe
 from alexnet_plugins.train import train

@@ -14,7 +14,7 @@ import torch
 from gpu_cases import GPU, several
 from model_files import random_model
 
-from alexnet_cli.core import layers, response_norm, response_norm_gpu, update_gpu
+from alexnet_cli.core import layers, response_norm, triton_kernels
 from alexnet_cli.core.augment import Draws, Pixels
 from alexnet_cli.core.cache import Cache
 from alexnet_cli.core.devices import onnx_providers, take, visible_gpus
@@ -31,7 +31,7 @@ RNG = np.random.default_rng(7)
 
 def test_the_kernels_run_here() -> None:
     for gpu in visible_gpus():
-        assert response_norm_gpu.why_not(gpu.index) == update_gpu.why_not(gpu.index) == ""
+        assert triton_kernels.unavailable_reason(gpu.index) == ""
         assert take(gpu.index) == ""
     assert take(0) == ""
 
@@ -69,7 +69,7 @@ def test_as_many_values_as_in_training(maps: int, dtype: torch.dtype) -> None:
     x = x.to(dtype).contiguous(memory_format=torch.channels_last)
     quick, slow = x.clone().requires_grad_(), x.float().clone().requires_grad_()
     grad = torch.randn_like(x)
-    out = response_norm_gpu.fused(quick, 5, 2.0, 1e-4, 0.75, 2)
+    out = triton_kernels.fused_response_norm(quick, 5, 2.0, 1e-4, 0.75, 2)
     expected = response_norm.plain(slow, 5, 2.0, 1e-4, 0.75, 2)
     out.backward(grad)
     expected.backward(grad.float())
@@ -87,11 +87,11 @@ def test_more_bytes_and_more_values_than_32_bits_count(images: int, gigabytes: i
     x = torch.empty(images, 96, 55, 55, dtype=torch.bfloat16, device=GPU, memory_format=torch.channels_last)
     x.uniform_(-100, 100)
     settings = (5, 2.0, 1e-4, 0.75, 2, True)
-    out = response_norm_gpu.forward(x, *settings)
+    out = triton_kernels.response_norm_forward(x, *settings)
     for part in (slice(0, 1), slice(-2, None)):
         kernel_cases.close(out[part], response_norm.plain(x[part].float(), *settings))
     grad = x / 100
-    found = response_norm_gpu.backward(x, grad, *settings)[-1:]
+    found = triton_kernels.response_norm_backward(x, grad, *settings)[-1:]
     last = x[-1:].float().requires_grad_()
     response_norm.plain(last, *settings).backward(grad[-1:].float())
     kernel_cases.close(found, last.grad)
@@ -99,8 +99,8 @@ def test_more_bytes_and_more_values_than_32_bits_count(images: int, gigabytes: i
 
 def test_masks_are_the_same_bits_everywhere() -> None:
     for key, first_row, first_unit in ((12345678901234567, 0, 0), (2**63 + 5, 77, 2048)):
-        start = layers.words(key, first_row)
-        here, there = (layers.hashed(start.to(device), 130, 300, first_unit) for device in ("cpu", GPU))
+        start = layers.dropout_state(key, first_row)
+        here, there = (layers.hash_uniform(start.to(device), 130, 300, first_unit) for device in ("cpu", GPU))
         assert torch.equal(here, there.cpu())
 
 

@@ -16,7 +16,7 @@ import rank_cases
 import torch
 from gpu_cases import GPU, SMALL, has_bf16, losses, several, training
 
-from alexnet_cli.core import compilation, response_norm_gpu
+from alexnet_cli.core import compilation, triton_kernels
 from alexnet_cli.core.evaluate import TorchClassifier
 from alexnet_cli.core.network import parameters_by_name
 from alexnet_cli.core.runs import Run
@@ -132,7 +132,7 @@ def test_it_learns_in_every_precision(prepared: Path, precision: str) -> None:
 def test_without_the_kernels_it_gives_the_same(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine without a C compiler."""
     with_them = losses(training(prepared, "with", "0"), 2)
-    monkeypatch.setattr(response_norm_gpu, "why_not", lambda index: "no C compiler")
+    monkeypatch.setattr(triton_kernels, "unavailable_reason", lambda index: "no C compiler")
     without = training(prepared, "without", "0")
     assert "no C compiler" in without.placement.notes[0]
     assert losses(without, 2) == pytest.approx(with_them, rel=1e-5)
@@ -184,7 +184,7 @@ def test_the_commands_of_the_readme(prepared: Path, tmp_path: Path, gpus: list[s
     """Train where nothing is said, evaluate, and go on on the CPU."""
 
     def said(*words: str) -> str:
-        process = [sys.executable, "-m", "alexnet_cli.cli", *words, "--json"]
+        process = [sys.executable, "-m", "alexnet_cli", *words, "--json"]
         done = subprocess.run(process, capture_output=True, text=True, cwd=tmp_path, timeout=300)
         assert done.returncode == 0, done.stderr
         return done.stdout

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from alexnet_cli.core import response_norm_gpu
+from alexnet_cli.core import triton_kernels
+from alexnet_cli.core.architecture import PARAMETERS
 from alexnet_cli.core.augment import Draws, Pixels
 from alexnet_cli.core.gradient import Gradient
 from alexnet_cli.core.loader import Batch
@@ -22,7 +23,6 @@ from alexnet_cli.core.runs import Run
 from alexnet_cli.core.shards import open_dataset
 from alexnet_cli.core.train import fit
 from alexnet_cli.core.training import Training
-from alexnet_cli.core.weights import PARAMETERS
 from alexnet_cli.errors import MissingError
 from alexnet_cli.recipe import RECIPES, TINY, Recipe
 
@@ -153,7 +153,7 @@ def test_libraries_of_a_gpu_run_out_of_memory_in_their_own_words(
 @pytest.mark.parametrize("reason", ["", "no C compiler"])
 def test_on_a_second_gpu_everything_is_there(name: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step as far as its loss, with tensors that have a device and no values; with the kernels and without."""
-    monkeypatch.setattr(response_norm_gpu, "why_not", lambda index: reason)
+    monkeypatch.setattr(triton_kernels, "unavailable_reason", lambda index: reason)
     monkeypatch.setattr(torch.Tensor, "backward", lambda loss: None)  # autograd would want the device itself
     recipe, second = replace(RECIPES[name], width=1 / 16, batch_size=6), torch.device("cuda", 1)
     network = Network(recipe, 10)

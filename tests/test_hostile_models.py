@@ -24,12 +24,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from model_files import random_model, save_model
 
-from alexnet_cli.core import checkpoint, onnx_graph, session, shards, weights
+from alexnet_cli.core import checkpoint, onnx_graph, shards, weights
+from alexnet_cli.core.architecture import PARAMETERS, tensor_shapes
 from alexnet_cli.core.loader import Loader, all_batches
+from alexnet_cli.core.runs import Run
 from alexnet_cli.core.session import Session
-from alexnet_cli.core.shapes import tensor_shapes
-from alexnet_cli.errors import DataError, WeightsError
+from alexnet_cli.errors import DataError, RecipeError, WeightsError
 from alexnet_cli.recipe import PAPER, TINY
+from alexnet_cli.recipe_io import load_recipe
 
 RECIPE = replace(TINY, width=1 / 64)
 SECRET = "do-not-read-me"
@@ -75,53 +77,39 @@ def joined(header: Any, tensors: bytes, size: int | None = None) -> bytes:
 
 
 @given(MUTATIONS)
-@generated(40)
+@generated(15)
 def test_damaged_model_files(folder: Path, mutations: list[tuple[str, int, bytes]]) -> None:
     (folder / "x.safetensors").write_bytes(mutated((folder / "whole.safetensors").read_bytes(), mutations, 4000))
     right_or_refused(folder / "x.safetensors")
 
 
-LIES = st.one_of(
-    st.fixed_dictionaries({"shape": st.lists(st.integers(0, 2**62), max_size=5)}),
-    st.fixed_dictionaries({"shape": JSON}),
-    st.fixed_dictionaries({"dtype": st.sampled_from(["F64", "I8", "F16", "BF16", "BOOL", "F8_E4M3", "X", 7])}),
-    st.fixed_dictionaries({"data_offsets": st.lists(st.integers(0, 2**63), min_size=2, max_size=2)}),
-    st.fixed_dictionaries({"data_offsets": JSON}),
-    st.none(),
+@pytest.mark.parametrize(
+    "lie",
+    [{"shape": [2**62]}, {"shape": "x"}, {"dtype": "F64"}, {"dtype": 7}, {"data_offsets": [0, 2**63]}, None],
 )
-
-
-@given(st.sampled_from([*weights.PARAMETERS, "mean"]), LIES)
-@generated(50)
-def test_headers_that_lie(folder: Path, name: str, lie: dict[str, Any] | None) -> None:
+def test_headers_that_lie(folder: Path, lie: dict[str, Any] | None) -> None:
     header, tensors = parts(folder / "whole.safetensors")
-    header = {k: v for k, v in header.items() if k != name} if lie is None else header | {name: header[name] | lie}
+    rest = {k: v for k, v in header.items() if k != "fc7.weight"}
+    header = rest if lie is None else header | {"fc7.weight": header["fc7.weight"] | lie}
     (folder / "x.safetensors").write_bytes(joined(header, tensors))
-    reason = right_or_refused(folder / "x.safetensors")
-    assert reason or header == parts(folder / "whole.safetensors")[0]
+    assert right_or_refused(folder / "x.safetensors")
 
 
-def test_sizes_that_lie_take_no_memory(folder: Path) -> None:
+def test_a_size_that_lies_takes_no_memory(folder: Path) -> None:
     header, tensors = parts(folder / "whole.safetensors")
-    for size in (0, 1, 2**31, 2**63, 2**64 - 1):
-        (folder / "x.safetensors").write_bytes(joined(header, tensors, size))
-        assert right_or_refused(folder / "x.safetensors")
-    for size in (1 << 33, 1 << 36):  # a file of holes: its bytes are there, and take no room on the disk
-        huge = {"dtype": "F32", "shape": [size // 4], "data_offsets": [len(tensors), len(tensors) + size]}
-        for name in ("extra", "conv1.weight"):
-            rest = {k: v for k, v in header.items() if k != name}
-            path = folder / "x.safetensors"
-            path.write_bytes(joined(rest | {name: huge}, tensors))
-            if name != "extra":
-                assert right_or_refused(path)  # the hole that the tensor leaves is an error of its own
-            os.truncate(path, path.stat().st_size + size)
-            assert bool(right_or_refused(path)) == (name != "extra")
-            path.unlink()
+    path = folder / "x.safetensors"
+    for size in (0, 2**31, 2**64 - 1):
+        path.write_bytes(joined(header, tensors, size))
+        assert right_or_refused(path)
+    path.write_bytes(joined(header, tensors, 90 << 20))  # a description that unfolds to eighty bytes for each three
+    os.truncate(path, 95 << 20)
+    assert "its header is said to have 94,371,840 bytes" in right_or_refused(path)
+    path.unlink()
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "onnx"])
 @given(data=st.data())
-@generated(60)
+@generated(20)
 def test_metadata_that_lies(folder: Path, kind: str, data: st.DataObject) -> None:
     """Anything in the place of anything: what is taken in spite of it gives probabilities of its classes."""
     path = folder / f"x.{kind}"
@@ -163,11 +151,11 @@ def test_a_class_more_than_outputs_and_another_crop(folder: Path) -> None:
         assert words in right_or_refused(folder / "x.safetensors")
 
 
-@pytest.mark.parametrize("place", range(len(weights.PARAMETERS)))
+@pytest.mark.parametrize("place", [0, 7, len(PARAMETERS) - 1])
 def test_the_first_layer_that_differs_is_named(tmp_path: Path, place: int) -> None:
     """Weights of another width from some layer on: that layer's name, both shapes, whatever follows."""
     model = random_model(RECIPE, 4)
-    names = weights.PARAMETERS[place:]
+    names = PARAMETERS[place:]
     wrong = {name: model.tensors[name][:-1] if name in names[:1] else model.tensors[name][1:] for name in names}
     path = save_model(replace(model, tensors={**model.tensors, **wrong}), tmp_path / "x.safetensors")
     found = " x ".join(map(str, wrong[names[0]].shape))
@@ -175,125 +163,6 @@ def test_the_first_layer_that_differs_is_named(tmp_path: Path, place: int) -> No
     with pytest.raises(WeightsError) as error:
         weights.read(path)
     assert f"{names[0]} is {found}, but {wanted} in recipe tiny" in error.value.what
-
-
-@given(MUTATIONS, st.booleans())
-@generated(60)
-def test_damaged_onnx_files(folder: Path, mutations: list[tuple[str, int, bytes]], late: bool) -> None:
-    """Damage where the graph is described, at the beginning, or where names and preprocessing are, at the end."""
-    whole = (folder / "whole.onnx").read_bytes()
-    damaged = mutated(whole, mutations, 2500) if not late else whole[:-6000] + mutated(whole[-6000:], mutations)
-    (folder / "x.onnx").write_bytes(damaged)
-    opened = told(lambda: Session(folder / "x.onnx", provider="cpu"))
-    if not isinstance(opened, str):
-        assert len(opened.classes) == 4
-        assert opened.crop == 224
-
-
-def elsewhere(tensor: onnx.TensorProto, location: str) -> None:
-    del tensor.external_data[:]
-    tensor.data_location = onnx.TensorProto.EXTERNAL
-    for key, value in (("location", location), ("offset", "0"), ("length", "64")):
-        tensor.external_data.add(key=key, value=value)
-
-
-def hidden(proto: onnx.ModelProto, where: str, location: str) -> None:
-    """A tensor that lies elsewhere, in each place where a graph can hold one."""
-    tensor = onnx.TensorProto(name="x", data_type=1, dims=[16])
-    elsewhere(tensor, location)
-    node = proto.graph.node[0]
-    if where == "initializer":
-        elsewhere(proto.graph.initializer[-1], location)
-    elif where == "new initializer":
-        proto.graph.initializer.append(tensor)
-    elif where == "constant":
-        proto.graph.node.insert(0, onnx.helper.make_node("Constant", [], ["x"], value=tensor))
-    elif where == "attribute list":
-        node.attribute.add(name="list", type=onnx.AttributeProto.TENSORS).tensors.append(tensor)
-    elif where == "sparse":
-        proto.graph.sparse_initializer.add(dims=[16]).values.CopyFrom(tensor)
-    elif where == "function":
-        proto.functions.add(name="f", domain="d").node.append(
-            onnx.helper.make_node("Constant", [], ["x"], value=tensor)
-        )
-    elif where == "training":
-        proto.training_info.add().initialization.initializer.append(tensor)
-    else:
-        inner = node.attribute.add(name="body", type=onnx.AttributeProto.GRAPH).g
-        inner.node.append(onnx.helper.make_node("Constant", [], ["x"], value=tensor))
-
-
-PLACES = ("initializer", "new initializer", "constant", "attribute list", "sparse", "function", "training", "subgraph")
-
-
-@pytest.mark.parametrize("where", PLACES)
-@pytest.mark.parametrize(
-    "location", ["secret.bin", "../models0/secret.bin", "{folder}/secret.bin", "/proc/self/environ"]
-)
-def test_values_in_other_files_are_never_fetched(
-    folder: Path, where: str, location: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    proto = onnx.load(folder / "whole.onnx")
-    hidden(proto, where, location.format(folder=folder))
-    (folder / "x.onnx").write_bytes(proto.SerializeToString())
-
-    def opened(*_: object) -> None:
-        raise AssertionError("whoever obeys the file has been asked to open it")
-
-    monkeypatch.setattr(session, "_open", opened)
-    with pytest.raises(WeightsError, match="is refused: it has") as error:
-        Session(folder / "x.onnx")
-    assert SECRET not in error.value.what
-
-
-def test_an_overlong_tag_hides_nothing(folder: Path) -> None:
-    """Varints may be written longer than need be; readers take them, and so the walker must."""
-    proto = onnx.load(folder / "whole.onnx")
-    whole = proto.SerializeToString()
-    tensor = onnx.TensorProto(name="x", data_type=1, dims=[16], data_location=onnx.TensorProto.EXTERNAL)
-    inside = b"\x2a" + bytes([tensor.ByteSize() | 0x80, 0x80, 0x00]) + tensor.SerializeToString()
-    for hiding in (b"\xba\x00" + bytes([len(inside)]) + inside, b"\x3a" + bytes([len(inside) | 0x80, 0x00]) + inside):
-        (folder / "x.onnx").write_bytes(whole + hiding)
-        assert len(onnx.ModelProto.FromString(whole + hiding).graph.initializer) == len(proto.graph.initializer) + 1
-        with pytest.raises(WeightsError, match="another file"):
-            Session(folder / "x.onnx")
-
-
-@pytest.mark.parametrize("operator", ["ConstantOfShape", "Expand", "Loop", "If", "Resize", "RandomNormal", "Mystery"])
-def test_operators_that_could_ask_for_anything(folder: Path, operator: str) -> None:
-    proto = onnx.load(folder / "whole.onnx")
-    proto.graph.node.append(onnx.helper.make_node(operator, ["probabilities"], ["more"]))
-    onnx.save(proto, folder / "x.onnx")
-    with pytest.raises(WeightsError, match=f"the operator {operator}"):
-        Session(folder / "x.onnx")
-
-
-@pytest.mark.parametrize(
-    "content", [b"", b"\0" * 100, b"\xff" * 1000, b"\x0b" * 50, b"\x3a\xff\xff\xff\xff\x0f", b"PK\3\4"]
-)
-def test_what_is_no_onnx(folder: Path, content: bytes) -> None:
-    (folder / "x.onnx").write_bytes(content)
-    words = "is refused: it has field 10" if content.startswith(b"PK") else "cannot be opened"
-    assert words in str(told(lambda: Session(folder / "x.onnx")))
-
-
-def test_a_graph_within_a_graph_and_so_on(folder: Path) -> None:
-    """Ten thousand levels of attributes, and a million empty fields: neither recursion nor patience is exhausted."""
-    deep = b""
-    for _ in range(3000):
-        node = b"\x2a" + varint(len(deep) + 1 + len(varint(len(deep)))) + b"\x32" + varint(len(deep)) + deep
-        deep = b"\x0a" + varint(len(node)) + node
-    cases = {"a graph within a graph": b"\x3a" + varint(len(deep)) + deep, "more parts": b"\x08\x01" * 1_100_000}
-    for words, content in cases.items():
-        (folder / "x.onnx").write_bytes(content)
-        assert words in str(told(lambda: Session(folder / "x.onnx")))
-
-
-def varint(number: int) -> bytes:
-    found = b""
-    while number > 127:
-        found, number = found + bytes([number & 127 | 128]), number >> 7
-    return found + bytes([number])
 
 
 def test_weights_that_are_no_numbers(folder: Path) -> None:
@@ -364,18 +233,17 @@ def test_state_that_runs_commands_or_unfolds(folder: Path) -> None:
 
 
 @given(MUTATIONS)
-@generated(40)
+@generated(15)
 def test_damaged_state(folder: Path, mutations: list[tuple[str, int, bytes]]) -> None:
     found = told(lambda: checkpoint.load(checkpoint_with(folder, mutated(usual(), mutations))))
     if isinstance(found, checkpoint.Resumable):
         assert all(value.dtype == torch.float32 for value in found.velocity.values())
 
 
-@given(JSON | st.sampled_from(["[" * 100_000]))
-@generated(25)
-def test_meta_of_junk(folder: Path, junk: Any) -> None:
+@pytest.mark.parametrize("junk", ["[" * 100_000, "[1]", '{"schema": 7}', ""])
+def test_meta_of_junk(folder: Path, junk: str) -> None:
     place = checkpoint_with(folder, usual())
-    (place / "meta.json").write_text(junk if junk == "[" * 100_000 else json.dumps(junk))
+    (place / "meta.json").write_text(junk)
     assert isinstance(told(lambda: checkpoint.load(place)), str)
 
 
@@ -398,7 +266,7 @@ def copy(prepared: Path, tmp_path: Path) -> Path:
 
 
 @given(data=st.data())
-@generated(60)
+@generated(20)
 def test_records_of_junk(copy: Path, prepared: Path, data: st.DataObject) -> None:
     record = json.loads((prepared / "dataset.json").read_text())
     steps = data.draw(st.lists(st.integers(0, 20), max_size=5))
@@ -406,7 +274,7 @@ def test_records_of_junk(copy: Path, prepared: Path, data: st.DataObject) -> Non
     told(lambda: used(copy))
 
 
-@pytest.mark.parametrize("name", ["../secret.tar", "{folder}/secret.tar", "..", "", "a/b.tar", "a\0b"])
+@pytest.mark.parametrize("name", ["../secret.tar", "{folder}/secret.tar", "a\0b"])
 def test_shards_lie_in_their_folder(copy: Path, name: str) -> None:
     (copy.parent / "secret.tar").write_bytes((copy / "val-000000.tar").read_bytes())
     record = json.loads((copy / "dataset.json").read_text())
@@ -416,7 +284,7 @@ def test_shards_lie_in_their_folder(copy: Path, name: str) -> None:
 
 
 @given(st.sampled_from(["val.index.npy", "mean.npy", "val-000000.tar"]), MUTATIONS, st.booleans())
-@generated(50)
+@generated(15)
 def test_damaged_files_of_a_set(
     copy: Path, prepared: Path, name: str, mutations: list[tuple[str, int, bytes]], header: bool
 ) -> None:
@@ -427,7 +295,7 @@ def test_damaged_files_of_a_set(
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("offset", 2**63), ("offset", 0), ("size", 2**32 - 1), ("shard", 7), ("label", 99), ("size", 0)],
+    [("offset", 2**63), ("size", 2**32 - 1), ("shard", 7), ("label", 99)],
 )
 def test_rows_that_point_elsewhere(copy: Path, field: str, value: int) -> None:
     rows = np.load(copy / "val.index.npy")
@@ -445,9 +313,8 @@ def npy(shape: str, dtype: str = "'<f4'") -> bytes:
 @pytest.mark.parametrize(
     "content",
     [
-        npy("(3, 256, 256)"), npy("(10**12,)"), npy(f"({2**40},)"), npy(f"({2**70},)"), npy("(-1,)"), npy("()"),
-        npy("(3,)", "'|O'") + pickle.dumps([1, 2, 3]), npy("(" * 900 + ")" * 900), npy("(1,)", "[('a', '<f4')] * 9"),
-        b"PK\x03\x04" + bytes(100), b"", pickle.dumps(Runs(Path("/nonexistent/x"))),
+        npy("(3, 256, 256)"), npy(f"({2**40},)"), npy("(3,)", "'|O'") + pickle.dumps([1, 2, 3]), b"",
+        pickle.dumps(Runs(Path("/nonexistent/x"))),
     ],
 )  # fmt: skip
 def test_arrays_that_lie(copy: Path, content: bytes) -> None:
@@ -467,6 +334,28 @@ def test_a_record_of_holes_or_a_pipe(copy: Path) -> None:
     os.mkfifo(copy / "dataset.json")
     with pytest.raises(DataError):
         used(copy)
+
+
+def test_a_record_that_unfolds(tmp_path: Path) -> None:
+    (tmp_path / "dataset.json").write_text("[" + "[]," * 6_000_000 + "[]]")
+    with pytest.raises(DataError, match="more than 16,777,216 bytes"):
+        shards.open_dataset(tmp_path)
+
+
+# Recipes and records
+
+
+@pytest.mark.parametrize("text", ["a = " + "[" * 9000, ".".join("a" * 100_000) + " = 1", "seed = " + "9" * 5000, "\0"])
+def test_recipes_that_unfold(text: str, tmp_path: Path) -> None:
+    """A key of 100,000 parts took more than 20 GB."""
+    (tmp_path / "r.toml").write_text(text)
+    with pytest.raises(RecipeError, match="is not TOML"):
+        load_recipe(str(tmp_path / "r.toml"))
+
+
+def test_metrics_of_junk(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n' + "[" * 100_000 + '\n{"step": 2')
+    assert Run(tmp_path).records() == [{"step": 1}]
 
 
 @pytest.mark.parametrize("recipe", [PAPER, replace(PAPER, towers=1), replace(TINY, width=0.3)])

@@ -23,8 +23,8 @@ from PIL import Image
 
 from alexnet_cli import cli
 from alexnet_cli.core import images
+from alexnet_cli.core.images import PixelBudget
 from alexnet_cli.core.inputs import ahead, expand, load
-from alexnet_cli.core.memory import Memory
 from alexnet_cli.recipe import PAPER
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (40, 60, 4), dtype=np.uint8)
@@ -48,7 +48,7 @@ WHOLE = {kind: encoded(kind) for kind in KINDS}
 
 def answered(data: bytes) -> str:
     """Empty for a picture that was decoded; or why it was not."""
-    found = load(data, True, Memory())
+    found = load(data, True, PixelBudget())
     if isinstance(found, str):
         assert found.strip()
         return found
@@ -226,7 +226,7 @@ def test_a_folder_of_the_largest_pictures_fits_in_two_gigabytes(tmp_path: Path) 
     for number in range(6):
         (tmp_path / f"{number}.png").write_bytes(png(9459, 9459, rows=9459))
         (tmp_path / f"{number}-colour.png").write_bytes(png(9459, 9459, 8, 6, 9459))
-    words = [sys.executable, "-m", "alexnet_cli.cli", "predict", str(tmp_path), "-w", str(model), "-q"]
+    words = [sys.executable, "-m", "alexnet_cli", "predict", str(tmp_path), "-w", str(model), "-q"]
     with subprocess.Popen(words, stdout=subprocess.PIPE) as process:
         assert process.stdout
         shown = process.stdout.read().decode()
@@ -247,7 +247,7 @@ def test_large_pictures_are_prepared_one_at_a_time_whatever_the_workers(tmp_path
         for other in range(40):
             (folder / f"{number}-{other}.jpg").write_bytes(WHOLE["jpeg"])
     words = ["prepare", str(tmp_path / "source"), "-o", str(tmp_path / "out"), "--workers", "6", "-q"]
-    with subprocess.Popen([sys.executable, "-m", "alexnet_cli.cli", *words]) as process:
+    with subprocess.Popen([sys.executable, "-m", "alexnet_cli", *words]) as process:
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     assert process.returncode == 0

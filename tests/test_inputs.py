@@ -15,8 +15,8 @@ from model_files import draw
 from PIL import Image
 
 from alexnet_cli.core import images, inputs
+from alexnet_cli.core.images import PixelBudget
 from alexnet_cli.core.inputs import ahead, expand, load
-from alexnet_cli.core.memory import Memory
 from alexnet_cli.errors import DataError
 
 
@@ -120,15 +120,15 @@ def test_a_folder_that_cannot_be_listed_loses_no_others(tmp_path: Path, monkeypa
 
 def test_pipes_and_devices_are_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jpg")
-    assert load(str(tmp_path / "pipe.jpg"), False, Memory()) == "it is not a regular file"
-    assert load("/dev/zero", False, Memory()) == "it is not a regular file"
+    assert load(str(tmp_path / "pipe.jpg"), False, PixelBudget()) == "it is not a regular file"
+    assert load("/dev/zero", False, PixelBudget()) == "it is not a regular file"
 
 
 def test_room_is_shared_by_pixels_and_the_largest_waits_until_it_is_alone() -> None:
-    memory, most, at_once, lock = Memory(100), [0], [0], threading.Lock()
+    budget, most, at_once, lock = PixelBudget(100), [0], [0], threading.Lock()
 
     def work(pixels: int) -> None:
-        with memory.taken(pixels):
+        with budget.reserve(pixels):
             with lock:
                 at_once[0] += pixels
                 most[0] = max(most[0], at_once[0])
@@ -141,7 +141,7 @@ def test_room_is_shared_by_pixels_and_the_largest_waits_until_it_is_alone() -> N
         thread.start()
     for thread in threads:
         thread.join(10)
-    assert memory.used == 0
+    assert budget.used == 0
     assert 30 < most[0] <= 100
-    with memory.taken(500):  # more than there is room for: alone, rather than never
-        assert memory.used == 500
+    with budget.reserve(500):  # more than there is room for: alone, rather than never
+        assert budget.used == 500

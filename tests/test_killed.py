@@ -41,7 +41,7 @@ def life(words: list[str], folder: Path, ripe: Callable[[], bool]) -> int:
     """Run the command and kill it once training has begun and `ripe()`. Returns its exit code: -9 if it was alive."""
     run = folder / "runs" / "killed"
     before = starts(run)
-    child = subprocess.Popen([sys.executable, "-m", "alexnet_cli.cli", *words], cwd=folder, stderr=subprocess.DEVNULL)
+    child = subprocess.Popen([sys.executable, "-m", "alexnet_cli", *words], cwd=folder, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + DEADLINE
         while child.poll() is None and not (starts(run) > before and ripe()):
@@ -124,7 +124,7 @@ def test_killed_at_twenty_random_moments(prepared: Path, tmp_path: Path, monkeyp
 def test_a_folder_deleted_meanwhile_is_exit_code_7(prepared: Path, tmp_path: Path) -> None:
     words, run = command(5000, prepared), tmp_path / "runs" / "killed"
     child = subprocess.Popen(
-        [sys.executable, "-m", "alexnet_cli.cli", *words], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "alexnet_cli", *words], cwd=tmp_path, stderr=subprocess.PIPE, text=True
     )
     try:
         deadline = time.monotonic() + DEADLINE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +18,6 @@ import pytest
 from commands import alexnet
 
 from alexnet_cli.core import launch
-from alexnet_cli.core.heartbeat import Heartbeat, told
 
 SECONDS = 90
 SMALL = ("--recipe", "paper", "--set", "width=0.03125", "-b", "8", "--gpus", "none")
@@ -55,7 +55,7 @@ def start(prepared: Path, tmp_path: Path) -> Iterator[Any]:
     started: list[Command] = []
 
     def command(*extra: str, before: tuple[str, ...] = (), settings: dict[str, str] | None = None) -> Command:
-        words = ["-m", "alexnet_cli.cli", "train", "--data", str(prepared), *SMALL, "--name", "r", *extra]
+        words = ["-m", "alexnet_cli", "train", "--data", str(prepared), *SMALL, "--name", "r", *extra]
         environment = {**os.environ, "ALEXNET_RUNS_DIR": str(tmp_path / "runs"), **(settings or {})}
         pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         process = subprocess.Popen([sys.executable, *before, *words], text=True, env=environment, **pipes)
@@ -227,8 +227,10 @@ def test_a_rank_that_hangs_is_named(start: Any, processes: str) -> None:
     os.kill(ranks[-1], signal.SIGSTOP)
     code, _, err = command.end()
     assert code == 4
-    assert "waited for the others in vain" in err
-    assert f"rank {len(ranks) - 1}, last heard of" in err
+    assert err.count("error: ") == 1
+    assert re.search(
+        rf"error: rank \d (timed out|lost its connection) in .*: rank {len(ranks) - 1} did not arrive\n", err
+    )
     assert gone(ranks)
 
 
@@ -256,35 +258,3 @@ def test_torchrun_starts_again_and_the_run_goes_on(start: Any) -> None:
     records = [json.loads(line) for line in (command.runs / "r" / "metrics.jsonl").read_text().splitlines()]
     assert records[-1]["step"] == 12 * 6
     assert [r["epoch"] for r in records if r["event"] == "validation"] == list(range(1, 13))
-
-
-class Memory(dict[str, str]):
-    """A store of one process."""
-
-    def set(self, key: str, value: str) -> None:
-        self[key] = value
-
-    def get(self, key: str) -> bytes:  # type: ignore[override]
-        return self[key].encode()
-
-    def check(self, keys: list[str]) -> bool:
-        return all(key in self for key in keys)
-
-
-def test_the_one_that_came_least_far_is_behind() -> None:
-    store = Memory()
-    heart = Heartbeat(0, 4, store)
-    assert heart.behind() is None
-    now = time.time()
-    for rank, count, place in ((1, 7, "step 7"), (2, 5, "exchange for conv3"), (3, 7, "step 7")):
-        store.set(f"alive/{rank}", f"{now - 30:.3f} {count} {place}")
-    sign = heart.behind()
-    assert sign is not None
-    assert (sign.rank, sign.count) == (2, 5)
-    assert told(sign) == "rank 2, last heard of 30 s ago, is behind at: exchange for conv3"
-    heart.at("step 8")
-    deadline = time.monotonic() + 20
-    while not store.get("alive/0").endswith(b" 1 step 8") and time.monotonic() < deadline:
-        time.sleep(0.05)
-    heart.end()
-    assert store.get("alive/0").endswith(b" 1 step 8")

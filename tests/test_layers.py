@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from alexnet_cli.core.layers import Dropout, OverlappingPooling, hashed, words
+from alexnet_cli.core.layers import Dropout, OverlappingPooling, dropout_state, hash_uniform
 from alexnet_cli.recipe import PAPER
 
 
@@ -30,7 +30,7 @@ def test_pooling_equals_a_literal_loop(size: int, side: int) -> None:
 
 
 def test_hash_is_uniform_and_uncorrelated() -> None:
-    values = hashed(words(12345 << 32 | 678, first_row=0), 256, 512, first_unit=0).double()
+    values = hash_uniform(dropout_state(12345 << 32 | 678, first_row=0), 256, 512, first_unit=0).double()
     n = values.numel()
     counts = torch.histc(values.float(), 64, 0, 1)
     chi_square = ((counts - n / 64) ** 2 / (n / 64)).sum().item()
@@ -40,13 +40,13 @@ def test_hash_is_uniform_and_uncorrelated() -> None:
     assert abs(centred.mean().item()) < 5 * (1 / 12 / n) ** 0.5
     for shifted in (centred.roll(1, 0), centred.roll(1, 1), centred.roll((3, 7), (0, 1))):
         assert abs((centred * shifted).mean().item()) < limit
-    other = hashed(words(12345 << 32 | 679, first_row=0), 256, 512, first_unit=0).double() - 0.5
+    other = hash_uniform(dropout_state(12345 << 32 | 679, first_row=0), 256, 512, first_unit=0).double() - 0.5
     assert abs((centred * other).mean().item()) < limit
 
 
 def test_masks_are_slices_of_one_whole() -> None:
-    whole = hashed(words(99, first_row=0), 8, 20, first_unit=0)
-    part = hashed(words(99, first_row=5), 3, 10, first_unit=10)
+    whole = hash_uniform(dropout_state(99, first_row=0), 8, 20, first_unit=0)
+    part = hash_uniform(dropout_state(99, first_row=5), 3, 10, first_unit=10)
     torch.testing.assert_close(part, whole[5:, 10:], rtol=0, atol=0)
 
 

@@ -1,20 +1,41 @@
-"""The loader: whose turn it is, exactly once, independent of threads and ranks; damage has a name."""
+"""The loader: every row exactly once, independent of threads and ranks; damage has a name.
+
+The cache changes no bit of any batch or of any weight, and after the first epoch nothing is decoded.
+"""
 
 from __future__ import annotations
 
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import simplejpeg
+import torch
 
-from alexnet_cli.core.loader import Loader, all_batches, epoch_order, steps_per_epoch, training_batches
+from alexnet_cli.core import devices
+from alexnet_cli.core import loader as loader_module
+from alexnet_cli.core.classes import ClassName
+from alexnet_cli.core.loader import (
+    CachedLoader,
+    CacheMode,
+    Loader,
+    all_batches,
+    cache_decoded,
+    epoch_order,
+    steps_per_epoch,
+    training_batches,
+)
+from alexnet_cli.core.placement import Placement
+from alexnet_cli.core.runs import Run
 from alexnet_cli.core.shards import ROW, Dataset, index_name, open_dataset
-from alexnet_cli.core.sources import ClassName
-from alexnet_cli.errors import DataError
+from alexnet_cli.core.train import fit
+from alexnet_cli.core.training import Training
+from alexnet_cli.errors import DataError, MissingError
+from alexnet_cli.recipe import TINY
 
 
 def test_an_epoch_visits_every_row_once_in_an_order_of_its_own() -> None:
@@ -157,3 +178,95 @@ def shortest(work: Callable[[], object]) -> float:
         work()
         found.append(time.process_time() - start)
     return min(found)
+
+
+def counted(loader: Loader, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows that are decoded from now on."""
+    seen: list[int] = []
+    original = loader.split.jpeg
+
+    def jpeg(row: int) -> memoryview:
+        seen.append(row)
+        return original(row)
+
+    monkeypatch.setattr(loader.split, "jpeg", jpeg)
+    return seen
+
+
+def test_the_same_batches_and_each_picture_is_decoded_once(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    split = open_dataset(prepared).split("train")
+    with Loader(split, 7, 2) as plain, Loader(open_dataset(prepared).split("train"), 7, 2) as under:
+        decoded, kept = counted(under, monkeypatch), CachedLoader(under)
+        for epoch in (1, 2, 3):  # six of seven, six rows left over each time: the second epoch lacks some
+            plan = training_batches(len(split), 7, 0, epoch)
+            for a, b, rows in zip(plain.batches(plan), kept.batches(plan), plan, strict=True):
+                np.testing.assert_array_equal(a.images.numpy(), b.images.numpy())
+                np.testing.assert_array_equal(a.labels.numpy(), b.labels.numpy())
+                np.testing.assert_array_equal(b.rows, rows)
+    assert len(decoded) == len(set(decoded))
+
+
+def test_left_early_it_holds_what_it_gave_out(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    split = open_dataset(prepared).split("train")
+    plan = training_batches(len(split), 8, 0, 1)
+    with Loader(split, 8, 2) as loader:
+        kept = CachedLoader(loader)
+        steps = kept.batches(plan)
+        first = next(steps).images.clone()
+        steps.close()
+        assert kept.held.sum() == 8
+        decoded = counted(loader, monkeypatch)
+        np.testing.assert_array_equal(next(kept.batches(plan[:1])).images.numpy(), first.numpy())
+        assert decoded == []
+
+
+def test_training_ends_with_the_same_weights(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALEXNET_RUNS_DIR", str(tmp_path))
+    recipe = replace(TINY, width=1 / 16, batch_size=14, epochs=2, precision="fp32")
+    place, weights = Placement(torch.device("cpu"), "CPU", "fp32"), []
+    modes: tuple[CacheMode, ...] = ("none", "device")
+    for where in modes:
+        training = Training(recipe, open_dataset(prepared), Run.create(where, recipe, {}), place, 1, where)
+        list(fit(training))
+        weights.append([p.detach().clone() for p in training.network.parameters()])
+    for a, b in zip(*weights, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_where_it_is_used(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Loader(open_dataset(prepared).split("train"), 8, 1) as loader:
+        assert cache_decoded(loader, "none") is loader
+        assert isinstance(cache_decoded(loader, "auto"), CachedLoader)
+        assert isinstance(cache_decoded(loader, "device"), CachedLoader)
+        assert cache_decoded(loader, "auto", 10**6) is loader  # as many processes as that take more
+        monkeypatch.setattr(loader_module, "_free_bytes", lambda device: 4 * 48 * loader_module.IMAGE_BYTES - 1)
+        assert cache_decoded(loader, "auto") is loader  # a quarter is for it at most
+        assert isinstance(cache_decoded(loader, "device"), CachedLoader)
+        monkeypatch.setattr(loader_module, "_free_bytes", lambda device: 48 * loader_module.IMAGE_BYTES - 1)
+        with pytest.raises(MissingError, match="--cache device: 48 decoded pictures"):
+            cache_decoded(loader, "device")
+        monkeypatch.setattr(loader_module, "_free_bytes", lambda device: None)
+        assert cache_decoded(loader, "auto") is loader
+        assert isinstance(cache_decoded(loader, "device"), CachedLoader)
+
+
+def test_what_torch_keeps_of_a_gpu_for_itself_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = {True: 5_000, False: 9_000}  # while torch keeps what an earlier training has left, and afterwards
+    kept = [True]
+    monkeypatch.setattr(torch.cuda, "empty_cache", kept.clear)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[bool(kept)], 10_000))
+    assert loader_module._free_bytes(torch.device("cuda", 0)) == 9_000
+
+
+def test_a_container_may_have_less_memory_than_its_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit, used = tmp_path / "memory.max", tmp_path / "memory.current"
+    monkeypatch.setattr(devices, "CONTAINER_MEMORY", ((str(limit), str(used)),))
+    whole = devices.free_memory()
+    if whole is None:
+        pytest.skip("this system does not say how much memory is free")
+    assert whole > 1 << 27
+    used.write_text("1000\n")
+    limit.write_text("max\n")
+    assert (devices.free_memory() or 0) > 1 << 27  # "max" is no number
+    limit.write_text(f"{1 << 26}\n")
+    assert devices.free_memory() == (1 << 26) - 1000

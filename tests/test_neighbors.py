@@ -81,7 +81,7 @@ def test_the_index_is_made_once_and_anew_for_other_weights(network: Path, prepar
     assert result.stdout.splitlines()[0] == picture
     assert result.stdout.splitlines()[1].split() == ["rank", "distance", "class", "picture"]
     assert "48/48 img" in result.stderr
-    assert "net.neighbours · 48 x 128 float16" in result.stderr
+    assert "net.neighbours · 48 x 128 float32" in result.stderr
     assert Path("neighbors.png").is_file()
     again = run(*words)
     assert "48/48" not in again.stderr
@@ -109,7 +109,7 @@ def test_an_older_checkpoint_and_another_data_set_leave_the_run_its_own_index(
     def asked(weights: str, data: Path = prepared) -> str:
         result = run(picture, "-w", weights, "--data", str(data))
         assert result.exit_code == 0, result.output
-        index = next(line for line in result.stderr.splitlines() if line.startswith("index ") and "float16" in line)
+        index = next(line for line in result.stderr.splitlines() if line.startswith("index ") and "float32" in line)
         return Path(index.split()[1]).name + " made" * ("48/48" in result.stderr)
 
     assert asked("r") == "neighbours made"

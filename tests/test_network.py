@@ -11,10 +11,10 @@ import torch
 from torch.nn import functional
 
 from alexnet_cli.core import response_norm
+from alexnet_cli.core.architecture import EDGE_PADDING, layer_widths
 from alexnet_cli.core.layers import OverlappingPooling, within_map
-from alexnet_cli.core.network import PADDING_224, Network, initialise, padded, parameters_by_name
-from alexnet_cli.core.shapes import widths
-from alexnet_cli.core.towers import Towers
+from alexnet_cli.core.network import Network, initialise, pad_right_and_bottom, parameters_by_name
+from alexnet_cli.core.towers import TowerGroup
 from alexnet_cli.recipe import CAFFE, FAST, KRIZHEVSKY, PAPER, RECIPES, Recipe
 
 SMALL = replace(PAPER, width=1 / 16)
@@ -36,7 +36,7 @@ def test_parameter_counts(recipe: Recipe, parameters: int) -> None:
 def test_parameters_by_layer() -> None:
     with torch.device("meta"):
         network = Network(PAPER, 1000)
-    sizes = {layer: count(network.get_submodule(layer)) for layer in (*widths(PAPER), "fc8")}
+    sizes = {layer: count(network.get_submodule(layer)) for layer in (*layer_widths(PAPER), "fc8")}
     assert sizes == {
         "conv1": 34_944, "conv2": 307_456, "conv3": 885_120, "conv4": 663_936, "conv5": 442_624,
         "fc6": 37_752_832, "fc7": 16_781_312, "fc8": 4_097_000,
@@ -46,8 +46,8 @@ def test_parameters_by_layer() -> None:
 
 def test_one_tower_of_two_holds_its_half() -> None:
     with torch.device("meta"):
-        half = Network(PAPER, 1000, Towers(2, 1))
-    sizes = [count(half.get_submodule(layer)) for layer in widths(PAPER)]
+        half = Network(PAPER, 1000, TowerGroup(2, 1))
+    sizes = [count(half.get_submodule(layer)) for layer in layer_widths(PAPER)]
     assert sizes == [17_472, 153_728, 442_560, 331_968, 221_312, 18_876_416, 8_390_656]
 
 
@@ -81,8 +81,8 @@ def test_the_padding_is_on_the_right_and_below() -> None:
 def test_padding_in_one_copy_is_padding(bf16: bool) -> None:
     x = torch.randn(2, 3, 224, 224, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        ours = padded(x)
-    usual = functional.pad(x, PADDING_224).to(torch.bfloat16 if bf16 else torch.float32)
+        ours = pad_right_and_bottom(x)
+    usual = functional.pad(x, (0, EDGE_PADDING, 0, EDGE_PADDING)).to(torch.bfloat16 if bf16 else torch.float32)
     assert ours.dtype == usual.dtype
     assert ours.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(ours, usual)
@@ -95,7 +95,7 @@ def test_padding_leaves_float64_alone_and_works_where_nothing_is_computed() -> N
     """As `functional.pad` and autocast do: autocast knows no device `meta`, and casts no float64."""
     x = torch.randn(2, 3, 224, 224, dtype=torch.float64)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(padded(x), functional.pad(x, PADDING_224))
+        assert torch.equal(pad_right_and_bottom(x), functional.pad(x, (0, EDGE_PADDING, 0, EDGE_PADDING)))
     with torch.device("meta"):
         out = Network(SMALL, 10)(torch.empty(2, 3, 224, 224))
     assert (out.device.type, out.shape, out.dtype) == ("meta", (2, 10), torch.float32)

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet_cli.core import listing, shards, sources
-from alexnet_cli.core.packing import pack
+from alexnet_cli.core import shards, sources
+from alexnet_cli.core.files import read_file
 from alexnet_cli.core.plan import Plan
+from alexnet_cli.core.prepare import pack
 from alexnet_cli.core.shard_writer import ShardWriter
 from alexnet_cli.errors import AlexNetError, UsageError
 
@@ -51,7 +52,7 @@ def source(tmp_path: Path) -> Path:
 
 def packed(source: Path, output: Path) -> tuple[shards.Dataset, dict[str, str]]:
     """Prepare; returns the data set and what was refused, by path. The counts must add up."""
-    found = sources.recognise(source)
+    found = sources.recognize(source)
     for _ in pack(Plan(found, output, 95), workers=2):
         pass
     dataset = shards.open_dataset(output)
@@ -129,21 +130,21 @@ def test_a_pipe_is_refused_and_not_waited_for(source: Path, tmp_path: Path) -> N
 
 
 def test_what_may_not_be_read(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = listing.read_file
+    real = read_file
 
     def read(path: Path) -> bytes:
         if path.name == "3.jpg":
             raise PermissionError(13, "Permission denied", str(path))
         return real(path)
 
-    monkeypatch.setattr(listing, "read_file", read)
+    monkeypatch.setattr("alexnet_cli.core.listing.read_file", read)
     _, refused = packed(source, tmp_path / "out")
     assert refused == {f"train/{name}/3.jpg": "it cannot be read: Permission denied" for name in ("a", "b")}
 
 
 def test_an_empty_class_is_noted_and_left_out(source: Path) -> None:
     (source / "train" / "empty").mkdir()
-    found = sources.recognise(source)
+    found = sources.recognize(source)
     assert [c.name for c in found.classes] == ["a", "b"]
     assert any("empty" in note for note in found.notes)
 
@@ -164,7 +165,7 @@ def test_ten_thousand_files_in_one_class(tmp_path: Path) -> None:
         (root / name).mkdir(parents=True)
         for i in range(count):
             (root / name / f"{i}.jpg").touch()
-    found = sources.recognise(root)
+    found = sources.recognize(root)
     assert sum(len(items) for items in found.splits.values()) == 10_003
     assert len(found.splits["val"]) == pytest.approx(1000, abs=5)
 
@@ -190,7 +191,7 @@ def test_counts_that_do_not_add_up_fail(source: Path, tmp_path: Path, monkeypatc
 
 
 def test_a_picture_that_vanishes_while_we_work_is_refused(source: Path, tmp_path: Path) -> None:
-    found = sources.recognise(source)
+    found = sources.recognize(source)
     (source / "train" / "a" / "2.jpg").unlink()
     for _ in pack(Plan(found, tmp_path / "out", 95), workers=1):
         pass

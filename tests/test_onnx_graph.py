@@ -16,8 +16,8 @@ import pytest
 from model_files import random_model
 
 from alexnet_cli.core import onnx_graph, session
+from alexnet_cli.core.classes import ClassName
 from alexnet_cli.core.session import Session
-from alexnet_cli.core.sources import ClassName
 from alexnet_cli.core.weights import Model
 from alexnet_cli.errors import MissingError, UsageError, WeightsError
 from alexnet_cli.recipe import CAFFE, KRIZHEVSKY, PAPER, TINY, Recipe

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from alexnet_cli.core import placement, response_norm_gpu
+from alexnet_cli.core import placement, triton_kernels
 from alexnet_cli.core.devices import Gpu
-from alexnet_cli.core.placement import one, place, place_among
-from alexnet_cli.core.ranks import Numbers, Ranks
+from alexnet_cli.core.placement import place, place_ranks, single_gpu
+from alexnet_cli.core.process_group import ProcessMesh, RankInfo
 from alexnet_cli.errors import MissingError, UsageError
 
 T4, H100 = Gpu(0, "T4", 16 << 30, "7.5", "GPU-a"), Gpu(1, "H100", 80 << 30, "9.0", "GPU-b")
@@ -26,7 +26,7 @@ def _gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two GPUs, of which everything can be said but to compute."""
     monkeypatch.setattr(placement, "visible_gpus", lambda: [T4, H100])
     monkeypatch.setattr(placement, "take", lambda index: "")
-    monkeypatch.setattr(response_norm_gpu, "why_not", lambda index: "")
+    monkeypatch.setattr(triton_kernels, "unavailable_reason", lambda index: "")
 
 
 def tf32() -> tuple[bool, bool]:
@@ -62,9 +62,9 @@ def test_a_gpu_that_cannot_compute_is_a_message(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_one_of_several() -> None:
-    assert [one(gpus) for gpus in (None, "1", "all", "none")] == [0, 1, 0, None]
+    assert [single_gpu(gpus) for gpus in (None, "1", "all", "none")] == [0, 1, 0, None]
     with pytest.raises(UsageError, match="one device"):
-        one("0,1")
+        single_gpu("0,1")
 
 
 @pytest.fixture
@@ -72,11 +72,11 @@ def among(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Where this process, the second of two, is placed; `other` says what the first one told."""
 
     def placed(gpus: str | None, seen: list[Gpu], other: tuple[str, str, str], precision: str = "bf16") -> Any:
-        monkeypatch.setattr(placement, "numbers", lambda: Numbers(1, 2, 1, 2))
+        monkeypatch.setattr(placement, "read_rank_info", lambda: RankInfo(1, 2, 1, 2))
         monkeypatch.setattr(placement, "visible_gpus", lambda: seen)
-        monkeypatch.setattr(placement, "arranged", lambda ranks, *_: ranks)
-        monkeypatch.setattr(Ranks, "everyone", lambda self, value: [other, value])
-        return place_among(Ranks(1, 2), gpus, precision, "tower", 2)
+        monkeypatch.setattr(placement, "arrange_mesh", lambda ranks, *_: ranks)
+        monkeypatch.setattr(ProcessMesh, "gather_values", lambda self, value: [other, value])
+        return place_ranks(ProcessMesh(1, 2), gpus, precision, "tower", 2)
 
     return placed
 

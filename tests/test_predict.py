@@ -19,11 +19,11 @@ from typer import Typer
 from typer.testing import CliRunner, Result
 
 from alexnet_cli.core import images, onnx_graph, torch_session, weights
+from alexnet_cli.core.classes import ClassName
 from alexnet_cli.core.devices import Gpu
 from alexnet_cli.core.inputs import expand
 from alexnet_cli.core.predict import Prediction, open_classifier, predict, ranked
 from alexnet_cli.core.session import Session
-from alexnet_cli.core.sources import ClassName
 from alexnet_cli.core.torch_session import TorchSession
 from alexnet_cli.core.views import mean_correction, views
 from alexnet_cli.errors import AlexNetError, DataError, PartialError, UsageError

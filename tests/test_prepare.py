@@ -186,7 +186,7 @@ def test_ctrl_c_keeps_what_is_finished(pets: Path, number: int, code: int) -> No
     (pets / "cats" / "big.jpg").write_bytes(jpeg((9, 99, 199), (500, 400)))
     for i in range(2000):
         (pets / "cats" / f"big{i}.jpg").hardlink_to(pets / "cats" / "big.jpg")
-    command = [sys.executable, "-m", "alexnet_cli.cli", "prepare", "pets", "--workers", "1"]
+    command = [sys.executable, "-m", "alexnet_cli", "prepare", "pets", "--workers", "1"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not list(Path("prepared").glob("pets/.partial/*.tar.tmp")) and time.monotonic() < deadline:
@@ -315,7 +315,7 @@ def test_pictures_are_turned_if_asked(pets: Path, capsys: pytest.CaptureFixture[
 def test_a_disk_that_is_too_small_is_said_before_starting(
     pets: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Plan, "free", lambda self: 1000)
+    monkeypatch.setattr(Plan, "bytes_free", lambda self: 1000)
     assert run(pets) == 7
     assert "1 MB needed in prepared/pets, but" in capsys.readouterr().err
     assert os.listdir() == ["pets"]

@@ -13,13 +13,13 @@ import torch
 import torch.distributed as dist
 from rank_cases import PLACES, exchange, processes, result
 
+from alexnet_cli.core.ddp import replicated
 from alexnet_cli.core.evaluate import Evaluation
 from alexnet_cli.core.fine_tuning import freeze
 from alexnet_cli.core.loader import training_batches
 from alexnet_cli.core.network import Network
-from alexnet_cli.core.ranks import Numbers, Ranks, arrangement, meeting, numbers
-from alexnet_cli.core.replicas import replicated
-from alexnet_cli.core.towers import Towers
+from alexnet_cli.core.process_group import ProcessMesh, RankInfo, join_process_group, mesh_shape, read_rank_info
+from alexnet_cli.core.towers import TowerGroup
 from alexnet_cli.errors import UsageError
 from alexnet_cli.recipe import CAFFE, PAPER, Recipe
 
@@ -86,16 +86,16 @@ def test_shares_make_the_batches(ranks: int) -> None:
     for step, batch in enumerate(whole):
         np.testing.assert_array_equal(np.concatenate([share[step] for share in shares]), batch)
         for rank in range(ranks):
-            part = Ranks(rank, ranks, rank, ranks).share(len(batch))
+            part = ProcessMesh(rank, ranks, rank, ranks).share(len(batch))
             np.testing.assert_array_equal(batch[part], shares[rank][step])
 
 
 def test_where_no_replica_learns_none_is_made() -> None:
     frozen = replace(SMALL, frozen="conv")
-    columns, everyone = Towers(2, 1), cast(dist.ProcessGroup, object())
+    columns, everyone = TowerGroup(2, 1), cast(dist.ProcessGroup, object())
     network = Network(frozen, 4, columns=columns)
     freeze(network, frozen)
-    assert replicated(network, Ranks(0, 2, 0, 2, columns=columns, group=everyone), compress=False) is network
+    assert replicated(network, ProcessMesh(0, 2, 0, 2, columns=columns, group=everyone), compress=False) is network
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -108,7 +108,7 @@ def test_counts_add_up() -> None:
     first.add(np.eye(3, dtype=np.float32), np.array([0, 1, 1]))
     second.add(np.eye(3, dtype=np.float32)[:1], np.array([2]))
     parts = {id(first.confusion): second.confusion, id(first.top5_hits): second.top5_hits}
-    both = first.summed(lambda own: own + parts.get(id(own), np.array([second.loss_sum])))
+    both = first.sum_over_ranks(lambda own: own + parts.get(id(own), np.array([second.loss_sum])))
     assert (both.images, both.top1_error) == (4, 0.5)
     assert both.loss_sum == pytest.approx(first.loss_sum + second.loss_sum)
 
@@ -121,37 +121,37 @@ def test_counts_add_up() -> None:
     ],
 )  # fmt: skip
 def test_arrangements(size: int, parallel: Any, towers: int, expected: tuple[int, int]) -> None:
-    assert arrangement(size, parallel, towers) == expected
+    assert mesh_shape(size, parallel, towers) == expected
 
 
 @pytest.mark.parametrize(("size", "towers", "reason"), [(3, 2, "3 is odd"), (2, 1, "one tower")])
 def test_towers_need_pairs(size: int, towers: int, reason: str) -> None:
     with pytest.raises(UsageError, match=reason):
-        arrangement(size, "tower", towers)
+        mesh_shape(size, "tower", towers)
 
 
 def test_the_numbers_of_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert numbers() is None
+    assert read_rank_info() is None
     for name, value in {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1"}.items():
         monkeypatch.setenv(name, value)
-    assert numbers() is None, "a batch script is no step of its own"
+    assert read_rank_info() is None, "a batch script is no step of its own"
     monkeypatch.setenv("SLURM_STEP_ID", "0")
     monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "4")
-    found = numbers()
+    found = read_rank_info()
     assert found is not None
     assert (found.rank, found.size, found.local_rank, found.local_size) == (5, 8, 1, 4)
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "x"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UsageError, match="are no numbers"):
-        numbers()
+    with pytest.raises(UsageError, match="are not numbers"):
+        read_rank_info()
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("RANK", "2")
     with pytest.raises(UsageError, match="rank 2 of 2"):
-        numbers()
+        read_rank_info()
 
 
 @pytest.mark.parametrize("asked", ["soon", "0", "nan", "1e99"])
 def test_a_patience_that_is_none_is_a_message(monkeypatch: pytest.MonkeyPatch, asked: str) -> None:
     monkeypatch.setenv("ALEXNET_TIMEOUT", asked)
-    with pytest.raises(UsageError, match=f"ALEXNET_TIMEOUT={asked}"), meeting(Numbers(0, 2, 0, 2), "gloo"):
+    with pytest.raises(UsageError, match=f"ALEXNET_TIMEOUT={asked}"), join_process_group(RankInfo(0, 2, 0, 2), "gloo"):
         pass

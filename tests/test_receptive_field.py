@@ -9,8 +9,8 @@ import pytest
 import torch
 from model_files import random_model
 
-from alexnet_cli.core import receptive_field
-from alexnet_cli.core.network import Network, from_model
+from alexnet_cli.core import receptive_field, units
+from alexnet_cli.core.network import Network, network_from_model
 from alexnet_cli.recipe import CAFFE, KRIZHEVSKY, PAPER, Recipe
 
 RECIPES = {
@@ -25,7 +25,7 @@ RECIPES = {
 
 def positive(recipe: Recipe) -> Network:
     """A network whose units all fire, so that whatever is in a field can be noticed."""
-    network = from_model(random_model(replace(recipe, width=1 / 32, lrn_alpha=0.1, input_divisor=1.0))).double()
+    network = network_from_model(random_model(replace(recipe, width=1 / 32, lrn_alpha=0.1, input_divisor=1.0))).double()
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.abs_()
@@ -88,7 +88,7 @@ def test_sizes_are_those_that_the_kernels_and_strides_of_the_paper_give() -> Non
 def test_a_patch_is_its_part_of_the_picture_and_grey_beside_it() -> None:
     picture = np.random.default_rng(0).integers(0, 100, (256, 256, 3), dtype=np.uint8)
     (top, bottom), (left, right) = (receptive_field.extent(PAPER, "conv3", p, clipped=False) for p in (0, 6))
-    patch = receptive_field.patch(picture, PAPER, "conv3", (0, 6))
+    patch = units.cut_receptive_field(picture, PAPER, "conv3", (0, 6))
     assert patch.shape == (99, 99, 3)
     assert top < 16 < bottom < 240
     assert (patch[: 16 - top] == 128).all()

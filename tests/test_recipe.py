@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from alexnet_cli import recipe as recipes
+from alexnet_cli import recipe_io
 from alexnet_cli.errors import RecipeError
-from alexnet_cli.knob import spelled
-from alexnet_cli.recipe import CAFFE, FAST, KRIZHEVSKY, PAPER, RECIPES, TINY, Recipe
+from alexnet_cli.recipe import CAFFE, FAST, KRIZHEVSKY, PAPER, RECIPES, TINY, Recipe, format_toml
 
 
 def changes(recipe: Recipe, base: Recipe = PAPER) -> dict[str, object]:
@@ -59,25 +59,25 @@ def test_tiny_is_fast_but_narrow_and_fast_is_the_same_network() -> None:
 def test_toml_there_and_back(name: str, tmp_path: Path) -> None:
     file = tmp_path / "recipe.toml"
     file.write_text(RECIPES[name].to_toml(), encoding="utf-8")
-    assert recipes.load(str(file)) == RECIPES[name] == recipes.load(name)
+    assert recipe_io.load_recipe(str(file)) == RECIPES[name] == recipe_io.load_recipe(name)
 
 
 def test_a_file_may_name_its_base(tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
     file.write_text('name = "tiny"\ndropout = 0\n', encoding="utf-8")
-    assert changes(recipes.load(str(file)), TINY) == {"dropout": 0.0}
+    assert changes(recipe_io.load_recipe(str(file)), TINY) == {"dropout": 0.0}
 
 
 def test_a_file_has_a_name_of_its_own_and_a_base(tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
     file.write_text('name = "mine"\nbase = "tiny"\ndropout = 0\n', encoding="utf-8")
-    mine = recipes.load(str(file))
+    mine = recipe_io.load_recipe(str(file))
     assert mine.name == "mine"
     assert changes(mine, TINY) == {"dropout": 0.0}
-    assert recipes.closest(mine) is TINY
+    assert recipes.find_closest_recipe(mine) is TINY
     file.write_text(mine.to_toml(), encoding="utf-8")  # as a run keeps it: complete, without a base
     assert "base" not in file.read_text(encoding="utf-8").split()
-    assert recipes.load(str(file)) == mine == recipes.from_values(asdict(mine))
+    assert recipe_io.load_recipe(str(file)) == mine == recipe_io.recipe_from_dict(asdict(mine))
 
 
 @pytest.mark.parametrize(
@@ -96,34 +96,34 @@ def test_files_that_are_wrong(text: str, what: str, hint: str, tmp_path: Path) -
     file = tmp_path / "mine.toml"
     file.write_text(text, encoding="utf-8")
     with pytest.raises(RecipeError) as caught:
-        recipes.load(str(file))
+        recipe_io.load_recipe(str(file))
     assert what in caught.value.what
     assert hint in caught.value.hint
 
 
 def test_closest_goes_by_name_and_else_by_values() -> None:
-    assert recipes.closest(replace(TINY, name="paper")) is PAPER
-    assert recipes.closest(replace(CAFFE, name="mine", epochs=3, seed=5)) is CAFFE
+    assert recipes.find_closest_recipe(replace(TINY, name="paper")) is PAPER
+    assert recipes.find_closest_recipe(replace(CAFFE, name="mine", epochs=3, seed=5)) is CAFFE
 
 
 @pytest.mark.parametrize("name", list(RECIPES))
 def test_values_are_spelled_as_toml_reads_them(name: str) -> None:
-    lines = [f"{key} = {spelled(value)}" for key, value in asdict(RECIPES[name]).items()]
-    assert recipes.from_values(tomllib.loads("\n".join(lines))) == RECIPES[name]
+    lines = [f"{key} = {format_toml(value)}" for key, value in asdict(RECIPES[name]).items()]
+    assert recipe_io.recipe_from_dict(tomllib.loads("\n".join(lines))) == RECIPES[name]
     assert all("\n" not in line for line in lines)
 
 
 def test_every_field_says_what_it_is_and_where_it_comes_from() -> None:
     for field in fields(Recipe):
-        about, source = recipes.describe(field.name)
+        about, source = recipes.describe_setting(field.name)
         assert about
         assert source in {"-", "2", "Caffe", "3.1", "3.2", "3.3", "3.4", "3.5", "4.1", "4.2", "5", "code"}, field.name
 
 
 def test_keys_with_few_values_list_them() -> None:
-    assert recipes.describe("frozen")[0].endswith("; one of: none, conv")
-    assert recipes.describe("input_size")[0].endswith("; one of: 224, 227")
-    assert "one of" not in recipes.describe("dropout")[0]
+    assert recipes.describe_setting("frozen")[0].endswith("; one of: none, conv")
+    assert recipes.describe_setting("input_size")[0].endswith("; one of: 224, 227")
+    assert "one of" not in recipes.describe_setting("dropout")[0]
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_keys_with_few_values_list_them() -> None:
      ("learning_rate=1e-3", "learning_rate", 0.001)],
 )  # fmt: skip
 def test_settings_as_typed(setting: str, key: str, value: object) -> None:
-    assert getattr(recipes.changed(PAPER, recipes.parsed([setting])), key) == value
+    assert getattr(recipe_io.apply_changes(PAPER, recipe_io.parse_settings([setting])), key) == value
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_settings_as_typed(setting: str, key: str, value: object) -> None:
 )
 def test_refusals_help(setting: str, what: str, hint: str) -> None:
     with pytest.raises(RecipeError) as caught:
-        recipes.changed(PAPER, recipes.parsed([setting]))
+        recipe_io.apply_changes(PAPER, recipe_io.parse_settings([setting]))
     assert what in caught.value.what
     assert hint in caught.value.hint
     assert caught.value.exit_code == 2
@@ -171,9 +171,9 @@ def test_refusals_help(setting: str, what: str, hint: str) -> None:
 
 def test_unknown_recipes_and_broken_files(tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as caught:
-        recipes.load("papr")
+        recipe_io.load_recipe("papr")
     assert "did you mean paper" in caught.value.hint
     file = tmp_path / "broken.toml"
     file.write_text("dropout = = 1", encoding="utf-8")
     with pytest.raises(RecipeError, match="is not TOML"):
-        recipes.load(str(file))
+        recipe_io.load_recipe(str(file))

@@ -19,10 +19,9 @@ from report_cases import HOSTILE, NAMES, RECIPE, Page, hostile_data, make_run, r
 
 from alexnet_cli.core import report_page, weights
 from alexnet_cli.core.evaluate import Evaluation
-from alexnet_cli.core.evidence import Evidence, Opened
-from alexnet_cli.core.history import History, of
-from alexnet_cli.core.report import gather
-from alexnet_cli.core.results import numbers
+from alexnet_cli.core.report_collect import Evidence, OpenedModel, collect_report
+from alexnet_cli.core.report_history import History, read_history
+from alexnet_cli.core.results import summarize
 from alexnet_cli.core.runs import Run
 from alexnet_cli.core.shards import Dataset
 from alexnet_cli.core.sources import ClassName
@@ -197,16 +196,16 @@ def test_another_checkpoint_has_a_page_of_its_own(copy: Run) -> None:
 def test_drops_are_marked_after_the_epochs_that_the_schedule_has(prepared: Path, tmp_path: Path) -> None:
     """The records are those of a real training, and the lines are at the ticks of these epochs."""
     from alexnet_cli.core.placement import place
-    from alexnet_cli.core.report_charts import charts
+    from alexnet_cli.core.report_charts import draw_charts
     from alexnet_cli.core.shards import open_dataset
     from alexnet_cli.core.train import fit
 
     recipe = replace(PAPER, width=1 / 32, batch_size=48, epochs=5, schedule="fixed", drop_epochs=(1, 3))
     run = Run.create("drops", recipe, {}, tmp_path)
     list(fit(Training(recipe, open_dataset(prepared), run, place("none", "fp32"), 1)))
-    history = of(run.records(), recipe)
+    history = read_history(run.records(), recipe)
     assert history.drops == (1, 3)
-    drawn = charts(history)["loss"]
+    drawn = draw_charts(history)["loss"]
     assert drawn.alt.endswith("Rate drops after epoch 1, 3.")
     lines = re.findall(
         r'd="M ([\d.]+) [\d.]+ *\nL ([\d.]+) [\d.]+ *\n" clip-path="[^"]*" style="[^"]*#555555', drawn.svg
@@ -218,7 +217,7 @@ def test_drops_are_marked_after_the_epochs_that_the_schedule_has(prepared: Path,
 
 
 def test_time_and_speed_are_those_of_the_steps(shown: Run) -> None:
-    history: History = of(shown.records(), RECIPE)
+    history: History = read_history(shown.records(), RECIPE)
     assert history.seconds == pytest.approx(6 * 20 * 8 / 40)
     assert history.speed == 40
     assert "24 s, validation and pauses not counted" in Page(shown.path / "report.html").all_text
@@ -228,12 +227,12 @@ def test_time_and_speed_are_those_of_the_steps(shown: Run) -> None:
         {"event": "step", "step": "x"},
         {"event": "validation", "epoch": 1, "loss": None},
     ]
-    assert of(broken, RECIPE).seconds is None
+    assert read_history(broken, RECIPE).seconds is None
 
 
 def test_without_the_plotting_library_tables_stand_in(copy: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("alexnet_cli.core.report_page.can_draw", lambda: False)
-    monkeypatch.setattr("alexnet_cli.core.plotting.can_draw", lambda: False)
+    monkeypatch.setattr("alexnet_cli.core.report_charts.can_draw", lambda: False)
     result = report("-w", str(copy.path))
     assert result.exit_code == 0
     assert "pip install 'alexnet-cli[charts]'" in result.stderr
@@ -283,7 +282,7 @@ def test_a_page_names_the_data_that_it_measured_on(copy: Run, data: Dataset, tmp
 @pytest.mark.usefixtures("undrawn")
 def test_epochs_may_have_been_added_since_the_best_checkpoint(copy: Run, tmp_path: Path) -> None:
     (copy.path / "recipe.toml").write_text(replace(RECIPE, epochs=12).to_toml())
-    report_page.write(gather(copy, Opened(read(copy), ""), "none"), tmp_path / "page.html")
+    report_page.write_page(collect_report(copy, OpenedModel(read(copy), ""), "none"), tmp_path / "page.html")
     assert "Epochs6 of 12" in Page(tmp_path / "page.html").all_text
 
 
@@ -297,7 +296,7 @@ def test_it_says_what_to_type_to_make_the_run_again(copy: Run, tmp_path: Path) -
         ("/x/pets", [*first, "--data=x"], "alexnet train --name 'my run' --data=x"),
     ):
         copy.update({"data_path": path, "command": words, "resumed": [{"command": then}]})
-        report_page.write(gather(copy, None, "none"), tmp_path / "page.html")
+        report_page.write_page(collect_report(copy, None, "none"), tmp_path / "page.html")
         rows = Page(tmp_path / "page.html").tables["What is needed to make it again"]
         assert rows[1:3] == [["Command", shown], ["And then", "alexnet train --resume 'my run'"]]
 
@@ -319,7 +318,7 @@ def test_a_damaged_picture_spares_the_rest(copy: Run, data: Dataset, tmp_path: P
     [
         ("conv1", float("nan"), {"filters", "results", "examples", "neighbours"}),
         ("fc8", float("nan"), {"results", "examples", "neighbours"}),
-        ("fc7", 1e7, {"neighbours"}),
+        ("fc7", 1e20, {"neighbours"}),
     ],
 )
 @pytest.mark.filterwarnings("error")
@@ -334,7 +333,7 @@ def test_a_network_that_broke_down_has_what_can_be_said(
     sections = {s["id"]: s["note"] for s in json.loads(result.stdout)["sections"]}
     of_pictures = {"filters", "results", "examples", "neighbours"}
     assert {name for name in of_pictures if sections[name]} == absent
-    assert ("no number" if factor != factor else "too large for float16") in sections["neighbours"]
+    assert ("no number" if factor != factor else "too large to compare") in sections["neighbours"]
 
 
 @pytest.mark.parametrize("status", ["running", "failed", "interrupted"])
@@ -394,9 +393,9 @@ def page_of(path: Path, classes: Sequence[ClassName], confusion: Sequence[Sequen
     """The page of a network without a run that has answered so."""
     model = replace(random_model(replace(PAPER, width=1 / 32), len(classes)), classes=tuple(classes))
     counts = Evaluation(np.array(confusion, np.int64), np.array(confusion, np.int64).sum(axis=1))
-    found = gather(None, Opened(model, ""), "none")
-    evidence = Evidence((numbers(counts, 1, "torch"),), counts, missing=found.evidence.missing)
-    report_page.write(replace(found, evidence=evidence), path)
+    found = collect_report(None, OpenedModel(model, ""), "none")
+    evidence = Evidence((summarize(counts, 1, "torch"),), counts, missing=found.evidence.missing)
+    report_page.write_page(replace(found, evidence=evidence), path)
     return Page(path)
 
 
@@ -426,10 +425,10 @@ def test_a_class_that_is_never_right_is_not_among_the_best(tmp_path: Path) -> No
 @pytest.mark.usefixtures("undrawn")
 def test_the_epoch_of_a_run_that_was_interrupted_in_it(tmp_path: Path, data: Dataset) -> None:
     run = make_run(tmp_path, data, epochs=1)
-    report_page.write(gather(run, None, "none"), tmp_path / "page.html")
+    report_page.write_page(collect_report(run, None, "none"), tmp_path / "page.html")
     assert "Epochs1 of 6" in Page(tmp_path / "page.html").all_text
     run.log({"event": "step", "epoch": 2, "step": 30, "loss": 1.0, "lr": 0.01})
-    report_page.write(gather(run, None, "none"), tmp_path / "page.html")
+    report_page.write_page(collect_report(run, None, "none"), tmp_path / "page.html")
     assert "Epochsin epoch 2 of 6" in Page(tmp_path / "page.html").all_text
 
 
@@ -454,9 +453,9 @@ def test_a_thousand_classes_stay_readable_and_small(tmp_path: Path) -> None:
     model = replace(random_model(replace(PAPER, width=1 / 32), 1000), classes=classes)
     counts = Evaluation(np.diag(np.full(1000, 30)), np.full(1000, 45))
     np.add.at(counts.confusion, tuple(generator.integers(0, 1000, (2, 20_000))), 1)
-    found = gather(None, Opened(model, ""), "none")
-    page = replace(found, evidence=Evidence((numbers(counts, 1, "torch"),), counts, missing=found.evidence.missing))
-    report_page.write(page, tmp_path / "page.html")
+    found = collect_report(None, OpenedModel(model, ""), "none")
+    page = replace(found, evidence=Evidence((summarize(counts, 1, "torch"),), counts, missing=found.evidence.missing))
+    report_page.write_page(page, tmp_path / "page.html")
     assert (tmp_path / "page.html").stat().st_size < 2e6
     read = Page(tmp_path / "page.html")
     true, seen, times = read.tables["The most frequent mistakes"][1]

@@ -14,7 +14,7 @@ from alexnet_cli.core import devices, resume
 from alexnet_cli.core.atomic import point
 from alexnet_cli.core.runs import Run, find_weights, run_of
 from alexnet_cli.errors import DataError, StorageError, UsageError, WeightsError
-from alexnet_cli.recipe import CAFFE, FAST, KRIZHEVSKY, PAPER, TINY, differences
+from alexnet_cli.recipe import CAFFE, FAST, KRIZHEVSKY, PAPER, TINY, compare_recipes
 
 
 @pytest.fixture(autouse=True)
@@ -212,7 +212,7 @@ def test_going_on_by_another_recipe_is_met_with_leaving_it_out() -> None:
         with pytest.raises(UsageError, match=f"^{what}") as caught:
             resume.agreed(run, recipe, set(), vars(recipe))
         assert caught.value.hint.startswith(f"leave --recipe out: {run.name} has its own{hint}")
-    rest = len(differences(KRIZHEVSKY, PAPER)) - 1 - 4  # epochs are free, and four are shown
+    rest = len(compare_recipes(KRIZHEVSKY, PAPER)) - 1 - 4  # epochs are free, and four are shown
     assert caught.value.what.endswith(f", and {rest} more")
     for epoch in range(1, 41):
         paper.log({"event": "validation", "epoch": epoch, "step": epoch})

@@ -21,10 +21,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet_cli.core import fast_images, images, packing, shards, sources
-from alexnet_cli.core.memory import Memory
-from alexnet_cli.core.packing import pack
+from alexnet_cli.core import fast_images, images, prepare, shards, sources
+from alexnet_cli.core.images import PixelBudget
 from alexnet_cli.core.plan import Plan
+from alexnet_cli.core.prepare import pack
 from alexnet_cli.core.shard_writer import tar_header
 from alexnet_cli.core.statistics import PixelSums
 from alexnet_cli.errors import DataError, StorageError, UsageError, VerificationError
@@ -58,7 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def plan(folder: Path, output: Path, quality: int = 95) -> Plan:
-    return Plan(sources.recognise(folder), output, quality, shard_images=20)
+    return Plan(sources.recognize(folder), output, quality, shard_images=20)
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +198,7 @@ def test_threads_share_the_room_for_pixels(
             decoding.discard(threading.get_ident())
 
     monkeypatch.setattr(fast_images, "examined", counted)
-    monkeypatch.setattr(packing, "Memory", lambda: Memory(5000))
+    monkeypatch.setattr(prepare, "PixelBudget", lambda: PixelBudget(5000))
     list(pack(plan(folder, tmp_path / "again"), 4))
     assert most == [1]
     assert contents(tmp_path / "again") == contents(prepared)
@@ -237,7 +237,7 @@ def test_kill_at_any_moment_does_not_change_the_bytes(folder: Path, prepared: Pa
     """The plan, shards and their sidecars, the last shard, the index, dataset.json itself; then at random."""
     moments = [1, 4, 8, 23, 28, 37, random.randint(2, 36)]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["alexnet_cli.core.packing"])  # or every process would take torch's second
+    context.set_forkserver_preload(["alexnet_cli.core.prepare"])  # or every process would take torch's second
     started = {}
     for place, at in enumerate(moments):
         started[tmp_path / f"{place}"] = context.Process(target=_killed, args=(folder, tmp_path / f"{place}", at))
@@ -276,7 +276,7 @@ def test_outputs_that_are_refused(folder: Path, prepared: Path, tmp_path: Path) 
 
 def test_overwrite_replaces_everything_of_the_old_set(folder: Path, prepared: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    list(pack(Plan(sources.recognise(folder), output, 50, shard_images=5), 2))
+    list(pack(Plan(sources.recognize(folder), output, 50, shard_images=5), 2))
     assert len(list(output.glob("train-*.tar"))) == 18
     list(pack(plan(folder, output), 2, overwrite=True))
     assert contents(output) == contents(prepared)
@@ -396,7 +396,7 @@ def test_full_disk(folder: Path, prepared: Path, tmp_path: Path, monkeypatch: py
 def test_the_estimate_is_about_right(folder: Path, prepared: Path, tmp_path: Path) -> None:
     actual = sum(len(data) for name, data in contents(prepared).items() if name.endswith(".tar"))
     beside = sum(name.endswith(".tar") for name in contents(prepared)) + 1  # sidecars, and the mean picture
-    assert plan(folder, tmp_path / "out").estimate() - beside * 1_000_000 == pytest.approx(actual, rel=0.25)
+    assert plan(folder, tmp_path / "out").bytes_needed() - beside * 1_000_000 == pytest.approx(actual, rel=0.25)
 
 
 def read_all(path: Path) -> None:

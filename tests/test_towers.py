@@ -9,16 +9,16 @@ import pytest
 import torch
 from rank_cases import processes
 
-from alexnet_cli.core.placement import place_among
-from alexnet_cli.core.ranks import meeting, numbers
-from alexnet_cli.core.rows import Rows
+from alexnet_cli.core.placement import place_ranks
+from alexnet_cli.core.process_group import join_process_group, read_rank_info
+from alexnet_cli.core.towers import HybridGather
 
 
 def meet(dtype: torch.dtype) -> None:
     """Share one's channels with the other tower, and get back the sum of what both say of them."""
     with ExitStack() as stack:
-        ranks = stack.enter_context(meeting(numbers(), "gloo"))
-        towers = place_among(ranks, "none", "fp32", "tower", 2).ranks.towers
+        ranks = stack.enter_context(join_process_group(read_rank_info(), "gloo"))
+        towers = place_ranks(ranks, "none", "fp32", "tower", 2).ranks.towers
         assert towers is not None
         whole = torch.arange(2 * 6 * 2 * 2).reshape(2, 6, 2, 2).to(dtype)
         own = towers.own(whole, 1).clone().requires_grad_()
@@ -44,5 +44,5 @@ def test_how_many_images_each_has_is_told_without_the_gpu() -> None:
             told.append(mine)
             return torch.stack([mine, mine + 1])
 
-    assert Rows(cast(Any, Columns()))._sizes(torch.empty(3, 2, device="meta")) == [3, 4]
+    assert HybridGather(cast(Any, Columns()))._sizes(torch.empty(3, 2, device="meta")) == [3, 4]
     assert [mine.device.type for mine in told] == ["cpu"]

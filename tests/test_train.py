@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from alexnet_cli.core import checkpoint, diagnosis, qualitative, weights
+from alexnet_cli.core import checkpoint, diagnosis, filters, weights
 from alexnet_cli.core.learning import Momentum, Schedule
 from alexnet_cli.core.placement import Placement
 from alexnet_cli.core.records import Record
@@ -80,7 +80,7 @@ def test_each_epoch_tells_how_far_the_towers_specialise(start: Callable[..., Tra
     training = start()
     told = [record for record in fit(training) if record.event == "validation"]
     weight = training.network.conv1.weight.detach().numpy()
-    found = qualitative.specialisation(qualitative.split(weight, 2))
+    found = filters.measure_specialisation(filters.split_towers(weight, 2))
     assert told[-1].specialisation == found.auc
     assert (told[-1].chroma_tower1, told[-1].chroma_tower2) == pytest.approx(found.means)
     assert told[0].chroma_tower1 != told[1].chroma_tower1

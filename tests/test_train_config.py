@@ -12,6 +12,7 @@ import pytest
 from commands import alexnet
 
 from alexnet_cli import recipe as recipes
+from alexnet_cli import recipe_io
 from alexnet_cli.recipe import PAPER, TINY
 from alexnet_plugins.train_config import origins
 
@@ -42,11 +43,11 @@ def test_what_differs_from_the_paper_comes_last_and_can_be_pasted(mine: str) -> 
     shown = alexnet("train", "--print-config", "--recipe", mine, "--set", "crops=False", "--lr", "0.02").stdout
     same, _, other = shown.partition("recipe mine: otherwise than in the paper")
     rows = [re.match(r"(\w+) +(\S+)  ", line) for text in (same, other) for line in text.splitlines()[1:]]
-    recipe = recipes.changed(recipes.load(mine), {"crops": False, "learning_rate": 0.02})
+    recipe = recipe_io.apply_changes(recipe_io.load_recipe(mine), {"crops": False, "learning_rate": 0.02})
     lines = [f"{row[1]} = {row[2]}" for row in rows if row and row[1] in asdict(recipe)]
-    assert recipes.from_values(tomllib.loads("\n".join(lines))) == recipe
+    assert recipe_io.recipe_from_dict(tomllib.loads("\n".join(lines))) == recipe
     listed = {row[1] for row in rows if row and f"\n{row[1]} " in other}
-    different = set(recipes.differences(recipe, PAPER)) | {"conv345_std"}
+    different = set(recipes.compare_recipes(recipe, PAPER)) | {"conv345_std"}
     assert different == listed & set(asdict(recipe))
     assert re.search(r"(?m)^crops +false +true +--set ", other)
     assert re.search(r"(?m)^learning_rate +0\.02 +0\.01 +option ", other)

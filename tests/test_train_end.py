@@ -72,7 +72,7 @@ def test_a_network_that_answers_one_class_is_told_when_training_ends() -> None:
     told = advice.one_sided(np.array([[50, 0], [50, 0]]), ("cat", "dog"), end)
     assert told is not None
     assert (told.event, told.epoch, told.step) == ("warning", 3, 30)
-    assert str(told.text).startswith("100.0% of the answers are cat, and 50.0% of the pictures")
+    assert str(told.text).startswith("100.0% of the answers are cat, but only 50.0% of the images")
     assert advice.one_sided(np.array([[5, 0], [0, 5]]), ("cat", "dog"), end) is None
     assert advice.one_sided(np.array([[50, 0], [50, 0]]), ("cat", "dog"), replace(end, step=19)) is None
 
@@ -82,7 +82,7 @@ def test_a_network_that_answers_one_class_is_told_when_training_ends() -> None:
     [
         (StorageError("runs/r cannot be written: No space left", "free some space"), "runs/r cannot be written: No sp"),
         (OSError(28, "No space left on device"), "No space left on device"),
-        (MemoryError(), "the memory does not suffice"),
+        (MemoryError(), "out of memory"),
         (ZeroDivisionError("oops"), "internal error: ZeroDivisionError: oops"),
     ],
 )

@@ -1,9 +1,7 @@
-"""`alexnet train` leaves a report behind: whole at the end, what is quick when stopped, and never at a price."""
+"""`alexnet train` leaves a report behind, of what needs no pass of the network, and never at a price."""
 
 from __future__ import annotations
 
-import json
-import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -41,32 +39,25 @@ def trained(prepared: Path, tmp_path: Path) -> Trained:
     return make
 
 
-def test_a_finished_training_has_it_all(trained: Trained, capsys: pytest.CaptureFixture[str]) -> None:
-    training = trained(6)
-    leave_report(Reporter("train"), training, stopped=False)
-    assert capsys.readouterr().err == f"report  {training.run.path / 'report.html'}\n"
-    page = Page(training.run.path / "report.html")
-    assert "Not here" not in page.all_text
-    said = json.loads((training.run.path / "eval" / "val-1.json").read_text())
-    assert said["images"] == 20
-    assert page.tables["Errors, each with its 95 % interval"][1][1] == "20"
-
-
-@pytest.mark.parametrize("steps", [1, 4])
-def test_who_stops_it_waits_for_no_picture(trained: Trained, monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    """After the first step there is a checkpoint and no epoch; after the fourth both."""
+@pytest.mark.parametrize("steps", [1, 6])
+def test_no_picture_is_read_for_it(
+    trained: Trained, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], steps: int
+) -> None:
+    """After the first step there is a checkpoint and no epoch; after the sixth both."""
 
     def decode(*_: Any) -> None:
         raise AssertionError("a picture was read")
 
     training = trained(steps)
     monkeypatch.setattr("alexnet_cli.core.shards.Split.jpeg", decode)
-    leave_report(Reporter("train"), training, stopped=True)
+    leave_report(Reporter("train"), training)
+    assert capsys.readouterr().err == f"report  {training.run.path / 'report.html'}\n"
     page = Page(training.run.path / "report.html")
-    assert page.all_text.count("it takes more time than the end of a training has: alexnet report adds it") == 3
+    assert page.all_text.count("it has not been computed yet: alexnet report adds it") == 3
     assert sum("kernels of tower" in (image["alt"] or "") for image in page.images) == 2
     drawn = [image["alt"] for image in page.images if "over the epochs" in (image["alt"] or "")]
-    assert len(drawn) == (4 if steps == 4 else 2)  # of one rate there is no curve
+    assert len(drawn) == (4 if steps == 6 else 2)  # of one rate there is no curve
+    assert not (training.run.path / "eval").exists()
 
 
 def test_a_second_interrupt_ends_the_waiting_and_no_more(
@@ -76,57 +67,10 @@ def test_a_second_interrupt_ends_the_waiting_and_no_more(
         raise KeyboardInterrupt
 
     training = trained(1)
-    monkeypatch.setattr("alexnet_cli.core.report_charts.svg", impatient)
-    leave_report(Reporter("train"), training, stopped=True)
+    monkeypatch.setattr("alexnet_cli.core.report_charts.render_svg", impatient)
+    leave_report(Reporter("train"), training)
     assert capsys.readouterr().err.startswith("warn    no report was written: interrupted\nhint    alexnet report -w ")
     assert not (training.run.path / "report.html").exists()
-
-
-def test_a_slow_network_is_not_waited_for(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
-    training = trained(6)
-    monkeypatch.setattr("alexnet_plugins.train_report.SECONDS", 1e-9)
-    leave_report(Reporter("train"), training, stopped=False)
-    assert not (training.run.path / "eval").exists()
-    assert not (training.run.path / "neighbours").exists()
-
-
-def test_a_stop_is_heard_while_the_report_is_made(
-    trained: Trained, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    asked: list[str] = []
-    training = trained(6)
-    monkeypatch.setattr("alexnet_cli.core.evidence._measured", lambda *_: asked.append("SIGTERM"))
-    leave_report(Reporter("train"), training, False, lambda: next(iter(asked), None))
-    page = Page(training.run.path / "report.html")
-    assert page.all_text.count("alexnet report adds it") == 3
-    assert [line[:70] for line in capsys.readouterr().err.splitlines()] == [
-        f"report  {training.run.path / 'report.html'}"[:70],
-        "warn    SIGTERM: the training is done and saved, but its report is wit",
-        "hint    alexnet report -w r adds it",
-    ]
-
-
-def test_one_ctrl_c_at_the_end_loses_nothing_and_is_not_silent(
-    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The handlers of a training are still there when its report is made."""
-    from alexnet_cli.core.report import gather
-    from alexnet_plugins.train import train
-
-    def interrupted(*arguments: Any) -> Any:
-        signal.raise_signal(signal.SIGINT)
-        return gather(*arguments)
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("alexnet_cli.core.report.gather", interrupted)
-    app = Typer()
-    app.command()(train)
-    words = ["--recipe", "tiny", "--set", "width=0.0625", "-b", "16", "--epochs", "1", "--name", "done", "-q"]
-    result = CliRunner().invoke(app, [*words, "--data", str(prepared), "--gpus", "none"])
-    assert (result.exit_code, result.exception) == (0, None)
-    assert "warn    Ctrl-C: the training is done and saved" in result.stderr
-    assert Run.open("done").about["status"] == "finished"
-    assert "alexnet report adds it" in Page(tmp_path / "runs" / "done" / "report.html").all_text
 
 
 def test_what_ends_in_numbers_that_are_none_leaves_one_too(prepared: Path, tmp_path: Path) -> None:

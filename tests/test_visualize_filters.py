@@ -14,13 +14,13 @@ from PIL import Image
 
 from alexnet_cli.core import filter_picture
 from alexnet_cli.core.predict import open_classifier, predict
-from alexnet_cli.core.responses import responses
 from alexnet_cli.core.session import Convolution, Layer, Session
 from alexnet_cli.core.shards import open_dataset
+from alexnet_cli.core.units import iterate_activations
 from alexnet_cli.errors import UsageError, WeightsError
 from alexnet_cli.recipe import PAPER
 from alexnet_plugins.visualize_filters import visualize_filters
-from alexnet_plugins.visualize_terminal import blocks
+from alexnet_plugins.visualize_views import draw_half_blocks
 
 SMALL = replace(PAPER, width=1 / 4)
 
@@ -62,7 +62,7 @@ def test_one_tower_is_its_half_of_the_kernels_on_the_scale_of_all(
     assert "tower 2 of 2 · 12 kernels" in err
     assert "smooth 1, both towers) · 12 of 12 still noise: train longer · 0 dead" in out
     weight = random_model(SMALL).tensors["conv1.weight"]
-    expected = filter_picture.grid(weight[12:], np.full(12, np.abs(weight).max()), 6)
+    expected = filter_picture.draw_grid(weight[12:], np.full(12, np.abs(weight).max()), 6)
     with Image.open("new/two.png") as image:
         pixels = np.asarray(image)
     zoom = pixels.shape[1] // expected.shape[1]
@@ -101,7 +101,7 @@ def test_a_file_outside_a_run_is_drawn_into_the_current_folder(
 def test_half_blocks_carry_two_pixels_each() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (5, 4, 3), dtype=np.uint8)
     pixels[0] = 255
-    text = blocks(pixels)
+    text = draw_half_blocks(pixels)
     assert text.plain == ("▀" * 4 + "\n") * 3
     styles = [span.style for span in text.spans]
     for y in range(3):
@@ -118,7 +118,7 @@ def test_sorting_and_scaling_change_the_picture_and_say_so(run: Path, capsys: py
     chroma = result["kernel_chroma"]["tower1"]
     order = result["order"]["tower1"]
     assert [chroma[i] for i in order] == sorted(chroma, reverse=True)
-    expected = filter_picture.grid(weight[order], np.abs(weight[order]).max(axis=(1, 2, 3)), 6)
+    expected = filter_picture.draw_grid(weight[order], np.abs(weight[order]).max(axis=(1, 2, 3)), 6)
     with Image.open("f.png") as image:
         pixels = np.asarray(image)
     zoom = pixels.shape[1] // expected.shape[1]
@@ -172,7 +172,7 @@ def test_patches_of_a_unit_are_parts_of_the_pictures_that_excite_it_most(
     result = json.loads(capsys.readouterr().out)
     [unit] = result["units"]
     split = open_dataset(prepared).split("val")
-    values = np.concatenate([values for _, values in responses(split, Session(model, layer=layer))])[:, 2]
+    values = np.concatenate([values for _, values in iterate_activations(split, Session(model, layer=layer))])[:, 2]
     best = values.reshape(20, -1).max(axis=1)
     assert [patch["row"] for patch in unit["patches"]] == np.argsort(-best, kind="stable")[:9].tolist()
     assert [patch["response"] for patch in unit["patches"]] == pytest.approx(np.sort(best)[::-1][:9].tolist())

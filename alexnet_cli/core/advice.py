@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from alexnet_cli.core import chance
-from alexnet_cli.core.chance import Counts
+from alexnet_cli.core import baselines
+from alexnet_cli.core.baselines import ClassCounts
 from alexnet_cli.core.records import Record
 from alexnet_cli.core.shards import DUPLICATES, Dataset
-from alexnet_cli.knob import setting, spelled
-from alexnet_cli.recipe import Recipe, closest
+from alexnet_cli.recipe import Recipe, find_closest_recipe, format_set_option, format_toml
 
 FAR = 4  # times off what the batch asks for: a rate that is worth a question
 NEAR = 0.02  # share of the loss of guessing within which a loss is that
@@ -37,7 +36,7 @@ def before(recipe: Recipe, data: Dataset, different: Mapping[str, tuple[Any, Any
     `different`: the recipe keys that weights taken over disagree on, as (here, there); None if none were taken over.
     """
     yield from _empty_classes(data)
-    pictures = chance.counted(data.split("train").labels, len(data.classes))
+    pictures = baselines.count_images(data.split("train").labels, len(data.classes))
     if far := unequal([name.name for name in data.classes], pictures):
         yield _warning(*far)
     leaks = data.record.get("duplicates", {}).get("across_splits", 0)
@@ -52,7 +51,7 @@ def before(recipe: Recipe, data: Dataset, different: Mapping[str, tuple[Any, Any
         yield _warning("layers 1 to 5 are frozen at random values", "--init-from W starts from those of a network")
     if different:
         told = ", ".join(f"{key} = {here} here, {there} there" for key, (here, there) in different.items())
-        settings = " ".join(setting(key, there) for key, (_, there) in different.items())
+        settings = " ".join(format_set_option(key, there) for key, (_, there) in different.items())
         yield _warning(
             f"the weights were trained with another recipe: {told}", f"leave --recipe out, or give {settings}"
         )
@@ -64,7 +63,7 @@ def _empty_classes(data: Dataset) -> Iterator[Record]:
         "val": ("validation", "the validation error does not tell how well they are learned"),
     }
     for split, (kind, meaning) in means.items():
-        counts = chance.counted(data.split(split).labels, len(data.classes))
+        counts = baselines.count_images(data.split(split).labels, len(data.classes))
         empty = [name.name for name, count in zip(data.classes, counts, strict=True) if not count]
         if empty:
             names = ", ".join(empty[:SHOWN]) + (" …" if len(empty) > SHOWN else "")
@@ -73,7 +72,7 @@ def _empty_classes(data: Dataset) -> Iterator[Record]:
             yield _warning(what, meaning)
 
 
-def unequal(names: Sequence[str], pictures: Counts) -> tuple[str, str] | None:
+def unequal(names: Sequence[str], pictures: ClassCounts) -> tuple[str, str] | None:
     """What is to be said where the commonest class has UNEQUAL times the pictures of the rarest, and what to do.
 
     Classes without any are another matter.
@@ -82,7 +81,7 @@ def unequal(names: Sequence[str], pictures: Counts) -> tuple[str, str] | None:
     if pictures[most] < UNEQUAL * pictures[least]:
         return None
     counts = f"{pictures[most]:,} training pictures of {names[most]}, {pictures[least]:,} of {names[least]}"
-    error = f"always answering {names[most]} errs in only {chance.commonest(pictures):.1%} of them"
+    error = f"always answering {names[most]} errs in only {baselines.majority_error(pictures):.1%} of them"
     return f"the classes are far from equal: {counts}", f"{error}: {EVEN_OUT}"
 
 
@@ -91,7 +90,7 @@ def odd_rate(recipe: Recipe, batch: int, fine_tuning: bool) -> Iterator[Record]:
 
     `batch`: that of the recipe, or all pictures where there are fewer.
     """
-    named = closest(recipe)
+    named = find_closest_recipe(recipe)
     if (recipe.learning_rate, recipe.batch_size) == (named.learning_rate, named.batch_size):
         return
     k = batch / named.batch_size
@@ -112,7 +111,7 @@ def odd_epochs(recipe: Recipe) -> Iterator[Record]:
 
     In a shorter training only the drops matter: what else would come never does no harm by that.
     """
-    named = closest(recipe)
+    named = find_closest_recipe(recipe)
     keys = ["drop_epochs"] if recipe.schedule == "fixed" else []
     if recipe.epochs > named.epochs:
         keys += ["conv1_slow_epoch", "conv1_freeze_epoch"] if recipe.frozen == "none" else []
@@ -124,11 +123,11 @@ def odd_epochs(recipe: Recipe) -> Iterator[Record]:
     def scaled(epoch: int) -> int:
         return max(1, round(epoch * recipe.epochs / named.epochs))
 
-    told = ", ".join(f"{key} = {spelled(value)}" for key, value in kept.items())
+    told = ", ".join(f"{key} = {format_toml(value)}" for key, value in kept.items())
     ours = {k: scaled(v) if isinstance(v, int) else _within(map(scaled, v), recipe.epochs) for k, v in kept.items()}
     yield _warning(
         f"epochs = {recipe.epochs} with {told}, made for the {named.epochs} of recipe {named.name}",
-        f"in proportion: {' '.join(setting(key, value) for key, value in ours.items())}",
+        f"in proportion: {' '.join(format_set_option(key, value) for key, value in ours.items())}",
     )
 
 
@@ -145,13 +144,13 @@ class Guessing:
     """
 
     recipe: Recipe
-    pictures: Counts
+    pictures: ClassCounts
     patience: int
     told: bool = False
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
 
     @classmethod
-    def at(cls, recipe: Recipe, pictures: Counts, steps: int) -> Guessing:
+    def at(cls, recipe: Recipe, pictures: ClassCounts, steps: int) -> Guessing:
         """Patient for a tenth of the steps that the recipe takes, at least 100 and at most 2,000.
 
         Where there are fewer than 100 it is patient to the last; fewer than 20 say nothing.
@@ -161,7 +160,7 @@ class Guessing:
     @cached_property
     def flat_loss(self) -> float:
         """The loss of guessing."""
-        return chance.flat_loss(self.pictures, self.recipe.label_smoothing)
+        return baselines.constant_loss(self.pictures, self.recipe.label_smoothing)
 
     def heed(self, record: Record) -> Record | None:
         """Look at a record; the warning, if it is due."""
@@ -189,7 +188,7 @@ def remedy(recipe: Recipe) -> str:
     return f"are the labels right? otherwise another rate than {recipe.learning_rate:g} (--lr)"
 
 
-def way_on(recipe: Recipe, pictures: Counts, steps: int, epochs: int) -> str:
+def way_on(recipe: Recipe, pictures: ClassCounts, steps: int, epochs: int) -> str:
     """What to do about a training of so many steps and epochs whose lowest error is no better than guessing."""
     if recipe.batch_size > (rows := int(pictures.sum())):
         return f"a step takes all {rows:,} pictures: start anew with -b {max(1, rows // 10)}"
@@ -201,8 +200,8 @@ def way_on(recipe: Recipe, pictures: Counts, steps: int, epochs: int) -> str:
 
 def one_sided(confusion: npt.NDArray[np.int64], names: Sequence[str], at: Record) -> Record | None:
     """The warning, at the end of training, of a network that takes nearly all pictures of other classes for one."""
-    said = chance.one_sided(confusion, names) if at.step >= NONE else ""
-    return _warning(said, chance.LEARN, at) if said else None
+    said = baselines.describe_one_sided(confusion, names) if at.step >= NONE else ""
+    return _warning(said, baselines.ONE_SIDED_HINT, at) if said else None
 
 
 def _warning(text: str, hint: str, at: Record | None = None) -> Record:

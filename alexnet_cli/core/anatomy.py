@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from alexnet_cli.core.layers import WITHIN_SIZE as EXTRA
+from alexnet_cli.core.architecture import WITHIN_NORM_SIZE as EXTRA
 from alexnet_cli.core.layers import Activation, Dropout, OverlappingPooling, ResponseNorm, WithinMapNorm
 from alexnet_cli.core.network import Network, parameters_by_name
 from alexnet_cli.recipe import Recipe

@@ -10,10 +10,12 @@ import functools
 import os
 from array import array
 from collections.abc import Callable, Iterator
+from io import RawIOBase
 from pathlib import Path
 from typing import NamedTuple
 
-from alexnet_cli.core.listing import Names, Pictures, check_bytes
+from alexnet_cli.core.files import check_bytes
+from alexnet_cli.core.listing import Names, Pictures
 from alexnet_cli.errors import DataError
 
 BLOCK = 512  # bytes; headers and data are padded to it
@@ -71,15 +73,15 @@ def members(archive: Path, inside: Member | None = None) -> Iterator[Member]:
         with archive.open("rb", buffering=0) as file:
             start = inside.offset if inside else 0
             end = start + inside.size if inside else os.fstat(file.fileno()).st_size
-            yield from _scan(file.fileno(), start, end, where)
+            yield from _scan(file, start, end, where)
     except OSError as error:
         raise DataError(f"{where} cannot be read: {error.strerror or error}", "check its permissions") from error
 
 
-def _scan(descriptor: int, place: int, end: int, where: str) -> Iterator[Member]:
+def _scan(file: RawIOBase, place: int, end: int, where: str) -> Iterator[Member]:
     path, length = "", -1  # from an extension, for the next member
     while True:
-        header = os.pread(descriptor, BLOCK, place) if place + BLOCK <= end else b""
+        header = _read_at(file, place, BLOCK) if place + BLOCK <= end else b""
         if len(header) < BLOCK:
             raise DataError(f"{where} is truncated: it has no end mark after {place:,} bytes", DAMAGED)
         if not header.strip(b"\0"):
@@ -96,7 +98,7 @@ def _scan(descriptor: int, place: int, end: int, where: str) -> Iterator[Member]
         if kind in b"LKxg":
             if size > EXTENSION_LIMIT:
                 raise DataError(f"{where} has a name of {size:,} bytes, which cannot be right", DAMAGED)
-            data = os.pread(descriptor, size, offset)
+            data = _read_at(file, offset, size)
             if kind == b"L":
                 path = data.rstrip(b"\0").decode(errors="surrogateescape")
             elif kind == b"x":
@@ -161,12 +163,18 @@ def _reason(name: str, kind: bytes) -> int:
     return int(name.startswith("/") or ".." in name.split("/"))
 
 
+def _read_at(file: RawIOBase, offset: int, size: int) -> bytes:
+    """Up to `size` bytes from there on. Not os.pread, which Windows has not."""
+    file.seek(offset)
+    return file.read(size) or b""
+
+
 def _read(archive: Path, offset: int, size: int, refused: int) -> bytes:
     if refused:
         raise DataError(REASONS[refused], "")
     check_bytes(size)
     with archive.open("rb", buffering=0) as file:
-        data = os.pread(file.fileno(), size, offset)
+        data = _read_at(file, offset, size)
     if len(data) != size:
         raise DataError(f"the archive ends after {len(data):,} of its {size:,} bytes", DAMAGED)
     return data

@@ -1,81 +1,121 @@
-"""Caffe's .caffemodel (its caffe.proto): layers of version 2 (`layer`), version 1 (`layers`), and version 0 inside 1.
+"""Caffe's .caffemodel and .binaryproto, parsed by Google's runtime.
 
-The weights lie as here; the channels of a picture are BGR. Caffe rounds pooling up and clips windows at the edge, as
-this network does, and subtracts the part of the mean that lies under the crop.
+A network holds its layers as `layer` (since September 2014) or as the older `layers`. The weights lie as here; the
+channels of a picture are BGR. Caffe rounds pooling up and clips windows at the edge, as this network does, and
+subtracts the part of the mean that lies under the crop.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from google.protobuf.message import DecodeError
 
 from alexnet_cli.core import foreign
 from alexnet_cli.core.foreign import CAFFE_MEAN, Array, Foreign, damaged, refused
-from alexnet_cli.core.protobuf import Message, mapped
 from alexnet_cli.errors import WeightsError
 from alexnet_cli.recipe import CAFFE
 
-NET_LAYERS_V2, NET_LAYERS_V1 = 100, 2
+# The part of caffe.proto that is read; the runtime skips all other fields. Packed floats (data, double_data) are
+# declared as bytes, which is what they are in the file: NumPy reads them without a Python object per number.
+PROTO = """
+message BlobShape { repeated int64 dim = 1; }
+message BlobProto {
+  optional int32 num = 1 [default = 1];
+  optional int32 channels = 2 [default = 1];
+  optional int32 height = 3 [default = 1];
+  optional int32 width = 4 [default = 1];
+  optional bytes data = 5;
+  optional BlobShape shape = 7;
+  optional bytes double_data = 8;
+}
+message ConvolutionParameter {
+  repeated uint32 pad = 3;
+  repeated uint32 stride = 6;
+}
+message LRNParameter {
+  optional uint32 local_size = 1 [default = 5];
+  optional float alpha = 2 [default = 1];
+  optional float beta = 3 [default = 0.75];
+  optional int32 norm_region = 4;
+  optional float k = 5 [default = 1];
+}
+message PoolingParameter {
+  optional int32 pool = 1;
+  optional uint32 kernel_size = 2;
+  optional uint32 stride = 3 [default = 1];
+  optional uint32 pad = 4;
+}
+message TransformationParameter {
+  optional float scale = 1 [default = 1];
+  optional uint32 crop_size = 3;
+  repeated float mean_value = 5;
+}
+message LayerParameter {
+  optional string name = 1;
+  optional string type = 2;
+  repeated BlobProto blobs = 7;
+  optional TransformationParameter transform_param = 100;
+  optional ConvolutionParameter convolution_param = 106;
+  optional LRNParameter lrn_param = 118;
+  optional PoolingParameter pooling_param = 121;
+}
+message V1LayerParameter {
+  optional bytes layer = 1;
+  optional string name = 4;
+  optional int32 type = 5;
+  repeated BlobProto blobs = 6;
+  optional ConvolutionParameter convolution_param = 10;
+  optional LRNParameter lrn_param = 18;
+  optional PoolingParameter pooling_param = 19;
+  optional TransformationParameter transform_param = 36;
+}
+message NetParameter {
+  optional string name = 1;
+  repeated V1LayerParameter layers = 2;
+  repeated int32 input_dim = 4;
+  repeated LayerParameter layer = 100;
+}
+"""
+MESSAGE = re.compile(r"message (\w+) \{(.*?)\}", re.DOTALL)
+FIELD = re.compile(r"(optional|repeated) (\w+) (\w+) = (\d+)(?: \[default = (.+)\])?;")
 WORDS = {
     "Convolution": "conv", "InnerProduct": "fc", "ReLU": "relu", "LRN": "norm", "Pooling": "pool",
     4: "conv", 14: "fc", 18: "relu", 15: "norm", 17: "pool",
-    "conv": "conv", "innerproduct": "fc", "relu": "relu", "lrn": "norm", "pool": "pool",
 }  # fmt: skip
 IDLE = {  # what does nothing to a picture at test time
     "Data", "ImageData", "Input", "DummyData", "HDF5Data", "MemoryData", "WindowData", "Dropout", "Softmax",
     "SoftmaxWithLoss", "Accuracy", "Split", "Flatten", "Silence", "MultinomialLogisticLoss",
     5, 12, 24, 29, 32, 9, 6, 20, 21, 1, 22, 8, 36, 16,
-    "data", "images", "dropout", "softmax", "softmax_loss", "accuracy", "split", "flatten", "padding",
 }  # fmt: skip
+WITHIN_CHANNEL = 1  # of LRNParameter.norm_region
 
 
-@dataclass(frozen=True)
-class Fields:
-    """Where a version of the format keeps a layer's parts: field numbers. 0: it has no such message."""
-
-    name: int
-    kind: int
-    blobs: int
-    conv: int
-    pool: int
-    norm: int
-    transform: int
-    pad: int = 3
-    kernel: int = 2
-    stride: int = 6
-    pool_stride: int = 3
-    norm_values: tuple[int, int, int, int] = (1, 2, 3, 5)  # size, alpha, beta, k
-
-
-V2 = Fields(1, 2, 7, 106, 121, 118, 100)
-V1 = Fields(4, 5, 6, 10, 19, 18, 36)
-V0 = Fields(1, 2, 50, 0, 0, 0, 0, 7, 8, 10, 10, (13, 14, 15, 22))
+def _message_classes() -> dict[str, Any]:
+    """The classes of the messages in PROTO, by name."""
+    field_type = descriptor_pb2.FieldDescriptorProto
+    file = descriptor_pb2.FileDescriptorProto(name="alexnet/caffe.proto", package="caffe", syntax="proto2")
+    for message, fields in MESSAGE.findall(PROTO):
+        made = file.message_type.add(name=message)
+        for label, kind, name, number, default in FIELD.findall(fields):
+            field = made.field.add(name=name, number=int(number), default_value=default or None)
+            field.label = field_type.Label.Value(f"LABEL_{label.upper()}")
+            if kind[0].isupper():
+                field.type, field.type_name = field_type.TYPE_MESSAGE, f".caffe.{kind}"
+            else:
+                field.type = field_type.Type.Value(f"TYPE_{kind.upper()}")
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    names = [message.name for message in file.message_type]
+    return {name: message_factory.GetMessageClass(pool.FindMessageTypeByName(f"caffe.{name}")) for name in names}
 
 
-@dataclass(frozen=True)
-class Layer:
-    """One layer: where its fields are, and the message that has them."""
-
-    message: Message
-    at: Fields
-
-    @property
-    def kind(self) -> str | int:
-        """Its type: a name, or in version 1 a number."""
-        return self.message.integer(self.at.kind) if self.at is V1 else self.message.text(self.at.kind)
-
-    @property
-    def name(self) -> str:
-        """What it is called."""
-        return self.message.text(self.at.name)
-
-    def settings(self, number: int) -> Message:
-        """The message of its settings; version 0 keeps them in the layer."""
-        return self.message.message(number) if number else self.message
+MESSAGES = _message_classes()
 
 
 def read(path: Path) -> Foreign:
@@ -85,117 +125,92 @@ def read(path: Path) -> Foreign:
         WeightsError: it is damaged, or another network.
     """
     try:
-        net = Message(mapped(path))
-        layers = [layer for layer in _layers(net) if not _idle(path, layer)]
-        data = [layer for layer in _layers(net) if layer.kind in IDLE]
-        return _network(path, net, layers, data)
-    except (ValueError, OverflowError, IndexError) as error:
+        return _network(path, MESSAGES["NetParameter"].FromString(path.read_bytes()))
+    except (DecodeError, ValueError, OverflowError) as error:
         raise damaged(path, error) from error
 
 
-def blob(message: Message) -> Array:
-    """A BlobProto: numbers in the shape that it gives, in the new way or the old. Raises ValueError if damaged."""
-    values = message.numbers(5, np.dtype("<f4"))
-    if not len(values):
-        values = message.numbers(8, np.dtype("<f8"))
-    shape = message.message(7).integers(1) or [message.integer(n, 1) for n in (1, 2, 3, 4)]
-    return foreign.array(values, shape)
+def read_blob(path: Path) -> Array:
+    """The array in a .binaryproto, such as a mean image. Raises WeightsError if it is damaged."""
+    try:
+        return _array(MESSAGES["BlobProto"].FromString(path.read_bytes()))
+    except (DecodeError, ValueError, OverflowError) as error:
+        raise damaged(path, error) from error
 
 
-def _layers(net: Message) -> Iterator[Layer]:
-    for number, value, _ in net.fields():
-        if number not in (NET_LAYERS_V1, NET_LAYERS_V2) or not isinstance(value, memoryview):
-            continue
-        layer = Message(value, net.budget)
-        if number == NET_LAYERS_V2:
-            yield Layer(layer, V2)
-            continue
-        inner = list(layer.messages(1))
-        yield Layer(inner[-1], V0) if inner else Layer(layer, V1)
+def _array(blob: Any) -> Array:
+    """The numbers of a BlobProto in the shape that it gives, in the new way or the old. Raises ValueError."""
+    double = blob.HasField("double_data")
+    values = np.frombuffer(blob.double_data if double else blob.data, "<f8" if double else "<f4")
+    return foreign.array(values, list(blob.shape.dim) or [blob.num, blob.channels, blob.height, blob.width])
 
 
-def _idle(path: Path, layer: Layer) -> bool:
-    if layer.kind in IDLE:
-        return True
-    if layer.kind not in WORDS:
-        raise refused(path, f"layer {layer.name} is of type {layer.kind}, which this network does not have")
-    return False
-
-
-def _network(path: Path, net: Message, layers: list[Layer], data: list[Layer]) -> Foreign:
-    if not layers and not data:
+def _network(path: Path, net: Any) -> Foreign:
+    old = not net.layer
+    every = net.layers if old else net.layer
+    if not every:
         raise WeightsError(f"{path} is no .caffemodel: it holds no layers", "name a weights file")
-    words = [WORDS[layer.kind] for layer in layers]
-    of = {word: [layer for layer, its in zip(layers, words, strict=True) if its == word] for word in set(words)}
-    weighted = [[layer for layer in of.get(word, ()) if layer.message.all(layer.at.blobs)] for word in ("conv", "fc")]
+    for layer in every:
+        if old and layer.HasField("layer"):
+            raise refused(path, "its layers have Caffe's form of 2013", "turn it with Caffe's upgrade_net_proto_binary")
+        if layer.type not in IDLE and layer.type not in WORDS:
+            raise refused(path, f"layer {layer.name} is of type {layer.type}, which this network does not have")
+    layers = [layer for layer in every if layer.type in WORDS]
+    words = [WORDS[layer.type] for layer in layers]
+    of = {word: [layer for layer, its in zip(layers, words, strict=True) if its == word] for word in WORDS.values()}
+    weighted = [[layer for layer in of[word] if layer.blobs] for word in ("conv", "fc")]
     tensors: dict[str, tuple[Array, Array]] = {}
     for name, layer in foreign.named(path, *weighted).items():
-        blobs = list(layer.message.messages(layer.at.blobs))
-        if len(blobs) != 2:
-            raise refused(path, f"{name} has {len(blobs)} tensors, this network's layers have a weight and a bias")
-        tensors[name] = foreign.shaped(path, name, blob(blobs[0]), blob(blobs[1]))
-        if name in foreign.CONVOLUTIONS:
-            _check_convolution(path, name, layer)
-    for layer in of.get("pool", ()):
+        if len(layer.blobs) != 2:
+            raise refused(path, f"{name} has {len(layer.blobs)} tensors, this network's have a weight and a bias")
+        tensors[name] = foreign.shaped(path, name, *map(_array, layer.blobs))
+        if layer.HasField("convolution_param"):  # not where the weights alone were kept
+            settings = layer.convolution_param
+            foreign.geometry(path, name, [1, *settings.stride][-1], [0, *settings.pad][-1])
+    for layer in of["pool"]:
         _check_pooling(path, layer)
     order, shown = foreign.orders(path, words)
-    if not shown and "caffenet" in net.text(1).lower():
+    if not shown and "caffenet" in net.name.lower():
         order = {"stage1_order": "relu-pool-norm", "stage2_order": "relu-pool-norm"}
-    norms = foreign.same(path, [_norm(layer) for layer in of.get("norm", ())])
-    crop, mean = _transform(path, data, net.integers(4)[2:3])
+    norms = foreign.same(path, [_norm(layer.lrn_param) for layer in of["norm"]])
+    crop, mean = _transform(path, [layer for layer in every if layer.type in IDLE], net.input_dim[2:3])
     grid = {"input_size": crop, "edge_padding": crop != 224}
     recipe = foreign.built(path, CAFFE, {"mean": "rgb"} | grid | norms | order)
-    form = {V2: "Caffe, `layer`", V1: "Caffe, old `layers`", V0: "Caffe, old `layers` with layers of version 0"}
-    return Foreign(path, form[layers[0].at], tensors, recipe, "bgr", mean, "wnids", shown)
+    form = "Caffe, old `layers`" if old else "Caffe, `layer`"
+    return Foreign(path, form, tensors, recipe, "bgr", mean, shown)
 
 
-def _check_convolution(path: Path, name: str, layer: Layer) -> None:
-    settings = layer.settings(layer.at.conv)
-    if not settings.data:  # the weights alone were kept
-        return
-    padded = settings.integers(layer.at.pad)
-    # In version 0 a layer of its own may pad instead.
-    padding = None if layer.at is V0 and not padded else (padded or [0])[-1]
-    foreign.geometry(path, name, (settings.integers(layer.at.stride) or [1])[-1], padding)
-
-
-def _check_pooling(path: Path, layer: Layer) -> None:
-    settings = layer.settings(layer.at.pool)
-    average = settings.integer(11 if layer.at is V0 else 1)
-    size, stride = settings.integer(layer.at.kernel), settings.integer(layer.at.pool_stride, 1)
-    pad = settings.integer(7 if layer.at is V0 else 4)
-    if average or pad or (size, stride) != (3, 2):
-        what = f"{'average' if average else 'maximum'} of {size}x{size} at stride {stride}, padded by {pad}"
+def _check_pooling(path: Path, layer: Any) -> None:
+    settings = layer.pooling_param
+    if settings.pool or settings.pad or (settings.kernel_size, settings.stride) != (3, 2):
+        size, what = settings.kernel_size, "average" if settings.pool else "maximum"
+        what = f"{what} of {size}x{size} at stride {settings.stride}, padded by {settings.pad}"
         raise refused(path, f"{layer.name} takes the {what}; this network the maximum of 3x3 at stride 2")
 
 
-def _norm(layer: Layer) -> dict[str, Any]:
+def _norm(settings: Any) -> dict[str, Any]:
     """Recipe values of a response normalisation; what is left out has Caffe's defaults."""
-    settings = layer.settings(layer.at.norm)
-    size, alpha, beta, k = layer.at.norm_values
-    within = layer.at is not V0 and settings.integer(4) == 1
+    within = settings.norm_region == WITHIN_CHANNEL
     return {
         "lrn": "within-map" if within else "across-maps",
-        "lrn_size": settings.integer(size, 5),
-        "lrn_alpha": settings.number(alpha, 1.0),
-        "lrn_beta": settings.number(beta, 0.75),
-        "lrn_k": 1.0 if within else settings.number(k, 1.0),
+        "lrn_size": settings.local_size,
+        "lrn_alpha": foreign.decimal(settings.alpha),
+        "lrn_beta": foreign.decimal(settings.beta),
+        "lrn_k": 1.0 if within else foreign.decimal(settings.k),  # Caffe ignores k within a map
     }
 
 
-def _transform(path: Path, data: list[Layer], inputs: list[int]) -> tuple[int, tuple[float, float, float]]:
+def _transform(path: Path, data: Sequence[Any], inputs: Sequence[int]) -> tuple[int, tuple[float, float, float]]:
     """Side of the crop and mean colour (RGB), as far as the net's input or layers that read pictures tell them."""
-    crop, mean = (inputs or [227])[0], CAFFE_MEAN
+    crop, mean = [227, *inputs][-1], CAFFE_MEAN
     for layer in data:
-        settings = layer.settings(layer.at.transform) if layer.at.transform else None
-        if settings is None or not settings.data:
-            continue
-        crop = settings.integer(3) or crop
-        if settings.number(1, 1.0) != 1.0:
-            raise refused(path, f"{layer.name} multiplies pixels by {settings.number(1, 1.0):g}")
-        colour = [float(value) for value in settings.numbers(5, np.dtype("<f4"))]
-        if len(colour) == 3:
-            mean = (colour[2], colour[1], colour[0])
+        settings = layer.transform_param
+        crop = settings.crop_size or crop
+        if settings.scale != 1.0:
+            raise refused(path, f"{layer.name} multiplies pixels by {settings.scale:g}")
+        if len(settings.mean_value) == 3:
+            blue, green, red = settings.mean_value
+            mean = (red, green, blue)
     if crop not in (224, 227):
         raise refused(path, f"it takes crops of {crop} pixels, this network 227 or 224")
     return crop, mean

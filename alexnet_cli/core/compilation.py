@@ -9,11 +9,11 @@ from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 
 from alexnet_cli.core.layers import ResponseNorm
-from alexnet_cli.core.network import Network, cast
+from alexnet_cli.core.network import Network, autocast_dtype
 from alexnet_cli.errors import MissingError
 
 LAUNCH_BOUND = 256  # images to a step; above, an H100 should compute for longer than launching takes (an estimate)
-torch.compiler.assume_constant_result(cast)  # torch 2.11 cannot trace the question
+torch.compiler.assume_constant_result(autocast_dtype)  # torch 2.11 cannot trace the question
 
 
 def compiled(network: Network, device: torch.device, images: int) -> Callable[[Tensor], Tensor]:

@@ -1,10 +1,11 @@
-"""Another program's network as a model file of this toolkit: width and towers from the shapes, names, mean, pixels.
+"""Read another program's network, and make a model file of this toolkit from it.
 
-No torch.
+A file's first bytes say which reader it needs, the shapes give width and towers; then come classes, mean and pixels.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,18 +16,38 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from alexnet_cli.core import ilsvrc
+from alexnet_cli.core import caffemodel, ilsvrc, onnx_weights, state_dict
+from alexnet_cli.core.architecture import LAYERS, ONE_TOWER, PER_TOWER, tensor_shapes
 from alexnet_cli.core.atomic import replacing
 from alexnet_cli.core.devkit import read_devkit
-from alexnet_cli.core.foreign import Array, Foreign, Labels, Pixels, refused
+from alexnet_cli.core.foreign import Array, Foreign, Pixels, damaged, refused
 from alexnet_cli.core.listing import read_file
 from alexnet_cli.core.runs import MODEL, Run, runs_root
-from alexnet_cli.core.shapes import ONE_TOWER, PER_TOWER, tensor_shapes
 from alexnet_cli.core.sources import ClassName
-from alexnet_cli.core.weights import LAYERS, Model, metadata
+from alexnet_cli.core.weights import Model, metadata
 from alexnet_cli.errors import DataError, StorageError, UsageError, WeightsError
 from alexnet_cli.recipe import SIDE, Recipe
 
+PUBLISHED: Mapping[str, str] = {
+    "9116a64c0fbe4459d18f4bb6b56d647b63920377": "bvlc_alexnet.caffemodel as Berkeley published it",
+    "4c8d77deb20ea792f84eb5e6d0a11ca0a8660a46": "bvlc_reference_caffenet.caffemodel as Berkeley published it",
+}
+"""SHA-1 of files that everybody means by their names."""
+LARGEST = 2**31  # bytes
+ZIP = b"PK\x03\x04"  # PyTorch's archive
+PLAIN = b"\x80\x02\x8a\n\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."  # PyTorch's file of before 1.6
+NPY = b"\x93NUMPY"
+CAFFE = (b"\n", b"\x12", b"\xa2\x06")  # fields 1, 2 and 100 of a protocol buffer: name, layers, layer
+ONNX = b"\x08"  # field 1, a number: ir_version
+OTHERS = (  # what is given by mistake: how it begins, what it is, what to do
+    (b"\xff\xd8\xff", "a JPEG picture", "alexnet predict classifies pictures"),
+    (b"\x89PNG", "a PNG picture", "alexnet predict classifies pictures"),
+    (b"\x1f\x8b", "packed by gzip", "unpack it first: gunzip"),
+    (b"<", "a web page, or other text", "the download gave a page instead of the file: fetch the file itself"),
+    (b"\x89HDF\r\n\x1a\n", "an HDF5 file", "save the network as .caffemodel: snapshot_format: BINARYPROTO"),
+    (b"\x80", "a pickle, which could run code", "save it as .safetensors, or from PyTorch as .pth"),
+)
+KNOWN = "import-weights reads .caffemodel, .onnx, .pth and .safetensors"
 TORCHVISION_MEAN = (255 * 0.485, 255 * 0.456, 255 * 0.406)
 TORCHVISION_STD = (255 * 0.229, 255 * 0.224, 255 * 0.225)
 OTHER = (
@@ -35,6 +56,76 @@ OTHER = (
 )
 MODEL_SUFFIX = Path(MODEL).suffix
 ONE_A_LINE = "a text file of a line a class is needed"
+
+
+def read_network(path: Path, recipe: Recipe, pixels: Pixels) -> Foreign:
+    """Read a weights file of another program; `recipe` and `pixels` say what a file of bare tensors does not.
+
+    Raises:
+        WeightsError: it is missing, damaged, of no kind that is known, or another network.
+    """
+    if path.is_dir():
+        raise WeightsError(f"{path} is a folder", "name the file in it: of a folder of checkpoints, the last one")
+    if not path.exists():
+        way = "fetch it first: curl -LO URL" if path.parts[0] in ("http:", "https:") else "name a weights file"
+        raise WeightsError(f"{path} does not exist", way)
+    start = _first_bytes(path)
+    if path.stat().st_size > LARGEST:
+        raise refused(path, "it is larger than 2 GB, and the whole network of the paper has 244 MB")
+    if start.startswith((ZIP, PLAIN)):
+        return state_dict.read_torch(path, recipe, pixels)
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size:
+        return state_dict.read_safetensors(path, recipe, pixels)
+    for known, what, way in OTHERS:
+        if start.startswith(known):
+            raise WeightsError(f"{path} holds no weights that can be read: it is {what}", way)
+    if start.isascii() and start[:1] != b"\n" and start.decode().replace("\n", " ").isprintable():
+        raise WeightsError(f"{path} holds no weights: it is text", "the weights are in a file of their own beside it")
+    if start.startswith(ONNX) or path.suffix.lower() == ".onnx":
+        return onnx_weights.read(path)
+    if start.startswith(CAFFE) or path.suffix.lower() == ".caffemodel":
+        return caffemodel.read(path)
+    raise WeightsError(f"{path} is of no kind that is known", KNOWN)
+
+
+def _first_bytes(path: Path) -> bytes:
+    if not path.is_file():
+        raise WeightsError(f"{path} is no plain file", "name a file")
+    try:
+        with path.open("rb") as file:
+            return file.read(16)
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read: {error.strerror}", "check its permissions") from error
+
+
+def read_mean(path: Path, bgr: bool) -> npt.NDArray[np.float32]:
+    """What another program subtracted from pictures, from a .npy or Caffe's .binaryproto.
+
+    Float32 3 x 256 x 256, RGB, 0..255; `bgr` says that the file has blue first. A colour fills every pixel.
+
+    Raises:
+        WeightsError: it is damaged, or no mean of pictures of 256 x 256.
+    """
+    if _first_bytes(path).startswith(NPY):
+        try:
+            found: Array = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, OSError, EOFError, OverflowError) as error:
+            raise damaged(path, error) from error
+    else:
+        found = caffemodel.read_blob(path)
+    if found.dtype.kind not in "fiu" or found.size not in (3, 3 * SIDE * SIDE):
+        shape = "x".join(map(str, found.shape))
+        raise WeightsError(f"{path} is {shape} {found.dtype}, no mean of 3x256x256 pixels or 3 colours", "try another")
+    mean = np.broadcast_to(found.reshape(3, -1).astype(np.float32), (3, SIDE * SIDE)).reshape(3, SIDE, SIDE)
+    if not (np.isfinite(mean).all() and mean.min() >= 0 and mean.max() <= 255):
+        raise WeightsError(f"{path} has values outside 0..255", "the mean of pictures in 0..255 is needed")
+    return np.ascontiguousarray(mean[::-1] if bgr else mean)
+
+
+def sha1(path: Path) -> str:
+    """SHA-1 of a file, hexadecimal: what published files are known by."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha1").hexdigest()
 
 
 def model(
@@ -54,7 +145,7 @@ def model(
     if mean is None:
         mean = np.ascontiguousarray(np.broadcast_to(np.array(colour, np.float32)[:, None, None], (3, SIDE, SIDE)))
     elif float(np.ptp(mean.reshape(3, -1), axis=1).max()) > 0:
-        recipe = replace(recipe, mean="image" if foreign.format == "cuda-convnet" else "image-at-crop")
+        recipe = replace(recipe, mean="image-at-crop")
     tensors: dict[str, npt.NDArray[np.float32]] = {"mean": mean}
     for layer, (weight, bias) in foreign.layers.items():
         if layer == "conv1":
@@ -123,7 +214,7 @@ def _for_rgb(weight: Array, pixels: Pixels) -> Array:
     return weight
 
 
-def classes(count: int, labels: Labels, listed: Path | None) -> tuple[list[ClassName], str]:
+def classes(count: int, listed: Path | None) -> tuple[list[ClassName], str]:
     """The names of `count` outputs, and where they come from: a list, ILSVRC's own, or numbers if nobody knows.
 
     `listed` is a text file of a line a class (`n01440764 tench`, or either alone), or ILSVRC's development kit for
@@ -137,10 +228,8 @@ def classes(count: int, labels: Labels, listed: Path | None) -> tuple[list[Class
         if len(found) != count:
             raise WeightsError(f"{listed} names {len(found):,} classes, the network has {count:,}", "give its own list")
         return found, str(listed)
-    if count == 1000 and labels == "wnids":
-        return [ClassName(name, wnid) for name, wnid in ilsvrc.sorted_classes()], "ILSVRC 2012, in the order of wnids"
     if count == 1000:
-        return [ClassName(f"ILSVRC2012_ID {i + 1}") for i in range(count)], "numbers: ILSVRC's ids, names unknown"
+        return [ClassName(name, wnid) for name, wnid in ilsvrc.sorted_classes()], "ILSVRC 2012, in the order of wnids"
     return [ClassName(f"class {i}") for i in range(count)], "numbers: names unknown"
 
 

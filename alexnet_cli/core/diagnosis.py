@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from alexnet_cli.core.architecture import LAYERS
 from alexnet_cli.core.augment import Draws
 from alexnet_cli.core.gradient import Gradient
 from alexnet_cli.core.learning import Momentum, Schedule
 from alexnet_cli.core.loader import Batch
 from alexnet_cli.core.network import Network
-from alexnet_cli.core.weights import LAYERS
-from alexnet_cli.recipe import closest
+from alexnet_cli.recipe import find_closest_recipe
 
 LOST = 10  # times the loss of guessing: one that learned by heart, and is sure where it is wrong, has less
 
@@ -86,7 +86,7 @@ def remedy(optimiser: Momentum, schedule: Schedule, step: int, epoch: int, way_o
     if update < 0 or rate == 0:
         return "no rate is to blame before the first update: look at the recipe's initial values, norms and input"
     bias, _ = optimiser.rate_and_decay("fc8.bias", rate, epoch)
-    named = closest(schedule.recipe)
+    named = find_closest_recipe(schedule.recipe)
     if spoilt and rate <= named.learning_rate:
         return f"start anew, as another run, with --set learning_rate={named.learning_rate:.3g}"
     lower = schedule.highest(update) / 10

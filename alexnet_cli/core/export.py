@@ -1,32 +1,41 @@
-"""One verified ONNX file: written beside its place, compared with PyTorch on pictures, only then renamed."""
+"""One verified ONNX file: written beside its place, measured, only then renamed.
+
+float32 and float16 are compared with PyTorch on images. int8 is calibrated on training images and judged on validation
+images; a file that loses too many right answers is refused.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 from onnx import helper
 
-from alexnet_cli.core import atomic, onnx_fp16, onnx_graph, onnx_metadata
-from alexnet_cli.core.probes import centres, evenly
+from alexnet_cli.core import atomic, images, onnx_graph, onnx_metadata, quantize
 from alexnet_cli.core.session import Session
-from alexnet_cli.core.shards import Dataset
+from alexnet_cli.core.shards import Dataset, Split
+from alexnet_cli.core.views import views
 from alexnet_cli.core.weights import Model
 from alexnet_cli.errors import DataError, StorageError, VerificationError, WeightsError
 
 LARGEST_DIFFERENCE = 1e-4  # of a probability
 LARGE = 50.0  # a logit; trained networks stay below
 BATCH = 32
-PICTURES = 128
+PICTURES = 128  # on which a file is compared with PyTorch
+LARGEST_LOSS = 0.01  # of all validation images: one point of top-1 accuracy
+LEAST_LOST = 2  # right answers that must be lost at least: of fewer than a hundred images, one alone is over a point
+ACCURACY_PICTURES = 5000  # on which accuracy is judged, at most
 
 Crops = npt.NDArray[np.uint8]
 Logits = Callable[[Crops], npt.NDArray[np.float32]]
+Labelled = Iterable[tuple[Crops, npt.NDArray[np.int64]]]
 Precision = Literal["fp32", "fp16"]
 
 
@@ -126,7 +135,7 @@ def _write(model: Model, path: Path, precision: Precision) -> None:
     if precision == "fp32":
         onnx_graph.write(model, path)
     else:
-        proto = onnx_fp16.halved(onnx_graph.build(model, onnx_graph.source_sha256(model)))
+        proto = quantize.to_float16(onnx_graph.build(model, onnx_graph.source_sha256(model)))
         onnx_graph.save(described(proto, onnx_metadata.precision(precision, {})), path)
 
 
@@ -183,6 +192,147 @@ def _softmax(logits: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 def _largest(difference: npt.NDArray[np.float64]) -> float:
     """The largest absolute value; NaN counts as infinite, so that it cannot pass."""
     return float(np.nan_to_num(np.abs(difference), nan=np.inf).max())
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Right top-1 answers on `images` images: of both networks, of the reference alone, of the other alone."""
+
+    images: int
+    both: int
+    reference_alone: int
+    other_alone: int
+
+    @property
+    def reference(self) -> float:
+        """Share of right answers of the reference."""
+        return (self.both + self.reference_alone) / self.images
+
+    @property
+    def other(self) -> float:
+        """Share of right answers of the approximation."""
+        return (self.both + self.other_alone) / self.images
+
+    @property
+    def fewer(self) -> int:
+        """How many right answers fewer the approximation gives; negative if there are more."""
+        return self.reference_alone - self.other_alone
+
+    @property
+    def lost(self) -> float:
+        """The share of right answers that is lost; negative if there are more now."""
+        return self.fewer / self.images
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of `lost`, from the images on which the two differ; approximate where these are few."""
+        change, net = self.reference_alone + self.other_alone, self.fewer
+        half = 1.96 * math.sqrt(max(change - net**2 / self.images, 0)) / self.images
+        return self.lost - half, self.lost + half
+
+    def as_dict(self) -> dict[str, Any]:
+        """For files and programs."""
+        return {
+            "images": self.images,
+            "float32": self.reference,
+            "int8": self.other,
+            "lost": self.lost,
+            "lost_interval": list(self.interval),
+        }
+
+
+def compare(reference: Logits, other: Logits, batches: Labelled) -> Comparison:
+    """Count the right answers of two networks over crops (uint8 N x 3 x S x S) with their labels."""
+    counts = np.zeros(4, np.int64)
+    for crops, labels in batches:
+        right, also = (network(crops).argmax(1) == labels for network in (reference, other))
+        counts += np.bincount(2 * right + also, minlength=4)
+    _, other_alone, reference_alone, both = counts.tolist()
+    return Comparison(sum(counts.tolist()), both, reference_alone, other_alone)
+
+
+@dataclass(frozen=True)
+class Check:
+    """What an int8 file was found to be: beside PyTorch on some pictures, and in right answers beside float32."""
+
+    against_torch: Verification
+    loss: Comparison
+
+
+def export_int8(model: Model, path: Path, training: Crops, check: tuple[Crops, Labelled], force: bool = False) -> Check:
+    """Write `model` to `path` in int8, calibrated on crops of training pictures, uint8 N x 3 x S x S.
+
+    `check`: crops to compare with PyTorch on, and labelled ones on which right answers are counted. With `force` the
+    file is kept whatever it loses.
+
+    Raises:
+        VerificationError: more than `LARGEST_LOSS` is lost, in at least `LEAST_LOST` images; `path` is unchanged.
+        WeightsError: what the network computes is no number.
+        StorageError: the disk is full or the folder cannot be written.
+        UsageError: the network is too large for one ONNX file.
+    """
+    proto, calibrated = _quantize(model, training)
+    with replacing(path) as temporary:
+        onnx_graph.save(proto, temporary)
+        result = _measure_int8(model, temporary, check)
+        loss = result.loss
+        if loss.lost > LARGEST_LOSS and loss.fewer >= LEAST_LOST and not force:
+            low, high = loss.interval
+            raise VerificationError(
+                f"int8 gives {100 * loss.lost:.1f} points fewer right answers than float32 on {loss.images:,} "
+                f"pictures ({loss.other:.1%} instead of {loss.reference:.1%}; 95 % interval of the loss "
+                f"{100 * low:+.1f} to {100 * high:+.1f} points): no file was written",
+                "--force keeps it all the same; --precision fp16 is half the size of float32 and differs far less",
+            )
+        difference = result.against_torch.max_abs_difference
+        found = calibrated | {"accuracy": loss.as_dict(), "max_abs_difference": difference}
+        onnx_graph.save(described(proto, onnx_metadata.precision("int8", found)), temporary)
+    return result
+
+
+def _measure_int8(model: Model, path: Path, check: tuple[Crops, Labelled]) -> Check:
+    """What the int8 file at `path` is worth. The session ends here: it maps the file, which is written again after."""
+    crops, labelled = check
+    session = Session(path, provider="cpu")
+    against_torch = verify(by_pytorch(model), session.logits, crops)
+    return Check(against_torch, compare(Session(model, provider="cpu").logits, session.logits, labelled))
+
+
+def export_int8_unverified(model: Model, path: Path, training: Crops) -> None:
+    """The same without any comparison, and without PyTorch. Raises StorageError, UsageError."""
+    proto, calibrated = _quantize(model, training)
+    with replacing(path) as temporary:
+        onnx_graph.save(described(proto, onnx_metadata.precision("int8", calibrated)), temporary)
+
+
+def _quantize(model: Model, training: Crops) -> tuple[onnx.ModelProto, dict[str, Any]]:
+    proto = onnx_graph.build(model, onnx_graph.source_sha256(model), rows=True)
+    return quantize.to_int8(proto, quantize.measure_ranges(proto, training)), {"calibration_images": len(training)}
+
+
+def labelled(
+    split: Split, side: int, output_of: npt.NDArray[np.int64] | None
+) -> Iterator[tuple[Crops, npt.NDArray[np.int64]]]:
+    """Batches of crops and labels: all pictures of a split, or `ACCURACY_PICTURES` evenly spaced ones.
+
+    `output_of[class of the data set]`: the network's output for it, where the two number their classes otherwise.
+    """
+    rows = evenly(split, ACCURACY_PICTURES)
+    for start in range(0, len(rows), BATCH):
+        batch = rows[start : start + BATCH]
+        labels = split.labels[batch]
+        yield centres(split, batch, side), labels if output_of is None else output_of[labels]
+
+
+def evenly(split: Split, count: int) -> list[int]:
+    """At most `count` rows, evenly spaced; a split's order is random already."""
+    rows: list[int] = np.unique(np.linspace(0, len(split) - 1, min(count, len(split))).astype(int)).tolist()
+    return rows
+
+
+def centres(split: Split, rows: Iterable[int], side: int) -> Crops:
+    """uint8 N x 3 x side x side: the middles of these pictures."""
+    return np.concatenate([views(images.decode(bytes(split.jpeg(row))), side, 1) for row in rows])
 
 
 def crops_of(dataset: Dataset, model: Model, count: int = PICTURES) -> Crops:

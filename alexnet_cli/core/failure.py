@@ -6,7 +6,7 @@ from contextlib import suppress
 
 from alexnet_cli.core.records import Record, count
 from alexnet_cli.core.runs import Run
-from alexnet_cli.errors import DataError, StorageError, told
+from alexnet_cli.errors import DataError, StorageError, format_error
 
 NONE = {"status": "running", "reason": None, "error": None, "hint": None}
 """What run.json says while a run goes on, whatever it said before."""
@@ -17,7 +17,7 @@ def note(run: Run, error: BaseException, reason: str = "error", status: str = "f
 
     Returns that record; None where the run, or its records, have their end already.
     """
-    what, hint, _ = told(error)
+    what, hint, _ = format_error(error)
     try:
         if run.about.get("status") != "running":  # it has not begun, or has ended, whatever came then
             return None

@@ -16,10 +16,11 @@ import numpy as np
 import torch
 
 from alexnet_cli.core import weights
+from alexnet_cli.core.architecture import LAYERS
 from alexnet_cli.core.network import Network
 from alexnet_cli.core.runs import Run, find_weights
 from alexnet_cli.core.sources import ClassName
-from alexnet_cli.core.weights import LAYERS, Model
+from alexnet_cli.core.weights import Model
 from alexnet_cli.errors import UsageError, WeightsError
 from alexnet_cli.recipe import Recipe
 

@@ -10,23 +10,19 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from alexnet_cli import recipe as recipes
-from alexnet_cli.core.shapes import KERNELS
+from alexnet_cli import recipe_io
+from alexnet_cli.core.architecture import CONV_LAYERS, layer_specs
 from alexnet_cli.errors import RecipeError, WeightsError
-from alexnet_cli.recipe import Order, Recipe
+from alexnet_cli.recipe import CAFFE, Order, Recipe
 
 Array = npt.NDArray[Any]
 Pixels = Literal["rgb", "bgr", "imagenet"]
 """RGB or BGR in 0..255 less a mean; or RGB in 0..1, less torchvision's mean and divided by its deviation."""
-Labels = Literal["wnids", "ids"]
-"""Of 1000 classes: in the order of the sorted wnids, or of the ILSVRC2012_ID."""
 
 CAFFE_MEAN = (122.679, 116.669, 104.007)  # of ILSVRC 2012, RGB: Caffe's ilsvrc_2012_mean.npy
-CONVNET_MEAN = (127.30, 119.72, 104.91)  # the same as cuda-convnet2's data has it
-CONVOLUTIONS = tuple(KERNELS)
+CONVOLUTIONS = CONV_LAYERS
 CONNECTED = ("fc6", "fc7", "fc8")
-STRIDES = {"conv1": 4, "conv2": 1, "conv3": 1, "conv4": 1, "conv5": 1}
-PADDINGS = {"conv2": 2, "conv3": 1, "conv4": 1, "conv5": 1}
+GEOMETRY = {spec.name: spec for spec in layer_specs(CAFFE, 1000)}
 
 
 @dataclass(frozen=True)
@@ -43,14 +39,13 @@ class Foreign:
     recipe: Recipe
     pixels: Pixels
     mean: tuple[float, float, float]
-    labels: Labels
     order_known: bool
 
 
 def built(path: Path, base: Recipe, values: Mapping[str, Any]) -> Recipe:
     """A recipe with the values that a file gives. Raises WeightsError for those that no recipe can have."""
     try:
-        return recipes.changed(base, values)
+        return recipe_io.apply_changes(base, values)
     except RecipeError as error:
         raise refused(path, f"it has a setting that this network cannot have ({error.what})") from error
 
@@ -123,10 +118,11 @@ def shaped(path: Path, layer: str, weight: Array, bias: Array) -> tuple[Array, A
 
 def geometry(path: Path, layer: str, stride: int, padding: int | None) -> None:
     """Raise WeightsError if a convolution moves or is padded otherwise than this network's."""
-    if stride != STRIDES[layer]:
-        raise refused(path, f"{layer} has stride {stride}, this network {STRIDES[layer]}")
-    if padding is not None and padding != PADDINGS.get(layer, 0):
-        raise refused(path, f"{layer} is padded by {padding}, this network's by {PADDINGS.get(layer, 0)}")
+    ours = GEOMETRY[layer]
+    if stride != ours.stride:
+        raise refused(path, f"{layer} has stride {stride}, this network {ours.stride}")
+    if padding is not None and padding != ours.padding[0]:
+        raise refused(path, f"{layer} is padded by {padding}, this network's by {ours.padding[0]}")
 
 
 def same(path: Path, found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -134,6 +130,11 @@ def same(path: Path, found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if any(dict(settings) != dict(found[0]) for settings in found):
         raise refused(path, f"its layers disagree: {dict(found[0])} and {dict(found[1])}")
     return dict(found[0]) if found else {}
+
+
+def decimal(value: float) -> float:
+    """A float32 as the decimal number that somebody wrote: 0.0001, not 0.00009999999747."""
+    return float(f"{value:.7g}")
 
 
 def array(values: Array, shape: Sequence[int]) -> Array:

@@ -19,7 +19,7 @@ from alexnet_cli.core.augment import Draws, Pixels
 from alexnet_cli.core.loader import Batch
 from alexnet_cli.core.network import Network
 from alexnet_cli.core.placement import Placement
-from alexnet_cli.errors import MissingError, memory_ended
+from alexnet_cli.errors import MissingError, is_out_of_memory
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Gradient:
     def _too_small(self, error: RuntimeError) -> bool:
         """Whether a GPU's memory has ended; cuBLAS and cuDNN, which need some too, say so each in its way."""
         on_gpu = self.placement.device.type == "cuda"
-        return isinstance(error, torch.OutOfMemoryError) or (on_gpu and memory_ended(error))
+        return isinstance(error, torch.OutOfMemoryError) or (on_gpu and is_out_of_memory(error))
 
     def _exchanging(self, last: bool) -> AbstractContextManager[object]:
         """Replicas add up their gradients once, after the last piece."""

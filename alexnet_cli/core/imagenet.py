@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from alexnet_cli.core.archives import Member, Members, members
 from alexnet_cli.core.devkit import find_devkit, read_devkit
-from alexnet_cli.core.folders import class_folders, is_picture, left_out, listing, suffix
+from alexnet_cli.core.folders import class_folders, describe_left_out, is_picture, list_images, suffix
 from alexnet_cli.core.listing import Found, Pictures
 from alexnet_cli.errors import DataError
 
@@ -110,8 +110,8 @@ def _train(path: Path, folder: str, layout: str = "train/WNID") -> _Split:
         return _from_archives("train/WNID.tar", packed, classes, Counter(), f"{folder}/")
     if len(keys) < 2:
         raise DataError(f"{path / folder} has fewer than two class folders with pictures", "one folder per class")
-    pictures, others = listing(path, [f"{folder}/{key}" for key in (*keys, *empty)])
-    return _Split(layout, keys, pictures, left_out(f"{folder}/", empty, others))
+    pictures, others = list_images(path, [f"{folder}/{key}" for key in (*keys, *empty)])
+    return _Split(layout, keys, pictures, describe_left_out(f"{folder}/", empty, others))
 
 
 def _still_packed(folder: Path) -> list[Path]:
@@ -152,7 +152,7 @@ def _from_archives(
         place = archives[0] if len(archives) == 1 else archives[0].parent
         raise DataError(f"{place} has fewer than two WNID.tar with pictures inside", "is it the right one?")
     empty = sorted({key for key, _, _ in classes} - set(keys))
-    return _Split(layout, keys, pictures, left_out(where, empty, others))
+    return _Split(layout, keys, pictures, describe_left_out(where, empty, others))
 
 
 def _class_archives(archive: Path) -> tuple[list[tuple[str, Member]], Counter[str]]:
@@ -181,11 +181,11 @@ def _with_val(path: Path, folder: str, train: _Split, truth: _Truth, words: Mapp
     if (path / VAL).is_file():
         pictures, others, place = *_val_archive(path / VAL), VAL
     else:
-        pictures, others, place = *listing(path, [folder]), f"flat {PurePosixPath(folder).name}/"
+        pictures, others, place = *list_images(path, [folder]), f"flat {PurePosixPath(folder).name}/"
     labels = _labels(path / place.removeprefix("flat "), pictures, truth, train.keys)
     layout = f"{train.layout}, {place}, classes from {truth.layout}"
-    notes = (*train.notes, *left_out("", (), others))
-    return Found(layout, train.keys, words, train.pictures, pictures.chosen(range(len(pictures)), labels), notes)
+    notes = (*train.notes, *describe_left_out("", (), others))
+    return Found(layout, train.keys, words, train.pictures, pictures.relabel(labels), notes)
 
 
 def _val_archive(archive: Path) -> tuple[Members, Counter[str]]:
@@ -204,10 +204,10 @@ def _sorted_val(path: Path, folder: str, train: _Split, words: Mapping[str, str]
     label_of = {key: label for label, key in enumerate(train.keys)}
     if unknown := [key for key in keys if key not in label_of]:
         raise DataError(f"{path / folder} has the class {unknown[0]}, of which train/ has no pictures", "complete it")
-    pictures, others = listing(path, [f"{folder}/{key}" for key in keys])
+    pictures, others = list_images(path, [f"{folder}/{key}" for key in keys])
     labels = array("I", [label_of[keys[label]] for label in pictures.labels])
-    notes = (*train.notes, *left_out("", (), others))
-    chosen = pictures.chosen(range(len(pictures)), labels)
+    notes = (*train.notes, *describe_left_out("", (), others))
+    chosen = pictures.relabel(labels)
     return Found(f"{train.layout} and val/WNID", train.keys, words, train.pictures, chosen, notes)
 
 

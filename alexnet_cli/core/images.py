@@ -7,6 +7,7 @@ level. EXIF orientation is ignored, as it was in 2012; `upright` follows it wher
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import io
 import re
 import threading
@@ -23,6 +24,7 @@ from alexnet_cli.recipe import SIDE
 
 MAX_PIXELS = 89_478_485  # a quarter of a gigabyte as RGB, where Pillow begins to suspect a decompression bomb
 STRIP = 2**20  # pixels that are converted at once, so that a large picture is in memory as little as can be
+LARGE = 2**24  # pixels from which on the C library is told to give back what an image took
 MAX_ASPECT = 16  # of a picture longer than this many times its width only the middle is resized
 
 Pixels = npt.NDArray[np.uint8]
@@ -227,3 +229,31 @@ def _eight_bits(image: Image.Image) -> Pixels:
     if image.mode in ("P", "PA"):
         image = image.convert("RGBA")  # by way of RGBA, or Pillow warns about transparency given as bytes
     return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+class PixelBudget:
+    """Bounds the decoded pixels of all threads: room for the largest image, or for many smaller ones."""
+
+    def __init__(self, most: int = MAX_PIXELS) -> None:
+        self.most, self.used, self.changed = most, 0, threading.Condition()
+
+    @contextlib.contextmanager
+    def reserve(self, pixels: int) -> Iterator[None]:
+        """Wait for so much room and hold it inside the block; an image larger than all of it comes alone."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.used + pixels <= self.most or not self.used)
+            self.used += pixels
+        try:
+            yield
+        finally:
+            if pixels >= LARGE:
+                _trim_heap()
+            with self.changed:
+                self.used -= pixels
+                self.changed.notify_all()
+
+
+def _trim_heap() -> None:
+    """Let glibc return what is freed to the system; each thread would keep as much as its largest picture took."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library, or no name for it
+        ctypes.CDLL(None).malloc_trim(0)

@@ -17,10 +17,9 @@ from typing import BinaryIO
 
 from alexnet_cli.core import images
 from alexnet_cli.core.devices import cores
-from alexnet_cli.core.folders import is_picture, walk
-from alexnet_cli.core.images import Pixels
-from alexnet_cli.core.listing import LARGEST, check_bytes, read_file
-from alexnet_cli.core.memory import Memory
+from alexnet_cli.core.files import LARGEST, check_bytes, read_file
+from alexnet_cli.core.folders import is_picture, walk_files
+from alexnet_cli.core.images import PixelBudget, Pixels
 from alexnet_cli.core.runs import runs_root
 from alexnet_cli.errors import DataError
 
@@ -106,7 +105,7 @@ def _below(name: str, ours: list[str] | None) -> list[str]:
     if not os.path.isdir(name):
         return [name]
     refused: list[str] = []
-    files = sorted(file for file in walk(Path(name), Path(name), refused) if is_picture(file))
+    files = sorted(file for file in walk_files(Path(name), Path(name), refused) if is_picture(file))
     if ours is not None and (runs := _runs_below(name)):
         ours += [os.path.join(name, file) for file in files if file.startswith(runs)]
         files = [file for file in files if not file.startswith(runs)]
@@ -121,14 +120,14 @@ def _runs_below(name: str) -> str:
     return f"{root.relative_to(folder)}{os.sep}"
 
 
-def load(source: Source, exif_rotate: bool, memory: Memory) -> Pixels | str:
+def load(source: Source, exif_rotate: bool, budget: PixelBudget) -> Pixels | str:
     """uint8 256 x 256 x 3, turned as its EXIF says if asked; or why not."""
     try:
         if isinstance(source, str) and os.path.isdir(source):
             return "a folder without readable pictures"
         data = source if isinstance(source, bytes) else read_file(Path(source))
         height, width = images.size(data)
-        with memory.taken(height * width):
+        with budget.reserve(height * width):
             rgb = images.decode(data)
             return images.to_256(images.upright(rgb, data) if exif_rotate else rgb)
     except DataError as error:
@@ -139,14 +138,14 @@ def load(source: Source, exif_rotate: bool, memory: Memory) -> Pixels | str:
 
 def ahead(sources: Iterable[Source], window: int, exif_rotate: bool) -> Generator[tuple[str, Pixels | str]]:
     """Every picture's name and pixels (or why there are none), in order, the next `window` decoded meanwhile."""
-    remaining, memory = iter(sources), Memory()
+    remaining, budget = iter(sources), PixelBudget()
     waiting: deque[tuple[Source, Future[Pixels | str]]] = deque()
     with ThreadPoolExecutor(min(8, cores())) as pool:
         try:
-            waiting.extend((s, pool.submit(load, s, exif_rotate, memory)) for s in islice(remaining, window))
+            waiting.extend((s, pool.submit(load, s, exif_rotate, budget)) for s in islice(remaining, window))
             while waiting:
                 source, future = waiting.popleft()
-                waiting.extend((s, pool.submit(load, s, exif_rotate, memory)) for s in islice(remaining, 1))
+                waiting.extend((s, pool.submit(load, s, exif_rotate, budget)) for s in islice(remaining, 1))
                 yield STANDARD if isinstance(source, bytes) else source, future.result()
         finally:
             for _, future in waiting:

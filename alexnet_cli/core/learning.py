@@ -87,9 +87,9 @@ def _fastest(devices: Collection[torch.device]) -> Callable[..., None]:
     (device, *others) = devices
     if others or device.type != "cuda":
         return update
-    from alexnet_cli.core import update_gpu  # which imports Triton, that nobody else needs
+    from alexnet_cli.core import triton_kernels  # which imports Triton, that nobody else needs
 
-    return update if update_gpu.why_not(device.index or 0) else update_gpu.fused
+    return update if triton_kernels.unavailable_reason(device.index or 0) else triton_kernels.fused_update
 
 
 @dataclass

@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import functools
 import os
-import stat
 from abc import abstractmethod
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, overload
 
-from alexnet_cli.errors import DataError
-
-LARGEST = 1 << 28  # bytes of a picture's file: more than its pixels may take
+from alexnet_cli.core.files import read_file as read_file
 
 
 class Item(NamedTuple):
@@ -79,7 +76,7 @@ class Pictures(Sequence[Item]):
     def __getitem__(self, index: int | slice) -> Item | Pictures:
         """One picture, or a range of them."""
         if isinstance(index, slice):
-            return self.chosen(range(len(self))[index])
+            return self.select(range(len(self))[index])
         row = range(len(self))[index]
         return Item(self.labels[row], self.names[row], self.reader(row))
 
@@ -87,18 +84,21 @@ class Pictures(Sequence[Item]):
     def size(self, row: int) -> int:
         """Bytes of what the picture in a row is read from; -1 if it is not there."""
 
-    def chosen(self, rows: Sequence[int], labels: Sequence[int] | None = None) -> Pictures:
-        """The pictures of these rows, with their labels or others."""
-        return _Chosen(self, rows, labels)
+    def select(self, rows: Sequence[int]) -> Pictures:
+        """The images of these rows."""
+        return _Selected(self, rows, array("I", (self.labels[row] for row in rows)))
+
+    def relabel(self, labels: Sequence[int]) -> Pictures:
+        """The same images with other labels."""
+        return _Selected(self, range(len(self)), labels)
 
 
-class _Chosen(Pictures):
-    """Some pictures of a list, which is kept and not copied."""
+class _Selected(Pictures):
+    """Some images of a list, which is kept and not copied."""
 
-    def __init__(self, base: Pictures, rows: Sequence[int], labels: Sequence[int] | None) -> None:
-        self.base, self.rows = base, rows
+    def __init__(self, base: Pictures, rows: Sequence[int], labels: Sequence[int]) -> None:
+        self.base, self.rows, self.labels = base, rows, labels
         self.names = _View(base.names, rows)
-        self.labels = array("I", (base.labels[row] for row in rows)) if labels is None else labels
         if base.blocks is not None:
             self.blocks = array("I", (base.blocks[row] for row in rows))
 
@@ -154,22 +154,3 @@ class Found(NamedTuple):
     train: Pictures
     val: Pictures | None
     notes: tuple[str, ...]
-
-
-def read_file(path: Path, most: int = LARGEST) -> bytes:
-    """The bytes of a regular file; a pipe or a device would keep us waiting."""
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):
-        raise DataError("it is not a regular file")
-    check_bytes(status.st_size, most)
-    return path.read_bytes()
-
-
-def check_bytes(size: int, most: int = LARGEST) -> None:
-    """Refuse a file that would fill the memory, before it is read.
-
-    Raises:
-        DataError: it has more than `most` bytes.
-    """
-    if size > most:
-        raise DataError(f"it has {size:,} bytes, more than {most:,}")

@@ -127,7 +127,7 @@ def build(model: Model, sha256: str = "", rows: bool = False) -> onnx.ModelProto
     """The whole network as an ONNX model with names, preprocessing and origin in its metadata.
 
     `sha256` is the hash of the file the weights came from, kept in the metadata when given. `rows`: the same numbers
-    in the form from which `onnx_int8` starts.
+    in the form from which `quantize.to_int8` starts.
 
     Raises:
         UsageError: the network is too large for one ONNX file.

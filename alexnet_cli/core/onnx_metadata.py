@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import alexnet_cli
-from alexnet_cli import recipe as recipes
+from alexnet_cli import recipe_io
 from alexnet_cli.core.sources import ClassName, class_list
 from alexnet_cli.core.weights import Model, check_preprocess, preprocess
 from alexnet_cli.errors import RecipeError, WeightsError
@@ -79,7 +79,7 @@ def read(path: Path, text: Mapping[str, str]) -> Info:
     try:
         names, wnids = json.loads(text["names"]), json.loads(text["wnids"])
         classes = class_list(names, wnids or [None] * len(names))
-        recipe = recipes.from_values(json.loads(text["recipe"]))
+        recipe = recipe_io.recipe_from_dict(json.loads(text["recipe"]))
         steps = json.loads(text["preprocess"])
         rotate = steps["exif_rotate"]
         check_preprocess(steps, recipe, {"exif_rotate": rotate})

@@ -8,46 +8,47 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import onnx
+from google.protobuf.message import DecodeError
+from onnx import TensorProto, numpy_helper
 
 from alexnet_cli.core import foreign
 from alexnet_cli.core.foreign import CAFFE_MEAN, Array, Foreign, damaged, refused
-from alexnet_cli.core.protobuf import Message, mapped
 from alexnet_cli.errors import WeightsError
 from alexnet_cli.recipe import CAFFE
 
 WORDS = {"Conv": "conv", "Gemm": "fc", "Relu": "relu", "LRN": "norm", "MaxPool": "pool"}
 IDLE = {"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Dropout", "Softmax", "Identity", "Constant"}
-KINDS = {1: "<f4", 10: "<f2", 11: "<f8"}  # float, float16, double
+FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE)
 GRIDS = {(224, 0): 54, (224, 3): 55, (227, 0): 55}  # side and padding at the end -> side of layer 1
 POOLED = (27, 13, 6)
 
 
 @dataclass(frozen=True)
 class Node:
-    """One node of the graph."""
+    """One node of the graph, with its attributes by name."""
 
     operator: str
     inputs: Sequence[str]
     outputs: Sequence[str]
-    attributes: Mapping[str, Message]
+    attributes: dict[str, Any]
 
     def integers(self, name: str, default: list[int]) -> list[int]:
         """An attribute of integers."""
-        return self.attributes[name].integers(8) if name in self.attributes else default
+        return list(self.attributes.get(name, default))
 
     def integer(self, name: str, default: int) -> int:
         """An attribute of one integer."""
-        return self.attributes[name].integer(3) if name in self.attributes else default
+        return int(self.attributes.get(name, default))
 
     def number(self, name: str, default: float) -> float:
         """An attribute of one float."""
-        return self.attributes[name].number(2, default) if name in self.attributes else default
+        return foreign.decimal(self.attributes.get(name, default))
 
 
 def read(path: Path) -> Foreign:
@@ -57,19 +58,21 @@ def read(path: Path) -> Foreign:
         WeightsError: it is damaged, keeps its weights elsewhere, is ours already, or another network.
     """
     try:
-        model = Message(mapped(path))
-        if any(entry.text(1) == "alexnet.schema" for entry in model.messages(14)):
+        model = onnx.load(path, format="protobuf", load_external_data=False)
+        if any(entry.key == "alexnet.schema" for entry in model.metadata_props):
             raise refused(path, "it is an ONNX file of this toolkit already", f"use it as it is: -w {path}")
-        graphs = list(model.messages(7))
-        if not graphs:
+        if not model.HasField("graph"):
             raise WeightsError(f"{path} is no ONNX file: it holds no graph", "name a weights file")
-        return _network(path, graphs[-1])
-    except (ValueError, OverflowError, IndexError) as error:
+        return _network(path, model.graph)
+    except (DecodeError, ValueError, TypeError, OverflowError) as error:
         raise damaged(path, error) from error
 
 
-def _network(path: Path, graph: Message) -> Foreign:
-    nodes = [_node(message) for message in graph.messages(1)]
+def _network(path: Path, graph: onnx.GraphProto) -> Foreign:
+    nodes = [
+        Node(n.op_type, n.input, n.output, {a.name: onnx.helper.get_attribute_value(a) for a in n.attribute})
+        for n in graph.node
+    ]
     for node in nodes:
         if node.operator not in IDLE | set(WORDS):
             raise refused(path, f"it uses {node.operator}, which this network does not (quantised files are not read)")
@@ -77,7 +80,7 @@ def _network(path: Path, graph: Message) -> Foreign:
     for before, after in itertools.pairwise(chain):
         if not after.inputs or not before.outputs or after.inputs[0] != before.outputs[0]:
             raise refused(path, f"a {after.operator} does not follow the {before.operator} before it")
-    values = {message.text(8): message for message in graph.messages(5)}
+    values = {tensor.name: tensor for tensor in graph.initializer}
     of = {word: [node for node in chain if WORDS.get(node.operator) == word] for word in WORDS.values()}
     tensors = {}
     for layer, node in foreign.named(path, of["conv"], of["fc"]).items():
@@ -94,47 +97,26 @@ def _network(path: Path, graph: Message) -> Foreign:
     order, shown = foreign.orders(path, [WORDS[node.operator] for node in chain if node.operator in WORDS])
     norms = foreign.same(path, [_norm(node) for node in of["norm"]])
     recipe = foreign.built(path, CAFFE, {"mean": "rgb"} | grid | norms | order)
-    return Foreign(path, "ONNX", tensors, recipe, "bgr", CAFFE_MEAN, "wnids", shown)
+    return Foreign(path, "ONNX", tensors, recipe, "bgr", CAFFE_MEAN, shown)
 
 
-def _node(message: Message) -> Node:
-    names: dict[int, list[str]] = {1: [], 2: []}
-    operator, attributes = "", {}
-    for number, value, _ in message.fields():
-        if isinstance(value, memoryview) and number in names:
-            names[number].append(bytes(value[:1000]).decode("utf-8", "replace"))
-        elif isinstance(value, memoryview) and number == 4:
-            operator = bytes(value[:100]).decode("utf-8", "replace")
-        elif isinstance(value, memoryview) and number == 5:
-            attribute = Message(value, message.budget)
-            attributes[attribute.text(1)] = attribute
-    return Node(operator, names[1], names[2], attributes)
+def _tensor(path: Path, tensor: TensorProto) -> Array:
+    if tensor.data_location == TensorProto.EXTERNAL or tensor.external_data:
+        raise refused(
+            path, f"the numbers of {tensor.name} lie in another file", "save the model with its weights inside"
+        )
+    if tensor.data_type not in FLOATS:
+        raise refused(
+            path, f"{tensor.name} has elements of type {tensor.data_type}, not floats", "take the float32 file"
+        )
+    return numpy_helper.to_array(tensor)
 
 
-def _tensor(path: Path, message: Message) -> Array:
-    name = message.text(8)
-    if message.integer(14) or message.all(13):
-        raise refused(path, f"the numbers of {name} lie in another file", "save the model with its weights inside")
-    kind = message.integer(2)
-    if kind not in KINDS:
-        raise refused(path, f"{name} has elements of type {kind}, not floats", "take the float32 file")
-    raw = [value for value in message.all(9) if isinstance(value, memoryview)]
-    dtype = np.dtype(KINDS[kind])
-    if raw:
-        if len(raw[-1]) % dtype.itemsize:
-            raise ValueError(f"{name} has {len(raw[-1]):,} bytes")
-        return foreign.array(np.frombuffer(raw[-1], dtype), message.integers(1))
-    if kind == 10:
-        raise refused(path, f"{name} is float16 and not raw", "take the float32 file")
-    number = 4 if kind == 1 else 10
-    return foreign.array(message.numbers(number, np.dtype("<f4" if kind == 1 else "<f8")), message.integers(1))
-
-
-def _side(graph: Message, chain: Sequence[Node]) -> int:
+def _side(graph: onnx.GraphProto, chain: Sequence[Node]) -> int:
     """Side of the picture that the first node takes."""
-    for value in graph.messages(11):
-        if chain and value.text(1) == chain[0].inputs[0]:
-            sides = [dimension.integer(1) for dimension in value.message(2).message(1).message(2).messages(1)]
+    for value in graph.input:
+        if chain and value.name == chain[0].inputs[0]:
+            sides = [int(dimension.dim_value) for dimension in value.type.tensor_type.shape.dim]
             if len(sides) == 4 and sides[2] == sides[3]:
                 return sides[2]
     return 224

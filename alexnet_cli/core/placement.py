@@ -1,4 +1,4 @@
-"""Which devices compute, and with what arithmetic: one for both towers, or several and who has what."""
+"""Choose devices and precision: one device for both towers, or several ranks with a part of the network each."""
 
 from __future__ import annotations
 
@@ -11,26 +11,35 @@ from dataclasses import dataclass, replace
 import torch
 
 from alexnet_cli.core.devices import Gpu, cores, cpu_bf16, take, visible_gpus
-from alexnet_cli.core.ranks import ALONE, Numbers, Parallel, Ranks, arranged, numbers, parent
+from alexnet_cli.core.process_group import (
+    ALONE,
+    Parallel,
+    ProcessMesh,
+    RankInfo,
+    arrange_mesh,
+    launcher_pid,
+    read_rank_info,
+)
 from alexnet_cli.errors import MissingError, UsageError
 
 
 @dataclass(frozen=True)
 class Placement:
-    """The device of this process, and its place among others. `precision` is what it really computes with; `notes` is
-    what the user should know.
+    """The device of this process and its position in the mesh.
+
+    `precision` is what it really computes with; `notes` are messages for the user.
     """
 
     device: torch.device
     name: str
     precision: str
     notes: tuple[str, ...] = ()
-    ranks: Ranks = ALONE
+    ranks: ProcessMesh = ALONE
     names: tuple[str, ...] = ()
-    """The devices of all ranks, in their order; empty where this one is alone."""
+    """The devices of all ranks, in rank order; empty for a single process."""
 
     def arithmetic(self) -> contextlib.AbstractContextManager[object]:
-        """The context to run the network in; on a GPU, TF32 is then allowed or not for the backward pass too."""
+        """Return the context to run the network in. On a GPU this also sets TF32 for the backward pass."""
         if self.device.type == "cuda":
             _allow_tf32(self.precision != "fp32")
         if self.precision == "bf16":
@@ -39,18 +48,18 @@ class Placement:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What convolutions and products take and give there."""
+        """The type of the activations."""
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
     @property
     def sharing(self) -> int:
-        """How many processes use the memory of this one's device; at most, where it is that of a CPU."""
+        """How many processes share the memory of this device; on a CPU, an upper bound."""
         if self.device.type == "cpu" or not self.names:
             return self.ranks.size
         return self.names.count(self.names[self.ranks.rank])
 
     def of_tower(self, tower: int) -> list[str]:
-        """The devices that compute a tower, counted from 0: one for each replica."""
+        """The names of the devices that compute a tower (counted from 0), one per replica."""
         each = self.ranks.size // self.ranks.replicas
         return list(self.names[tower % each :: each]) or [self.name]
 
@@ -62,11 +71,11 @@ def place(gpus: str | None, precision: str) -> Placement:
         MissingError: a GPU was asked for that is not there.
         UsageError: `gpus` is something else, or several.
     """
-    return _on(one(gpus), gpus, precision)
+    return _on(single_gpu(gpus), gpus, precision)
 
 
-def one(gpus: str | None) -> int | None:
-    """The id of the GPU that `place` would choose; None for the CPU. Raises as that does."""
+def single_gpu(gpus: str | None) -> int | None:
+    """The id of the GPU that `place` would choose; None for the CPU. Raises the same errors."""
     wanted = _wanted(gpus)
     if len(wanted) > 1 and gpus != "all":
         raise UsageError(f"--gpus {gpus}: this uses one device", f"--gpus {wanted[0]} gives the same numbers")
@@ -74,7 +83,7 @@ def one(gpus: str | None) -> int | None:
 
 
 def processes(gpus: str | None, asked: int | None) -> int:
-    """How many processes to start: one a device, as listed, or `asked` on the CPU; 1 where a launcher has done so.
+    """How many processes to start: one per GPU listed, or `asked` on the CPU; 1 if a launcher has started several.
 
     Raises:
         MissingError: a GPU was asked for that is not there.
@@ -82,7 +91,7 @@ def processes(gpus: str | None, asked: int | None) -> int:
     """
     if asked is not None and (gpus or "none") != "none":
         raise UsageError("--processes is for the CPU", "--gpus 0,1 starts a process for each GPU named")
-    if (joined := numbers()) is not None:
+    if (joined := read_rank_info()) is not None:
         if asked not in (None, joined.size):
             what = f"--processes {asked}: a launcher has started this one as {joined.rank + 1} of {joined.size}"
             raise UsageError(what, "leave --processes to it, or unset WORLD_SIZE and RANK (SLURM_STEP_ID)")
@@ -92,48 +101,48 @@ def processes(gpus: str | None, asked: int | None) -> int:
     return max(1, len(_wanted(gpus)))
 
 
-def ours(gpus: str | None) -> list[int]:
-    """The GPUs of this machine's processes, one each; none where they are on the CPU."""
-    joined = numbers() is not None
+def local_gpus(gpus: str | None) -> list[int]:
+    """The GPU ids of the processes on this machine, one per process; empty on the CPU."""
+    joined = read_rank_info() is not None
     return _wanted(("all" if visible_gpus() else "none") if joined and gpus is None else gpus)
 
 
 def backend(gpus: str | None) -> str:
-    """What the processes talk through: gloo where two share a GPU, which nccl does not allow."""
-    ids = ours(gpus)
+    """The backend of the process group: gloo if two processes share a GPU, which NCCL does not allow."""
+    ids = local_gpus(gpus)
     return "cuda:nccl,cpu:gloo" if ids and len(set(ids)) == len(ids) else "gloo"
 
 
-def place_among(ranks: Ranks, gpus: str | None, precision: str, parallel: Parallel, towers: int) -> Placement:
-    """Choose this process's device, and what it has of the network.
+def place_ranks(ranks: ProcessMesh, gpus: str | None, precision: str, parallel: Parallel, towers: int) -> Placement:
+    """Choose this rank's device, and arrange the mesh of ranks.
 
     Raises:
         MissingError: a GPU was asked for that is not there.
         UsageError: the devices cannot be used in the way of `parallel`.
     """
-    mine, ids = numbers(), ours(gpus)
+    mine, ids = read_rank_info(), local_gpus(gpus)
     if mine is None or ranks.size == 1:
         return _on(ids[0] if ids else None, gpus, precision)
     own = _own(ids, mine, gpus)
     found = _on(own, gpus or "none", precision)
     if found.device.type == "cpu":
-        if parent() is None:  # our launcher has done so, or has been told otherwise
+        if launcher_pid() is None:  # our launcher has done so, or has been told otherwise
             torch.set_num_threads(max(1, cores() // mine.local_size))
         found = replace(found, name=f"CPU process {mine.rank}")
     name = found.name if mine.local_size == ranks.size else f"{found.name} of {socket.gethostname()}"
-    told = ranks.everyone((name, found.precision, "" if own is None else _gpu(own).uuid))
+    told = ranks.gather_values((name, found.precision, "" if own is None else _gpu(own).uuid))
     names, precisions, uuids = zip(*told, strict=True)
     if ids and "nccl" in backend(gpus) and len(set(uuids)) < ranks.size:
-        what = f"each process is to have a GPU of its own: processes {ranks.size}, GPUs {len(set(uuids))}"
+        what = f"each process needs its own GPU: processes {ranks.size}, GPUs {len(set(uuids))}"
         raise MissingError(what, "start as many as there are GPUs, or name one for each: --gpus 0,0")
     if len(set(precisions)) > 1:  # or they would send each other what the other does not expect
         note = f"not every device has {precision} arithmetic: training in fp32"
         found = replace(found, precision="fp32", notes=(*found.notes, note))
-    return replace(found, ranks=arranged(ranks, parallel, towers, found.device), names=names)
+    return replace(found, ranks=arrange_mesh(ranks, parallel, towers, found.device), names=names)
 
 
-def _own(ids: list[int], mine: Numbers, gpus: str | None) -> int | None:
-    """This process's GPU: by its place on this machine, or the one that a launcher lets it see. Raises MissingError."""
+def _own(ids: list[int], mine: RankInfo, gpus: str | None) -> int | None:
+    """This rank's GPU: by its local rank, or the only one the launcher makes visible. Raises MissingError."""
     if not ids or mine.local_rank < len(ids):
         return ids[mine.local_rank] if ids else None
     if gpus in (None, "all") and len(ids) == 1:
@@ -159,9 +168,9 @@ def _on(gpu_id: int | None, gpus: str | None, precision: str) -> Placement:
         precision = "fp32"
     _allow_tf32(precision != "fp32")
     torch.backends.cudnn.benchmark = True
-    from alexnet_cli.core import response_norm_gpu  # which imports Triton, that nobody else needs
+    from alexnet_cli.core import triton_kernels  # which imports Triton, that nobody else needs
 
-    if reason := response_norm_gpu.why_not(gpu.index):
+    if reason := triton_kernels.unavailable_reason(gpu.index):
         notes.append(f"response normalisation runs without its GPU kernel, more slowly: {reason}")
     return Placement(torch.device("cuda", gpu.index), name, precision, tuple(notes))
 
@@ -175,7 +184,7 @@ def _allow_tf32(allowed: bool) -> None:
 
 
 def _wanted(gpus: str | None) -> list[int]:
-    """The ids that were asked for, all of them there; none for the CPU."""
+    """The GPU ids that `--gpus` asks for, all of which exist; empty for the CPU."""
     if gpus == "none":
         return []
     visible = [gpu.index for gpu in visible_gpus()]
@@ -206,10 +215,10 @@ def _on_cpu(precision: str, notes: list[str]) -> Placement:
 
 
 def keep_memory() -> None:
-    """Have the C library keep freed memory instead of giving it back to the system.
+    """Make the C library keep freed memory instead of returning it to the system.
 
-    A training step frees and takes gigabytes; fresh pages have to be zeroed by the kernel each time, which costs a
-    quarter of the step. Only glibc knows these settings; elsewhere nothing happens.
+    A training step frees and allocates gigabytes. The kernel zeroes new pages each time, which costs a quarter of the
+    step. Only glibc has these settings; elsewhere nothing happens.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -223,6 +232,6 @@ def keep_memory() -> None:
 
 
 def threads_for_decoding(asked: int | None) -> int:
-    """How many threads decode pictures: what was asked, or one per core that is this process's, at most eight."""
-    mine = numbers()
+    """How many threads decode images: as asked, or one per core of this process, at most 8."""
+    mine = read_rank_info()
     return asked or min(8, max(1, cores() // (mine.local_size if mine else 1)))

@@ -5,6 +5,7 @@ No torch, so that `alexnet prepare --dry-run` and a second `alexnet prepare` ans
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import re
@@ -18,6 +19,7 @@ from typing import Any, Literal
 from PIL import Image
 
 from alexnet_cli.core import images
+from alexnet_cli.core.files import TEMPORARY, replace_link
 from alexnet_cli.core.shards import (
     DAMAGED,
     DUPLICATES,
@@ -30,7 +32,7 @@ from alexnet_cli.core.shards import (
     SPLITS,
     index_name,
 )
-from alexnet_cli.core.sources import Source
+from alexnet_cli.core.sources import SourceDataset
 from alexnet_cli.errors import DataError, StorageError, UsageError
 
 QUALITY = 95  # of the JPEGs, as Krizhevsky's own preparation wrote
@@ -43,7 +45,7 @@ CLEARING = {"clearing": True}  # a plan that says: what is here is being removed
 BEGUN = (PARTIAL, LOCK)  # what a preparation makes before its plan
 SHARD = re.compile(rf"(?:{'|'.join(SPLITS)})-\d{{6}}\.tar")
 FILES = (RECORD, MEAN, REJECTED, DAMAGED, DUPLICATES, *(index_name(split) for split in SPLITS))
-OURS = re.compile("|".join([re.escape(name) + r"(?:\.tmp)?" for name in FILES] + [re.escape(PARTIAL), re.escape(LOCK)]))
+OURS = {*FILES, PARTIAL, LOCK}
 REPLACE = "--overwrite replaces it; -o DIR puts this one elsewhere"
 
 State = Literal["new", "unfinished", "finished"]
@@ -53,7 +55,7 @@ State = Literal["new", "unfinished", "finished"]
 class Plan:
     """A source, the folder its prepared form goes to, and the settings that decide its bytes."""
 
-    source: Source
+    source: SourceDataset
     output: Path
     quality: int = QUALITY
     shard_images: int = SHARD_IMAGES
@@ -80,14 +82,14 @@ class Plan:
             return "new"
         if not self.output.is_dir():
             raise UsageError(f"{self.output} is a file", "name a folder with -o")
-        check_foreign(self.output)
+        _check_files(self.output)
         if overwrite or _settings(self.output / PARTIAL / PLAN) == CLEARING:
             return "new"
         if (self.output / RECORD).is_file():
-            self._same(self.output / RECORD, "holds another prepared data set")
+            self._check_settings(self.output / RECORD, "holds another prepared data set")
             return "finished"
         if self.shards_kept():
-            self._same(self.output / PARTIAL / PLAN, "holds an unfinished data set of another preparation")
+            self._check_settings(self.output / PARTIAL / PLAN, "holds an unfinished data set of another preparation")
             return "unfinished"
         return "new"
 
@@ -112,7 +114,7 @@ class Plan:
             if folder.is_dir():
                 yield from (entry.resolve() for entry in folder.iterdir() if entry.is_symlink() and entry.is_dir())
 
-    def estimate(self) -> int:
+    def bytes_needed(self) -> int:
         """Bytes that the output will need, from a sample of the pictures packed in memory."""
         sizes = []
         for items in self.source.splits.values():
@@ -129,7 +131,7 @@ class Plan:
         shards = sum(-(-len(items) // self.shard_images) for items in self.source.splits.values())
         return int(total * (sum(sizes) / max(1, len(sizes)) + beside) + (shards + 1) * SIDECAR)
 
-    def free(self) -> int:
+    def bytes_free(self) -> int:
         """Bytes free where the output will be."""
         there = self.output.absolute()
         while not there.exists():
@@ -142,27 +144,38 @@ class Plan:
         Raises:
             StorageError: it is.
         """
-        if needed - self._done() > self.free():
+        if needed - self._bytes_done() > self.bytes_free():
             raise StorageError(
-                f"about {megabytes(needed)} needed in {self.output}, but {megabytes(self.free())} free",
+                f"about {format_size(needed)} needed in {self.output}, but {format_size(self.bytes_free())} free",
                 "name a larger disk with -o, or a lower --quality",
             )
 
-    def missing(self) -> int:
+    def bytes_missing(self) -> int:
         """Bytes that are still to be written, about."""
-        return max(0, self.estimate() - self._done())
+        return max(0, self.bytes_needed() - self._bytes_done())
 
     def shards_kept(self) -> int:
         """How many shards an interrupted run has left finished."""
         return len(self._shards()) if (self.output / PARTIAL).is_dir() else 0
 
+    def finalize(self) -> None:
+        """Once the set is valid: drop what was kept for resuming; let prepared/latest name it, if it lies there."""
+        shutil.rmtree(self.output / PARTIAL, ignore_errors=True)
+        link = ROOT / LATEST
+        with contextlib.suppress(OSError):  # a read-only place: the set is valid all the same
+            for file in self.output.iterdir():
+                if TEMPORARY.fullmatch(file.name):
+                    file.unlink()
+            if self.output.absolute().parent == ROOT.absolute() and (link.is_symlink() or not link.exists()):
+                replace_link(link, self.output)
+
     def _shards(self) -> list[Path]:
         return [file for file in self.output.iterdir() if SHARD.fullmatch(file.name)] if self.output.is_dir() else []
 
-    def _done(self) -> int:
+    def _bytes_done(self) -> int:
         return sum(file.stat().st_size for file in self._shards())
 
-    def _same(self, record: Path, what: str) -> None:
+    def _check_settings(self, record: Path, what: str) -> None:
         there = _settings(record)
         told = [
             "other pictures or classes" if key == "fingerprint" else f"{key} {there.get(key)}, not {value}"
@@ -185,22 +198,30 @@ def default_output(source: Path) -> Path:
     return ROOT / name
 
 
-def check_foreign(output: Path) -> None:
+def _check_files(output: Path) -> None:
     """Refuse a folder that holds anything but a prepared data set, finished or not, that this program wrote.
 
     Raises:
         UsageError: it holds somebody's files.
     """
     begun = output / PARTIAL
-    empty = not begun.is_dir() or all(file.name == f"{PLAN}.tmp" for file in begun.iterdir())
+    empty = not begun.is_dir() or all(file.name != PLAN and _final_name(file) == PLAN for file in begun.iterdir())
     mine = _settings(output / RECORD) or _settings(begun / PLAN) or empty
     if not mine or (empty and not _settings(output / RECORD) and any(e.name not in BEGUN for e in output.iterdir())):
         raise UsageError(f"{output} is not empty and not a prepared data set", "name another folder with -o")
-    foreign = sorted(e.name for e in output.iterdir() if not OURS.fullmatch(e.name) and not SHARD.fullmatch(e.name))
+    foreign = sorted(
+        file.name for file in output.iterdir() if _final_name(file) not in OURS and not SHARD.fullmatch(file.name)
+    )
     if foreign:
         raise UsageError(
             f"{output} holds {foreign[0]}, which is no part of a prepared data set", "name another folder with -o"
         )
+
+
+def _final_name(file: Path) -> str:
+    """The name of a file, or the one that a temporary file was to take when the program was killed."""
+    temporary = TEMPORARY.fullmatch(file.name)
+    return temporary["name"] if temporary else file.name
 
 
 def _settings(record: Path) -> dict[str, Any]:
@@ -214,6 +235,6 @@ def _settings(record: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) and (found == CLEARING or "fingerprint" in found) else {}
 
 
-def megabytes(size: int) -> str:
+def format_size(size: int) -> str:
     """A size for people: "12 MB", "38.1 GB"."""
     return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.{0 if size >= 1e7 else 1}f} MB"

@@ -7,13 +7,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-
-from alexnet_cli.core.shapes import KERNELS
+from alexnet_cli.core.architecture import KERNELS
 from alexnet_cli.recipe import SIDE, Recipe
-
-GREY = 128  # beside the picture
 
 
 class Window(NamedTuple):
@@ -62,12 +57,3 @@ def extent(recipe: Recipe, layer: str, place: int, clipped: bool = True) -> tupl
             first, end = max(0, first), min(window.inputs, end)
     corner = (SIDE - recipe.input_size) // 2
     return corner + first, corner + end
-
-
-def patch(picture: npt.NDArray[np.uint8], recipe: Recipe, layer: str, place: tuple[int, int]) -> npt.NDArray[np.uint8]:
-    """The receptive field of a place (row, column): S x S x 3, grey where it hangs over the border."""
-    (top, bottom), (left, right) = (extent(recipe, layer, p, clipped=False) for p in place)
-    result = np.full((bottom - top, right - left, 3), GREY, np.uint8)
-    (y, y_end), (x, x_end) = (extent(recipe, layer, p) for p in place)
-    result[y - top : y_end - top, x - left : x_end - left] = picture[y:y_end, x:x_end]
-    return result

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from alexnet_cli.core.listing import read_file
+from alexnet_cli.core.files import read_file
 from alexnet_cli.errors import DataError
 
 Event = Literal["start", "step", "validation", "checkpoint", "warning", "end"]

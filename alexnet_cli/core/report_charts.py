@@ -1,16 +1,23 @@
-"""The curves of a report as SVG, each with the text that says the same. Needs the extra `charts`; no torch."""
+"""The drawings of a report as SVG, each with the text that says the same: curves, and the network. No torch.
+
+Drawing needs matplotlib, the extra `charts`, which is imported in functions only.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import io
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from alexnet_cli.core.history import Curve, History
+from alexnet_cli.core.report_history import Curve, History
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from alexnet_cli.core.anatomy import Layer
+
+INSTALL_HINT = "pip install 'alexnet-cli[charts]'"
 CHANCE = 2 / 3  # colour share of independent random weights
 FEW_POINTS = 30  # that can be marked without covering their line
 STYLE: dict[Any, Any] = {
@@ -23,6 +30,11 @@ STYLE: dict[Any, Any] = {
 }
 INKS = ("#0b5394", "#b45f06", "#38761d")  # each at least 4.5 : 1 on white
 LINES = ("solid", "dashed", "dashdot")  # for those who do not tell them apart
+
+
+def can_draw() -> bool:
+    """Whether matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 class Chart(NamedTuple):
@@ -43,37 +55,38 @@ class Line(NamedTuple):
     """Whether each value holds since the one before it, as the rate of a schedule does."""
 
 
-def charts(history: History, few_classes: bool = False) -> dict[str, Chart]:
+def draw_charts(history: History, few_classes: bool = False) -> dict[str, Chart]:
     """`loss`, `errors`, `rate` and `towers`, as far as there is something to draw; of few classes no top-5 error."""
-    top5 = [] if few_classes else [Line("top-5, validation", history.curve("top5_error"))]
+    top5 = [] if few_classes else [Line("top-5, validation", history.epoch_curve("top5_error"))]
     drawn = {
-        "loss": _curves(
+        "loss": _draw_curves(
             "Loss", "nats a picture", history,
-            [Line("training", history.steps("loss"), False), Line("validation", history.curve("loss"))],
+            [Line("training", history.step_curve("loss"), False), Line("validation", history.epoch_curve("loss"))],
         ),
-        "errors": _curves(
+        "errors": _draw_curves(
             "Error", "% of the pictures", history,
             [
-                Line("top-1, training", history.steps("top1_error"), False),
-                Line("top-1, validation", history.curve("top1_error")), *top5,
+                Line("top-1, training", history.step_curve("top1_error"), False),
+                Line("top-1, validation", history.epoch_curve("top1_error")), *top5,
             ], percent=True,
         ),
-        "rate": _curves(
-            "Learning rate", "rate", history, [Line("rate", history.rates(), False, bool(history.drops))], log=True,
+        "rate": _draw_curves(
+            "Learning rate", "rate", history,
+            [Line("rate", history.rate_curve(), False, bool(history.drops))], log=True,
         ),
-        "towers": _curves(
+        "towers": _draw_curves(
             "Specialisation", "share, and area under the curve", history,
             [
-                Line("told apart by colour (AUC)", history.curve("specialisation")),
-                Line("colour share, tower 1", history.curve("chroma_tower1")),
-                Line("colour share, tower 2", history.curve("chroma_tower2")),
+                Line("told apart by colour (AUC)", history.epoch_curve("specialisation")),
+                Line("colour share, tower 1", history.epoch_curve("chroma_tower1")),
+                Line("colour share, tower 2", history.epoch_curve("chroma_tower2")),
             ], level=(CHANCE, "colour share of noise"),
         ),
     }  # fmt: skip
     return {name: chart for name, chart in drawn.items() if chart}
 
 
-def _curves(
+def _draw_curves(
     title: str,
     unit: str,
     history: History,
@@ -110,24 +123,24 @@ def _curves(
         if len(told) > 1 or history.drops:
             axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.46, -0.17), ncols=2)
 
-    words = "; ".join(_told(line, factor, "%" if percent else "") for line, _ in told)
+    words = "; ".join(_describe_line(line, factor, "%" if percent else "") for line, _ in told)
     drops = ", ".join(str(drop) for drop in history.drops)
     caption = f"{title} over the epochs" + (f"; the rate was divided after epoch {drops}" if drops else "")
     return Chart(
-        svg(draw),
+        render_svg(draw),
         f"{title} over the epochs: {words}." + (f" Rate drops after epoch {drops}." if drops else ""),
         caption,
     )
 
 
-def _told(line: Line, factor: float, unit: str) -> str:
+def _describe_line(line: Line, factor: float, unit: str) -> str:
     first, last = line.points[0][1], line.points[-1][1]
     lowest = min(value for _, value in line.points)
     ends = f"{line.name} from {factor * first:.3g}{unit} to {factor * last:.3g}{unit}"
     return ends + (f", lowest {factor * lowest:.3g}{unit}" if lowest < min(first, last) else "")
 
 
-def svg(draw: Callable[[Axes], None], height: float = 3.5, margin: float = 1.0) -> str:
+def render_svg(draw: Callable[[Axes], None], height: float = 3.5, margin: float = 1.0) -> str:
     """A drawing `height` inches high; `margin` is the share of the usual one, for axes. Same input, same bytes."""
     import matplotlib
     from matplotlib.figure import Figure  # not pyplot, which keeps figures and asks for a display
@@ -140,3 +153,87 @@ def svg(draw: Callable[[Axes], None], height: float = 3.5, margin: float = 1.0) 
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
     return file.getvalue()
+
+
+# Figure 2 of the paper, simplified: the towers, and arrows from what each layer sees.
+
+TINTS = ("#dfeaf4", "#f7e8d8")  # of the towers
+GREY, LIGHT = "#55565c", "#f4f5f8"
+SHORT = {"normalisation": "norm", "pooling": "pool", "dropout": "dropout"}  # the table beside it says the rest
+TEXT, SMALL = 9.5, 8  # points
+HEIGHT = 0.5  # of a box; a layer is 1
+NARROWEST, WIDER = 0.135, 0.035  # half of a box's width, and what many units add, in widths of the drawing
+MIDDLE, PLACES = 0.64, (0.46, 0.82)  # of what is not in towers, and of the two
+Box = tuple[float, float]
+"""The middle of a box: x, and the number of its layer, from 0 for the picture."""
+
+
+def draw_network(layers: Sequence[Layer], towers: int, side: int) -> Chart:
+    """The network, from the picture of `side` pixels down to the classes."""
+
+    def draw(axes: Axes) -> None:
+        axes.set_xlim(0, 1)
+        axes.set_ylim(len(layers) + 0.4, -0.4)
+        axes.axis("off")
+        above = _draw_boxes(axes, 0, (MIDDLE,), f"3 colours {side}×{side}", 2**13, coloured=False)
+        for number, layer in enumerate(layers, 1):
+            last = number == len(layers)
+            places = (MIDDLE,) if towers == 1 or last else PLACES
+            words = f"{layer.units:,} classes" if last else _describe_size(layer)
+            boxes = _draw_boxes(axes, number, places, words, layer.units, coloured=not last)
+            _draw_arrows(axes, above, boxes, layer.meets)
+            _write_name(axes, number, layer)
+            above = boxes
+
+    caption = "From the picture to its class; arrows come from what a layer sees"
+    return Chart(render_svg(draw, 6.0, 0), _describe_network(layers, towers, side), caption)
+
+
+def _describe_network(layers: Sequence[Layer], towers: int, side: int) -> str:
+    """The same in words."""
+    meeting = [layer.name for layer in layers if layer.meets]
+    sees = f"; each layer sees its own tower, but {', '.join(meeting[:-1])} and {meeting[-1]} both" if meeting else ""
+    kind, each = ("two towers side by side", " in each") if towers > 1 else ("one tower", "")
+    sizes = ", ".join(f"{layer.name} {_describe_size(layer)}" for layer in layers[:-1])
+    start = f"The network, {kind}: a picture of {side} by {side} pixels"
+    return f"{start}, then{each} {sizes}, and fc8 {layers[-1].units:,} classes{sees}."
+
+
+def _describe_size(layer: Layer) -> str:
+    return f"{layer.units:,} maps {layer.side}×{layer.side}" if layer.side else f"{layer.units:,} units"
+
+
+def _draw_boxes(
+    axes: Axes, number: int, places: Sequence[float], words: str, units: int, coloured: bool = True
+) -> list[Box]:
+    """Boxes of one layer side by side, wider for more units."""
+    from matplotlib.patches import Rectangle
+
+    half = NARROWEST + WIDER * min(1.0, units.bit_length() / 13)
+    for tower, x in enumerate(places):
+        face, edge = (TINTS[tower], INKS[tower]) if coloured else (LIGHT, GREY)
+        corner, size = (x - half, number - HEIGHT / 2), (2 * half, HEIGHT)
+        axes.add_patch(Rectangle(corner, *size, facecolor=face, edgecolor=edge, linewidth=1.2, zorder=2))
+        axes.text(x, number, words, ha="center", va="center", fontsize=TEXT, zorder=3)
+    return [(x, number) for x in places]
+
+
+def _draw_arrows(axes: Axes, above: Sequence[Box], boxes: Sequence[Box], meets: bool) -> None:
+    """From what a layer sees; dotted where that is the other tower."""
+    for from_x, from_y in above:
+        for x, y in boxes:
+            crosses = len(above) == len(boxes) == 2 and from_x != x
+            if crosses and not meets:
+                continue
+            start, end = (from_x, from_y + HEIGHT / 2), (x, y - HEIGHT / 2)
+            arrow = {"arrowstyle": "-|>", "color": GREY, "shrinkA": 0, "shrinkB": 0, "lw": 1.0}
+            axes.annotate("", end, start, arrowprops=arrow | ({"linestyle": (0, (3, 2))} if crosses else {}))
+
+
+def _write_name(axes: Axes, number: int, layer: Layer) -> None:
+    """Name, kernel, and what follows, left of the boxes."""
+    kernel = f"  {layer.kernel}×{layer.kernel}" if layer.kernel else ""
+    stride = f" / {layer.stride}" if layer.stride and layer.stride > 1 else ""
+    told = ", ".join(dict.fromkeys(SHORT.get(word.split()[0], word) for word in layer.then)) or "softmax"
+    axes.text(0, number - 0.03, f"{layer.name}{kernel}{stride}", va="bottom", fontsize=TEXT, fontweight="bold")
+    axes.text(0, number + 0.03, told, va="top", fontsize=SMALL, color=GREY)

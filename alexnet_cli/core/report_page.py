@@ -17,20 +17,20 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 import alexnet_cli
-from alexnet_cli.core import chance, report_charts, report_network, report_sections, results
+from alexnet_cli.core import baselines, results
+from alexnet_cli.core import report_sections as sections
 from alexnet_cli.core.atomic import write_text
-from alexnet_cli.core.history import number
-from alexnet_cli.core.plotting import HINT, can_draw
 from alexnet_cli.core.records import failure
-from alexnet_cli.core.report import Report, told_apart
-from alexnet_cli.core.report_charts import Chart
+from alexnet_cli.core.report_charts import INSTALL_HINT, can_draw, draw_charts
+from alexnet_cli.core.report_collect import Report, make_names_unique
+from alexnet_cli.core.report_history import get_number
 from alexnet_cli.core.runs import typed
 from alexnet_cli.core.shards import ROOT
 from alexnet_cli.errors import DataError, StorageError, UsageError
 
 FILE = "report.html"
-TURNING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # the line around
-UNSEEN = frozenset(("Cc", "Cs"))  # controls and halves of characters
+DIRECTION_MARKS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # the line around
+INVISIBLE = frozenset(("Cc", "Cs"))  # controls and halves of characters
 STATUS = {
     "running": "This run is under way, or was ended without a word: the page shows it as far as it has come.",
     "interrupted": "This run was interrupted ({reason}) and can be continued: alexnet train --resume {name}",
@@ -47,8 +47,8 @@ class Section:
     note: str = ""
 
 
-def ready(path: Path) -> None:
-    """See that a page can be written there, before it is made.
+def check_writable(path: Path) -> None:
+    """Check that a page can be written there, before it is computed.
 
     Raises:
         UsageError: it is a folder.
@@ -56,73 +56,71 @@ def ready(path: Path) -> None:
     """
     if path.is_dir():
         raise UsageError(f"{path} is a folder", f"name a file in it, such as -o {path / FILE}")
-    with _storing(path):
+    with _storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
 
 
-def write(report: Report, path: Path) -> list[Section]:
+def write_page(report: Report, path: Path) -> list[Section]:
     """Write the page, whole or not at all. Returns its sections.
 
     Raises:
         StorageError: it cannot be written.
     """
-    text, shown = html(report)
-    with _storing(path):
+    text, shown = render_page(report)
+    with _storage_errors(path):
         write_text(path, text)
     return shown
 
 
 @contextmanager
-def _storing(path: Path) -> Iterator[None]:
+def _storage_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror or error}", "choose another place with -o") from error
 
 
-def html(report: Report) -> tuple[str, list[Section]]:
-    """The page, and its sections."""
-    charts: Mapping[str, Chart] = {}
-    if can_draw():
-        charts = report_charts.charts(report.history, report.few_classes)
+def render_page(report: Report) -> tuple[str, list[Section]]:
+    """The page as HTML, and its sections."""
+    charts = draw_charts(report.history, report.has_few_classes) if can_draw() else {}
     names = {
-        "network": report_network.network(report, can_draw()),
-        "recipe": report_sections.recipe(report), "curves": report_sections.curves(report, charts),
-        "filters": report_sections.filters(report, charts), "results": report_sections.outcome(report),
-        "examples": report_sections.examples(report), "nearest": report_sections.nearest(report),
-        "speed": _speed(report), "origin": _origin(report),
+        "network": sections.describe_network(report, can_draw()),
+        "recipe": sections.compare_recipe(report), "curves": sections.describe_curves(report, charts),
+        "filters": sections.describe_filters(report, charts), "results": sections.describe_results(report),
+        "examples": sections.describe_examples(report), "nearest": sections.describe_neighbors(report),
+        "speed": _list_speed(report), "origin": _list_origin(report),
     }  # fmt: skip
     environment = Environment(
         loader=PackageLoader("alexnet_cli.core", "pages"), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True, finalize=_plain,
+        trim_blocks=True, lstrip_blocks=True, finalize=_make_printable,
     )  # fmt: skip
     style = Markup(environment.get_template("report.css").render())
-    shown, title = sections(report), f"AlexNet, {'run' if report.trained else 'network'} {report.name}"
+    shown, title = list_sections(report), f"AlexNet, {'run' if report.is_trained else 'network'} {report.name}"
     text = environment.get_template("report.html").render(
-        names, title=title, lead=_lead(report), remarks=_remarks(report), facts=_facts(report),
+        names, title=title, lead=_write_lead(report), remarks=_list_remarks(report), facts=_list_facts(report),
         sections=shown, style=style, version=alexnet_cli.__version__,
     )  # fmt: skip
     return text, shown
 
 
-def sections(report: Report) -> list[Section]:
+def list_sections(report: Report) -> list[Section]:
     """The sections that a page has: those of a training only if there was one."""
     history, missing = report.history, report.evidence.missing
-    trained = report.trained
+    trained = report.is_trained
     unknown = "" if report.classes else "The number of classes is not known: no checkpoint yet, and no data set."
     found = [Section("network", "The network", unknown), Section("recipe", "The recipe beside the paper's")]
     if trained:
-        none = "" if history.pieces or history.epochs else "No step has been recorded yet."
-        undrawn = "" if can_draw() or none else f"Curves need a plotting library: {HINT}, then alexnet report."
+        none = "" if history.windows or history.epochs else "No step has been recorded yet."
+        undrawn = "" if can_draw() or none else f"Curves need a plotting library: {INSTALL_HINT}, then alexnet report."
         found.append(Section("curves", "Loss and errors", none or undrawn))
     absent = "" if report.towers else "Layer 1 holds values that are no numbers."
     absent = absent if report.model else "The run has no checkpoint yet."
     found += [
         Section("filters", "Filters of the towers", absent),
-        Section("results", "Classes and confusions", _none(missing.get("results"))),
-        Section("examples", "Right and wrong pictures", _none(missing.get("examples"))),
-        Section("neighbours", "Neighbours", _none(missing.get("neighbours"))),
+        Section("results", "Classes and confusions", _explain_missing(missing.get("results"))),
+        Section("examples", "Right and wrong pictures", _explain_missing(missing.get("examples"))),
+        Section("neighbours", "Neighbours", _explain_missing(missing.get("neighbours"))),
     ]
     if trained:
         found.append(Section("speed", "Speed and placement"))
@@ -131,75 +129,76 @@ def sections(report: Report) -> list[Section]:
     return found
 
 
-def _none(reason: str | None) -> str:
+def _explain_missing(reason: str | None) -> str:
     return f"Not here: {reason}." if reason else ""
 
 
-def _lead(report: Report) -> str:
-    """The result in a sentence."""
-    totals, best, few = report.evidence.totals, report.history.best, report.few_classes
+def _write_lead(report: Report) -> str:
+    """One sentence with the error, or an empty string."""
+    totals, best, few = report.evidence.totals, report.history.best, report.has_few_classes
     if totals:
-        first, of = totals[0], _of(report.data.name if report.data else None)
+        first, of = totals[0], _name_data(report.data.name if report.data else None)
         low, high = first["top1_error_interval"]
-        guess = chance.beside(first["chance_error"], first["commonest_error"])
+        guess = baselines.format_baselines(first["chance_error"], first["commonest_error"])
         five = "" if few else f", top-5 error {first['top5_error']:.1%}"
         return (
             f"Top-1 error {first['top1_error']:.1%} ({guess}; 95 % interval {low:.1%} to {high:.1%})"
             f"{five}, on the {first['images']:,} validation pictures{of}, "
-            f"{results.PROTOCOL[first['views']]}.{_worth(report, first)}"
+            f"{results.PROTOCOL[first['views']]}.{_rate_result(report, first)}"
         )
     if best:
-        five = "" if few or number(best, "top5_error") is None else f", top-5 error {best['top5_error']:.1%}"
+        five = "" if few or get_number(best, "top5_error") is None else f", top-5 error {best['top5_error']:.1%}"
         at = f"after epoch {best['epoch']}, on the validation pictures"
-        error = f"Lowest top-1 error {best['top1_error']:.1%}{_beside(report)}{five}"
-        return f"{error}, {at}{_of(report.about.get('data'))}."
+        error = f"Lowest top-1 error {best['top1_error']:.1%}{_compare_with_guessing(report)}{five}"
+        return f"{error}, {at}{_name_data(report.about.get('data'))}."
     return ""
 
 
-def _worth(report: Report, totals: Mapping[str, Any]) -> str:
-    """Whether that is more than answers without a look at the pictures are worth."""
-    counts, names = report.evidence.counts, told_apart(report.classes)
-    same = f" {said}." if counts and (said := chance.one_sided(counts.confusion, names)) else ""
-    return (f" This is {said}." if (said := chance.guessed(totals)) else "") + same
+def _rate_result(report: Report, totals: Mapping[str, Any]) -> str:
+    """A sentence if the error is no better than guessing or always the same class; else empty."""
+    counts, names = report.evidence.counts, make_names_unique(report.classes)
+    same = f" {said}." if counts and (said := baselines.describe_one_sided(counts.confusion, names)) else ""
+    return (f" This is {said}." if (said := baselines.describe_totals(totals)) else "") + same
 
 
-def _beside(report: Report) -> str:
-    """What such answers give on the run's own validation pictures, if they are there."""
+def _compare_with_guessing(report: Report) -> str:
+    """The error of guessing on the run's own validation images, in brackets, if they are there."""
     with suppress(DataError):
-        if report.data and report.own_data and len(labels := report.data.split("val").labels):
-            of_each = chance.counted(labels, len(report.classes))
-            return f" ({chance.beside(chance.guessing(len(report.classes)), chance.commonest(of_each))})"
+        if report.data and report.is_own_data and len(labels := report.data.split("val").labels):
+            of_each = baselines.count_images(labels, len(report.classes))
+            guessing, majority = baselines.guessing_error(len(report.classes)), baselines.majority_error(of_each)
+            return f" ({baselines.format_baselines(guessing, majority)})"
     return ""
 
 
-def _of(data: Any) -> str:
+def _name_data(data: Any) -> str:
     return f" of {data}" if data else ""
 
 
-def _remarks(report: Report) -> list[str]:
+def _list_remarks(report: Report) -> list[str]:
     about = report.about
     what, hint = failure(about)
     said = STATUS.get(str(about.get("status")), "").format(
         reason=about.get("reason", "no reason told"), name=shlex.quote(report.name),
         told=(f": {what}" if what else "") + (f". What to do: {hint}" if hint else ""),
     )  # fmt: skip
-    return [text for text in (said, _none(report.evidence.failed)) if text]
+    return [text for text in (said, _explain_missing(report.evidence.failed)) if text]
 
 
-def _facts(report: Report) -> list[tuple[str, str]]:
-    """What one asks first."""
+def _list_facts(report: Report) -> list[tuple[str, str]]:
+    """Terms and values at the top of the page."""
     about, history, info = report.about, report.history, report.model.info if report.model else {}
     done, measured = len(history.epochs), report.data.name if report.data else ""
-    begun = max(history.begun, int(number(info, "epoch") or 0)) if report.trained else 0
+    begun = max(history.begun, int(get_number(info, "epoch") or 0)) if report.is_trained else 0
     progress = f"in epoch {begun}" if begun > done else str(done)
-    time = _duration(history.seconds) if history.seconds else ""
+    time = _format_duration(history.seconds) if history.seconds else ""
     imported = about.get("imported")
     found = [
         ("Status", "imported" if imported else str(about.get("status", ""))),
         ("Data set", str(about.get("data") or measured)),
-        ("Measured on", "" if report.own_data else measured),
+        ("Measured on", "" if report.is_own_data else measured),
         ("Classes", f"{len(report.classes):,}" if report.classes else ""),
-        ("Epochs", f"{progress} of {report.recipe.epochs}" if report.trained else ""),
+        ("Epochs", f"{progress} of {report.recipe.epochs}" if report.is_trained else ""),
         ("Weights of", f"epoch {info['epoch']}, step {info['step']}" if "epoch" in info and "step" in info else ""),
         ("Parameters", f"{report.parameters / 1e6:,.2f} million" if report.parameters else ""),
         ("Towers", f"{report.recipe.towers}, width {report.recipe.width:g}"),
@@ -208,7 +207,7 @@ def _facts(report: Report) -> list[tuple[str, str]]:
     return [(term, text) for term, text in found if text]
 
 
-def _speed(report: Report) -> list[tuple[str, str]]:
+def _list_speed(report: Report) -> list[tuple[str, str]]:
     about, history = report.about, report.history
     placement = about.get("placement")
     towers = placement.items() if isinstance(placement, dict) else ()
@@ -216,9 +215,9 @@ def _speed(report: Report) -> list[tuple[str, str]]:
         ("Images per second", f"{history.speed:,.0f} (the median)" if history.speed else ""),
         (
             "Time of all steps",
-            f"{_duration(history.seconds)}, validation and pauses not counted" if history.seconds else "",
+            f"{_format_duration(history.seconds)}, validation and pauses not counted" if history.seconds else "",
         ),
-        ("Devices", ", ".join(_words(about.get("devices")))),
+        ("Devices", ", ".join(_as_words(about.get("devices")))),
         *((f"Where {tower} was computed", str(place)) for tower, place in towers),
         ("Replicas", str(about.get("replicas") or "")),
         ("Arithmetic", str(about.get("precision") or "")),
@@ -227,13 +226,13 @@ def _speed(report: Report) -> list[tuple[str, str]]:
     return [(term, text) for term, text in found if text]
 
 
-def _origin(report: Report) -> list[tuple[str, str]]:
+def _list_origin(report: Report) -> list[tuple[str, str]]:
     about = report.about
     versions, imported, resumed = about.get("versions"), about.get("imported"), about.get("resumed")
     later = [part.get("command") for part in (resumed if isinstance(resumed, list) else ()) if isinstance(part, dict)]
     found = [
-        ("Command", shlex.join(_command(about))),
-        *(("And then", shlex.join(_words(words))) for words in later),
+        ("Command", shlex.join(_repeat_command(about))),
+        *(("And then", shlex.join(_as_words(words))) for words in later),
         ("Started", str(about.get("started") or "")),
         ("Seed", str(about.get("seed", ""))),
         ("Data set, SHA-256", str(about.get("data_hash") or "")),
@@ -243,22 +242,22 @@ def _origin(report: Report) -> list[tuple[str, str]]:
     return [(term, text) for term, text in found if text]
 
 
-def _command(about: Mapping[str, Any]) -> list[str]:
-    """What made the run, with the data set that it found by itself."""
-    words, path = _words(about.get("command")), about.get("data_path")
+def _repeat_command(about: Mapping[str, Any]) -> list[str]:
+    """The command of the run, with --data also if the run chose the data set itself."""
+    words, path = _as_words(about.get("command")), about.get("data_path")
     if not words or not isinstance(path, str) or any(word.partition("=")[0] == "--data" for word in words):
         return words
     data = Path(path)
     return [*words, "--data", data.name if data.parent.name == ROOT.name else str(typed(data))]
 
 
-def _words(found: Any) -> list[str]:
-    """A list out of run.json, which may be anything."""
+def _as_words(found: Any) -> list[str]:
+    """A value of run.json, which may be anything, as a list of words."""
     return list(map(str, found)) if isinstance(found, list) else [] if found is None else [str(found)]
 
 
-def _duration(seconds: float) -> str:
-    """Such as 45 s, 3 min 20 s, 5 h 12 min."""
+def _format_duration(seconds: float) -> str:
+    """For example 45 s, 3 min 20 s, 5 h 12 min."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -267,11 +266,11 @@ def _duration(seconds: float) -> str:
     return f"{whole // 3600:,} h {whole % 3600 // 60} min"
 
 
-def _plain(value: Any) -> Any:
-    """Names can hold anything: what is not to be seen, or would turn the line around, becomes a question mark."""
+def _make_printable(value: Any) -> Any:
+    """Names can hold anything: invisible characters and direction marks become question marks."""
     if isinstance(value, Markup):
         return value
     text = str(value)
     if text.isprintable():  # as most are, and the pictures, which are long
         return text
-    return "".join("?" if c in TURNING or unicodedata.category(c) in UNSEEN else c for c in text)
+    return "".join("?" if c in DIRECTION_MARKS or unicodedata.category(c) in INVISIBLE else c for c in text)

@@ -1,11 +1,11 @@
-"""Local response normalisation (section 3.3) across adjacent maps: the plain definition and the fast one.
+"""Local response normalization (section 3.3) across adjacent maps: the plain definition and the fast one.
 
     y_i = x_i / (k + alpha * S_i) ** beta,   S_i = sum of x_j ** 2 over the `size` maps around i, inside its tower
 
-The stock operator costs more than all convolutions together. The fast one differentiates by hand, keeps nothing
-but its input for the way back, and works on one image at a time so that everything between stays in the cache.
-Channels-last, the sum over maps is a sum of shifted rows; zeros between the towers keep their edges apart.
-On a GPU it is a kernel of its own.
+PyTorch's operator costs more than all convolutions together. The fast one has a backward written by hand that keeps
+only the input, and works on a block of images at a time so that intermediate results stay in the cache. With
+channels-last memory the sum over maps is a sum of shifted rows; zeros between towers keep the sums apart. On a GPU it
+is a Triton kernel.
 """
 
 from __future__ import annotations
@@ -16,14 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CPU_BLOCK = 1_000_000  # values worked on at once: fewer would be called for too often, more would leave the caches
+CPU_BLOCK = 1_000_000  # values per block: fewer cost calls, more leave the cache
 
 
 def plain(x: Tensor, size: int, k: float, alpha: float, beta: float, towers: int, relu: bool = False) -> Tensor:
-    """The definition, for tests and for devices without a better way: N x C x H x W in and out, any dtype.
-
-    With `relu`, x is rectified first (section 3.1).
-    """
+    """The definition, the twin of `fast`: N x C x H x W -> the same shape and dtype; after ReLU if `relu`."""
     x = torch.relu(x) if relu else x
     n, c, h, w = x.shape
     squares = x.float().square().reshape(n * towers, 1, c // towers, h, w)
@@ -35,23 +32,23 @@ def plain(x: Tensor, size: int, k: float, alpha: float, beta: float, towers: int
 
 
 def fast(x: Tensor, size: int, k: float, alpha: float, beta: float, towers: int, relu: bool = False) -> Tensor:
-    """The same as `plain`, in values and gradients; fastest when x is channels-last. `relu` may overwrite x."""
+    """Equal to `plain` in values and gradients, and faster, most of all on channels-last x. `relu` may overwrite x."""
     if not len(x):
         return x
     if x.device.type == "cuda":
-        from alexnet_cli.core import response_norm_gpu
+        from alexnet_cli.core import triton_kernels
 
-        # What is compiled is not tried first: torch.compile needs all that the kernel needs.
-        if torch.compiler.is_compiling() or not response_norm_gpu.why_not(x.device.index):
-            return response_norm_gpu.fused(x, size, k, alpha, beta, towers, relu)
+        # Under torch.compile no trial is needed: it requires what the kernel requires.
+        if torch.compiler.is_compiling() or not triton_kernels.unavailable_reason(x.device.index):
+            return triton_kernels.fused_response_norm(x, size, k, alpha, beta, towers, relu)
     out: Tensor = _AcrossMaps.apply(x, size, k, alpha, beta, towers, relu)
     return out
 
 
-class _Scratch:
-    """Float32 work space for a block of images: pixels x towers x maps, and rows in which maps are added up.
+class _Workspace:
+    """Float32 buffers for a block of images: pixels x towers x maps, and a row in which windows are summed.
 
-    In a row the towers lie between zeros, and all but the last addition run over it from end to end.
+    In the row, zeros separate the towers, so that most additions run over it from end to end.
     """
 
     def __init__(self, x: Tensor, images: int, size: int, k: float, towers: int) -> None:
@@ -65,11 +62,11 @@ class _Scratch:
 
     @property
     def inner(self) -> Tensor:
-        """The part of `row` between its zeros: write here what `window_sums` is to add up."""
+        """The part of `row` between its zeros: the input of `window_sums`."""
         return self.row.view(self.padded)[..., self.half : self.half + self.maps]
 
     def window_sums(self) -> Tensor:
-        """Sums over `size` adjacent maps. Pairs are added first: three additions for five maps."""
+        """Sums over `size` adjacent maps of `inner`. Pairs are added first: three additions for five maps."""
         if self.half == 0:
             return self.sums.copy_(self.inner)
         total, end = self.pairs, len(self.row) - 1
@@ -81,30 +78,30 @@ class _Scratch:
         return torch.add(before, last, out=self.sums)
 
     def denominators(self, x: Tensor, alpha: float) -> Tensor:
-        """k + alpha * S of a block."""
+        """k + alpha * S of a block of images."""
         torch.mul(x, x, out=self.inner)
         return torch.add(self.k, self.window_sums(), alpha=alpha, out=self.sums)
 
     def powers(self, base: Tensor, beta: float) -> Tensor:
-        """Base ** -beta; for the paper's 0.75 by two roots, four times as fast as pow."""
+        """base ** -beta; for the paper's 0.75 by two square roots, four times as fast as pow."""
         if beta == 0.75:
             return torch.rsqrt(torch.rsqrt(base, out=self.scale), out=self.scale).div_(base)
         return torch.pow(base, -beta, out=self.scale)
 
     def load(self, block: Tensor, into: Tensor) -> Tensor:
-        """The block as float32, copied only if it has to be converted."""
+        """The block as float32; copied into `into` only if it has another dtype."""
         block = block.view(self.shape)
         return block if block.dtype == torch.float32 else into.copy_(block)
 
 
 def _blocks(x: Tensor, images: int) -> tuple[Tensor, ...]:
-    """N x C x H x W as blocks of images with the maps innermost; a view if x is channels-last."""
+    """N x C x H x W as blocks of images with the maps innermost; views if x is channels-last."""
     blocks: tuple[Tensor, ...] = x.permute(0, 2, 3, 1).contiguous().split(images)
     return blocks
 
 
 def _images_at_once(x: Tensor) -> int:
-    """On a CPU the largest share of the batch that fits the cache and divides it evenly; elsewhere all of it."""
+    """Images per block: on a CPU the largest divisor of the batch that fits the cache, elsewhere the whole batch."""
     n = x.shape[0]
     if x.device.type != "cpu":
         return n
@@ -113,13 +110,13 @@ def _images_at_once(x: Tensor) -> int:
 
 
 class _AcrossMaps(torch.autograd.Function):
-    """Rectifies x in place first if `relu`, and goes back through both at once."""
+    """ReLU in place if `relu`, then normalization, with one backward through both."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, size: int, k: float, alpha: float, beta: float, towers: int, relu: bool) -> Tensor:
         x = torch.relu_(x) if relu else x
         images = _images_at_once(x)
-        work = _Scratch(x, images, size, k, towers)
+        work = _Workspace(x, images, size, k, towers)
         out = torch.empty_like(x, memory_format=torch.channels_last)
         for block, y in zip(_blocks(x, images), out.permute(0, 2, 3, 1).split(images), strict=True):
             values = work.load(block, work.x)
@@ -134,7 +131,7 @@ class _AcrossMaps(torch.autograd.Function):
         """dL/dx = g * D^-beta - 2 alpha beta x * window_sums(g * x * D^(-beta - 1))."""
         (x,), (size, k, alpha, beta, towers) = ctx.saved_tensors, ctx.settings
         images = _images_at_once(x)
-        work = _Scratch(x, images, size, k, towers)
+        work = _Workspace(x, images, size, k, towers)
         out = torch.empty_like(x, memory_format=torch.channels_last)
         parts = (_blocks(x, images), _blocks(grads[0], images), out.permute(0, 2, 3, 1).split(images))
         for block, grad_block, dx in zip(*parts, strict=True):

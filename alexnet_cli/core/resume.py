@@ -14,8 +14,7 @@ from typing import Any
 from alexnet_cli.core.records import epochs_done
 from alexnet_cli.core.runs import Run
 from alexnet_cli.errors import UsageError
-from alexnet_cli.knob import setting
-from alexnet_cli.recipe import Recipe, differences
+from alexnet_cli.recipe import Recipe, compare_recipes, format_set_option
 
 SHAPE = {"towers", "width"}  # another network, whose weights do not fit
 EXIT_CODES = {"Ctrl-C": 130, "SIGTERM": 143, "SIGUSR1": 143, "SIGHUP": 129, "time is up": 75}
@@ -57,7 +56,7 @@ def agreed(run: Run, wanted: Recipe, said: Collection[str], of_recipe: Collectio
         UsageError: another key differs that would change the result.
     """
     saved, name = run.recipe, run.path.name
-    other = differences(wanted, saved)
+    other = compare_recipes(wanted, saved)
 
     def leave(*keys: str) -> str:
         return f"leave --recipe out: {name} has its own" if set(keys) & set(of_recipe) else "leave it out"
@@ -79,14 +78,14 @@ def agreed(run: Run, wanted: Recipe, said: Collection[str], of_recipe: Collectio
         raise UsageError(what, f"{leave(*refused)}; --set KEY=VALUE changes a value from here on")
     done = epochs_done(run.records())
     if wanted.epochs < done:
-        least = setting("epochs", done) if planned else f"--epochs {done}"
+        least = format_set_option("epochs", done) if planned else f"--epochs {done}"
         raise UsageError(f"epochs = {wanted.epochs}, but {name} has done {done}", f"{least} or more")
     if refused == ["epochs"]:
         what = f"the one-cycle rate of {name} is planned for {saved.epochs} epochs, not {wanted.epochs}"
         force = f"go on all the same, every later rate being another: --set epochs={wanted.epochs}"
         raise UsageError(what, f"{leave('epochs')}, or {force}")
     if refused:
-        force = f"go on with it all the same: {setting(refused[0], getattr(wanted, refused[0]))}"
+        force = f"go on with it all the same: {format_set_option(refused[0], getattr(wanted, refused[0]))}"
         raise UsageError(f"{name} was trained otherwise: {told}", f"{leave(*refused)}, or {force}")
     return wanted
 
@@ -101,7 +100,7 @@ def changes(run: Run, recipe: Recipe, step: int) -> list[dict[str, Any]]:
     saved, found = run.recipe, []
     told = run.about.get("changed")
     known = [c for c in told if _is_change(c)] if isinstance(told, list) else []
-    new = differences(recipe, saved)
+    new = compare_recipes(recipe, saved)
     for key in dict.fromkeys([*(c["key"] for c in known), *new]):
         own = [c for c in known if c["key"] == key]
         while own and own[-1]["is"] != _plain(getattr(saved, key)):

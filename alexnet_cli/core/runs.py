@@ -27,7 +27,8 @@ from alexnet_cli.core.devices import train_command
 from alexnet_cli.core.listing import read_file
 from alexnet_cli.core.records import append, read_records, table, unsaved, until
 from alexnet_cli.errors import DataError, StorageError, UsageError, WeightsError
-from alexnet_cli.recipe import Recipe, load
+from alexnet_cli.recipe import Recipe
+from alexnet_cli.recipe_io import load_recipe
 
 MODEL, ONNX = "model.safetensors", "alexnet.onnx"
 LARGEST = 2**24  # bytes of run.json and of meta.json, which have some thousands
@@ -101,7 +102,7 @@ class Run:
     @property
     def recipe(self) -> Recipe:
         """The recipe that the run was started with."""
-        return load(str(self.path / "recipe.toml"))
+        return load_recipe(str(self.path / "recipe.toml"))
 
     @property
     def about(self) -> dict[str, Any]:

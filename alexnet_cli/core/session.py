@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import mmap
 import os
 import re
 import tempfile
@@ -17,16 +18,24 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from alexnet_cli.core import onnx_mapped, onnx_metadata, onnx_wire, weights
+from alexnet_cli.core import onnx_metadata, weights
 from alexnet_cli.core.devices import cores, gpu_present, int8_saturates, load_cuda
 from alexnet_cli.core.sources import ClassName
-from alexnet_cli.errors import AlexNetError, MissingError, WeightsError, memory_ended
-from alexnet_cli.recipe import SIDE, Recipe
+from alexnet_cli.errors import MissingError, WeightsError, is_out_of_memory
+from alexnet_cli.recipe import Recipe
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
-AT_ONCE = 3 * 10**8  # numbers that a file's network may compute in one pass, 1.2 GB: its pictures go in pieces of that
+
+# An ONNX file as protobuf (onnx.proto): fields of a model, a graph and a tensor, types of a tensor, types of a field.
+GRAPH, METADATA, INITIALIZER = 7, 14, 5
+DIMS, DATA_TYPE, NAME, RAW_DATA = 1, 2, 8, 9
+TYPES: dict[int | memoryview | None, str] = {1: "<f4", 3: "i1", 10: "<f2"}
+VARINT, BYTES, SIZES = 0, 2, {1: 8, 5: 4}
+IN_MEMORY = b"j\x12\n\x08location\x12\x06memoryp\x01"  # external_data {location: "memory"}, data_location: EXTERNAL
+LARGEST, LARGE = 2**31, 2**16  # bytes of a file; of a constant that is not copied
 
 Array = npt.NDArray[np.float32]
+Constants = dict[str, npt.NDArray[Any]]
 Crops = npt.NDArray[np.uint8] | Array
 """N x 3 x S x S, RGB, 0..255."""
 
@@ -53,9 +62,9 @@ class Session:
     ) -> None:
         """Open `source`: an .onnx file, any other model file, or a model in memory.
 
-        `few`: open faster for a handful of pictures, at the price of some throughput; an .onnx file is then mapped
-        and must not be overwritten in place meanwhile, and "auto" is the CPU, which has answered before CUDA is
-        loaded. `gpu`: which one of several. `layer`: whose activations `features` or `responses` gives.
+        `few`: open faster for a handful of images, at the price of some throughput; "auto" is then the CPU, which
+        has answered before CUDA is loaded. `gpu`: which one of several. `layer`: the layer whose activations
+        `features` or `responses` returns.
 
         Raises:
             WeightsError: the file is missing, damaged or not a network of this toolkit.
@@ -65,13 +74,11 @@ class Session:
             source = weights.read(source)
         self.source, self.layer = source, layer
         self.path = source if isinstance(source, Path) else source.path
-        if isinstance(source, Path) and not source.is_file():
-            raise WeightsError(f"{source} does not exist", "name a run, or an .onnx file; `alexnet export` writes one")
-        self._most = max(1, AT_ONCE // onnx_wire.check(source)) if isinstance(source, Path) else AT_ONCE
+        content, self._constants = _read(source, layer)
         with _contained() as said:
             providers = _providers("cpu" if few and provider == "auto" else provider, gpu)
             # ONNX Runtime by itself would count every core of the machine, allowed or not.
-            self._session, self._kept = _open(source, providers, threads or cores(), few, layer)
+            self._session, self._kept = self._open(content, providers, threads or cores(), few)
         self.device = "cuda" if self._session.get_providers()[0] == CUDA else "cpu"
         self.fallback = _reason(said[0]) if len(providers) > 1 and self.device == "cpu" else ""
         if provider == "cuda" and self.device == "cpu":
@@ -79,6 +86,29 @@ class Session:
             raise MissingError(f"ONNX Runtime cannot open a session on the GPU: {why}", "see `alexnet doctor`")
         self.info = _checked(self.path, self._session, layer)
         self.about = self.info.about
+
+    def _open(self, content: bytes, providers: list[Any], threads: int, few: bool) -> tuple[Any, list[Any]]:
+        """The ONNX Runtime session, and the values that must live as long as it does."""
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4  # whatever goes wrong is in the exception too
+        options.intra_op_num_threads = threads
+        # Prepacking copies every weight into the order of the matrix product: time that only many images repay.
+        options.add_session_config_entry("session.disable_prepacking", "1" if few else "0")
+        options.add_session_config_entry("session.load_model_format", "ONNX")  # no other, whatever a file begins with
+        # Between two batches the cores belong to whoever decodes the next one.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        # Slower and right, where the fast product of int8 would be wrong.
+        options.add_session_config_entry("session.x64quantprecision", "1" if int8_saturates() else "0")
+        try:
+            values = [onnxruntime.OrtValue.ortvalue_from_numpy(value) for value in self._constants.values()]
+            if values:
+                options.add_external_initializers(list(self._constants), values)
+            return onnxruntime.InferenceSession(content, options, providers=providers), values
+        except Exception as error:
+            what = f"{self.path} cannot be opened: {_words(error)}"
+            raise WeightsError(what, "the file is damaged; export it again") from error
 
     @property
     def classes(self) -> tuple[ClassName, ...]:
@@ -101,13 +131,12 @@ class Session:
         return self.info.recipe
 
     def mean(self) -> Array:
-        """Float32 3 x 256 x 256 (3 x 1 x 1 in a file whose recipe subtracts a colour)."""
+        """Float323 x 256 x 256."""
         if isinstance(self.source, weights.Model):
             return self.source.mean
-        found = onnx_mapped.constant(self.source, "mean")
-        if found is not None and found.shape in {(3, SIDE, SIDE), (3, 1, 1)}:
-            return found.astype(np.float32)
-        raise WeightsError(f"{self.path} holds no mean image", "export it anew")
+        if "mean" not in self._constants:
+            raise WeightsError(f"{self.path} holds no mean image", "export it again")
+        return self._constants["mean"].astype(np.float32)
 
     def logits(self, crops: Crops) -> Array:
         """N x 3 x S x S, RGB, 0..255 -> N x classes."""
@@ -137,19 +166,133 @@ class Session:
         return units * np.float32(1 - self.recipe.dropout) if halved else units
 
     def _run(self, outputs: list[str], crops: Crops, options: Any = None) -> list[Array]:
-        pieces = [crops[i : i + self._most] for i in range(0, len(crops), self._most)] or [crops]
-        results = zip(*(self._pass(outputs, piece, options) for piece in pieces), strict=True)
-        return [parts[0] if len(parts) == 1 else np.concatenate(parts) for parts in results]
-
-    def _pass(self, outputs: list[str], crops: Crops, options: Any) -> list[Array]:
         try:
             results = self._session.run(outputs, {"input": crops.astype(np.float32, copy=False)}, options)
         except Exception as error:
-            if memory_ended(error):
+            if is_out_of_memory(error):
                 raise
             what = f"{self.path} cannot be run: {_words(error)}"
-            raise WeightsError(what, "if it is damaged, export it anew") from error
+            raise WeightsError(what, "if the file is damaged, export it again") from error
         return [result.astype(np.float32, copy=False) for result in results]
+
+
+def _read(source: Source, layer: str | None) -> tuple[bytes, Constants]:
+    """The graph of a model or an ONNX file, with a layer's activations as one more output; and large constants."""
+    if isinstance(source, Path):
+        path = source
+        content, constants = _read_file(path)
+    else:
+        from alexnet_cli.core import onnx_graph
+
+        path = source.path
+        proto, constants = onnx_graph.build_apart(source)
+        content = proto.SerializeToString()
+    if layer is None:
+        return content, constants
+    import onnx
+
+    try:
+        proto = onnx.ModelProto.FromString(content)
+    except Exception as error:  # protobuf's, which is no dependency of ours
+        raise WeightsError(f"{path} cannot be opened: {error}", "the file is damaged; export it again") from error
+    recipe = onnx_metadata.read(path, {entry.key: entry.value for entry in proto.metadata_props}).recipe
+    name = _activations(layer, recipe)
+    if not any(name in node.output for node in proto.graph.node):
+        hint = "give the run, the checkpoint or the .safetensors file that it was made from"
+        raise WeightsError(f"{path} does not keep the activations of {layer} apart", hint)
+    proto.graph.output.add(name=name)
+    return proto.SerializeToString(), constants
+
+
+def _read_file(path: Path) -> tuple[bytes, Constants]:
+    """An ONNX file without its large constants, and these by name, as views of the mapped file.
+
+    ONNX Runtime by itself copies every weight before the first image: with the 240 MB of float32, `predict` takes 1.2
+    instead of 0.85 s of CPU time. So a note replaces each large constant: the session gets it from memory.
+
+    Raises:
+        WeightsError: the file cannot be read, is damaged, or keeps values in other files.
+    """
+    if not path.is_file():
+        raise WeightsError(f"{path} does not exist", "name a run, or an .onnx file; `alexnet export` writes one")
+    content, metadata, constants = bytearray(), bytearray(), Constants()
+    try:
+        if path.stat().st_size > LARGEST:
+            raise ValueError("it is larger than 2 GB")
+        with path.open("rb") as file:
+            data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        for number, value, field in _fields(data):
+            if number == METADATA:
+                metadata += field
+            elif number == GRAPH and isinstance(value, memoryview):
+                parts = [_take_constant(*part, constants) for part in _fields(value)]
+                content += _message(GRAPH, b"".join(parts))
+            else:
+                content += field
+    except (OSError, ValueError) as error:
+        what = f"{path} cannot be opened: {getattr(error, 'strerror', None) or error}"
+        raise WeightsError(what, "the file is damaged or no ONNX file; `alexnet export` writes one") from error
+    # A tensor, wherever it stands, names another file or an address in memory under this key.
+    if content.count(b"location") > len(constants):
+        hint = "open only files that `alexnet export` wrote; for another program's file: alexnet import-weights"
+        raise WeightsError(f"{path} is refused: it has tensors that lie in another file", hint)
+    return bytes(content + metadata), constants
+
+
+def _take_constant(number: int, value: int | memoryview, field: memoryview, constants: Constants) -> bytes | memoryview:
+    """Move a large constant from a field of a graph to `constants`; returns the field without the values."""
+    if number != INITIALIZER or not isinstance(value, memoryview) or len(value) < LARGE:
+        return field
+    shape, parts, rest = list[int](), dict[int, int | memoryview](), bytearray()
+    for number, part, whole in _fields(value):
+        parts[number] = part
+        if number == DIMS and isinstance(part, int):
+            shape.append(part)
+        if number != RAW_DATA:
+            rest += whole
+    name, kind, data = (parts.get(number) for number in (NAME, DATA_TYPE, RAW_DATA))
+    if not isinstance(name, memoryview) or not isinstance(data, memoryview) or kind not in TYPES:
+        return field  # another program's layout, which ONNX Runtime reads
+    if str(name, "utf-8") in constants:
+        raise ValueError(f"two constants are called {str(name, 'utf-8')}")
+    constants[str(name, "utf-8")] = np.frombuffer(data, TYPES[kind]).reshape(shape)
+    return _message(INITIALIZER, rest + IN_MEMORY)
+
+
+def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview, memoryview]]:
+    """Number, value and all bytes of each field of a protobuf message. Raises ValueError where it is damaged."""
+    end = 0
+    while end < len(message):
+        start = end
+        tag, place = _varint(message, start)
+        kind, value = tag & 7, 0
+        if kind in (VARINT, BYTES):
+            value, end = _varint(message, place)
+        if kind == BYTES:
+            place, end = end, end + value
+        elif kind in SIZES:
+            end = place + SIZES[kind]
+        elif kind != VARINT:
+            raise ValueError("it has a field of an unknown type")
+        if end > len(message):
+            raise ValueError("it ends too early")
+        yield tag >> 3, value if kind == VARINT else message[place:end], message[start:end]
+
+
+def _varint(message: memoryview, place: int) -> tuple[int, int]:
+    """An integer of seven bits a byte, lowest first, and the place after it."""
+    value = 0
+    for index, byte in enumerate(message[place : place + 10]):
+        value |= (byte & 127) << 7 * index
+        if byte < 128:
+            return value, place + index + 1
+    raise ValueError("it ends within a number")
+
+
+def _message(number: int, content: bytes | bytearray) -> bytes:
+    """A field that holds a message; its length always takes five bytes, which is allowed and simple."""
+    size = len(content)
+    return bytes([number << 3 | BYTES, *(size >> shift & 127 | 128 for shift in (0, 7, 14, 21)), size >> 28]) + content
 
 
 def _providers(provider: str, gpu: int) -> list[Any]:
@@ -163,62 +306,9 @@ def _providers(provider: str, gpu: int) -> list[Any]:
     return [(CUDA, {"device_id": str(gpu), "use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}), CPU]
 
 
-def _open(source: Source, providers: list[Any], threads: int, few: bool, layer: str | None) -> tuple[Any, list[Any]]:
-    """The ONNX Runtime session, and what must live as long as it does."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # whatever goes wrong is in the exception too
-    options.intra_op_num_threads = threads
-    # Prepacking copies every weight into the order of the matrix product: time that only many pictures repay.
-    options.add_session_config_entry("session.disable_prepacking", "1" if few else "0")
-    options.add_session_config_entry("session.load_model_format", "ONNX")  # no other, whatever a file begins with
-    # Between two batches the cores belong to whoever decodes the next one.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    # Slower and right, where the fast product of int8 would be wrong.
-    options.add_session_config_entry("session.x64quantprecision", "1" if int8_saturates() else "0")
-    path = source if isinstance(source, Path) else source.path
-    try:
-        found = onnx_mapped.mapped(source) if isinstance(source, Path) and few and layer is None else None
-        if isinstance(source, Path) and layer is None and found is None:
-            return onnxruntime.InferenceSession(str(source), options, providers=providers), []
-        content, apart = found or _graph(source, layer)
-        values = [onnxruntime.OrtValue.ortvalue_from_numpy(value) for value in apart.values()]
-        if values:
-            options.add_external_initializers(list(apart), values)
-        return onnxruntime.InferenceSession(content, options, providers=providers), values
-    except AlexNetError:
-        raise
-    except Exception as error:
-        what = f"{path} cannot be opened: {_words(error)}"
-        raise WeightsError(what, "the file is damaged; export it anew") from error
-
-
 def _words(error: Exception) -> str:
     """What an exception of ONNX Runtime says; they have no base in common but this one."""
     return str(error).partition("\n")[0].rpartition(" : ")[2] or type(error).__name__
-
-
-def _graph(source: Source, layer: str | None) -> tuple[bytes, dict[str, Any]]:
-    """The graph of a model, or of an ONNX file, with one more output for a layer's activations."""
-    apart: dict[str, Array] = {}
-    if isinstance(source, weights.Model):
-        from alexnet_cli.core import onnx_graph
-
-        proto, apart = onnx_graph.build_apart(source)
-        recipe = source.recipe
-    else:
-        import onnx
-
-        proto = onnx.load(source, load_external_data=False)
-        recipe = onnx_metadata.read(source, {entry.key: entry.value for entry in proto.metadata_props}).recipe
-    if layer is not None:
-        name = _activations(layer, recipe)
-        if not any(name in node.output for node in proto.graph.node):
-            hint = "give the run, the checkpoint or the .safetensors file that it was made from"
-            raise WeightsError(f"{source} does not keep the activations of {layer} apart", hint)
-        proto.graph.output.add(name=name)
-    return proto.SerializeToString(), dict(apart)
 
 
 def _activations(layer: str, recipe: Recipe) -> str:

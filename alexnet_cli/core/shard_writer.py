@@ -15,7 +15,6 @@ import os
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,22 +22,22 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from alexnet_cli.core.census import FACT, Fact, Facts
+from alexnet_cli.core.files import sync_folder, write_chunks
 from alexnet_cli.core.shards import PARTIAL, ROW, TAR_BLOCK, shard_name
-from alexnet_cli.core.statistics import PixelSums
+from alexnet_cli.core.statistics import IMAGE_FACT, ImageFact, ImageFacts, PixelSums
 
 TAR_END = bytes(2 * TAR_BLOCK)
 NO_HEADER = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
 
 
 @dataclass(frozen=True)
-class Finished:
+class FinishedShard:
     """A shard that is on disk: entry in dataset.json, rows of the index, sums, facts, what was refused or damaged."""
 
     entry: dict[str, Any]
     rows: npt.NDArray[np.void]
     sums: PixelSums
-    facts: Facts
+    facts: ImageFacts
     rejected: list[dict[str, str]]
     damaged: list[dict[str, str]]
 
@@ -52,7 +51,7 @@ class ShardWriter:
         self.sums = PixelSums()
         self.rejected: list[dict[str, str]] = []
         self.damaged: list[dict[str, str]] = []
-        self.facts: list[Fact] = []
+        self.facts: list[ImageFact] = []
         self._rows: list[tuple[int, int, int, int]] = []
         self._digest = hashlib.sha256()
         self._position = 0
@@ -65,7 +64,7 @@ class ShardWriter:
         self._member(f"{key}.jpg", jpeg)
         self._member(f"{key}.cls", str(label).encode())
 
-    def finish(self) -> Finished:
+    def finish(self) -> FinishedShard:
         """Make the shard and then its sidecar durable, or abandon it. May run in another thread, as the last call."""
         try:
             self._write(TAR_END)
@@ -83,9 +82,9 @@ class ShardWriter:
             "sha256": self._digest.hexdigest(),
             "images": len(self._rows),
         }
-        facts = np.array(self.facts, FACT)
-        finished = Finished(entry, np.array(self._rows, ROW), self.sums, facts, self.rejected, self.damaged)
-        write_durably(_sidecar(self.folder, self.name), [_packed(finished)])
+        facts = np.array(self.facts, IMAGE_FACT)
+        finished = FinishedShard(entry, np.array(self._rows, ROW), self.sums, facts, self.rejected, self.damaged)
+        write_chunks(_sidecar(self.folder, self.name), [_packed(finished)])
         return finished
 
     def abandon(self) -> None:
@@ -117,7 +116,7 @@ def tar_header(name: str, size: int) -> bytes:
     return bytes(header)
 
 
-def finished_shard(folder: Path, split: str, number: int) -> Finished | None:
+def read_finished_shard(folder: Path, split: str, number: int) -> FinishedShard | None:
     """The shard as an earlier, interrupted run left it; None if it is not finished."""
     name = shard_name(split, number)
     try:
@@ -125,37 +124,14 @@ def finished_shard(folder: Path, split: str, number: int) -> Finished | None:
             text = json.loads(str(arrays["text"]))
             sums = PixelSums(int(arrays["images"]), arrays["pixels"].astype(np.int64), arrays["products"])
             lists = text["rejected"], text["damaged"]
-            finished = Finished(text["entry"], arrays["rows"], sums, arrays["facts"], *lists)
-        whole = (folder / name).stat().st_size == finished.entry["bytes"] and finished.facts.dtype == FACT
+            finished = FinishedShard(text["entry"], arrays["rows"], sums, arrays["facts"], *lists)
+        whole = (folder / name).stat().st_size == finished.entry["bytes"] and finished.facts.dtype == IMAGE_FACT
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         return None
     return finished if whole else None
 
 
-def write_durably(path: Path, parts: Iterable[bytes]) -> str:
-    """Write a file so that after a power cut it is there whole or not at all. Returns its sha256."""
-    temporary, digest = path.with_name(path.name + ".tmp"), hashlib.sha256()
-    with temporary.open("wb") as file:
-        for part in parts:
-            file.write(part)
-            digest.update(part)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_folder(path.parent)
-    return digest.hexdigest()
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def npy(array: npt.NDArray[Any]) -> bytes:
+def npy_bytes(array: npt.NDArray[Any]) -> bytes:
     """The bytes of an .npy file."""
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
@@ -174,7 +150,7 @@ def _sidecar(folder: Path, name: str) -> Path:
     return folder / PARTIAL / f"{name.removesuffix('.tar')}.npz"
 
 
-def _packed(finished: Finished) -> bytes:
+def _packed(finished: FinishedShard) -> bytes:
     buffer = io.BytesIO()
     text = json.dumps({"entry": finished.entry, "rejected": finished.rejected, "damaged": finished.damaged})
     sums = finished.sums

@@ -21,15 +21,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from alexnet_cli.core import dataset_record
-from alexnet_cli.core.listing import read_file
-from alexnet_cli.core.sources import ClassName, class_list
+from alexnet_cli.core.classes import ClassName, class_list
+from alexnet_cli.core.files import hash_file, read_file
 from alexnet_cli.errors import DataError, VerificationError
 from alexnet_cli.recipe import SIDE
 
 SCHEMA = "alexnet.dataset/1"
 SPLITS = ("train", "val")
 RECORD = "dataset.json"
+LARGEST_NUMBER = 1e6  # of a number about colors, which are 0..255
 LARGEST_RECORD = 2**24  # bytes; that of 20,000 classes and a thousand shards has two or three million
 MEAN = "mean.npy"
 DUPLICATES = "duplicates.jsonl"
@@ -177,19 +177,47 @@ def open_dataset(path: Path) -> Dataset:
         record = json.loads(data)
         if record["schema"] != SCHEMA:
             raise DataError(f"{path} has schema {record['schema']}, not {SCHEMA}", "prepare it again with this version")
-        dataset_record.check(record)
+        _check_record(record)
         return Dataset(
             path=path,
             name=record["name"],
             hash=hashlib.sha256(data).hexdigest(),
             classes=class_list([c["name"] for c in record["classes"]], [c.get("wnid") for c in record["classes"]]),
-            mean_rgb=dataset_record.numbers(record, "mean_rgb", 3),
-            colour_std=dataset_record.numbers(record, "colour_std", 3),
-            colour_axes=dataset_record.numbers(record, "colour_axes", 3, 3),
+            mean_rgb=_numbers(record, "mean_rgb", 3),
+            colour_std=_numbers(record, "colour_std", 3),
+            colour_axes=_numbers(record, "colour_axes", 3, 3),
             record=record,
         )
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise _damaged(path / RECORD, f"{type(error).__name__} {error}") from error
+
+
+def _check_record(record: dict[str, Any]) -> None:
+    """Raise ValueError or KeyError where dataset.json is not made as ours are: its files lie in its own folder."""
+    for name in checksums(record):
+        if not isinstance(name, str) or name in {"", ".", ".."} or Path(name).name != name:
+            raise ValueError(f"{name!r} is no name of a file in this folder")
+    if not isinstance(record["image"], dict):
+        raise ValueError("image is no mapping")
+    for split in record["splits"].values():
+        counts = [split["images"], *(shard["bytes"] for shard in split["shards"])]
+        if not all(type(count) is int and count >= 0 for count in counts):
+            raise ValueError(f"{counts[0]!r} images in shards of {counts[1:4]} bytes")
+
+
+def _numbers(record: dict[str, Any], key: str, *shape: int) -> npt.NDArray[np.float32]:
+    """Float32 numbers of that shape. Raises ValueError or TypeError for anything else."""
+    found = np.array(record[key], np.float64).reshape(shape)
+    if not (np.abs(found) < LARGEST_NUMBER).all():
+        raise ValueError(f"{key} is {record[key]!r}")
+    return found.astype(np.float32)
+
+
+def checksums(record: dict[str, Any]) -> dict[str, str]:
+    """The recorded sha256 of every file of a data set but dataset.json, by file name."""
+    shards = {s["file"]: s["sha256"] for split in record["splits"].values() for s in split["shards"]}
+    others: dict[str, str] = record["files"]
+    return shards | others
 
 
 def verify(dataset: Dataset) -> Iterator[str]:
@@ -198,11 +226,10 @@ def verify(dataset: Dataset) -> Iterator[str]:
     Raises:
         VerificationError: at the end, if files are missing or their bytes have changed; it names up to ten.
     """
-    sums, damaged = dataset_record.checksums(dataset.record), []
+    sums, damaged = checksums(dataset.record), []
     for name, expected in sums.items():
         try:
-            with (dataset.path / name).open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
+            found = hash_file(dataset.path / name)
         except OSError as error:
             damaged.append(f"{name} ({error.strerror})")
             continue

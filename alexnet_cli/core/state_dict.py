@@ -6,6 +6,7 @@ the order of the names, numbers in them counted as numbers; each bias is called 
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,12 +16,12 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from alexnet_cli.core import foreign
-from alexnet_cli.core.foreign import CAFFE_MEAN, Array, Foreign, Pixels, refused
+from alexnet_cli.core.foreign import CAFFE_MEAN, Array, Foreign, Pixels, damaged, refused
 from alexnet_cli.core.weights import SCHEMA, check_header
 from alexnet_cli.errors import WeightsError
 from alexnet_cli.recipe import Recipe
 
-LARGEST = 2**31  # bytes
+WRAPPERS = ("state_dict", "model_state_dict", "model")  # where checkpoints keep it
 SUFFIXES = (".weight", ".bias")
 STRANGE = ("running_mean", "running_var")
 
@@ -33,8 +34,6 @@ def read_safetensors(path: Path, recipe: Recipe, pixels: Pixels) -> Foreign:
     """
     try:
         check_header(path)
-        if path.stat().st_size > LARGEST:
-            raise refused(path, "it is larger than 2 GB, and the whole network of the paper has 244 MB")
         with safe_open(path, framework="numpy") as file:
             if (file.metadata() or {}).get("schema") == SCHEMA:
                 raise refused(path, "it is a model file of this toolkit already", f"use it as it is: -w {path}")
@@ -42,6 +41,41 @@ def read_safetensors(path: Path, recipe: Recipe, pixels: Pixels) -> Foreign:
     except (SafetensorError, OSError, ValueError, TypeError, MemoryError) as error:
         raise WeightsError(f"{path} cannot be read: {error}", "it should hold float tensors") from error
     return network(path, "safetensors", tensors, recipe, pixels)
+
+
+def read_torch(path: Path, recipe: Recipe, pixels: Pixels) -> Foreign:
+    """Read a state dict, or a checkpoint that has one, of a network built and fed as `recipe` and `pixels` say.
+
+    Not memory-mapped: PyTorch maps a compressed archive as if it were none, which gives wrong numbers.
+
+    Raises:
+        WeightsError: it is damaged, wants to run code, or is another network.
+    """
+    import torch
+
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        for key in WRAPPERS:
+            if isinstance(content, dict) and isinstance(content.get(key), dict):
+                content = content[key]
+        values = {str(name): value for name, value in dict(content).items() if isinstance(value, torch.Tensor)}
+        tensors = {name: _floats(value) for name, value in values.items()}
+    except pickle.UnpicklingError as error:
+        what = "PyTorch's safe loader refuses it: it holds more than tensors, or is damaged"
+        raise refused(path, what, "save the state dict alone: torch.save(network.state_dict(), FILE)") from error
+    except Exception as error:  # whatever PyTorch raises for a damaged file: it has no error of its own
+        raise damaged(path, str(error).partition("\n")[0][:200]) from error
+    if not tensors:
+        raise refused(path, "it holds no state dict", "save one: torch.save(network.state_dict(), FILE)")
+    return network(path, "PyTorch", tensors, recipe, pixels)
+
+
+def _floats(value: Any) -> Array:
+    """A tensor for NumPy, which has no bfloat16. Raises ValueError for one that repeats its numbers without end."""
+    if value.numel() > value.untyped_storage().nbytes():
+        raise ValueError(f"a tensor of {value.numel():,} numbers in {value.untyped_storage().nbytes():,} bytes")
+    found: Array = (value.float() if value.is_floating_point() else value).detach().numpy()
+    return found
 
 
 def network(path: Path, form: str, tensors: Mapping[str, Array], recipe: Recipe, pixels: Pixels) -> Foreign:
@@ -64,7 +98,7 @@ def network(path: Path, form: str, tensors: Mapping[str, Array], recipe: Recipe,
     floats = [name for name in left if np.asarray(tensors[name]).dtype.kind == "f" and name not in ("mean", "std")]
     if floats:
         raise refused(path, f"it also holds {floats[0]}, which no layer of this network has")
-    return Foreign(path, form, layers, recipe, pixels, CAFFE_MEAN, "wnids", order_known=False)
+    return Foreign(path, form, layers, recipe, pixels, CAFFE_MEAN, order_known=False)
 
 
 def _natural(name: str) -> list[Any]:

@@ -9,10 +9,10 @@ import numpy.typing as npt
 import torch
 
 from alexnet_cli.core import weights
+from alexnet_cli.core.classes import ClassName
 from alexnet_cli.core.devices import take, visible_gpus
-from alexnet_cli.core.network import from_model
+from alexnet_cli.core.network import network_from_model
 from alexnet_cli.core.session import Crops, Layer
-from alexnet_cli.core.sources import ClassName
 from alexnet_cli.recipe import SIDE, Recipe
 
 Array = npt.NDArray[np.float32]
@@ -34,7 +34,7 @@ class TorchSession:
         self.device = device or ("cuda" if there and not self.fallback else "cpu")
         if self.device != "cpu":
             torch.backends.cudnn.allow_tf32 = False  # float32 is to mean the same as in ONNX Runtime
-        self.network = from_model(self.model).to(self.device)
+        self.network = network_from_model(self.model).to(self.device)
         low = (SIDE - self.crop) // 2
         mean = self.model.mean[:, low : low + self.crop, low : low + self.crop]
         if self.recipe.mean == "rgb":

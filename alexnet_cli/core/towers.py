@@ -1,8 +1,12 @@
-"""Where two towers meet (section 3.2): what this process holds of a layer, and the two verbs between processes.
+"""How layers are split over processes: two towers (section 3.2), or the units of layers 6 to 8 (hybrid).
 
-A network is written once, with channel counts per tower times `held`. What crosses between towers does so through
-`share` and `sum` alone; where both towers are held in one process there is nothing to send and both are identities.
-The same two verbs carry a layer whose units are split over any number of processes.
+The network is written once, with channel counts per tower times `held`. Towers exchange data through `share` and `sum`
+alone; both are identities where one process holds both towers.
+
+Hybrid parallelism ("one weird trick", Krizhevsky 2014): convolutions take most of the time and few of the weights, the
+fully connected layers the reverse. Each process runs the convolutions on its own images, and its share of the units of
+layers 6 to 8 on the images of all processes. `HybridGather` gathers the images before these layers and keeps the
+logits of the own images after them.
 """
 
 from __future__ import annotations
@@ -15,14 +19,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from alexnet_cli.core.heartbeat import Heartbeat
-
 
 @dataclass(frozen=True)
-class Towers:
-    """The towers this process holds: `held` of the network's `total`, from number `first` on; `group` holds them all.
+class TowerGroup:
+    """The towers this process holds: `held` of the network's `total`, from number `first` on.
 
-    `traffic` counts the bytes that this process has sent, by the layer that they were for.
+    `group` has the processes that hold the others; `traffic` counts the bytes that this process has sent, by layer.
     """
 
     total: int
@@ -30,8 +32,7 @@ class Towers:
     first: int = 0
     group: dist.ProcessGroup | None = None
     staged: bool = False
-    """Whether tensors of a GPU go through the memory of the host, as gloo wants them."""
-    heartbeat: Heartbeat | None = None
+    """Whether GPU tensors are copied to the host to be sent: gloo needs that."""
     traffic: Counter[str] = field(default_factory=Counter)
 
     def share(self, x: Tensor, layer: str) -> Tensor:
@@ -42,7 +43,7 @@ class Towers:
         return shared
 
     def sum(self, x: Tensor, layer: str) -> Tensor:
-        """Add up what each tower contributes to the same values: N x K -> N x K, float32 where anything was sent."""
+        """Sum over towers: N x K -> N x K; float32 if anything was sent."""
         if self.group is None:
             return x
         total: Tensor = _Sum.apply(x, self, layer)
@@ -54,7 +55,7 @@ class Towers:
         return whole.narrow(dimension, self.first * size, self.held * size)
 
     def whole(self, own: Tensor, dimension: int) -> Tensor | None:
-        """The whole tensor, on the CPU, for the process that holds the first slice; None for the others."""
+        """Gather all slices: the whole tensor, on the CPU, in the process with the first slice; None in the others."""
         own = own.detach().cpu().contiguous()
         if self.group is None:
             return own
@@ -64,7 +65,7 @@ class Towers:
         return torch.cat(parts, dimension) if parts else None
 
     def gather(self, x: Tensor) -> Tensor:
-        """Every process's tensor: shape -> processes x shape."""
+        """Gather the tensor of every process: shape -> processes x shape."""
         assert self.group is not None
         mine = _bits(x.contiguous().cpu() if self.staged else x.contiguous())
         every = mine.new_empty((self.group.size(), *mine.shape))
@@ -72,7 +73,7 @@ class Towers:
         return every.view(x.dtype).to(x.device)
 
     def scatter(self, parts: Tensor) -> Tensor:
-        """From processes x shape, give each process its part, and add up what comes for this one: -> shape, float32."""
+        """Send each process its part and sum the parts received: processes x shape -> shape, float32."""
         assert self.group is not None
         mine = _bits(parts.contiguous().cpu() if self.staged else parts.contiguous())
         received = torch.empty_like(mine)
@@ -80,22 +81,20 @@ class Towers:
         return received.view(parts.dtype).to(parts.device).float().sum(0)
 
     def count(self, layer: str, sent: Tensor, times: float = 1) -> None:
-        """Note that a tensor is sent `times` times."""
-        if self.heartbeat:
-            self.heartbeat.at(f"exchange for {layer}")
+        """Count the bytes of a tensor that is sent `times` times."""
         self.traffic[layer] += round(sent.numel() * sent.element_size() * times)
 
 
 def _bits(x: Tensor) -> Tensor:
-    """The same bits as bytes where a transport may not know the type: what only travels is not computed with."""
+    """A view as bytes of bf16, which not every version of gloo can send."""
     return x.view(torch.uint8) if x.dtype is torch.bfloat16 else x
 
 
 class _Share(torch.autograd.Function):
-    """All-gather; its backward sums the gradients of all and keeps the own slice."""
+    """All-gather; its backward sums the gradients of all processes and keeps the own slice."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, towers: Towers, layer: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, towers: TowerGroup, layer: str) -> Tensor:
         ctx.towers, ctx.layer = towers, layer
         towers.count(layer, x, towers.total // towers.held - 1)
         every = towers.gather(x.movedim(1, -1))  # channels last: no copy where that is how they lie in memory
@@ -110,10 +109,10 @@ class _Share(torch.autograd.Function):
 
 
 class _Sum(torch.autograd.Function):
-    """All-reduce; its backward is the identity, since everyone goes on to the same loss."""
+    """All-reduce; its backward is the identity, since all processes compute the same loss from the sum."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, towers: Towers, layer: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, towers: TowerGroup, layer: str) -> Tensor:
         ctx.dtype = x.dtype
         total = x.detach().float().cpu() if towers.staged else x.detach().float().clone()
         ranks = towers.total // towers.held
@@ -124,3 +123,69 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         return gradient.to(ctx.dtype), None, None
+
+
+@dataclass(frozen=True)
+class HybridGather:
+    """Exchanges images around layers 6 to 8 among the processes of `columns`; does nothing if that is None."""
+
+    columns: TowerGroup | None = None
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Gather the images of all processes, in batch order: N x C -> (sum of all N) x C."""
+        if self.columns is None:
+            return x
+        gathered: Tensor = _GatherImages.apply(x, self.columns, self._sizes(x))
+        return gathered
+
+    def own(self, x: Tensor, like: Tensor) -> Tensor:
+        """Keep the rows of this process's images, as many as `like` has."""
+        if self.columns is None:
+            return x
+        kept: Tensor = _KeepOwn.apply(x, self.columns, self._sizes(like))
+        return kept
+
+    def _sizes(self, x: Tensor) -> list[int]:
+        """How many images each process has. Sent from the CPU, so that no process waits for its GPU."""
+        assert self.columns is not None
+        return [int(n) for n in self.columns.gather(torch.tensor([len(x)])).flatten()]
+
+
+class _GatherImages(torch.autograd.Function):
+    """All-gather of images; its backward sums the gradients of all processes for the own images."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, columns: TowerGroup, sizes: list[int]) -> Tensor:
+        ctx.columns, ctx.sizes = columns, sizes
+        return _gather_images(columns, x, sizes, "fc6 images")
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        columns, sizes = ctx.columns, ctx.sizes
+        parts = gradient.new_zeros((len(sizes), max(sizes), *gradient.shape[1:]))
+        for part, rows in zip(parts, gradient.split(sizes), strict=True):
+            part[: len(rows)] = rows
+        columns.count("fc6 images", parts[0], len(sizes) - 1)
+        return columns.scatter(parts).to(gradient.dtype)[: sizes[columns.first]], None, None
+
+
+class _KeepOwn(torch.autograd.Function):
+    """The own images; its backward gathers the gradients of all images, from which each process's units learn."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, columns: TowerGroup, sizes: list[int]) -> Tensor:
+        ctx.columns, ctx.sizes = columns, sizes
+        kept: Tensor = x.split(sizes)[columns.first].clone()
+        return kept
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return _gather_images(ctx.columns, gradient, ctx.sizes, "fc8 images"), None, None
+
+
+def _gather_images(columns: TowerGroup, x: Tensor, sizes: list[int], layer: str) -> Tensor:
+    padded = x.new_zeros((max(sizes), *x.shape[1:]))
+    padded[: len(x)] = x
+    columns.count(layer, padded, len(sizes) - 1)
+    every = columns.gather(padded)
+    return torch.cat([part[:size] for part, size in zip(every, sizes, strict=True)])

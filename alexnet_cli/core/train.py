@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from alexnet_cli.core import advice, qualitative
+from alexnet_cli.core import advice, filters
 from alexnet_cli.core.augment import Draws
+from alexnet_cli.core.baselines import count_images
 from alexnet_cli.core.cache import Cache, remembering
-from alexnet_cli.core.chance import counted
 from alexnet_cli.core.evaluate import Evaluation
 from alexnet_cli.core.gradient import Sums
 from alexnet_cli.core.loader import Loader, epoch_order, training_batches
@@ -52,7 +52,9 @@ def fit(
         yield _log(run, said)
     reason, shown = None, None  # counts of the epoch with the lowest error
     train, size, device = training.data.split("train"), training.share, training.placement.device
-    guessing = advice.Guessing.at(training.recipe, counted(train.labels, len(training.data.classes)), training.steps)
+    guessing = advice.Guessing.at(
+        training.recipe, count_images(train.labels, len(training.data.classes)), training.steps
+    )
     with Loader(train, size, training.threads, device) as decoding:
         loader = remembering(decoding, training.cache, training.placement.sharing)
         while reason is None and not _over(training):
@@ -222,4 +224,4 @@ def _specialisation(training: Training) -> dict[str, float]:
         return {}
     with ranks.together("collecting layer 1"):
         weight = network.whole("conv1.weight", network.conv1.weight)
-    return {} if weight is None else qualitative.index(weight.numpy(), training.recipe.towers)
+    return {} if weight is None else filters.summarize_epoch(weight.numpy(), training.recipe.towers)

@@ -15,6 +15,7 @@ from torch import Tensor
 from alexnet_cli.core import checkpoint, diagnosis, weights
 from alexnet_cli.core.augment import Draws, Pixels
 from alexnet_cli.core.cache import Where
+from alexnet_cli.core.ddp import replicated, trainable
 from alexnet_cli.core.evaluate import Evaluation, TorchClassifier, evaluate
 from alexnet_cli.core.fine_tuning import FROZEN, Transfer, freeze
 from alexnet_cli.core.gradient import Gradient, Sums
@@ -23,7 +24,6 @@ from alexnet_cli.core.loader import Batch, Loader, all_batches, steps_per_epoch
 from alexnet_cli.core.network import Network, initialise, parameters_by_name
 from alexnet_cli.core.placement import Placement
 from alexnet_cli.core.records import Tally
-from alexnet_cli.core.replicas import replicated, trainable
 from alexnet_cli.core.runs import Run
 from alexnet_cli.core.shards import Dataset
 from alexnet_cli.errors import VerificationError, WeightsError
@@ -157,7 +157,7 @@ class Training:
             for _ in evaluate(classify, loader.batches(plan), counts):
                 if stop():
                     return None
-        return counts.summed(ranks.total)
+        return counts.sum_over_ranks(ranks.total)
 
     def save(self, metrics: dict[str, Any], best: bool) -> Path:
         """Write a checkpoint of this moment."""

@@ -17,16 +17,14 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
-from alexnet_cli import recipe as recipes
-from alexnet_cli.core.shapes import tensor_shapes
+from alexnet_cli import recipe_io
+from alexnet_cli.core.architecture import tensor_shapes
 from alexnet_cli.core.sources import ClassName, class_list
 from alexnet_cli.errors import RecipeError, WeightsError
 from alexnet_cli.recipe import SIDE, Recipe
 
 SCHEMA = "alexnet.model/1"
-LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
 LARGEST_HEADER = 2**24  # bytes; that of 20,000 classes has one or two million
-PARAMETERS = tuple(f"{layer}.{part}" for layer in LAYERS for part in ("weight", "bias"))
 
 
 @dataclass(frozen=True)
@@ -114,7 +112,7 @@ def described(path: Path, text: Mapping[str, str]) -> tuple[Recipe, tuple[ClassN
             f"expected {SCHEMA}, as `alexnet train` writes it",
         )
     try:
-        recipe = recipes.from_values(json.loads(text["recipe"]))
+        recipe = recipe_io.recipe_from_dict(json.loads(text["recipe"]))
         entries = json.loads(text["classes"])
         classes = class_list([entry["name"] for entry in entries], [entry.get("wnid") for entry in entries])
         info = dict(json.loads(text.get("info", "{}")))

@@ -1,1 +1,0 @@
-"""The commands of `alexnet`: one module a command, found through the entry points `alexnet.commands`."""

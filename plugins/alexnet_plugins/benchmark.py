@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from alexnet_cli.core.shards import Dataset
-    from alexnet_cli.core.stopwatch import Contest, Times
+    from alexnet_plugins.benchmark_stopwatch import Contest, Times
 
 PACKAGES = ("alexnet-cli", "torch", "torchvision", "onnxruntime-gpu", "onnxruntime", "pillow", "simplejpeg", "numpy",
             "opencv-python-headless", "opencv-python", "nvidia-dali-cuda120", "nvidia-dali-cuda130")  # fmt: skip
@@ -89,14 +89,14 @@ def benchmark(
     On the same files and with the same workers. All take turns, round after round; medians, slowest and fastest
     rounds, and ratios are shown.
     """
-    from alexnet_cli.core import stopwatch
     from alexnet_cli.core.devices import cores
+    from alexnet_plugins import benchmark_stopwatch as stopwatch
 
     reporter = Reporter("benchmark", json=json, quiet=quiet)
     workers = jobs or cores()
     chosen = list(TOPICS) if topic is Topic.all else [topic]
     for name in chosen:
-        machine = stopwatch.hardware(workers)
+        machine = stopwatch.describe_hardware(workers)
         with (
             tempfile.TemporaryDirectory(prefix="alexnet-benchmark-") as scratch,
             contextlib.closing(
@@ -105,17 +105,17 @@ def benchmark(
         ):
             for contest in contests:
                 times = _rounds(reporter, contest, rounds, seconds)
-                about = {"hardware": machine, "versions": stopwatch.versions(PACKAGES)}
+                about = {"hardware": machine, "versions": stopwatch.installed_versions(PACKAGES)}
                 reporter.result({**times.as_dict(), **about})
                 _show(reporter, times, about)
 
 
 def _rounds(reporter: Reporter, contest: Contest, count: int, seconds: float) -> Times:
-    from alexnet_cli.core import stopwatch
+    from alexnet_plugins import benchmark_stopwatch as stopwatch
 
     times = stopwatch.Times.of(contest)
     with reporter.progress(contest.name, total=count, unit="rounds") as bar:
-        for _ in stopwatch.rounds(times, count, seconds if contest.unit == "img/s" else 0):
+        for _ in stopwatch.run_rounds(times, count, seconds if contest.unit == "img/s" else 0):
             bar.advance(1)
     return times
 
@@ -162,62 +162,63 @@ def _sent(found: dict[str, dict[str, float]]) -> Table:
 
 
 def _prepare(setting: Setting) -> Generator[Contest]:
-    from alexnet_plugins import benchmark_prepare
+    from alexnet_plugins.benchmark_data import compare_prepare
 
     source, paths, note = _source(setting)
-    with benchmark_prepare.contest(source, paths, setting.workers, setting.scratch, [note]) as contest:
+    with compare_prepare(source, paths, setting.workers, setting.scratch, [note]) as contest:
         yield contest
 
 
 def _load(setting: Setting) -> Generator[Contest]:
-    from alexnet_plugins import benchmark_load
+    from alexnet_plugins.benchmark_data import compare_load
 
     dataset, note = _dataset(setting)
-    with benchmark_load.contest(dataset.split("train"), setting.workers, setting.scratch, [note]) as contest:
+    with compare_load(dataset.split("train"), setting.workers, setting.scratch, [note]) as contest:
         yield contest
 
 
 def _train(setting: Setting) -> Generator[Contest]:
-    from alexnet_plugins import benchmark_train
+    from alexnet_plugins.benchmark_training import compare_training
 
-    yield from benchmark_train.contests(setting.gpus, setting.batch_size, setting.workers, lambda: _dataset(setting))
+    yield from compare_training(setting.gpus, setting.batch_size, setting.workers, lambda: _dataset(setting))
 
 
 def _infer(setting: Setting) -> Generator[Contest]:
     from alexnet_cli.core.placement import place
-    from alexnet_plugins import benchmark_infer
+    from alexnet_plugins.benchmark_inference import compare_inference
 
     placement = place(setting.gpus, "fp32")
     low = place(setting.gpus, "bf16").precision == "bf16"
-    yield from benchmark_infer.contests(placement, setting.batch_size, setting.workers, setting.scratch, bf16=low)
+    yield from compare_inference(placement, setting.batch_size, setting.workers, setting.scratch, bf16=low)
 
 
 def _startup(setting: Setting) -> Generator[Contest]:
-    from alexnet_plugins import benchmark_pictures, benchmark_startup
+    from alexnet_plugins import benchmark_pictures
+    from alexnet_plugins.benchmark_inference import compare_startup
 
     own = benchmark_pictures.files(setting.pictures, 1) if setting.pictures else []
-    yield from benchmark_startup.contests(setting.scratch, own[0] if own else None)
+    yield from compare_startup(setting.scratch, own[0] if own else None)
 
 
 def _parallel(setting: Setting) -> Generator[Contest]:
-    from alexnet_plugins import benchmark_parallel
+    from alexnet_plugins.benchmark_parallel import compare_parallel
 
-    yield from benchmark_parallel.contests(setting.gpus, setting.batch_size, setting.workers)
+    yield from compare_parallel(setting.gpus, setting.batch_size, setting.workers)
 
 
 def _dataset(setting: Setting) -> tuple[Dataset, str]:
     """The data set that was named, or one prepared for this, and a sentence about it."""
-    from alexnet_cli.core.packing import pack
     from alexnet_cli.core.plan import Plan
+    from alexnet_cli.core.prepare import pack
     from alexnet_cli.core.shards import find_dataset, open_dataset
-    from alexnet_cli.core.sources import recognise
+    from alexnet_cli.core.sources import recognize
 
     if setting.data is not None:
         path = find_dataset(setting.data)
         return open_dataset(path), f"measured on the training split of {path}"
     source, _, note = _source(setting)
     path = setting.scratch / "prepared"
-    for _ in pack(Plan(recognise(source), path), setting.workers):
+    for _ in pack(Plan(recognize(source), path), setting.workers):
         pass
     return open_dataset(path), f"{note}, prepared"
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from alexnet_cli import __version__
 from alexnet_cli.console import Reporter
-from alexnet_cli.entry_points import offers
+from alexnet_cli.entry_points import find_entries
 from alexnet_cli.errors import MissingError
 from alexnet_cli.options import JsonFlag, QuietFlag
 
@@ -61,9 +61,9 @@ def _about(gpu: Gpu) -> dict[str, Any]:
     about = {"index": gpu.index, "name": gpu.name, "memory": gpu.memory, "capability": gpu.capability, "bf16": gpu.bf16}
     if problem := take(gpu.index):
         return about | {"problem": problem}
-    from alexnet_cli.core import response_norm_gpu  # which imports Triton
+    from alexnet_cli.core import triton_kernels  # which imports Triton
 
-    return about | {"kernels": response_norm_gpu.why_not(gpu.index) or "ok"}
+    return about | {"kernels": triton_kernels.unavailable_reason(gpu.index) or "ok"}
 
 
 def _told(gpu: dict[str, Any]) -> str:
@@ -92,11 +92,11 @@ def _installed(name: str) -> str | None:
 def _broken() -> dict[str, str]:
     """Commands that do not load -> why."""
     broken = {}
-    for offer in (offer for offer in offers() if offer.status != "disabled"):
+    for entry in (entry for entry in find_entries() if entry.status != "disabled"):
         try:
-            offer.load()
+            entry.load()
         except MissingError as error:
-            broken[f"{offer.name} ({offer.distribution})"] = error.what
+            broken[f"{entry.name} ({entry.distribution})"] = error.what
     return broken
 
 

@@ -110,10 +110,9 @@ def _int8(
     reporter: Reporter, model: Model, path: Path, sets: tuple[str | None, str | None], *, verify: bool, force: bool
 ) -> dict[str, Any]:
     """Calibrated on `sets[1]`, or else on the set that accuracy is judged on, `sets[0]`."""
-    from alexnet_cli.core import calibration, export_int8
-    from alexnet_cli.core.evaluate import matching
-    from alexnet_cli.core.export import crops_of
-    from alexnet_cli.core.probes import centres, evenly
+    from alexnet_cli.core import export as exporting
+    from alexnet_cli.core.evaluate import match_classes
+    from alexnet_cli.core.quantize import CALIBRATION_IMAGES
     from alexnet_cli.core.shards import find_dataset, open_dataset
 
     data, calibrate = sets
@@ -127,21 +126,21 @@ def _int8(
             f"{judge.path} holds no validation pictures to count right answers on",
             "prepare it with --val-fraction 0.1, name another set with --data, or say --no-verify",
         )
-    training = centres(split, evenly(split, calibration.PICTURES), side)
+    training = exporting.centres(split, exporting.evenly(split, CALIBRATION_IMAGES), side)
     reporter.line("ranges", f"of {len(training):,} training pictures of {teacher.path}")
     about = {"calibration": {"images": len(training), "data": str(teacher.path)}}
     if not verify:
-        export_int8.export_int8_unverified(model, path, training)
+        exporting.export_int8_unverified(model, path, training)
         reporter.warn("the accuracy that is lost was not measured", "leave out --no-verify to know it")
         return _numbers(None) | about | {"accuracy": None}
     try:
-        output_of = matching(model.classes, judge.classes, model.path)
+        output_of = match_classes(model.classes, judge.classes, model.path)
     except DataError as error:
         raise DataError(error.what, "name a set of the network's classes with --data, or say --no-verify") from error
-    labelled = export_int8.labelled(held, side, output_of)
-    count = min(len(held), export_int8.PICTURES)
+    labelled = exporting.labelled(held, side, output_of)
+    count = min(len(held), exporting.ACCURACY_PICTURES)
     with reporter.waiting("check", f"float32 and int8 on {count:,} of {len(held):,} validation pictures"):
-        check = export_int8.export_int8(model, path, training, (crops_of(judge, model), labelled), force)
+        check = exporting.export_int8(model, path, training, (exporting.crops_of(judge, model), labelled), force)
     loss, (low, high) = check.loss, check.loss.interval
     change, least, most = (100 * (0 - lost) for lost in (loss.lost, high, low))
     _tell(reporter, check.against_torch)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from alexnet_cli import recipe as recipes
+from alexnet_cli import recipe_io
 from alexnet_cli.console import Reporter
 from alexnet_cli.errors import UsageError
 from alexnet_cli.options import JsonFlag, QuietFlag
@@ -24,7 +25,7 @@ BARE = ("PyTorch", "safetensors")  # formats that hold tensors and nothing about
 def import_weights(
     file: Annotated[
         Path,
-        typer.Argument(metavar="FILE", help="A .caffemodel, .onnx, .pth, .safetensors or cuda-convnet checkpoint."),
+        typer.Argument(metavar="FILE", help="A .caffemodel, .onnx, .pth or .safetensors file."),
     ],
     output: Annotated[
         str | None,
@@ -41,9 +42,7 @@ def import_weights(
         Literal["rgb", "bgr", "imagenet"] | None,
         typer.Option(help="Of bare tensors: what it was trained on; imagenet is torchvision's normalisation."),
     ] = None,
-    mean: Annotated[
-        Path | None, typer.Option(help="Mean file: .npy or .binaryproto of Caffe, batches.meta of cuda-convnet.")
-    ] = None,
+    mean: Annotated[Path | None, typer.Option(help="Mean file of Caffe: .npy or .binaryproto.")] = None,
     classes: Annotated[
         Path | None, typer.Option(help="Text file, a class a line (`n02123045 tabby`), or ILSVRC's development kit.")
     ] = None,
@@ -52,23 +51,23 @@ def import_weights(
 ) -> None:
     """Take over the weights of another program.
 
-    A pretrained two-tower AlexNet of Caffe, cuda-convnet, ONNX or PyTorch becomes a run like any other.
+    A pretrained two-tower AlexNet of Caffe, ONNX or PyTorch becomes a run like any other.
     """
-    from alexnet_cli.core import conversion, mean_image, recognition
+    from alexnet_cli.core import conversion
 
     reporter = Reporter("import-weights", json=json, quiet=quiet)
     name = output or re.sub(r"[^\w.-]", "_", file.stem).strip(".") or "imported"
     if file.is_file():
         conversion.check_place(name)  # before a large file is read
-    found = recognition.read(file, recipes.load(recipe or "paper"), pixels or "rgb")
+    found = conversion.read_network(file, recipe_io.load_recipe(recipe or "paper"), pixels or "rgb")
     if found.format not in BARE and (recipe or pixels):
         raise UsageError(f"{file} says itself how its network is built", "leave --recipe and --pixels out")
     found = _ordered(found, order)
-    sha1 = recognition.sha1(file)
-    known = recognition.PUBLISHED.get(sha1)
+    sha1 = conversion.sha1(file)
+    known = conversion.PUBLISHED.get(sha1)
     reporter.line("file", f"{file} · {found.format} · {known or f'sha1 {sha1}, no published file that is known here'}")
-    names, origin = conversion.classes(len(found.layers["fc8"][0]), found.labels, classes)
-    image = mean_image.read(mean, bgr=found.pixels == "bgr") if mean else None
+    names, origin = conversion.classes(len(found.layers["fc8"][0]), classes)
+    image = conversion.read_mean(mean, bgr=found.pixels == "bgr") if mean else None
     about = {"file": file.name, "format": found.format, "sha1": sha1, "published": known, "classes": origin}
     made = conversion.model(found, names, image, {"imported": about})
     parameters = sum(tensor.size for name, tensor in made.tensors.items() if name != "mean")

@@ -11,20 +11,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from alexnet_cli.console import Reporter, visible
+from alexnet_cli.console import Reporter, make_printable
 from alexnet_cli.errors import PartialError, StorageError, UsageError
 from alexnet_cli.options import JsonFlag, OwnDataOption, QuietFlag, WeightsOption
 
 if TYPE_CHECKING:
-    from alexnet_cli.core.contact_sheet import Row
+    from alexnet_cli.core.drawing import Row
     from alexnet_cli.core.images import Pixels
     from alexnet_cli.core.inputs import Source
-    from alexnet_cli.core.nearest import Index
+    from alexnet_cli.core.neighbors import Vectors
     from alexnet_cli.core.session import Session
     from alexnet_cli.core.shards import Dataset, Split
 
-AT_ONCE = 32  # pictures to which the index is compared in one reading of it
-SHOWN = 50  # pictures on the sheet, at most
+BATCH = 32  # pictures that are searched in one reading of the index
+MAX_ROWS = 50  # pictures on the sheet, at most
 
 
 def neighbors(
@@ -47,9 +47,9 @@ def neighbors(
     Those that the network takes for most alike: nearest in the activations of layer 7. The first time, the training
     set runs through the network once, and its activations stay beside the run.
     """
-    from alexnet_cli.core import qualitative_sheets
-    from alexnet_cli.core.contact_sheet import sheet
+    from alexnet_cli.core.drawing import draw_sheet
     from alexnet_cli.core.inputs import expand
+    from alexnet_cli.core.neighbors import make_records, make_sheet_row
     from alexnet_cli.core.runs import find_weights, run_of, trained_on
     from alexnet_cli.core.shards import find_dataset, open_dataset
 
@@ -61,84 +61,85 @@ def neighbors(
     dataset = open_dataset(find_dataset(data or trained_on(path)))
     split = dataset.split("train")
     reporter.line("data", f"{dataset.path} · train · {len(split):,} images")
-    session, index = _index(reporter, path, dataset, split, len(sources))
+    session, vectors = _open_index(reporter, path, dataset, split, len(sources))
     rows: list[Row] = []
     failed = 0
-    for name, picture, near, distances in _found(sources, session, index, k):
+    for name, picture, near, distances in _search(sources, session, vectors, k):
         failed += isinstance(picture, str)
         if isinstance(picture, str):
             reporter.result({"path": name, "error": picture})
-            reporter.show(visible(f"{name}\n  cannot be read: {picture}".replace("\n", " ")))
+            reporter.show(make_printable(f"{name}\n  cannot be read: {picture}".replace("\n", " ")))
             continue
-        records = qualitative_sheets.neighbour_records(near, distances, split, dataset.classes)
+        records = make_records(near, distances, split, dataset.classes)
         reporter.result({"path": name, "neighbours": records})
-        reporter.show(_table(name, records))
-        if len(rows) < SHOWN:
-            rows.append(qualitative_sheets.neighbour_row(name, picture, near, distances, split, dataset.classes))
+        reporter.show(_format_table(name, records))
+        if len(rows) < MAX_ROWS:
+            rows.append(make_sheet_row(name, picture, near, distances, split, dataset.classes))
     if rows:
         run = run_of(path)
         target = output or ((run / "figures" if run else Path()) / "neighbors.png")
         title = f"nearest training pictures of {dataset.name} in fc7, Euclidean distance, {path}"
-        _save(reporter, sheet(rows, title), target, len(rows), len(sources) - failed)
+        _save_sheet(reporter, draw_sheet(rows, title), target, len(rows), len(sources) - failed)
     if failed:
         raise PartialError(f"{failed} of {len(sources)} pictures could not be read", "the reasons are in the results")
 
 
-def _index(reporter: Reporter, path: Path, dataset: Dataset, split: Split, pictures: int) -> tuple[Session, Index]:
+def _open_index(
+    reporter: Reporter, path: Path, dataset: Dataset, split: Split, pictures: int
+) -> tuple[Session, Vectors]:
     """The network up to layer 7, and the index of the training set, made now if it is not there."""
-    from alexnet_cli.core import neighbours
+    from alexnet_cli.core import neighbors
     from alexnet_cli.core.origin import told
     from alexnet_cli.core.predict import FEW
     from alexnet_cli.core.runs import run_of
     from alexnet_cli.core.session import Session
 
-    folder = neighbours.place(path, run_of(path), dataset)
-    origin = neighbours.Origin.of(path, dataset, split)
-    index = neighbours.open_index(folder, origin)
-    session = Session(path, few=index is not None and pictures <= FEW, layer=neighbours.LAYER)
+    folder = neighbors.index_folder(path, run_of(path), dataset)
+    source = neighbors.IndexSource(neighbors.hash_file(path), dataset.hash, len(split))
+    vectors = neighbors.open_index(folder, source)
+    session = Session(path, few=vectors is not None and pictures <= FEW, layer=neighbors.LAYER)
     reporter.line("weights", told(path, session.about))
     if session.fallback:
         reporter.warn(f"the network runs on the CPU: {session.fallback}", "see `alexnet doctor`")
-    if index is None:
+    if vectors is None:
         with reporter.progress("index", len(split)) as progress:
-            index = neighbours.write_index(folder, origin, split, session, progress.advance)
-    bytes_ = f"{index.vectors.nbytes / 1e6:,.1f} MB"
-    reporter.line("index", f"{folder} · {len(split):,} x {index.vectors.shape[1]:,} float16 · {bytes_}")
-    return session, index
+            vectors = neighbors.write_index(folder, source, split, session, progress.advance)
+    size = f"{vectors.nbytes / 1e6:,.1f} MB"
+    reporter.line("index", f"{folder} · {len(split):,} x {vectors.shape[1]:,} float32 · {size}")
+    return session, vectors
 
 
-def _found(
-    sources: list[Source], session: Session, index: Index, k: int
+def _search(
+    sources: list[Source], session: Session, vectors: Vectors, k: int
 ) -> Iterator[tuple[str, Pixels | str, Any, Any]]:
     """Every picture's name, pixels (or why there are none), and the rows and distances of its neighbours."""
-    from alexnet_cli.core import nearest, neighbours
     from alexnet_cli.core.inputs import ahead
-    from alexnet_cli.core.responses import answers
+    from alexnet_cli.core.neighbors import check_range, find_nearest
+    from alexnet_cli.core.units import compute_activations
 
-    with contextlib.closing(ahead(sources, 2 * AT_ONCE, session.exif_rotate)) as loaded:
-        while batch := list(islice(loaded, AT_ONCE)):
+    with contextlib.closing(ahead(sources, 2 * BATCH, session.exif_rotate)) as loaded:
+        while batch := list(islice(loaded, BATCH)):
             readable = [picture for _, picture in batch if not isinstance(picture, str)]
             near: Iterator[tuple[Any, Any]] = iter(())
             if readable:
-                queries = neighbours.half(answers(session, readable), session.path)
-                found = nearest.search(index, queries, k)
-                near = zip(found.rows, found.distances, strict=True)
+                queries = check_range(compute_activations(session, readable), session.path)
+                near = zip(*find_nearest(vectors, queries, k), strict=True)
             for name, picture in batch:
                 rows, distances = (None, None) if isinstance(picture, str) else next(near)
                 yield name, picture, rows, distances
 
 
-def _table(name: str, records: list[dict[str, Any]]) -> str:
+def _format_table(name: str, records: list[dict[str, Any]]) -> str:
     """A line for each neighbour: rank, distance, class, and which picture of the source it is."""
-    width = max(len("class"), *(len(visible(record["label"])) for record in records))
-    lines = [visible(name), f"  rank  distance  {'class':<{width}}  picture"]
+    width = max(len("class"), *(len(make_printable(record["label"])) for record in records))
+    lines = [make_printable(name), f"  rank  distance  {'class':<{width}}  picture"]
     for record in records:
-        label = f"{visible(record['label']):<{width}}"
-        lines.append(f"  {record['rank']:>4}  {record['distance']:8.3f}  {label}  {visible(record['source'])}")
+        label = f"{make_printable(record['label']):<{width}}"
+        lines.append(f"  {record['rank']:>4}  {record['distance']:8.3f}  {label}  {make_printable(record['source'])}")
     return "\n".join(lines)
 
 
-def _save(reporter: Reporter, image: Any, target: Path, shown: int, found: int) -> None:
+def _save_sheet(reporter: Reporter, image: Any, target: Path, shown: int, found: int) -> None:
     again = " · in place of the one before" if target.is_file() else ""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,22 +1,22 @@
-"""`alexnet plugins`: every command that is installed, where it comes from, and whether it works."""
+"""`alexnet plugins`: every installed command, where it comes from, and whether it works."""
 
 from __future__ import annotations
 
 from alexnet_cli.console import Reporter
-from alexnet_cli.entry_points import Offer, offers
+from alexnet_cli.entry_points import CommandEntry, find_entries
 from alexnet_cli.errors import MissingError
 from alexnet_cli.options import JsonFlag, QuietFlag
 
 
 def plugins(json: JsonFlag = False, quiet: QuietFlag = False) -> None:
-    """List the installed commands, ours and others'.
+    """List the installed commands, with their origin.
 
-    Says what is wrong with those that do not work.
+    Built-ins and those of other packages. Shows the reason for each command that does not work.
     """
     from rich.table import Table
 
     reporter = Reporter("plugins", json=json, quiet=quiet)
-    rows = [_row(offer) for offer in offers()]
+    rows = [_describe_entry(entry) for entry in find_entries()]
     table = Table("command", "distribution", "version", "status", "reason", box=None, pad_edge=False)
     for row in rows:
         table.add_row(*row.values(), style=None if row["status"] == "ok" else "yellow")
@@ -24,14 +24,14 @@ def plugins(json: JsonFlag = False, quiet: QuietFlag = False) -> None:
     reporter.show(table)
 
 
-def _row(offer: Offer) -> dict[str, str]:
-    status, reason = offer.status, offer.reason
+def _describe_entry(entry: CommandEntry) -> dict[str, str]:
+    status, reason = entry.status, entry.reason
     if status == "ok":
         try:
-            offer.load()
+            entry.load()
         except MissingError as error:
             status, reason = "broken", error.what.partition(" did not load: ")[2] or error.what
     return {
-        "name": offer.name, "distribution": offer.distribution, "version": offer.version,
+        "name": entry.name, "distribution": entry.distribution, "version": entry.version,
         "status": status, "reason": reason,
     }  # fmt: skip

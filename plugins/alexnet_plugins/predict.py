@@ -172,6 +172,6 @@ def _features(
     """A function that takes a prediction for the file of activations; idle without a path."""
     if path is None or layer is None:
         return contextlib.nullcontext(lambda prediction: None)
-    from alexnet_cli.core.features import writing
+    from alexnet_cli.core.predict import write_features
 
-    return writing(path, classifier, layer)
+    return write_features(path, classifier, layer)

@@ -1,22 +1,26 @@
-"""`alexnet prepare`: recognise a data set and pack it once, into measured shards of 256x256 JPEGs."""
+"""`alexnet prepare`: recognize a data set and pack it once, into measured shards of 256x256 JPEGs."""
 
 from __future__ import annotations
 
 import collections
 import contextlib
 import itertools
+import shlex
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from alexnet_cli.console import Reporter
-from alexnet_cli.errors import Stopped, Terminated, UsageError
+from alexnet_cli.errors import DataError, PartialError, Stopped, Terminated, UsageError
 from alexnet_cli.options import JsonFlag, QuietFlag
 
 if TYPE_CHECKING:
     from alexnet_cli.core.plan import Plan
+    from alexnet_cli.core.shards import Dataset
+    from alexnet_cli.core.sources import SourceDataset
 
 LAYOUTS = (
     "A folder: ImageNet as it is distributed (archives, Kaggle, Hugging Face parquet), train/CLASS and "
@@ -26,6 +30,12 @@ FRACTION = "Part of each class to validate on, where the source has no such spli
 CORRUPT = "Leave out and list images that cannot be decoded, or stop at the first."
 EXIF = "Turn pictures as their EXIF orientation says; in 2012 nobody did."
 VERIFY = "Read a prepared data set again and compare every sum, and quit."
+
+REJECTED_FILE = "rejected.jsonl"
+DUPLICATES_FILE = "duplicates.jsonl"
+DAMAGED_FILE = "damaged.jsonl"
+TOO_FEW = "each class needs at least two pictures, one of them to be kept for validation: add some, and --overwrite"
+SHOWN = 3  # images or classes that are named on the terminal
 
 OnCorrupt = Literal["skip", "fail"]
 
@@ -49,9 +59,8 @@ def prepare(
     Interrupted, the same command goes on where it stopped. The source is never written to.
     """
     from alexnet_cli.core.devices import cores
-    from alexnet_cli.core.plan import Plan, default_output, megabytes
-    from alexnet_cli.core.sources import recognise
-    from alexnet_plugins import prepare_report
+    from alexnet_cli.core.plan import Plan, default_output, format_size
+    from alexnet_cli.core.sources import recognize
 
     reporter = Reporter("prepare", json=json, quiet=quiet)
     if check is not None:
@@ -62,32 +71,26 @@ def prepare(
     if source is None:
         raise UsageError("no SOURCE to prepare", "name a folder of pictures, or --verify DIR")
     with reporter.waiting("look", f"reading what is in {source}"):
-        found = recognise(source, val_fraction)
-    counts = {name: len(items) for name, items in found.splits.items()}
-    numbers = " · ".join(f"{name} {count:,}" for name, count in counts.items())
-    reporter.line("found", f"{numbers} images of {len(found.classes):,} classes    (layout: {found.layout})")
-    for note in found.notes:
-        reporter.line("note", note)
-    if not counts["val"]:
-        most = max(collections.Counter(found.splits["train"].labels).values(), default=0)
-        few = "--val-fraction 0.1 takes one picture of each class" if most > 1 else prepare_report.TOO_FEW
-        reporter.warn("no validation images, which training needs", few)
+        found = recognize(source, val_fraction)
+    _report_source(reporter, found)
     plan = Plan(found, output or default_output(source), quality, exif_rotate=exif_rotate)
     state = plan.state(overwrite)
     if state == "finished":
-        prepare_report.there_already(reporter, plan, strict=on_corrupt == "fail")
+        _report_finished(reporter, plan, strict=on_corrupt == "fail")
         return
-    needed, free = plan.estimate(), plan.free()
-    sizes = f"about {megabytes(needed)} needed, {megabytes(free)} free"
+    needed, free = plan.bytes_needed(), plan.bytes_free()
+    sizes = f"about {format_size(needed)} needed, {format_size(free)} free"
     reporter.line("plan", f"shorter side to 256, middle 256x256, JPEG q{quality} → {plan.output}    {sizes}")
     if dry_run:
-        record = {
+        reporter.result({
             "output": str(plan.output),
-            "images": counts,
+            "images": {name: len(items) for name, items in found.splits.items()},
             "classes": len(found.classes),
             "dry_run": True,
-        }
-        reporter.result(record | {"layout": found.layout, "bytes_needed": needed, "bytes_free": free})
+            "layout": found.layout,
+            "bytes_needed": needed,
+            "bytes_free": free,
+        })  # fmt: skip
         return
     plan.check_space(needed)
     if state == "unfinished":
@@ -95,12 +98,24 @@ def prepare(
     if overwrite and plan.output.is_dir():
         reporter.line("note", f"{plan.output} is being replaced: what was there is gone from now on")
     seen, seconds = _pack(reporter, plan, workers or cores(), on_corrupt, overwrite)
-    prepare_report.prepared(reporter, plan.output, seen, seconds)
+    _report_prepared(reporter, plan.output, seen, seconds)
+
+
+def _report_source(reporter: Reporter, found: SourceDataset) -> None:
+    """Say what was recognized, what was left out, and that training needs validation images."""
+    numbers = " · ".join(f"{name} {len(items):,}" for name, items in found.splits.items())
+    reporter.line("found", f"{numbers} images of {len(found.classes):,} classes    (layout: {found.layout})")
+    for note in found.notes:
+        reporter.line("note", note)
+    if not found.splits["val"]:
+        most = max(collections.Counter(found.splits["train"].labels).values(), default=0)
+        few = "--val-fraction 0.1 takes one picture of each class" if most > 1 else TOO_FEW
+        reporter.warn("no validation images, which training needs", few)
 
 
 def _pack(reporter: Reporter, plan: Plan, workers: int, on_corrupt: OnCorrupt, overwrite: bool) -> tuple[int, float]:
     """Pack what is missing; returns how many pictures this run dealt with, and in how many seconds."""
-    from alexnet_cli.core.packing import pack
+    from alexnet_cli.core.prepare import pack
 
     seen, start = 0, time.perf_counter()
     try:
@@ -128,8 +143,7 @@ def _pack(reporter: Reporter, plan: Plan, workers: int, on_corrupt: OnCorrupt, o
 
 def _verify(reporter: Reporter, folder: Path) -> None:
     """Every file of a data set against its recorded sum; VerificationError names those that differ."""
-    from alexnet_cli.core.dataset_record import checksums
-    from alexnet_cli.core.shards import find_dataset, open_dataset, verify
+    from alexnet_cli.core.shards import checksums, find_dataset, open_dataset, verify
 
     dataset = open_dataset(find_dataset(str(folder)))
     files = checksums(dataset.record)
@@ -138,3 +152,158 @@ def _verify(reporter: Reporter, folder: Path) -> None:
             bar.advance(1)
     reporter.result({"output": str(dataset.path), "files": len(files), "verified": True})
     reporter.line("done", f"{dataset.path}: all {len(files)} files are as they were written")
+
+
+def _report_prepared(reporter: Reporter, output: Path, seen: int, seconds: float) -> None:
+    """The data set is complete; this run saw so many pictures in so many seconds.
+
+    Raises:
+        PartialError: some were left out.
+    """
+    from alexnet_cli.core.shards import open_dataset
+
+    dataset = open_dataset(output)
+    for line in _describe_statistics(dataset):
+        reporter.line("stats", line)
+    _warn_empty_classes(reporter, dataset)
+    _report_turned(reporter, dataset)
+    _report_duplicates(reporter, dataset)
+    _report_damaged(reporter, dataset)
+    _report_rejected(reporter, dataset)
+    images = sum(split["images"] for split in dataset.record["splits"].values())
+    total = images + dataset.record["rejected"]
+    part = "" if seen == total else f"{seen:,} in this run, "
+    speed = f"{images:,} images, {part}{seconds:.1f} s, {seen / seconds:,.0f} img/s"
+    reporter.line("done", f"{output}  (dataset.json sha256 {dataset.hash[:12]}…)    {speed}")
+    _report_result(reporter, dataset, seconds, seen / seconds)
+    _raise_if_rejected(dataset)
+
+
+def _report_finished(reporter: Reporter, plan: Plan, strict: bool) -> None:
+    """Nothing is left to do: check that it is whole, and give the result again.
+
+    Raises:
+        PartialError: pictures were left out, and `strict`; otherwise nothing fails this time, and that is a note.
+    """
+    from alexnet_cli.core.shards import checksums, open_dataset
+
+    dataset = open_dataset(plan.output)
+    for name in dataset.record["splits"]:
+        dataset.split(name)  # raises where files are missing
+    missing = [name for name in checksums(dataset.record) if not (plan.output / name).is_file()]
+    if missing:
+        raise DataError(f"{plan.output / missing[0]} is missing", "prepare the data set again with --overwrite")
+    plan.finalize()
+    _report_turned(reporter, dataset)
+    _report_rejected(reporter, dataset)
+    reporter.line("done", f"{plan.output} is there already, of this source and with these settings")
+    _report_result(reporter, dataset, 0.0, None)
+    try:
+        _raise_if_rejected(dataset)
+    except PartialError as error:
+        if strict:
+            raise
+        reporter.line("note", error.what)
+
+
+def _report_result(reporter: Reporter, dataset: Dataset, seconds: float, rate: float | None) -> None:
+    from alexnet_cli.core.devices import train_command
+
+    images = {name: split["images"] for name, split in dataset.record["splits"].items()}
+    if images.get("val"):
+        reporter.line("next", f"{train_command()} --data {shlex.quote(str(dataset.path))}")
+    counts = {key: dataset.record.get(key, 0) for key in ("rejected", "damaged", "turned")}
+    found = {"classes": len(dataset.classes), **counts}
+    timing = {"seconds": seconds, "images_per_second": rate}
+    reporter.result({"output": str(dataset.path), "images": images, **found, **timing})
+
+
+def _report_rejected(reporter: Reporter, dataset: Dataset) -> None:
+    refused = dataset.rejected()
+    for line in refused[:SHOWN]:
+        reporter.warn(f"left out {line['path']}: {line['reason']}")
+    if len(refused) > SHOWN:
+        reporter.warn(f"left out {len(refused) - SHOWN:,} more: {dataset.path / REJECTED_FILE}")
+
+
+def _raise_if_rejected(dataset: Dataset) -> None:
+    """The command ends with exit code 5 where pictures were left out."""
+    rejected = dataset.record["rejected"]
+    if rejected:
+        total = rejected + sum(split["images"] for split in dataset.record["splits"].values())
+        were = "was" if rejected == 1 else "were"
+        raise PartialError(
+            f"{rejected:,} of {total:,} images {were} left out, as {dataset.path / REJECTED_FILE} lists",
+            "the data set is complete without them; --on-corrupt fail stops at the first instead",
+        )
+
+
+def _describe_statistics(dataset: Dataset) -> list[str]:
+    record = dataset.record
+    width, height = (_spread(record["source_sizes"][side]) for side in ("width", "height"))
+    mean = " ".join(f"{value:.1f}" for value in dataset.mean_rgb)
+    per_class = f"{_spread(record['splits']['train']['images_per_class'])} training images per class"
+    return [
+        f"{len(dataset.classes):,} classes · {per_class} · mean RGB {mean} · mean image saved",
+        f"pictures were {width} pixels wide, {height} high",
+    ]
+
+
+def _spread(values: Mapping[str, float]) -> str:
+    low, middle, high = (values[key] for key in ("min", "median", "max"))
+    return f"{low:,}" if low == high else f"{low:,} to {high:,} (median {middle:,.0f})"
+
+
+def _warn_empty_classes(reporter: Reporter, dataset: Dataset) -> None:
+    empty = [entry["name"] for entry in dataset.record["classes"] if not entry["images"]["train"]]
+    if empty:
+        named = ", ".join(empty[:SHOWN]) + (" …" if len(empty) > SHOWN else "")
+        reporter.warn(f"no training images are left of {named}", "the network cannot learn what it never sees")
+
+
+def _report_turned(reporter: Reporter, dataset: Dataset) -> None:
+    """Phones store pictures lying on their side, and say in EXIF how they are to be turned."""
+    turned, of = dataset.record.get("turned", 0), sum(split["images"] for split in dataset.record["splits"].values())
+    if not turned:
+        return
+    were = f"{turned:,} of {of:,} pictures"
+    if dataset.record["image"]["exif_rotate"]:
+        reporter.line("note", f"{were} were turned, as EXIF says; predict does the same")
+        return
+    carry = "carries" if turned == 1 else "carry"
+    hint = "--exif-rotate --overwrite turns them, and those that predict sees"
+    reporter.warn(f"{were} {carry} an EXIF turn that is not followed", hint)
+
+
+def _report_duplicates(reporter: Reporter, dataset: Dataset) -> None:
+    """Equal pictures are worth a line, and a warning where they are in both splits, or under two labels."""
+    from alexnet_cli.core.statistics import spans
+
+    found = dataset.record["duplicates"]
+    if found["groups"]:
+        reporter.line("note", f"{found['pictures']:,} pictures are copies of one another: {DUPLICATES_FILE}")
+    listed = f"{DUPLICATES_FILE} lists them all"
+    for key, count, where, hint in (
+        ("split", found["across_splits"], "in train and in val", "the validation error will look too good"),
+        ("class", found["across_classes"], "in two classes", "one of the labels is wrong: keep the right one"),
+    ):
+        if count:
+            first = next(group for group in dataset.duplicates() if spans(group, key))
+            many = "1 picture is" if count == 1 else f"{count:,} pictures are"
+            reporter.warn(
+                f"{many} {where}: {_describe_pair(first, key)}{' …' if count > 1 else ''}", f"{hint}; {listed}"
+            )
+
+
+def _describe_pair(group: list[dict[str, str]], key: str) -> str:
+    """The first of equal pictures, and the first that differs from it in its split or class."""
+    other = next(entry for entry in group if entry[key] != group[0][key])
+    return f"{group[0]['path']} = {other['path']}"
+
+
+def _report_damaged(reporter: Reporter, dataset: Dataset) -> None:
+    """Pictures of which the decoder had to make up a part, though it went on to their end."""
+    found = dataset.record["damaged"]
+    if found:
+        are, they = ("picture is", "it") if found == 1 else ("pictures are", "they")
+        reporter.line("note", f"{found:,} {are} damaged, and packed as far as {they} can be decoded: {DAMAGED_FILE}")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from alexnet_cli.console import Progress, Reporter
+from alexnet_cli.console import Reporter
 from alexnet_cli.errors import PartialError, UsageError, WeightsError
 from alexnet_cli.options import JsonFlag, OwnDataOption, QuietFlag, WeightsOption
 
@@ -32,40 +31,31 @@ def report(
     `neighbors` are used if they are of these weights, and made otherwise.
     """
     from alexnet_cli.core import report_page
-    from alexnet_cli.core.evidence import opened
     from alexnet_cli.core.origin import is_best, told
-    from alexnet_cli.core.patience import Patience
     from alexnet_cli.core.placement import place
-    from alexnet_cli.core.plotting import HINT, can_draw
-    from alexnet_cli.core.report import data_of, gather
+    from alexnet_cli.core.report_charts import INSTALL_HINT, can_draw
+    from alexnet_cli.core.report_collect import collect_report, find_run_data, open_model
     from alexnet_cli.core.runs import typed
     from alexnet_cli.core.shards import Dataset
 
     reporter = Reporter("report", json=json, quiet=quiet)
     if output is not None and output.suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"-o {output}: not an .html file", "such as -o report.html")
-    run, path = _subject(weights)
+    run, path = _resolve_weights(weights)
     # The run's own page is of its best checkpoint, and no other's is written over it.
     other = "" if path is None or is_best(path) else f"-{path.resolve().parent.name}"
     target = output or (run.path if run else Path()) / f"report{other}.html"
-    report_page.ready(target)
-    network = opened(path) if path else None
+    report_page.check_writable(target)
+    network = open_model(path) if path else None
     there = told(path, network.model.info) if path and network else f"none yet in {run.path if run else path}"
     reporter.line("weights", there)
-    dataset = data_of(run, data)
+    dataset = find_run_data(run, data)
     reporter.line("data", str(typed(dataset.path)) if isinstance(dataset, Dataset) else dataset)
-    with ExitStack() as stack:
-        started: list[Progress] = []
-
-        def advance(pictures: int) -> None:
-            if not started:  # where all is there, nothing is counted
-                started.append(stack.enter_context(reporter.progress("report", total=None)))
-            started[0].advance(pictures)
-
-        found = gather(run, network, dataset, place(None, "fp32") if path else None, Patience(advance=advance))
-    if found.evidence.unkept:
-        reporter.line("note", f"what was computed is on the page alone: {found.evidence.unkept}")
-    sections = report_page.write(found, target)
+    with reporter.progress("report", total=None) as progress:
+        found = collect_report(run, network, dataset, place(None, "fp32") if path else None, progress.advance)
+    if found.evidence.unsaved:
+        reporter.line("note", f"what was computed is on the page alone: {found.evidence.unsaved}")
+    sections = report_page.write_page(found, target)
     size = target.stat().st_size
     reporter.result({
         "path": str(target), "bytes": size, "weights": str(path) if path else None, "charts": can_draw(),
@@ -74,14 +64,14 @@ def report(
         "sections": [{"id": s.id, "title": s.title, "note": s.note or None} for s in sections],
     })  # fmt: skip
     if not can_draw():
-        reporter.warn("the page has tables in the place of curves: no plotting library is installed", HINT)
+        reporter.warn("the page has tables in the place of curves: no plotting library is installed", INSTALL_HINT)
     reporter.line("saved", f"{target} · {size / 1e6:.1f} MB, {len(sections)} sections: open it in a browser")
     failed = found.evidence.failed
     if failed and (data or "data_path" in found.about):  # not for a set that was merely lying about
         raise PartialError(f"{target} is not complete: {failed}", "it says what is missing; --data D names another set")
 
 
-def _subject(spec: str | None) -> tuple[Run | None, Path | None]:
+def _resolve_weights(spec: str | None) -> tuple[Run | None, Path | None]:
     """What -w means: a run, with its best weights if it has any, or weights alone."""
     from alexnet_cli.core.runs import Run, find_weights, run_of
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from alexnet_cli import recipe as recipes
+from alexnet_cli import recipe_io
 from alexnet_cli.console import Reporter
 from alexnet_cli.errors import VerificationError
 from alexnet_cli.options import (
@@ -21,6 +21,8 @@ from alexnet_cli.options import (
     Parallel,
     Precision,
     QuietFlag,
+    SettingsOption,
+    complete_recipe,
 )
 from alexnet_plugins.train_config import show_config
 from alexnet_plugins.train_display import heading, show_records, told_once
@@ -49,13 +51,8 @@ OWN = "[default: the recipe's]"
 
 def train(
     data: DataOption = None,
-    recipe: Annotated[str | None, typer.Option("--recipe", help=NAMES)] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="KEY=VALUE", help="Change one value of the recipe; --print-config lists them. Repeatable."
-        ),
-    ] = None,
+    recipe: Annotated[str | None, typer.Option("--recipe", help=NAMES, autocompletion=complete_recipe)] = None,
+    settings: SettingsOption = None,
     epochs: Annotated[int | None, typer.Option(min=1, help=f"Passes over the training set, at most. {OWN}")] = None,
     max_steps: Annotated[int | None, typer.Option(min=1, help="Stop after so many steps.")] = None,
     batch_size: Annotated[
@@ -124,13 +121,13 @@ def train(
     """  # fmt: skip
     from alexnet_cli.core.resume import agreed, asked_to_stop, seconds
 
-    limit, said = seconds(max_time), recipes.parsed(settings or [])
+    limit, said = seconds(max_time), recipe_io.parse_settings(settings or [])
     if recipe:
-        recipes.changed(recipes.load(recipe), said)  # what is mistyped is told before torch is loaded
+        recipe_io.apply_changes(recipe_io.load_recipe(recipe), said)  # what is mistyped is told before torch is loaded
 
     from alexnet_cli.core import placement as devices
     from alexnet_cli.core.fine_tuning import compare, source
-    from alexnet_cli.core.ranks import arrangement, meeting, numbers, parent
+    from alexnet_cli.core.process_group import join_process_group, launcher_pid, mesh_shape, read_rank_info
     from alexnet_cli.core.shards import open_dataset
     from alexnet_cli.core.tensorboard import check_installed, states
     from alexnet_cli.core.training import Training
@@ -142,16 +139,17 @@ def train(
     if not print_config and (count := devices.processes(gpus, processes)) > 1:
         from alexnet_cli.core.launch import launch
 
-        tried = recipes.changed(recipes.load(recipe or "paper"), {**said, **explicit})  # what is wrong is wrong before
-        arrangement(count, parallel, tried.towers)
+        # what is wrong is wrong before
+        tried = recipe_io.apply_changes(recipe_io.load_recipe(recipe or "paper"), {**said, **explicit})
+        mesh_shape(count, parallel, tried.towers)
         raise typer.Exit(launch(sys.argv[1:], count))
     with ExitStack() as stack:
-        ranks = stack.enter_context(meeting(numbers(), devices.backend(gpus)))
+        ranks = stack.enter_context(join_process_group(read_rank_info(), devices.backend(gpus)))
         reporter = Reporter("train", json=json, quiet=quiet, speaks=ranks.first)
         run = to_continue(ranks, resume, name)
         first = source(init_from, run)
         base, sources = base_of(recipe, run, first)
-        resolved = recipes.changed(recipes.changed(base, said), explicit)
+        resolved = recipe_io.apply_changes(recipe_io.apply_changes(base, said), explicit)
         if print_config:
             show_config(reporter, resolved, sources | dict.fromkeys(said, "--set") | dict.fromkeys(explicit, "option"))
             return
@@ -164,8 +162,8 @@ def train(
         habits = habits_of(run, {"save_every": save_every, "keep": keep, "micro_batch": micro_batch})
         events = states(run, tensorboard)
         check(resolved, dataset, run)
-        stop = stack.enter_context(asked_to_stop(limit, parent()))
-        placed = devices.place_among(ranks, gpus, resolved.precision, parallel, resolved.towers)
+        stop = stack.enter_context(asked_to_stop(limit, launcher_pid()))
+        placed = devices.place_ranks(ranks, gpus, resolved.precision, parallel, resolved.towers)
         check_placement(placed, resolved, len(dataset.split("train")), habits["micro_batch"], compile)
         if run:
             stack.enter_context(run.locked())
@@ -183,7 +181,7 @@ def train(
             reporter.line("note", note)
         reason = _run(reporter, training, max_steps, stop, habits["save_every"] or sys.maxsize, events)
         if ranks.first:
-            finish(reporter, training, reason, stop)
+            finish(reporter, training, reason)
 
 
 def _notes(training: Training, remark: str, parallel: str, micro_batch: int | None) -> Iterator[str]:
@@ -244,7 +242,7 @@ def _run(
     except VerificationError as error:
         fail(reporter, training.run, error)
         if training.run.writes:  # how it came to that is in the curves
-            leave_report(reporter, training, stopped=True)
+            leave_report(reporter, training)
         raise
     if reason != "finished":  # that it is only when all its files are there
         training.run.update({"status": "interrupted", "reason": reason})

@@ -7,8 +7,18 @@ from dataclasses import asdict
 from typing import Any
 
 from alexnet_cli.console import Reporter
-from alexnet_cli.knob import spelled
-from alexnet_cli.recipe import CAFFE, FAST, KRIZHEVSKY, LETTER, PAPER, TINY, Recipe, describe, opened
+from alexnet_cli.recipe import (
+    CAFFE,
+    FAST,
+    KRIZHEVSKY,
+    PAPER,
+    PAPER_TEXT_VALUES,
+    TINY,
+    Recipe,
+    describe_setting,
+    format_toml,
+)
+from alexnet_cli.recipe_io import read_recipe
 
 LINEAGE = {  # of each named recipe, who changed what of which other one: the last word first
     "krizhevsky": (("code", KRIZHEVSKY, PAPER),),
@@ -25,7 +35,7 @@ section  of the paper, or code: what only the authors' code says
 
 def origins(name_or_file: str) -> dict[str, str]:
     """Where each value of a recipe comes from, by key: the file that lists it, or whoever its base has it from."""
-    base, values = opened(name_or_file)
+    base, values = read_recipe(name_or_file)
     return {key: _origin(key, base) for key in vars(base)} | dict.fromkeys(values, name_or_file)
 
 
@@ -34,16 +44,16 @@ def _origin(key: str, named: Recipe) -> str:
         own = getattr(recipe, key) != getattr(before, key)
         if own or (who, key) == ("Caffe", "epochs"):  # 450,000 steps of 256 images are 90 epochs, too
             return who
-    source = describe(key)[1]
+    source = describe_setting(key)[1]
     return "paper" if source[0].isdigit() else source
 
 
 def show_config(reporter: Reporter, recipe: Recipe, sources: Mapping[str, str]) -> None:
     """Every value, where it comes from, and what the paper's text has; what differs from that comes last."""
-    paper = asdict(PAPER) | LETTER
+    paper = asdict(PAPER) | PAPER_TEXT_VALUES
     rows: list[dict[str, Any]] = []
     for key, value in asdict(recipe).items():
-        about, section = describe(key)
+        about, section = describe_setting(key)
         row = {"value": value, "from": sources[key], "paper": paper[key], "section": section, "meaning": about}
         rows.append({"key": key, **row})
     reporter.result({"event": "config", "values": rows})
@@ -64,7 +74,7 @@ def _show(reporter: Reporter, title: str, columns: Sequence[str], rows: Sequence
     for column in columns:
         table.add_column(column)
     for row in rows:
-        told = (spelled(row[column]) if column in {"value", "paper"} else row[column] for column in columns)
+        told = (format_toml(row[column]) if column in {"value", "paper"} else row[column] for column in columns)
         table.add_row(row["key"], *(Text(text) for text in told))
     reporter.show(table)
     reporter.show("")

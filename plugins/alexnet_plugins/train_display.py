@@ -54,10 +54,10 @@ def heading(reporter: Reporter, training: Training) -> None:
 
 def _changes(recipe: Recipe) -> str:
     """What differs from the named recipe that this is a variant of, and is not shown beside it."""
-    named = recipes.closest(recipe)
+    named = recipes.find_closest_recipe(recipe)
     told = " · ".join(
         f"{key} {value} instead of {other}"
-        for key, (value, other) in recipes.differences(recipe, named).items()
+        for key, (value, other) in recipes.compare_recipes(recipe, named).items()
         if key not in SHOWN
     )
     return told and told + (f" · otherwise as recipe {named.name}" if recipe.name != named.name else "")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
@@ -45,7 +45,7 @@ def fail(reporter: Reporter, run: Run, error: BaseException, reason: str = "erro
             reporter.result(record.as_dict())
 
 
-def finish(reporter: Reporter, training: Training, reason: str, stop: Callable[[], str | None]) -> None:
+def finish(reporter: Reporter, training: Training, reason: str) -> None:
     """Stopped: say how to go on. Otherwise write alexnet.onnx of the best checkpoint, so that predict starts fast."""
     from alexnet_cli.core import weights
     from alexnet_cli.core.export import crops_of, export
@@ -54,7 +54,7 @@ def finish(reporter: Reporter, training: Training, reason: str, stop: Callable[[
 
     run = training.run
     if reason in EXIT_CODES:
-        leave_report(reporter, training, stopped=True)
+        leave_report(reporter, training)
         saved = f"checkpoint saved in {run.path}" if (run.checkpoints / "last").exists() else "nothing to save yet"
         what = f"stopped ({reason}) at step {training.step:,}, epoch {training.epoch}: {saved}"
         raise Stopped(what, f"alexnet train --resume {run.quoted}", EXIT_CODES[reason])
@@ -68,7 +68,7 @@ def finish(reporter: Reporter, training: Training, reason: str, stop: Callable[[
         reporter.warn(f"no {ONNX} was written: {error.what}", error.hint)
     if reason == "finished":
         run.update({"status": "finished", "reason": reason})
-    leave_report(reporter, training, stopped=False, stop=stop)
+    leave_report(reporter, training)
     if reason == "max-steps":
         reporter.line("stopped", f"{run.path} · by --max-steps at step {training.step:,} of {training.steps:,}")
         reporter.line("next", f"alexnet train --resume {run.quoted} goes on; alexnet evaluate measures it as it is")
@@ -82,16 +82,16 @@ def finish(reporter: Reporter, training: Training, reason: str, stop: Callable[[
 
 def _reached(training: Training) -> tuple[str, str]:
     """The lowest error, with what it is worth, and what to do next."""
-    from alexnet_cli.core import advice, chance
+    from alexnet_cli.core import advice, baselines
 
     best, data, steps = training.schedule.best_error, training.data, training.step
     if best > 1:
         return "", "alexnet evaluate"
-    trained, val = (chance.counted(data.split(name).labels, len(data.classes)) for name in ("train", "val"))
-    reaches = chance.lowest_reaches(best, int(val.sum()), training.epochs_begun)
-    guess, always = chance.guessing(len(val)), chance.commonest(val)
+    trained, val = (baselines.count_images(data.split(name).labels, len(data.classes)) for name in ("train", "val"))
+    reaches = baselines.bound_lowest_error(best, int(val.sum()), training.epochs_begun)
+    guess, always = baselines.guessing_error(len(val)), baselines.majority_error(val)
     reached = f" · lowest top-1 error {best:.1%}"
-    if said := chance.no_better(guess, always, reaches):
+    if said := baselines.describe_no_better(guess, always, reaches):
         return f"{reached}, {said} ({always:.1%})", advice.way_on(
             training.recipe, trained, steps, training.epochs_begun
         )

@@ -10,9 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alexnet_cli import __version__
-from alexnet_cli import recipe as recipes
-from alexnet_cli.core.shapes import widths
+from alexnet_cli import __version__, recipe_io
+from alexnet_cli.core.architecture import layer_widths
 from alexnet_cli.errors import DataError, UsageError
 from alexnet_cli.recipe import Recipe
 from alexnet_plugins.train_config import origins
@@ -22,7 +21,7 @@ SHOWN = 5  # names in a message
 if TYPE_CHECKING:
     from alexnet_cli.core.fine_tuning import Transfer
     from alexnet_cli.core.placement import Placement
-    from alexnet_cli.core.ranks import Ranks
+    from alexnet_cli.core.process_group import ProcessMesh
     from alexnet_cli.core.runs import Run
     from alexnet_cli.core.shards import Dataset
     from alexnet_cli.core.weights import Model
@@ -33,8 +32,8 @@ def base_of(name: str | None, run: Run | None, first: Model | None) -> tuple[Rec
     if name is None and run:
         return run.recipe, dict.fromkeys(vars(run.recipe), run.path.name)
     if name is None and first:
-        return recipes.changed(first.recipe, {"frozen": "none"}), dict.fromkeys(vars(first.recipe), "weights")
-    return recipes.load(name or "paper"), origins(name or "paper")
+        return recipe_io.apply_changes(first.recipe, {"frozen": "none"}), dict.fromkeys(vars(first.recipe), "weights")
+    return recipe_io.load_recipe(name or "paper"), origins(name or "paper")
 
 
 def habits_of(run: Run | None, typed: dict[str, int | None]) -> dict[str, int | None]:
@@ -43,7 +42,7 @@ def habits_of(run: Run | None, typed: dict[str, int | None]) -> dict[str, int | 
     return {key: known.get(key) if value is None else value for key, value in typed.items()}
 
 
-def to_continue(ranks: Ranks, resume: str | None, name: str | None) -> Run | None:
+def to_continue(ranks: ProcessMesh, resume: str | None, name: str | None) -> Run | None:
     """The run to go on with, or None to start one. Rank 0 decides: it may be about to make what others would find."""
     from alexnet_cli.core import resume as resuming
     from alexnet_cli.core.runs import Run
@@ -99,7 +98,7 @@ def check_placement(placement: Placement, recipe: Recipe, rows: int, micro_batch
         raise UsageError(f"a batch of {batch} is not to be had from {ranks.replicas} replicas", "-b takes more")
     if ranks.columns and micro_batch:
         raise UsageError("--parallel hybrid computes whole batches", "leave --micro-batch out, or use --parallel data")
-    units = recipe.towers * widths(recipe)["fc6"]
+    units = recipe.towers * layer_widths(recipe)["fc6"]
     if ranks.columns and units % ranks.size:
         raise UsageError(f"{units:,} units of layer 6 do not divide by {ranks.size}", "use another number of devices")
 

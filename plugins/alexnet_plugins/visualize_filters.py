@@ -14,10 +14,10 @@ import typer
 from alexnet_cli.console import Reporter
 from alexnet_cli.errors import StorageError, UsageError, WeightsError
 from alexnet_cli.options import JsonFlag, OwnDataOption, QuietFlag, WeightsOption
-from alexnet_plugins import visualize_patches, visualize_picture, visualize_terminal
+from alexnet_plugins import visualize_views
 
 if TYPE_CHECKING:
-    from alexnet_cli.core.qualitative import Kernels, Specialisation
+    from alexnet_cli.core.filters import Kernels, Specialisation
     from alexnet_cli.core.weights import Model
 
 CHANCE = 0.05  # p-values above this are called chance
@@ -74,17 +74,17 @@ def visualize_filters(
 
     mode = "--picture" if picture is not None else "--layer" if layer else None
     given = {"--layer": layer, "--unit": unit, "--data": data, "--scale": scale, "--sort": sort}
-    _check(mode, [option for option, value in given.items() if value is not None], output)
-    source = visualize_picture.source(picture, output) if picture is not None else None
+    _check_options(mode, [option for option, value in given.items() if value is not None], output)
+    source = visualize_views.find_picture(picture, output) if picture is not None else None
     reporter = Reporter("visualize-filters", json=json, quiet=quiet)
     path = find_weights(weights)
     model = read(path)
-    chosen = _chosen(tower, model.recipe.towers)
+    chosen = _choose_towers(tower, model.recipe.towers)
     reporter.line("weights", told(path, model.info))
     run = run_of(path)
     part = f"-tower{chosen[0] + 1}" if len(chosen) < model.recipe.towers else ""
     if source is not None:
-        name = f"{visualize_picture.name(source)}-layers{part}.png"
+        name = f"{visualize_views.name_picture(source)}-layers{part}.png"
     elif layer is not None:
         name = f"{layer}-units{part}.png" if unit is None else f"{layer}-unit{unit}.png"
     else:
@@ -92,19 +92,21 @@ def visualize_filters(
     target = output or ((run / "figures" if run else Path()) / name)
     if source is not None or layer is not None:
         if source is not None:
-            record, image = visualize_picture.way(reporter, model, source, chosen, _about(model, run))
+            record, image = visualize_views.draw_picture_trace(
+                reporter, model, source, chosen, _describe_run(model, run)
+            )
         elif layer is not None:
-            title = _title(layer, model, run)
-            record, image = visualize_patches.strongest(reporter, model, layer, unit, chosen, data, title)
-        _write(target, lambda: image.save(target, "PNG"))
+            title = _make_title(layer, model, run)
+            record, image = visualize_views.draw_top_patches(reporter, model, layer, unit, chosen, data, title)
+        _write_file(target, lambda: image.save(target, "PNG"))
         reporter.result({"path": str(target), "tower": tower, **record})
         reporter.line("saved", str(target))
         return
-    title = _title("conv1", model, run)
-    _kernels(reporter, model, chosen, scale or "joint", sort is not None, target, title, terminal=not no_terminal)
+    title = _make_title("conv1", model, run)
+    _draw_kernels(reporter, model, chosen, scale or "joint", sort is not None, target, title, terminal=not no_terminal)
 
 
-def _check(mode: str | None, given: list[str], output: Path | None) -> None:
+def _check_options(mode: str | None, given: list[str], output: Path | None) -> None:
     """Refuse options that say nothing here; `mode` is the option that asks for something else than kernels."""
     for option in given:
         if mode == "--picture":
@@ -118,7 +120,7 @@ def _check(mode: str | None, given: list[str], output: Path | None) -> None:
         raise UsageError(f"-o {output}: not a {' or '.join(suffixes)} file", f"such as -o filters{suffixes[-1]}")
 
 
-def _kernels(
+def _draw_kernels(
     reporter: Reporter,
     model: Model,
     chosen: list[int],
@@ -131,40 +133,40 @@ def _kernels(
     """The kernels of the chosen towers as a picture, and the numbers."""
     import numpy as np
 
-    from alexnet_cli.core import filter_picture, qualitative
+    from alexnet_cli.core import filter_picture, filters
 
     weight = model.tensors["conv1.weight"]
     if not np.isfinite(weight).all():
         what = f"{model.path}: conv1.weight holds values that are no numbers"
         raise WeightsError(what, "training broke down before it was saved: take an earlier checkpoint")
-    towers = qualitative.split(weight, model.recipe.towers)
-    found = qualitative.specialisation(towers)
-    limits = filter_picture.joint_limits(towers) if scale == "joint" else filter_picture.own_limits(towers)
+    towers = filters.split_towers(weight, model.recipe.towers)
+    found = filters.measure_specialisation(towers)
+    limits = filter_picture.shared_limits(towers) if scale == "joint" else filter_picture.kernel_limits(towers)
     orders = [np.argsort(-t.chroma, kind="stable") if sort else np.arange(len(t.chroma)) for t in found.towers]
     grids = {i: (towers[i][orders[i]], limits[i][orders[i]]) for i in chosen}
     words = ("one scale" if scale == "joint" else "a scale for each", ", most colourful first" if sort else "")
-    reporter.line("layer", f"conv1 · {_described(towers, chosen)} · {words[0]}, zero = mid-grey{words[1]}")
-    if terminal and not reporter.json and visualize_terminal.shows_colour():
+    reporter.line("layer", f"conv1 · {_describe_kernels(towers, chosen)} · {words[0]}, zero = mid-grey{words[1]}")
+    if terminal and not reporter.json and visualize_views.terminal_shows_colour():
         for kernels, limit in grids.values():
-            reporter.show(visualize_terminal.half_blocks(kernels, limit))
-    columns = filter_picture.columns_for(len(towers[0]))
+            reporter.show(visualize_views.draw_kernels_in_terminal(kernels, limit))
+    columns = filter_picture.count_columns(len(towers[0]))
     note = "" if scale == "joint" else f", {words[0]}"
-    panels = [(_caption(found, i) + note, filter_picture.grid(*grids[i], columns)) for i in chosen]
+    panels = [(_make_caption(found, i) + note, filter_picture.draw_grid(*grids[i], columns)) for i in chosen]
     if target.suffix.lower() == ".svg":
-        _write(target, lambda: target.write_text(filter_picture.svg(panels, title), encoding="utf-8"))
+        _write_file(target, lambda: target.write_text(filter_picture.draw_svg(panels, title), encoding="utf-8"))
     else:
-        _write(target, lambda: filter_picture.figure(panels, title).save(target, "PNG"))
-    numbers = qualitative.numbers(found) | {
+        _write_file(target, lambda: filter_picture.draw_figure(panels, title).save(target, "PNG"))
+    numbers = filters.make_record(found) | {
         "order": {f"tower{i + 1}": orders[i].tolist() for i in chosen},
         "scale": scale,
     }
     tower = "both" if len(chosen) == len(towers) else str(chosen[0] + 1)
     count = sum(len(towers[i]) for i in chosen)
     reporter.result({"path": str(target), "tower": tower, "kernels": count} | numbers)
-    _tell(reporter, found, chosen, target, model)
+    _show_numbers(reporter, found, chosen, target, model)
 
 
-def _chosen(tower: str, towers: int) -> list[int]:
+def _choose_towers(tower: str, towers: int) -> list[int]:
     """Indices of the towers that --tower means."""
     if tower == "both":
         return list(range(towers))
@@ -174,7 +176,7 @@ def _chosen(tower: str, towers: int) -> list[int]:
     raise UsageError(f"--tower {tower}: this model has {has}", "--tower both shows all there is")
 
 
-def _described(towers: tuple[Kernels, ...], chosen: list[int]) -> str:
+def _describe_kernels(towers: tuple[Kernels, ...], chosen: list[int]) -> str:
     names = " and ".join(str(i + 1) for i in chosen)
     count, _, height, width = towers[chosen[0]].shape
     each = " each" if len(chosen) > 1 else ""
@@ -182,23 +184,23 @@ def _described(towers: tuple[Kernels, ...], chosen: list[int]) -> str:
     return f"{noun} {names} of {len(towers)} · {count} kernels {height}×{width}×3{each}"
 
 
-def _caption(found: Specialisation, i: int) -> str:
+def _make_caption(found: Specialisation, i: int) -> str:
     tower = found.towers[i]
     return f"tower {i + 1} of {len(found.towers)}, {len(tower.chroma)} kernels, colour share {found.means[i]:.2f}"
 
 
-def _title(layer: str, model: Model, run: Path | None) -> str:
+def _make_title(layer: str, model: Model, run: Path | None) -> str:
     """What the kernels belong to: run and epoch, as far as the file knows."""
-    return ", ".join([layer, *_about(model, run)])
+    return ", ".join([layer, *_describe_run(model, run)])
 
 
-def _about(model: Model, run: Path | None) -> list[str]:
+def _describe_run(model: Model, run: Path | None) -> list[str]:
     """Run and epoch."""
     known = ({"run": run.name} if run else {}) | dict(model.info)
     return [f"{word} {known[word]}" for word in ("run", "epoch") if word in known]
 
 
-def _write(target: Path, write: Any) -> None:
+def _write_file(target: Path, write: Any) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         write()
@@ -206,7 +208,7 @@ def _write(target: Path, write: Any) -> None:
         raise StorageError(f"cannot write {target}: {error.strerror or error}", "choose another -o") from error
 
 
-def _learned(found: Specialisation, chosen: list[int]) -> str:
+def _describe_training(found: Specialisation, chosen: list[int]) -> str:
     """How smooth the kernels of the layer are, and how many of the chosen towers' have learned nothing."""
     shown = replace(found, towers=tuple(found.towers[i] for i in chosen))
     count = sum(len(tower.chroma) for tower in shown.towers)
@@ -215,7 +217,7 @@ def _learned(found: Specialisation, chosen: list[int]) -> str:
     return f"smoothness {found.smoothness:.2f} (random 0, smooth 1{both}) · {noise} · {shown.dead} dead"
 
 
-def _tell(reporter: Reporter, found: Specialisation, chosen: list[int], target: Path, model: Model) -> None:
+def _show_numbers(reporter: Reporter, found: Specialisation, chosen: list[int], target: Path, model: Model) -> None:
     """The numbers for people."""
     shares = " · ".join(f"tower {i + 1} {mean:.2f}" for i, mean in enumerate(found.means))
     reporter.show(f"colour  {shares}   (grey 0, chance 0.67, opponent colours 1)")
@@ -231,7 +233,7 @@ def _tell(reporter: Reporter, found: Specialisation, chosen: list[int], target: 
         f"tower {i + 1} {t.mean(t.frequency):.2f} and {t.mean(t.selectivity):.2f}" for i, t in enumerate(found.towers)
     )
     reporter.show(f"stripes {waves}   (cycles a pixel, and how far one orientation prevails, 0 to 1)")
-    reporter.show(f"kernels {_learned(found, chosen)}")
+    reporter.show(f"kernels {_describe_training(found, chosen)}")
     reporter.line("saved", str(target))
     if found.undertrained:
         epoch = f": this checkpoint is from epoch {model.info['epoch']}" if "epoch" in model.info else ""

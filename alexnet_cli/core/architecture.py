@@ -1,0 +1,218 @@
+"""The geometry of the network (sections 3.2 to 3.5): one table, made from the recipe. No torch.
+
+Everything that needs a kernel, a padding or the side of a map reads it here: the network, the ONNX graph, receptive
+fields, importers, parameter counts and the report. For the paper's recipe and 1000 classes:
+
+    layer   kernel        inputs of a filter   maps per tower   side   then
+    conv1   11 x 11 / 4   3                    48               55     relu, norm, pool to 27
+    conv2   5 x 5         own tower: 48        128              27     relu, norm, pool to 13
+    conv3   3 x 3         both towers: 256     192              13     relu
+    conv4   3 x 3         own tower: 192       192              13     relu
+    conv5   3 x 3         own tower: 192       128              13     relu, pool to 6
+    fc6     -             both towers: 9216    2048             -      relu, dropout
+    fc7     -             both towers: 4096    2048             -      relu, dropout
+    fc8     -             both towers: 4096    1000 classes, a sum over towers
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from alexnet_cli.recipe import SIDE, Recipe
+
+CONV_LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5")
+LAYERS = (*CONV_LAYERS, "fc6", "fc7", "fc8")
+PARAMETERS = tuple(f"{layer}.{part}" for layer in LAYERS for part in ("weight", "bias"))
+
+PER_TOWER = {"conv1": 48, "conv2": 128, "conv3": 192, "conv4": 192, "conv5": 128, "fc6": 2048, "fc7": 2048}
+ONE_TOWER = PER_TOWER | {"conv5": 256, "fc6": 4096, "fc7": 4096}  # the one-GPU network of the footnote in 3.2
+KERNELS = {"conv1": 11, "conv2": 5, "conv3": 3, "conv4": 3, "conv5": 3}
+STRIDES = {"conv1": 4, "conv2": 1, "conv3": 1, "conv4": 1, "conv5": 1}
+SEE_BOTH_TOWERS = ("conv3", "fc6", "fc7", "fc8")
+POOL_STRIDE = 2
+EDGE_PADDING = 3  # zero columns right, zero rows below 224 pixels: the last of 55 windows reaches pixel 226
+WITHIN_NORM_SIZE = 5  # side of the window of net #145's extra normalization in stage 2
+
+Step = Literal["activation", "norm", "within-norm", "pool", "dropout"]
+"""What can follow a layer: the nonlinearity, response normalization, net #145's extra one, pooling, dropout."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSpec:
+    """One of the eight layers with weights. Sides are in pixels, of square kernels and maps; 1 in layers 6 to 8."""
+
+    name: str
+    towers: int
+    """How many towers have maps of this layer; 1 for fc8, whose logits are a sum over towers."""
+    maps: int
+    """Feature maps (units in layers 6 and 7) in each tower; the number of classes in fc8."""
+    inputs: int
+    """Input channels (units) that one filter sees."""
+    sees_both: bool
+    """Whether a filter sees the maps of both towers."""
+    kernel: int = 1
+    stride: int = 1
+    padding: tuple[int, int] = (0, 0)
+    """Zeros left and above, right and below."""
+    input_side: int = 1
+    side: int = 1
+    then: tuple[Step, ...] = ()
+    pooled_side: int | None = None
+    """Side of the maps after pooling, if they are pooled."""
+
+    @property
+    def is_conv(self) -> bool:
+        """Whether this is one of the five convolutional layers."""
+        return self.name in CONV_LAYERS
+
+    @property
+    def weights(self) -> int:
+        """Number of weights, both towers together."""
+        return self.biases * self.inputs * self.kernel**2
+
+    @property
+    def biases(self) -> int:
+        """Number of biases, which is that of all maps (units)."""
+        return self.maps * self.towers
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights and biases, both towers together."""
+        return self.weights + self.biases
+
+    @property
+    def multiplications(self) -> int:
+        """Multiply-accumulates for one image, both towers together."""
+        return self.weights * self.side**2
+
+
+def layer_widths(recipe: Recipe) -> dict[str, int]:
+    """Maps (units) of each hidden layer in one tower."""
+    table = PER_TOWER if recipe.towers == 2 else ONE_TOWER
+    return {layer: max(1, round(maps * recipe.width)) for layer, maps in table.items()}
+
+
+def layer_specs(recipe: Recipe, classes: int) -> tuple[LayerSpec, ...]:
+    """The eight layers of the network of a recipe, in order."""
+    widths, specs = layer_widths(recipe), list[LayerSpec]()
+    channels, side = 3, int(recipe.input_size)  # what the next layer takes: channels per tower, side of their maps
+    for layer in LAYERS:
+        sees_both = recipe.towers > 1 and layer in SEE_BOTH_TOWERS
+        inputs = channels * (recipe.towers if sees_both else 1)
+        then = _following_steps(recipe, layer)
+        if layer in CONV_LAYERS:
+            before, after = _padding(recipe, layer)
+            output_side = (side + before + after - KERNELS[layer]) // STRIDES[layer] + 1
+            # The last window may hang over the edge, as in the authors' code.
+            pooled = -(-(output_side - recipe.pool_size) // POOL_STRIDE) + 1 if "pool" in then else None
+            spec = LayerSpec(
+                name=layer, towers=recipe.towers, maps=widths[layer], inputs=inputs, sees_both=sees_both,
+                kernel=KERNELS[layer], stride=STRIDES[layer], padding=(before, after), input_side=side,
+                side=output_side, then=then, pooled_side=pooled,
+            )  # fmt: skip
+            channels, side = spec.maps, spec.pooled_side or spec.side
+        else:
+            towers, maps = (1, classes) if layer == "fc8" else (recipe.towers, widths[layer])
+            inputs *= side**2  # flattened maps in layer 6
+            spec = LayerSpec(name=layer, towers=towers, maps=maps, inputs=inputs, sees_both=sees_both, then=then)
+            channels, side = maps, 1
+        specs.append(spec)
+    return tuple(specs)
+
+
+def _padding(recipe: Recipe, layer: str) -> tuple[int, int]:
+    """Zeros before and after the maps that a convolution takes."""
+    if layer == "conv1":
+        return 0, EDGE_PADDING if recipe.input_size == 224 and recipe.edge_padding else 0
+    # 2 x 2 pooling leaves larger maps: layers 2 and 5 pad one less, so that layer 6 sees 6 x 6 either way.
+    less = 1 if recipe.pool_size == 2 and layer in ("conv2", "conv5") else 0
+    return (KERNELS[layer] // 2 - less,) * 2
+
+
+def _following_steps(recipe: Recipe, layer: str) -> tuple[Step, ...]:
+    if layer == "fc8":
+        return ()
+    if layer in ("fc6", "fc7"):
+        return ("activation", "dropout") if recipe.dropout else ("activation",)
+    orders = {"conv1": recipe.stage1_order, "conv2": recipe.stage2_order, "conv5": "relu-pool"}
+    steps: list[Step] = []
+    for word in orders.get(layer, "relu").split("-"):
+        if word == "relu":
+            steps.append("activation")
+        elif word == "pool":
+            steps.append("pool")
+        else:
+            steps += ["norm"] if recipe.lrn != "none" else []
+            steps += ["within-norm"] if layer == "conv2" and recipe.within_norm_2 else []
+    return tuple(steps)
+
+
+def describe_step(recipe: Recipe, step: Step) -> str:
+    """What follows a layer, in words: "normalization across 5 maps"."""
+    if step == "activation":
+        return {"relu": "ReLU", "tanh": "tanh", "sigmoid": "sigmoid"}[recipe.activation]
+    if step == "pool":
+        return f"pooling {recipe.pool_size}×{recipe.pool_size} / {POOL_STRIDE}"
+    if step == "dropout":
+        return f"dropout {recipe.dropout:g}"
+    if step == "norm" and recipe.lrn == "across-maps":
+        joint = recipe.lrn_joint and recipe.towers > 1
+        return f"normalization across {recipe.lrn_size} maps{' of both towers' if joint else ''}"
+    size = recipe.lrn_size if step == "norm" else WITHIN_NORM_SIZE
+    return f"normalization within {size}×{size}"
+
+
+def tensor_shapes(recipe: Recipe, classes: int) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor of a model file, layer by layer, both towers side by side; `mean` comes last."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for spec in layer_specs(recipe, classes):
+        kernel = (spec.kernel, spec.kernel) if spec.is_conv else ()
+        shapes[f"{spec.name}.weight"] = (spec.biases, spec.inputs, *kernel)
+        shapes[f"{spec.name}.bias"] = (spec.biases,)
+    return shapes | {"mean": (3, SIDE, SIDE)}
+
+
+class Window(NamedTuple):
+    """A sliding window along one axis: its `size` and `stride`, the padding `before`, the `inputs` it runs over."""
+
+    size: int
+    stride: int
+    before: int
+    inputs: int
+
+
+def sliding_windows(recipe: Recipe, layer: str) -> list[Window]:
+    """The windows between the crop and a layer, its own included, in order. Layers 6 and 7 see all of pool 5."""
+    windows, side = list[Window](), 0
+    for spec in layer_specs(recipe, 1):
+        if not spec.is_conv:
+            return [*windows, Window(side, 1, 0, side)]
+        windows.append(Window(spec.kernel, spec.stride, spec.padding[0], spec.input_side))
+        side = spec.side
+        if spec.name == layer:
+            break
+        for step in spec.then:
+            if step == "pool":
+                windows.append(Window(recipe.pool_size, POOL_STRIDE, 0, side))
+                side = spec.pooled_side or side
+            elif step == "within-norm" or (step == "norm" and recipe.lrn == "within-map"):
+                size = recipe.lrn_size if step == "norm" else WITHIN_NORM_SIZE
+                windows.append(Window(size, 1, size // 2, side))
+    return windows
+
+
+def receptive_field(recipe: Recipe, layer: str, place: int, clipped: bool = True) -> tuple[int, int]:
+    """First pixel and the one after the last, along one axis of the 256 x 256 image, that reach a place of a map.
+
+    `place` is the row or column in the map of the center crop; 0 in layers 6 and 7, which have no maps. Padding is no
+    image, so a field ends at the border of the map that is padded and at that of the crop; not `clipped`, it is as
+    large as that of every other place.
+    """
+    first, end = place, place + 1
+    for window in reversed(sliding_windows(recipe, layer)):
+        first, end = first * window.stride - window.before, (end - 1) * window.stride - window.before + window.size
+        if clipped:
+            first, end = max(0, first), min(window.inputs, end)
+    corner = (SIDE - recipe.input_size) // 2
+    return corner + first, corner + end

@@ -1,0 +1,91 @@
+"""Error of trivial baselines (uniform guessing, majority class), and whether a network is better than they are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+ClassCounts = npt.NDArray[np.int64]
+"""Number of images of each class."""
+
+FEWEST_OTHERS = 10  # images of other classes; fewer say nothing about a one-sided network
+ONE_SIDED_SHARE = 0.9  # a network is one-sided if it takes this share of the images of other classes for one class
+ONE_SIDED_HINT = "train it longer, or with a more equal number of images per class"
+
+
+def count_images(labels: npt.NDArray[np.int64], classes: int) -> ClassCounts:
+    """Return the number of images of each class."""
+    return np.bincount(labels, minlength=classes)
+
+
+def guessing_error(classes: int) -> float:
+    """Return the top-1 error of guessing every class with the same probability."""
+    return 1 - 1 / classes
+
+
+def majority_error(counts: ClassCounts) -> float:
+    """Return the top-1 error of always answering the commonest class."""
+    return 1 - int(counts.max()) / int(counts.sum())
+
+
+def constant_loss(counts: ClassCounts, smoothing: float = 0.0) -> float:
+    """Return the lowest loss, in nats, of one answer for all images: ln(classes) if the classes are equal."""
+    total = int(counts.sum())
+    shares = [(1 - smoothing) * count / total + smoothing / len(counts) for count in counts.tolist()]
+    return -math.fsum(share * math.log(share) for share in shares if share)
+
+
+def wilson_interval(error: float, images: int, z: float = 1.96) -> tuple[float, float]:
+    """Return Wilson's 95 % confidence interval of a share measured on so many images; it stays within 0 and 1."""
+    middle = (error + z**2 / (2 * images)) / (1 + z**2 / images)
+    half = z * math.sqrt(error * (1 - error) / images + z**2 / (4 * images**2)) / (1 + z**2 / images)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def bound_lowest_error(error: float, images: int, epochs: int) -> float:
+    """Return the upper end of that interval for the lowest error of several epochs, some of which are low by chance."""
+    return wilson_interval(error, images, NormalDist().inv_cdf(1 - 0.025 / max(1, epochs)))[1]
+
+
+def format_baselines(guessing: float, majority: float) -> str:
+    """Return both errors in words; the second only if the classes are unequal."""
+    text = f"guessing: {guessing:.1%}"
+    return text if f"{majority:.1%}" == f"{guessing:.1%}" else f"{text}, always the commonest class: {majority:.1%}"
+
+
+def describe_no_better(guessing: float, majority: float, upper: float) -> str:
+    """Return a remark if the `upper` end of an error's interval reaches that of a baseline, else an empty text."""
+    if upper < majority or not majority:
+        return ""
+    is_equal = f"{majority:.1%}" == f"{guessing:.1%}"
+    return f"no better than {'guessing' if is_equal else 'always answering the commonest class'}"
+
+
+def describe_totals(totals: Mapping[str, Any]) -> str:
+    """Return that remark for the totals of an evaluation, with the interval."""
+    majority = totals["commonest_error"]
+    remark = describe_no_better(totals["chance_error"], majority, totals["top1_error_interval"][1])
+    return f"{remark}: the 95 % interval reaches {majority:.1%}" if remark else ""
+
+
+def describe_one_sided(confusion: npt.NDArray[np.int64], names: Sequence[str]) -> str:
+    """Return a remark if a network takes nearly all images of other classes for one class, else an empty text.
+
+    `confusion[true, predicted]` counts images.
+    """
+    predicted, actual = confusion.sum(axis=0), confusion.sum(axis=1)
+    favorite, images = int(predicted.argmax()), int(actual.sum())
+    others = images - int(actual[favorite])
+    wrong = int(predicted[favorite]) - int(confusion[favorite, favorite])
+    if others < FEWEST_OTHERS or wrong < ONE_SIDED_SHARE * others:
+        return ""
+    share, true = predicted[favorite] / images, actual[favorite] / images
+    return (
+        f"{share:.1%} of the answers are {names[favorite]}, but only {true:.1%} of the images: "
+        "the network hardly distinguishes classes"
+    )

@@ -1,0 +1,101 @@
+"""Text on images, and contact sheets: rows of small images, a line above each row and below each image. No torch."""
+
+from __future__ import annotations
+
+import importlib.util
+from bisect import bisect_right
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFont
+
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+PAGE, INK = (255, 255, 255), (32, 32, 32)
+SIDE, GAP, LINE, LETTERS = 128, 6, 20, 13  # pixels: of a picture, between two, of a line, of a letter
+MIN_WIDTH = 480  # pixels, for the lines
+DEJAVU = "mpl-data/fonts/ttf/DejaVuSans.ttf"  # in matplotlib
+MISSING_GLYPH = "\uffff"  # no font has it: what a font draws for it, it draws for all that it lacks
+
+
+def load_font(size: int, text: str) -> Font:
+    """A font of `size` pixels that has the letters of `text`, as far as one is installed.
+
+    Pillow's own has English alone; matplotlib, where it is installed, brings accents, Greek and Cyrillic.
+    """
+    default, path = _default_font(size), _dejavu_path()
+    return default if path is None or _has_glyphs(default, text) else ImageFont.truetype(path, size)
+
+
+@cache
+def _default_font(size: int) -> Font:
+    return ImageFont.load_default(size)
+
+
+@cache
+def _dejavu_path() -> Path | None:
+    matplotlib = importlib.util.find_spec("matplotlib")  # does not import it
+    path = Path(matplotlib.origin).parent / DEJAVU if matplotlib and matplotlib.origin else None
+    return path if path and path.is_file() else None
+
+
+def _has_glyphs(font: Font, text: str) -> bool:
+    missing = bytes(font.getmask(MISSING_GLYPH))
+    return all(bytes(font.getmask(c)) != missing for c in set(text) if c.isprintable() and not c.isascii())
+
+
+def fit_text(text: str, width: int, font: Font) -> str:
+    """The text, cut to so many pixels; a question mark for what cannot be shown."""
+    plain = "".join(c if c.isprintable() else "?" for c in text)
+    if font.getlength(plain) <= width:
+        return plain
+    letters = bisect_right(range(len(plain)), width, key=lambda n: int(font.getlength(plain[:n] + "…"))) - 1
+    return plain[: max(0, letters)] + "…"
+
+
+class Tile(NamedTuple):
+    """A square image, uint8 S x S x 3, and the text below it."""
+
+    pixels: npt.NDArray[np.uint8]
+    text: str = ""
+
+
+class Row(NamedTuple):
+    """Tiles with a line above. With `apart`, a gap follows the first: the others belong to it."""
+
+    caption: str
+    tiles: Sequence[Tile]
+    apart: bool = False
+
+
+def draw_sheet(rows: Sequence[Row], title: str) -> Image.Image:
+    """The rows below each other, the title last. Small images are enlarged without smoothing."""
+    width = max([MIN_WIDTH, *(_tile_left(row, len(row.tiles)) for row in rows)])
+    height = len(rows) * (SIDE + 2 * LINE + GAP) + LINE + GAP
+    page = Image.new("RGB", (width, height), PAGE)
+    written = [title, *(text for row in rows for text in (row.caption, *(tile.text for tile in row.tiles)))]
+    draw, font = ImageDraw.Draw(page), load_font(LETTERS, "".join(written))
+    top = 0
+    for row in rows:
+        draw.text((GAP, top + 3), fit_text(row.caption, width - 2 * GAP, font), INK, font)
+        for number, tile in enumerate(row.tiles):
+            left = _tile_left(row, number)
+            page.paste(_scale_tile(tile.pixels), (left, top + LINE))
+            draw.text((left, top + LINE + SIDE + 2), fit_text(tile.text, SIDE, font), INK, font)
+        top += SIDE + 2 * LINE + GAP
+    draw.text((GAP, top + 3), fit_text(title, width - 2 * GAP, font), INK, font)
+    return page
+
+
+def _tile_left(row: Row, number: int) -> int:
+    """Where a tile begins; for the number after the last, where the row ends."""
+    return GAP + number * (SIDE + GAP) + (4 * GAP if row.apart and number else 0)
+
+
+def _scale_tile(pixels: npt.NDArray[np.uint8]) -> Image.Image:
+    how = Image.Resampling.NEAREST if len(pixels) < SIDE else Image.Resampling.LANCZOS
+    return Image.fromarray(pixels).resize((SIDE, SIDE), how)

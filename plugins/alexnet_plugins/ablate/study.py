@@ -1,0 +1,234 @@
+"""An ablation study: the base recipe and each of the paper's ideas turned off, trained with several seeds.
+
+    runs/NAME/SWITCH-seedN/   each cell is a run like any other: `-w NAME/SWITCH-seedN`
+    runs/NAME/ablation.*      the table, as CSV, JSON and chart
+
+Cells with the same seed share initial weights, data order, crops and dropout masks as far as their switches allow.
+Differences are therefore taken in pairs.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from alexnet_cli import __version__
+from alexnet_cli.core import failure
+from alexnet_cli.core.checkpoint import newest
+from alexnet_cli.core.placement import Placement
+from alexnet_cli.core.records import Record
+from alexnet_cli.core.runs import Run, is_plain, runs_root
+from alexnet_cli.core.shards import Dataset
+from alexnet_cli.core.train import fit
+from alexnet_cli.core.training import Training
+from alexnet_cli.errors import DataError, StorageError, UsageError, VerificationError
+from alexnet_cli.recipe import Recipe
+from alexnet_cli.recipe_io import apply_changes
+
+DIVERGED = "the loss is not a number"
+
+
+@dataclass(frozen=True, eq=False)
+class Switch:
+    """One idea of the paper turned off: the recipe's `changes`, the section, and the paper's claim.
+
+    `paper` is the claim in words; `top1` and `top5` are the errors it adds, as shares of the images, measured on
+    ILSVRC with ten views. `is_harmful`: the paper claims a higher error without the idea, with or without a number.
+    """
+
+    name: str
+    section: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    paper: str = ""
+    top1: float | None = None
+    top5: float | None = None
+    is_harmful: bool = False
+
+    @property
+    def settings(self) -> str:
+        """The changes as typed after --set."""
+        return " ".join(f"{key}={str(value).lower()}" for key, value in self.changes.items())
+
+    def apply(self, base: Recipe) -> Recipe:
+        """Return the base with the idea turned off."""
+        return apply_changes(base, self.changes)
+
+
+BASE = Switch("base", "-")
+OVERFITTING = "substantial overfitting"
+SWITCHES: tuple[Switch, ...] = (
+    BASE,
+    # the authors' net #148, without normalization, lacks the extra one in stage 2 too
+    Switch("no-norm", "3.3", {"lrn": "none", "within_norm_2": False}, "+1.4 / +1.2", 0.014, 0.012, True),
+    Switch("norm-within-map", "3.3", {"lrn": "within-map"}),
+    Switch("pool-2x2", "3.4", {"pool_size": 2}, "+0.4 / +0.3", 0.004, 0.003, True),
+    Switch("one-tower", "3.2", {"towers": 1}, "+1.7 / +1.2", 0.017, 0.012, True),
+    Switch("no-crops-flips", "4.1", {"crops": False, "flips": False}, OVERFITTING, is_harmful=True),
+    Switch("no-colour-shift", "4.1", {"colour_shift": 0.0}, "more than +1", 0.01, is_harmful=True),
+    Switch("no-dropout", "4.2", {"dropout": 0.0}, OVERFITTING, is_harmful=True),
+    Switch("tanh", "3.1", {"activation": "tanh"}, "6 times the steps"),
+    Switch("sigmoid", "3.1", {"activation": "sigmoid"}),
+)
+
+
+def choose_switches(base: Recipe, only: Sequence[str] = ()) -> tuple[list[Switch], list[Switch]]:
+    """Return the switches to train, the base first, and those left out because the base has the idea off already.
+
+    `only` holds names of switches; if it is empty, all are used.
+
+    Raises:
+        UsageError: a name is unknown.
+    """
+    names = [switch.name for switch in SWITCHES]
+    for name in only:
+        if name not in names:
+            near = [switch.name for switch in SWITCHES if name in switch.changes]  # a recipe key
+            near = near or difflib.get_close_matches(name, names, 1)
+            guess = f"did you mean {' or '.join(near)}? " if near else ""
+            raise UsageError(f"--only {name}: no such switch", f"{guess}there are: {', '.join(names)}")
+    wanted = [switch for switch in SWITCHES if not only or switch is BASE or switch.name in only]
+    off = [switch for switch in wanted if switch is not BASE and switch.apply(base) == base]
+    return [switch for switch in wanted if switch not in off], off
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training of the study: a switch and, in its recipe, a seed."""
+
+    switch: Switch
+    recipe: Recipe
+
+    @property
+    def name(self) -> str:
+        """Name of its run inside the study's folder."""
+        return f"{self.switch.name}-seed{self.recipe.seed}"
+
+
+def make_cells(base: Recipe, switches: Sequence[Switch], seeds: int) -> list[Cell]:
+    """Return all trainings, seed by seed, so that the first seed already gives a whole table."""
+    recipes = [replace(base, seed=base.seed + i) for i in range(seeds)]
+    return [Cell(switch, switch.apply(recipe)) for recipe in recipes for switch in switches]
+
+
+@dataclass(frozen=True)
+class AblationStudy:
+    """A folder of cells and what they share. `command` is the command line, for run.json."""
+
+    folder: Path
+    data: Dataset
+    placement: Placement
+    threads: int
+    command: Sequence[str]
+
+    @classmethod
+    def open(
+        cls, name: str, data: Dataset, placement: Placement, threads: int, command: Sequence[str] = ()
+    ) -> AblationStudy:
+        """Return the study of that name, which need not exist yet.
+
+        Raises:
+            UsageError: the name is not a plain name, or is that of a run.
+            DataError: a split has no images.
+        """
+        folder = runs_root() / name
+        if not is_plain(name):
+            raise UsageError(f"--name {name!r} is not a plain name", "use letters, digits, '-' and '_'")
+        if (folder / "run.json").exists():
+            raise UsageError(f"{folder} is a run, not an ablation", "choose another --name")
+        for split in ("train", "val"):
+            if not len(data.split(split)):
+                raise DataError(f"{data.path}: split {split} has no images", "prepare it again with --val-fraction 0.1")
+        return cls(folder, data, placement, threads, command)
+
+    def is_finished(self, cell: Cell) -> bool:
+        """Return whether the cell needs no more training.
+
+        Raises:
+            UsageError: the folder has this cell with another recipe or data set.
+        """
+        run = self._find_run(cell)
+        if run is None:
+            return False
+        self._check_same_training(run, cell)
+        return is_done(run)
+
+    def train(self, cell: Cell, stop: Callable[[], str | None]) -> Iterator[Record]:
+        """Train a cell, from its newest checkpoint if there is one; yields the records of `fit`.
+
+        If the loss becomes NaN, the records end and the run's status says so.
+
+        Raises:
+            StorageError: the disk is full or cannot be written.
+        """
+        run = self._find_run(cell) or Run.create(cell.name, cell.recipe, self._describe_run(cell), self.folder)
+        with run.locked():
+            run.update(failure.NONE)
+            training = Training(cell.recipe, self.data, run, self.placement, self.threads)
+            start, _ = newest(run)
+            reason = None
+            try:
+                for record in fit(training, start, stop=stop):
+                    reason = record.reason
+                    yield record
+            except VerificationError as error:
+                failure.note(run, error, DIVERGED)
+                run.update({"status": "failed", "reason": DIVERGED})
+                return
+            except Exception as error:
+                failure.note(run, error)
+                raise
+            except BaseException:  # a second Ctrl-C, or the caller wants no more records
+                with suppress(StorageError):
+                    run.update({"status": "interrupted", "reason": "stopped"})
+                raise
+            run.update({"status": "finished" if reason == "finished" else "interrupted", "reason": reason})
+
+    def find_done_runs(self) -> dict[Switch, dict[int, Run]]:
+        """Return the trained cells in the folder, those of earlier calls included: switch -> seed -> run."""
+        found: dict[Switch, dict[int, Run]] = {}
+        for switch in SWITCHES:
+            runs = [Run(path.parent) for path in self.folder.glob(f"{switch.name}-seed*/run.json")]
+            if done := {run.recipe.seed: run for run in runs if is_done(run)}:
+                found[switch] = dict(sorted(done.items()))
+        return found
+
+    def _find_run(self, cell: Cell) -> Run | None:
+        path = self.folder / cell.name
+        return Run(path) if (path / "run.json").is_file() else None
+
+    def _check_same_training(self, run: Run, cell: Cell) -> None:
+        if run.about.get("data_hash") != self.data.hash:
+            raise UsageError(f"{self.folder} was trained on other data than {self.data.path}", "choose another --name")
+        if (old := run.recipe) != cell.recipe:
+            key = next(k for k, v in vars(cell.recipe).items() if getattr(old, k) != v)
+            there, here = getattr(old, key), getattr(cell.recipe, key)
+            raise UsageError(f"{run.path} was trained with {key} = {there}, not {here}", "choose another --name")
+
+    def _describe_run(self, cell: Cell) -> dict[str, Any]:
+        """Return what run.json holds besides the status."""
+        packages = ("torch", "torchvision", "numpy", "simplejpeg")
+        return {
+            "command": list(self.command),
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "versions": {"alexnet": __version__, "python": sys.version.split()[0]}
+            | {name: version(name) for name in packages},
+            "devices": [self.placement.name],
+            "precision": self.placement.precision,
+            "data": self.data.name,
+            "data_path": str(self.data.path.resolve()),
+            "data_hash": self.data.hash,
+            "seed": cell.recipe.seed,
+        }
+
+
+def is_done(run: Run) -> bool:
+    """Return whether a training finished or diverged; the same seed would diverge again."""
+    status, reason = run.about.get("status"), run.about.get("reason")
+    return status == "finished" or (status == "failed" and reason == DIVERGED)

@@ -1,0 +1,122 @@
+"""Atomic writes, locks, links, checksums and bounded reads."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from alexnet_cli.core import files
+from alexnet_cli.core.files import (
+    TEMPORARY,
+    hash_file,
+    lock_file,
+    read_file,
+    replace_file,
+    replace_link,
+    write_chunks,
+    write_text,
+)
+from alexnet_cli.errors import DataError
+
+HOLD = """
+import sys
+from pathlib import Path
+from alexnet_cli.core.files import lock_file
+with lock_file(Path(sys.argv[1]), "busy"):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "file.json"
+    write_text(path, "old")
+
+    def fail() -> Iterator[bytes]:
+        yield b"half of the n"
+        raise OSError("full")
+
+    with pytest.raises(OSError, match="full"):
+        write_chunks(path, fail())
+    assert path.read_text() == "old"
+    write_text(path, "neü\n")
+    assert path.read_bytes() == "neü\n".encode()
+    assert os.listdir(tmp_path) == ["file.json"]
+
+
+def test_a_temporary_file_is_synced_before_it_takes_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, synced = tmp_path / "file", os.fsync
+    done: list[str] = []
+
+    def sync(descriptor: int) -> None:
+        done.append("after the rename" if path.exists() else "before the rename")
+        synced(descriptor)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    assert write_chunks(path, [b"one", b"two"]) == hashlib.sha256(b"onetwo").hexdigest()
+    assert done == ["before the rename", "after the rename"]  # the file, then its folder
+
+
+def test_the_name_of_a_temporary_file_tells_which_it_replaces(tmp_path: Path) -> None:
+    with replace_file(tmp_path / "dataset.json") as temporary:
+        temporary.touch()
+        found = TEMPORARY.fullmatch(temporary.name)
+    assert found is not None
+    assert found["name"] == "dataset.json"
+    assert TEMPORARY.fullmatch("dataset.json") is None
+
+
+def test_a_link_is_relative_and_can_be_moved_to_another_folder(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        replace_link(tmp_path / "latest", tmp_path / name)
+        assert os.readlink(tmp_path / "latest") == name
+    assert sorted(os.listdir(tmp_path)) == ["latest", "one", "two"]
+
+
+def test_a_lock_is_for_one_process_and_ends_with_it(tmp_path: Path) -> None:
+    path = tmp_path / ".lock"
+    command = [sys.executable, "-c", HOLD, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(DataError, match="busy"), lock_file(path, "busy"):
+            pass
+        other.send_signal(signal.SIGKILL)
+        other.wait(60)
+    with lock_file(path, "busy"):
+        with pytest.raises(DataError, match="busy"), lock_file(path, "busy"):
+            pass
+        assert path.exists()
+    assert not path.exists()
+
+
+def test_a_lock_that_cannot_be_made_is_an_error_of_the_disk(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"), lock_file(tmp_path / "file" / ".lock", "busy"):
+        pass
+
+
+def test_checksums(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"abc")
+    assert hash_file(tmp_path / "file").startswith("ba7816bf")
+    assert hash_file(tmp_path / "file", "sha1").startswith("a9993e36")
+
+
+def test_what_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "file").write_bytes(bytes(1001))
+    with pytest.raises(DataError, match="not a regular file"):
+        read_file(tmp_path / "pipe")
+    with pytest.raises(DataError, match="1,001 bytes, more than 1,000"):
+        read_file(tmp_path / "file", 1000)
+    assert len(read_file(tmp_path / "file")) == 1001
+    with pytest.raises(DataError, match="more than"):
+        files.check_bytes(files.LARGEST + 1)
