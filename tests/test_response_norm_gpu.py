@@ -146,7 +146,7 @@ def test_without_triton_they_can_be_imported_and_say_so() -> None:
     """Nor does the training import the compiler, which takes a second."""
     code = (
         "import sys; sys.modules['triton'] = None\n"
-        "import alexnet_cli.core.train; assert 'torch._dynamo' not in sys.modules\n"
+        "import alexnet_cli.core.loop; assert 'torch._dynamo' not in sys.modules\n"
         "from alexnet_cli.core import response_norm_gpu, update_gpu\n"
         "assert response_norm_gpu.why_not(0) == update_gpu.why_not(0) == 'Triton is not installed'"
     )
