@@ -12,9 +12,9 @@ from PIL import Image
 
 from alexnet_cli.core import activations
 from alexnet_cli.core.activations import LayerActivations, Trace, make_layer_records, trace_image
+from alexnet_cli.core.classes import ClassName
 from alexnet_cli.core.layers import ACTIVATIONS
 from alexnet_cli.core.predict import Label
-from alexnet_cli.core.sources import ClassName
 from alexnet_cli.core.torch_session import TorchSession
 from alexnet_cli.errors import WeightsError
 from alexnet_cli.recipe import CAFFE, FAST, KRIZHEVSKY, PAPER, Recipe

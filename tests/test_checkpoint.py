@@ -20,7 +20,7 @@ from alexnet_cli.core.loop import TrainingLoop
 from alexnet_cli.core.placement import Placement
 from alexnet_cli.core.runs import Run
 from alexnet_cli.core.shards import open_dataset
-from alexnet_cli.errors import StorageError, UsageError
+from alexnet_cli.errors import StorageError, UsageError, WeightsError
 from alexnet_cli.recipe import TINY
 from alexnet_plugins.train import train
 from alexnet_plugins.train_setup import check_max_steps
@@ -263,3 +263,12 @@ def test_a_run_folder_that_is_deleted_meanwhile(start: Start) -> None:
             list(records)
         assert "start a new run" in caught.value.hint
         assert not training.run.path.exists()
+
+
+def test_a_checkpoint_of_the_first_version_says_what_to_do(start: Start) -> None:
+    folder = start().run.checkpoints / "00000003"
+    folder.mkdir()
+    (folder / "state.pt").touch()
+    with pytest.raises(WeightsError, match=r"was saved by version 0\.1\.0 and cannot be resumed") as caught:
+        checkpoint.find_newest(Run(folder.parents[1]))
+    assert f"--init-from {folder}" in caught.value.hint

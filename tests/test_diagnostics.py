@@ -16,13 +16,13 @@ from trainings import new_loop
 
 from alexnet_cli.core import diagnostics
 from alexnet_cli.core.baselines import ClassCounts
-from alexnet_cli.core.packing import pack
 from alexnet_cli.core.placement import Placement
 from alexnet_cli.core.plan import Plan
+from alexnet_cli.core.prepare import pack
 from alexnet_cli.core.records import Record
 from alexnet_cli.core.runs import Run
 from alexnet_cli.core.shards import Dataset, open_dataset
-from alexnet_cli.core.sources import recognise
+from alexnet_cli.core.sources import recognize
 from alexnet_cli.recipe import CAFFE, FAST, KRIZHEVSKY, PAPER, RECIPES, TINY, Recipe
 from alexnet_plugins.train import train
 
@@ -38,7 +38,7 @@ def odd(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(
             folder / "source" / "val" / "red" / f"0{i}.jpg", folder / "source" / "train" / "red" / f"copy{i}.jpg"
         )
-    for _ in pack(Plan(recognise(folder / "source"), folder / "odd", 95), workers=1):
+    for _ in pack(Plan(recognize(folder / "source"), folder / "odd", 95), workers=1):
         pass
     return folder / "odd"
 

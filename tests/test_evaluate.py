@@ -11,11 +11,11 @@ import torch
 
 from alexnet_cli.core.augment import Pixels
 from alexnet_cli.core.baselines import wilson_interval
+from alexnet_cli.core.classes import ClassName
 from alexnet_cli.core.evaluate import Evaluation, TorchClassifier, evaluate, match_classes, rank_classes
 from alexnet_cli.core.loader import Batch
 from alexnet_cli.core.network import Network, initialise
 from alexnet_cli.core.placement import Placement
-from alexnet_cli.core.sources import ClassName
 from alexnet_cli.errors import DataError
 from alexnet_cli.recipe import FAST
 

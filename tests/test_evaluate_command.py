@@ -22,13 +22,12 @@ from typer.testing import CliRunner, Result
 from alexnet_cli.console import Reporter
 from alexnet_cli.core import baselines, onnx_graph, placement, results, session, weights
 from alexnet_cli.core import evaluate as evaluating
+from alexnet_cli.core.classes import WNIDS_SHA256, ClassName
 from alexnet_cli.core.confusion_matrix import RIGHT, WRONG, draw_confusion_matrix
 from alexnet_cli.core.devices import Gpu
 from alexnet_cli.core.evaluate import HalvingClassifier
-from alexnet_cli.core.ilsvrc import WNIDS_SHA256
 from alexnet_cli.core.results import find_published
 from alexnet_cli.core.shards import open_dataset
-from alexnet_cli.core.sources import ClassName
 from alexnet_cli.errors import DataError, MissingError, StorageError, WeightsError
 from alexnet_cli.recipe import CAFFE, FAST, KRIZHEVSKY, PAPER, Recipe
 from alexnet_plugins.evaluate import _explain_difference, _load_onnx
@@ -288,7 +287,7 @@ def test_published_figures_are_those_of_the_sources(monkeypatch: pytest.MonkeyPa
     assert find_published(PAPER, classes) is None  # a thousand classes, but others
     digest = hashlib.sha256("\n".join(wnids).encode()).hexdigest()
     assert digest != WNIDS_SHA256
-    monkeypatch.setattr("alexnet_cli.core.ilsvrc.WNIDS_SHA256", digest)
+    monkeypatch.setattr("alexnet_cli.core.classes.WNIDS_SHA256", digest)
     caffenet = replace(CAFFE, stage1_order="relu-pool-norm", stage2_order="relu-pool-norm")
     expected = {
         PAPER: (10, 40.7, 18.2), FAST: (10, 40.7, 18.2), KRIZHEVSKY: (10, 40.664, 18.210),

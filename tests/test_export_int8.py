@@ -15,10 +15,10 @@ from typer.testing import CliRunner, Result
 
 from alexnet_cli.core import export as exporting
 from alexnet_cli.core import quantize
+from alexnet_cli.core.classes import ClassName
 from alexnet_cli.core.export import Comparison, drawn_crops, evenly, verify
 from alexnet_cli.core.session import Session
 from alexnet_cli.core.shards import open_dataset
-from alexnet_cli.core.sources import ClassName
 from alexnet_cli.core.weights import Model
 from alexnet_cli.errors import DataError, UsageError, VerificationError
 from alexnet_cli.recipe import PAPER

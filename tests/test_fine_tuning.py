@@ -15,12 +15,12 @@ from trainings import new_loop
 
 from alexnet_cli.core import fine_tuning
 from alexnet_cli.core.architecture import LAYERS, PARAMETERS
+from alexnet_cli.core.classes import ClassName
 from alexnet_cli.core.loop import TrainingLoop
 from alexnet_cli.core.network import Network, initialise
 from alexnet_cli.core.placement import Placement
 from alexnet_cli.core.runs import Run
 from alexnet_cli.core.shards import open_dataset
-from alexnet_cli.core.sources import ClassName
 from alexnet_cli.core.weights import Model
 from alexnet_cli.errors import UsageError, WeightsError
 from alexnet_cli.recipe import TINY, Recipe

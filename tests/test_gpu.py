@@ -16,9 +16,8 @@ from model_files import random_model
 
 from alexnet_cli.core import layers, response_norm, triton_kernels
 from alexnet_cli.core.augment import Draws, Pixels
-from alexnet_cli.core.cache import Cache
 from alexnet_cli.core.devices import onnx_providers, take, visible_gpus
-from alexnet_cli.core.loader import Loader, all_batches, training_batches
+from alexnet_cli.core.loader import CachedLoader, Loader, all_batches, training_batches
 from alexnet_cli.core.loop import DataTimer
 from alexnet_cli.core.session import Session
 from alexnet_cli.core.shards import open_dataset
@@ -140,7 +139,7 @@ def test_pinned_buffers_bring_the_same_bytes(prepared: Path, batch_size: int) ->
 def test_the_cache_on_the_device_equals_the_loader(prepared: Path) -> None:
     split = open_dataset(prepared).split("train")
     with Loader(split, 7, 2, GPU) as under, Loader(split, 7, 2) as plain:
-        cache = Cache(under)
+        cache = CachedLoader(under)
         for epoch in (1, 2):
             plan = training_batches(len(split), 7, 0, epoch)
             for a, b in zip(cache.batches(plan), plain.batches(plan), strict=True):

@@ -16,7 +16,7 @@ from model_files import random_model, save_model
 from report_cases import NAMES, RECIPE, Page, hostile_data, make_run, report, told
 
 from alexnet_cli.core import report_collect, results, weights
-from alexnet_cli.core.atomic import point, write_text
+from alexnet_cli.core.files import replace_link, write_text
 from alexnet_cli.core.neighbors import hash_file
 from alexnet_cli.core.report_collect import collect_report, find_run_data
 from alexnet_cli.core.report_page import render_page
@@ -189,10 +189,10 @@ def moving(copy: Run, data: Dataset) -> tuple[Path, Callable[[], None]]:
         model = replace(random_model(RECIPE, len(NAMES), seed=seed), classes=data.classes)
         save_model(model, folder / "model.safetensors")
     shutil.rmtree(copy.checkpoints / "best")
-    point(copy.checkpoints / "best", copy.checkpoints / "00000020")
+    replace_link(copy.checkpoints / "best", copy.checkpoints / "00000020")
 
     def move() -> None:
-        point(copy.checkpoints / "best", copy.checkpoints / "00000040")
+        replace_link(copy.checkpoints / "best", copy.checkpoints / "00000040")
         shutil.rmtree(copy.checkpoints / "00000020", ignore_errors=True)
 
     return copy.checkpoints / "best" / "model.safetensors", move

@@ -30,7 +30,7 @@ def attempt(path: Path) -> AlexNetError | None:
     caught: AlexNetError | None = None
     try:
         found = conversion.read_network(path, PAPER, "rgb")
-        names, _ = conversion.classes(len(found.layers["fc8"][0]), None)
+        names, _ = conversion.name_outputs(len(found.layers["fc8"][0]), None)
         conversion.model(found, names, None, {})
     except AlexNetError as error:
         caught = error

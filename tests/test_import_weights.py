@@ -18,7 +18,8 @@ from test_onnx_graph import convolved, pooled
 from typer import Typer
 from typer.testing import CliRunner, Result
 
-from alexnet_cli.core import ilsvrc, images, weights
+from alexnet_cli.core import images, weights
+from alexnet_cli.core.classes import ilsvrc_classes
 from alexnet_cli.core.session import Session
 from alexnet_cli.core.torch_session import TorchSession
 from alexnet_cli.core.views import views
@@ -296,7 +297,7 @@ def test_fine_tuning_and_evaluating_start_from_it(prepared: Path) -> None:
 
 
 def test_a_thousand_classes_are_known_by_wnid() -> None:
-    names = ilsvrc.sorted_classes()
+    names = ilsvrc_classes()
     assert len(set(names)) == 1000
     assert names[281] == ("tabby", "n02123045")
     assert names[134] == ("crane bird", "n02012849")
@@ -307,7 +308,7 @@ def test_a_thousand_classes_are_known_by_wnid() -> None:
 
 
 def test_classes_by_wnid_and_by_the_development_kit(tmp_path: Path) -> None:
-    wnids = [wnid for _, wnid in ilsvrc.sorted_classes()][::-1]
+    wnids = [wnid or "" for _, wnid in ilsvrc_classes()][::-1]
     Path("ids.txt").write_text("\n".join(wnids))
     model, _ = imported(files.caffemodel(files.tensors(classes=1000)), "--classes", "ids.txt")
     assert model.classes[999] == ("tench", "n01440764")

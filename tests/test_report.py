@@ -19,13 +19,13 @@ from report_cases import HOSTILE, NAMES, RECIPE, Page, hostile_data, make_run, r
 from trainings import new_loop
 
 from alexnet_cli.core import report_page, weights
+from alexnet_cli.core.classes import ClassName
 from alexnet_cli.core.evaluate import Evaluation
 from alexnet_cli.core.report_collect import Evidence, OpenedModel, collect_report
 from alexnet_cli.core.report_history import History, read_history
 from alexnet_cli.core.results import summarize
 from alexnet_cli.core.runs import Run
 from alexnet_cli.core.shards import Dataset
-from alexnet_cli.core.sources import ClassName
 from alexnet_cli.core.weights import Model
 from alexnet_cli.errors import DataError, PartialError, UsageError, WeightsError
 from alexnet_cli.recipe import PAPER

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from alexnet_cli.core.atomic import point
+from alexnet_cli.core.files import replace_link
 from alexnet_cli.core.resolve import describe_unfinished_run, describe_weights, is_best
 from alexnet_cli.core.runs import Run
 from alexnet_cli.recipe import TINY
@@ -22,7 +22,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
         folder = made.checkpoints / f"{step:08}"
         folder.mkdir()
         (folder / "model.safetensors").write_bytes(b"")
-        point(made.checkpoints / pointer, folder)
+        replace_link(made.checkpoints / pointer, folder)
     for epoch in (1, 2, 3):
         made.log({"event": "validation", "epoch": epoch, "step": 10 * epoch})
     return made

@@ -11,7 +11,7 @@ import pytest
 from commands import alexnet
 
 from alexnet_cli.core import devices, resume, signals
-from alexnet_cli.core.atomic import point
+from alexnet_cli.core.files import replace_link
 from alexnet_cli.core.resolve import find_run_folder, find_weights
 from alexnet_cli.core.runs import Run
 from alexnet_cli.errors import DataError, StorageError, UsageError, WeightsError
@@ -28,7 +28,7 @@ def checkpoint(run: Run, step: int, *pointers: str) -> Path:
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(b"x")
     for name in pointers:
-        point(run.checkpoints / name, folder)
+        replace_link(run.checkpoints / name, folder)
     return folder
 
 
@@ -114,7 +114,7 @@ def test_what_w_means() -> None:
     first = checkpoint(run, 10, "last")
     assert find_weights("r").resolve() == (first / "model.safetensors").resolve()
     second = checkpoint(run, 20, "last")
-    point(run.checkpoints / "best", first)
+    replace_link(run.checkpoints / "best", first)
     for spec in (None, "r", "runs/r", str(run.path.resolve())):
         assert find_weights(spec).resolve() == (first / "model.safetensors").resolve(), spec
     for spec in ("runs/r/checkpoints/last", str(second), str(second / "model.safetensors")):

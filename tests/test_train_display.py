@@ -12,12 +12,12 @@ import torch
 from trainings import new_loop
 
 from alexnet_cli.console import Reporter
+from alexnet_cli.core.classes import ClassName
 from alexnet_cli.core.loop import TrainingLoop
 from alexnet_cli.core.placement import Placement
 from alexnet_cli.core.records import Record
 from alexnet_cli.core.runs import Run
 from alexnet_cli.core.shards import open_dataset
-from alexnet_cli.core.sources import ClassName
 from alexnet_cli.recipe import PAPER, TINY, Recipe
 from alexnet_plugins.train_display import announce_stop, show_heading, show_records
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from alexnet_cli.core.cache import Where
 from alexnet_cli.core.fine_tuning import Transfer
+from alexnet_cli.core.loader import CacheMode
 from alexnet_cli.core.loop import TrainingLoop
 from alexnet_cli.core.placement import Placement
 from alexnet_cli.core.runs import Run
@@ -18,7 +18,7 @@ def new_loop(
     run: Run,
     placement: Placement,
     threads: int = 1,
-    cache: Where = "auto",
+    cache: CacheMode = "auto",
     *,
     micro_batch: int | None = None,
     compile: bool = False,

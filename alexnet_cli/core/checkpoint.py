@@ -25,8 +25,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from alexnet_cli.core import weights
-from alexnet_cli.core.atomic import point, write_text
-from alexnet_cli.core.listing import read_file
+from alexnet_cli.core.files import read_file, replace_link, write_text
 from alexnet_cli.core.network import Network, parameters_by_name
 from alexnet_cli.core.optim import PaperSGD
 from alexnet_cli.core.runs import LARGEST, MODEL, Run
@@ -61,7 +60,7 @@ def save(
 ) -> Path:
     """Write a checkpoint of the whole network (tensors on the CPU), completely or not at all.
 
-    Then point `last` (and `best`) to it, and delete all but the newest `keep` and the best.
+    Then replace_link `last` (and `best`) to it, and delete all but the newest `keep` and the best.
 
     Raises:
         StorageError: the disk is full, cannot be written or reads back wrong data; the checkpoint before is intact.
@@ -202,9 +201,9 @@ def _old_version(directory: Path) -> WeightsError:
 
 
 def _point(checkpoint: Path, best: bool) -> None:
-    """Make `last` point to a checkpoint, and `best` too if it is the best."""
+    """Make `last` replace_link to a checkpoint, and `best` too if it is the best."""
     for name in ("last", "best") if best else ("last",):
-        point(checkpoint.parent / name, checkpoint)
+        replace_link(checkpoint.parent / name, checkpoint)
     _sync(checkpoint.parent)
 
 

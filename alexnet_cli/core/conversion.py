@@ -16,14 +16,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from alexnet_cli.core import caffemodel, ilsvrc, onnx_weights, state_dict
+from alexnet_cli.core import caffemodel, onnx_weights, state_dict
 from alexnet_cli.core.architecture import LAYERS, ONE_TOWER, PER_TOWER, tensor_shapes
-from alexnet_cli.core.atomic import replacing
+from alexnet_cli.core.classes import ClassName, ilsvrc_classes
 from alexnet_cli.core.devkit import read_devkit
+from alexnet_cli.core.files import read_file, replace_file
 from alexnet_cli.core.foreign import Array, Foreign, Pixels, damaged, refused
-from alexnet_cli.core.listing import read_file
 from alexnet_cli.core.runs import MODEL, Run, runs_root
-from alexnet_cli.core.sources import ClassName
 from alexnet_cli.core.weights import Model, metadata
 from alexnet_cli.errors import DataError, StorageError, UsageError, WeightsError
 from alexnet_cli.recipe import SIDE, Recipe
@@ -214,7 +213,7 @@ def _for_rgb(weight: Array, pixels: Pixels) -> Array:
     return weight
 
 
-def classes(count: int, listed: Path | None) -> tuple[list[ClassName], str]:
+def name_outputs(count: int, listed: Path | None) -> tuple[list[ClassName], str]:
     """The names of `count` outputs, and where they come from: a list, ILSVRC's own, or numbers if nobody knows.
 
     `listed` is a text file of a line a class (`n01440764 tench`, or either alone), or ILSVRC's development kit for
@@ -229,7 +228,7 @@ def classes(count: int, listed: Path | None) -> tuple[list[ClassName], str]:
             raise WeightsError(f"{listed} names {len(found):,} classes, the network has {count:,}", "give its own list")
         return found, str(listed)
     if count == 1000:
-        return [ClassName(name, wnid) for name, wnid in ilsvrc.sorted_classes()], "ILSVRC 2012, in the order of wnids"
+        return ilsvrc_classes(), "ILSVRC 2012, in the order of wnids"
     return [ClassName(f"class {i}") for i in range(count)], "numbers: names unknown"
 
 
@@ -243,7 +242,7 @@ def _listed(path: Path) -> list[ClassName]:
         raise WeightsError(f"{path} cannot be read: {error}", ONE_A_LINE) from error
     except DataError as error:
         raise WeightsError(f"{path} cannot be read: {error.what}", error.hint or ONE_A_LINE) from error
-    found, words = [], {wnid: name for name, wnid in ilsvrc.sorted_classes()}
+    found, words = [], {wnid: name for name, wnid in ilsvrc_classes()}
     for line in text.strip().splitlines():
         first, _, rest = line.strip().partition(" ")
         known = len(first) == 9 and first[0] == "n" and first[1:].isdigit()
@@ -302,7 +301,7 @@ def write(made: Model, path: Path) -> None:
     from safetensors.numpy import save_file
 
     try:
-        with replacing(path) as temporary:
+        with replace_file(path) as temporary:
             save_file(dict(made.tensors), temporary, metadata(made.recipe, made.classes, made.info))
     except (OSError, SafetensorError) as error:
         raise StorageError(

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from alexnet_cli.core.augment import Pixels
+from alexnet_cli.core.classes import ClassName
 from alexnet_cli.core.loader import Batch
 from alexnet_cli.core.network import Network
 from alexnet_cli.core.placement import Placement
-from alexnet_cli.core.sources import ClassName
 from alexnet_cli.errors import DataError, MissingError, UsageError, WeightsError, is_out_of_memory
 
 Classify = Callable[[Tensor], npt.NDArray[np.float32]]

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import onnx
 from onnx import helper
 
-from alexnet_cli.core import atomic, images, onnx_graph, onnx_metadata, quantize
+from alexnet_cli.core import files, images, onnx_graph, onnx_metadata, quantize
 from alexnet_cli.core.session import Session
 from alexnet_cli.core.shards import Dataset, Split
 from alexnet_cli.core.views import views
@@ -147,9 +147,9 @@ def described(proto: onnx.ModelProto, more: dict[str, str]) -> onnx.ModelProto:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """As `atomic.replacing`. Raises StorageError."""
+    """As `files.replace_file`. Raises StorageError."""
     try:
-        with atomic.replacing(path) as temporary:
+        with files.replace_file(path) as temporary:
             yield temporary
     except OSError as error:
         raise StorageError(f"{path} cannot be written: {error.strerror}", "choose another place with -o") from error

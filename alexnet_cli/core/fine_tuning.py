@@ -17,10 +17,10 @@ import torch
 
 from alexnet_cli.core import weights
 from alexnet_cli.core.architecture import LAYERS
+from alexnet_cli.core.classes import ClassName
 from alexnet_cli.core.network import Network
 from alexnet_cli.core.resolve import find_weights
 from alexnet_cli.core.runs import Run
-from alexnet_cli.core.sources import ClassName
 from alexnet_cli.core.weights import Model
 from alexnet_cli.errors import UsageError, WeightsError
 from alexnet_cli.recipe import Recipe

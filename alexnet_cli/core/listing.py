@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, overload
 
-from alexnet_cli.core.files import read_file as read_file
+from alexnet_cli.core.files import read_file
 
 
 class Item(NamedTuple):

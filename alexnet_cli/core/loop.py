@@ -15,10 +15,9 @@ import torch
 
 from alexnet_cli.core import checkpoint, diagnostics, filters, weights
 from alexnet_cli.core.baselines import count_images
-from alexnet_cli.core.cache import Cache, Where, remembering
 from alexnet_cli.core.evaluate import Evaluation, TorchClassifier, evaluate
 from alexnet_cli.core.fine_tuning import Transfer
-from alexnet_cli.core.loader import Loader, all_batches, training_batches
+from alexnet_cli.core.loader import CachedLoader, CacheMode, Loader, all_batches, cache_decoded, training_batches
 from alexnet_cli.core.records import Record, RunningMetrics
 from alexnet_cli.core.runs import Run
 from alexnet_cli.core.shards import Dataset
@@ -70,7 +69,7 @@ class TrainingLoop:
     data: Dataset
     run: Run
     threads: int = 1
-    cache: Where = "auto"
+    cache: CacheMode = "auto"
     keep: int = 1
     transfer: Transfer | None = None
     epoch_metrics: RunningMetrics = field(default_factory=RunningMetrics)
@@ -109,7 +108,7 @@ class TrainingLoop:
         class_counts = count_images(split.labels, len(self.data.classes))
         plateau = diagnostics.LossPlateauCheck.for_training(recipe, class_counts, trainer.total_steps)
         with Loader(split, trainer.rank_images, self.threads, trainer.placement.device) as decoding:
-            loader = remembering(decoding, self.cache, trainer.placement.sharing)
+            loader = cache_decoded(decoding, self.cache, trainer.placement.sharing)
             while reason is None and trainer.epoch <= recipe.epochs and not trainer.schedule.over:
                 for record in self._train_epoch(loader, record_every, save_every, stop, max_steps):
                     reason = record.reason
@@ -144,7 +143,7 @@ class TrainingLoop:
 
     def _train_epoch(
         self,
-        loader: Loader | Cache,
+        loader: Loader | CachedLoader,
         record_every: int,
         save_every: int,
         stop: Callable[[], str | None],

@@ -24,14 +24,14 @@ import numpy as np
 import numpy.typing as npt
 from filelock import FileLock, Timeout
 
-from alexnet_cli.core.atomic import replacing, write_text
+from alexnet_cli.core.classes import ClassName
 from alexnet_cli.core.drawing import Row, Tile
+from alexnet_cli.core.files import replace_file, write_text
 from alexnet_cli.core.images import Pixels
 from alexnet_cli.core.resolve import is_best, is_training_data
 from alexnet_cli.core.runs import MODEL, ONNX
 from alexnet_cli.core.session import Layer, Session, Source
 from alexnet_cli.core.shards import Dataset, Split
-from alexnet_cli.core.sources import ClassName
 from alexnet_cli.core.units import compute_activations, iterate_activations, read_images, read_images_by_row
 from alexnet_cli.core.weights import Model
 from alexnet_cli.errors import StorageError, WeightsError
@@ -107,7 +107,7 @@ def write_index(
         with FileLock(folder / LOCK, timeout=0):
             for leftover in folder.glob(f".{VECTORS}.*"):  # of a process that was killed
                 leftover.unlink()
-            with replacing(folder / VECTORS) as temporary:
+            with replace_file(folder / VECTORS) as temporary:
                 _write_vectors(temporary, source.images, split, session, advance)
                 (folder / RECORD).unlink(missing_ok=True)
             write_text(folder / RECORD, json.dumps({"schema": SCHEMA, **asdict(source)}) + "\n")

@@ -13,7 +13,7 @@ from typing import Any
 
 import alexnet_cli
 from alexnet_cli import recipe_io
-from alexnet_cli.core.sources import ClassName, class_list
+from alexnet_cli.core.classes import ClassName, class_list
 from alexnet_cli.core.weights import Model, check_preprocess, preprocess
 from alexnet_cli.errors import RecipeError, WeightsError
 from alexnet_cli.recipe import Recipe

@@ -23,6 +23,7 @@ import torch
 
 from alexnet_cli.core import filters, results
 from alexnet_cli.core.augment import Pixels
+from alexnet_cli.core.classes import ClassName
 from alexnet_cli.core.evaluate import Classify, Evaluation, HalvingClassifier, TorchClassifier, evaluate, match_classes
 from alexnet_cli.core.filters import Kernels, Specialisation
 from alexnet_cli.core.images import Pixels as Image
@@ -34,7 +35,6 @@ from alexnet_cli.core.report_history import History, read_history
 from alexnet_cli.core.resolve import is_best, shorten_path
 from alexnet_cli.core.runs import Run
 from alexnet_cli.core.shards import Dataset, Split, find_dataset, open_dataset
-from alexnet_cli.core.sources import ClassName
 from alexnet_cli.core.units import read_images
 from alexnet_cli.core.weights import Model, read
 from alexnet_cli.errors import AlexNetError, DataError, RecipeError, StorageError, WeightsError

@@ -19,7 +19,7 @@ from markupsafe import Markup
 import alexnet_cli
 from alexnet_cli.core import baselines, results
 from alexnet_cli.core import report_sections as sections
-from alexnet_cli.core.atomic import write_text
+from alexnet_cli.core.files import write_text
 from alexnet_cli.core.records import failure
 from alexnet_cli.core.report_charts import INSTALL_HINT, can_draw, draw_charts
 from alexnet_cli.core.report_collect import Report, make_names_unique

@@ -14,13 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from alexnet_cli.core import baselines
+from alexnet_cli.core.classes import ClassName, is_ilsvrc
 from alexnet_cli.core.confusion_matrix import draw_confusion_matrix
 from alexnet_cli.core.evaluate import Evaluation
-from alexnet_cli.core.ilsvrc import is_ilsvrc
-from alexnet_cli.core.listing import read_file
+from alexnet_cli.core.files import read_file
 from alexnet_cli.core.resolve import is_training_data
 from alexnet_cli.core.shards import Dataset
-from alexnet_cli.core.sources import ClassName
 from alexnet_cli.errors import DataError, StorageError
 from alexnet_cli.recipe import Recipe
 

@@ -3,7 +3,7 @@
 runs/NAME/run.json            status, command line, versions, devices, data set, seed
           recipe.toml         the resolved recipe; `alexnet train --recipe` repeats the run with it
           metrics.jsonl       every record, appended;  metrics.csv: one row per epoch
-          checkpoints/STEP/   one checkpoint each;  checkpoints/last, checkpoints/best point to two of them
+          checkpoints/STEP/   one checkpoint each;  checkpoints/last, checkpoints/best replace_link to two of them
           alexnet.onnx        the trained network, ready for `alexnet predict`
 runs/latest                   points to the newest run
 """
@@ -22,9 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alexnet_cli.core.atomic import point, write_text
 from alexnet_cli.core.devices import train_command
-from alexnet_cli.core.listing import read_file
+from alexnet_cli.core.files import read_file, replace_link, write_text
 from alexnet_cli.core.records import Record, append, count, read_records, table, until
 from alexnet_cli.errors import DataError, StorageError, UsageError, format_error
 from alexnet_cli.recipe import Recipe
@@ -50,7 +49,7 @@ class Run:
 
     @classmethod
     def create(cls, name: str | None, recipe: Recipe, about: Mapping[str, Any], root: Path | None = None) -> Run:
-        """Create the directory of a new run in `root` (default: `runs_root()`) and point `latest` to it.
+        """Create the directory of a new run in `root` (default: `runs_root()`) and replace_link `latest` to it.
 
         Raises:
             UsageError: a run of that name is there already, or it is no plain name.
@@ -71,7 +70,7 @@ class Run:
             write_text(path / "recipe.toml", recipe.to_toml())
             about = {"schema": "alexnet.run/1", "status": "running", **about}
             write_text(path / "run.json", json.dumps(about, indent=2) + "\n")
-            point(root / "latest", path)
+            replace_link(root / "latest", path)
         except FileExistsError as error:
             hint = f"continue it with --resume {shlex.quote(str(name))}, choose another --name, or delete the folder"
             raise UsageError(f"a run called {name} exists already: {path}", hint) from error

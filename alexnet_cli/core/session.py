@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from alexnet_cli.core import onnx_metadata, weights
+from alexnet_cli.core.classes import ClassName
 from alexnet_cli.core.devices import cores, gpu_present, int8_saturates, load_cuda
-from alexnet_cli.core.sources import ClassName
 from alexnet_cli.errors import MissingError, WeightsError, is_out_of_memory
 from alexnet_cli.recipe import Recipe
 

@@ -13,9 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from alexnet_cli.core.classes import WNID, ilsvrc_words, name_classes, read_words
-from alexnet_cli.core.classes import ClassName as ClassName
-from alexnet_cli.core.classes import class_list as class_list
+from alexnet_cli.core.classes import WNID, ClassName, ilsvrc_words, name_classes, read_words
 from alexnet_cli.core.folders import (
     READ,
     class_folders,
@@ -186,6 +184,3 @@ def _descend(path: Path) -> Path:
 def _has_classes(path: Path) -> bool:
     """Whether it would be taken for one folder per class, or for train/CLASS."""
     return any(folder.is_dir() and len(class_folders(folder)[0]) > 1 for folder in (path, path / "train"))
-
-
-recognise = recognize  # the old name, until the last callers have changed

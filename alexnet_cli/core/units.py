@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from alexnet_cli.core.classes import ClassName
 from alexnet_cli.core.drawing import Row, Tile
 from alexnet_cli.core.images import Pixels
 from alexnet_cli.core.inputs import ahead
 from alexnet_cli.core.receptive_field import extent
 from alexnet_cli.core.session import Session
 from alexnet_cli.core.shards import Split
-from alexnet_cli.core.sources import ClassName
 from alexnet_cli.core.views import views
 from alexnet_cli.errors import DataError, WeightsError
 from alexnet_cli.recipe import Recipe

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from alexnet_cli import recipe_io
 from alexnet_cli.core.architecture import tensor_shapes
-from alexnet_cli.core.sources import ClassName, class_list
+from alexnet_cli.core.classes import ClassName, class_list
 from alexnet_cli.errors import RecipeError, WeightsError
 from alexnet_cli.recipe import SIDE, Recipe
 

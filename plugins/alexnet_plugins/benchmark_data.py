@@ -58,15 +58,15 @@ def compare_prepare(
 
 
 def _prepare(source: Path, workers: int, scratch: Path) -> Pass:
-    from alexnet_cli.core.packing import pack
     from alexnet_cli.core.plan import Plan
-    from alexnet_cli.core.sources import recognise
+    from alexnet_cli.core.prepare import pack
+    from alexnet_cli.core.sources import recognize
 
     numbers = itertools.count()
 
     def run() -> int:
         output = scratch / f"ours{next(numbers)}"
-        images = sum(step.images for step in pack(Plan(recognise(source), output, QUALITY), workers))
+        images = sum(step.images for step in pack(Plan(recognize(source), output, QUALITY), workers))
         shutil.rmtree(output)
         return images
 
@@ -248,9 +248,9 @@ def _decode_in_memory(split: Split, rows: npt.NDArray[np.int64], workers: int, s
 def measure_epoch(scratch: Path, rows: int = ILSVRC) -> dict[str, float]:
     """Seconds to open an index of so many rows, and for each part of an epoch's order."""
     from alexnet_cli.core.augment import Draws
+    from alexnet_cli.core.classes import ClassName
     from alexnet_cli.core.loader import epoch_order, training_batches
     from alexnet_cli.core.shards import ROW, Dataset, index_name
-    from alexnet_cli.core.sources import ClassName
     from alexnet_cli.recipe import PAPER
 
     folder = scratch / "index"

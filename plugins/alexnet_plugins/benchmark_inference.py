@@ -24,10 +24,10 @@ from torch import nn
 
 from alexnet_cli.core import export, onnx_graph
 from alexnet_cli.core.architecture import layer_widths
+from alexnet_cli.core.classes import ClassName
 from alexnet_cli.core.network import Network, initialise, parameters_by_name
 from alexnet_cli.core.quantize import measure_ranges, to_int8
 from alexnet_cli.core.session import Session
-from alexnet_cli.core.sources import ClassName
 from alexnet_cli.core.weights import Model
 from alexnet_cli.errors import AlexNetError
 from alexnet_cli.recipe import PAPER, SIDE, Recipe

@@ -66,7 +66,7 @@ def import_weights(
     sha1 = conversion.sha1(file)
     known = conversion.PUBLISHED.get(sha1)
     reporter.line("file", f"{file} · {found.format} · {known or f'sha1 {sha1}, no published file that is known here'}")
-    names, origin = conversion.classes(len(found.layers["fc8"][0]), classes)
+    names, origin = conversion.name_outputs(len(found.layers["fc8"][0]), classes)
     image = conversion.read_mean(mean, bgr=found.pixels == "bgr") if mean else None
     about = {"file": file.name, "format": found.format, "sha1": sha1, "published": known, "classes": origin}
     made = conversion.model(found, names, image, {"imported": about})

@@ -121,11 +121,11 @@ def draw_picture_trace(
 ) -> tuple[dict[str, Any], Image.Image]:
     """The picture through all layers: the record for programs, and the page."""
     from alexnet_cli.core.activations import draw_trace, make_layer_records, trace_image
+    from alexnet_cli.core.images import PixelBudget
     from alexnet_cli.core.inputs import STANDARD, load
-    from alexnet_cli.core.memory import Memory
 
     path = source if isinstance(source, str) else STANDARD
-    picture = load(source, model.exif_rotate, Memory())
+    picture = load(source, model.exif_rotate, PixelBudget())
     if isinstance(picture, str):
         raise DataError(f"{path} cannot be read: {picture}", "look at the file, or choose another picture")
     trace = trace_image(model, picture)

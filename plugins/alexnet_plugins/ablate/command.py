@@ -212,10 +212,10 @@ def _report(reporter: Reporter, study: AblationStudy, error: float, *, show: boo
 
 
 def _write_file(path: Path, content: bytes) -> None:
-    from alexnet_cli.core.atomic import replacing
+    from alexnet_cli.core.files import replace_file
 
     try:
-        with replacing(path) as temporary:
+        with replace_file(path) as temporary:
             temporary.write_bytes(content)
     except OSError as error:
         raise StorageError(f"{path} cannot be written: {error.strerror or error}", "free some space") from error
