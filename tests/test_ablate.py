@@ -27,7 +27,6 @@ from alexnet_cli.core.runs import Run
 from alexnet_cli.core.shards import open_dataset
 from alexnet_cli.errors import PartialError, UsageError
 from alexnet_cli.recipe import PAPER, TINY
-from alexnet_plugins.ablate import study
 from alexnet_plugins.ablate.command import ablate
 from alexnet_plugins.ablate.study import SWITCHES, AblationStudy, Cell, choose_switches, make_cells
 
@@ -155,11 +154,7 @@ def test_a_training_that_breaks_down_is_said_and_not_repeated(
             run(prepared, "pool-2x2", settings=["learning_rate=1e30"])
         told = capfd.readouterr()
         assert [row["diverged"] for row in json.loads(told.out)["rows"]] == [[0], [0]]
-<<<<<<< HEAD
-        monkeypatch.setattr(study, "fit", None)
-=======
-        monkeypatch.setattr(ablation, "TrainingLoop", None)
->>>>>>> trainer
+        monkeypatch.setattr(study, "TrainingLoop", None)
 
 
 def test_without_matplotlib_there_is_a_hint_and_no_chart(

@@ -9,7 +9,8 @@ import pytest
 import torch
 from model_files import random_model
 
-from alexnet_cli.core import receptive_field, units
+from alexnet_cli.core import units
+from alexnet_cli.core.architecture import receptive_field
 from alexnet_cli.core.network import Network, network_from_model
 from alexnet_cli.recipe import CAFFE, KRIZHEVSKY, PAPER, Recipe
 
@@ -55,7 +56,7 @@ def seen(recipe: Recipe, layer: str, places: list[int], rows: list[int]) -> list
 def around(recipe: Recipe, layer: str, places: list[int]) -> tuple[list[set[int]], list[int]]:
     """The rows of the crop that each place's field is said to have, and those to try: on both sides of every end."""
     low, side = (256 - recipe.input_size) // 2, recipe.input_size
-    ends = [receptive_field.extent(recipe, layer, place) for place in places]
+    ends = [receptive_field(recipe, layer, place) for place in places]
     fields = [set(range(first - low, end - low)) for first, end in ends]
     tried = {end - low + by for both in ends for end in both for by in (-1, 0)} | {0, side // 2, side - 1}
     return fields, sorted(row for row in tried if 0 <= row < side)
@@ -80,14 +81,14 @@ def test_layer_6_sees_the_whole_crop_but_for_what_no_window_reaches(name: str, u
 def test_sizes_are_those_that_the_kernels_and_strides_of_the_paper_give() -> None:
     sizes = []
     for layer in ("conv1", "conv2", "conv3", "conv4", "conv5"):
-        first, end = receptive_field.extent(PAPER, layer, 6, clipped=False)
+        first, end = receptive_field(PAPER, layer, 6, clipped=False)
         sizes.append(end - first)
     assert sizes == [11, 19 + 4 * 8, 19 + 4 * 8 + 2 * 8 + 2 * 16, 131, 163]
 
 
 def test_a_patch_is_its_part_of_the_picture_and_grey_beside_it() -> None:
     picture = np.random.default_rng(0).integers(0, 100, (256, 256, 3), dtype=np.uint8)
-    (top, bottom), (left, right) = (receptive_field.extent(PAPER, "conv3", p, clipped=False) for p in (0, 6))
+    (top, bottom), (left, right) = (receptive_field(PAPER, "conv3", p, clipped=False) for p in (0, 6))
     patch = units.cut_receptive_field(picture, PAPER, "conv3", (0, 6))
     assert patch.shape == (99, 99, 3)
     assert top < 16 < bottom < 240

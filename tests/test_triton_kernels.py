@@ -146,15 +146,9 @@ def test_without_triton_they_can_be_imported_and_say_so() -> None:
     """Nor does the training import the compiler, which takes a second."""
     code = (
         "import sys; sys.modules['triton'] = None\n"
-<<<<<<< HEAD:tests/test_triton_kernels.py
-        "import alexnet_cli.core.train; assert 'torch._dynamo' not in sys.modules\n"
+        "import alexnet_cli.core.loop; assert 'torch._dynamo' not in sys.modules\n"
         "from alexnet_cli.core import triton_kernels\n"
         "assert triton_kernels.unavailable_reason(0) == 'Triton is not installed'"
-=======
-        "import alexnet_cli.core.loop; assert 'torch._dynamo' not in sys.modules\n"
-        "from alexnet_cli.core import response_norm_gpu, update_gpu\n"
-        "assert response_norm_gpu.why_not(0) == update_gpu.why_not(0) == 'Triton is not installed'"
->>>>>>> trainer:tests/test_response_norm_gpu.py
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 

@@ -148,6 +148,12 @@ def _following_steps(recipe: Recipe, layer: str) -> tuple[Step, ...]:
     return tuple(steps)
 
 
+def describe_kernel(spec: LayerSpec) -> str:
+    """Kernel and stride of a convolution, in words: "11×11 / 4"; empty for layers 6 to 8."""
+    stride = f" / {spec.stride}" if spec.stride > 1 else ""
+    return f"{spec.kernel}×{spec.kernel}{stride}" if spec.is_conv else ""
+
+
 def describe_step(recipe: Recipe, step: Step) -> str:
     """What follows a layer, in words: "normalization across 5 maps"."""
     if step == "activation":

@@ -10,12 +10,14 @@ import io
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from alexnet_cli.core.architecture import describe_kernel
 from alexnet_cli.core.report_history import Curve, History
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from alexnet_cli.core.anatomy import Layer
+    from alexnet_cli.core.architecture import LayerSpec, Step
+    from alexnet_cli.recipe import Recipe
 
 INSTALL_HINT = "pip install 'alexnet-cli[charts]'"
 CHANCE = 2 / 3  # colour share of independent random weights
@@ -159,7 +161,6 @@ def render_svg(draw: Callable[[Axes], None], height: float = 3.5, margin: float 
 
 TINTS = ("#dfeaf4", "#f7e8d8")  # of the towers
 GREY, LIGHT = "#55565c", "#f4f5f8"
-SHORT = {"normalisation": "norm", "pooling": "pool", "dropout": "dropout"}  # the table beside it says the rest
 TEXT, SMALL = 9.5, 8  # points
 HEIGHT = 0.5  # of a box; a layer is 1
 NARROWEST, WIDER = 0.135, 0.035  # half of a box's width, and what many units add, in widths of the drawing
@@ -168,39 +169,40 @@ Box = tuple[float, float]
 """The middle of a box: x, and the number of its layer, from 0 for the picture."""
 
 
-def draw_network(layers: Sequence[Layer], towers: int, side: int) -> Chart:
-    """The network, from the picture of `side` pixels down to the classes."""
+def draw_network(recipe: Recipe, specs: Sequence[LayerSpec]) -> Chart:
+    """The network (figure 2 of the paper), from the image down to the classes."""
+    towers, side = recipe.towers, recipe.input_size
 
     def draw(axes: Axes) -> None:
         axes.set_xlim(0, 1)
-        axes.set_ylim(len(layers) + 0.4, -0.4)
+        axes.set_ylim(len(specs) + 0.4, -0.4)
         axes.axis("off")
-        above = _draw_boxes(axes, 0, (MIDDLE,), f"3 colours {side}×{side}", 2**13, coloured=False)
-        for number, layer in enumerate(layers, 1):
-            last = number == len(layers)
+        above = _draw_boxes(axes, 0, (MIDDLE,), f"3 colors {side}×{side}", 2**13, coloured=False)
+        for number, spec in enumerate(specs, 1):
+            last = number == len(specs)
             places = (MIDDLE,) if towers == 1 or last else PLACES
-            words = f"{layer.units:,} classes" if last else _describe_size(layer)
-            boxes = _draw_boxes(axes, number, places, words, layer.units, coloured=not last)
-            _draw_arrows(axes, above, boxes, layer.meets)
-            _write_name(axes, number, layer)
+            words = f"{spec.maps:,} classes" if last else _describe_size(spec)
+            boxes = _draw_boxes(axes, number, places, words, spec.maps, coloured=not last)
+            _draw_arrows(axes, above, boxes, spec.sees_both)
+            _write_name(axes, number, recipe, spec)
             above = boxes
 
     caption = "From the picture to its class; arrows come from what a layer sees"
-    return Chart(render_svg(draw, 6.0, 0), _describe_network(layers, towers, side), caption)
+    return Chart(render_svg(draw, 6.0, 0), _describe_network(specs, towers, side), caption)
 
 
-def _describe_network(layers: Sequence[Layer], towers: int, side: int) -> str:
+def _describe_network(specs: Sequence[LayerSpec], towers: int, side: int) -> str:
     """The same in words."""
-    meeting = [layer.name for layer in layers if layer.meets]
+    meeting = [spec.name for spec in specs if spec.sees_both]
     sees = f"; each layer sees its own tower, but {', '.join(meeting[:-1])} and {meeting[-1]} both" if meeting else ""
     kind, each = ("two towers side by side", " in each") if towers > 1 else ("one tower", "")
-    sizes = ", ".join(f"{layer.name} {_describe_size(layer)}" for layer in layers[:-1])
-    start = f"The network, {kind}: a picture of {side} by {side} pixels"
-    return f"{start}, then{each} {sizes}, and fc8 {layers[-1].units:,} classes{sees}."
+    sizes = ", ".join(f"{spec.name} {_describe_size(spec)}" for spec in specs[:-1])
+    start = f"The network, {kind}: an image of {side} by {side} pixels"
+    return f"{start}, then{each} {sizes}, and fc8 {specs[-1].maps:,} classes{sees}."
 
 
-def _describe_size(layer: Layer) -> str:
-    return f"{layer.units:,} maps {layer.side}×{layer.side}" if layer.side else f"{layer.units:,} units"
+def _describe_size(spec: LayerSpec) -> str:
+    return f"{spec.maps:,} maps {spec.side}×{spec.side}" if spec.is_conv else f"{spec.maps:,} units"
 
 
 def _draw_boxes(
@@ -230,10 +232,10 @@ def _draw_arrows(axes: Axes, above: Sequence[Box], boxes: Sequence[Box], meets: 
             axes.annotate("", end, start, arrowprops=arrow | ({"linestyle": (0, (3, 2))} if crosses else {}))
 
 
-def _write_name(axes: Axes, number: int, layer: Layer) -> None:
-    """Name, kernel, and what follows, left of the boxes."""
-    kernel = f"  {layer.kernel}×{layer.kernel}" if layer.kernel else ""
-    stride = f" / {layer.stride}" if layer.stride and layer.stride > 1 else ""
-    told = ", ".join(dict.fromkeys(SHORT.get(word.split()[0], word) for word in layer.then)) or "softmax"
-    axes.text(0, number - 0.03, f"{layer.name}{kernel}{stride}", va="bottom", fontsize=TEXT, fontweight="bold")
-    axes.text(0, number + 0.03, told, va="top", fontsize=SMALL, color=GREY)
+def _write_name(axes: Axes, number: int, recipe: Recipe, spec: LayerSpec) -> None:
+    """Name, kernel and following steps, left of the boxes."""
+    short: dict[Step, str] = {"activation": recipe.activation, "within-norm": "norm"}
+    steps = ", ".join(dict.fromkeys(short.get(step, step) for step in spec.then)) or "softmax"
+    title = f"{spec.name}  {describe_kernel(spec)}".rstrip()
+    axes.text(0, number - 0.03, title, va="bottom", fontsize=TEXT, fontweight="bold")
+    axes.text(0, number + 0.03, steps, va="top", fontsize=SMALL, color=GREY)

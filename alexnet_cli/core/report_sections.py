@@ -15,9 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from alexnet_cli.core import anatomy, filter_picture, results
-from alexnet_cli.core.anatomy import Layer
-from alexnet_cli.core.architecture import EDGE_PADDING
+from alexnet_cli.core import filter_picture, results
+from alexnet_cli.core.architecture import LayerSpec, describe_kernel, describe_step, layer_specs
 from alexnet_cli.core.confusion_matrix import draw_confusion_matrix
 from alexnet_cli.core.evaluate import Evaluation
 from alexnet_cli.core.report_charts import Chart, draw_network
@@ -44,37 +43,35 @@ def describe_network(report: Report, drawn: bool) -> Names | None:
     if not report.classes:
         return None
     recipe = report.model.recipe if report.model else report.recipe
-    layers = anatomy.layers(recipe, len(report.classes))
-    meeting = [layer.name[-1] for layer in layers if layer.meets]
+    specs = layer_specs(recipe, len(report.classes))
+    meeting = [spec.name[-1] for spec in specs if spec.sees_both]
     towers = f"Two towers, which meet in layers {', '.join(meeting[:-1])} and {meeting[-1]}" if meeting else "One tower"
-    often = sum(layer.multiplications for layer in layers)
+    count = sum(spec.multiplications for spec in specs)
     words = (
-        f"{towers}: figure 2 of the paper, as this recipe has it. One picture takes {often / 1e6:,.0f} million "
+        f"{towers}: figure 2 of the paper, with this recipe's changes. One image takes {count / 1e6:,.0f} million "
         "multiplications."
     )
-    total = ("All", "", "", "", "", "", f"{sum(layer.parameters for layer in layers):,}")
-    chart = _embed_chart(draw_network(layers, recipe.towers, recipe.input_size)) if drawn else None
-    rows = [_input_row(recipe), *(_layer_row(layer, recipe) for layer in layers), total]
+    total = ("All", "", "", "", "", "", f"{sum(spec.parameters for spec in specs):,}")
+    chart = _embed_chart(draw_network(recipe, specs)) if drawn else None
+    rows = [_input_row(recipe, specs[0]), *(_layer_row(recipe, spec) for spec in specs), total]
     return {"words": words, "heads": LAYER_HEADS, "rows": rows, "chart": chart}
 
 
-def _input_row(recipe: Recipe) -> Row:
-    side, edge = recipe.input_size, EDGE_PADDING
-    padded = recipe.input_size == 224 and recipe.edge_padding
-    then = f"{edge} zeros right and below" if padded else ""
-    return ("picture", "", "", "3 colours", f"{side}×{side}", then, "")
+def _input_row(recipe: Recipe, conv1: LayerSpec) -> Row:
+    _, after = conv1.padding
+    then = f"{after} zeros right and below" if after else ""
+    return ("image", "", "", "3 colors", f"{recipe.input_size}×{recipe.input_size}", then, "")
 
 
-def _layer_row(layer: Layer, recipe: Recipe) -> Row:
-    kernel = f"{layer.kernel}×{layer.kernel}" if layer.kernel else ""
-    kernel += f" / {layer.stride}" if layer.stride and layer.stride > 1 else ""
-    sees = f"{layer.inputs:,}"
-    if recipe.towers > 1 and layer.name != "conv1":
-        sees += " of both towers" if layer.meets else " of its tower"
-    units = [f"{layer.units:,}"] * (1 if layer.name == "fc8" else recipe.towers)
-    size = f"{layer.side}×{layer.side}" if layer.side else ""
-    then = [f"{word} to {layer.pooled}×{layer.pooled}" if word.startswith("pool") else word for word in layer.then]
-    return layer.name, kernel, sees, " + ".join(units), size, ", ".join(then) or "softmax", f"{layer.parameters:,}"
+def _layer_row(recipe: Recipe, spec: LayerSpec) -> Row:
+    inputs = f"{spec.inputs:,}"
+    if recipe.towers > 1 and spec.name != "conv1":
+        inputs += " of both towers" if spec.sees_both else " of its tower"
+    maps = " + ".join([f"{spec.maps:,}"] * spec.towers)
+    size = f"{spec.side}×{spec.side}" if spec.is_conv else ""
+    pooled = f" to {spec.pooled_side}×{spec.pooled_side}"
+    steps = [describe_step(recipe, step) + (pooled if step == "pool" else "") for step in spec.then]
+    return spec.name, describe_kernel(spec), inputs, maps, size, ", ".join(steps) or "softmax", f"{spec.parameters:,}"
 
 
 def compare_recipe(report: Report) -> Names:

@@ -10,20 +10,19 @@ runs/latest                   points to the newest run
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
 import shlex
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from alexnet_cli.core.devices import train_command
-from alexnet_cli.core.files import read_file, replace_link, write_text
+from alexnet_cli.core.files import lock_file, read_file, replace_link, write_text
 from alexnet_cli.core.records import Record, append, count, read_records, table, until
 from alexnet_cli.errors import DataError, StorageError, UsageError, format_error
 from alexnet_cli.recipe import Recipe
@@ -49,7 +48,7 @@ class Run:
 
     @classmethod
     def create(cls, name: str | None, recipe: Recipe, about: Mapping[str, Any], root: Path | None = None) -> Run:
-        """Create the directory of a new run in `root` (default: `runs_root()`) and replace_link `latest` to it.
+        """Create the directory of a new run in `root` (default: `runs_root()`) and point `latest` to it.
 
         Raises:
             UsageError: a run of that name is there already, or it is no plain name.
@@ -145,13 +144,9 @@ class Run:
         if not self.writes:
             yield
             return
-        with self.storing():
-            file = (self.path / ".lock").open("w")
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise DataError(f"another command is training {self.path}", "wait until it is done") from None
+        with ExitStack() as stack:
+            with self.storing():
+                stack.enter_context(lock_file(self.path / ".lock", f"another command is training {self.path}"))
             yield
 
     def update(self, about: Mapping[str, Any]) -> None:
@@ -189,10 +184,8 @@ class Run:
         """Write metrics.csv from the records: one row per epoch."""
         if not self.writes:
             return
-        temporary = self.path / ".metrics.csv.tmp"
         with self.storing():
-            temporary.write_text(table(self.records()), encoding="utf-8")
-            temporary.replace(self.path / "metrics.csv")
+            write_text(self.path / "metrics.csv", table(self.records()))
 
 
 def is_plain(name: str) -> bool:

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from alexnet_cli.core.architecture import receptive_field
 from alexnet_cli.core.classes import ClassName
 from alexnet_cli.core.drawing import Row, Tile
 from alexnet_cli.core.images import Pixels
 from alexnet_cli.core.inputs import ahead
-from alexnet_cli.core.receptive_field import extent
 from alexnet_cli.core.session import Session
 from alexnet_cli.core.shards import Split
 from alexnet_cli.core.views import views
@@ -131,9 +131,9 @@ def _reduce_batch(rows: Rows, values: npt.NDArray[np.float32]) -> TopActivations
 
 def cut_receptive_field(image: Pixels, recipe: Recipe, layer: str, position: tuple[int, int]) -> Pixels:
     """The receptive field of a position (row, column): S x S x 3, gray where it hangs over the border."""
-    (top, bottom), (left, right) = (extent(recipe, layer, p, clipped=False) for p in position)
+    (top, bottom), (left, right) = (receptive_field(recipe, layer, p, clipped=False) for p in position)
     patch = np.full((bottom - top, right - left, 3), OUTSIDE, np.uint8)
-    (y, y_end), (x, x_end) = (extent(recipe, layer, p) for p in position)
+    (y, y_end), (x, x_end) = (receptive_field(recipe, layer, p) for p in position)
     patch[y - top : y_end - top, x - left : x_end - left] = image[y:y_end, x:x_end]
     return patch
 
@@ -162,7 +162,7 @@ def make_records(
     for unit in units:
         patches = []
         for value, row, position in zip(top.values[unit], top.rows[unit].tolist(), top.positions[unit], strict=True):
-            (y, y_end), (x, x_end) = (extent(recipe, layer, int(p)) for p in position)
+            (y, y_end), (x, x_end) = (receptive_field(recipe, layer, int(p)) for p in position)
             patches.append({
                 "response": float(value), "row": row, "key": split.key(row),
                 "label": classes[split.labels[row]].name, "box": [x, y, x_end, y_end],
