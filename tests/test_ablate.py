@@ -154,7 +154,7 @@ def test_a_training_that_breaks_down_is_said_and_not_repeated(
             run(prepared, "pool-2x2", settings=["learning_rate=1e30"])
         told = capfd.readouterr()
         assert [row["diverged"] for row in json.loads(told.out)["rows"]] == [[0], [0]]
-        monkeypatch.setattr(study, "TrainingLoop", None)
+        monkeypatch.setattr("alexnet_plugins.ablate.study.TrainingLoop", None)
 
 
 def test_without_matplotlib_there_is_a_hint_and_no_chart(
