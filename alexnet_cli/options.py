@@ -16,7 +16,7 @@ Precision = Literal["fp32", "tf32", "bf16"]
 def complete_weights(incomplete: str) -> list[str]:
     """Return the runs for -w, or else the paths, that start with what was typed. Any failure means no completions."""
     try:
-        from alexnet_cli.core.runs import runs_root
+        from alexnet_cli.core.runs.run import runs_root
 
         return _match((path.parent.name for path in runs_root().glob("*/run.json")), incomplete)
     except Exception:  # an error message would end up in the command line that the user is typing
@@ -26,7 +26,7 @@ def complete_weights(incomplete: str) -> list[str]:
 def complete_data(incomplete: str) -> list[str]:
     """Return the prepared data sets for --data, or else the paths, that start with what was typed."""
     try:
-        from alexnet_cli.core.shards import names
+        from alexnet_cli.core.data.shards import names
 
         return _match(names(), incomplete)
     except Exception:

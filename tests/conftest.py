@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from documents import fields_of_json
 from PIL import Image
 
 from alexnet_cli.console import Reporter
-from alexnet_cli.core.plan import Plan
-from alexnet_cli.core.prepare import pack
-from alexnet_cli.core.sources import recognize
+from alexnet_cli.core.data.plan import Plan
+from alexnet_cli.core.data.prepare import pack
+from alexnet_cli.core.data.sources import recognize
+from documents import fields_of_json
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import pytest
 import typer
-from commands import alexnet
 
 from alexnet_cli import cli, entry_points
-from alexnet_cli.core import devices, triton_kernels
+from alexnet_cli.core import devices
+from alexnet_cli.core.model import triton_kernels
 from alexnet_cli.errors import AlexNetError, DataError, Stopped, VerificationError
+from commands import alexnet
 
 HEAVY = ("torch", "torchvision", "numpy", "PIL", "onnxruntime", "onnx", "safetensors")
 COMMANDS = (
@@ -431,7 +432,7 @@ def test_doctor_tells_what_really_opens() -> None:
 def test_doctor_says_what_each_gpu_can_do(monkeypatch: pytest.MonkeyPatch) -> None:
     gpus = [devices.Gpu(0, "H100", 80 << 30, "9.0"), devices.Gpu(1, "K80", 12 << 30, "3.7")]
     monkeypatch.setattr(devices, "visible_gpus", lambda: gpus)
-    monkeypatch.setattr(devices, "take", lambda index: ["", "no kernel image is available"][index])
+    monkeypatch.setattr(devices, "try_gpu", lambda index: ["", "no kernel image is available"][index])
     monkeypatch.setattr(triton_kernels, "unavailable_reason", lambda index: "")
     said = alexnet("doctor").stdout
     assert "0: H100, 80 GiB, bf16 arithmetic: yes, kernels: ok" in said

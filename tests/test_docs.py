@@ -10,9 +10,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import foreign_files
 import pytest
 import typer
+
+import foreign_files
+from alexnet_cli import cli, entry_points, recipe, recipe_io
 from documents import (
     DOCUMENTS,
     NOT_RUN,
@@ -24,8 +26,6 @@ from documents import (
     find_table,
     read_document,
 )
-
-from alexnet_cli import cli, entry_points, recipe, recipe_io
 
 SMALL = "--set width=0.03125 --set precision=fp32 --set batch_size=16 --epochs 1"  # a full one takes hours
 WITH_WEIGHTS = ("--init-from", "--resume")  # the width is that of other weights
@@ -59,7 +59,7 @@ def test_the_json_of_every_command_is_described() -> None:
 
 
 def test_the_columns_of_metrics_csv_are_those_in_the_table() -> None:
-    from alexnet_cli.core.records import COLUMNS
+    from alexnet_cli.core.runs.records import COLUMNS
 
     cells = [row[0] for row in find_table("column of `metrics.csv`")]
     assert re.findall(r"`(\w+)`", " ".join(cells)) == list(COLUMNS)
@@ -100,7 +100,7 @@ def test_the_table_of_the_paper_names_files_and_values_that_exist() -> None:
 def test_the_table_of_layers_counts_the_parameters_of_the_network() -> None:
     import torch
 
-    from alexnet_cli.core.network import Network
+    from alexnet_cli.core.model.network import Network
 
     with torch.device("meta"):
         tensors = Network(recipe.PAPER, 1000).state_dict()

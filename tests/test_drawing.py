@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from alexnet_cli.core import confusion_matrix, drawing
+from alexnet_cli.core import drawing
 from alexnet_cli.core.drawing import Row, Tile, draw_sheet
+from alexnet_cli.core.evaluation import confusion_matrix
 
 
 def drawn(size: int, letter: str) -> bytes:

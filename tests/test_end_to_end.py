@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import alexnet
 from PIL import Image
 
-from alexnet_cli.core.runs import Run
+from alexnet_cli.core.runs.run import Run
+from commands import alexnet
 
 Done = subprocess.CompletedProcess[str]
 Alexnet = Callable[..., Done]

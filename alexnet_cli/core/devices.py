@@ -48,7 +48,7 @@ def visible_gpus() -> list[Gpu]:
     return found
 
 
-def take(index: int) -> str:
+def try_gpu(index: int) -> str:
     """Make a GPU the current one of this process, and compute on it. Returns why that cannot be, or ""."""
     import torch
 

@@ -56,12 +56,12 @@ def doctor(json: JsonFlag = False, quiet: QuietFlag = False) -> None:
 
 def _about(gpu: Gpu) -> dict[str, Any]:
     """A GPU, and whether it computes: why not, if it does not, and why not with our kernels."""
-    from alexnet_cli.core.devices import take
+    from alexnet_cli.core.devices import try_gpu
 
     about = {"index": gpu.index, "name": gpu.name, "memory": gpu.memory, "capability": gpu.capability, "bf16": gpu.bf16}
-    if problem := take(gpu.index):
+    if problem := try_gpu(gpu.index):
         return about | {"problem": problem}
-    from alexnet_cli.core import triton_kernels  # which imports Triton
+    from alexnet_cli.core.model import triton_kernels  # which imports Triton
 
     return about | {"kernels": triton_kernels.unavailable_reason(gpu.index) or "ok"}
 

@@ -24,9 +24,9 @@ from alexnet_cli.options import (
 )
 
 if TYPE_CHECKING:
-    from alexnet_cli.core.classes import ClassName
-    from alexnet_cli.core.evaluate import Classify, Evaluation
-    from alexnet_cli.core.shards import Split
+    from alexnet_cli.core.data.classes import ClassName
+    from alexnet_cli.core.data.shards import Split
+    from alexnet_cli.core.evaluation.evaluate import Classify, Evaluation
     from alexnet_cli.recipe import Recipe
 
     LoadedModel = tuple[Classify, Sequence[ClassName], Recipe, str, Mapping[str, Any]]
@@ -56,10 +56,11 @@ def evaluate(
 
     On the validation split, with the centre view or the paper's ten.
     """
-    from alexnet_cli.core import results
-    from alexnet_cli.core.evaluate import match_classes
-    from alexnet_cli.core.neighbors import hash_file
-    from alexnet_cli.core.resolve import (
+    from alexnet_cli.core.analysis.neighbors import hash_file
+    from alexnet_cli.core.data.shards import find_dataset, open_dataset
+    from alexnet_cli.core.evaluation import results
+    from alexnet_cli.core.evaluation.evaluate import match_classes
+    from alexnet_cli.core.runs.resolve import (
         describe_unfinished_run,
         describe_weights,
         find_run_folder,
@@ -67,7 +68,6 @@ def evaluate(
         find_weights,
         is_training_data,
     )
-    from alexnet_cli.core.shards import find_dataset, open_dataset
 
     reporter = Reporter("evaluate", json=json, quiet=quiet)
     path = find_weights(weights, (".safetensors", ".onnx"))
@@ -122,11 +122,11 @@ def _count_images(
     predictions: Path | None,
 ) -> Evaluation:
     """Classify every image of the split once, and write the predictions file if there is one."""
-    from alexnet_cli.core import loader as loading
-    from alexnet_cli.core import results
-    from alexnet_cli.core.evaluate import Evaluation, HalvingClassifier
-    from alexnet_cli.core.evaluate import evaluate as run
-    from alexnet_cli.core.placement import threads_for_decoding
+    from alexnet_cli.core.data import loader as loading
+    from alexnet_cli.core.evaluation import results
+    from alexnet_cli.core.evaluation.evaluate import Evaluation, HalvingClassifier
+    from alexnet_cli.core.evaluation.evaluate import evaluate as run
+    from alexnet_cli.core.parallel.placement import threads_for_decoding
 
     counts, size = Evaluation.empty(len(classes)), min(batch_size or DEFAULT_BATCH_SIZE, len(images))
     classify = HalvingClassifier(
@@ -150,14 +150,14 @@ def _count_images(
 
 def _load_torch(path: Path, views: int, gpus: str | None) -> LoadedModel:
     """Load a model file in PyTorch."""
-    from alexnet_cli.core.augment import Pixels
-    from alexnet_cli.core.evaluate import TorchClassifier
-    from alexnet_cli.core.network import network_from_model
-    from alexnet_cli.core.placement import place
-    from alexnet_cli.core.weights import read
+    from alexnet_cli.core.data.augment import Augment
+    from alexnet_cli.core.evaluation.evaluate import TorchClassifier
+    from alexnet_cli.core.model.model_file import read_model
+    from alexnet_cli.core.model.network import network_from_model
+    from alexnet_cli.core.parallel.placement import place
 
-    model, placement = read(path), place(gpus, "fp32")
-    pixels = Pixels(model.recipe, model.mean, None, None, placement.device)
+    model, placement = read_model(path), place(gpus, "fp32")
+    pixels = Augment(model.recipe, model.mean, None, None, placement.device)
     network = network_from_model(model).to(placement.device)
     classify = TorchClassifier(network, pixels, placement, views)
     return classify, model.classes, model.recipe, f"{placement.name} · fp32", model.info
@@ -165,20 +165,20 @@ def _load_torch(path: Path, views: int, gpus: str | None) -> LoadedModel:
 
 def _load_onnx(path: Path, views: int, gpus: str | None) -> LoadedModel:
     """Load an ONNX file in ONNX Runtime."""
-    from alexnet_cli.core.placement import single_gpu
-    from alexnet_cli.core.predict import probabilities
-    from alexnet_cli.core.session import Session
+    from alexnet_cli.core.inference.predict import compute_probabilities
+    from alexnet_cli.core.inference.session import Session
+    from alexnet_cli.core.parallel.placement import single_gpu
 
     gpu = None if gpus is None else single_gpu(gpus)
     session = Session(path, provider="auto" if gpus is None else "cpu" if gpu is None else "cuda", gpu=gpu or 0)
     place = f"{session.device}, since {session.fallback}" if session.fallback else session.device
-    classify = lambda images: probabilities(images.numpy(), session, views)  # noqa: E731 - typed by LoadedModel
+    classify = lambda images: compute_probabilities(images.numpy(), session, views)  # noqa: E731 - typed by LoadedModel
     return classify, session.classes, session.recipe, place, session.about
 
 
 def _report(reporter: Reporter, counts: Evaluation, classes: Sequence[ClassName], totals: dict[str, Any]) -> None:
     """Write the totals as JSON or as text, with remarks on a network that is no better than guessing."""
-    from alexnet_cli.core import baselines
+    from alexnet_cli.core.evaluation import baselines
 
     reporter.result(totals)
     for k, error in ((1, counts.top1_error), (5, counts.top5_error)):
@@ -197,7 +197,7 @@ def _report(reporter: Reporter, counts: Evaluation, classes: Sequence[ClassName]
 
 def _report_worst(reporter: Reporter, counts: Evaluation, classes: Sequence[ClassName]) -> None:
     """Show the classes with the highest error and the most frequent mistakes."""
-    from alexnet_cli.core import results
+    from alexnet_cli.core.evaluation import results
 
     most = max(1, min(MOST_LISTED, len(classes) // 2))
     rows = [
@@ -216,7 +216,7 @@ def _report_worst(reporter: Reporter, counts: Evaluation, classes: Sequence[Clas
 
 def _explain_difference(reporter: Reporter, about: Mapping[str, Any], run: Path | None, error: float) -> None:
     """Say why training recorded another error for these weights, if it validated in another precision."""
-    from alexnet_cli.core.runs import Run
+    from alexnet_cli.core.runs.run import Run
 
     metrics, trained = about.get("metrics"), Run(run).about if run else {}
     recorded = metrics.get("top1_error") if isinstance(metrics, Mapping) else None

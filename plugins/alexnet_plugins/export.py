@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from alexnet_cli.core.export import Precision, Verification
-    from alexnet_cli.core.weights import Model
+    from alexnet_cli.core.export.export import Precision, Verification
+    from alexnet_cli.core.model.model_file import Model
 
     Crops = npt.NDArray[np.uint8]
 
@@ -49,8 +49,13 @@ def export(
     quiet: QuietFlag = False,
 ) -> None:
     """Write one ONNX file, checked against PyTorch."""
-    from alexnet_cli.core import weights as model_file
-    from alexnet_cli.core.resolve import describe_unfinished_run, describe_weights, find_training_data, find_weights
+    from alexnet_cli.core.model import model_file
+    from alexnet_cli.core.runs.resolve import (
+        describe_unfinished_run,
+        describe_weights,
+        find_training_data,
+        find_weights,
+    )
 
     if precision != "int8" and (calibrate is not None or force):
         raise UsageError(f"{'--force' if force else '--calibrate'} is for int8", "add --precision int8")
@@ -58,7 +63,7 @@ def export(
         raise UsageError("--force and --no-verify: without a measurement nothing is refused", "leave one out")
     reporter = Reporter("export", json=json, quiet=quiet)
     source = find_weights(weights)
-    model = model_file.read(source)
+    model = model_file.read_model(source)
     path = _place(output, source, precision)
     said = describe_weights(source, model.info)
     reporter.line("weights", f"{said} · {len(model.classes):,} classes · recipe {model.recipe.name}")
@@ -77,8 +82,8 @@ def export(
 
 def _place(output: Path | None, source: Path, precision: str) -> Path:
     """Where the file goes: beside the run's own, which is of its best checkpoint in float32, and never over it."""
-    from alexnet_cli.core.resolve import find_run_folder, is_best
-    from alexnet_cli.core.runs import ONNX
+    from alexnet_cli.core.runs.resolve import find_run_folder, is_best
+    from alexnet_cli.core.runs.run import ONNX
 
     other = [] if is_best(source) else [source.resolve().parent.name]
     name = "-".join([Path(ONNX).stem, *other, *([] if precision == "fp32" else [precision])])
@@ -93,8 +98,8 @@ def _place(output: Path | None, source: Path, precision: str) -> Path:
 def _float(
     reporter: Reporter, model: Model, path: Path, precision: Precision, data: str | None, *, verify: bool
 ) -> dict[str, Any]:
-    from alexnet_cli.core.export import export as write
-    from alexnet_cli.core.export import export_unverified
+    from alexnet_cli.core.export.export import export as write
+    from alexnet_cli.core.export.export import export_unverified
 
     if not verify:
         export_unverified(model, path, precision)
@@ -111,10 +116,10 @@ def _int8(
     reporter: Reporter, model: Model, path: Path, sets: tuple[str | None, str | None], *, verify: bool, force: bool
 ) -> dict[str, Any]:
     """Calibrated on `sets[1]`, or else on the set that accuracy is judged on, `sets[0]`."""
-    from alexnet_cli.core import export as exporting
-    from alexnet_cli.core.evaluate import match_classes
-    from alexnet_cli.core.quantize import CALIBRATION_IMAGES
-    from alexnet_cli.core.shards import find_dataset, open_dataset
+    from alexnet_cli.core.data.shards import find_dataset, open_dataset
+    from alexnet_cli.core.evaluation.evaluate import match_classes
+    from alexnet_cli.core.export import export as exporting
+    from alexnet_cli.core.export.quantize import CALIBRATION_IMAGES
 
     data, calibrate = sets
     judge = open_dataset(find_dataset(data or calibrate))
@@ -171,9 +176,9 @@ def _numbers(checked: Verification | None) -> dict[str, Any]:
 
 def _crops(model: Model, data: str | None) -> tuple[Crops, str]:
     """What to compare on, and what it is: pictures of the prepared set, or drawn ones if there is none."""
-    from alexnet_cli.core.export import crops_of, drawn_crops
-    from alexnet_cli.core.resolve import find_training_data
-    from alexnet_cli.core.shards import find_dataset, open_dataset
+    from alexnet_cli.core.data.shards import find_dataset, open_dataset
+    from alexnet_cli.core.export.export import crops_of, drawn_crops
+    from alexnet_cli.core.runs.resolve import find_training_data
 
     try:
         dataset = open_dataset(find_dataset(data or find_training_data(model.path)))

@@ -16,12 +16,12 @@ from alexnet_cli.errors import PartialError, StorageError, UsageError
 from alexnet_cli.options import JsonFlag, OwnDataOption, QuietFlag, WeightsOption
 
 if TYPE_CHECKING:
+    from alexnet_cli.core.analysis.neighbors import Vectors
+    from alexnet_cli.core.data.images import ImageArray
+    from alexnet_cli.core.data.shards import Dataset, Split
     from alexnet_cli.core.drawing import Row
-    from alexnet_cli.core.images import Pixels
-    from alexnet_cli.core.inputs import Source
-    from alexnet_cli.core.neighbors import Vectors
-    from alexnet_cli.core.session import Session
-    from alexnet_cli.core.shards import Dataset, Split
+    from alexnet_cli.core.inference.inputs import ImageInput
+    from alexnet_cli.core.inference.session import Session
 
 BATCH = 32  # pictures that are searched in one reading of the index
 MAX_ROWS = 50  # pictures on the sheet, at most
@@ -47,16 +47,16 @@ def neighbors(
     Those that the network takes for most alike: nearest in the activations of layer 7. The first time, the training
     set runs through the network once, and its activations stay beside the run.
     """
+    from alexnet_cli.core.analysis.neighbors import make_records, make_sheet_row
+    from alexnet_cli.core.data.shards import find_dataset, open_dataset
     from alexnet_cli.core.drawing import draw_sheet
-    from alexnet_cli.core.inputs import expand
-    from alexnet_cli.core.neighbors import make_records, make_sheet_row
-    from alexnet_cli.core.resolve import find_run_folder, find_training_data, find_weights
-    from alexnet_cli.core.shards import find_dataset, open_dataset
+    from alexnet_cli.core.inference.inputs import expand_inputs
+    from alexnet_cli.core.runs.resolve import find_run_folder, find_training_data, find_weights
 
     reporter = Reporter("neighbors", json=json, quiet=quiet)
     if output is not None and output.suffix.lower() != ".png":
         raise UsageError(f"-o {output}: not a .png file", "such as -o neighbors.png")
-    sources = expand(inputs, getattr(sys.stdin, "buffer", None))
+    sources = expand_inputs(inputs, getattr(sys.stdin, "buffer", None))
     path = find_weights(weights, (".onnx", ".safetensors"))
     dataset = open_dataset(find_dataset(data or find_training_data(path)))
     split = dataset.split("train")
@@ -88,10 +88,10 @@ def _open_index(
     reporter: Reporter, path: Path, dataset: Dataset, split: Split, pictures: int
 ) -> tuple[Session, Vectors]:
     """The network up to layer 7, and the index of the training set, made now if it is not there."""
-    from alexnet_cli.core import neighbors
-    from alexnet_cli.core.predict import FEW
-    from alexnet_cli.core.resolve import describe_weights, find_run_folder
-    from alexnet_cli.core.session import Session
+    from alexnet_cli.core.analysis import neighbors
+    from alexnet_cli.core.inference.predict import FEW
+    from alexnet_cli.core.inference.session import Session
+    from alexnet_cli.core.runs.resolve import describe_weights, find_run_folder
 
     folder = neighbors.index_folder(path, find_run_folder(path), dataset)
     source = neighbors.IndexSource(neighbors.hash_file(path), dataset.hash, len(split))
@@ -109,14 +109,14 @@ def _open_index(
 
 
 def _search(
-    sources: list[Source], session: Session, vectors: Vectors, k: int
-) -> Iterator[tuple[str, Pixels | str, Any, Any]]:
+    sources: list[ImageInput], session: Session, vectors: Vectors, k: int
+) -> Iterator[tuple[str, ImageArray | str, Any, Any]]:
     """Every picture's name, pixels (or why there are none), and the rows and distances of its neighbours."""
-    from alexnet_cli.core.inputs import ahead
-    from alexnet_cli.core.neighbors import check_range, find_nearest
-    from alexnet_cli.core.units import compute_activations
+    from alexnet_cli.core.analysis.neighbors import check_range, find_nearest
+    from alexnet_cli.core.analysis.units import compute_activations
+    from alexnet_cli.core.inference.inputs import prefetch
 
-    with contextlib.closing(ahead(sources, 2 * BATCH, session.exif_rotate)) as loaded:
+    with contextlib.closing(prefetch(sources, 2 * BATCH, session.exif_rotate)) as loaded:
         while batch := list(islice(loaded, BATCH)):
             readable = [picture for _, picture in batch if not isinstance(picture, str)]
             near: Iterator[tuple[Any, Any]] = iter(())

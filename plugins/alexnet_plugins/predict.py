@@ -18,7 +18,7 @@ from alexnet_cli.options import JsonFlag, QuietFlag, ViewsOption, WeightsOption
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from alexnet_cli.core.predict import Classifier, Prediction
+    from alexnet_cli.core.inference.predict import Classifier, Prediction
 
 BAR, NAME = 24, 20  # characters: a full bar, a name at least
 COLUMNS = ("path", "rank", "label", "wnid", "index", "probability", "error")
@@ -52,10 +52,10 @@ def predict(
     """Classify pictures: the likeliest labels of each."""
     import time
 
-    from alexnet_cli.core.inputs import expand
-    from alexnet_cli.core.predict import FEW, open_classifier
-    from alexnet_cli.core.predict import predict as run
-    from alexnet_cli.core.resolve import describe_unfinished_run, describe_weights, find_weights
+    from alexnet_cli.core.inference.inputs import expand_inputs
+    from alexnet_cli.core.inference.predict import FEW, open_classifier
+    from alexnet_cli.core.inference.predict import predict as run
+    from alexnet_cli.core.runs.resolve import describe_unfinished_run, describe_weights, find_weights
 
     if (features is None) != (output is None):
         raise UsageError("--features and -o belong together", "such as --features fc7 -o features.npz")
@@ -65,7 +65,7 @@ def predict(
         raise UsageError(f"-o {output}: there is no folder {output.parent}", "make it first")
     reporter = Reporter("predict", json=json, quiet=quiet)
     ours: list[str] = []
-    sources = expand(inputs, getattr(sys.stdin, "buffer", None), ours)
+    sources = expand_inputs(inputs, getattr(sys.stdin, "buffer", None), ours)
     model = find_weights(weights, (".safetensors",) if backend == "torch" else (".onnx", ".safetensors"))
     classifier = open_classifier(model, backend, few=len(sources) * views <= FEW, layer=features)
     reporter.line("weights", describe_weights(model, classifier.about))
@@ -171,6 +171,6 @@ def _features(
     """A function that takes a prediction for the file of activations; idle without a path."""
     if path is None or layer is None:
         return contextlib.nullcontext(lambda prediction: None)
-    from alexnet_cli.core.predict import write_features
+    from alexnet_cli.core.inference.predict import write_features
 
     return write_features(path, classifier, layer)

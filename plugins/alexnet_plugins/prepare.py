@@ -18,9 +18,9 @@ from alexnet_cli.errors import DataError, PartialError, Stopped, Terminated, Usa
 from alexnet_cli.options import JsonFlag, QuietFlag
 
 if TYPE_CHECKING:
-    from alexnet_cli.core.plan import Plan
-    from alexnet_cli.core.shards import Dataset
-    from alexnet_cli.core.sources import SourceDataset
+    from alexnet_cli.core.data.plan import Plan
+    from alexnet_cli.core.data.shards import Dataset
+    from alexnet_cli.core.data.sources import SourceDataset
 
 LAYOUTS = (
     "A folder: ImageNet as it is distributed (archives, Kaggle, Hugging Face parquet), train/CLASS and "
@@ -58,9 +58,9 @@ def prepare(
 
     Interrupted, the same command goes on where it stopped. The source is never written to.
     """
+    from alexnet_cli.core.data.plan import Plan, default_output, format_size
+    from alexnet_cli.core.data.sources import recognize
     from alexnet_cli.core.devices import cores
-    from alexnet_cli.core.plan import Plan, default_output, format_size
-    from alexnet_cli.core.sources import recognize
 
     reporter = Reporter("prepare", json=json, quiet=quiet)
     if check is not None:
@@ -115,7 +115,7 @@ def _report_source(reporter: Reporter, found: SourceDataset) -> None:
 
 def _pack(reporter: Reporter, plan: Plan, workers: int, on_corrupt: OnCorrupt, overwrite: bool) -> tuple[int, float]:
     """Pack what is missing; returns how many pictures this run dealt with, and in how many seconds."""
-    from alexnet_cli.core.prepare import pack
+    from alexnet_cli.core.data.prepare import pack
 
     seen, start = 0, time.perf_counter()
     try:
@@ -143,7 +143,7 @@ def _pack(reporter: Reporter, plan: Plan, workers: int, on_corrupt: OnCorrupt, o
 
 def _verify(reporter: Reporter, folder: Path) -> None:
     """Every file of a data set against its recorded sum; VerificationError names those that differ."""
-    from alexnet_cli.core.shards import checksums, find_dataset, open_dataset, verify
+    from alexnet_cli.core.data.shards import checksums, find_dataset, open_dataset, verify
 
     dataset = open_dataset(find_dataset(str(folder)))
     files = checksums(dataset.record)
@@ -160,7 +160,7 @@ def _report_prepared(reporter: Reporter, output: Path, seen: int, seconds: float
     Raises:
         PartialError: some were left out.
     """
-    from alexnet_cli.core.shards import open_dataset
+    from alexnet_cli.core.data.shards import open_dataset
 
     dataset = open_dataset(output)
     for line in _describe_statistics(dataset):
@@ -185,7 +185,7 @@ def _report_finished(reporter: Reporter, plan: Plan, strict: bool) -> None:
     Raises:
         PartialError: pictures were left out, and `strict`; otherwise nothing fails this time, and that is a note.
     """
-    from alexnet_cli.core.shards import checksums, open_dataset
+    from alexnet_cli.core.data.shards import checksums, open_dataset
 
     dataset = open_dataset(plan.output)
     for name in dataset.record["splits"]:
@@ -277,7 +277,7 @@ def _report_turned(reporter: Reporter, dataset: Dataset) -> None:
 
 def _report_duplicates(reporter: Reporter, dataset: Dataset) -> None:
     """Equal pictures are worth a line, and a warning where they are in both splits, or under two labels."""
-    from alexnet_cli.core.statistics import spans
+    from alexnet_cli.core.data.statistics import spans
 
     found = dataset.record["duplicates"]
     if found["groups"]:

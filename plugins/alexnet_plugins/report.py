@@ -12,7 +12,7 @@ from alexnet_cli.errors import PartialError, UsageError, WeightsError
 from alexnet_cli.options import JsonFlag, OwnDataOption, QuietFlag, WeightsOption
 
 if TYPE_CHECKING:
-    from alexnet_cli.core.runs import Run
+    from alexnet_cli.core.runs.run import Run
 
 
 def report(
@@ -30,12 +30,12 @@ def report(
     Recipe, curves, filters, confusions, examples, neighbours, speed. Results of `evaluate` and the index of
     `neighbors` are used if they are of these weights, and made otherwise.
     """
-    from alexnet_cli.core import report_page
-    from alexnet_cli.core.placement import place
-    from alexnet_cli.core.report_charts import INSTALL_HINT, can_draw
-    from alexnet_cli.core.report_collect import collect_report, find_run_data, open_model
-    from alexnet_cli.core.resolve import describe_weights, is_best, shorten_path
-    from alexnet_cli.core.shards import Dataset
+    from alexnet_cli.core.data.shards import Dataset
+    from alexnet_cli.core.parallel.placement import place
+    from alexnet_cli.core.report import page
+    from alexnet_cli.core.report.charts import INSTALL_HINT, can_draw
+    from alexnet_cli.core.report.collect import collect_report, find_run_data, open_model
+    from alexnet_cli.core.runs.resolve import describe_weights, is_best, shorten_path
 
     reporter = Reporter("report", json=json, quiet=quiet)
     if output is not None and output.suffix.lower() not in (".html", ".htm"):
@@ -44,7 +44,7 @@ def report(
     # The run's own page is of its best checkpoint, and no other's is written over it.
     other = "" if path is None or is_best(path) else f"-{path.resolve().parent.name}"
     target = output or (run.path if run else Path()) / f"report{other}.html"
-    report_page.check_writable(target)
+    page.check_writable(target)
     network = open_model(path) if path else None
     there = (
         describe_weights(path, network.model.info) if path and network else f"none yet in {run.path if run else path}"
@@ -56,7 +56,7 @@ def report(
         found = collect_report(run, network, dataset, place(None, "fp32") if path else None, progress.advance)
     if found.evidence.unsaved:
         reporter.line("note", f"what was computed is on the page alone: {found.evidence.unsaved}")
-    sections = report_page.write_page(found, target)
+    sections = page.write_page(found, target)
     size = target.stat().st_size
     reporter.result({
         "path": str(target), "bytes": size, "weights": str(path) if path else None, "charts": can_draw(),
@@ -74,8 +74,8 @@ def report(
 
 def _resolve_weights(spec: str | None) -> tuple[Run | None, Path | None]:
     """What -w means: a run, with its best weights if it has any, or weights alone."""
-    from alexnet_cli.core.resolve import find_run_folder, find_weights
-    from alexnet_cli.core.runs import Run
+    from alexnet_cli.core.runs.resolve import find_run_folder, find_weights
+    from alexnet_cli.core.runs.run import Run
 
     try:
         path = find_weights(spec)

@@ -14,15 +14,7 @@ import typer
 from alexnet_cli import recipe_io
 from alexnet_cli.console import Progress, Reporter
 from alexnet_cli.errors import PartialError, Stopped, StorageError
-from alexnet_cli.options import (
-    DataOption,
-    GpusOption,
-    JobsOption,
-    JsonFlag,
-    QuietFlag,
-    SettingsOption,
-    complete_recipe,
-)
+from alexnet_cli.options import DataOption, GpusOption, JobsOption, JsonFlag, QuietFlag, SettingsOption, complete_recipe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -72,8 +64,9 @@ def ablate(
     Measures what each is worth on your data: trains the base and every switch with each seed. After a stop or crash,
     repeat the command to continue; finished trainings are kept, also when you add seeds.
     """
-    from alexnet_cli.core import placement, report_charts
-    from alexnet_cli.core.shards import find_dataset, open_dataset
+    from alexnet_cli.core.data.shards import find_dataset, open_dataset
+    from alexnet_cli.core.parallel import placement
+    from alexnet_cli.core.report import charts
     from alexnet_cli.core.signals import EXIT_CODES, catch_stop_signals
     from alexnet_plugins.ablate.study import AblationStudy, choose_switches, make_cells
 
@@ -88,8 +81,8 @@ def ablate(
     cells = make_cells(base, switches, seeds)
     finished = [cell for cell in cells if study.is_finished(cell)]
     _show_heading(reporter, study, base, off, f"{len(cells)} trainings, {len(finished)} of them finished")
-    if not report_charts.can_draw():
-        reporter.warn("no chart will be drawn: matplotlib is not installed", report_charts.INSTALL_HINT)
+    if not charts.can_draw():
+        reporter.warn("no chart will be drawn: matplotlib is not installed", charts.INSTALL_HINT)
     with catch_stop_signals(None) as stop:
         reason = _train_all(reporter, study, cells, finished, stop, training_error / 100)
     rows = _report(reporter, study, training_error / 100, show=True)
@@ -125,7 +118,7 @@ def _train_all(
     error: float,
 ) -> str | None:
     """Train the cells that are not finished. Returns the reason if it was stopped early."""
-    from alexnet_cli.core.loader import steps_per_epoch
+    from alexnet_cli.core.data.loader import steps_per_epoch
 
     images, recipe = len(study.data.split("train")), cells[0].recipe
     per_cell = steps_per_epoch(images, recipe.batch_size) * recipe.epochs * min(recipe.batch_size, images)
@@ -180,7 +173,7 @@ def _report(reporter: Reporter, study: AblationStudy, error: float, *, show: boo
     Raises:
         StorageError: the files cannot be written.
     """
-    from alexnet_cli.core import report_charts
+    from alexnet_cli.core.report import charts
     from alexnet_plugins.ablate import table
 
     rows = table.build_rows(study.find_done_runs())
@@ -192,7 +185,7 @@ def _report(reporter: Reporter, study: AblationStudy, error: float, *, show: boo
         "ablation.csv": table.format_csv(rows, error).encode(),
         "ablation.json": table.format_json(rows, about, error).encode(),
     }
-    if show and report_charts.can_draw():
+    if show and charts.can_draw():
         title = f"{study.folder.name}: {study.data.name}, {images:,} validation images"
         contents["ablation.png"] = table.draw_chart(rows, title, error)
     for name, content in contents.items():

@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from alexnet_cli import __version__
-from alexnet_cli.core.checkpoint import find_newest
-from alexnet_cli.core.loop import TrainingLoop
-from alexnet_cli.core.placement import Placement
-from alexnet_cli.core.records import Record
-from alexnet_cli.core.runs import RUNNING, Run, is_plain, record_failure, runs_root
-from alexnet_cli.core.shards import Dataset
-from alexnet_cli.core.trainer import Trainer
+from alexnet_cli.core.data.shards import Dataset
+from alexnet_cli.core.parallel.placement import Placement
+from alexnet_cli.core.runs.records import Record
+from alexnet_cli.core.runs.run import RUNNING, Run, is_plain, record_failure, runs_root
+from alexnet_cli.core.training.checkpoint import find_newest
+from alexnet_cli.core.training.loop import TrainingLoop
+from alexnet_cli.core.training.trainer import Trainer
 from alexnet_cli.errors import DataError, StorageError, UsageError, VerificationError
 from alexnet_cli.recipe import Recipe
 from alexnet_cli.recipe_io import apply_changes

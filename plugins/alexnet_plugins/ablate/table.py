@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from alexnet_cli.core.runs import Run
+from alexnet_cli.core.runs.run import Run
 from alexnet_plugins.ablate.study import BASE, Switch
 
 if TYPE_CHECKING:

@@ -1,0 +1,278 @@
+"""Figure 4 (right) of the paper: the training images whose fc7 activations are nearest to those of an image. No torch.
+
+The activations of a training set are computed once and stay as an index beside the network:
+
+fc7.npy       float32 N x units (4096 at full width): one row per training image, in the order of the data set
+index.json    written last: the hashes of weights and data set; without it the index does not count
+
+float16 would take half the space, but numpy converts it so slowly that a search would take seven times as long.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from filelock import FileLock, Timeout
+
+from alexnet_cli.core.analysis.units import compute_activations, iterate_activations, read_images, read_images_by_row
+from alexnet_cli.core.data.classes import ClassName
+from alexnet_cli.core.data.images import ImageArray
+from alexnet_cli.core.data.shards import Dataset, Split
+from alexnet_cli.core.drawing import Row, Tile
+from alexnet_cli.core.files import replace_file, write_text
+from alexnet_cli.core.inference.session import FeatureLayer, ModelSource, Session
+from alexnet_cli.core.model.model_file import Model
+from alexnet_cli.core.runs.resolve import is_best, is_training_data
+from alexnet_cli.core.runs.run import MODEL, ONNX
+from alexnet_cli.errors import StorageError, WeightsError
+
+SCHEMA = "alexnet.neighbours/3"
+LAYER: FeatureLayer = "fc7"
+VECTORS, RECORD, LOCK = f"{LAYER}.npy", "index.json", ".lock"
+BLOCK = 2**22  # activations compared at once: 16 MB
+LARGEST = 1e12  # activation: the squared length of such a row still fits into float32
+QUERIES, NEAREST = 5, 6  # images in a report, neighbors of each: as in figure 4
+
+Vectors = npt.NDArray[np.float32]
+Rows = npt.NDArray[np.int64]
+Distances = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class IndexSource:
+    """What an index was computed from: SHA-256 of the weights file and of the data set, and the number of images."""
+
+    weights: str
+    data: str
+    images: int
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def index_folder(weights: Path, run: Path | None, dataset: Dataset) -> Path:
+    """The folder of a network's index: in its run, or beside its file.
+
+    The best checkpoint of a run, or its ONNX file, with the run's own data set has `neighbours`. Other weights and
+    data sets get names of their own, so that they do not replace it: `neighbours-00000280`, `neighbours-NAME`.
+    """
+    if run is None:
+        return weights.with_name(f"{weights.stem}.neighbours")
+    words = ["neighbours"]
+    if weights.name not in {ONNX, MODEL}:
+        words.append(weights.stem)
+    elif weights.name == MODEL and (not is_best(weights) or (run / ONNX).is_file()):
+        words.append(weights.resolve().parent.name)
+    if not is_training_data(weights, dataset):
+        words.append(dataset.path.resolve().name)
+    return run / "-".join(words)
+
+
+def open_index(folder: Path, source: IndexSource) -> Vectors | None:
+    """The index in a folder, memory-mapped; None if there is none, or it has another source, or it is damaged."""
+    try:
+        if json.loads((folder / RECORD).read_text(encoding="utf-8")) != {"schema": SCHEMA, **asdict(source)}:
+            return None
+        vectors: Vectors = np.lib.format.open_memmap(folder / VECTORS, mode="r")
+    except Exception:  # numpy raises nearly anything for a damaged header; the index is computed again in any case
+        return None
+    is_whole = vectors.dtype == np.float32 and vectors.ndim == 2 and len(vectors) == source.images
+    return vectors if is_whole else None
+
+
+def write_index(
+    folder: Path, source: IndexSource, split: Split, session: Session, advance: Callable[[int], None] = lambda n: None
+) -> Vectors:
+    """Run a split through the network and write its index. The old index stays until the new one is complete.
+
+    Raises:
+        StorageError: the folder cannot be written, or another process is writing it.
+        WeightsError: activations are NaN or infinite, or too large to compare.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / LOCK, timeout=0):
+            for leftover in folder.glob(f".{VECTORS}.*"):  # of a process that was killed
+                leftover.unlink()
+            with replace_file(folder / VECTORS) as temporary:
+                _write_vectors(temporary, source.images, split, session, advance)
+                (folder / RECORD).unlink(missing_ok=True)
+            write_text(folder / RECORD, json.dumps({"schema": SCHEMA, **asdict(source)}) + "\n")
+    except Timeout as error:
+        raise StorageError(f"{folder}: another process is writing this index", "wait until it is done") from error
+    except OSError as error:
+        reason = error.strerror or error
+        raise StorageError(f"{folder} cannot be written: {reason}", "free some space, or copy the run") from error
+    vectors = open_index(folder, source)
+    if vectors is None:
+        raise StorageError(f"{folder} does not hold what was written to it", "check the disk")
+    return vectors
+
+
+def _write_vectors(path: Path, images: int, split: Split, session: Session, advance: Callable[[int], None]) -> None:
+    """Write batch by batch. Not through a memory map: on a full disk that would be a signal, not an error."""
+    with path.open("wb") as file:
+        for rows, activations in iterate_activations(split, session):
+            vectors = check_range(activations, session.path).astype("<f4")
+            if file.tell() == 0:
+                header = {"descr": "<f4", "fortran_order": False, "shape": (images, vectors.shape[1])}
+                np.lib.format.write_array_header_1_0(file, header)
+            file.write(vectors.tobytes())
+            advance(len(rows))
+        file.flush()
+        os.fsync(file.fileno())  # a full disk must show now, while the old index is still there
+
+
+def check_range(activations: Vectors, path: Path) -> Vectors:
+    """The same activations. Raises WeightsError if their squares could overflow; `path` is for the message."""
+    if (largest := float(np.abs(activations).max(initial=0))) > LARGEST:
+        what = f"{path}: activations of {LAYER} reach {largest:.0e}, too large to compare"
+        raise WeightsError(what, "no trained network's do: look at its training")
+    return activations
+
+
+def find_nearest(vectors: Vectors, queries: Vectors, k: int) -> tuple[Rows, Distances]:
+    """The `k` nearest of N x units to each of Q x units: rows, nearest first, and Euclidean distances, Q x k each.
+
+    Exact, and equal distances are in the order of the rows. A float32 matrix product per block finds the candidates:
+    every row that could be among the nearest, given its rounding error. These are measured again in float64.
+    """
+    k, size = min(k, len(vectors)), max(1, BLOCK // max(1, vectors.shape[1]))
+    rows, distances = np.empty((len(queries), 0), np.int64), np.empty((len(queries), 0))
+    for first in range(0, len(vectors), size):
+        block = vectors[first : first + size]
+        squares = np.einsum("nu,nu->n", block, block)
+        halves = squares / 2 - (block @ queries.T).T  # half the squared distance, less |q|^2 / 2; this order is fast
+        kth = min(k, len(block)) - 1
+        limits = np.partition(halves, kth, axis=1)[:, kth] + 2 * _bound_error(queries, float(squares.max()))
+        nearest = [
+            _measure_candidates(block, query, np.flatnonzero(half <= limit), k)
+            for query, half, limit in zip(queries, halves, limits, strict=True)
+        ]
+        rows = np.concatenate([rows, [near + first for near, _ in nearest]], axis=1)
+        distances = np.concatenate([distances, [distance for _, distance in nearest]], axis=1)
+        best = np.argsort(distances, axis=1, kind="stable")[:, :k]
+        rows, distances = np.take_along_axis(rows, best, 1), np.take_along_axis(distances, best, 1)
+    return rows, distances
+
+
+def _measure_candidates(block: Vectors, query: Vectors, candidates: Rows, k: int) -> tuple[Rows, Distances]:
+    """The nearest `k` of some rows of a block, and their distances in float64."""
+    distances = np.sqrt(((block[candidates].astype(np.float64) - query) ** 2).sum(axis=1))
+    best = np.argsort(distances, kind="stable")[:k]
+    return candidates[best], distances[best]
+
+
+def _bound_error(queries: Vectors, largest_square: float) -> npt.NDArray[np.float64]:
+    """The largest error of |x|^2 / 2 - x.q in float32, for each query q and any x with at most this squared length.
+
+    A float32 sum of n products is off by at most about n 2^-24 times the sum of their sizes (Higham, Accuracy and
+    Stability of Numerical Algorithms, section 3.1); for both sums that is at most (|x| + |q|)^2 / 2. Twice that allows
+    for the few other roundings, and 2^-126 for each product that underflows.
+    """
+    lengths = np.linalg.norm(queries.astype(np.float64), axis=1) + np.sqrt(largest_square)
+    bound: npt.NDArray[np.float64] = (queries.shape[1] + 4) * (2.0**-24 * lengths**2 + 2.0**-126)
+    return bound
+
+
+def make_sheet_row(
+    name: str, image: ImageArray, rows: Rows, distances: Distances, split: Split, classes: Sequence[ClassName]
+) -> Row:
+    """A row of a contact sheet: the image, set apart, then its neighbors with distance and class."""
+    images = read_images_by_row(split, rows)
+    tiles = [
+        Tile(images[row], f"{distance:.3g} {classes[split.labels[row]].name}")
+        for row, distance in zip(rows.tolist(), distances.tolist(), strict=True)
+    ]
+    return Row(name, [Tile(image), *tiles], apart=True)
+
+
+def make_records(rows: Rows, distances: Distances, split: Split, classes: Sequence[ClassName]) -> list[dict[str, Any]]:
+    """The neighbors for `--json`. `source` is the image's folder and name before it was prepared, as far as kept."""
+    records = []
+    for rank, (row, distance) in enumerate(zip(rows.tolist(), distances.tolist(), strict=True), 1):
+        label, key = int(split.labels[row]), split.key(row)
+        name, wnid = classes[label]
+        records.append({
+            "rank": rank, "distance": distance, "label": name, "wnid": wnid, "index": label, "row": row, "key": key,
+            "source": f"{wnid or name}/{key.partition('_')[2]}",
+        })  # fmt: skip
+    return records
+
+
+@dataclass(frozen=True)
+class Neighborhood:
+    """A validation image, uint8 256 x 256 x 3, with its class, and its nearest training images.
+
+    `nearest` has image, class and distance of each. Classes are numbered as in the data set.
+    """
+
+    image: ImageArray
+    label: int
+    nearest: tuple[tuple[ImageArray, int, float], ...]
+
+
+def find_neighborhoods(
+    model: Model,
+    sha256: str,
+    run: Path | None,
+    data: Dataset,
+    keep_index: bool,
+    advance: Callable[[int], None] = lambda n: None,
+) -> tuple[Neighborhood, ...]:
+    """The neighbors of a few validation images, spread evenly over the split; none if a split is empty.
+
+    Uses the index of `alexnet neighbors` if there is one. Otherwise computes it, and keeps it if `keep_index`.
+
+    Raises:
+        DataError, WeightsError, StorageError: as `write_index` and `read_images` do.
+    """
+    train, val = data.split("train"), data.split("val")
+    if not len(train) or not len(val):
+        return ()
+    network, weights = _choose_network(model, sha256, run)
+    folder = index_folder(network if isinstance(network, Path) else model.path, run, data)
+    source = IndexSource(weights, data.hash, len(train))
+    vectors = open_index(folder, source)
+    session = Session(network, few=vectors is not None, layer=LAYER)
+    with ExitStack() as stack:
+        if vectors is None:
+            if not keep_index:
+                folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            vectors = write_index(folder, source, train, session, advance)
+        queries = np.unique(np.linspace(0, len(val) - 1, min(QUERIES, len(val))).round().astype(np.int64)).tolist()
+        images = list(read_images(val, queries))
+        rows, distances = find_nearest(vectors, check_range(compute_activations(session, images), model.path), NEAREST)
+    neighborhoods = []
+    for image, query, best, distance in zip(images, queries, rows, distances, strict=True):
+        nearest = zip(read_images(train, best.tolist()), train.labels[best].tolist(), distance.tolist(), strict=True)
+        neighborhoods.append(Neighborhood(image, int(val.labels[query]), tuple(nearest)))
+    return tuple(neighborhoods)
+
+
+def _choose_network(model: Model, sha256: str, run: Path | None) -> tuple[ModelSource, str]:
+    """The run's ONNX file if it was made from this model, since `alexnet neighbors` indexes that; else the model.
+
+    Returns it with its SHA-256.
+    """
+    exported = run / ONNX if run else None
+    if exported and exported.is_file():
+        try:
+            if Session(exported, few=True, provider="cpu").info.sha256 == sha256:
+                return exported, hash_file(exported)
+        except WeightsError:
+            return model, sha256
+    return model, sha256

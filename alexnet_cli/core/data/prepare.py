@@ -1,0 +1,421 @@
+"""From a source to a prepared data set: images go through threads and, in order, to shards; dataset.json comes last.
+
+The images of a split go to shards in one shuffled order that depends on nothing but their number, as Krizhevsky
+shuffled once when he made his batches; a reader that takes a shard from front to back sees mixed classes. Where an
+image lands depends neither on the workers nor on the images refused before it, so that the result is the same byte for
+byte however often the work was interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import re
+import shutil
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from alexnet_cli import __version__
+from alexnet_cli.core.data import fast_images, images
+from alexnet_cli.core.data.images import ImageArray, PixelBudget
+from alexnet_cli.core.data.plan import CLEARING, LOCK, PLAN, Plan, format_size
+from alexnet_cli.core.data.samples import Item, Pictures
+from alexnet_cli.core.data.shard_writer import FinishedShard, ShardWriter, npy_bytes, npy_header, read_finished_shard
+from alexnet_cli.core.data.shards import (
+    DAMAGED,
+    DUPLICATES,
+    MEAN,
+    PARTIAL,
+    RECORD,
+    REJECTED,
+    ROW,
+    SCHEMA,
+    SPLITS,
+    index_name,
+)
+from alexnet_cli.core.data.statistics import (
+    ImageFact,
+    PixelSums,
+    SourceStats,
+    duplicate_summary,
+    find_duplicates,
+    image_fact,
+)
+from alexnet_cli.core.files import lock_file, write_chunks
+from alexnet_cli.errors import AlexNetError, DataError, StorageError
+from alexnet_cli.recipe import SIDE
+
+ORDER_SEED = 2012
+CHUNK = 16  # images a thread takes at once
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
+
+OnCorrupt = Literal["skip", "fail"]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Images of a split dealt with since the last one; an earlier run had finished the `kept` ones."""
+
+    split: str
+    images: int
+    rejected: int
+    kept: bool = False
+
+
+class Chunk(NamedTuple):
+    """Images for one thread: their shard, rows in the split and keys, and whether the shard ends with them."""
+
+    shard: int
+    rows: list[int]
+    keys: list[str]
+    items: list[Item]
+    last: bool
+
+
+class PackedChunk(NamedTuple):
+    """What became of a chunk: for each image its JPEG, or the reason why it was refused; facts and sums of the others.
+
+    `damaged`: name and damage of images that could be decoded in part.
+    """
+
+    jpegs: list[bytes | str]
+    damaged: list[tuple[str, str]]
+    facts: list[ImageFact]
+    sums: PixelSums
+
+
+@dataclass
+class SplitTotals:
+    """What the finished shards of a split add up to. Their rows and facts stay in the sidecars."""
+
+    shards: list[dict[str, Any]] = field(default_factory=list)
+    sums: PixelSums = field(default_factory=PixelSums)
+    rejected: list[dict[str, str]] = field(default_factory=list)
+    damaged: list[dict[str, str]] = field(default_factory=list)
+
+    def add(self, shard: FinishedShard) -> None:
+        """Count the next shard."""
+        self.shards.append(shard.entry)
+        self.sums.merge(shard.sums)
+        self.rejected += shard.rejected
+        self.damaged += shard.damaged
+
+    @property
+    def images(self) -> int:
+        """How many are packed."""
+        return sum(shard["images"] for shard in self.shards)
+
+
+def pack(plan: Plan, workers: int, on_corrupt: OnCorrupt = "skip", overwrite: bool = False) -> Generator[Progress]:
+    """Prepare the data set, or what is missing of it; every Progress is a number of images further.
+
+    Raises:
+        UsageError: the output holds something else, or lies inside the source.
+        DataError: another command works on it, or an image is bad and `on_corrupt` is "fail".
+        StorageError: the disk is full or cannot be written; what was finished stays.
+    """
+    plan.state(overwrite)  # before anything is made or removed
+    with _storage_errors(plan):
+        plan.output.mkdir(parents=True, exist_ok=True)
+        with lock_file(plan.output / LOCK, f"another command is preparing {plan.output}"):
+            if plan.state(overwrite) == "new":
+                _clear(plan.output)
+            if plan.state() != "finished":
+                yield from _pack_missing(plan, workers, on_corrupt)
+            plan.finalize()
+
+
+def _pack_missing(plan: Plan, workers: int, on_corrupt: OnCorrupt) -> Iterator[Progress]:
+    partial = plan.output / PARTIAL
+    partial.mkdir(exist_ok=True)
+    write_chunks(partial / PLAN, [json.dumps(plan.settings).encode()])
+    totals = {split: SplitTotals() for split in plan.source.splits}
+    try:
+        with ThreadPoolExecutor(workers, thread_name_prefix="prepare") as pool:
+            for split in totals:
+                yield from _pack_split(plan, split, totals[split], pool, workers, on_corrupt)
+        _write_dataset(plan, totals)
+    finally:
+        for left in partial.glob("*.tar.tmp"):  # a signal may come before a writer has its name
+            left.unlink(missing_ok=True)
+
+
+def _pack_split(
+    plan: Plan, split: str, totals: SplitTotals, pool: ThreadPoolExecutor, workers: int, on_corrupt: OnCorrupt
+) -> Iterator[Progress]:
+    first = 0
+    while (shard := read_finished_shard(plan.output, split, first)) is not None:
+        _check_rejected(shard.rejected, on_corrupt)
+        totals.add(shard)
+        yield Progress(split, shard.entry["images"] + len(shard.rejected), len(shard.rejected), kept=True)
+        first += 1
+
+    budget = PixelBudget()
+
+    def work(chunk: Chunk) -> PackedChunk:
+        return _pack_chunk(chunk, plan, budget, measure=split == "train")
+
+    writer: ShardWriter | None = None
+    finishing: deque[Future[FinishedShard]] = deque()
+    with ThreadPoolExecutor(1, thread_name_prefix="sync") as behind:  # a slow disk must not hold up the codec
+        try:
+            for chunk, packed in _map_in_order(pool, work, _chunks(plan, split, first), ahead=2 * workers + 2):
+                writer = writer or ShardWriter(plan.output, split, chunk.shard)
+                rejected = _write_chunk(writer, split, chunk, packed)
+                _check_rejected(rejected, on_corrupt)
+                if chunk.last:
+                    if finishing:
+                        totals.add(finishing.popleft().result())
+                    finishing.append(behind.submit(writer.finish))
+                    writer = None
+                yield Progress(split, len(chunk.items), len(rejected))
+            while finishing:
+                totals.add(finishing.popleft().result())
+        finally:
+            if writer is not None:
+                writer.abandon()
+
+
+def _chunks(plan: Plan, split: str, first: int) -> Iterator[Chunk]:
+    """The images of a split in shuffled order, from shard `first` on."""
+    items = plan.source.splits[split]
+    order = shuffled_rows(items, np.random.default_rng((ORDER_SEED, SPLITS.index(split))))
+    for start in range(first * plan.shard_images, len(items), plan.shard_images):
+        end = min(start + plan.shard_images, len(items))
+        for place in range(start, end, CHUNK):
+            places = range(place, min(place + CHUNK, end))
+            rows = [int(order[p]) for p in places]
+            chosen = [items[row] for row in rows]
+            keys = [_key(p, item.name) for p, item in zip(places, chosen, strict=True)]
+            yield Chunk(start // plan.shard_images, rows, keys, chosen, last=places.stop == end)
+
+
+def shuffled_rows(items: Pictures, generator: np.random.Generator) -> npt.NDArray[np.int64]:
+    """A permutation of the rows; where blocks can only be read whole, of the blocks and within each."""
+    order = generator.permutation(len(items))
+    if items.blocks is None or not len(items):
+        return order
+    blocks = np.asarray(items.blocks)
+    places = generator.permutation(int(blocks.max()) + 1)[blocks]
+    return order[np.argsort(places[order], kind="stable")]
+
+
+def _key(place: int, name: str) -> str:
+    """A member name without dots: unique by its number, and still telling which file it was."""
+    return f"{place:08d}_{re.sub('[^A-Za-z0-9_-]+', '_', PurePosixPath(name).stem)[:60]}"
+
+
+def _map_in_order(
+    pool: ThreadPoolExecutor, work: Callable[[Chunk], PackedChunk], chunks: Iterator[Chunk], ahead: int
+) -> Iterator[tuple[Chunk, PackedChunk]]:
+    """Work on up to `ahead` chunks at once and give the results in their order."""
+    running: deque[tuple[Chunk, Future[PackedChunk]]] = deque()
+    try:
+        for chunk in chunks:
+            running.append((chunk, pool.submit(work, chunk)))
+            if len(running) > ahead:
+                done, future = running.popleft()
+                yield done, future.result()
+        while running:
+            done, future = running.popleft()
+            yield done, future.result()
+    finally:
+        for _, future in running:
+            future.cancel()
+
+
+def _pack_chunk(chunk: Chunk, plan: Plan, budget: PixelBudget, measure: bool) -> PackedChunk:
+    """Read, decode, resize and encode the images of a chunk; `measure`: add their pixels to the sums."""
+    packed, pixels = PackedChunk([], [], [], PixelSums()), []
+    for row, item in zip(chunk.rows, chunk.items, strict=True):
+        try:
+            rgb, fact, damage = _read_image(row, item, plan, budget)
+        except DataError as error:
+            packed.jpegs.append(error.what)
+        except OSError as error:
+            packed.jpegs.append(f"it cannot be read: {error.strerror or error}")
+        else:
+            packed.jpegs.append(fast_images.encode(rgb, plan.quality))
+            packed.facts.append(fact)
+            packed.damaged.extend([(item.name, damage)] if damage else [])
+            pixels.append(rgb)
+    if measure:
+        packed.sums.add(pixels)
+    return packed
+
+
+def _read_image(row: int, item: Item, plan: Plan, budget: PixelBudget) -> tuple[ImageArray, ImageFact, str]:
+    """Uint8 256 x 256 x 3, its fact, and its damage. The full-size pixels are gone when this returns."""
+    data = item.read()
+    height, width = fast_images.size(data)
+    with budget.reserve(height * width):
+        rgb, damage = fast_images.examined(data)
+        if plan.exif_rotate:
+            rgb = images.upright(rgb, data)
+        return fast_images.to_256(rgb), image_fact(row, rgb, data, images.orientation(data)), damage
+
+
+def _write_chunk(writer: ShardWriter, split: str, chunk: Chunk, packed: PackedChunk) -> list[dict[str, str]]:
+    """Append a chunk to its shard; returns the images that were refused."""
+    rejected = []
+    for key, item, jpeg in zip(chunk.keys, chunk.items, packed.jpegs, strict=True):
+        if isinstance(jpeg, str):
+            rejected.append({"split": split, "path": item.name, "reason": jpeg})
+        else:
+            writer.add(key, item.label, jpeg)
+    writer.rejected += rejected
+    writer.damaged += [{"split": split, "path": path, "reason": reason} for path, reason in packed.damaged]
+    writer.facts += packed.facts
+    writer.sums.merge(packed.sums)
+    return rejected
+
+
+def _check_rejected(rejected: list[dict[str, str]], on_corrupt: OnCorrupt) -> None:
+    if rejected and on_corrupt == "fail":
+        raise DataError(
+            f"{rejected[0]['path']}: {rejected[0]['reason']}",
+            "repair or remove it, or use --on-corrupt skip to leave such files out and list them",
+        )
+
+
+def _write_dataset(plan: Plan, totals: Mapping[str, SplitTotals]) -> None:
+    """Write everything but the shards; the data set is valid once this returns.
+
+    Raises:
+        DataError: no training image could be decoded.
+    """
+    _check_counts(plan, totals)
+    rejected = [line for split in totals.values() for line in split.rejected]
+    damaged = [line for split in totals.values() for line in split.damaged]
+    per_class = {name: np.zeros(len(plan.source.classes), np.int64) for name in totals}
+    stats = SourceStats()
+    sums = {}
+    for name, split in totals.items():
+        chunks = _index_chunks(plan, name, split, per_class[name], stats)
+        sums[index_name(name)] = write_chunks(plan.output / index_name(name), chunks)
+    duplicates = _find_duplicates(plan, totals, stats)
+    for file, data in {
+        MEAN: npy_bytes(totals["train"].sums.mean_image()),
+        DUPLICATES: _json_lines(duplicates),
+        REJECTED: _json_lines(rejected),
+        DAMAGED: _json_lines(damaged),
+    }.items():
+        sums[file] = write_chunks(plan.output / file, [data])
+    record = {
+        "schema": SCHEMA,
+        "name": plan.source.path.resolve().name,
+        "layout": plan.source.layout,
+        "classes": _class_entries(plan, per_class),
+        "splits": {name: _split_entry(totals[name], per_class[name]) for name in totals},
+        "image": {"size": SIDE, "jpeg_quality": plan.quality, "exif_rotate": plan.exif_rotate},
+        "source_sizes": stats.sizes(),
+        "duplicates": duplicate_summary(duplicates),
+        **totals["train"].sums.record(),
+        "rejected": len(rejected),
+        "damaged": len(damaged),
+        "turned": stats.turned,
+        "files": sums,
+        "source": str(plan.source.path.resolve()),
+        "settings": plan.settings,
+        "version": __version__,
+    }
+    write_chunks(plan.output / RECORD, [(json.dumps(record, indent=1) + "\n").encode()])
+
+
+def _check_counts(plan: Plan, totals: Mapping[str, SplitTotals]) -> None:
+    for name, items in plan.source.splits.items():
+        packed, rejected = totals[name].images, len(totals[name].rejected)
+        if packed + rejected != len(items):
+            raise AlexNetError(f"{name}: {packed} packed and {rejected} refused of {len(items)}")
+    if not totals["train"].sums.images:
+        raise DataError(f"not one training picture of {plan.source.path} can be decoded", "is it a picture folder?")
+
+
+def _index_chunks(
+    plan: Plan, split: str, totals: SplitTotals, per_class: npt.NDArray[np.int64], stats: SourceStats
+) -> Iterator[bytes]:
+    """The bytes of a split's index, an .npy file of all rows; labels and facts are counted on the way."""
+    yield npy_header(ROW, totals.images)
+    for shard in _read_shards(plan, split, totals):
+        per_class += np.bincount(shard.rows["label"], minlength=len(per_class))
+        stats.add(shard.facts)
+        yield shard.rows.tobytes()
+
+
+def _read_shards(plan: Plan, split: str, totals: SplitTotals) -> Iterator[FinishedShard]:
+    """The finished shards of a split, read back one by one."""
+    for number, entry in enumerate(totals.shards):
+        shard = read_finished_shard(plan.output, split, number)
+        if shard is None:
+            raise DataError(f"{plan.output / entry['file']} has vanished", "run the same command again")
+        yield shard
+
+
+def _find_duplicates(plan: Plan, totals: Mapping[str, SplitTotals], stats: SourceStats) -> list[list[dict[str, str]]]:
+    def describe(split: str, row: int) -> dict[str, str]:
+        items = plan.source.splits[split]
+        return {"path": items.names[row], "class": plan.source.classes[items.labels[row]].name}
+
+    facts = {name: (shard.facts for shard in _read_shards(plan, name, split)) for name, split in totals.items()}
+    return list(find_duplicates(stats.repeated(), facts, describe))
+
+
+def _json_lines(records: Sequence[Any]) -> bytes:
+    return "".join(json.dumps(record) + "\n" for record in records).encode()
+
+
+def _class_entries(plan: Plan, per_class: Mapping[str, npt.NDArray[np.int64]]) -> list[dict[str, Any]]:
+    entries: list[dict[str, Any]] = []
+    for label, (name, wnid) in enumerate(plan.source.classes):
+        counts = {split: int(images[label]) for split, images in per_class.items()}
+        entries.append({"name": name} | ({"wnid": wnid} if wnid else {}) | {"images": counts})
+    return entries
+
+
+def _split_entry(totals: SplitTotals, per_class: npt.NDArray[np.int64]) -> dict[str, Any]:
+    return {
+        "images": totals.images,
+        "images_per_class": {
+            "min": int(per_class.min()),
+            "median": float(np.median(per_class)),
+            "max": int(per_class.max()),
+        },
+        "shards": totals.shards,
+    }
+
+
+@contextlib.contextmanager
+def _storage_errors(plan: Plan) -> Iterator[None]:
+    """A full or unwritable disk as an error for the user. Reading the source has its own handling."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            room = "free some space or choose another place; the same command then goes on where it stopped"
+            hint = f"about {format_size(plan.bytes_missing())} more needed: {room}"
+        elif error.errno in NOT_WRITABLE:
+            hint = "choose another place with -o, or see to its permissions"
+        else:
+            raise
+        raise StorageError(f"{plan.output} cannot be written: {error.strerror}", hint) from error
+
+
+def _clear(output: Path) -> None:
+    """Remove a prepared data set, finished or not, and nothing else. Interrupted, the next run goes on with it."""
+    partial = output / PARTIAL
+    partial.mkdir(exist_ok=True)
+    write_chunks(partial / PLAN, [json.dumps(CLEARING).encode()])
+    (output / RECORD).unlink(missing_ok=True)
+    for file in (*output.iterdir(), *partial.iterdir()):
+        if file.is_file() and file.name not in (LOCK, PLAN):
+            file.unlink()
+    shutil.rmtree(partial)

@@ -1,0 +1,193 @@
+"""Evaluation (section 6): top-1 and top-5 error over a split with one view or ten, and the confusion matrix."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from alexnet_cli.core.data.augment import Augment
+from alexnet_cli.core.data.classes import ClassName
+from alexnet_cli.core.data.loader import Batch
+from alexnet_cli.core.model.network import Network
+from alexnet_cli.core.parallel.placement import Placement
+from alexnet_cli.errors import DataError, MissingError, UsageError, WeightsError, is_out_of_memory
+
+Classify = Callable[[Tensor], npt.NDArray[np.float32]]
+"""Uint8 B x 256 x 256 x 3 -> float32 probabilities B x classes."""
+
+
+@dataclass
+class Evaluation:
+    """Counts over the images so far: `confusion[true, predicted]`, `top5_hits` per class, `loss_sum` in nats."""
+
+    confusion: npt.NDArray[np.int64]
+    top5_hits: npt.NDArray[np.int64]
+    loss_sum: float = 0.0
+
+    @classmethod
+    def empty(cls, classes: int) -> Evaluation:
+        """Return zero counts for so many classes."""
+        return cls(np.zeros((classes, classes), np.int64), np.zeros(classes, np.int64))
+
+    def add(self, probabilities: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Count a batch. Returns B x min(5, classes): the most probable classes of each image, highest first."""
+        top = rank_classes(probabilities, 5)
+        np.add.at(self.confusion, (labels, top[:, 0]), 1)
+        np.add.at(self.top5_hits, labels, (top == labels[:, None]).any(1).astype(np.int64))
+        true = probabilities[np.arange(len(labels)), labels].astype(np.float64)
+        self.loss_sum -= float(np.log(np.maximum(true, 1e-30)).sum())
+        return top
+
+    def check_finite(self, path: Path) -> None:
+        """Raise WeightsError if a probability was NaN: the ranking of such classes means nothing."""
+        if not math.isfinite(self.loss_sum):
+            raise WeightsError(f"{path}: the network's output is NaN", "its weights are corrupt")
+
+    def sum_over_ranks(self, total: Callable[[npt.NDArray[Any]], npt.NDArray[Any]]) -> Evaluation:
+        """Return the counts of all ranks; `total` sums an array over them."""
+        loss = float(total(np.array([self.loss_sum]))[0])
+        return Evaluation(total(self.confusion), total(self.top5_hits), loss)
+
+    @property
+    def images(self) -> int:
+        """Number of images counted."""
+        return int(self.confusion.sum())
+
+    @property
+    def top1_error(self) -> float:
+        """Share of images whose most probable class is wrong."""
+        return 1 - float(self.confusion.trace()) / self.images
+
+    @property
+    def top5_error(self) -> float:
+        """Share of images whose class is not among the five most probable."""
+        return 1 - float(self.top5_hits.sum()) / self.images
+
+    @property
+    def loss(self) -> float:
+        """Mean of -log p of the true class, in nats."""
+        return self.loss_sum / self.images
+
+
+def rank_classes(probabilities: npt.NDArray[np.float32], k: int) -> npt.NDArray[np.int64]:
+    """Return B x min(k, classes) indices of the highest values, highest first, equal ones in class order."""
+    k = min(k, probabilities.shape[1])
+    order: npt.NDArray[np.int64] = np.argsort(-probabilities, axis=1, kind="stable")[:, :k]
+    return order
+
+
+class TorchClassifier:
+    """A network as a function from images to probabilities, averaged over `views` views (section 4.1)."""
+
+    def __init__(self, network: Network, pixels: Augment, placement: Placement, views: int = 1) -> None:
+        if views not in (1, 10):
+            raise UsageError(f"--views {views} is not supported", "use 1 (centre view) or 10 (the paper's ten views)")
+        self.network, self.pixels, self.placement, self.views = network, pixels, placement, views
+
+    def __call__(self, images: Tensor) -> npt.NDArray[np.float32]:
+        """Return float32 B x classes for uint8 B x 256 x 256 x 3."""
+        was_training = self.network.training
+        self.network.eval()
+        try:
+            with torch.inference_mode(), self.placement.arithmetic():
+                views: Iterable[Tensor] = (
+                    [self.pixels.centre_view(images)] if self.views == 1 else self.pixels.ten_views(images)
+                )
+                total = sum(torch.softmax(self.network(view).float(), 1) for view in views)
+                assert isinstance(total, Tensor)
+                result: npt.NDArray[np.float32] = (total / self.views).cpu().numpy()
+                return result
+        finally:
+            self.network.train(was_training)
+
+
+class HalvingClassifier:
+    """A classifier that halves its batch when memory runs out, on any device.
+
+    `report` is called with the batch size that fits, once it is known.
+    """
+
+    def __init__(self, classify: Callable[[Any], npt.NDArray[np.float32]], report: Callable[[int], None]) -> None:
+        self.classify, self.report = classify, report
+        self.batch_size: int | None = None  # the largest that may fit, once a batch did not
+        self.reported: int | None = None
+
+    def __call__(self, images: Any) -> npt.NDArray[np.float32]:
+        """Return the classifier's result, computed in pieces if need be.
+
+        Raises:
+            MissingError: not even one image fits.
+        """
+        while (result := self._try(images)) is None:  # the memory of the failed attempt is free by now
+            batch_size = min(self.batch_size or len(images), len(images))
+            if batch_size == 1:
+                raise MissingError("out of memory with a batch of one image", "use the CPU: --gpus none")
+            self.batch_size = (batch_size + 1) // 2
+        if self.batch_size is not None and self.batch_size != self.reported:
+            self.reported = self.batch_size
+            self.report(self.batch_size)
+        return result
+
+    def _try(self, images: Any) -> npt.NDArray[np.float32] | None:
+        """Return the result, or None if memory ran out."""
+        size = self.batch_size or len(images)
+        try:
+            return np.concatenate([self.classify(images[i : i + size]) for i in range(0, len(images), size)])
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            return None
+
+
+def evaluate(
+    classify: Classify, batches: Iterable[Batch], counts: Evaluation, output_of: npt.NDArray[np.int64] | None = None
+) -> Iterator[tuple[Batch, npt.NDArray[np.int64], npt.NDArray[np.float32]]]:
+    """Count every batch in `counts`, and yield it with its five most probable classes and their probabilities.
+
+    Classes are numbered as the network's outputs; `output_of[class of the data set]` translates to them.
+    """
+    for batch in batches:
+        probabilities = classify(batch.images)  # an empty batch too: other ranks wait for this one
+        labels = batch.labels.numpy()
+        top = counts.add(probabilities, labels if output_of is None else output_of[labels])
+        yield batch, top, np.take_along_axis(probabilities, top, 1)
+
+
+def match_classes(model: Sequence[ClassName], data: Sequence[ClassName], path: Path) -> npt.NDArray[np.int64] | None:
+    """Return for each class of the data set the network's output: by wnid, else by name, never by position.
+
+    Returns None if both number their classes alike.
+
+    Raises:
+        DataError: the network does not know a class, or it could be one of several.
+    """
+    if list(model) == list(data):
+        return None
+    by_wnid = {c.wnid: i for i, c in enumerate(model) if c.wnid}
+    by_name = {c.name: i for i, c in enumerate(model)}
+    name_counts = Counter(c.name for c in model)
+    outputs = [by_wnid.get(c.wnid) if c.wnid and by_wnid else by_name.get(c.name) for c in data]
+    unknown = [c.name for c, i in zip(data, outputs, strict=True) if i is None]
+    if unknown:
+        raise DataError(
+            f"{path}: {len(unknown)} of the data set's {len(data)} classes are unknown to the network, "
+            f"such as {unknown[0]}",
+            "use the data set it was trained on, or train on this one",
+        )
+    ambiguous = [c.name for c in data if not (c.wnid and by_wnid) and name_counts[c.name] > 1]
+    ambiguous += [model[i].name for i, count in Counter(outputs).items() if i is not None and count > 1]
+    if ambiguous:
+        raise DataError(
+            f"{path}: {ambiguous[0]} is the name of several classes",
+            "use the data set it was trained on, or give each class a unique name",
+        )
+    return np.array(outputs, dtype=np.int64)

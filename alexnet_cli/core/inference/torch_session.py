@@ -1,0 +1,91 @@
+"""The network in PyTorch with the face of `session.Session`: the twin that an ONNX file is checked by."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from alexnet_cli.core.data.classes import ClassName
+from alexnet_cli.core.devices import try_gpu, visible_gpus
+from alexnet_cli.core.inference.session import Crops, FeatureLayer
+from alexnet_cli.core.model import model_file
+from alexnet_cli.core.model.network import network_from_model
+from alexnet_cli.recipe import SIDE, Recipe
+
+Array = npt.NDArray[np.float32]
+
+
+class TorchSession:
+    """A network ready to classify crops of `crop` pixels, on the GPU if there is one.
+
+    `fallback` says why it is not the GPU although there is one; empty otherwise.
+    """
+
+    def __init__(
+        self, source: Path | model_file.Model, device: str | None = None, layer: FeatureLayer | None = None
+    ) -> None:
+        """Open a model file or a model in memory. Raises WeightsError if the file cannot be used."""
+        self.layer = layer
+        self.model = model_file.read_model(source) if isinstance(source, Path) else source
+        self.path, self.about = self.model.path, self.model.info
+        there = device is None and bool(visible_gpus())
+        self.fallback = try_gpu(0) if there else ""
+        self.device = device or ("cuda" if there and not self.fallback else "cpu")
+        if self.device != "cpu":
+            torch.backends.cudnn.allow_tf32 = False  # float32 is to mean the same as in ONNX Runtime
+        self.network = network_from_model(self.model).to(self.device)
+        low = (SIDE - self.crop) // 2
+        mean = self.model.mean[:, low : low + self.crop, low : low + self.crop]
+        if self.recipe.mean == "rgb":
+            mean = self.model.mean.mean((1, 2), keepdims=True, dtype=np.float64).astype(np.float32)
+        self._centre = torch.tensor(mean, device=self.device)
+
+    @property
+    def classes(self) -> tuple[ClassName, ...]:
+        """The classes, in the order of the outputs."""
+        return self.model.classes
+
+    @property
+    def crop(self) -> int:
+        """Side of a crop in pixels: 224 or 227."""
+        return self.recipe.input_size
+
+    @property
+    def exif_rotate(self) -> bool:
+        """Whether pictures are turned as their EXIF orientation says."""
+        return self.model.exif_rotate
+
+    @property
+    def recipe(self) -> Recipe:
+        """What the network is."""
+        return self.model.recipe
+
+    def mean(self) -> Array:
+        """Float32 3 x 256 x 256."""
+        return self.model.mean
+
+    def logits(self, crops: Crops) -> Array:
+        """N x 3 x S x S, RGB, 0..255 -> N x classes."""
+        return self._logits(crops).cpu().numpy()
+
+    def probabilities(self, crops: Crops) -> Array:
+        """N x 3 x S x S, RGB, 0..255 -> N x classes; each row sums to 1."""
+        return torch.softmax(self._logits(crops), 1).cpu().numpy()
+
+    def features(self, crops: Crops) -> tuple[Array, Array]:
+        """The same, and N x units of `layer` as the next layer sees them: rectified, times dropout's factor (4.2)."""
+        assert self.layer, "the session was opened without a layer"
+        seen: list[torch.Tensor] = []
+        dropout = self.network.drop6 if self.layer == "fc6" else self.network.drop7
+        with dropout.register_forward_hook(lambda _module, _inputs, output: seen.append(output)):
+            probabilities = self.probabilities(crops)
+        return probabilities, seen[0].float().cpu().numpy()
+
+    @torch.inference_mode()
+    def _logits(self, crops: Crops) -> torch.Tensor:
+        x = torch.from_numpy(crops).to(self.device).float()
+        logits: torch.Tensor = self.network((x - self._centre) / self.recipe.input_divisor)
+        return logits.float()

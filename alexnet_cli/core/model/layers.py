@@ -1,0 +1,152 @@
+"""The layers without weights: activation (3.1), response normalisation (3.3), overlapping pooling (3.4), dropout (4.2).
+
+Each maps N x C x H x W (dropout N x C) to the same kind; towers lie side by side in C, tower 1 first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from alexnet_cli.core.model import response_norm
+from alexnet_cli.core.model.architecture import POOL_STRIDE, WITHIN_NORM_SIZE
+from alexnet_cli.recipe import Recipe
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu_,  # in place: the input is a convolution's output, which nobody else needs
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+}
+
+WITHIN_NORM_ALPHA, WITHIN_NORM_BETA = 1e-3, 0.75  # layer "cnorm2" of net #145's configuration
+
+
+class ResponseNorm(nn.Module):
+    """Local response normalization (section 3.3), inside each of `towers` towers.
+
+    With `relu` (across maps only) it applies the ReLU before it as well, which saves a pass over memory.
+    """
+
+    def __init__(self, recipe: Recipe, towers: int, *, relu: bool = False) -> None:
+        super().__init__()
+        self.function = response_norm.fast  # an attribute, so that torch.compile can be told to leave it alone
+        self.relu = relu
+        self.kind, self.size, self.k, self.beta = recipe.lrn, recipe.lrn_size, recipe.lrn_k, recipe.lrn_beta
+        self.towers = 1 if recipe.lrn_joint else towers
+        # Alpha is meant for inputs in 0..255: activations shrink with the input, their squares twice.
+        self.alpha = recipe.lrn_alpha * recipe.input_divisor**2
+        if recipe.lrn_alpha_divided:
+            self.alpha /= self.size if self.kind == "across-maps" else self.size**2
+
+    def forward(self, x: Tensor) -> Tensor:
+        """N x C x H x W -> the same shape and dtype; computes in float32. May overwrite x."""
+        if self.kind == "none":
+            return x
+        if self.kind == "within-map":
+            return within_map(x, self.size, self.k, self.alpha, self.beta)
+        return self.function(x, self.size, self.k, self.alpha, self.beta, self.towers, self.relu)
+
+
+def within_map(x: Tensor, size: int, k: float, alpha: float, beta: float) -> Tensor:
+    """Normalize by the squares in a size x size window of the same map (`rnorm` in the authors' code)."""
+    values = x.float()
+    mean = functional.avg_pool2d(values.square(), size, 1, size // 2, count_include_pad=True)
+    return (values * (k + alpha * size**2 * mean).pow(-beta)).to(x.dtype)
+
+
+class WithinMapNorm(nn.Module):
+    """The extra normalization of net #145 in stage 2; not in the paper's text."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__()
+        self.alpha = WITHIN_NORM_ALPHA * recipe.input_divisor**2 / WITHIN_NORM_SIZE**2
+
+    def forward(self, x: Tensor) -> Tensor:
+        """N x C x H x W -> the same shape and dtype."""
+        return within_map(x, WITHIN_NORM_SIZE, 1.0, self.alpha, WITHIN_NORM_BETA)
+
+
+class Activation(nn.Module):
+    """The nonlinearity of layers 1 to 7 (section 3.1)."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__()
+        self.function = ACTIVATIONS[recipe.activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape -> the same shape; ReLU overwrites x."""
+        return self.function(x)
+
+
+class OverlappingPooling(nn.MaxPool2d):
+    """Max pooling, 3 x 3 at stride 2 (section 3.4); windows that hang over the edge are clipped."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__(recipe.pool_size, stride=POOL_STRIDE, ceil_mode=True)
+
+
+class Dropout(nn.Module):
+    """Dropout of layers 6 and 7 (section 4.2). At test time all units are used, times 1 - p (unscaled if inverted).
+
+    A mask depends on the seed, the step, the image's place in the whole batch and the unit's place in the whole layer,
+    so every placement draws the same one. `draw` sets the state of a step; it is a tensor, so that compiled code reads
+    it at every step.
+    """
+
+    state: Tensor
+
+    def __init__(self, recipe: Recipe, salt: int, first_unit: int = 0) -> None:
+        super().__init__()
+        self.p, self.inverted, self.salt, self.first_unit = (
+            recipe.dropout,
+            recipe.dropout_inverted,
+            salt,
+            first_unit,
+        )
+        # Each rank has its own state: DDP must not broadcast buffers.
+        self.register_buffer("state", torch.zeros(3, dtype=torch.int32), persistent=False)
+
+    def draw(self, seed: int, step: int, first_row: int = 0) -> None:
+        """Set the masks of a step, for images from `first_row` of the whole batch on."""
+        # Keys of adjacent steps must have nothing in common, or their masks are shifted copies of each other.
+        digest = hashlib.blake2b(f"{seed} {step} {self.salt}".encode(), digest_size=8).digest()
+        self.state.copy_(dropout_state(int.from_bytes(digest, "little"), first_row), non_blocking=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """N x units -> N x units."""
+        if self.p == 0:
+            return x
+        if not self.training:
+            return x if self.inverted else x * (1 - self.p)
+        keep = hash_uniform(self.state, x.shape[0], x.shape[1], self.first_unit) >= self.p
+        return x * keep * (1 / (1 - self.p)) if self.inverted else x * keep
+
+
+def dropout_state(key: int, first_row: int) -> Tensor:
+    """int32 of 3: low and high half of a 64-bit key, and the first row of the batch."""
+    return torch.tensor([_int32(key), _int32(key >> 32), first_row], dtype=torch.int32)
+
+
+def hash_uniform(state: Tensor, rows: int, units: int, first_unit: int) -> Tensor:
+    """Float32 rows x units, uniform in [0, 1): integer hashes, which are the same on every device."""
+    low, high, first_row = state
+    row = torch.arange(rows, device=state.device, dtype=torch.int32).unsqueeze(1) + first_row
+    unit = torch.arange(first_unit, first_unit + units, device=state.device, dtype=torch.int32)
+    bits = _mix(_mix(row + low) ^ (unit * _int32(0x9E3779B1) + high))
+    return (bits & 0xFFFFFF).float() * 2.0**-24
+
+
+def _mix(h: Tensor) -> Tensor:
+    """A 32-bit integer hash (shift, multiply, shift, multiply, shift)."""
+    h = (h ^ (h >> 16 & 0xFFFF)) * 0x7FEB352D
+    h = (h ^ (h >> 15 & 0x1FFFF)) * _int32(0x846CA68B)
+    return h ^ (h >> 16 & 0xFFFF)
+
+
+def _int32(value: int) -> int:
+    """The low 32 bits as a signed integer."""
+    return (value & 0xFFFFFFFF) - ((value & 0x80000000) << 1)

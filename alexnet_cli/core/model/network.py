@@ -1,0 +1,214 @@
+"""The network (sections 3.2 and 3.5): eight layers in two towers, and one table of initial values (section 5).
+
+Geometry comes from `architecture.layer_specs`, per tower; a process that holds `held` towers multiplies maps by it, and
+layers that see only their own tower are grouped convolutions with `held` groups. The same class is the whole network
+on one device, one tower of two, and the convolutions with some of the columns of layers 6 to 8.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from alexnet_cli.core.model.architecture import EDGE_PADDING, PARAMETERS, layer_specs
+from alexnet_cli.core.model.layers import Activation, Dropout, OverlappingPooling, ResponseNorm, WithinMapNorm
+from alexnet_cli.core.model.model_file import Model
+from alexnet_cli.core.model.towers import HybridGather, TowerGroup
+from alexnet_cli.recipe import Recipe
+
+
+class Network(nn.Module):
+    """AlexNet. Mean-subtracted float N x 3 x 224 x 224 (227 if the recipe says so) -> logits N x classes."""
+
+    def __init__(
+        self, recipe: Recipe, classes: int, towers: TowerGroup | None = None, columns: TowerGroup | None = None
+    ) -> None:
+        """`towers`: the towers that this process holds; `columns`: its units of layers 6 to 8, if split otherwise."""
+        super().__init__()
+        self.recipe = recipe
+        self.towers = towers = towers or TowerGroup(recipe.towers, recipe.towers)
+        self.columns, self.rows = columns or towers, HybridGather(columns)
+        specs = {spec.name: spec for spec in layer_specs(recipe, classes)}
+
+        def conv(name: str) -> nn.Conv2d:
+            spec = specs[name]
+            groups = 1 if name == "conv1" or spec.sees_both else towers.held
+            inputs, maps = spec.inputs * groups, spec.maps * towers.held
+            padding = 0 if name == "conv1" else spec.padding[0]  # `pad_right_and_bottom` pads conv1's input
+            return nn.Conv2d(inputs, maps, spec.kernel, spec.stride, padding, groups=groups)
+
+        def units(name: str) -> int:
+            return specs[name].biases // self.columns.total * self.columns.held
+
+        self.conv1, self.conv2, self.conv3 = conv("conv1"), conv("conv2"), conv("conv3")
+        self.conv4, self.conv5 = conv("conv4"), conv("conv5")
+        self.fc6 = nn.Linear(specs["fc6"].inputs, units("fc6"))
+        self.fc7 = nn.Linear(specs["fc7"].inputs, units("fc7"))
+        self.fc8 = nn.Linear(units("fc7"), classes)
+        self.act = Activation(recipe)
+        self.pool = OverlappingPooling(recipe)
+        self.stage1 = _stage(recipe, recipe.stage1_order, towers, "norm1", extra=False)
+        self.stage2 = _stage(recipe, recipe.stage2_order, towers, "norm2", extra=recipe.within_norm_2)
+        first_unit = self.columns.first * specs["fc6"].biases // self.columns.total
+        self.drop6 = Dropout(recipe, salt=6, first_unit=first_unit)
+        self.drop7 = Dropout(recipe, salt=7, first_unit=first_unit)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images to logits; softmax belongs to the loss."""
+        towers, columns, images = self.towers, self.columns, x
+        if self.recipe.input_size == 224 and self.recipe.edge_padding:
+            x = pad_right_and_bottom(x)
+        x = self.stage1(self.conv1(x.contiguous(memory_format=torch.channels_last)))
+        x = self.stage2(self.conv2(x))
+        x = self.act(self.conv3(towers.share(x, "conv3")))
+        x = self.act(self.conv4(x))
+        x = self.pool(self.act(self.conv5(x)))
+        x = self.rows.gather(towers.share(x, "fc6").flatten(1))
+        x = self.drop6(self.act(self.fc6(x)))
+        x = self.drop7(self.act(self.fc7(columns.share(x, "fc7"))))
+        x = columns.sum(functional.linear(x, self.fc8.weight), "fc8") + self.fc8.bias
+        return self.rows.own(x, images)
+
+    def slicing(self, name: str) -> tuple[TowerGroup, int] | None:
+        """Among which processes and along which dimension a parameter is split; None if every process has all of it."""
+        if name == "fc8.bias":
+            return None
+        if name == "fc8.weight":
+            return self.columns, 1
+        return (self.columns if name.startswith("fc") else self.towers), 0
+
+    def own(self, name: str, whole: Tensor) -> Tensor:
+        """This process's slice of a whole parameter, or of a tensor of its shape (velocity, gradient)."""
+        slicing = self.slicing(name)
+        return whole if slicing is None else slicing[0].own(whole, slicing[1])
+
+    def whole(self, name: str, own: Tensor) -> Tensor | None:
+        """The whole of a parameter, or of a tensor of its shape, on the CPU; None on ranks that do not collect it."""
+        slicing = self.slicing(name)
+        return own.detach().cpu().contiguous() if slicing is None else slicing[0].whole(own, slicing[1])
+
+    def draw_dropout(self, step: int, first_row: int = 0) -> None:
+        """Choose the dropout masks of a step; they are the same on any device and for any placement."""
+        first_row = 0 if self.rows.columns else first_row
+        self.drop6.draw(self.recipe.seed, step, first_row)
+        self.drop7.draw(self.recipe.seed, step, first_row)
+
+
+def pad_right_and_bottom(x: Tensor) -> Tensor:
+    """`functional.pad(x, (0, 3, 0, 3))`, channels-last and in the type that convolution 1 computes in.
+
+    The image is copied once, instead of filled with zeros, copied and converted. Autocast leaves float64 as it is.
+    """
+    n, c, height, width = x.shape
+    dtype = x.dtype if x.dtype == torch.float64 else autocast_dtype(x.device.type) or x.dtype
+    out = x.new_empty(n, height + EDGE_PADDING, width + EDGE_PADDING, c, dtype=dtype).permute(0, 3, 1, 2)
+    out[:, :, height:] = 0
+    out[:, :, :height, width:] = 0
+    out[:, :, :height, :width] = x
+    return out
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """The dtype in which convolutions compute under autocast; None if autocast is off."""
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else None
+
+
+class JointTowerNorm(nn.Module):
+    """Normalization across the maps of both towers (as in Caffe), when the other tower is in another process."""
+
+    def __init__(self, norm: ResponseNorm, towers: TowerGroup, name: str) -> None:
+        super().__init__()
+        self.norm, self.towers, self.name = norm, towers, name
+
+    def forward(self, x: Tensor) -> Tensor:
+        """N x held*C x H x W -> the same shape."""
+        return self.towers.own(self.norm(self.towers.share(x, self.name)), 1)
+
+
+def _stage(recipe: Recipe, order: str, towers: TowerGroup, name: str, *, extra: bool) -> nn.Sequential:
+    """The layers after convolutions 1 and 2, in the recipe's order."""
+    across = recipe.lrn == "across-maps"
+    joint = across and recipe.lrn_joint and towers.held < towers.total
+    joined = across and not joint and recipe.activation == "relu" and "relu-norm" in order
+    own = ResponseNorm(recipe, towers.held, relu=joined)
+    norm: list[nn.Module] = [JointTowerNorm(own, towers, name) if joint else own]
+    if extra:
+        norm.append(WithinMapNorm(recipe))
+    parts: dict[str, list[nn.Module]] = {
+        "relu": [] if joined else [Activation(recipe)],
+        "norm": norm,
+        "pool": [OverlappingPooling(recipe)],
+    }
+    return nn.Sequential(*(module for word in order.split("-") for module in parts[word]))
+
+
+def initial_values(recipe: Recipe) -> dict[str, tuple[float | None, float]]:
+    """Layer -> (standard std of its weights, value of its biases) (section 5). None: sqrt(2 / inputs).
+
+    paper       conv1  conv2  conv3  conv4  conv5  fc6  fc7  fc8
+    std         .01    .01    .03    .03    .03    .01  .01  .01     (.03: the code; the text has .01)
+    bias        0      1      0      1      1      1    1    0
+    """
+    r = recipe
+    std = dict.fromkeys(("conv1", "conv2", "fc8"), r.weight_std)
+    std |= dict.fromkeys(("conv3", "conv4", "conv5"), r.conv345_std) | dict.fromkeys(("fc6", "fc7"), r.fc67_std)
+    ones = {"conv2", "conv4", "conv5", "fc6", "fc7"}
+    return {
+        layer: (
+            None if r.init == "scaled" else std,
+            r.bias if layer in ones and r.init == "gaussian" else 0.0,
+        )
+        for layer, std in std.items()
+    }
+
+
+@torch.no_grad()
+def initialise(network: Network) -> None:
+    """Set every parameter from `initial_values` and the seed; each layer has a random generator of its own.
+
+    The whole network is drawn, then sliced, so that placement does not change the values.
+    """
+    with torch.device("meta"):
+        whole = Network(network.recipe, network.fc8.out_features)
+    for number, (layer, (std, bias)) in enumerate(sorted(initial_values(network.recipe).items())):
+        module = network.get_submodule(layer)
+        shape = whole.get_parameter(f"{layer}.weight").shape
+        generator = torch.Generator().manual_seed(network.recipe.seed * 1000 + number)
+        if std is None:
+            # No ReLU follows the last layer: half the variance is enough.
+            std = math.sqrt((1.0 if layer == "fc8" else 2.0) / shape[1:].numel())
+        if layer == "conv1":
+            std *= network.recipe.conv1_scale
+        values = torch.empty(shape).normal_(0.0, std, generator=generator)
+        module.get_parameter("weight").copy_(network.own(f"{layer}.weight", values))
+        module.get_parameter("bias").fill_(bias)
+
+
+def parameters_by_name(network: Network) -> Iterator[tuple[str, nn.Parameter]]:
+    """(name as in a model file, parameter), layer by layer."""
+    for name in PARAMETERS:
+        yield name, network.get_parameter(name)
+
+
+def parameter_count(network: Network) -> int:
+    """Number of parameters of the whole network, whatever part of it this process holds."""
+    count = 0
+    for name, parameter in parameters_by_name(network):
+        slicing = network.slicing(name)
+        count += parameter.numel() * (slicing[0].total // slicing[0].held if slicing else 1)
+    return count
+
+
+def network_from_model(model: Model) -> Network:
+    """The network of a model file, in evaluation mode on the CPU."""
+    network = Network(model.recipe, len(model.classes))
+    with torch.no_grad():
+        for name, parameter in parameters_by_name(network):
+            parameter.copy_(torch.from_numpy(model.tensors[name]))
+    return network.eval()

@@ -1,0 +1,309 @@
+"""The process group of one training: joining it, the mesh of ranks, timeouts, and errors that name a missing rank.
+
+Ranks form a mesh of replicas and, within each replica, towers: rank 0 holds tower 1 of replica 0, rank 1 its tower 2,
+and so on. A launcher passes each process its rank in environment variables: torchrun's (ours sets the same) or Slurm's.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+
+from alexnet_cli.core.model.towers import TowerGroup
+from alexnet_cli.errors import LostError, MissingError, UsageError
+
+T = TypeVar("T")
+Parallel = Literal["auto", "tower", "data", "hybrid"]
+LAUNCHER = "ALEXNET_LAUNCHER"  # process id of the `alexnet` command that started this rank
+TIMEOUT = "ALEXNET_TIMEOUT"  # seconds that a rank waits for the others
+DEFAULT_TIMEOUT = 600.0
+NCCL_FACTOR = 2  # how many times longer than gloo NCCL waits
+REPORT_SECONDS = 3.0  # after a failure, how long the other ranks have to report that they see it too
+# Words by which gloo, NCCL and the store can be recognized in an error: they share no exception class.
+TRANSPORT_WORDS = ("gloo", "Dist", "NCCL", "Connection", "Timed out", "Broken pipe", "onnection reset")
+
+
+@dataclass(frozen=True)
+class RankInfo:
+    """What a launcher says of this process: its rank among all, and its rank on this machine."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+
+
+def read_rank_info() -> RankInfo | None:
+    """Read this process's rank from the launcher's variables. Returns None if it was started alone.
+
+    Raises:
+        UsageError: the variables are not whole numbers, or out of range.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    if "SLURM_PROCID" in os.environ and "SLURM_STEP_ID" in os.environ and "RANK" not in os.environ:
+        names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE")
+    if names[0] not in os.environ or names[1] not in os.environ:
+        return None
+    try:
+        rank, size = (int(os.environ[name]) for name in names[:2])
+        local_rank = int(os.environ.get(names[2], rank))
+        info = RankInfo(rank, size, local_rank, int(os.environ.get(names[3], size)))
+    except ValueError as error:
+        raise UsageError(f"the launcher's variables {', '.join(names)} are not numbers: {error}") from error
+    if not (0 <= rank < size and 0 <= local_rank < info.local_size):
+        what = f"the launcher numbers this process rank {rank} of {size}, local rank {local_rank} of {info.local_size}"
+        raise UsageError(what, f"{', '.join(names)} count from 0")
+    return info
+
+
+def launcher_pid() -> int | None:
+    """The process id of the `alexnet` command that started this rank; None under another launcher."""
+    return int(os.environ[LAUNCHER]) if LAUNCHER in os.environ else None
+
+
+def read_timeout() -> timedelta:
+    """How long a rank waits for the others. Raises UsageError if ALEXNET_TIMEOUT is not a positive number."""
+    asked = os.environ.get(TIMEOUT) or str(DEFAULT_TIMEOUT)
+    try:
+        timeout = timedelta(seconds=float(asked))
+    except (ValueError, OverflowError) as error:
+        raise UsageError(f"{TIMEOUT}={asked} is not a number of seconds", f"for example {TIMEOUT}=600") from error
+    if timeout <= timedelta(0):
+        raise UsageError(f"{TIMEOUT}={asked} is not more than 0 seconds", f"for example {TIMEOUT}=600")
+    return timeout
+
+
+@dataclass(frozen=True)
+class ProcessMesh:
+    """This process's position: rank of `size`, in `replica` of `replicas`. The default is a single process."""
+
+    rank: int = 0
+    size: int = 1
+    replica: int = 0
+    replicas: int = 1
+    towers: TowerGroup | None = None
+    """The tower this process holds; None if it holds both."""
+    columns: TowerGroup | None = None
+    """The units of layers 6 to 8 this process holds, if they are split in another way than by tower (hybrid)."""
+    group: dist.ProcessGroup | None = None
+    """The ranks of other replicas that hold the same part of the network."""
+    store: Store | None = field(default=None, compare=False)
+    traffic: Counter[str] = field(default_factory=Counter, compare=False)
+    """Bytes that this rank has sent, by layer."""
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank writes files and messages."""
+        return self.rank == 0
+
+    @property
+    def collects(self) -> bool:
+        """Whether rank 0 needs this rank's slices to have the whole network."""
+        return self.replica == 0 or self.columns is not None
+
+    def share(self, images: int) -> slice:
+        """The slice of a batch of `images` that this rank trains on."""
+        return slice(self.replica * images // self.replicas, (self.replica + 1) * images // self.replicas)
+
+    def broadcast(self, value: T, what: str) -> T:
+        """Send rank 0's value to all ranks and return it. `what` names the operation in errors."""
+        if self.size == 1:
+            return value
+        box: list[Any] = [value]
+        with self.together(what):
+            dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        received: T = box[0]
+        return received
+
+    def gather_values(self, value: T) -> list[T]:
+        """Gather one value from each rank, in rank order."""
+        values: list[Any] = [value] * self.size
+        if self.size > 1:
+            with self.together("gathering the devices of all ranks"):
+                dist.all_gather_object(values, value)
+        return values
+
+    def agreed(self, stop: Callable[[], str | None], reasons: Sequence[str]) -> Callable[[], str | None]:
+        """Wrap `stop` so that all ranks get the same answer at the same call: the reason of any rank that has one."""
+        if self.size == 1:
+            return stop
+
+        def together() -> str | None:
+            reason = stop()
+            code = torch.tensor([0 if reason is None else 1 + reasons.index(reason)])
+            with self.together("agreeing whether to stop"):
+                dist.all_reduce(code, dist.ReduceOp.MAX)
+            return reasons[int(code) - 1] if int(code) else None
+
+        return together
+
+    def total(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Sum an array over all replicas."""
+        if self.group is None:
+            return values
+        sums = torch.from_numpy(np.array(values))
+        with self.together("adding up counts"):
+            dist.all_reduce(sums, group=self.group)
+        return sums.numpy()
+
+    @contextmanager
+    def together(self, operation: str) -> Iterator[None]:
+        """While inside, turn an error of gloo or NCCL into one that says what happened to which rank.
+
+        Raises:
+            LostError: another rank has ended, or did not arrive in time.
+            MissingError: the GPUs of this machine cannot exchange data.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if self.size == 1 or not _is_transport_error(error):
+                raise
+            if reason := _nccl_failure(error):
+                what = f"rank {self.rank}: NCCL, which connects the GPUs, failed in {operation}: {reason}"
+                hint = "set NCCL_DEBUG=INFO for details; --gpus 0 trains on one GPU, --gpus 0,0 without NCCL"
+                raise MissingError(what, hint) from error
+            hint = "continue from the last checkpoint with --resume"
+            raise LostError(f"rank {self.rank} {self._describe_loss(error, operation)}", hint) from error
+
+    def _describe_loss(self, error: RuntimeError, operation: str) -> str:
+        """Say which rank is missing. Every rank that sees the failure reports in the store; the missing one does not.
+
+        torch.distributed.monitored_barrier would tell only rank 0 who is missing, and prints to stderr by itself.
+        """
+        assert self.store is not None
+        self.store.set_timeout(timedelta(seconds=REPORT_SECONDS))
+        try:
+            missing = _missing_ranks(self.store, "lost", self.rank, self.size, REPORT_SECONDS)
+        except RuntimeError:
+            missing = [0]  # the store does not answer: rank 0 keeps it, unless a launcher does
+        event = "timed out" if "timed out" in str(error).lower() else "lost its connection"
+        reason = f"{_format_ranks(missing)} did not arrive" if missing else "no rank is missing; is the network down?"
+        return f"{event} in {operation}: {reason}"
+
+
+ALONE = ProcessMesh()
+
+
+def _is_transport_error(error: RuntimeError) -> bool:
+    """Whether gloo, NCCL or the store failed, usually because another rank is gone."""
+    return any(word in f"{type(error).__name__} {error}" for word in TRANSPORT_WORDS)
+
+
+def _nccl_failure(error: RuntimeError) -> str:
+    """What NCCL reports as wrong on this machine, such as too little shared memory; "" if it only lost a rank."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    local = any("NCCL error" in line for line in lines) and not any("ncclRemoteError" in line for line in lines)
+    return lines[-1] if local else ""
+
+
+def _missing_ranks(store: Store, event: str, rank: int, size: int, seconds: float) -> list[int]:
+    """Report this rank in the store and wait for the others. Returns those that have not reported in time."""
+    store.set(f"{event}/{rank}", "")
+    deadline = time.monotonic() + seconds
+    while missing := [other for other in range(size) if not store.check([f"{event}/{other}"])]:
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.02)
+    return missing
+
+
+def _format_ranks(ranks: Sequence[int]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+
+
+def mesh_shape(size: int, parallel: Parallel, towers: int) -> tuple[int, int]:
+    """How many replicas, and ranks in each. Raises UsageError if `size` ranks cannot be divided that way."""
+    if size == 1 or parallel in ("data", "hybrid"):
+        return size, 1
+    if towers == 2 and size % 2 == 0:
+        return size // 2, 2
+    if parallel == "auto":
+        return size, 1
+    reason = f"{size} is odd" if towers == 2 else "the recipe has one tower"
+    raise UsageError(f"--parallel tower needs pairs of devices for two towers, and {reason}", "use --parallel data")
+
+
+@contextmanager
+def join_process_group(info: RankInfo | None, backend: str) -> Iterator[ProcessMesh]:
+    """While inside, be one rank of a process group, if there are several. `arrange_mesh` then divides the network.
+
+    torchrun keeps its store over restarts. The prefix keeps restarted ranks from reading their predecessors' addresses.
+
+    Raises:
+        MissingError: another rank did not arrive.
+    """
+    if info is None or info.size == 1:
+        yield ALONE
+        return
+    timeout = read_timeout()
+    os.environ.update({"RANK": str(info.rank), "WORLD_SIZE": str(info.size)})
+    try:
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = PrefixStore(f"attempt {attempt}", next(rendezvous("env://", timeout=timeout))[0])
+        if missing := _missing_ranks(store, "joined", info.rank, info.size, timeout.total_seconds()):
+            raise RuntimeError(f"{_format_ranks(missing)} did not arrive")
+        dist.init_process_group(backend, store=store, rank=info.rank, world_size=info.size, timeout=timeout)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        what = f"rank {info.rank} of {info.size} cannot join the process group: {reason}"
+        raise MissingError(what, "MASTER_ADDR and MASTER_PORT must name the same machine for all ranks") from error
+    yield ProcessMesh(info.rank, info.size, store=store)
+    dist.destroy_process_group()  # not after an error: it would wait for ranks that have ended
+
+
+def arrange_mesh(ranks: ProcessMesh, parallel: Parallel, towers: int, device: torch.device) -> ProcessMesh:
+    """Assign a replica and a tower to each rank. Raises UsageError if they cannot be divided that way."""
+    if ranks.size == 1:
+        return ranks
+    replicas, each = mesh_shape(ranks.size, parallel, towers)
+    replica, tower = ranks.rank // each, ranks.rank % each
+    mesh = np.arange(ranks.size).reshape(replicas, each)
+    with ranks.together("connecting towers and replicas"):
+        tower_group = _group(mesh) if each == 2 else None
+        data_group = _group(mesh.T) if replicas > 1 else None
+    staged = device.type == "cuda" and "nccl" not in str(dist.get_backend_config())
+
+    def part(total: int, first: int, group: dist.ProcessGroup | None) -> TowerGroup:
+        return TowerGroup(total, 1, first, group, staged, ranks.traffic)
+
+    return replace(
+        ranks,
+        replica=replica,
+        replicas=replicas,
+        towers=part(2, tower, tower_group) if tower_group else None,
+        columns=part(ranks.size, ranks.rank, data_group) if parallel == "hybrid" else None,
+        group=data_group,
+    )
+
+
+def _group(mesh: npt.NDArray[np.int64]) -> dist.ProcessGroup:
+    """This rank's row of the mesh, as a group. torch's DeviceMesh is not used: it ignores the timeout (30 minutes)."""
+    group = dist.new_subgroups_by_enumeration(mesh.tolist(), timeout=read_timeout())[0]
+    assert isinstance(group, dist.ProcessGroup)
+    _lengthen_nccl_timeout(group)
+    return group
+
+
+def _lengthen_nccl_timeout(group: dist.ProcessGroup) -> None:
+    """Let NCCL wait longer than gloo: a timeout of gloo is an error with a message, one of NCCL ends the process.
+
+    Groups without NCCL stay as they are.
+    """
+    with suppress(RuntimeError):  # there is no backend for GPUs
+        backend = group._get_backend(torch.device("cuda"))
+        if backend.name() == "nccl":
+            backend._set_default_timeout(read_timeout() * NCCL_FACTOR)

@@ -1,0 +1,266 @@
+"""Checkpoints: the whole network in one file, and what is needed to continue as if nothing had happened.
+
+checkpoints/STEP/model.safetensors      the network in the one-device layout, with recipe, classes and mean image
+                 optimizer.safetensors  the velocity of every parameter
+                 meta.json              position, metrics and the checksums of the two files; written last
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from alexnet_cli.core.files import read_file, replace_link, write_text
+from alexnet_cli.core.model import model_file
+from alexnet_cli.core.model.network import Network, parameters_by_name
+from alexnet_cli.core.runs.run import LARGEST, MODEL, Run
+from alexnet_cli.core.training.optim import PaperSGD
+from alexnet_cli.errors import DataError, StorageError, WeightsError
+
+SCHEMA = "alexnet.checkpoint/2"
+OPTIMIZER, META = "optimizer.safetensors", "meta.json"
+OLD_STATE = "state.pt"  # of version 0.1.0
+CHECKPOINT_FOLDER = re.compile(r"\d{8,}|\.\d{8,}\.(tmp|old)")  # complete, being written, being replaced
+DAMAGED = "--resume continues from the newest checkpoint that is complete"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint read from disk. `velocity` is by parameter name; `position` holds JSON values."""
+
+    model: model_file.Model
+    velocity: Mapping[str, Tensor]
+    position: Mapping[str, Any]
+
+
+def save(
+    run: Run,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    velocity: Mapping[str, Tensor],
+    position: Mapping[str, Any],
+    mean: Tensor,
+    metadata: Mapping[str, str],
+    best: bool,
+    keep: int = 1,
+) -> Path:
+    """Write a checkpoint of the whole network (tensors on the CPU), completely or not at all.
+
+    Then replace_link `last` (and `best`) to it, and delete all but the newest `keep` and the best.
+
+    Raises:
+        StorageError: the disk is full, cannot be written or reads back wrong data; the checkpoint before is intact.
+    """
+    final, temporary = run.checkpoints / f"{step:08d}", run.checkpoints / f".{step:08d}.tmp"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        _check_space(run.checkpoints, 4 * sum(t.numel() for t in (*tensors.values(), *velocity.values())))
+        temporary.mkdir()
+        model = safetensors.torch.save({**tensors, "mean": mean.contiguous()}, metadata=dict(metadata))
+        sums = {MODEL: _write(temporary / MODEL, model)}
+        del model  # a quarter of a gigabyte
+        packed = {name: value.contiguous() for name, value in velocity.items()}
+        sums[OPTIMIZER] = _write(temporary / OPTIMIZER, safetensors.torch.save(packed))
+        meta = {"schema": SCHEMA, "step": step, "best": best, "sha256": sums, "position": dict(position)}
+        write_text(temporary / META, json.dumps(meta, indent=2, allow_nan=False) + "\n")
+        _sync(temporary)
+        _replace(temporary, final)
+        _point(final, best)
+        _delete_old(run.checkpoints, step, keep)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        what = f"checkpoint of step {step} cannot be written to {run.checkpoints}: {error}"
+        raise StorageError(what, run.storage_hint()) from error
+    return final
+
+
+def find_newest(run: Run) -> tuple[Path | None, list[Path]]:
+    """The newest complete checkpoint (None before the first), and newer ones that are damaged.
+
+    Finishes what a crash left half done: folders being renamed, and the links `last` and `best`.
+
+    Raises:
+        WeightsError: there were checkpoints and none is complete, or the newest is of version 0.1.0.
+        StorageError: the links cannot be written.
+    """
+    for old in run.checkpoints.glob(".*.old"):
+        final = run.checkpoints / old.name[1:].removesuffix(".old")
+        if not final.exists():
+            with run.storing():
+                old.rename(final)
+    damaged: list[Path] = []
+    for folder in _list_folders(run):
+        if (folder / OLD_STATE).is_file():
+            raise _old_version(folder)
+        try:
+            best = _read_meta(folder)["best"]
+        except WeightsError:
+            damaged.append(folder)
+        else:
+            with run.storing():
+                _point(folder, best)
+            return folder, damaged
+    if damaged or any(record.get("event") == "checkpoint" for record in run.records()):
+        what = f"{run.path} has no complete checkpoint left" + (f": {damaged[0]} is damaged" if damaged else "")
+        raise WeightsError(what, "restore one from a backup, or start a new run")
+    return None, []
+
+
+def find_step_beyond(run: Run, step: int) -> int | None:
+    """The step of the newest complete checkpoint, if it is later than `step`."""
+    for folder in _list_folders(run):
+        if int(folder.name) <= step:
+            return None
+        with suppress(WeightsError):
+            _read_meta(folder)
+            return int(folder.name)
+    return None
+
+
+def load(directory: Path) -> Checkpoint:
+    """Read a checkpoint and verify its checksums.
+
+    Raises:
+        WeightsError: it is incomplete, damaged, of version 0.1.0, or something else.
+    """
+    meta = _read_meta(directory)
+    path = directory / OPTIMIZER
+    try:
+        velocity = safetensors.torch.load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"{path} cannot be read: {error}", DAMAGED) from error
+    for name, value in velocity.items():
+        if value.dtype != torch.float32:
+            raise WeightsError(f"{path}: the velocity of {name} is not float32", DAMAGED)
+    return Checkpoint(model_file.read_model(directory / MODEL), velocity, meta["position"])
+
+
+def restore(network: Network, optimizer: PaperSGD, saved: Checkpoint) -> None:
+    """Copy the saved weights and velocity into a network and its optimizer.
+
+    Raises:
+        WeightsError: they belong to another network.
+    """
+    for name, parameter in parameters_by_name(network):
+        for tensor in (torch.from_numpy(saved.model.tensors[name]), saved.velocity.get(name)):
+            if tensor is None or tensor.dim() != parameter.dim() or network.own(name, tensor).shape != parameter.shape:
+                there, here = "missing" if tensor is None else tuple(tensor.shape), tuple(parameter.shape)
+                raise WeightsError(
+                    f"{saved.model.path.parent} does not fit this network: {name} is {there}, not {here}",
+                    "start a new run from its weights with --init-from",
+                )
+    with torch.no_grad():
+        for name, parameter in parameters_by_name(network):
+            parameter.copy_(network.own(name, torch.from_numpy(saved.model.tensors[name])))
+            optimizer.velocity[name].copy_(network.own(name, saved.velocity[name]))
+
+
+def _list_folders(run: Run) -> list[Path]:
+    """Checkpoint folders, complete or not, newest first."""
+    folders = [p for p in run.checkpoints.glob("*") if p.name.isdigit() and p.is_dir() and not p.is_symlink()]
+    return sorted(folders, key=lambda folder: int(folder.name), reverse=True)
+
+
+def _read_meta(directory: Path) -> dict[str, Any]:
+    """meta.json of a complete checkpoint whose files have the recorded checksums; WeightsError otherwise."""
+    if (directory / OLD_STATE).is_file():
+        raise _old_version(directory)
+    try:
+        meta = json.loads(read_file(directory / META, LARGEST))
+        sums = {name: _sum(directory / name) for name in (MODEL, OPTIMIZER)}
+    except (OSError, ValueError, RecursionError, DataError) as error:
+        raise WeightsError(f"{directory} is not a complete checkpoint: {error}", DAMAGED) from error
+    if not isinstance(meta, dict) or meta.get("schema") != SCHEMA or meta.get("sha256") != sums:
+        raise WeightsError(f"{directory} is damaged: its files do not match the checksums in {META}", DAMAGED)
+    if not isinstance(meta.get("position"), dict):
+        raise WeightsError(f"{directory / META} has no position", DAMAGED)
+    if directory.name.isdigit() and meta.get("step") != int(directory.name):
+        raise WeightsError(f"{directory} holds step {meta.get('step')}, unlike its name", DAMAGED)
+    return {"best": False, **meta}
+
+
+def _old_version(directory: Path) -> WeightsError:
+    return WeightsError(
+        f"{directory} was saved by version 0.1.0 and cannot be resumed",
+        f"train again, or start a new run from its weights: --init-from {directory}",
+    )
+
+
+def _point(checkpoint: Path, best: bool) -> None:
+    """Make `last` replace_link to a checkpoint, and `best` too if it is the best."""
+    for name in ("last", "best") if best else ("last",):
+        replace_link(checkpoint.parent / name, checkpoint)
+    _sync(checkpoint.parent)
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    if shutil.disk_usage(folder).free < needed + (1 << 20):
+        raise OSError(errno.ENOSPC, f"{needed / 1e6:,.0f} MB needed, the disk is full")
+
+
+def _replace(temporary: Path, final: Path) -> None:
+    """Rename into place. A checkpoint of the same step is renamed first; `find_newest` brings it back after a crash."""
+    old = final.with_name(f".{final.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.rename(old)
+    temporary.rename(final)
+    _sync(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _delete_old(folder: Path, step: int, keep: int) -> None:
+    """Delete what is neither the best nor among the newest `keep` up to `step`."""
+    steps = sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit() and int(path.name) <= step)
+    names = [f"{number:08d}" for number in steps[-keep:]] + ["last", "best"]
+    kept = {(folder / name).resolve() for name in names}
+    for path in folder.iterdir():
+        if (
+            CHECKPOINT_FOLDER.fullmatch(path.name)
+            and path.is_dir()
+            and not path.is_symlink()
+            and path.resolve() not in kept
+        ):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _write(path: Path, content: bytes | memoryview) -> str:
+    """Write and sync a file and read it back from the disk. Returns its SHA-256; OSError if it reads back wrong."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+        if hasattr(os, "posix_fadvise"):  # otherwise the page cache is read back, not the disk
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    found = _sum(path)
+    if found != hashlib.sha256(content).hexdigest():
+        raise OSError(errno.EIO, f"{path.name} does not read back as written")
+    return found
+
+
+def _sync(folder: Path) -> None:
+    """Sync the names in a folder."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,346 @@
+"""The training loop (section 5): epochs, validation, checkpoints and the records of all that."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from alexnet_cli.core.analysis import filters
+from alexnet_cli.core.data.loader import CachedLoader, CacheMode, Loader, all_batches, cache_decoded, training_batches
+from alexnet_cli.core.data.shards import Dataset
+from alexnet_cli.core.evaluation.baselines import count_images
+from alexnet_cli.core.evaluation.evaluate import Evaluation, TorchClassifier, evaluate
+from alexnet_cli.core.model import model_file
+from alexnet_cli.core.runs.records import Record, RunningMetrics
+from alexnet_cli.core.runs.run import Run
+from alexnet_cli.core.signals import EXIT_CODES
+from alexnet_cli.core.training import checkpoint, diagnostics
+from alexnet_cli.core.training.fine_tuning import Transfer
+from alexnet_cli.core.training.trainer import NonFiniteLoss, StepMetrics, Trainer
+from alexnet_cli.errors import VerificationError, WeightsError
+
+
+class DataTimer:
+    """Sums up the time spent inside its `with` blocks; on a GPU, only the time in which the device was idle.
+
+    A GPU works through its queue while the host waits for the next batch. Each block puts two events into that queue,
+    and the time between them is the wait.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._seconds = 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def __enter__(self) -> None:
+        self._began = time.perf_counter() if self.device.type == "cpu" else self._record_event()
+
+    def __exit__(self, *_: object) -> None:
+        if isinstance(self._began, float):
+            self._seconds += time.perf_counter() - self._began
+        else:
+            self._events.append((self._began, self._record_event()))
+
+    def read(self) -> float:
+        """Seconds since the last call. On a GPU, the recorded work must be done."""
+        milliseconds = float(sum(before.elapsed_time(after) for before, after in self._events))
+        seconds = self._seconds + milliseconds / 1000
+        self._seconds = 0.0
+        self._events.clear()
+        return seconds
+
+    def _record_event(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+
+@dataclass
+class TrainingLoop:
+    """Trains, validates and saves one run; `fit` does all of it. `keep` is the number of newest checkpoints kept."""
+
+    trainer: Trainer
+    data: Dataset
+    run: Run
+    threads: int = 1
+    cache: CacheMode = "auto"
+    keep: int = 1
+    transfer: Transfer | None = None
+    epoch_metrics: RunningMetrics = field(default_factory=RunningMetrics)
+    """Sums over the current epoch."""
+    saved_step: int = 0
+
+    def fit(
+        self,
+        resume_from: Path | None = None,
+        max_steps: int | None = None,
+        record_every: int = 10,
+        stop: Callable[[], str | None] = lambda: None,
+        save_every: int = sys.maxsize,
+    ) -> Iterator[Record]:
+        """Train, yielding a record of each event; each is in the run's metrics.jsonl when it is yielded.
+
+        Saves a checkpoint after each epoch and each `save_every` steps. Ends when the recipe says so, after `max_steps`
+        steps, or when `stop()` returns a reason; in each case a checkpoint has been saved and the last record's reason
+        is "finished", "max-steps" or the one returned.
+
+        Raises:
+            VerificationError: the loss is NaN or infinite.
+            StorageError: a checkpoint cannot be written; the one before is intact.
+        """
+        trainer, recipe = self.trainer, self.trainer.recipe
+        stop = trainer.placement.ranks.agreed(stop, list(EXIT_CODES))
+        metrics = self.restore(resume_from) if resume_from else {}
+        self.run.begin(recipe, trainer.steps_done, trainer.epoch)
+        yield self._log(self._start_record())
+        if trainer.steps_done == 0:
+            different = self.transfer.different(recipe) if self.transfer else None
+            for warning in diagnostics.check_settings(recipe, self.data, different):
+                yield self._log(warning)
+        reason, best_counts = None, None
+        split = self.data.split("train")
+        class_counts = count_images(split.labels, len(self.data.classes))
+        plateau = diagnostics.LossPlateauCheck.for_training(recipe, class_counts, trainer.total_steps)
+        with Loader(split, trainer.rank_images, self.threads, trainer.placement.device) as decoding:
+            loader = cache_decoded(decoding, self.cache, trainer.placement.sharing)
+            while reason is None and trainer.epoch <= recipe.epochs and not trainer.schedule.over:
+                for record in self._train_epoch(loader, record_every, save_every, stop, max_steps):
+                    reason = record.reason
+                    if reason is None:
+                        yield self._log(record)
+                    if plateau_warning := plateau.update(record):
+                        yield self._log(plateau_warning)
+                    left = trainer.last_step_of_epoch - record.step
+                    if record.event == "step" and record.step % save_every == 0 and left > 0:
+                        yield self._save(metrics)
+                if trainer.steps_done < trainer.last_step_of_epoch or (counts := self.validate(stop)) is None:
+                    reason = reason or stop()
+                    break
+                validation, best = self._summarize_epoch(counts)
+                best_counts = counts if best else best_counts
+                metrics = {key: validation[key] for key in ("top1_error", "top5_error", "loss")}
+                yield self._log(Record("validation", trainer.epoch, trainer.steps_done, best=best, **validation))
+                self.run.write_csv()
+                trainer.epoch, self.epoch_metrics = trainer.epoch + 1, RunningMetrics()
+                yield self._save(metrics, best)
+        if trainer.steps_done > trainer.first_step_of_epoch and trainer.steps_done != self.saved_step:
+            yield self._save(metrics)
+        lowest = trainer.schedule.best_error if trainer.schedule.best_error <= 1 else None
+        end = Record(
+            "end", trainer.epochs_begun, trainer.steps_done, top1_error=lowest, path=str(self.run.path),
+            reason=reason or "finished",
+        )  # fmt: skip
+        names = [name.name for name in self.data.classes]
+        if best_counts and not reason and (one_sided := diagnostics.check_one_sided(best_counts.confusion, names, end)):
+            yield self._log(one_sided)
+        yield self._log(end)
+
+    def _train_epoch(
+        self,
+        loader: Loader | CachedLoader,
+        record_every: int,
+        save_every: int,
+        stop: Callable[[], str | None],
+        max_steps: int | None,
+    ) -> Iterator[Record]:
+        """Steps to the end of the epoch, with a record every so many; the last has a reason if training must stop."""
+        trainer, recipe, ranks = self.trainer, self.trainer.recipe, self.trainer.placement.ranks
+        trainer.begin_epoch()
+        first = trainer.steps_done - trainer.first_step_of_epoch
+        batches = loader.batches(
+            training_batches(
+                trainer.rows, recipe.batch_size, recipe.seed, trainer.epoch, first, ranks.replica, ranks.replicas
+            )
+        )
+        timer, started = DataTimer(trainer.placement.device), time.perf_counter()
+        pending: list[StepMetrics] = []  # steps whose losses are still on the device
+        while True:
+            with timer:
+                reason = stop()
+                if reason is None and max_steps is not None and trainer.steps_done >= max_steps:
+                    reason = "max-steps"
+                batch = None if reason else next(batches, None)
+            failed = None
+            if batch is not None:
+                micro_batch = trainer.micro_batch
+                try:
+                    pending.append(trainer.step(batch))
+                except NonFiniteLoss as error:
+                    where = diagnostics.find_nonfinite_output(trainer, batch)
+                    failed = self.nonfinite_error(error.loss, trainer.steps_done + 1, where)
+                if trainer.micro_batch < micro_batch:
+                    yield self._micro_batch_warning()
+            if failed and ranks.group is not None:  # other replicas may have finite losses and would wait for this one
+                raise failed
+            due = any(trainer.steps_done % every == 0 for every in (record_every, save_every))
+            if pending and (batch is None or failed or due):
+                step = trainer.steps_done - len(pending)
+                recent, late = self._collect(pending)
+                failed = late or failed
+                recent.seconds, recent.waited = time.perf_counter() - started, timer.read()
+                self.epoch_metrics.add(recent)
+                if recent.images:
+                    yield self._step_record(recent, step + recent.images // trainer.batch_size)
+                started, pending = time.perf_counter(), []
+            if failed:
+                raise failed
+            if batch is None:
+                if reason:
+                    yield Record("end", trainer.epoch, trainer.steps_done, reason=reason)
+                return
+
+    def _collect(self, pending: list[StepMetrics]) -> tuple[RunningMetrics, VerificationError | None]:
+        """Sums over the pending steps of all ranks, up to the first whose loss is not finite, and its error."""
+        trainer, recent = self.trainer, RunningMetrics()
+        own = [[float(m.loss), float(m.errors), float(m.top5_errors)] for m in pending]
+        totals = trainer.placement.ranks.total(np.array(own))
+        for step, total in enumerate(totals, trainer.steps_done - len(pending) + 1):
+            loss, errors, top5_errors = (float(value) for value in total)
+            if not math.isfinite(loss):
+                where = diagnostics.find_nonfinite_weights(trainer.network)
+                return recent, self.nonfinite_error(loss, step, where)
+            size = trainer.batch_size
+            recent.add(RunningMetrics(size, loss * size, round(errors), round(top5_errors)))
+        return recent, None
+
+    def validate(self, stop: Callable[[], str | None] = lambda: None) -> Evaluation | None:
+        """Errors of the center view over the validation split; None if `stop()` returned a reason meanwhile."""
+        placement, split, size = self.trainer.placement, self.data.split("val"), self.trainer.micro_batch
+        ranks = placement.ranks
+        classify = TorchClassifier(self.trainer.network, self.trainer.augment, placement)
+        counts = Evaluation.empty(len(self.data.classes))
+        plan = [rows[ranks.share(len(rows))] for rows in all_batches(len(split), size * ranks.replicas)]
+        with ranks.together("validating"), Loader(split, size, self.threads, placement.device) as loader:
+            for _ in evaluate(classify, loader.batches(plan), counts):
+                if stop():
+                    return None
+        return counts.sum_over_ranks(ranks.total)
+
+    def save(self, metrics: dict[str, Any], best: bool) -> Path:
+        """Write a checkpoint of this moment. Returns its folder."""
+        trainer = self.trainer
+        position = {
+            "step": trainer.steps_done, "epoch": trainer.epoch, "schedule": trainer.schedule.state(),
+            "metrics": metrics, "epoch_metrics": asdict(self.epoch_metrics),
+        }  # fmt: skip
+        info = {
+            "data": self.data.name, "data_hash": self.data.hash, "run": self.run.path.name,
+            "epoch": trainer.epochs_begun, "step": trainer.steps_done, "metrics": metrics,
+            "exif_rotate": self.data.record["image"].get("exif_rotate", False),
+        }  # fmt: skip
+        text = model_file.format_metadata(trainer.recipe, self.data.classes, info)
+        mean = self.data.mean_image()
+        if trainer.recipe.mean == "rgb":
+            mean = np.broadcast_to(mean.mean((1, 2), keepdims=True), mean.shape)
+        mean_image = torch.from_numpy(np.ascontiguousarray(mean, dtype=np.float32))
+        tensors, velocity = trainer.gather_state()
+        path = None
+        if trainer.placement.ranks.first:
+            path = checkpoint.save(
+                self.run, trainer.steps_done, tensors, velocity, position, mean_image, text, best, self.keep
+            )
+        self.saved_step = trainer.steps_done
+        return Path(trainer.placement.ranks.broadcast(str(path), "saving"))
+
+    def restore(self, directory: Path) -> dict[str, Any]:
+        """Continue from a checkpoint. Returns the metrics saved with it."""
+        trainer, saved = self.trainer, checkpoint.load(directory)
+        checkpoint.restore(trainer.network, trainer.optimizer, saved)
+        try:
+            trainer.steps_done, trainer.epoch = int(saved.position["step"]), int(saved.position["epoch"])
+            trainer.schedule.restore(saved.position["schedule"])
+            self.epoch_metrics = RunningMetrics(**saved.position["epoch_metrics"])
+            metrics = dict(saved.position["metrics"])
+        except (KeyError, TypeError, ValueError) as error:
+            what = f"{directory} does not say how far training was: {error}"
+            raise WeightsError(what, checkpoint.DAMAGED) from error
+        self.saved_step = trainer.steps_done
+        return metrics
+
+    def nonfinite_error(self, loss: float, step: int, where: str) -> VerificationError:
+        """The error for a loss that is NaN or infinite at `step` (from 1); `where` is the first place that is."""
+        trainer, last = self.trainer, self.run.checkpoints / "last"
+        saved, resume = "", ""
+        diverged = diagnostics.describe_divergence(self.run.records(), len(self.data.classes))
+        if last.exists() and diverged:
+            saved = f"the last checkpoint had diverged already ({diverged}); "
+        elif last.exists():
+            saved = f"last good checkpoint: {last.resolve()}; "
+            resume = f", or continue from it: alexnet train --resume {self.run.quoted}"
+        rate = diagnostics.suggest_rate(
+            trainer.optimizer, trainer.schedule, step, trainer.epoch, resume, bool(diverged)
+        )
+        place = f", first in {where}" if where else ""
+        return VerificationError(
+            f"the loss became {loss} at step {step:,} (epoch {trainer.epoch}){place}", saved + rate
+        )
+
+    def _check_finite(self, loss: float) -> None:
+        """Raise VerificationError if the loss or a weight is NaN or infinite, before they are shown or saved."""
+        where = diagnostics.find_nonfinite_weights(self.trainer.network)
+        if where or not math.isfinite(loss):
+            raise self.nonfinite_error(loss, self.trainer.steps_done, where)
+
+    def _log(self, record: Record) -> Record:
+        self.run.log(record.as_dict())
+        return record
+
+    def _save(self, metrics: dict[str, Any], best: bool = False) -> Record:
+        """Save a checkpoint and log it, but never one of a network with NaN weights."""
+        self._check_finite(self.epoch_metrics.loss)
+        path = self.save(metrics, best)
+        trainer = self.trainer
+        return self._log(Record("checkpoint", trainer.epochs_begun, trainer.steps_done, path=str(path), best=best))
+
+    def _start_record(self) -> Record:
+        trainer, data = self.trainer, self.data
+        tensors = self.transfer.tensors() if self.transfer else {}
+        return Record(
+            "start", trainer.epoch, trainer.steps_done, data=str(data.path), recipe=trainer.recipe.name,
+            classes=len(data.classes), epochs=trainer.recipe.epochs, steps_per_epoch=trainer.schedule.steps_per_epoch,
+            path=str(self.run.path), loaded=tensors.get("loaded"), afresh=tensors.get("afresh"),
+        )  # fmt: skip
+
+    def _micro_batch_warning(self) -> Record:
+        size = self.trainer.micro_batch
+        text = f"the GPU's memory is too small for the whole batch: computing {size} images at a time"
+        hint = f"the results do not change; --micro-batch {size} starts that way"
+        return Record("warning", self.trainer.epoch, self.trainer.steps_done, text=text, hint=hint)
+
+    def _step_record(self, recent: RunningMetrics, step: int) -> Record:
+        return Record(
+            "step", self.trainer.epoch, step, loss=recent.loss / recent.images,
+            lr=self.trainer.schedule.rate(step - 1), top1_error=recent.errors / recent.images,
+            top5_error=recent.top5_errors / recent.images,
+            images_per_second=recent.rate, data_wait=recent.waited / recent.seconds,
+        )  # fmt: skip
+
+    def _summarize_epoch(self, counts: Evaluation) -> tuple[dict[str, Any], bool]:
+        """The fields of an epoch's validation record, and whether its error is the lowest so far."""
+        trainer, metrics = self.trainer, self.epoch_metrics
+        rate = trainer.schedule.rate(trainer.steps_done - 1)
+        self._check_finite(counts.loss)
+        best = trainer.schedule.observe(counts.top1_error)
+        fields = {
+            "loss": counts.loss, "top1_error": counts.top1_error, "top5_error": counts.top5_error, "lr": rate,
+            "train_loss": metrics.loss / metrics.images, "train_top1_error": metrics.errors / metrics.images,
+            "images_per_second": metrics.rate,
+        }  # fmt: skip
+        return fields | self._measure_specialization(), best
+
+    def _measure_specialization(self) -> dict[str, float]:
+        """How much the towers' first-layer filters differ in color (section 6.1), on the rank that writes the run."""
+        ranks, network = self.trainer.placement.ranks, self.trainer.network
+        if not ranks.collects:
+            return {}
+        with ranks.together("collecting layer 1"):
+            weight = network.whole("conv1.weight", network.conv1.weight)
+        return {} if weight is None else filters.summarize_epoch(weight.numpy(), self.trainer.recipe.towers)

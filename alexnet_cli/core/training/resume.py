@@ -1,0 +1,125 @@
+"""Resuming a run: which one, with which recipe, and what changed. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import fields
+from typing import Any
+
+from alexnet_cli.core.runs.records import epochs_done
+from alexnet_cli.core.runs.run import Run
+from alexnet_cli.errors import UsageError
+from alexnet_cli.recipe import Recipe, compare_recipes, format_set_option
+
+SHAPE = {"towers", "width"}  # recipe keys that make a network of another shape
+
+
+def find_run_to_resume(resume: str | None, name: str | None) -> Run | None:
+    """The run to resume, or None to start a new one.
+
+    `resume` is a run or "auto", which means the run called `name`, otherwise the newest if it is not finished.
+    """
+    if resume is None:
+        return None
+    if resume != "auto":
+        run = Run.open(resume)
+        if name not in (None, run.path.name):
+            raise UsageError(f"--resume {resume} continues run {run.path.name}", f"remove --name {name}")
+        return _check_trained(run)
+    try:
+        run = Run.open(name or "latest")
+    except UsageError:
+        return None
+    return _check_trained(run) if name or run.about.get("status") != "finished" else None
+
+
+def _check_trained(run: Run) -> Run:
+    """The run, unless its weights were imported: then there is no training to resume."""
+    if "imported" in run.about:
+        name = run.path.name
+        raise UsageError(f"{name} was imported, not trained", f"start from its weights: --init-from {run.quoted}")
+    return run
+
+
+def check_recipe(run: Run, wanted: Recipe, forced: Collection[str], from_file: Collection[str] = ()) -> Recipe:
+    """The recipe to resume with; keys in `forced` may differ from the run's, and there may be more epochs.
+
+    `from_file` are the keys whose values came from --recipe; the hint then is to remove that option.
+
+    Raises:
+        UsageError: another key differs and would change the result.
+    """
+    saved, name = run.recipe, run.path.name
+    differing = compare_recipes(wanted, saved)
+
+    def remove_option(*keys: str) -> str:
+        return f"remove --recipe: {name} has its own" if set(keys) & set(from_file) else "remove it"
+
+    for key in sorted(SHAPE & set(differing)):
+        here, there = differing[key]
+        what = f"{key} = {here} makes another network than that of {name}, which has {there}"
+        raise UsageError(what, f"{remove_option(key)}; or start a new run")
+    if "batch_size" in differing:
+        here, there = differing["batch_size"]
+        what = f"batch_size = {here}, but {name} counts its steps in batches of {there}"
+        raise UsageError(what, f"{remove_option('batch_size')}; or start a new run: --init-from {run.quoted}")
+    # A one-cycle schedule is planned to its end: another number of epochs changes every learning rate.
+    planned = wanted.schedule == saved.schedule == "one-cycle"
+    refused = [key for key in differing if key not in forced and (planned or key != "epochs")]
+    listed = ", ".join(
+        f"{key} = {here} instead of {there}" for key, (here, there) in differing.items() if key in refused[:4]
+    )
+    if len(refused) > 1:
+        more = f", and {len(refused) - 4} more" if len(refused) > 4 else ""
+        what = f"{name} was trained with another recipe: {listed}{more}"
+        raise UsageError(what, f"{remove_option(*refused)}; --set KEY=VALUE changes a value from here on")
+    done = epochs_done(run.records())
+    if wanted.epochs < done:
+        least = format_set_option("epochs", done) if planned else f"--epochs {done}"
+        raise UsageError(f"epochs = {wanted.epochs}, but {name} has done {done}", f"{least} or more")
+    if refused == ["epochs"]:
+        what = f"the one-cycle schedule of {name} is planned for {saved.epochs} epochs, not {wanted.epochs}"
+        force = f"force it, which changes every later learning rate: --set epochs={wanted.epochs}"
+        raise UsageError(what, f"{remove_option('epochs')}, or {force}")
+    if refused:
+        force = f"force it: {format_set_option(refused[0], getattr(wanted, refused[0]))}"
+        raise UsageError(f"{name} was trained with another recipe: {listed}", f"{remove_option(*refused)}, or {force}")
+    return wanted
+
+
+def list_changes(run: Run, recipe: Recipe, step: int) -> list[dict[str, Any]]:
+    """Recipe changes up to `step`, and those that `recipe` makes there: the new value of "changed" in run.json.
+
+    Each has the `step` after which it holds, the `key`, and its values before (`was`) and after (`is`). Changes in
+    run.json that did not reach recipe.toml are dropped: a run can be killed between the two writes. Changes after
+    `step` are moved to it, and changes that held for no step are dropped.
+    """
+    saved, changes = run.recipe, []
+    recorded = run.about.get("changed")
+    known = [c for c in recorded if _is_change(c)] if isinstance(recorded, list) else []
+    new = compare_recipes(recipe, saved)
+    for key in dict.fromkeys([*(c["key"] for c in known), *new]):
+        own = [c for c in known if c["key"] == key]
+        while own and own[-1]["is"] != _to_json(getattr(saved, key)):
+            own.pop()
+        if key in new:
+            own.append({"step": step, "key": key, "was": _to_json(new[key][1]), "is": _to_json(new[key][0])})
+        kept: dict[int, dict[str, Any]] = {}
+        for change in own:
+            at = min(change["step"], step)
+            kept[at] = {**change, "step": at, "was": kept.get(at, change)["was"]}
+        changes += [c for at, c in kept.items() if at and c["was"] != c["is"]]
+    return sorted(changes, key=lambda change: int(change["step"]))
+
+
+def _is_change(found: Any) -> bool:
+    """Whether a value from run.json is a change as `list_changes` returns them."""
+    return (
+        isinstance(found, dict) and set(found) == {"step", "key", "was", "is"}
+        and type(found["step"]) is int and found["key"] in {field.name for field in fields(Recipe)}
+    )  # fmt: skip
+
+
+def _to_json(value: Any) -> Any:
+    """A recipe value as JSON reads it back."""
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,57 @@
+"""Writes a run's numbers for TensorBoard to runs/NAME/tensorboard; needs the extra `tensorboard`."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+
+from alexnet_cli.core.runs.records import Record
+from alexnet_cli.core.runs.run import Run
+from alexnet_cli.errors import MissingError
+
+INSTALL = "pip install 'alexnet-cli[tensorboard]'"
+SCALARS = {
+    "step": ("loss", "top1_error", "top5_error", "lr", "images_per_second", "data_wait"),
+    "validation": (
+        "loss", "top1_error", "top5_error", "lr", "train_loss", "train_top1_error", "images_per_second",
+        "specialisation", "chroma_tower1", "chroma_tower2",
+    ),
+}  # fmt: skip
+GROUP = {"step": "train", "validation": "validation"}
+
+
+def is_installed() -> bool:
+    """Whether the package tensorboard is installed."""
+    return importlib.util.find_spec("tensorboard") is not None
+
+
+def check_installed() -> None:
+    """Raise MissingError if the package tensorboard is not installed."""
+    if not is_installed():
+        raise MissingError("--tensorboard needs the package tensorboard", INSTALL)
+
+
+def write_scalars(run: Run, records: Iterator[Record]) -> Iterator[Record]:
+    """Pass the records on and write their numbers; steps after that of the first record are overwritten.
+
+    Raises:
+        StorageError: the files cannot be written.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    start = next(records)
+    with run.storing():
+        writer = SummaryWriter(str(run.path / "tensorboard"), purge_step=start.step + 1)
+    yield start
+    try:
+        for record in records:
+            with run.storing():
+                for name in SCALARS.get(record.event, ()):
+                    if (value := getattr(record, name)) is not None:
+                        writer.add_scalar(f"{GROUP[record.event]}/{name}", value, record.step)
+                if record.event in {"validation", "checkpoint"}:
+                    writer.flush()
+            yield record
+    finally:
+        with run.storing():
+            writer.close()

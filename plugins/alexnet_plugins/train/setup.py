@@ -1,0 +1,235 @@
+"""What `alexnet train` starts from: recipe, run, data and devices; and --print-config."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alexnet_cli import __version__, recipe_io
+from alexnet_cli.console import Reporter
+from alexnet_cli.core.model.architecture import layer_widths
+from alexnet_cli.errors import DataError, UsageError
+from alexnet_cli.recipe import (
+    CAFFE,
+    FAST,
+    KRIZHEVSKY,
+    PAPER,
+    PAPER_TEXT_VALUES,
+    TINY,
+    Recipe,
+    describe_setting,
+    format_toml,
+)
+from alexnet_cli.recipe_io import read_recipe
+
+SHOWN_NAMES = 5  # in a message
+
+if TYPE_CHECKING:
+    from alexnet_cli.core.data.shards import Dataset
+    from alexnet_cli.core.model.model_file import Model
+    from alexnet_cli.core.parallel.placement import Placement
+    from alexnet_cli.core.parallel.process_group import ProcessMesh
+    from alexnet_cli.core.runs.run import Run
+    from alexnet_cli.core.training.fine_tuning import Transfer
+    from alexnet_cli.core.training.loop import TrainingLoop
+
+
+LINEAGE = {  # for each named recipe: who changed it from which other one, latest first
+    "krizhevsky": (("code", KRIZHEVSKY, PAPER),),
+    "caffe": (("Caffe", CAFFE, PAPER),),
+    "fast": (("fast", FAST, PAPER),),
+    "tiny": (("tiny", TINY, FAST), ("fast", FAST, PAPER)),
+}
+LEGEND = """\
+value    as TOML spells it, for a recipe file; --set KEY=VALUE changes one, without quotes
+from     paper; code (the authors' own); Caffe; recipe fast or tiny; --set; option; a file, a run or other weights
+section  of the paper, or code: what only the authors' code says
+-        no source: the paper has no such value"""
+
+
+def load_base_recipe(name: str | None, run: Run | None, initial: Model | None) -> tuple[Recipe, dict[str, str]]:
+    """The recipe that --set and options change, and the source of each of its values."""
+    if name is None and run:
+        return run.recipe, dict.fromkeys(vars(run.recipe), run.path.name)
+    if name is None and initial:
+        recipe = recipe_io.apply_changes(initial.recipe, {"frozen": "none"})
+        return recipe, dict.fromkeys(vars(recipe), "weights")
+    return recipe_io.load_recipe(name or "paper"), find_sources(name or "paper")
+
+
+def merge_saved_options(run: Run | None, typed: dict[str, Any]) -> dict[str, Any]:
+    """Options that a resumed run remembers, such as --save-every; those `typed` now win."""
+    remembered = run.about if run else {}
+    return {key: remembered.get(key) if value is None else value for key, value in typed.items()}
+
+
+def find_run(ranks: ProcessMesh, resume: str | None, name: str | None) -> Run | None:
+    """The run to resume, or None to start a new one. Rank 0 decides, since it may create what others would find."""
+    from alexnet_cli.core.runs.run import Run
+    from alexnet_cli.core.training.resume import find_run_to_resume
+
+    run = find_run_to_resume(resume, name) if ranks.first else None
+    path = ranks.broadcast(str(run.path) if run else None, "finding the run")
+    return Run(Path(path), writes=ranks.first) if path else None
+
+
+def choose_data(data: str | None, run: Run | None) -> tuple[Path, str]:
+    """The prepared data set to train on, and a note if it is one of several and none was named."""
+    from alexnet_cli.core.data.shards import find_dataset, names
+
+    spec = data or (run.about.get("data_path") if run else None)
+    path = find_dataset(spec)
+    others = [name for name in names() if name != path.name]
+    if spec or os.environ.get("ALEXNET_DATA") or not others:
+        return path, ""
+    listed = f"{', '.join(others[:SHOWN_NAMES])}{' …' if len(others) > SHOWN_NAMES else ''}"
+    return path, f"{path} is the newest prepared data set; --data chooses another: {listed}"
+
+
+def check_max_steps(run: Run, max_steps: int | None) -> None:
+    """Raise UsageError if a run has done more steps than --max-steps already."""
+    from alexnet_cli.core.training.checkpoint import find_step_beyond
+
+    if max_steps and (done := find_step_beyond(run, max_steps)):
+        what = f"--max-steps {max_steps:,} counts from the run's start, and {run.name} has done {done:,}"
+        raise UsageError(
+            what, f"--max-steps {done + max_steps} does {max_steps:,} more; without it, the run goes to its end"
+        )
+
+
+def check_data(data: Dataset, run: Run | None) -> None:
+    """Raise DataError if the data cannot be trained on, before a run is created."""
+    if run and run.about.get("data_hash") != data.hash:
+        raise DataError(f"run {run.path.name} was not trained on {data.path}", "--data names its own")
+    for split in ("train", "val"):
+        if not len(data.split(split)):
+            most = max(Counter(data.split("train").labels.tolist()).values(), default=0)
+            again = f"prepare it again with --overwrite{' --val-fraction 0.1' if most > 1 else ''}"
+            few = "" if most > 1 else "each class needs at least two images, one of them for validation: "
+            raise DataError(f"{data.path}: split {split} holds no images", few + again)
+    data.mean_image()  # raises DataError if it is damaged
+
+
+def find_start(loop: TrainingLoop) -> tuple[Path | None, list[Path]]:
+    """The checkpoint to continue from and newer damaged ones. Rank 0 decides, and repairs what a crash left."""
+    from alexnet_cli.core.training.checkpoint import find_newest
+
+    newest = find_newest(loop.run) if loop.run.writes else None
+    return loop.trainer.placement.ranks.broadcast(newest, "finding the checkpoint") or (None, [])
+
+
+def check_placement(placement: Placement, recipe: Recipe, rows: int, micro_batch: int | None, compile: bool) -> None:
+    """Raise UsageError for options that several devices cannot run."""
+    ranks, batch = placement.ranks, min(recipe.batch_size, rows)
+    if ranks.size > 1 and compile:
+        raise UsageError("--compile works on one device only", "remove it, or train on one device")
+    if batch < ranks.replicas:
+        raise UsageError(f"a batch of {batch} images cannot be split over {ranks.replicas} replicas", "use a larger -b")
+    if ranks.columns and micro_batch:
+        raise UsageError("--parallel hybrid computes whole batches", "remove --micro-batch, or use --parallel data")
+    units = recipe.towers * layer_widths(recipe)["fc6"]
+    if ranks.columns and units % ranks.size:
+        raise UsageError(
+            f"{units:,} units of layer 6 cannot be split over {ranks.size} devices", "use another number of devices"
+        )
+
+
+def open_run(
+    run: Run | None,
+    name: str | None,
+    recipe: Recipe,
+    placement: Placement,
+    data: Dataset,
+    transfer: Transfer | None,
+    saved_options: dict[str, Any],
+) -> Run:
+    """The resumed run, or a new one created by rank 0; run.json then describes this training."""
+    from alexnet_cli.core.runs.run import Run
+
+    about, ranks = _describe_training(placement, data, recipe), placement.ranks
+    if run:
+        run.update({"resumed": [*run.about.get("resumed", []), about], **saved_options})
+        return run
+    origin = {"init_from": transfer.about()} if transfer else {}
+    created = Run.create(name, recipe, about | origin | saved_options) if ranks.first else None
+    return Run(Path(ranks.broadcast(str(created.path) if created else "", "making the run")), writes=ranks.first)
+
+
+def _describe_training(placement: Placement, data: Dataset, recipe: Recipe) -> dict[str, Any]:
+    """Entries of run.json besides the status."""
+    packages = ("torch", "torchvision", "numpy", "simplejpeg")
+    versions = {"alexnet": __version__, "python": sys.version.split()[0]}
+    return {
+        "command": ["alexnet", *sys.argv[1:]],
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "versions": versions | {name: version(name) for name in packages},
+        "devices": list(placement.names) or [placement.name],
+        "precision": placement.precision,
+        "placement": {f"tower {i + 1}": ", ".join(placement.of_tower(i)) for i in range(recipe.towers)},
+        "replicas": placement.ranks.replicas,
+        "data": data.name,
+        "data_path": str(data.path.resolve()),
+        "data_hash": data.hash,
+        "seed": recipe.seed,
+    }
+
+
+def find_sources(name_or_file: str) -> dict[str, str]:
+    """The source of each recipe value: the file that lists it, or who introduced it."""
+    base, values = read_recipe(name_or_file)
+    return {key: _find_source(key, base) for key in vars(base)} | dict.fromkeys(values, name_or_file)
+
+
+def _find_source(key: str, named: Recipe) -> str:
+    for who, recipe, before in LINEAGE.get(named.name, ()):
+        is_changed = getattr(recipe, key) != getattr(before, key)
+        if is_changed or (who, key) == (
+            "Caffe",
+            "epochs",
+        ):  # its 450,000 steps of 256 images happen to be 90 epochs too
+            return who
+    source = describe_setting(key)[1]
+    return "paper" if source[0].isdigit() else source
+
+
+def show_config(reporter: Reporter, recipe: Recipe, sources: Mapping[str, str]) -> None:
+    """Show every recipe value, its source and the paper's value; values that differ from the paper come last."""
+    paper = asdict(PAPER) | PAPER_TEXT_VALUES
+    rows: list[dict[str, Any]] = []
+    for key, value in asdict(recipe).items():
+        about, section = describe_setting(key)
+        row = {"value": value, "from": sources[key], "paper": paper[key], "section": section, "meaning": about}
+        rows.append({"key": key, **row})
+    reporter.result({"event": "config", "values": rows})
+    changed = [row for row in rows if row["value"] != row["paper"]]
+    columns = ["value", "from", "section", "meaning"]
+    _show_table(
+        reporter, f"recipe {recipe.name}: as in the paper", columns, [row for row in rows if row not in changed]
+    )
+    if changed:
+        _show_table(
+            reporter, f"recipe {recipe.name}: different from the paper", ["value", "paper", *columns[1:]], changed
+        )
+    reporter.show(LEGEND)
+
+
+def _show_table(reporter: Reporter, title: str, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    table.add_column("key", no_wrap=True)
+    for column in columns:
+        table.add_column(column)
+    for row in rows:
+        cells = (format_toml(row[column]) if column in {"value", "paper"} else row[column] for column in columns)
+        table.add_row(row["key"], *(Text(text) for text in cells))
+    reporter.show(table)
+    reporter.show("")

@@ -1,0 +1,165 @@
+"""Hugging Face parquet shards, written here as the `datasets` library does (needs pyarrow)."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import imagenet_files as made
+from alexnet_cli.core.data import images, prepare
+from alexnet_cli.core.data.classes import ClassName
+from alexnet_cli.core.data.plan import Plan
+from alexnet_cli.core.data.shards import Dataset, open_dataset
+from alexnet_cli.core.data.sources import recognize
+from alexnet_cli.errors import DataError, MissingError
+from imagenet_files import NAMES, VAL
+
+WNIDS = sorted(made.CLASSES)
+SUMMED: dict[str, Any] = {
+    "use_dictionary": False,
+    "write_page_checksum": True,
+    "write_statistics": False,
+    "compression": "none",
+}
+Row = tuple[bytes | None, str | None, int | None]
+
+
+def shard(path: Path, rows: Sequence[Row], names: Sequence[str] | None, group: int = 3, **options: Any) -> Path:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    image = pa.array(
+        [{"bytes": data, "path": name} for data, name, _ in rows],
+        pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
+    )
+    table = pa.table({"image": image, "label": pa.array([label for _, _, label in rows], pa.int64())})
+    label = {"names": list(names), "_type": "ClassLabel"} if names else {"dtype": "int64", "_type": "Value"}
+    features = {"image": {"_type": "Image"}, "label": label}
+    table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, path, row_group_size=group, **options)
+    return path
+
+
+def written(root: Path, train: Mapping[str, bytes], val: Mapping[str, bytes], paths: bool = True) -> None:
+    """Two files of training pictures in mixed order, one of validation pictures, one without labels."""
+    words = [made.CLASSES[wnid][0] for wnid in WNIDS]
+    rows: list[Row] = [
+        (data, name.split("/")[1] if paths else None, WNIDS.index(name.split("/")[0]))
+        for name, data in sorted(train.items(), key=lambda pair: pair[0][::-1])
+    ]
+    shard(root / "train-00000-of-00002.parquet", rows[:7], words)
+    shard(root / "train-00001-of-00002.parquet", rows[7:], words)
+    theirs: list[Row] = [
+        (val[name], name.replace(".", f"_{wnid}.") if paths else None, WNIDS.index(wnid))
+        for wnid, name in zip(VAL, sorted(val), strict=True)
+    ]
+    shard(root / "validation-00000-of-00001.parquet", theirs, words)
+    shard(root / "test-00000-of-00001.parquet", [(made.jpeg(0, 0), "t.JPEG", -1)], words)
+
+
+def prepared(root: Path, output: Path, val_fraction: float | None = None) -> Dataset:
+    for _ in prepare.pack(Plan(recognize(root, val_fraction), output, shard_images=4), workers=2):
+        pass
+    return open_dataset(output)
+
+
+@pytest.mark.parametrize("kind", ["drawn", "real"])
+@pytest.mark.parametrize("folder", [".", "data"])
+def test_pictures_labels_and_names(kind: str, folder: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    train, val = made.drawn() if kind == "drawn" else made.real(request.getfixturevalue("samples"))
+    written(tmp_path / "in" / folder, train, val)
+    dataset = prepared(tmp_path / "in", tmp_path / "out")
+    assert dataset.record["layout"] == "Hugging Face parquet: 2 train and 1 validation files"
+    assert dataset.classes == NAMES
+    assert "test-*.parquet" in recognize(tmp_path / "in").notes[0]
+    expected = {
+        "train": sorted((WNIDS.index(name.split("/")[0]), data) for name, data in train.items()),
+        "val": sorted((WNIDS.index(w), val[name]) for w, name in zip(VAL, sorted(val), strict=True)),
+    }
+    for name, pictures in expected.items():
+        split = dataset.split(name)
+        left = [(int(split.labels[row]), images.decode(bytes(split.jpeg(row)))) for row in range(len(split))]
+        assert len(left) == len(pictures)
+        for label, data in pictures:
+            whole = images.to_256(images.decode(data)).astype(float)
+            distance = [np.abs(pixels - whole).mean() if at == label else 255 for at, pixels in left]
+            assert min(distance) < 5, "every picture is there, with its label"
+            left.pop(int(np.argmin(distance)))
+    assert prepared(tmp_path / "in", tmp_path / "again").hash == dataset.hash
+
+
+def test_row_groups_stay_together(tmp_path: Path) -> None:
+    written(tmp_path, *made.drawn())
+    items = recognize(tmp_path).splits["train"]
+    order = prepare.shuffled_rows(items, np.random.default_rng(1))
+    assert sorted(order) == list(range(12))
+    assert items.blocks is not None
+    blocks = [items.blocks[row] for row in order]
+    assert sum(a != b for a, b in itertools.pairwise(blocks)) == len(set(blocks)) - 1
+    assert blocks != sorted(blocks)
+    some = items.select([11, 0, 5])
+    assert some[0][:2] == (items.labels[11], items.names[11])
+    assert [item.read() for item in some] == [items[row].read() for row in (11, 0, 5)]
+    assert list(some.blocks or ()) == [items.blocks[row] for row in (11, 0, 5)]
+
+
+def test_without_names_and_without_a_validation_split(tmp_path: Path) -> None:
+    rows: list[Row] = [(made.jpeg(i % 2, i), None, i % 2) for i in range(10)]
+    shard(tmp_path / "train.parquet", rows, None)
+    source = recognize(tmp_path, 0.2)
+    assert source.classes == (ClassName("0"), ClassName("1"))
+    assert "numbered" in source.notes[0]
+    assert [len(items) for items in source.splits.values()] == [8, 2]
+    assert [len(items) for items in recognize(tmp_path).splits.values()] == [8, 2]  # one in ten, but at least one
+    assert not len(recognize(tmp_path, 0.0).splits["val"])
+    shard(tmp_path / "train.parquet", rows, ["n01440764", "n02012849"])
+    (tmp_path / "words.txt").write_text("n01440764\ttench, Tinca tinca\n")
+    assert recognize(tmp_path).classes[0].wnid == "n01440764"
+
+
+def test_rows_that_cannot_be_used(tmp_path: Path) -> None:
+    rows: list[Row] = [(made.jpeg(i % 2, i), "../../x.jpg", i % 2) for i in range(6)]
+    shard(tmp_path / "in" / "train-0.parquet", [*rows, (None, "none.jpg", 1), (b"no picture", None, 0)], ["a", "b"])
+    dataset = prepared(tmp_path / "in", tmp_path / "out", 0.0)
+    assert len(dataset.split("train")) == 6
+    refused = {line["path"].rpartition("_")[2]: line["reason"] for line in dataset.rejected()}
+    assert refused["none.jpg"] == "the row has no bytes"
+    assert len(refused) == 2
+    for label in (None, -1, 2):
+        shard(tmp_path / "in" / "train-1.parquet", [(made.jpeg(0, 1), None, label)], ["a", "b"])
+        with pytest.raises(DataError, match=f"label {-1 if label is None else label}, not one of 2 classes"):
+            recognize(tmp_path / "in")
+
+
+def test_damaged_files(tmp_path: Path) -> None:
+    rows: list[Row] = [(made.jpeg(i % 2, i), None, i % 2) for i in range(6)]
+    path = shard(tmp_path / "in" / "train-0.parquet", rows, ["a", "b"], **SUMMED)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"train-0\.parquet is damaged or truncated"):
+        recognize(tmp_path / "in")
+    start = whole.index(rows[0][0][:20] if rows[0][0] else b"", whole.index(b"PAR1") + 1) + 50  # not the statistics
+    path.write_bytes(whole[:start] + bytes(byte ^ 255 for byte in whole[start : start + 20]) + whole[start + 20 :])
+    dataset = prepared(tmp_path / "in", tmp_path / "out", 0.0)
+    assert len(dataset.split("train")) + len(dataset.rejected()) == 6
+    assert all("damaged" in line["reason"] for line in dataset.rejected())
+    assert dataset.rejected()
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pa.table({"text": ["a"]}), path)
+    with pytest.raises(DataError, match=r"no columns image .* but text \(string\)"):
+        recognize(tmp_path / "in")
+
+
+def test_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "train-00000-of-00001.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(MissingError, match="pyarrow, which reads them, is not installed") as caught:
+        recognize(tmp_path)
+    assert caught.value.hint == "pip install 'alexnet-cli[parquet]'"
+    assert caught.value.exit_code == 4

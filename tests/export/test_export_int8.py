@@ -1,0 +1,165 @@
+"""`alexnet export --precision`: what loses too much is refused, what is kept says what was measured."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from typer import Typer
+from typer.testing import CliRunner, Result
+
+from alexnet_cli.core.data.classes import ClassName
+from alexnet_cli.core.data.shards import open_dataset
+from alexnet_cli.core.export import export as exporting
+from alexnet_cli.core.export import quantize
+from alexnet_cli.core.export.export import Comparison, drawn_crops, evenly, verify
+from alexnet_cli.core.inference.session import Session
+from alexnet_cli.core.model.model_file import Model
+from alexnet_cli.errors import DataError, UsageError, VerificationError
+from alexnet_cli.recipe import PAPER
+from model_files import random_model, save_model
+
+SMALL = replace(PAPER, width=1 / 16)
+Crops = npt.NDArray[np.uint8]
+COLOURS = ("blue", "green", "red", "yellow")
+
+
+def four(path: Path) -> Path:
+    """A model file for the four colours."""
+    model = random_model(SMALL, 4)
+    return save_model(replace(model, classes=tuple(ClassName(name) for name in COLOURS)), path)
+
+
+def right(model: Model, crops: Crops) -> list[tuple[Crops, npt.NDArray[np.int64]]]:
+    """Labels that float32 gets right, one and all."""
+    return [(crops, Session(model, provider="cpu").logits(crops).argmax(1))]
+
+
+def test_what_loses_too_much_is_refused_unless_forced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, crops, path = random_model(SMALL), drawn_crops(224, 24), tmp_path / "a.onnx"
+    path.write_bytes(b"the one from before")
+    ranges = quantize.measure_ranges
+    # The middle of the network in five steps instead of 256.
+    coarse = {"conv3.relu": 64.0, "conv4.relu": 64.0}
+    monkeypatch.setattr(
+        quantize, "measure_ranges",
+        lambda proto, c: {n: (a, b * coarse.get(n, 1)) for n, (a, b) in ranges(proto, c).items()},
+    )  # fmt: skip
+    with pytest.raises(VerificationError, match="points fewer right answers") as caught:
+        exporting.export_int8(model, path, crops, (crops, right(model, crops)))
+    assert caught.value.exit_code == 6
+    assert path.read_bytes() == b"the one from before"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.onnx"]
+    check = exporting.export_int8(model, path, crops, (crops, right(model, crops)), force=True)
+    assert check.loss.reference == 1
+    assert check.loss.lost > exporting.LARGEST_LOSS
+    measured = Session(path, provider="cpu").info.measured
+    assert measured["accuracy"]["lost"] == pytest.approx(check.loss.lost)
+
+
+@pytest.mark.parametrize(
+    ("found", "refused"),
+    [
+        (Comparison(75, 26, 1, 0), False),  # one picture of 75 is 1.3 points
+        (Comparison(75, 25, 2, 0), True),
+        (Comparison(500, 300, 6, 1), False),  # one point
+        (Comparison(500, 300, 6, 0), True),
+    ],
+)
+def test_a_single_picture_refuses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: Comparison, refused: bool
+) -> None:
+    model, crops, path = random_model(SMALL), drawn_crops(224, 2), tmp_path / "a.onnx"
+    monkeypatch.setattr(exporting, "compare", lambda *_: found)
+    if refused:
+        with pytest.raises(VerificationError, match=rf"on {found.images} pictures .* 95 % interval of the loss [-+]\d"):
+            exporting.export_int8(model, path, crops, (crops, []))
+    else:
+        exporting.export_int8(model, path, crops, (crops, []))
+    assert path.exists() != refused
+
+
+def test_a_good_file_says_what_was_measured(tmp_path: Path) -> None:
+    model, crops, path = random_model(SMALL), drawn_crops(224, 24), tmp_path / "a.onnx"
+    check = exporting.export_int8(model, path, crops, (crops, right(model, crops)))
+    session = Session(path, provider="cpu")
+    assert session.info.precision == "int8"
+    assert session.info.measured["calibration_images"] == 24
+    assert session.info.measured["accuracy"]["images"] == 24
+    found = verify(Session(model, provider="cpu").logits, session.logits, crops)
+    assert check.against_torch.max_abs_difference == pytest.approx(found.max_abs_difference, rel=1e-2)
+    assert session.classes == model.classes
+
+
+def test_pictures_to_judge_on_are_all_or_evenly_spaced(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    split = open_dataset(prepared).split("val")
+    assert evenly(split, 100) == list(range(20))
+    assert evenly(split, 3) == [0, 9, 19]
+    monkeypatch.setattr(exporting, "BATCH", 8)
+    batches = list(exporting.labelled(split, 224, np.array([3, 2, 1, 0])))
+    assert [len(crops) for crops, _ in batches] == [8, 8, 4]
+    assert batches[0][0].shape == (8, 3, 224, 224)
+    np.testing.assert_array_equal(np.concatenate([labels for _, labels in batches]), 3 - split.labels)
+
+
+def run(*words: str) -> Result:
+    from alexnet_plugins.export import export as command
+
+    app = Typer()
+    app.command()(command)
+    return CliRunner().invoke(app, list(words))
+
+
+def test_the_command_calibrates_measures_and_tells(
+    tmp_path: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    four(tmp_path / "m.safetensors")
+    result = run("-w", "m.safetensors", "--data", str(prepared), "--precision", "int8", "--force", "--json")
+    assert result.exception is None
+    record = json.loads(result.stdout)
+    assert record["path"] == "alexnet-int8.onnx"
+    assert record["precision"] == "int8"
+    assert record["bytes"] == (tmp_path / "alexnet-int8.onnx").stat().st_size
+    assert record["calibration"] == {"images": 48, "data": str(prepared)}
+    assert record["accuracy"]["images"] == 20
+    assert record["accuracy"]["lost"] == pytest.approx(record["accuracy"]["float32"] - record["accuracy"]["int8"])
+    assert 0 < record["max_abs_difference"] < 0.1
+    change = 100 * (record["accuracy"]["int8"] - record["accuracy"]["float32"])
+    assert f"{change:+.2f} points (95 % interval" in result.stderr
+    unmeasured = run(
+        "-w", "m.safetensors", "--calibrate", str(prepared), "--precision", "int8", "--no-verify", "--json"
+    )
+    assert unmeasured.exception is None
+    record = json.loads(unmeasured.stdout)
+    assert (record["accuracy"], record["images"]) == (None, 0)
+
+
+def test_the_command_in_half(tmp_path: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    four(tmp_path / "m.safetensors")
+    result = run("-w", "m.safetensors", "--data", str(prepared), "--precision", "fp16", "--json", "-q")
+    assert result.exception is None
+    record = json.loads(result.stdout)
+    assert (record["path"], record["precision"]) == ("alexnet-fp16.onnx", "fp16")
+    info = Session(tmp_path / "alexnet-fp16.onnx", provider="cpu").info
+    assert (info.precision, info.measured["images"]) == ("fp16", 20)
+
+
+def test_what_makes_no_sense_is_refused(tmp_path: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    four(tmp_path / "m.safetensors")
+    save_model(random_model(SMALL, 4), tmp_path / "other.safetensors")
+    int8 = ("--precision", "int8")
+    assert isinstance(run("-w", "m.safetensors", "--calibrate", str(prepared)).exception, UsageError)
+    assert isinstance(run("-w", "m.safetensors", "--force", "--precision", "fp16").exception, UsageError)
+    assert isinstance(run("-w", "m.safetensors", *int8, "--force", "--no-verify").exception, UsageError)
+    assert isinstance(run("-w", "m.safetensors", *int8).exception, DataError)  # nothing to calibrate on
+    strangers = run("-w", "other.safetensors", *int8, "--data", str(prepared))
+    assert isinstance(strangers.exception, DataError)  # nothing to count right answers of
+    assert "unknown to the network" in str(strangers.exception)
+    assert not list(tmp_path.glob("*.onnx"))

@@ -1,0 +1,181 @@
+"""The float16 and int8 graphs: every recipe against float32, a layer against whole numbers by hand, and their sizes."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from alexnet_cli.core import devices
+from alexnet_cli.core.export import quantize
+from alexnet_cli.core.export.export import Comparison, compare, drawn_crops, verify
+from alexnet_cli.core.export.quantize import activation_scale, weight_codes
+from alexnet_cli.core.inference import onnx_graph
+from alexnet_cli.core.inference.session import Session
+from alexnet_cli.recipe import CAFFE, KRIZHEVSKY, PAPER, Recipe
+from literal_network import VARIANTS, convolved
+from model_files import ONE_TOWER, TWO_TOWERS, random_model
+
+
+def int8(recipe: Recipe, crops: npt.NDArray[np.uint8], path: Path) -> tuple[onnx.ModelProto, Session, Session]:
+    """The graph, and sessions of the float32 and the int8 network."""
+    model = random_model(recipe)
+    proto = onnx_graph.build_graph(model, rows=True)
+    small = quantize.to_int8(proto, quantize.measure_ranges(proto, crops))
+    path.write_bytes(small.SerializeToString())
+    return small, Session(model, provider="cpu"), Session(path, provider="cpu")
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_recipe_in_float16_stays_within_its_rounding(name: str, tmp_path: Path) -> None:
+    model = random_model(replace(VARIANTS[name], width=1 / 16))
+    whole = onnx_graph.build_graph(model)
+    half = quantize.to_float16(whole)
+    onnx.checker.check_model(half, full_check=True)
+    (tmp_path / "a.onnx").write_bytes(half.SerializeToString())
+    session, crops = Session(tmp_path / "a.onnx", provider="cpu"), drawn_crops(model.recipe.input_size, 6)
+    reference = Session(model, provider="cpu").logits
+    assert verify(reference, session.logits, crops, "fp16").passed
+    assert not verify(reference, session.logits, crops).passed or name == "sigmoid"  # it is another precision
+    np.testing.assert_allclose(session.probabilities(crops).sum(1), 1, atol=1e-5)
+    kinds = {v.name: v.type.tensor_type.elem_type for v in (*half.graph.input, *half.graph.output)}
+    assert set(kinds.values()) == {TensorProto.FLOAT}
+    weights = {c.name: c.data_type for c in half.graph.initializer}
+    assert weights["fc6.weight"] == weights["conv1.weight"] == TensorProto.FLOAT16
+    norms = [kind for key, kind in weights.items() if "norm" in key or "within" in key]
+    assert TensorProto.FLOAT16 not in norms
+    assert half.ByteSize() - whole.ByteSize() / 2 < 40_000  # what is not weights stays as it is
+
+
+def test_another_network_is_noticed_in_float16(tmp_path: Path) -> None:
+    model = random_model(replace(PAPER, width=1 / 16))
+    wrong = replace(model, recipe=replace(model.recipe, lrn_joint=True))
+    crops = drawn_crops(224, 6)
+    first, second = (Session(m, provider="cpu").logits for m in (model, wrong))
+    assert not verify(first, second, crops, "fp16").passed
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_recipe_in_int8_gives_nearly_the_same_answers(name: str, tmp_path: Path) -> None:
+    recipe = replace(VARIANTS[name], width=1 / 16)
+    crops = drawn_crops(recipe.input_size, 12)
+    proto, whole, small = int8(recipe, crops, tmp_path / "a.onnx")
+    onnx.checker.check_model(proto, full_check=True)
+    expected, found = whole.logits(crops), small.logits(crops)
+    np.testing.assert_allclose(found, expected, atol=0.05 * float(np.ptp(expected)))
+    if name != "sigmoid":  # which with such weights hardly tells pictures apart in float32 either
+        centred = [x - x.mean(0) for x in (expected, found)]
+        assert np.corrcoef(centred[0].ravel(), centred[1].ravel())[0, 1] > 0.98
+    np.testing.assert_allclose(small.probabilities(crops).sum(1), 1, atol=1e-5)
+    casts = {node.input[0] for node in proto.graph.node if node.op_type == "Cast"}
+    assert casts <= {"mean.centre"}  # of no codes: OpenCV misreads that
+    weights = [c for c in proto.graph.initializer if c.name.endswith(".codes") and c.data_type == TensorProto.INT8]
+    assert len(weights) == 8
+    assert small.recipe == recipe
+    if recipe.mean != "rgb":
+        np.testing.assert_allclose(small.mean(), whole.mean(), atol=0.07)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_rows_are_the_same_network(name: str, tmp_path: Path) -> None:
+    model = random_model(replace(VARIANTS[name], width=1 / 16))
+    (tmp_path / "rows.onnx").write_bytes(onnx_graph.build_graph(model, rows=True).SerializeToString())
+    crops = drawn_crops(model.recipe.input_size, 3)
+    expected = Session(model, provider="cpu").logits(crops)
+    np.testing.assert_allclose(Session(tmp_path / "rows.onnx", provider="cpu").logits(crops), expected, atol=1e-4)
+
+
+def test_a_layer_is_what_whole_numbers_give(tmp_path: Path) -> None:
+    """Layer 1 of the file, run by ONNX Runtime, against codes multiplied and rounded in numpy."""
+    crops = drawn_crops(224, 2)
+    proto, _, _ = int8(replace(PAPER, width=1 / 16), crops, tmp_path / "a.onnx")
+    constant = {c.name: numpy_helper.to_array(c) for c in proto.graph.initializer}
+    names = ["centred", "centred.quantized", "conv1.relu.quantized"]
+    kinds = [TensorProto.FLOAT, TensorProto.UINT8, TensorProto.UINT8]
+    proto.graph.output.extend(helper.make_tensor_value_info(n, k, None) for n, k in zip(names, kinds, strict=True))
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    centred, entered, left = session.run(names, {"input": crops.astype(np.float32)})
+    scale, zero = constant["centred.scale"], int(constant["centred.zero"])
+    np.testing.assert_array_equal(entered, np.rint(centred / scale + zero).clip(0, 255))
+    codes = constant["conv1.weight.codes"].astype(np.float64)
+    shifted = np.pad(entered[1].astype(np.float64) - zero, ((0, 0), (0, 3), (0, 3)))
+    sums = convolved(shifted, codes, constant["conv1.bias.codes"].astype(np.float64), 4, 0, 1)
+    units = (scale * constant["conv1.weight.scale"] / constant["conv1.relu.scale"]).astype(np.float64)
+    expected = np.rint(sums * units[:, None, None]).clip(0, 255)
+    assert 0.1 < (expected > 0).mean() < 0.95
+    assert np.abs(left[1] - expected).max() <= 1  # a half, rounded in float32, may fall either way
+    assert (left[1] == expected).mean() > 0.999
+
+
+def test_codes_are_the_nearest_and_zero_is_exact() -> None:
+    scale, zero = activation_scale((-1.0, 3.0))
+    assert abs((0 - int(zero)) * scale + 1.0) <= scale
+    assert abs((255 - int(zero)) * scale - 3.0) <= scale
+    scale, zero = activation_scale((2.0, 5.1))  # zero is always among them
+    assert float(scale) == pytest.approx(5.1 / 255)
+    assert int(zero) == 0
+    assert activation_scale((0.0, 0.0))[0] == 1
+    generator = np.random.default_rng(1)
+    weight = generator.standard_normal((6, 4, 3, 3)).astype(np.float32) * np.logspace(-3, 3, 6)[:, None, None, None]
+    weight[2] = 0  # a dead channel keeps its bias
+    bias = np.array([0, 1, 7, -3, 100, 0], np.float32)
+    scales, codes = weight_codes(weight.astype(np.float32), bias, np.float32(0.02))
+    assert np.abs(codes.astype(np.int32)).max() == 127
+    error = np.abs(codes * scales[:, None, None, None] - weight)
+    assert (error <= 0.5001 * scales[:, None, None, None]).all()
+    units = scales.astype(np.float64) * 0.02
+    np.testing.assert_allclose(np.rint(bias / units) * units, bias, atol=units.max() / 2 * 1e-3, rtol=1e-2)
+    assert np.abs(bias / units).max() < 2**31
+
+
+@pytest.mark.parametrize("recipe", [PAPER, KRIZHEVSKY, CAFFE, replace(PAPER, towers=1)])
+def test_the_whole_network_takes_at_most_62_megabytes(recipe: Recipe, tmp_path: Path) -> None:
+    """Counted from the widths: a byte a weight, and what a channel costs, measured on a narrow network."""
+    per_tower = TWO_TOWERS if recipe.towers == 2 else ONE_TOWER
+
+    def counts(width: float, classes: int) -> tuple[int, int, int]:
+        """Weights, output channels, entries of the bands of normalisation."""
+        c = [recipe.towers * max(1, round(n * width)) for n in per_tower]
+        t = 1 if recipe.lrn_joint else recipe.towers
+        seen = [3 * 121, c[0] // recipe.towers * 25, c[1] * 9, c[2] // recipe.towers * 9, c[3] // recipe.towers * 9]
+        weights = sum(a * b for a, b in zip(c, [*seen, c[4] * 36, c[5]], strict=True)) + classes * c[6]
+        return weights, sum(c) + classes, (c[0] // t) ** 2 + (c[1] // t) ** 2
+
+    proto, _, _ = int8(replace(recipe, width=1 / 16), drawn_crops(recipe.input_size, 2), tmp_path / "a.onnx")
+    weights, channels, band = counts(1 / 16, 10)
+    rest = proto.ByteSize() - weights - 13 * channels - 4 * band
+    assert 393_216 < rest < 460_000  # the mean image in half, and what does not grow
+    weights, channels, band = counts(1, 1000)
+    names = 60 * 1000  # a thousand names and wnids
+    assert weights + 13 * channels + 4 * band + rest + names < 62_000_000
+    assert weights > 59_000_000
+
+
+def test_right_answers_are_counted_as_by_hand() -> None:
+    labels = np.array([0, 1, 2, 0, 1, 2, 0, 1])
+    answers = [np.array([0, 1, 2, 0, 0, 0, 1, 0]), np.array([0, 1, 0, 1, 1, 0, 1, 0])]
+    first, second = (np.eye(3, dtype=np.float32)[answer] for answer in answers)
+    found = compare(lambda _: first, lambda _: second, [(np.zeros((8, 3, 2, 2), np.uint8), labels)])
+    assert found == Comparison(images=8, both=2, reference_alone=2, other_alone=1)
+    assert (found.reference, found.other, found.lost) == (4 / 8, 3 / 8, 1 / 8)
+    low, high = found.interval
+    # Variance of a mean of values 1, 1, -1, 0 ...: by numpy.
+    half = 1.96 * np.std([1, 1, -1, 0, 0, 0, 0, 0]) / np.sqrt(8)
+    assert (low, high) == pytest.approx((1 / 8 - half, 1 / 8 + half))
+
+
+def test_without_vnni_the_precise_product_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    for flags, saturates in (({"avx2"}, True), ({"avx2", "avx512_vnni"}, False), ({"avx_vnni"}, False)):
+        monkeypatch.setattr(devices, "_cpu_flags", lambda flags=flags: flags)
+        assert devices.int8_saturates() == saturates
+    monkeypatch.setattr(platform, "machine", lambda: "arm64")
+    assert not devices.int8_saturates()

@@ -1,0 +1,186 @@
+"""What only a GPU shows, piece by piece: kernels, views, masks, loader, cache, against the same on the CPU."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import gpu_cases
+import kernel_cases
+from alexnet_cli.core.data.augment import Augment, AugmentParams
+from alexnet_cli.core.data.loader import CachedLoader, Loader, all_batches, training_batches
+from alexnet_cli.core.data.shards import open_dataset
+from alexnet_cli.core.devices import onnx_providers, try_gpu, visible_gpus
+from alexnet_cli.core.inference.session import Session
+from alexnet_cli.core.inference.torch_session import TorchSession
+from alexnet_cli.core.model import layers, response_norm, triton_kernels
+from alexnet_cli.core.training.loop import DataTimer
+from alexnet_cli.recipe import CAFFE, KRIZHEVSKY, PAPER, TINY, Recipe
+from gpu_cases import GPU, several
+from model_files import random_model
+
+pytestmark = gpu_cases.MARKS
+RNG = np.random.default_rng(7)
+
+
+def test_the_kernels_run_here() -> None:
+    for gpu in visible_gpus():
+        assert triton_kernels.unavailable_reason(gpu.index) == ""
+        assert try_gpu(gpu.index) == ""
+    assert try_gpu(0) == ""
+
+
+@pytest.mark.parametrize("device", ["cuda:0", pytest.param("cuda:1", marks=several)])
+def test_the_update_is_one_kernel_and_the_same(device: str) -> None:
+    kernel_cases.check_update(device)
+
+
+@pytest.mark.parametrize("device", ["cuda:0", pytest.param("cuda:1", marks=several)])
+@pytest.mark.parametrize("case", kernel_cases.CASES, ids=str)
+def test_the_kernels_equal_the_definition(case: kernel_cases.Case, device: str) -> None:
+    """On the second GPU too, while the first is the current one."""
+    kernel_cases.check(case, device)
+
+
+def test_the_kernels_take_any_layout() -> None:
+    kernel_cases.check_layouts("cuda")
+
+
+def test_the_kernels_keep_what_is_no_number() -> None:
+    kernel_cases.check_not_a_number("cuda")
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own check reads gradients that are not kept
+def test_the_kernels_are_what_torch_was_told() -> None:
+    kernel_cases.check_operator("cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("maps", [96, 256])
+def test_as_many_values_as_in_training(maps: int, dtype: torch.dtype) -> None:
+    """Many programs of the kernel, the last of them not full, against the composed form on the same device."""
+    x = torch.randn(67, maps, 27, 27, device=GPU) * 60
+    x = x.to(dtype).contiguous(memory_format=torch.channels_last)
+    quick, slow = x.clone().requires_grad_(), x.float().clone().requires_grad_()
+    grad = torch.randn_like(x)
+    out = triton_kernels.fused_response_norm(quick, 5, 2.0, 1e-4, 0.75, 2)
+    expected = response_norm.plain(slow, 5, 2.0, 1e-4, 0.75, 2)
+    out.backward(grad)
+    expected.backward(grad.float())
+    assert quick.grad is not None
+    kernel_cases.close(out, expected)
+    kernel_cases.close(quick.grad, slow.grad)
+
+
+@pytest.mark.parametrize(("images", "gigabytes"), [(1024, 4), (7400, 20)])
+def test_more_bytes_and_more_values_than_32_bits_count(images: int, gigabytes: int) -> None:
+    """Layer 1 of so many images: 0.3 thousand million values, then 2.15, which is more than 2^31."""
+    torch.cuda.empty_cache()
+    if torch.cuda.mem_get_info(GPU)[0] < gigabytes << 30:
+        pytest.skip(f"less than {gigabytes} GB free")
+    x = torch.empty(images, 96, 55, 55, dtype=torch.bfloat16, device=GPU, memory_format=torch.channels_last)
+    x.uniform_(-100, 100)
+    settings = (5, 2.0, 1e-4, 0.75, 2, True)
+    out = triton_kernels.response_norm_forward(x, *settings)
+    for part in (slice(0, 1), slice(-2, None)):
+        kernel_cases.close(out[part], response_norm.plain(x[part].float(), *settings))
+    grad = x / 100
+    found = triton_kernels.response_norm_backward(x, grad, *settings)[-1:]
+    last = x[-1:].float().requires_grad_()
+    response_norm.plain(last, *settings).backward(grad[-1:].float())
+    kernel_cases.close(found, last.grad)
+
+
+def test_masks_are_the_same_bits_everywhere() -> None:
+    for key, first_row, first_unit in ((12345678901234567, 0, 0), (2**63 + 5, 77, 2048)):
+        start = layers.dropout_state(key, first_row)
+        here, there = (layers.hash_uniform(start.to(device), 130, 300, first_unit) for device in ("cpu", GPU))
+        assert torch.equal(here, there.cpu())
+
+
+@pytest.mark.parametrize("recipe", [PAPER, KRIZHEVSKY, CAFFE, TINY, replace(PAPER, mean="rgb")])
+def test_views_are_those_of_the_cpu(recipe: Recipe) -> None:
+    images = torch.from_numpy(RNG.integers(0, 256, (5, 256, 256, 3), dtype=np.uint8))
+    mean, axes = RNG.uniform(90, 140, (3, 256, 256)).astype(np.float32), np.linalg.qr(RNG.normal(size=(3, 3)))[0]
+    rows, draws = np.array([3, 0, 8, 7, 2]), AugmentParams.of_epoch(9, recipe, 1)
+    here, there = (
+        Augment(recipe, mean, np.array([19, 37, 121], np.float32), axes.astype(np.float32), torch.device(device))
+        for device in ("cpu", GPU)
+    )
+    pairs = [(here.train(images, rows, draws, 1), there.train(images.to(GPU), rows, draws, 1))]
+    pairs += [(here.centre_view(images), there.centre_view(images))]
+    pairs += list(zip(here.ten_views(images), there.ten_views(images), strict=True))
+    for expected, found in pairs:
+        assert found.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(found.cpu(), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch_size", [4, 7])
+def test_pinned_buffers_bring_the_same_bytes(prepared: Path, batch_size: int) -> None:
+    """While the device is kept busy, so that a copy or a buffer used too early would show."""
+    split = open_dataset(prepared).split("train")
+    busy = torch.randn(2048, 2048, device=GPU)
+    plan, copies = all_batches(len(split), batch_size) * 4, []
+    with Loader(split, batch_size, 2, GPU) as loader:
+        for batch in loader.batches(plan):
+            for _ in range(20):
+                busy = torch.tanh(busy @ busy)
+            copies.append(batch.images + 0)  # queued behind the work above
+    with Loader(split, batch_size, 2) as plain:
+        for batch, copy in zip(plain.batches(plan), copies, strict=True):
+            np.testing.assert_array_equal(batch.images.numpy(), copy.cpu().numpy())
+
+
+def test_the_cache_on_the_device_equals_the_loader(prepared: Path) -> None:
+    split = open_dataset(prepared).split("train")
+    with Loader(split, 7, 2, GPU) as under, Loader(split, 7, 2) as plain:
+        cache = CachedLoader(under)
+        for epoch in (1, 2):
+            plan = training_batches(len(split), 7, 0, epoch)
+            for a, b in zip(cache.batches(plan), plain.batches(plan), strict=True):
+                assert a.images.device.type == "cuda"
+                np.testing.assert_array_equal(a.images.cpu().numpy(), b.images.numpy())
+                np.testing.assert_array_equal(a.labels.numpy(), b.labels.numpy())
+
+
+def test_the_wait_for_data_is_that_of_the_device() -> None:
+    """A tenth of a second of the host's goes by while the GPU works, and another while it has nothing to do."""
+    cycles = 2_000_000_000  # about a second
+    waited = []
+    for work in (cycles, 0):
+        torch.cuda.synchronize(GPU)
+        waiting = DataTimer(GPU)
+        torch.cuda._sleep(work)
+        with waiting:
+            time.sleep(0.1)
+        torch.cuda.synchronize(GPU)
+        waited.append(waiting.read())
+    assert waited[0] < 0.05
+    assert 0.09 < waited[1] < 0.5
+
+
+def test_onnx_runtime_gives_the_same_on_the_gpu() -> None:
+    if (state := onnx_providers().get("CUDAExecutionProvider")) != "ok":
+        pytest.skip(f"ONNX Runtime has no CUDA here: {state}")
+    model = random_model(replace(PAPER, width=1 / 8))
+    crops = RNG.integers(0, 256, (5, 3, 224, 224), dtype=np.uint8)
+    expected = Session(model, provider="cpu").logits(crops)
+    found = Session(model, provider="cuda")
+    assert found.device == "cuda"
+    np.testing.assert_allclose(found.logits(crops), expected, atol=1e-4 * float(np.abs(expected).max()))
+    assert Session(model).device == "cuda"
+    assert Session(model, few=True).device == "cpu"
+
+
+def test_torch_gives_the_same_on_the_gpu() -> None:
+    """In float32, not in TF32."""
+    model = random_model(replace(PAPER, width=1 / 8))
+    crops = RNG.integers(0, 256, (5, 3, 224, 224), dtype=np.uint8)
+    expected, found = TorchSession(model, "cpu").logits(crops), TorchSession(model)
+    assert found.device == "cuda"
+    np.testing.assert_allclose(found.logits(crops), expected, atol=1e-5 * float(np.abs(expected).max()))

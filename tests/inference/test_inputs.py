@@ -1,0 +1,152 @@
+"""What people type after `predict`: lists, standard input, odd names, folders that cannot be listed, memory."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from alexnet_cli.core.data import images
+from alexnet_cli.core.data.images import PixelBudget
+from alexnet_cli.core.inference import inputs
+from alexnet_cli.core.inference.inputs import expand_inputs, load_image, prefetch
+from alexnet_cli.errors import DataError
+from model_files import draw
+
+
+def test_a_list_holds_a_path_a_line(tmp_path: Path) -> None:
+    one, two = draw(tmp_path / "one.png", 0), draw(tmp_path / "below" / "two.png", 1)
+    (tmp_path / "list.txt").write_text(f"{one}\r\n\n{tmp_path}/below\n{tmp_path}/gone*.png\n")
+    assert expand_inputs([f"@{tmp_path}/list.txt"]) == [
+        one,
+        two,
+        f"{tmp_path}/gone*.png",
+    ]  # a name in a list is no pattern
+
+
+def test_a_file_that_begins_with_an_at_sign_is_that_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw(tmp_path / "@one.png", 0)
+    monkeypatch.chdir(tmp_path)
+    assert expand_inputs(["@one.png"]) == ["@one.png"]
+
+
+def test_what_was_drawn_for_runs_is_left_out_unless_it_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    photo, drawn = draw(Path("photos/cat.png"), 0), draw(Path("runs/a/figures/conv1.png"), 1)
+    ours: list[str] = []
+    assert expand_inputs(["."], None, ours) == ["./photos/cat.png", "./runs/a/figures/conv1.png"]  # no run of ours
+    Path("runs/a/run.json").write_text("{}")
+    assert expand_inputs(["."], None, ours) == ["./photos/cat.png"]
+    assert ours == ["./runs/a/figures/conv1.png"]
+    assert expand_inputs([str(tmp_path), "photos"], None, []) == [f"{tmp_path}/photos/cat.png", photo]
+    for asked in ("runs", "runs/a", drawn, "runs/a/figures/*.png"):
+        assert expand_inputs([asked], None, ours) == [drawn]
+    assert expand_inputs(["."]) == ["./photos/cat.png", "./runs/a/figures/conv1.png"]
+    assert len(ours) == 1
+
+
+def test_nothing_to_classify_is_said_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "empty").write_text("\n")
+    for typed, stdin, words in (
+        (["-"], b"", "no picture found: standard input is empty"),
+        (["-"], b"gone.jpg\n", "gone.jpg does not exist"),
+        ([f"@{tmp_path}/empty"], b"", "no picture found: the list is empty"),
+        (["a", "b", "c", "d"], b"", "none of these exists: a, b, c …"),
+        (["*.such"], b"", "*.such matches nothing"),
+        ([str(tmp_path), "b"], b"", f"no picture found: {tmp_path}, b"),
+    ):
+        with pytest.raises(DataError, match=f"^{re.escape(words)}$"):
+            expand_inputs(typed, io.BytesIO(stdin))
+    with pytest.raises(DataError) as caught:
+        expand_inputs(["https://example.org/cat.jpg"])
+    assert "curl" in caught.value.hint
+
+
+@pytest.mark.parametrize("name", ["missing", "", "folder", "a\0b", "x" * 300])
+def test_a_list_that_cannot_be_read(tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(DataError, match="cannot be read"):
+        expand_inputs([f"@{tmp_path / name if name else ''}"])
+
+
+def test_names_that_end_with_a_zero_byte_can_hold_anything(tmp_path: Path) -> None:
+    odd = os.fsencode(tmp_path) + b"/a\nb \xff.png"
+    draw(tmp_path / "plain.png", 0)
+    os.rename(tmp_path / "plain.png", odd)
+    assert expand_inputs(["-"], io.BytesIO(odd + b"\0")) == [os.fsdecode(odd)]
+    assert expand_inputs([str(tmp_path)]) == [os.fsdecode(odd)]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM"])
+def test_standard_input_can_be_a_picture_of_every_format(kind: str) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3)).save(buffer, kind)
+    assert expand_inputs(["-"], io.BytesIO(buffer.getvalue())) == [buffer.getvalue()]
+    [(name, picture)] = prefetch([buffer.getvalue()], 4, False)
+    assert name == "-"
+    np.testing.assert_array_equal(picture, images.to_256(images.decode(buffer.getvalue())))
+
+
+def test_paths_that_begin_as_pictures_do_are_paths(tmp_path: Path) -> None:
+    names = [draw(tmp_path / name, 0) for name in ("BMW 12.png", "P6 1.png", "GIF8.png", "RIFF.png", "II*.png")]
+    for name in names:
+        relative = os.path.basename(name).encode()
+        assert not images.is_picture(relative + b"\n" + relative), name
+
+
+def test_too_much_on_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inputs, "LARGEST", 1000)
+    with pytest.raises(DataError, match="more than 1,000 bytes"):
+        expand_inputs(["-"], io.BytesIO(b"y\n" * 600))
+
+
+def test_a_folder_that_cannot_be_listed_loses_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a/1.png", "b/2.png", "c/3.png"):
+        draw(tmp_path / name, 0)
+    real = os.scandir
+
+    def scandir(path: str) -> object:
+        if str(path).endswith("/b"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert expand_inputs([str(tmp_path)]) == [f"{tmp_path}/a/1.png", f"{tmp_path}/c/3.png", f"{tmp_path}/b"]
+
+
+def test_pipes_and_devices_are_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    assert load_image(str(tmp_path / "pipe.jpg"), False, PixelBudget()) == "it is not a regular file"
+    assert load_image("/dev/zero", False, PixelBudget()) == "it is not a regular file"
+
+
+def test_room_is_shared_by_pixels_and_the_largest_waits_until_it_is_alone() -> None:
+    budget, most, at_once, lock = PixelBudget(100), [0], [0], threading.Lock()
+
+    def work(pixels: int) -> None:
+        with budget.reserve(pixels):
+            with lock:
+                at_once[0] += pixels
+                most[0] = max(most[0], at_once[0])
+            time.sleep(0.005)
+            with lock:
+                at_once[0] -= pixels
+
+    threads = [threading.Thread(target=work, args=(pixels,)) for pixels in (30, 30, 30, 30, 100, 60, 60)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert budget.used == 0
+    assert 30 < most[0] <= 100
+    with budget.reserve(500):  # more than there is room for: alone, rather than never
+        assert budget.used == 500

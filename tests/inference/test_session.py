@@ -1,0 +1,184 @@
+"""ONNX files opened in ONNX Runtime: constants that are not copied, hostile and damaged files."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given
+from onnx import helper, numpy_helper
+
+from alexnet_cli.core.export import quantize
+from alexnet_cli.core.export.export import drawn_crops
+from alexnet_cli.core.inference import onnx_graph, session
+from alexnet_cli.core.inference.session import Session
+from alexnet_cli.errors import WeightsError
+from alexnet_cli.recipe import PAPER, Recipe
+from hostile import MUTATIONS, bounded, generated, mutated, told
+from model_files import random_model
+
+NARROW = replace(PAPER, width=1 / 64)
+SECRET = b"do-not-read-me!!" * 4
+
+
+def protos(recipe: Recipe) -> dict[str, onnx.ModelProto]:
+    """The graph in every precision, as export makes it."""
+    model = random_model(recipe, 4)
+    whole, rows = onnx_graph.build_graph(model), onnx_graph.build_graph(model, rows=True)
+    ranges = quantize.measure_ranges(rows, drawn_crops(recipe.input_size, 2))
+    return {"fp32": whole, "fp16": quantize.to_float16(whole), "int8": quantize.to_int8(rows, ranges)}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A file of each precision, with constants large enough to stay in the file."""
+    folder = tmp_path_factory.mktemp("session")
+    for name, proto in protos(replace(PAPER, width=1 / 8)).items():
+        onnx_graph.save_graph(proto, folder / f"{name}.onnx")
+    return {name: folder / f"{name}.onnx" for name in ("fp32", "fp16", "int8")}
+
+
+@pytest.mark.parametrize("name", ["fp32", "fp16", "int8"])
+def test_large_constants_are_views_of_the_file(files: dict[str, Path], name: str) -> None:
+    content, constants = session._read_file(files[name])
+    whole, rest = onnx.load(files[name]), onnx.ModelProto.FromString(content)
+    expected = {t.name: numpy_helper.to_array(t) for t in whole.graph.initializer}
+    assert {"mean", "fc6.weight" if name != "int8" else "fc6.weight.codes"} <= set(constants)
+    assert len(content) < 0.2 * files[name].stat().st_size
+    for key, value in constants.items():
+        np.testing.assert_array_equal(value, expected[key])
+        assert not value.flags.owndata
+    assert {t.name for t in rest.graph.initializer} == set(expected)
+    assert rest.graph.node == whole.graph.node
+    assert rest.metadata_props == whole.metadata_props
+
+
+@pytest.mark.parametrize("name", ["fp32", "fp16", "int8"])
+def test_a_quickly_opened_session_agrees_with_onnx_runtime_alone(files: dict[str, Path], name: str) -> None:
+    import onnxruntime
+
+    crops = drawn_crops(224, 3)
+    alone = onnxruntime.InferenceSession(str(files[name]), providers=["CPUExecutionProvider"])
+    expected = alone.run(["logits"], {"input": crops.astype(np.float32)})[0]
+    for few in (True, False):
+        np.testing.assert_allclose(Session(files[name], provider="cpu", few=few).logits(crops), expected, atol=1e-4)
+
+
+def test_the_mean_image_is_that_of_the_model(files: dict[str, Path]) -> None:
+    mean = random_model(replace(PAPER, width=1 / 8), 4).mean
+    for name, path in files.items():
+        np.testing.assert_allclose(Session(path, few=True).mean(), mean, atol=0 if name == "fp32" else 0.1)
+
+
+def test_what_fails_only_when_it_runs(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """ONNX Runtime's own words are no message, and its log is not for the terminal."""
+    proto = protos(NARROW)["int8"]
+    scale = next(t for t in proto.graph.initializer if t.name == "centred.scale")
+    scale.CopyFrom(numpy_helper.from_array(np.ones(5, np.float32), scale.name))  # for each of five channels
+    onnx_graph.save_graph(proto, tmp_path / "a.onnx")
+    with pytest.raises(WeightsError, match="cannot be run"):
+        Session(tmp_path / "a.onnx", provider="cpu").logits(drawn_crops(224, 1))
+    assert not capfd.readouterr().err
+
+
+def hide(proto: onnx.ModelProto, where: str) -> None:
+    """Put a tensor whose values lie in another file into one of the places where a model can hold one."""
+    tensor = onnx.TensorProto(name="x", data_type=1, dims=[16], data_location=onnx.TensorProto.EXTERNAL)
+    for key, value in (("location", "secret.bin"), ("offset", "0"), ("length", "64")):
+        tensor.external_data.add(key=key, value=value)
+    constant = helper.make_node("Constant", [], ["x"], value=tensor)
+    if where == "initializer":
+        proto.graph.initializer.append(tensor)
+    elif where == "large initializer":
+        large = next(t for t in proto.graph.initializer if t.name == "mean")
+        large.external_data.extend(tensor.external_data)
+        large.data_location = tensor.data_location
+    elif where == "constant":
+        proto.graph.node.insert(0, constant)
+    elif where == "sparse":
+        proto.graph.sparse_initializer.add(dims=[16]).values.CopyFrom(tensor)
+    elif where == "function":
+        proto.functions.add(name="f", domain="d").node.append(constant)
+    elif where == "training":
+        proto.training_info.add().initialization.initializer.append(tensor)
+    else:
+        proto.graph.node[0].attribute.add(name="body", type=onnx.AttributeProto.GRAPH).g.node.append(constant)
+
+
+PLACES = ("initializer", "large initializer", "constant", "sparse", "function", "training", "subgraph")
+
+
+@pytest.mark.parametrize("where", PLACES)
+def test_values_in_other_files_are_never_read(tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    proto = onnx_graph.build_graph(random_model(NARROW, 4))
+    hide(proto, where)
+    (tmp_path / "x.onnx").write_bytes(proto.SerializeToString())
+    (tmp_path / "secret.bin").write_bytes(SECRET)
+
+    def opened(*_: object) -> None:
+        raise AssertionError("ONNX Runtime was asked to open the file")
+
+    monkeypatch.setattr(Session, "_open", opened)
+    with pytest.raises(WeightsError, match="is refused: it has tensors that lie in another file") as error:
+        Session(tmp_path / "x.onnx")
+    assert error.value.exit_code == 3
+
+
+def test_a_class_may_be_called_location(tmp_path: Path) -> None:
+    model = random_model(NARROW, 4)
+    names = tuple(c._replace(name=f"location {i}") for i, c in enumerate(model.classes))
+    onnx_graph.write_graph(replace(model, classes=names), tmp_path / "x.onnx")
+    assert Session(tmp_path / "x.onnx", provider="cpu").classes == names
+
+
+def test_a_constant_that_lies_about_its_shape(files: dict[str, Path], tmp_path: Path) -> None:
+    proto = onnx.load(files["fp32"])
+    next(t for t in proto.graph.initializer if t.name == "fc6.weight").dims[0] += 1
+    onnx_graph.save_graph(proto, tmp_path / "a.onnx")
+    with pytest.raises(WeightsError, match="cannot be opened"):
+        Session(tmp_path / "a.onnx", provider="cpu")
+
+
+def test_an_operator_that_does_not_exist(tmp_path: Path) -> None:
+    proto = onnx_graph.build_graph(random_model(NARROW, 4))
+    proto.graph.node.append(helper.make_node("Mystery", ["probabilities"], ["more"]))
+    onnx_graph.save_graph(proto, tmp_path / "x.onnx")
+    with pytest.raises(WeightsError, match="cannot be opened"):
+        Session(tmp_path / "x.onnx")
+
+
+@pytest.mark.parametrize("content", [b"", bytes(100), b"\xff" * 1000, b"\x3a\xff\xff\xff\xff\x0f", b"PK\3\4"])
+def test_what_is_no_onnx_file(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.onnx").write_bytes(content)
+    with pytest.raises(WeightsError, match="cannot be opened"):
+        Session(tmp_path / "x.onnx", provider="cpu")
+
+
+def test_a_file_larger_than_protobuf_allows(tmp_path: Path) -> None:
+    with (tmp_path / "x.onnx").open("wb") as file:
+        file.truncate(1 << 36)  # a hole, which takes no room on the disk
+    with pytest.raises(WeightsError, match="larger than 2 GB"):
+        Session(tmp_path / "x.onnx")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@given(mutations=MUTATIONS)
+@generated(15)
+def test_damaged_files_are_refused_or_answer(
+    tmp_path_factory: pytest.TempPathFactory,
+    files: dict[str, Path],
+    precision: str,
+    mutations: list[tuple[str, int, bytes]],
+) -> None:
+    """Damage where the graph is described, at the beginning: an error, or probabilities of the file's classes."""
+    path = tmp_path_factory.getbasetemp() / "damaged.onnx"
+    path.write_bytes(mutated(files[precision].read_bytes(), mutations, 3000))
+    with bounded():
+        opened = told(lambda: Session(path, provider="cpu", few=True))
+        if not isinstance(opened, str):
+            crops = np.zeros((1, 3, opened.crop, opened.crop), np.float32)
+            chances = told(lambda: opened.probabilities(crops))
+            assert isinstance(chances, str) or chances.shape == (1, len(opened.classes))

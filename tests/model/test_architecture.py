@@ -1,0 +1,104 @@
+"""The table of layer geometry: the paper's numbers, the network as it is built, and what each recipe changes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from alexnet_cli.core.model.architecture import LAYERS, describe_step, layer_specs, receptive_field, tensor_shapes
+from alexnet_cli.core.model.network import Network
+from alexnet_cli.recipe import CAFFE, KRIZHEVSKY, PAPER, RECIPES, Recipe
+
+VARIANTS = [
+    *RECIPES.values(),
+    replace(PAPER, edge_padding=False),
+    replace(PAPER, pool_size=2),
+    replace(PAPER, towers=1),
+]
+
+
+def map_sides(recipe: Recipe) -> list[int]:
+    """Sides of the maps of the convolutions, each followed by that after pooling where it is pooled."""
+    specs = [spec for spec in layer_specs(recipe, 10) if spec.is_conv]
+    return [side for spec in specs for side in (spec.side, spec.pooled_side) if side]
+
+
+def following(recipe: Recipe) -> dict[str, list[str]]:
+    """What follows each layer, in words."""
+    return {spec.name: [describe_step(recipe, step) for step in spec.then] for spec in layer_specs(recipe, 10)}
+
+
+@pytest.mark.parametrize("recipe", [PAPER, KRIZHEVSKY, CAFFE])
+def test_counts_are_those_of_the_paper(recipe: Recipe) -> None:
+    specs = layer_specs(recipe, 1000)
+    assert sum(spec.parameters for spec in specs) == 60_965_224
+    assert sum(spec.weights for spec in specs) == 60_954_656
+    assert sum(spec.multiplications for spec in specs) == 724_406_816
+    facts = {
+        "conv1": (48, 3, False, 34_944, 105_415_200), "conv2": (128, 48, False, 307_456, 223_948_800),
+        "conv3": (192, 256, True, 885_120, 149_520_384), "conv4": (192, 192, False, 663_936, 112_140_288),
+        "conv5": (128, 192, False, 442_624, 74_760_192), "fc6": (2048, 9216, True, 37_752_832, 37_748_736),
+        "fc7": (2048, 4096, True, 16_781_312, 16_777_216), "fc8": (1000, 4096, True, 4_097_000, 4_096_000),
+    }  # fmt: skip
+    for spec in specs:
+        assert (spec.maps, spec.inputs, spec.sees_both, spec.parameters, spec.multiplications) == facts[spec.name]
+    assert [(spec.kernel, spec.stride) for spec in specs] == [(11, 4), (5, 1), *[(3, 1)] * 3, *[(1, 1)] * 3]
+    assert map_sides(recipe) == [55, 27, 27, 13, 13, 13, 13, 6]
+
+
+def test_the_one_gpu_network_and_other_widths() -> None:
+    specs = layer_specs(replace(PAPER, towers=1), 1000)
+    assert sum(spec.parameters for spec in specs) == 59_798_312
+    assert not any(spec.sees_both for spec in specs)
+    assert [spec.maps for spec in layer_specs(replace(PAPER, width=0.25), 7)] == [12, 32, 48, 48, 32, 512, 512, 7]
+
+
+@pytest.mark.parametrize("recipe", VARIANTS, ids=lambda recipe: recipe.name)
+def test_it_describes_the_network_that_is_built(recipe: Recipe) -> None:
+    recipe = replace(recipe, width=1 / 16)
+    network, sides = Network(recipe, 7).eval(), dict[str, int]()
+    for layer in LAYERS[:5]:
+        network.get_submodule(layer).register_forward_hook(
+            lambda _module, _inputs, output, layer=layer: sides.update({layer: output.shape[-1]})
+        )
+    with torch.inference_mode():
+        network(torch.zeros(1, 3, recipe.input_size, recipe.input_size))
+    assert sides == {spec.name: spec.side for spec in layer_specs(recipe, 7) if spec.is_conv}
+    built = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
+    assert tensor_shapes(recipe, 7) == built | {"mean": (3, 256, 256)}
+
+
+def test_what_follows_a_layer_is_what_the_recipe_says() -> None:
+    norm, pool = "normalization across 5 maps", "pooling 3×3 / 2"
+    assert following(PAPER) == {
+        "conv1": ["ReLU", norm, pool], "conv2": ["ReLU", norm, pool], "conv3": ["ReLU"], "conv4": ["ReLU"],
+        "conv5": ["ReLU", pool], "fc6": ["ReLU", "dropout 0.5"], "fc7": ["ReLU", "dropout 0.5"], "fc8": [],
+    }  # fmt: skip
+    code = following(KRIZHEVSKY)
+    assert (code["conv1"], code["conv2"]) == ([norm, pool, "ReLU"], ["ReLU", norm, "normalization within 5×5", pool])
+    assert following(CAFFE)["conv1"] == ["ReLU", f"{norm} of both towers", pool]
+    less = following(replace(PAPER, lrn="none", dropout=0.0, activation="tanh", pool_size=2))
+    assert (less["conv1"], less["fc6"]) == (["tanh", "pooling 2×2 / 2"], ["tanh"])
+
+
+@pytest.mark.parametrize(
+    ("change", "sides"),
+    [
+        ({"input_size": 227}, [55, 27, 27, 13, 13, 13, 13, 6]),
+        ({"edge_padding": False}, [54, 27, 27, 13, 13, 13, 13, 6]),
+        ({"pool_size": 2}, [55, 28, 26, 13, 13, 13, 11, 6]),
+    ],
+)
+def test_maps_of_variants(change: dict[str, Any], sides: list[int]) -> None:
+    assert map_sides(replace(PAPER, **change)) == sides
+
+
+def test_receptive_fields_are_what_the_kernels_and_strides_of_the_paper_give() -> None:
+    sizes = []
+    for layer in LAYERS[:5]:
+        first, end = receptive_field(PAPER, layer, 6, clipped=False)
+        sizes.append(end - first)
+    assert sizes == [11, 19 + 4 * 8, 19 + 4 * 8 + 2 * 8 + 2 * 16, 131, 163]

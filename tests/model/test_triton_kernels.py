@@ -1,0 +1,187 @@
+"""The GPU kernels where there is no GPU: run by Triton's interpreter, and compiled for GPUs that are not here."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from alexnet_cli.core.devices import Gpu
+from alexnet_cli.core.model import response_norm, triton_kernels
+from alexnet_cli.core.parallel import placement
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+
+@needs_triton
+def test_interpreted_they_equal_the_definition() -> None:
+    """In a process of its own: Triton chooses between interpreter and compiler when it is imported."""
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    program = Path(__file__).with_name("kernel_cases.py")
+    done = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", [75, 80, 90, 100])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_they_compile_for_gpus_that_are_not_here(
+    capability: int, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which the interpreter does not show: it takes Python that the compiler refuses."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    constants = {"beta": 0.75, "half": 2, "maps": 48, "relu": True, "block": triton_kernels.NORM_BLOCK}
+    kinds = {"x": f"*{dtype}", "grad": f"*{dtype}", "out": f"*{dtype}", "k": "fp32", "alpha": "fp32"}
+    for kernel in (triton_kernels._norm_forward_kernel, triton_kernels._norm_backward_kernel):
+        names = kernel.arg_names
+        signature = {name: "constexpr" if name in constants else kinds.get(name, "i32") for name in names}
+        source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()})
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+        assert compiled.metadata.shared == 0
+        reads, half = compiled.asm["ttgir"].count("tt.load"), constants["half"]
+        # Every map once, and in backward the gradients: not once for each window that it is in.
+        assert reads == (2 * half + 1 if kernel.arg_names[1] == "out" else (4 * half + 1) + (2 * half + 1))
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", [75, 90])
+def test_the_update_compiles_for_gpus_that_are_not_here(
+    capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    names = triton_kernels._update_kernel.arg_names
+    kinds = {"weight": "*fp32", "velocity": "*fp32", "gradient": "*fp32", "count": "i32", "block": "constexpr"}
+    signature = {name: kinds.get(name, "fp32") for name in names}
+    source = ASTSource(triton_kernels._update_kernel, signature, {(names.index("block"),): triton_kernels.UPDATE_BLOCK})
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    assert (compiled.asm["ttgir"].count("tt.load"), compiled.asm["ttgir"].count("tt.store")) == (3, 2)
+
+
+class Pretended:
+    """A driver of Triton's for a GPU that is not here: it compiles kernels, and notes what would be launched."""
+
+    def __init__(self) -> None:
+        self.launched: list[tuple[str, tuple[int, ...], list[Any]]] = []
+        self.utils = self
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": 232_448}
+
+    def load_binary(self, *_: object) -> tuple[int, ...]:
+        return 0, 0, 32, 0, 1024
+
+    def unload_module(self, module: object) -> None: ...
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Any:
+        def launch(*arguments: Any) -> None:
+            x, y, z, *_ = arguments
+            self.launched.append((metadata.name, (x, y, z), list(arguments[9:])))
+
+        return launch
+
+
+@pytest.fixture
+def pretended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pretended]:
+    from triton.runtime import driver
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernels: tuple[Any, ...] = (
+        triton_kernels._norm_forward_kernel,
+        triton_kernels._norm_backward_kernel,
+        triton_kernels._update_kernel,
+    )
+    monkeypatch.setattr(driver, "_active", made := Pretended())
+    yield made
+    for kernel in kernels:
+        kernel.device_caches.clear()  # of what was compiled for nobody
+
+
+@needs_triton
+def test_they_are_launched_with_what_they_take(pretended: Pretended) -> None:
+    """The way from a call to a launch, which neither the interpreter nor the compiler alone goes."""
+    x = torch.empty(64, 96, 55, 55, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    for values in (x, x[:0]):
+        triton_kernels.response_norm_forward(values, 5, 2.0, 1e-4, 0.75, 2, True)
+        triton_kernels.response_norm_backward(values, values, 5, 2.0, 1e-4, 0.75, 2, True)
+    weight, velocity, gradient = ([torch.empty(96, 3, 11, 11)] for _ in range(3))
+    triton_kernels.fused_update(weight, velocity, gradient, 0.9, 0.01, 0.0005)
+    found = [(name, grid[0], given[-1]) for name, grid, given in pretended.launched]
+    block, programs = triton_kernels.NORM_BLOCK, x.numel() // triton_kernels.NORM_BLOCK
+    assert found == [
+        ("_norm_forward_kernel", programs, block), ("_norm_backward_kernel", programs, block),
+        ("_norm_forward_kernel", 1, block), ("_norm_backward_kernel", 1, block),
+        ("_update_kernel", 35, triton_kernels.UPDATE_BLOCK),
+    ]  # fmt: skip
+    counts = [next(value for value in given if type(value) is int) for _, _, given in pretended.launched]
+    assert counts == [x.numel(), x.numel(), 0, 0, 96 * 3 * 11 * 11]
+
+
+def test_without_triton_they_can_be_imported_and_say_so() -> None:
+    """Nor does the training import the compiler, which takes a second."""
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import alexnet_cli.core.training.loop; assert 'torch._dynamo' not in sys.modules\n"
+        "from alexnet_cli.core import triton_kernels\n"
+        "assert triton_kernels.unavailable_reason(0) == 'Triton is not installed'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize(("reason", "used"), [("", True), ("Failed to find C compiler.", False)])
+def test_who_normalises_on_a_gpu(reason: str, used: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors without values stand for those on a GPU."""
+    monkeypatch.setattr(triton_kernels, "unavailable_reason", lambda index: reason)
+    taken: list[tuple[object, ...]] = []
+    fused = triton_kernels.fused_response_norm
+
+    def noted(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        taken.append(arguments)
+        return fused(x, *arguments)
+
+    monkeypatch.setattr(triton_kernels, "fused_response_norm", noted)
+    with FakeTensorMode():
+        x = torch.empty(2, 8, 3, 5, device="cuda").contiguous(memory_format=torch.channels_last)
+        out = response_norm.fast(x, 5, 2.0, 1e-4, 0.75, 2, True)
+    assert (out.shape, out.device.type, out.stride()) == (x.shape, "cuda", x.stride())
+    assert taken == ([(5, 2.0, 1e-4, 0.75, 2, True)] if used else [])
+
+
+def test_a_gpu_that_cannot_run_them_is_told_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placement, "visible_gpus", lambda: [Gpu(0, "H100", 80 << 30, "9.0")])
+    monkeypatch.setattr(placement, "take", lambda index: "")
+    for switch in ("benchmark", "allow_tf32"):  # to be put back afterwards
+        monkeypatch.setattr(torch.backends.cudnn, switch, getattr(torch.backends.cudnn, switch))
+    monkeypatch.setattr(triton_kernels, "unavailable_reason", lambda index: "Failed to find C compiler.")
+    chosen = placement.place("0", "fp32")
+    assert chosen.device == torch.device("cuda", 0)
+    assert "without its GPU kernel" in chosen.notes[0]
+    assert "Failed to find C compiler." in chosen.notes[0]
+    monkeypatch.setattr(triton_kernels, "unavailable_reason", lambda index: "")
+    assert placement.place("0", "fp32").notes == ()

@@ -1,0 +1,163 @@
+"""Placement changes the speed, never the numbers: one table over all ways to place the network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from alexnet_cli.core.data.loader import training_batches
+from alexnet_cli.core.evaluation.evaluate import Evaluation
+from alexnet_cli.core.model.network import Network
+from alexnet_cli.core.model.towers import TowerGroup
+from alexnet_cli.core.parallel.ddp import wrap_ddp
+from alexnet_cli.core.parallel.process_group import (
+    ProcessMesh,
+    RankInfo,
+    join_process_group,
+    mesh_shape,
+    read_rank_info,
+)
+from alexnet_cli.core.training.fine_tuning import freeze
+from alexnet_cli.errors import UsageError
+from alexnet_cli.recipe import CAFFE, PAPER, Recipe
+from rank_cases import PLACES, exchange, processes, result
+
+SMALL = replace(PAPER, width=1 / 16, batch_size=11, epochs=3)  # 11 divides by no number of replicas
+JOINT = replace(CAFFE, width=1 / 16, batch_size=12, epochs=3, colour_shift=0.1)
+TEN = 10
+Results = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def results(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """What a recipe comes to in a place; each found once."""
+    found: dict[tuple[str, str], Any] = {}
+
+    def of(place: str, recipe: Recipe = SMALL) -> Any:
+        if (place, recipe.name) not in found:
+            folder = tmp_path_factory.mktemp("run") / "r"
+            found[place, recipe.name] = result(place, recipe, prepared, folder, TEN) | {"folder": folder}
+        return found[place, recipe.name]
+
+    return of
+
+
+TABLE = [
+    pytest.param(place, recipe, id=f"{place}, {recipe.name}")
+    for place, recipe in [*((place, SMALL) for place in PLACES if place != "one"), ("towers", JOINT)]
+]
+
+
+@pytest.mark.parametrize(("place", "recipe"), TABLE)
+def test_the_numbers_are_those_of_one_process(results: Results, place: str, recipe: Recipe) -> None:
+    one, here = results("one", recipe), results(place, recipe)
+    np.testing.assert_allclose(here["logits"], one["logits"], rtol=0, atol=1e-6)
+    gradients = [key for key in one if key.startswith("gradient")]
+    assert len(gradients) == 16
+    for key in gradients:
+        difference = np.linalg.norm(here[key] - one[key]) / np.linalg.norm(one[key])
+        assert difference < 1e-5, key
+    assert len(one["losses"]) == TEN
+    np.testing.assert_allclose(here["losses"], one["losses"], rtol=1e-5)
+    np.testing.assert_array_equal(here["errors"], one["errors"])
+    assert len(one["validation"]) == 2
+    np.testing.assert_allclose(here["validation"], one["validation"], rtol=1e-5)
+    for key in (key for key in one if key.startswith("weight")):
+        np.testing.assert_allclose(here[key], one[key], rtol=0, atol=1e-6, err_msg=key)
+
+
+ELSEWHERE = [("towers", "one"), ("one", "data x towers"), ("data", "towers")]
+
+
+@pytest.mark.parametrize(("begun", "then"), ELSEWHERE)
+def test_a_run_goes_on_elsewhere(results: Results, prepared: Path, tmp_path: Path, begun: str, then: str) -> None:
+    result(begun, SMALL, prepared, tmp_path / "begun", 6)
+    whole = results("one")
+    rest = result(then, SMALL, prepared, tmp_path / "then", TEN, tmp_path / "begun" / "checkpoints" / "last")
+    np.testing.assert_allclose(rest["losses"], whole["losses"][6:], rtol=1e-5)
+    np.testing.assert_allclose(rest["weight fc8.weight"], whole["weight fc8.weight"], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7])
+def test_shares_make_the_batches(ranks: int) -> None:
+    whole = training_batches(100, 13, 5, 2)
+    shares = [training_batches(100, 13, 5, 2, 0, rank, ranks) for rank in range(ranks)]
+    for step, batch in enumerate(whole):
+        np.testing.assert_array_equal(np.concatenate([share[step] for share in shares]), batch)
+        for rank in range(ranks):
+            part = ProcessMesh(rank, ranks, rank, ranks).share(len(batch))
+            np.testing.assert_array_equal(batch[part], shares[rank][step])
+
+
+def test_where_no_replica_learns_none_is_made() -> None:
+    frozen = replace(SMALL, frozen="conv")
+    columns, everyone = TowerGroup(2, 1), cast(dist.ProcessGroup, object())
+    network = Network(frozen, 4, columns=columns)
+    freeze(network, frozen)
+    assert wrap_ddp(network, ProcessMesh(0, 2, 0, 2, columns=columns, group=everyone), compress=False) is network
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_shared_is_what_all_have(dtype: torch.dtype) -> None:
+    processes(2, exchange, dtype)
+
+
+def test_counts_add_up() -> None:
+    first, second = Evaluation.empty(3), Evaluation.empty(3)
+    first.add(np.eye(3, dtype=np.float32), np.array([0, 1, 1]))
+    second.add(np.eye(3, dtype=np.float32)[:1], np.array([2]))
+    parts = {id(first.confusion): second.confusion, id(first.top5_hits): second.top5_hits}
+    both = first.sum_over_ranks(lambda own: own + parts.get(id(own), np.array([second.loss_sum])))
+    assert (both.images, both.top1_error) == (4, 0.5)
+    assert both.loss_sum == pytest.approx(first.loss_sum + second.loss_sum)
+
+
+@pytest.mark.parametrize(
+    ("size", "parallel", "towers", "expected"),
+    [
+        (1, "auto", 2, (1, 1)), (2, "auto", 2, (1, 2)), (3, "auto", 2, (3, 1)), (4, "auto", 2, (2, 2)),
+        (2, "auto", 1, (2, 1)), (2, "data", 2, (2, 1)), (4, "hybrid", 2, (4, 1)), (64, "tower", 2, (32, 2)),
+    ],
+)  # fmt: skip
+def test_arrangements(size: int, parallel: Any, towers: int, expected: tuple[int, int]) -> None:
+    assert mesh_shape(size, parallel, towers) == expected
+
+
+@pytest.mark.parametrize(("size", "towers", "reason"), [(3, 2, "3 is odd"), (2, 1, "one tower")])
+def test_towers_need_pairs(size: int, towers: int, reason: str) -> None:
+    with pytest.raises(UsageError, match=reason):
+        mesh_shape(size, "tower", towers)
+
+
+def test_the_numbers_of_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read_rank_info() is None
+    for name, value in {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert read_rank_info() is None, "a batch script is no step of its own"
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "4")
+    found = read_rank_info()
+    assert found is not None
+    assert (found.rank, found.size, found.local_rank, found.local_size) == (5, 8, 1, 4)
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "x"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match="are not numbers"):
+        read_rank_info()
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("RANK", "2")
+    with pytest.raises(UsageError, match="rank 2 of 2"):
+        read_rank_info()
+
+
+@pytest.mark.parametrize("asked", ["soon", "0", "nan", "1e99"])
+def test_a_patience_that_is_none_is_a_message(monkeypatch: pytest.MonkeyPatch, asked: str) -> None:
+    monkeypatch.setenv("ALEXNET_TIMEOUT", asked)
+    with pytest.raises(UsageError, match=f"ALEXNET_TIMEOUT={asked}"), join_process_group(RankInfo(0, 2, 0, 2), "gloo"):
+        pass

@@ -1,0 +1,78 @@
+"""Errors of gloo and NCCL become messages that say what happened to which rank; NCCL is simulated."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from torch._C._distributed_c10d import HashStore
+
+from alexnet_cli.core.parallel import process_group
+from alexnet_cli.core.parallel.process_group import ProcessMesh
+from alexnet_cli.errors import LostError, MissingError
+
+NCCL = (
+    "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.hpp:268, unhandled system error (run with "
+    "NCCL_DEBUG=INFO for details), NCCL version 2.28.9\n{}: System call or external library call failed.\n"
+    "Last error:\n{}\n"
+)
+SHARED_MEMORY = NCCL.format("ncclSystemError", "Error while creating shared memory segment /dev/shm/nccl-a (size 9)")
+GONE = NCCL.format("ncclRemoteError", "socketPollConnect: Connect to 10.0.0.2 failed: Connection refused")
+
+
+@pytest.fixture
+def mesh(monkeypatch: pytest.MonkeyPatch) -> ProcessMesh:
+    """Rank 1 of 4, where rank 2 has reported that it lost another rank."""
+    monkeypatch.setattr(process_group, "REPORT_SECONDS", 0.1)
+    store = HashStore()
+    store.set("lost/2", "")
+    return ProcessMesh(1, 4, store=store)
+
+
+@pytest.mark.parametrize(
+    ("message", "event"),
+    [
+        (GONE, "lost its connection"),
+        ("gloo: Connection closed by peer", "lost its connection"),
+        ("gloo: Timed out waiting 5000ms for recv operation to complete", "timed out"),
+    ],
+)
+def test_a_missing_rank_is_named(mesh: ProcessMesh, message: str, event: str) -> None:
+    missing = pytest.raises(LostError, match=rf"^rank 1 {event} in step 7: ranks 0, 3 did not arrive$")
+    with missing, mesh.together("step 7"):
+        raise RuntimeError(message)
+
+
+def test_gpus_that_cannot_exchange_data_are_not_a_missing_rank(mesh: ProcessMesh) -> None:
+    reason = r"^rank 1: NCCL.* failed in step 1: Error while creating shared memory"
+    with pytest.raises(MissingError, match=reason) as caught, mesh.together("step 1"):
+        raise RuntimeError(SHARED_MEMORY)
+    assert not isinstance(caught.value, LostError)
+    assert "NCCL_DEBUG=INFO" in caught.value.hint
+
+
+def test_other_errors_stay_as_they_are(mesh: ProcessMesh) -> None:
+    with pytest.raises(RuntimeError, match=r"^bug$"), mesh.together("step 1"):
+        raise RuntimeError("bug")
+
+
+@pytest.mark.parametrize(("name", "waits"), [("nccl", timedelta(seconds=80)), ("gloo", None), (None, None)])
+def test_nccl_waits_longer(name: str | None, waits: timedelta | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALEXNET_TIMEOUT", "40")
+    found: list[timedelta] = []
+
+    class Backend:
+        _set_default_timeout = found.append
+
+        def name(self) -> str:
+            return str(name)
+
+    class Group:
+        def _get_backend(self, device: Any) -> Backend:
+            if name is None:
+                raise RuntimeError("No backend type associated with device type cuda")
+            return Backend()
+
+    process_group._lengthen_nccl_timeout(Group())  # type: ignore[arg-type]
+    assert found == [waits] * (waits is not None)

@@ -1,0 +1,102 @@
+"""`alexnet benchmark infer` and `startup`: what is compared is one network, and the commands say what they should."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from alexnet_cli.core.export.export import drawn_crops
+from alexnet_cli.core.inference import onnx_graph
+from alexnet_cli.core.inference.session import Session
+from alexnet_cli.recipe import CAFFE, PAPER, Recipe
+from alexnet_plugins.benchmark import images, inference
+from alexnet_plugins.benchmark.command import Topic, benchmark
+from alexnet_plugins.benchmark.stopwatch import Contest, Times
+from alexnet_plugins.benchmark.training import Conditions
+from model_files import random_model
+
+SMALL = replace(PAPER, width=1 / 16, dropout_inverted=True)
+
+
+@pytest.mark.parametrize("recipe", [SMALL, replace(PAPER, towers=1, width=1 / 16, lrn_alpha=1e-3)])
+def test_the_operator_is_the_same_network(recipe: Recipe, tmp_path: Path) -> None:
+    model, crops = random_model(recipe), drawn_crops(recipe.input_size, 3)
+    proto = inference.use_lrn_operator(onnx_graph.build_graph(model), recipe)
+    onnx.checker.check_model(proto, full_check=True)
+    assert [node.op_type for node in proto.graph.node].count("LRN") == 2
+    (tmp_path / "a.onnx").write_bytes(proto.SerializeToString())
+    expected = Session(model, provider="cpu").logits(crops)
+    np.testing.assert_allclose(Session(tmp_path / "a.onnx", provider="cpu").logits(crops), expected, atol=1e-4)
+    assert CAFFE.lrn_joint  # not a recipe for this: its maps are not apart
+
+
+def test_every_file_runs_and_stock_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference, "RECIPE", SMALL)
+    crops = inference.make_crops(2)
+    answers = {
+        name: Session(path, provider="cpu").logits(crops) for name, path in inference.write_files(tmp_path).items()
+    }
+    np.testing.assert_allclose(answers["operator"], answers["fp32"], atol=1e-5)
+    for name in ("fp16", "int8"):
+        np.testing.assert_allclose(answers[name], answers["fp32"], atol=0.05 * float(np.ptp(answers["fp32"])))
+    assert np.abs(answers["bare"] - answers["fp32"]).max() > 1e-4
+    assert inference.run_stock(Conditions(SMALL, 2, 1, "cpu", 1), "contiguous", False) == 2
+
+
+def test_seconds_are_given_as_seconds() -> None:
+    times = Times(Contest("x", int, {"b": int}, unit="s"), [2.0, 4.0, 1.0], {"b": [0.5, 1.0, 0.5]})
+    found = times.as_dict()
+    assert (found["unit"], found["ours"], found["peers"]) == ("s", 0.5, {"b": 2.0})
+    assert found["spread"] == {"ours": [0.25, 1.0], "b": [1.0, 2.0]}
+    assert found["ratio"] == {"b": 4.0}  # ours is so many times as fast, whatever the unit
+
+
+def test_the_script_gives_the_answers_of_predict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch and torchvision as a user has them, against our file: same network, same picture."""
+    monkeypatch.setattr(inference, "RECIPE", SMALL)
+    random = replace(random_model(SMALL, 1000), recipe=SMALL)
+    random.tensors["mean"][:] = inference.GREY
+    monkeypatch.setattr(inference, "make_model", lambda recipe: random)
+    picture = tmp_path / "a.jpg"
+    picture.write_bytes(images.picture(1))
+    script, weights = inference.write_script(tmp_path)
+    words = [sys.executable, script, weights, str(picture), *inference.script_arguments()]
+    said = subprocess.run(words, capture_output=True, text=True, check=True, timeout=100).stdout.split()
+    from alexnet_cli.core.inference.predict import predict
+
+    (found,) = predict([str(picture)], Session(random, provider="cpu"))
+    indices, chances = [int(w) for w in said[1::3]], [float(w) for w in said[2::3]]
+    assert set(indices[:2]) <= {label.index for label in found.top}
+    np.testing.assert_allclose(chances, [label.probability for label in found.top], atol=0.03)
+
+
+def test_infer_says_what_it_should(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference, "RECIPE", SMALL)
+    benchmark(Topic.infer, rounds=1, seconds=0.0, jobs=1, batch_size=2, gpus="none", json=True, quiet=True)
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["name"] for line in found] == ["infer fp32, 2", "infer int8, 2"]
+    for line in found:
+        assert {"stock: contiguous, float32", "limit: no normalisation"} <= set(line["peers"])
+        assert line["unit"] == "img/s"
+        assert {"torch", "numpy"} <= set(line["versions"])
+    assert {"ours, fp16", "ONNX's own LRN operator"} <= set(found[0]["peers"])
+    assert "ours, fp32" in found[1]["peers"]
+
+
+@pytest.mark.slow
+def test_startup_says_what_it_should(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference, "RECIPE", SMALL)
+    benchmark(Topic.startup, rounds=1, json=True, quiet=True)
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["name"] for line in found] == ["startup fp32", "startup int8"]
+    for line in found:
+        assert line["unit"] == "s"
+        assert line["rounds"] == 1
+        assert {"a script of torch and torchvision", "limit: the imports alone"} <= set(line["ratio"])

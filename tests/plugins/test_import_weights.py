@@ -1,0 +1,444 @@
+"""Imported networks give what their own program computes: literal forward passes on files written byte by byte."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from typer import Typer
+from typer.testing import CliRunner, Result
+
+import foreign_files as files
+from alexnet_cli.core.data import images
+from alexnet_cli.core.data.classes import ilsvrc_classes
+from alexnet_cli.core.data.views import make_views
+from alexnet_cli.core.inference.session import Session
+from alexnet_cli.core.inference.torch_session import TorchSession
+from alexnet_cli.core.model import model_file
+from alexnet_cli.errors import UsageError, WeightsError
+from alexnet_cli.recipe import PAPER
+from imagenet_files import CLASSES, devkit
+from literal_network import convolved, pooled
+from model_files import draw
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*words: str) -> Result:
+    from alexnet_plugins.import_weights.command import import_weights
+
+    app = Typer()
+    app.command()(import_weights)
+    return CliRunner().invoke(app, list(words))
+
+
+def imported(content: bytes, *words: str, name: str = "theirs.bin") -> tuple[model_file.Model, dict[str, Any]]:
+    """The model file that the command made of these bytes, and what it said."""
+    Path(name).write_bytes(content)
+    result = run(name, "-o", "ours.safetensors", "--json", *words)
+    if result.exception:
+        raise result.exception
+    return model_file.read_model(Path("ours.safetensors")), json.loads(result.stdout)
+
+
+def agrees(model: model_file.Model, rgb: npt.NDArray[np.uint8], expected: npt.NDArray[np.float64]) -> None:
+    """Both engines give the scores that were expected, and would not with other weights."""
+    assert np.ptp(expected) > 0.5
+    for session in (Session(model, provider="cpu"), TorchSession(model, "cpu")):
+        np.testing.assert_allclose(session.logits(rgb[None])[0], expected, atol=2e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("order", ["relu-norm-pool", "relu-pool-norm"])
+@pytest.mark.parametrize("version", [2, 1])
+def test_caffe_in_every_version_of_its_format(version: int, order: str) -> None:
+    theirs, rgb = files.tensors(), files.picture(227)
+    model, said = imported(files.caffemodel(theirs, version, order))
+    assert said["orders"] == [order, order]
+    assert said["width"] == 1 / 16
+    assert model.recipe.lrn_k == 1
+    agrees(model, rgb, files.caffe_forward(theirs, rgb[::-1], order=order))
+
+
+def test_caffe_forward_tells_the_differences_apart() -> None:
+    """The comparison above can fail: each wrong reading of the file gives other scores."""
+    theirs, bgr = files.tensors(), files.picture(227)
+    right = files.caffe_forward(theirs, bgr)
+    for wrong in (
+        files.caffe_forward(theirs, bgr[::-1]),
+        files.caffe_forward(theirs, bgr, order="relu-pool-norm"),
+        files.caffe_forward(theirs, bgr, k=2.0),
+        files.caffe_forward(theirs, bgr, mean_bgr=files.MEAN_BGR[::-1]),
+    ):
+        assert np.abs(wrong - right).max() > 5e-3 * np.abs(right).max()
+
+
+def test_k_of_response_normalisation_is_the_file_s() -> None:
+    theirs, rgb = files.tensors(1), files.picture(227)
+    model, _ = imported(files.caffemodel(theirs, 1, k=2.0))
+    assert (model.recipe.lrn_k, model.recipe.lrn_alpha) == (2, 1e-4)
+    agrees(model, rgb, files.caffe_forward(theirs, rgb[::-1], k=2.0))
+
+
+def test_weights_alone_need_the_order_from_elsewhere() -> None:
+    theirs, rgb = files.tensors(), files.picture(227)
+    model, said = imported(files.caffemodel(theirs, bare=True))
+    assert any("is assumed" in note for note in said["notes"])
+    agrees(model, rgb, files.caffe_forward(theirs, rgb[::-1]))
+    model, said = imported(files.caffemodel(theirs, bare=True), "--order", "relu-pool-norm")
+    assert not any("is assumed" in note for note in said["notes"])
+    agrees(model, rgb, files.caffe_forward(theirs, rgb[::-1], order="relu-pool-norm"))
+    model, _ = imported(files.caffemodel(theirs, bare=True, name="CaffeNet"))
+    assert model.recipe.stage1_order == "relu-pool-norm"
+    with pytest.raises(UsageError, match="the file itself shows"):
+        imported(files.caffemodel(theirs), "--order", "relu-pool-norm")
+
+
+@pytest.mark.parametrize("form", ["binaryproto", "npy"])
+def test_caffe_subtracts_its_mean_image_at_the_crop(form: str) -> None:
+    theirs, rgb = files.tensors(), files.picture(227)
+    mean = np.random.default_rng(5).uniform(60, 180, (3, 256, 256)).astype(np.float32)  # blue first
+    if form == "npy":
+        np.save("mean.npy", mean.astype(np.float64))
+    else:
+        Path("mean.binaryproto").write_bytes(files.blob(mean[None], legacy=True))
+    model, said = imported(files.caffemodel(theirs), "--mean", f"mean.{form}")
+    assert model.recipe.mean == "image-at-crop"
+    assert not any("mean colour" in note for note in said["notes"])
+    agrees(model, rgb, files.caffe_forward(theirs, rgb[::-1], mean[:, 14:241, 14:241]))
+
+
+@pytest.mark.parametrize(("raw", "trans"), [(True, True), (False, False)])
+def test_the_model_zoo_has_a_grid_of_54(raw: bool, trans: bool) -> None:
+    import onnxruntime
+
+    theirs, rgb = files.tensors(), files.picture(224)
+    content = files.onnx_model(theirs, raw=raw, trans=trans)
+    x = rgb[::-1].astype(np.float64) - np.array(files.MEAN_BGR)[:, None, None]
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    (probabilities,) = session.run(None, {"data_0": x[None].astype(np.float32)})
+    model, _ = imported(content, name="theirs.onnx")
+    assert not model.recipe.edge_padding
+    expected = files.caffe_forward(theirs, rgb[::-1])  # 224 pixels unpadded: floor gives 54, ceil then 27
+    agrees(model, rgb, expected)
+    np.testing.assert_allclose(Session(model, provider="cpu").probabilities(rgb[None]), probabilities, atol=2e-5)
+
+
+def test_onnx_with_227_pixels_is_recognised_by_its_content() -> None:
+    theirs, rgb = files.tensors(), files.picture(227)
+    model, _ = imported(files.onnx_model(theirs, side=227), name="theirs.bin")
+    assert model.recipe.input_size == 227
+    agrees(model, rgb, files.caffe_forward(theirs, rgb[::-1]))
+
+
+KEYS = {
+    "plain": "{layer}",
+    "torchvision's": "{part}.{place}",
+    "wrapped": "module._orig_mod.{layer}",
+}
+PLACES = {"conv1": 0, "conv2": 4, "conv3": 8, "conv4": 10, "conv5": 12, "fc6": 1, "fc7": 4, "fc8": 16}
+
+
+def state_dict(theirs: files.Tensors, keys: str) -> dict[str, npt.NDArray[np.float32]]:
+    """Named in another order than the layers': the names decide."""
+    found: dict[str, npt.NDArray[np.float32]] = {}
+    for layer in sorted(theirs, reverse=True):
+        part = "features" if layer.startswith("conv") else "classifier"
+        name = keys.format(layer=layer, part=part, place=PLACES[layer])
+        found |= {f"{name}.bias": theirs[layer][1], f"{name}.weight": theirs[layer][0]}
+    return found
+
+
+@pytest.mark.parametrize("keys", KEYS)
+@pytest.mark.parametrize("form", ["zip", "plain", "safetensors"])
+def test_bare_tensors(form: str, keys: str) -> None:
+    import torch
+    from safetensors.numpy import save_file
+
+    theirs, rgb = files.tensors(), files.picture(227)
+    named = state_dict(theirs, KEYS[keys])
+    path = Path("saved")
+    if form == "safetensors":
+        save_file({name.removeprefix("module._orig_mod."): value for name, value in named.items()}, path)
+    else:
+        content: Any = {name: torch.from_numpy(value) for name, value in named.items()}
+        content = {"epoch": 3, "state_dict": content, "best": torch.tensor(0.5)} if keys == "wrapped" else content
+        torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
+    model, said = imported(path.read_bytes(), "--recipe", "caffe")
+    assert "bare tensors" in said["notes"][0]
+    x = rgb - np.array(files.MEAN_BGR)[::-1, None, None]
+    agrees(model, rgb, files.caffe_forward(theirs, x, mean_bgr=(0, 0, 0)))
+
+
+def test_bare_tensors_of_a_network_fed_as_torchvision_does() -> None:
+    import torch
+
+    theirs, rgb = files.tensors(), files.picture(224)
+    theirs["conv1"] = (theirs["conv1"][0] * 60, theirs["conv1"][1])
+    torch.save({name: torch.from_numpy(v) for name, v in state_dict(theirs, "{layer}").items()}, "theirs.pth")
+    model, _ = imported(Path("theirs.pth").read_bytes(), "--pixels", "imagenet")
+    mean, std = (np.array(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    x = np.pad((rgb / 255 - mean) / std, ((0, 0), (0, 3), (0, 3)))
+    for layer in ("conv1", "conv2", "conv3", "conv4", "conv5"):
+        weight, bias = (value.astype(np.float64) for value in theirs[layer])
+        pad, groups = files.PADS.get(layer, 0), files.GROUPS[layer]
+        x = np.maximum(convolved(x, weight, bias, files.STRIDES.get(layer, 1), pad, groups), 0)
+        if layer in ("conv1", "conv2"):  # recipe paper: each tower by itself, k = 2, alpha for every term
+            x = np.concatenate([files.normalised(half, 1e-4, 2.0) for half in np.split(x, 2)])
+        if layer in ("conv1", "conv2", "conv5"):
+            x = pooled(x, 3)
+    agrees(model, rgb, files.connected(theirs, x.reshape(-1), 0.5))
+
+
+def test_half_precision_is_read_too() -> None:
+    import torch
+
+    theirs = files.tensors()
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        named = {n: torch.from_numpy(v).to(dtype) for n, v in state_dict(theirs, "{layer}").items()}
+        torch.save(named, "theirs.pth")
+        model, _ = imported(Path("theirs.pth").read_bytes())
+        np.testing.assert_array_equal(model.tensors["conv2.weight"], named["conv2.weight"].float().numpy())
+
+
+def test_an_archive_that_another_program_packed_again() -> None:
+    import zipfile
+
+    import torch
+
+    named = {n: torch.from_numpy(v) for n, v in state_dict(files.tensors(), "{layer}").items()}
+    torch.save(named, "theirs.pth")
+    with zipfile.ZipFile("theirs.pth") as theirs, zipfile.ZipFile("again.pth", "w", zipfile.ZIP_DEFLATED) as again:
+        for entry in theirs.infolist():
+            again.writestr(entry.filename, theirs.read(entry))
+    model, _ = imported(Path("again.pth").read_bytes())
+    for name, value in named.items():
+        np.testing.assert_array_equal(model.tensors[name], value.numpy())
+
+
+def test_a_transposed_tensor_is_read_as_it_is_seen() -> None:
+    import torch
+
+    theirs = files.tensors()
+    named = {n: torch.from_numpy(v) for n, v in state_dict(theirs, "{layer}").items()}
+    named["fc7.weight"] = named["fc7.weight"].T.contiguous().T
+    torch.save(named, "theirs.pth")
+    model, _ = imported(Path("theirs.pth").read_bytes())
+    np.testing.assert_array_equal(model.tensors["fc7.weight"], theirs["fc7"][0])
+
+
+def test_a_run_of_it_serves_every_command(tmp_path: Path) -> None:
+    """predict, export, draw, and fine-tuning take it by its name; the newest run is it."""
+    from alexnet_plugins.export import export
+    from alexnet_plugins.predict import predict
+    from alexnet_plugins.visualize.command import visualize_filters
+
+    theirs = files.tensors()
+    theirs["fc8"] = (theirs["fc8"][0] / np.float32(500), theirs["fc8"][1])  # so that no probability is 0
+    Path("my net.caffemodel").write_bytes(files.caffemodel(theirs, 1))
+    Path("names.txt").write_text("\n".join(f"n{i:08d} kind {i}, a thing" for i in range(10)))
+    said = run("my net.caffemodel", "--classes", "names.txt", "--json")
+    assert said.exception is None
+    assert json.loads(said.stdout)["path"] == "runs/my_net/model.safetensors"
+    cat = draw(tmp_path / "cat.png", 3)
+    crop = make_views(images.to_256(images.decode(Path(cat).read_bytes())), 227, 1)
+    scores = files.caffe_forward(theirs, crop[0, ::-1])
+    app = Typer()
+    for command in (predict, export, visualize_filters):
+        app.command()(command)
+    runner = CliRunner()
+    answers = []
+    for words in (
+        ["predict", cat],
+        ["export"],
+        ["predict", cat, "-w", "my_net"],
+        ["visualize-filters", "-w", "my_net"],
+    ):
+        result = runner.invoke(app, [*words, "--json"])
+        assert result.exception is None, words
+        answers.append(json.loads(result.stdout))
+    for answer in (answers[0], answers[2]):  # straight from the weights, and from the exported file
+        top = answer["top"]
+        assert [label["index"] for label in top] == np.argsort(-scores)[:5].tolist()
+        assert top[0]["label"] == f"kind {top[0]['index']}, a thing"
+        shares = np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()
+        np.testing.assert_allclose([label["probability"] for label in top], np.sort(shares)[::-1][:5], atol=1e-4)
+    assert Path("runs/my_net/alexnet.onnx").is_file()
+    assert Path("runs/my_net/figures/conv1.png").is_file()
+
+
+def test_fine_tuning_and_evaluating_start_from_it(prepared: Path) -> None:
+    from alexnet_plugins.evaluate import evaluate
+    from alexnet_plugins.train.command import train
+
+    Path("theirs.caffemodel").write_bytes(files.caffemodel(files.tensors(classes=4), 2))
+    Path("names.txt").write_text("red\nyellow\nblue\ngreen\n")
+    assert run("theirs.caffemodel", "--classes", "names.txt").exception is None
+    app = Typer()
+    for command in (evaluate, train):
+        app.command()(command)
+    result = CliRunner().invoke(app, ["evaluate", "-w", "theirs", "--data", str(prepared), "--json"])
+    assert result.exception is None
+    assert json.loads(result.stdout)["images"] == 20
+    words = ["--data", str(prepared), "--gpus", "none", "--json", "--max-steps", "1", "-b", "16"]
+    result = CliRunner().invoke(app, ["train", "--init-from", "theirs", *words])
+    assert result.exception is None
+    assert "taken over" in result.stderr or "conv1" in result.stderr
+    resumed = CliRunner().invoke(app, ["train", "--resume", "theirs", *words])
+    assert isinstance(resumed.exception, UsageError)
+    assert "imported, not trained" in resumed.exception.what
+
+
+def test_a_thousand_classes_are_known_by_wnid() -> None:
+    names = ilsvrc_classes()
+    assert len(set(names)) == 1000
+    assert names[281] == ("tabby", "n02123045")
+    assert names[134] == ("crane bird", "n02012849")
+    assert names[517] == ("crane", "n03126707")
+    model, said = imported(files.caffemodel(files.tensors(classes=1000)))
+    assert model.classes[281] == ("tabby", "n02123045")
+    assert any("taken for ILSVRC" in note for note in said["notes"])
+
+
+def test_classes_by_wnid_and_by_the_development_kit(tmp_path: Path) -> None:
+    wnids = [wnid or "" for _, wnid in ilsvrc_classes()][::-1]
+    Path("ids.txt").write_text("\n".join(wnids))
+    model, _ = imported(files.caffemodel(files.tensors(classes=1000)), "--classes", "ids.txt")
+    assert model.classes[999] == ("tench", "n01440764")
+    content = files.caffemodel(files.tensors(classes=len(CLASSES)))
+    model, _ = imported(content, "--classes", str(devkit(tmp_path)))
+    by_id = sorted(CLASSES, key=lambda wnid: CLASSES[wnid][1])
+    assert [c.wnid for c in model.classes] == by_id != sorted(by_id)
+
+
+def test_lists_of_classes_that_cannot_be_right() -> None:
+    content = files.caffemodel(files.tensors())
+    Path("few.txt").write_text("a\nb\n")
+    with pytest.raises(WeightsError, match="names 2 classes, the network has 10"):
+        imported(content, "--classes", "few.txt")
+    Path("twice.txt").write_text("a\n" * 10)
+    with pytest.raises(WeightsError, match="twice"):
+        imported(content, "--classes", "twice.txt")
+    os.mkfifo("pipe.txt")  # would keep us waiting
+    with pytest.raises(WeightsError, match="not a regular file"):
+        imported(content, "--classes", "pipe.txt")
+
+
+def test_torchvisions_network_is_another() -> None:
+    import torch
+    import torchvision
+
+    with torch.device("meta"):
+        shapes = {name: value.shape for name, value in torchvision.models.alexnet().state_dict().items()}
+    # The matrices make up 234 of 244 MB, and matter as little.
+    torch.save({n: torch.zeros(s if len(s) != 2 else (8, 8)) for n, s in shapes.items()}, "alexnet.pth")
+    with pytest.raises(WeightsError, match="another network of the same name: Krizhevsky's of 2014") as caught:
+        imported(Path("alexnet.pth").read_bytes())
+    assert caught.value.exit_code == 3
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "says"),
+    [
+        ("conv2", (20, 3, 5, 5), "conv2 has 20 channels, 16 in this network"),
+        ("conv1", (6, 1, 11, 11), "conv1.weight is 6x1x11x11, in this network 6x3x11x11"),
+        ("conv1", (6, 3, 7, 7), "conv1.weight is 6x3x7x7, in this network 6x3x11x11"),
+        ("conv3", (24, 8, 3, 3), "conv3.weight is 24x8x3x3, in this network 24x16x3x3"),
+        ("fc6", (256, 16 * 25), "fc6.weight is 256x400, in this network 256x576"),
+        ("fc7", (256, 128), "fc7.weight is 256x128, in this network 256x256"),
+        ("fc8", (10, 300), "fc8.weight is 10x300, in this network 10x256"),
+    ],
+)
+def test_the_first_layer_that_differs_is_named(layer: str, shape: tuple[int, ...], says: str) -> None:
+    theirs = files.tensors()
+    theirs[layer] = (np.ones(shape, np.float32), np.ones(shape[0], np.float32))
+    with pytest.raises(WeightsError, match=says):
+        imported(files.caffemodel(theirs, bare=True))
+
+
+def test_no_towers_a_value_that_is_no_number_and_strange_layers() -> None:
+    theirs = files.tensors()
+    theirs["conv2"] = (np.ones((16, 6, 5, 5), np.float32), theirs["conv2"][1])
+    with pytest.raises(WeightsError, match="no towers") as caught:
+        imported(files.caffemodel(theirs, bare=True))
+    assert "conv" in caught.value.what
+    theirs = files.tensors()
+    theirs["fc6"][1][7] = np.nan
+    with pytest.raises(WeightsError, match=r"fc6\.bias holds values that are no numbers"):
+        imported(files.caffemodel(theirs))
+    content = files.caffemodel(files.tensors()) + files.inside(
+        100, files.inside(1, "bn") + files.inside(2, "BatchNorm")
+    )
+    with pytest.raises(WeightsError, match="layer bn is of type BatchNorm"):
+        imported(content)
+
+
+def test_where_it_goes() -> None:
+    Path("a.caffemodel").write_bytes(files.caffemodel(files.tensors()))
+    assert run("a.caffemodel", "-o", "first").exception is None
+    assert isinstance(run("a.caffemodel", "-o", "first").exception, UsageError)
+    assert isinstance(run("a.caffemodel", "-o", "x/y").exception, UsageError)
+    for place in ("no/where.safetensors", "x.onnx"):
+        refused = run("a.caffemodel", "-o", place)
+        assert isinstance(refused.exception, UsageError)
+        assert not refused.stderr, "nothing is read first"
+    assert isinstance(run("a.caffemodel", "--recipe", "fast").exception, UsageError)
+    assert isinstance(run("runs/first/model.safetensors").exception, WeightsError)  # ours already
+    assert sorted(p.name for p in Path("runs").iterdir()) == ["first", "latest"]
+
+
+@pytest.mark.parametrize(
+    ("start", "what"),
+    [
+        (b"\xff\xd8\xff\xe0\0\x10JFIF", "a JPEG picture"),
+        (b"\x89PNG\r\n\x1a\n", "a PNG picture"),
+        (b"<!DOCTYPE html>", "a web page"),
+        (b'name: "AlexNet"\ninput: ', "text"),
+        (b"\x1f\x8b\x08", "packed by gzip"),
+        (b"\x89HDF\r\n\x1a\n", "an HDF5 file"),
+        (b"\x80\x04\x95", "a pickle"),
+    ],
+)
+def test_what_is_given_by_mistake_is_called_what_it_is(start: bytes, what: str) -> None:
+    with pytest.raises(WeightsError, match=f"a.onnx holds no weights.*: it is {what}"):
+        imported(start + bytes(100), name="a.onnx")
+
+
+def test_an_address_is_to_be_fetched_first() -> None:
+    error = run("https://example.org/a.caffemodel").exception
+    assert isinstance(error, WeightsError)
+    assert error.hint == "fetch it first: curl -LO URL"
+
+
+def test_published_files_are_known_by_their_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    import hashlib
+
+    from alexnet_plugins.import_weights import convert
+
+    assert convert.PUBLISHED["9116a64c0fbe4459d18f4bb6b56d647b63920377"].startswith("bvlc_alexnet")
+    content = files.caffemodel(files.tensors())
+    _, said = imported(content)
+    assert said["published"] is None
+    assert said["sha1"] == hashlib.sha1(content).hexdigest()
+    monkeypatch.setattr(convert, "PUBLISHED", {said["sha1"]: "the very file"})
+    assert imported(content)[1]["published"] == "the very file"
+
+
+def test_the_one_tower_network_of_the_footnote(tmp_path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    from model_files import random_model
+
+    model = random_model(replace(PAPER, towers=1, width=1 / 16))
+    save_file({n: v for n, v in model.tensors.items() if n != "mean"}, tmp_path / "one.bin")
+    ours, said = imported((tmp_path / "one.bin").read_bytes())
+    assert (said["towers"], said["width"]) == (1, 1 / 16)
+    np.testing.assert_array_equal(ours.tensors["fc6.weight"], model.tensors["fc6.weight"])

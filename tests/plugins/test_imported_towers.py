@@ -1,0 +1,73 @@
+"""Section 6.1 of somebody else's network: a .caffemodel comes in, and its towers are measured like ours."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import foreign_files as files
+from commands import alexnet
+
+WIDER = 4  # times the kernels of foreign_files: 12 a tower, a quarter of the paper's
+TOWER = WIDER * files.C["conv1"] // 2
+
+
+@pytest.fixture
+def layers() -> dict[str, tuple[files.Floats, files.Floats]]:
+    """A network of a quarter of the width; but for layer 1, whose kernels a test gives, all weights are one value."""
+    made = {}
+    for layer, (first, *rest) in files.SHAPES.items():
+        seen = [n * (WIDER if i == 0 and layer != "conv1" else 1) for i, n in enumerate(rest)]
+        count = first if layer == "fc8" else first * WIDER
+        made[layer] = (np.full((count, *seen), 0.01, np.float32), np.zeros(count, np.float32))
+    return made
+
+
+def measured(layers: dict[str, tuple[files.Floats, files.Floats]], kernels: files.Floats, home: Path) -> dict[str, Any]:
+    """What `visualize-filters` says of a network of Caffe, BGR as all of them are, with this first layer."""
+    layers["conv1"] = (kernels, layers["conv1"][1])
+    (home / "theirs.caffemodel").write_bytes(files.caffemodel(layers, 2))
+    assert alexnet("import-weights", "theirs.caffemodel", "-q", folder=home).returncode == 0
+    said = alexnet("visualize-filters", "-w", "theirs", "--json", folder=home)
+    assert said.returncode == 0, said.stderr
+    return dict(json.loads(said.stdout))
+
+
+def noise(count: int, seed: int) -> files.Floats:
+    return np.random.default_rng(seed).standard_normal((count, 3, 11, 11), dtype=np.float32)
+
+
+def test_random_kernels_have_two_thirds_colour_and_towers_that_chance_explains(
+    layers: dict[str, tuple[files.Floats, files.Floats]], tmp_path: Path
+) -> None:
+    found = measured(layers, noise(2 * TOWER, 1), tmp_path)
+    low, high = found["auc_interval"]
+    assert low <= 0.5 <= found["auc"] <= high
+    assert found["p_value"] > 0.05
+    assert list(found["chroma_fraction"].values()) == pytest.approx([2 / 3] * 2, abs=0.03)
+    assert found["undertrained"]
+
+
+@pytest.mark.parametrize("colour_tower", [1, 2])
+def test_a_planted_colour_tower_is_found_and_is_the_one_it_was(
+    layers: dict[str, tuple[files.Floats, files.Floats]], tmp_path: Path, colour_tower: int
+) -> None:
+    """Stripes, on one side in grey, on the other in what Caffe calls red against what it calls blue."""
+    x = np.arange(11, dtype=np.float32)
+    waves = np.sin(np.linspace(0.4, 1.2, TOWER, dtype=np.float32)[:, None] * x)
+    stripes = np.tile(waves[:, None, None], (1, 1, 11, 1))
+    grey = stripes * np.ones((3, 1, 1), np.float32)
+    colour = stripes * np.array([-1, 0, 1], np.float32)[:, None, None]
+    planted = [grey, colour] if colour_tower == 2 else [colour, grey]
+    found = measured(layers, np.concatenate(planted) + 0.05 * noise(2 * TOWER, 2), tmp_path)
+    assert found["auc"] == 1
+    assert found["auc_interval"][0] > 0.5
+    assert found["p_value"] < 0.001
+    chroma = found["chroma_fraction"]
+    assert chroma[f"tower{colour_tower}"] > 0.95
+    assert chroma[f"tower{3 - colour_tower}"] < 0.05
+    assert not found["undertrained"]

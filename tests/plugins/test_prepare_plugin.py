@@ -1,0 +1,339 @@
+"""`alexnet prepare` as it is typed: what it prints, leaves behind and exits with."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from alexnet_cli.cli import main
+from alexnet_cli.core.data import shards
+from alexnet_cli.core.data.plan import Plan
+
+
+def jpeg(colour: tuple[int, int, int], size: tuple[int, int] = (40, 30), comment: str = "") -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, colour).save(buffer, "JPEG", quality=95, comment=comment)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def pets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """One folder per class, ten red cats and ten blue dogs, in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    for name, colour in (("cats", (200, 0, 0)), ("dogs", (0, 0, 200))):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        for i in range(10):
+            (tmp_path / "pets" / name / f"{i}.jpg").write_bytes(jpeg(colour, comment=str(i)))
+    return Path("pets")
+
+
+def run(*arguments: str | Path) -> int:
+    with pytest.raises(SystemExit) as exit:
+        main(["prepare", *map(str, arguments)])
+    assert isinstance(exit.value.code, int)
+    return exit.value.code
+
+
+def result(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    record = json.loads(capsys.readouterr().out)
+    assert record.pop("schema") == "alexnet.prepare/1"
+    return dict(record)
+
+
+def test_from_a_folder_to_a_data_set(
+    pets: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # the next step depends on the machine
+    before = {path: path.stat().st_mtime_ns for path in pets.rglob("*")}
+    assert run(pets) == 0
+    said = capsys.readouterr()
+    assert not said.out
+    assert [line.split()[0] for line in said.err.splitlines()] == [
+        "found",
+        "note",
+        "plan",
+        "train",
+        "val",
+        "stats",
+        "stats",
+        "done",
+        "next",
+    ]
+    assert "next    alexnet train --recipe tiny --data prepared/pets" in said.err
+    dataset = shards.open_dataset(shards.find_dataset(None))
+    assert dataset.path == Path("prepared/pets")
+    assert os.readlink("prepared/latest") == "pets"
+    assert [c.name for c in dataset.classes] == ["cats", "dogs"]
+    assert len(dataset.split("train")) == 18
+    assert len(dataset.split("val")) == 2
+    np.testing.assert_allclose(dataset.mean_rgb, (100, 0, 100), atol=2)
+    # Red against blue is the only direction in which these pictures differ.
+    np.testing.assert_allclose(np.abs(dataset.colour_axes[:, 2]), (0.7071, 0, 0.7071), atol=0.02)
+    assert dataset.colour_std[2] == pytest.approx(100 * 2**0.5, abs=2)
+    assert {path: path.stat().st_mtime_ns for path in pets.rglob("*")} == before
+
+
+def test_the_result_as_json(pets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(pets, "-o", "out", "--json", "-q", "--val-fraction", "0.3") == 0
+    said = capsys.readouterr()
+    assert not said.err
+    record = json.loads(said.out)
+    assert record["images_per_second"] == pytest.approx(20 / record["seconds"])
+    assert {key: record[key] for key in ("schema", "output", "images", "classes", "rejected", "damaged", "turned")} == {
+        "schema": "alexnet.prepare/1", "output": "out", "images": {"train": 14, "val": 6}, "classes": 2, "rejected": 0,
+        "damaged": 0, "turned": 0,
+    }  # fmt: skip
+    assert not Path("prepared").exists(), "latest is for what lies under prepared/"
+
+
+def test_a_second_run_finds_it_done(pets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(pets) == 0
+    first = Path("prepared/pets/dataset.json").stat().st_mtime_ns
+    assert run(pets) == 0
+    assert "is there already" in capsys.readouterr().err
+    assert run(pets, "--json") == 0
+    assert result(capsys)["images"] == {"train": 18, "val": 2}
+    assert run(pets, "--quality", "50") == 2
+    said = capsys.readouterr().err
+    assert "holds another prepared data set: quality 95, not 50" in said
+    assert "hint: --overwrite replaces it" in said
+    assert Path("prepared/pets/dataset.json").stat().st_mtime_ns == first
+    assert run(pets, "--quality", "50", "--overwrite") == 0
+    assert shards.open_dataset(Path("prepared/pets")).record["image"] == {
+        "size": 256,
+        "jpeg_quality": 50,
+        "exif_rotate": False,
+    }
+
+
+def test_a_dry_run_leaves_nothing(pets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(pets, "--dry-run", "--json") == 0
+    record = result(capsys)
+    assert record["images"] == {"train": 18, "val": 2}
+    assert 20 * 2000 < record["bytes_needed"] - 3_000_000 < 20 * 20_000
+    assert os.listdir() == ["pets"]
+
+
+def test_bad_images_are_named(pets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = (pets / "cats" / "3.jpg").read_bytes()
+    (pets / "cats" / "3.jpg").write_bytes(good[:-20])
+    assert run(pets, "--on-corrupt", "fail", "-o", "strict") == 3
+    strict = capsys.readouterr().err
+    assert "error: cats/3.jpg: it is damaged (image file is truncated" in strict
+    assert "--on-corrupt skip" in strict
+    assert run(pets, "--json") == 5
+    said = capsys.readouterr()
+    assert json.loads(said.out)["rejected"] == 1
+    assert "warn    left out cats/3.jpg: it is damaged (image file is truncated" in said.err
+    assert "error: 1 of 20 images" in said.err
+    assert len(shards.open_dataset(Path("prepared/pets")).split("train")) in (17, 18)  # 18 if it was for validation
+    (pets / "cats" / "3.jpg").write_bytes(good)
+    assert run(pets, "--on-corrupt", "fail", "-o", "strict") == 0
+
+
+def test_a_jpeg_that_can_be_decoded_in_part_is_packed_and_told_of(
+    pets: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Cut, and ended as a JPEG is: Pillow says nothing of it."""
+    good = jpeg((7, 8, 9), (400, 300))
+    (pets / "cats" / "3.jpg").write_bytes(good[: len(good) - 300] + b"\xff\xd9")
+    assert run(pets) == 0
+    said = capsys.readouterr().err
+    assert "note    1 picture is damaged, and packed as far as it can be decoded: damaged.jsonl" in said
+    [line] = (Path("prepared/pets") / "damaged.jsonl").read_text().splitlines()
+    assert json.loads(line)["path"] == "cats/3.jpg"
+    assert run(pets, "--json") == 0
+    assert result(capsys)["damaged"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["nowhere"], 3, "nowhere does not exist"),
+        (["pets/cats"], 3, "pets/cats has 10 pictures, but no folders of classes"),
+        (["pets", "-o", "pets/out"], 2, "lies inside the source"),
+        (["pets", "-o", "pets/cats/1.jpg"], 2, "lies inside the source"),
+        (["pets", "-o", "."], 2, "not empty and not a prepared data set"),
+        (["pets", "--quality", "101"], 2, "quality"),
+        (["pets", "--val-fraction", "1"], 2, "val-fraction"),
+    ],
+)
+def test_refusals(
+    pets: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, message: str
+) -> None:
+    assert run(*arguments) == code
+    said = capsys.readouterr().err
+    assert "error: " in said
+    assert message in said
+    assert "hint: " in said
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
+def test_ctrl_c_keeps_what_is_finished(pets: Path, number: int, code: int) -> None:
+    (pets / "cats" / "big.jpg").write_bytes(jpeg((9, 99, 199), (500, 400)))
+    for i in range(2000):
+        (pets / "cats" / f"big{i}.jpg").hardlink_to(pets / "cats" / "big.jpg")
+    command = [sys.executable, "-m", "alexnet_cli", "prepare", "pets", "--workers", "1"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list(Path("prepared").glob("pets/.partial/*.tar.tmp")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == code, said
+    assert not list(Path("prepared").glob("pets/.partial/*.tar.tmp"))
+    assert "error: interrupted: no shard was finished yet" in said
+    assert "hint: the same command begins anew" in said
+    assert not Path("prepared/pets/dataset.json").exists()
+    assert not Path("prepared/pets/.lock").exists()
+
+
+def test_a_real_data_set(tiny10: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tiny10, "-o", tmp_path / "tiny", "--dry-run") == 0
+    assert "train 5,000 · val 500 images of 10 classes" in capsys.readouterr().err
+
+
+def test_a_picture_left_out_is_no_failure_of_a_second_run(pets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`prepare && train` stops the first time, so that the warning is read, and goes on from then on."""
+    (pets / "cats" / "bad.jpg").write_bytes(b"")
+    assert run(pets) == 5
+    assert "error: 1 of 21 images was left out" in capsys.readouterr().err
+    assert run(pets, "--json") == 0
+    said = capsys.readouterr()
+    assert "warn    left out cats/bad.jpg: the file is empty" in said.err
+    assert "note    1 of 21 images was left out" in said.err
+    assert json.loads(said.out)["rejected"] == 1
+    assert run(pets, "--on-corrupt", "fail") == 5
+
+
+def test_copies_are_told_and_leaks_are_warned_of(pets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(pets) == 0
+    capsys.readouterr()
+    for split in ("train", "val"):
+        for name in ("cats", "dogs"):
+            (pets / split / name).mkdir(parents=True)
+            for i in range(4):
+                (pets / split / name / f"{i}.jpg").write_bytes(jpeg((i, 50, 80), comment=f"{split}{name}{i}"))
+    (pets / "val" / "cats" / "leak.jpg").write_bytes((pets / "train" / "cats" / "2.jpg").read_bytes())
+    (pets / "train" / "dogs" / "copy.jpg").write_bytes((pets / "train" / "dogs" / "0.jpg").read_bytes())
+    for twin in ("train/cats/twin.jpg", "train/dogs/other.jpg"):
+        (pets / twin).write_bytes((pets / "train" / "cats" / "1.jpg").read_bytes())
+    assert run(pets, "-o", "leaky") == 0
+    told = capsys.readouterr().err
+    assert "note    7 pictures are copies of one another: duplicates.jsonl" in told
+    assert "warn    1 picture is in train and in val: train/cats/2.jpg = val/cats/leak.jpg" in told
+    assert "warn    1 picture is in two classes: train/cats/1.jpg = train/dogs/other.jpg" in told
+    dataset = shards.open_dataset(Path("leaky"))
+    assert dataset.record["duplicates"] == {"groups": 3, "pictures": 7, "across_splits": 1, "across_classes": 1}
+    assert [entry["class"] for entry in dataset.duplicates()[0]] == ["cats", "cats", "dogs"]
+    assert [[entry["path"] for entry in group] for group in dataset.duplicates()] == [
+        ["train/cats/1.jpg", "train/cats/twin.jpg", "train/dogs/other.jpg"],
+        ["train/cats/2.jpg", "val/cats/leak.jpg"],
+        ["train/dogs/0.jpg", "train/dogs/copy.jpg"],
+    ]
+
+
+def test_without_validation_pictures_it_is_said_what_helps(pets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for one in ("cats", "dogs"):
+        (single := Path("single") / one).mkdir(parents=True)
+        (single / "1.jpg").write_bytes((pets / one / "1.jpg").read_bytes())
+    for folder, arguments, helps in (
+        ("pets", ("--val-fraction", "0"), ("hint    --val-fraction 0.1 takes one", "--overwrite --val-fraction 0.1")),
+        (
+            "single",
+            (),
+            ("hint    each class needs at least two pictures", "hint: each class needs at least two pictures"),
+        ),
+    ):
+        assert run(folder, *arguments) == 0
+        prepared = capsys.readouterr().err
+        assert "warn    no validation images, which training needs" in prepared
+        assert helps[0] in prepared
+        with pytest.raises(SystemExit) as exit:
+            main(["train", "--data", folder, "--gpus", "none"])
+        trained = capsys.readouterr().err
+        assert exit.value.code == 3
+        assert f"prepared/{folder}: split val holds no images" in trained
+        assert helps[1] in trained
+    assert "--val-fraction" not in trained
+
+
+def test_verify(pets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(pets) == 0
+    capsys.readouterr()
+    assert run("--verify", "prepared/pets", "--json") == 0
+    assert result(capsys) == {"output": "prepared/pets", "files": 8, "verified": True}
+    shard = Path("prepared/pets/train-000000.tar")
+    content = bytearray(shard.read_bytes())
+    content[1500] ^= 1
+    shard.write_bytes(content)
+    assert run("--verify", "prepared/pets") == 6
+    assert "error: 1 of 8 files in prepared/pets is damaged: train-000000.tar (sha256 " in capsys.readouterr().err
+    assert run("--verify", "nowhere") == 3
+    assert run() == 2
+
+
+def test_pictures_are_turned_if_asked(pets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Lying on its side in the file, red above blue once it is turned."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture = np.zeros((64, 64, 3), np.uint8)
+    picture[:, :32, 0], picture[:, 32:, 2] = 255, 255  # red left, blue right
+    for name in ("cats", "dogs"):
+        for i in range(10):
+            Image.fromarray(picture).save(pets / name / f"{i}.jpg", exif=exif, comment=f"{name}{i}")
+    (pets / "dogs" / "0.jpg").write_bytes(jpeg((5, 6, 7)))
+    assert run(pets) == 0
+    said = capsys.readouterr().err
+    assert "warn    19 of 20 pictures carry an EXIF turn that is not followed" in said
+    assert "hint    --exif-rotate --overwrite turns them, and those that predict sees" in said
+    assert run(pets, "--exif-rotate", "-o", "turned") == 0
+    assert "note    19 of 20 pictures were turned, as EXIF says" in capsys.readouterr().err
+    plain, turned = (np.load(f"{folder}/mean.npy") for folder in ("prepared/pets", "turned"))
+    assert plain[0, 200, 50] > 200  # below, left: red
+    assert plain[0, 50, 200] < 50
+    assert turned[0, 50, 50] > 200  # orientation 6: turn clockwise, left comes to the top
+    assert turned[0, 50, 200] > 200
+    assert turned[0, 200, 50] < 50
+    assert shards.open_dataset(Path("turned")).record["image"]["exif_rotate"] is True
+    assert run(pets, "--exif-rotate") == 2, "another set of settings"
+
+
+def test_a_disk_that_is_too_small_is_said_before_starting(
+    pets: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Plan, "bytes_free", lambda self: 1000)
+    assert run(pets) == 7
+    assert "1 MB needed in prepared/pets, but" in capsys.readouterr().err
+    assert os.listdir() == ["pets"]
+
+
+def test_a_disk_that_fills_up(pets: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    synced = os.fsync
+
+    def full(descriptor: int) -> None:
+        if Path("prepared/pets/train-000000.tar").exists():
+            raise OSError(28, "No space left on device")
+        synced(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        assert run(pets) == 7
+    said = capsys.readouterr().err
+    assert "error: prepared/pets cannot be written: No space left on device" in said
+    assert "MB more needed: free some space" in said
+    assert run(pets) == 0
+    assert len(shards.open_dataset(Path("prepared/pets")).split("train")) == 18

@@ -1,0 +1,63 @@
+"""`alexnet train --print-config`: where each value comes from, what differs from the paper, values to be pasted."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from alexnet_cli import recipe as recipes
+from alexnet_cli import recipe_io
+from alexnet_cli.recipe import PAPER, TINY
+from alexnet_plugins.train.setup import find_sources
+from commands import alexnet
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> str:
+    file = tmp_path / "mine.toml"
+    file.write_text('name = "mine"\nbase = "tiny"\ndropout = 0.5\nepochs = 30\n', encoding="utf-8")
+    return str(file)
+
+
+def test_each_value_is_whose_it_is(mine: str) -> None:
+    found = find_sources(mine)
+    assert {key for key, source in found.items() if source == mine} == {"name", "dropout", "epochs"}
+    assert {key for key, source in found.items() if source == "tiny"} == {"width", "batch_size", "learning_rate"}
+    assert (found["init"], found["precision"], found["momentum"]) == ("fast", "fast", "paper")
+    assert (found["conv345_std"], found["edge_padding"], found["seed"]) == ("code", "code", "-")
+
+
+def test_named_recipes_have_values_of_others() -> None:
+    caffe, krizhevsky = find_sources("caffe"), find_sources("krizhevsky")
+    assert (caffe["epochs"], caffe["bias"], caffe["crops"], caffe["precision"]) == ("Caffe", "Caffe", "paper", "code")
+    assert (krizhevsky["crop_group"], krizhevsky["epochs"], krizhevsky["bias"]) == ("code", "code", "paper")
+    assert set(find_sources("paper").values()) == {"paper", "code", "-"}
+
+
+def test_what_differs_from_the_paper_comes_last_and_can_be_pasted(mine: str) -> None:
+    shown = alexnet("train", "--print-config", "--recipe", mine, "--set", "crops=False", "--lr", "0.02").stdout
+    same, _, other = shown.partition("recipe mine: different from the paper")
+    rows = [re.match(r"(\w+) +(\S+)  ", line) for text in (same, other) for line in text.splitlines()[1:]]
+    recipe = recipe_io.apply_changes(recipe_io.load_recipe(mine), {"crops": False, "learning_rate": 0.02})
+    lines = [f"{row[1]} = {row[2]}" for row in rows if row and row[1] in asdict(recipe)]
+    assert recipe_io.recipe_from_dict(tomllib.loads("\n".join(lines))) == recipe
+    listed = {row[1] for row in rows if row and f"\n{row[1]} " in other}
+    different = set(recipes.compare_recipes(recipe, PAPER)) | {"conv345_std"}
+    assert different == listed & set(asdict(recipe))
+    assert re.search(r"(?m)^crops +false +true +--set ", other)
+    assert re.search(r"(?m)^learning_rate +0\.02 +0\.01 +option ", other)
+    assert re.search(r"(?m)^- +no source", shown)
+
+
+def test_json_has_sources_and_plain_values(mine: str) -> None:
+    (told,) = alexnet("train", "--print-config", "--recipe", mine, "--json").stdout.splitlines()
+    rows = {row["key"]: row for row in json.loads(told)["values"]}
+    assert list(rows) == list(asdict(TINY))
+    assert (rows["crops"]["value"], rows["crops"]["from"], rows["crops"]["section"]) == (True, "paper", "4.1")
+    assert (rows["width"]["value"], rows["width"]["from"], rows["width"]["paper"]) == (0.25, "tiny", 1.0)
+    assert (rows["dropout"]["from"], rows["conv345_std"]["paper"]) == (mine, 0.01)

@@ -1,0 +1,140 @@
+"""The report in a real browser: nothing in its console, nothing on the wire, usable with a keyboard, on paper too."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from report_cases import hostile_data, make_run, report
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+SIZES = ((360, 740), (1280, 800))
+PAGES = ("full", "bare", "tables")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
+    found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
+    if found is None:
+        pytest.skip(f"no browser is installed: none of {', '.join(BROWSERS)}")
+    with playwright.sync_playwright() as tool:
+        started = tool.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A report with everything, one of a run that has nothing yet, and one without the plotting library."""
+    folder = tmp_path_factory.mktemp("browser")
+    data = hostile_data(folder / "data")
+    runs = {name: make_run(folder / "runs", data, name, epochs=0 if name == "bare" else 6) for name in PAGES}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, run in runs.items():
+            if name == "tables":
+                patch.setattr("alexnet_cli.core.report.page.can_draw", lambda: False)
+            assert report("-w", str(run.path), "-q").exit_code == 0
+    return {name: run.path / "report.html" for name, run in runs.items()}
+
+
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    """A page that fails the test if the console says anything, or a script fails."""
+    opened = browser.new_page()
+    said: list[str] = []
+    opened.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
+    opened.on("pageerror", lambda error: said.append(str(error)))
+    yield opened
+    opened.close()
+    assert said == []
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", PAGES)
+def test_it_loads_nothing_and_fits_the_screen(
+    page: Page, pages: dict[str, Path], name: str, size: tuple[int, int]
+) -> None:
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.set_viewport_size({"width": size[0], "height": size[1]})
+    page.goto(pages[name].as_uri())
+    assert [url for url in asked if not url.startswith("data:")] == [pages[name].as_uri()]
+    page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    assert page.evaluate("document.documentElement.scrollWidth") == size[0]
+    wide = "e => !e.closest('.scroll, .skip') && e.scrollWidth > innerWidth"
+    outside = f"[...document.querySelectorAll('body *')].filter({wide}).map(e => e.outerHTML.slice(0, 80))"
+    assert page.evaluate(outside) == []
+    drawn = "[...document.images].map(i => i.complete && i.naturalWidth > 0 && i.alt.length > 0)"
+    assert all(page.evaluate(drawn))
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("full", SIZES[0]), ("full", SIZES[1]), *((p, SIZES[0]) for p in PAGES[1:])]
+)
+def test_axe_finds_nothing(page: Page, pages: dict[str, Path], name: str, size: tuple[int, int]) -> None:
+    """Contrast, labels, order of headings, landmarks, boxes that a keyboard cannot scroll, and a hundred more."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    page.set_viewport_size({"width": size[0], "height": size[1]})
+    page.goto(pages[name].as_uri())
+    page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    response = axe.run(page).response
+    assert [(v["id"], [node["html"] for node in v["nodes"]]) for v in response["violations"]] == []
+
+
+def test_a_keyboard_reaches_the_skip_link_the_contents_and_wide_tables(page: Page, pages: dict[str, Path]) -> None:
+    page.set_viewport_size({"width": 360, "height": 740})
+    page.goto(pages["full"].as_uri())
+    focused = "document.activeElement"
+    page.keyboard.press("Tab")
+    assert page.evaluate(f"{focused}.textContent") == "Skip to the report"
+    box = page.evaluate(f"{focused}.getBoundingClientRect().left")
+    assert box >= 0, "it is to be seen while it has the focus"
+    page.keyboard.press("Enter")
+    assert page.evaluate(f"{focused}.id") == "main"
+    reached = set()
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        reached.add(page.evaluate(f"{focused}.className || {focused}.tagName"))
+        if page.evaluate(f"{focused}.scrollWidth > {focused}.clientWidth"):
+            page.keyboard.press("ArrowRight")
+            for _ in range(200):  # not wait_for_function, which the page's own policy keeps from asking twice
+                if page.evaluate(f"{focused}.scrollLeft > 0"):
+                    break
+                page.wait_for_timeout(50)
+            assert page.evaluate(f"{focused}.scrollLeft > 0")
+            break
+    else:
+        pytest.fail(f"no box to scroll was reached, but {reached}")
+    assert page.evaluate(f"getComputedStyle({focused}).outlineStyle") == "solid"
+
+
+def test_a_screen_reader_hears_the_names(page: Page, pages: dict[str, Path]) -> None:
+    page.goto(pages["full"].as_uri())
+    assert page.get_by_role("navigation", name="Contents").get_by_role("link").count() == 9
+    assert page.get_by_role("main").count() == 1
+    assert page.get_by_role("img", name="Loss over the epochs: training from 2 to 0.333").count() == 1
+    assert page.get_by_role("table", name="The most frequent mistakes").get_by_role("rowheader").count() > 0
+    assert page.title() == "AlexNet, run full"
+
+
+def test_it_prints_whole_figures_and_no_navigation(page: Page, pages: dict[str, Path], tmp_path: Path) -> None:
+    page.goto(pages["full"].as_uri())
+    page.emulate_media(media="print")
+    assert not page.get_by_role("navigation").is_visible()
+    assert page.evaluate("getComputedStyle(document.querySelector('figure')).breakInside") == "avoid"
+    page.set_viewport_size({"width": 680, "height": 1000})  # A4 without its margins
+    cut = "[...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > innerWidth).map(e => e.innerText)"
+    assert page.evaluate(cut) == []
+    assert page.evaluate("document.documentElement.scrollWidth") == 680
+    assert page.get_by_text("Loss in nats, errors in %").is_visible(), "what is folded is printed"
+    assert not page.get_by_text("Values of the recipe that are the paper's").is_visible(), "but for what is as ever"
+    content = page.pdf(path=str(tmp_path / "report.pdf"), format="A4")
+    assert content.startswith(b"%PDF")

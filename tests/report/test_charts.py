@@ -1,0 +1,25 @@
+"""The drawing of the network (figure 2 of the paper) in the report."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from alexnet_cli.core.model.architecture import layer_specs
+from alexnet_cli.core.report.charts import draw_network
+from alexnet_cli.recipe import PAPER
+
+
+@pytest.mark.parametrize(("towers", "boxes", "crossing"), [(2, 2, 6), (1, 1, 0)])
+def test_the_drawing_has_the_towers_and_where_they_meet(towers: int, boxes: int, crossing: int) -> None:
+    recipe = replace(PAPER, towers=towers)
+    specs = layer_specs(recipe, 1000)
+    chart = draw_network(recipe, specs)
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", chart.svg)
+    assert texts.count("48 maps 55×55") == texts.count("192 maps 13×13") / 2 == boxes
+    assert texts.count("1,000 classes") == texts.count("3 colors 224×224") == 1
+    assert chart.svg.count("stroke-dasharray") == 2 * crossing, "the line of an arrow, and its head"
+    assert ("two towers" in chart.alt) is (towers == 2)
+    assert draw_network(recipe, specs) == chart, "to the byte"

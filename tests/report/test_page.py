@@ -1,0 +1,468 @@
+"""`alexnet report`: the page says what metrics.csv and eval/ say, and what is missing."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from alexnet_cli.core.data.classes import ClassName
+from alexnet_cli.core.data.shards import Dataset
+from alexnet_cli.core.evaluation.evaluate import Evaluation
+from alexnet_cli.core.evaluation.results import summarize
+from alexnet_cli.core.model import model_file
+from alexnet_cli.core.model.model_file import Model
+from alexnet_cli.core.report import page as report_page
+from alexnet_cli.core.report.collect import Evidence, OpenedModel, collect_report
+from alexnet_cli.core.report.history import History, read_history
+from alexnet_cli.core.runs.run import Run
+from alexnet_cli.errors import DataError, PartialError, UsageError, WeightsError
+from alexnet_cli.recipe import PAPER
+from model_files import random_model, save_model
+from report_cases import HOSTILE, NAMES, RECIPE, Page, hostile_data, make_run, report, told
+from trainings import new_loop
+
+
+def read(run: Run) -> Model:
+    """Its best checkpoint."""
+    return model_file.read_model(run.checkpoints / "best" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return hostile_data(tmp_path_factory.mktemp("hostile"))
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory, data: Dataset) -> Run:
+    """A run with its report."""
+    run = make_run(tmp_path_factory.mktemp("runs"), data)
+    assert told(report("-w", str(run.path), "--json", "-q"))["path"] == str(run.path / "report.html")
+    return run
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without charts, which take half a second."""
+    monkeypatch.setattr("alexnet_cli.core.report.page.can_draw", lambda: False)
+
+
+@pytest.fixture
+def copy(shown: Run, tmp_path: Path) -> Run:
+    """Another one like it, to be changed."""
+    shutil.copytree(shown.path, tmp_path / "copy")
+    return Run(tmp_path / "copy")
+
+
+def test_the_page_says_what_the_files_say(shown: Run) -> None:
+    page = Page(shown.path / "report.html")
+    with (shown.path / "metrics.csv").open(newline="") as file:
+        epochs = list(csv.DictReader(file))
+    heads, *rows = page.tables["Loss in nats, errors in % of the pictures, at the end of each epoch"]
+    assert heads[:6] == [
+        "Epoch", "Training loss", "Validation loss", "Training top-1", "Validation top-1", "Validation top-5"
+    ]  # fmt: skip
+    for row, epoch in zip(rows, epochs, strict=True):
+        assert row[0] == epoch["epoch"]
+        assert [float(v) for v in row[1:3]] == pytest.approx(
+            [float(epoch["train_loss"]), float(epoch["loss"])], abs=5e-4
+        )
+        errors = [float(epoch[key]) for key in ("train_top1_error", "top1_error", "top5_error")]
+        assert [float(v.rstrip("%")) / 100 for v in row[3:6]] == pytest.approx(errors, abs=5e-4)
+        assert float(row[6]) == pytest.approx(float(epoch["lr"]))
+    assert [row[0] for row in rows if row[-1]] == ["2", "4"]
+    said = json.loads((shown.path / "eval" / "val-1.json").read_text())
+    (row,) = page.tables["Errors, each with its 95 % interval"][1:]
+    low, high = said["top1_error_interval"]
+    assert row[1:3] == ["12", f"{said['top1_error']:.1%} ({low:.1%} to {high:.1%})"]
+    with (shown.path / "eval" / "val-1_confusion.csv").open(newline="", encoding="utf-8") as file:
+        matrix = [row[1:] for row in list(csv.reader(file))[1:]]
+    caption = "Confusion matrix: rows are true classes, columns what the network saw, in pictures"
+    assert [row[1:] for row in page.tables[caption][1:]] == matrix
+    assert f"Top-1 error {said['top1_error']:.1%} (guessing: 83.3%; " in page.all_text
+    assert ("This is no better than guessing" in page.all_text) == (high >= 5 / 6)
+
+
+def test_the_recipe_stands_beside_the_papers(shown: Run) -> None:
+    page = Page(shown.path / "report.html")
+    differ = {row[0].split()[0]: row[1:3] for row in page.tables["Where the recipe differs from the paper's text"][1:]}
+    assert differ == {
+        "width": ["0.03125", "1"], "epochs": ["6", "90"], "schedule": ["fixed", "plateau"],
+        "drop_epochs": ["[2, 4]", "none"], "batch_size": ["8", "128"],
+    }  # fmt: skip
+    same = page.tables["Values of the recipe that are the paper's"][1:]
+    assert len(differ) + len(same) == len(PAPER.__dataclass_fields__) - 1  # all but the name
+
+
+def test_the_network_adds_up(shown: Run) -> None:
+    """The drawing and the table are of the weights that are there."""
+    page, tensors = Page(shown.path / "report.html"), read(shown).tensors
+    heads, *rows = page.tables["The layers with weights, and what follows each"]
+    assert heads == ["Layer", "Kernel", "Sees", "Maps or units", "Size", "Then", "Parameters"]
+    for name, *_, count in rows[1:-1]:
+        assert int(count.replace(",", "")) == tensors[f"{name}.weight"].size + tensors[f"{name}.bias"].size
+    total = sum(value.size for name, value in tensors.items() if name != "mean")
+    assert rows[-1] == ["All", "", "", "", "", "", f"{total:,}"]
+    assert rows[3] == ["conv3", "3×3", "8 of both towers", "6 + 6", "13×13", "ReLU", "876"]
+    drawn = [image["alt"] or "" for image in page.images if (image["alt"] or "").startswith("The network")]
+    assert [alt.partition("; ")[2] for alt in drawn] == [
+        "each layer sees its own tower, but conv3, fc6, fc7 and fc8 both."
+    ]
+
+
+def test_names_of_classes_stay_text(shown: Run) -> None:
+    page = Page(shown.path / "report.html")
+    assert not page.tags & {"script", "iframe", "object", "link", "svg", "base", "form"}
+    for image in page.images:
+        assert (image["src"] or "").startswith("data:image/")
+        assert image["alt"]
+        assert "onerror" not in image
+    caption = "Confusion matrix: rows are true classes, columns what the network saw, in pictures"
+    names = [row[0] for row in page.tables[caption][1:]]
+    assert sorted(names) == sorted(name.replace("‮", "?") for name in NAMES)
+    assert HOSTILE[0] in page.all_text
+    assert "‮" not in page.all_text
+
+
+def test_it_has_every_section_and_a_table_of_contents(shown: Run) -> None:
+    page = Page(shown.path / "report.html")
+    assert page.headings[0] == (1, f"AlexNet, run {shown.name}")
+    assert all(after <= before + 1 for (before, _), (after, _) in zip(page.headings, page.headings[1:], strict=False))
+    assert {link.removeprefix("#") for link in page.links} <= page.ids
+    assert {
+        "network",
+        "recipe",
+        "curves",
+        "filters",
+        "results",
+        "examples",
+        "neighbours",
+        "speed",
+        "origin",
+    } <= page.ids
+    assert "Not here" not in page.all_text
+    assert "Of all 12 validation pictures, those" in page.all_text
+    assert sum((image["alt"] or "").startswith("Training picture of") for image in page.images) == 30
+    recognised = [image for image in page.images if "recognised" in (image["alt"] or "")]
+    mistaken = [image for image in page.images if "taken for" in (image["alt"] or "") and "width" in image]
+    said = json.loads((shown.path / "eval" / "val-1.json").read_text())
+    assert len(recognised) == min(8, round(12 * said["top1_accuracy"]))
+    assert len(mistaken) >= min(8, round(12 * said["top1_error"]))
+
+
+def test_the_same_run_gives_the_same_bytes(shown: Run, copy: Run, tmp_path: Path) -> None:
+    for name in ("one.html", "two.html"):
+        assert told(report("-w", str(copy.path), "-o", str(tmp_path / name), "--json", "-q"))["charts"] is True
+    assert (tmp_path / "one.html").read_bytes() == (tmp_path / "two.html").read_bytes()
+    assert (tmp_path / "one.html").stat().st_size < 1e6
+
+
+def test_what_is_there_is_used_if_it_is_of_these_weights(copy: Run) -> None:
+    file, index = copy.path / "eval" / "val-1.json", copy.path / "neighbours" / "fc7.npy"
+    said, made = json.loads(file.read_text()), index.stat().st_mtime_ns
+    assert said["weights_sha256"]
+    for sha, loss in ((said["weights_sha256"], "4.321"), ("0" * 64, f"{said['loss']:.3f}")):
+        file.write_text(json.dumps(said | {"loss": 4.321, "weights_sha256": sha}))
+        told(report("-w", str(copy.path), "--json", "-q"))
+        page = Page(copy.path / "report.html")
+        assert page.tables["Errors, each with its 95 % interval"][1][-1] == loss
+    assert index.stat().st_mtime_ns == made
+    file.write_text("{")
+    assert told(report("-w", str(copy.path), "--json", "-q"))["top1_error"] == said["top1_error"]
+
+
+def test_another_checkpoint_has_a_page_of_its_own(copy: Run) -> None:
+    kept = ("report.html", "eval/val-1.json", "neighbours/index.json")
+    before = {copy.path / name: (copy.path / name).read_bytes() for name in kept}
+    other = copy.checkpoints / "00000099"
+    other.mkdir()
+    save_model(
+        replace(random_model(RECIPE, len(NAMES), seed=7), classes=read(copy).classes), other / "model.safetensors"
+    )
+    found = told(report("-w", str(other), "--json", "-q"))
+    assert found["path"] == str(copy.path / "report-00000099.html")
+    assert found["top1_error"] is not None
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_drops_are_marked_after_the_epochs_that_the_schedule_has(prepared: Path, tmp_path: Path) -> None:
+    """The records are those of a real training, and the lines are at the ticks of these epochs."""
+
+    from alexnet_cli.core.data.shards import open_dataset
+    from alexnet_cli.core.parallel.placement import place
+    from alexnet_cli.core.report.charts import draw_charts
+
+    recipe = replace(PAPER, width=1 / 32, batch_size=48, epochs=5, schedule="fixed", drop_epochs=(1, 3))
+    run = Run.create("drops", recipe, {}, tmp_path)
+    list(new_loop(recipe, open_dataset(prepared), run, place("none", "fp32"), 1).fit())
+    history = read_history(run.records(), recipe)
+    assert history.drops == (1, 3)
+    drawn = draw_charts(history)["loss"]
+    assert drawn.alt.endswith("Rate drops after epoch 1, 3.")
+    lines = re.findall(
+        r'd="M ([\d.]+) [\d.]+ *\nL ([\d.]+) [\d.]+ *\n" clip-path="[^"]*" style="[^"]*#555555', drawn.svg
+    )
+    ticks = re.findall(r'id="xtick_\d+">.*?<use [^>]*x="([\d.]+)".*?<text[^>]*>(\d+)</text>', drawn.svg, re.DOTALL)
+    places = {label: float(x) for x, label in ticks}
+    assert [float(a) for a, _ in lines] == pytest.approx([places["1"], places["3"]], abs=0.01)
+    assert all(a == b for a, b in lines)
+
+
+def test_time_and_speed_are_those_of_the_steps(shown: Run) -> None:
+    history: History = read_history(shown.records(), RECIPE)
+    assert history.seconds == pytest.approx(6 * 20 * 8 / 40)
+    assert history.speed == 40
+    assert "24 s, validation and pauses not counted" in Page(shown.path / "report.html").all_text
+    broken: list[dict[str, Any]] = [
+        {},
+        {"event": "validation"},
+        {"event": "step", "step": "x"},
+        {"event": "validation", "epoch": 1, "loss": None},
+    ]
+    assert read_history(broken, RECIPE).seconds is None
+
+
+def test_without_the_plotting_library_tables_stand_in(copy: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("alexnet_cli.core.report.page.can_draw", lambda: False)
+    monkeypatch.setattr("alexnet_cli.core.report.charts.can_draw", lambda: False)
+    result = report("-w", str(copy.path))
+    assert result.exit_code == 0
+    assert "pip install 'alexnet-cli[charts]'" in result.stderr
+    assert f"saved   {copy.path}/report.html · " in result.stderr
+    page = Page(copy.path / "report.html")
+    assert "pip install 'alexnet-cli[charts]', then alexnet report" in page.all_text
+    assert not [image for image in page.images if "svg" in (image["src"] or "")]
+    assert (copy.path / "report.html").read_text().count("<details open>") == 2
+
+
+def test_a_run_whose_data_are_gone(copy: Run, data: Dataset) -> None:
+    shutil.rmtree(copy.path / "eval")
+    copy.update({"data_path": "/nowhere/at/all"})
+    notes = {s["id"]: s["note"] for s in told(report("-w", str(copy.path), "--json", "-q"))["sections"]}
+    assert notes["results"].startswith(
+        f"Not here: the data set {data.name} cannot be opened: /nowhere/at/all is not a "
+    )
+    assert {notes["results"]} == {notes["examples"], notes["neighbours"]}.union({notes["results"]})
+    assert notes["filters"] is notes["curves"] is None
+    assert told(report("-w", str(copy.path), "--json", "-q", "--data", str(data.path)))["top1_error"] is not None
+
+
+def test_other_data_than_the_runs_are_said(copy: Run, prepared: Path) -> None:
+    copy.update({"data_path": str(prepared)})
+    notes = {s["id"]: s["note"] for s in told(report("-w", str(copy.path), "--json", "-q"))["sections"]}
+    assert "not the one that the run was trained on" in notes["results"]
+    result = report("-w", str(copy.path), "--data", str(prepared))
+    assert isinstance(result.exception, PartialError)
+    assert "unknown to the network" in Page(copy.path / "report.html").all_text
+    assert isinstance(report("-w", str(copy.path), "--data", "nowhere").exception, DataError)
+
+
+def test_a_page_names_the_data_that_it_measured_on(copy: Run, data: Dataset, tmp_path: Path) -> None:
+    other = tmp_path / "prepared" / "other"
+    shutil.copytree(data.path, other)
+    (other / "dataset.json").write_text(json.dumps(data.record | {"name": "other"}))
+    index = (copy.path / "neighbours" / "index.json").read_bytes()
+    assert told(report("-w", str(copy.path), "--data", str(other), "--json", "-q"))["data"] == str(other)
+    text = Page(copy.path / "report.html").all_text
+    assert "on the 12 validation pictures of other, centre view" in text
+    assert f"Data set{data.name}" in text
+    assert "Measured onother" in text
+    assert (copy.path / "neighbours" / "index.json").read_bytes() == index, "it is that of the run's own data"
+    assert (copy.path / "eval" / "val-1-other.json").is_file()
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_epochs_may_have_been_added_since_the_best_checkpoint(copy: Run, tmp_path: Path) -> None:
+    (copy.path / "recipe.toml").write_text(replace(RECIPE, epochs=12).to_toml())
+    report_page.write_page(collect_report(copy, OpenedModel(read(copy), ""), "none"), tmp_path / "page.html")
+    assert "Epochs6 of 12" in Page(tmp_path / "page.html").all_text
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_it_says_what_to_type_to_make_the_run_again(copy: Run, tmp_path: Path) -> None:
+    first, then = ["alexnet", "train", "--name", "my run"], ["alexnet", "train", "--resume", "my run"]
+    for path, words, shown in (
+        ("/x/prepared/pets", first, "alexnet train --name 'my run' --data pets"),
+        ("/x/my pets", first, "alexnet train --name 'my run' --data '/x/my pets'"),
+        (str(Path("pets").resolve()), first, "alexnet train --name 'my run' --data pets"),
+        ("/x/pets", [*first, "--data=x"], "alexnet train --name 'my run' --data=x"),
+    ):
+        copy.update({"data_path": path, "command": words, "resumed": [{"command": then}]})
+        report_page.write_page(collect_report(copy, None, "none"), tmp_path / "page.html")
+        rows = Page(tmp_path / "page.html").tables["What is needed to make it again"]
+        assert rows[1:3] == [["Command", shown], ["And then", "alexnet train --resume 'my run'"]]
+
+
+def test_a_damaged_picture_spares_the_rest(copy: Run, data: Dataset, tmp_path: Path) -> None:
+    shutil.copytree(data.path, tmp_path / "damaged")
+    shard = tmp_path / "damaged" / "val-000000.tar"
+    content = bytearray(shard.read_bytes())
+    content[512 + 200 : 512 + 4000] = bytes(3800)
+    shard.write_bytes(content)
+    shutil.rmtree(copy.path / "eval")
+    result = report("-w", str(copy.path), "--data", str(tmp_path / "damaged"), "-q")
+    assert isinstance(result.exception, PartialError), result.exception
+    assert "cannot be decoded" in Page(copy.path / "report.html").all_text
+
+
+@pytest.mark.parametrize(
+    ("layer", "factor", "absent"),
+    [
+        ("conv1", float("nan"), {"filters", "results", "examples", "neighbours"}),
+        ("fc8", float("nan"), {"results", "examples", "neighbours"}),
+        ("fc7", 1e20, {"neighbours"}),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_a_network_that_broke_down_has_what_can_be_said(
+    copy: Run, undrawn: None, layer: str, factor: float, absent: set[str]
+) -> None:
+    model = read(copy)
+    broken = model.tensors[f"{layer}.weight"] * np.float32(factor)
+    save_model(replace(model, tensors={**model.tensors, f"{layer}.weight": broken}), model.path)
+    result = report("-w", str(copy.path), "--json", "-q")
+    assert isinstance(result.exception, PartialError), result.exception
+    sections = {s["id"]: s["note"] for s in json.loads(result.stdout)["sections"]}
+    of_pictures = {"filters", "results", "examples", "neighbours"}
+    assert {name for name in of_pictures if sections[name]} == absent
+    assert ("no number" if factor != factor else "too large to compare") in sections["neighbours"]
+
+
+@pytest.mark.parametrize("status", ["running", "failed", "interrupted"])
+def test_a_run_before_its_first_checkpoint(tmp_path: Path, data: Dataset, status: str) -> None:
+    run = make_run(tmp_path, data, epochs=0, status=status)
+    found = told(report("-w", str(run.path), "--json", "-q"))
+    assert (found["weights"], found["top1_error"]) == (None, None)
+    notes = {s["id"]: s["note"] for s in found["sections"]}
+    assert notes["curves"] == "No step has been recorded yet."
+    assert notes["filters"] == "The run has no checkpoint yet."
+    assert notes["network"] is None, "its recipe says what it is, its data how many classes"
+    said = {"running": "under way", "failed": "This run failed", "interrupted": "alexnet train --resume"}
+    assert said[status] in Page(run.path / "report.html").all_text
+
+
+def test_an_imported_network_has_no_training_to_tell_of(
+    tmp_path: Path, data: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = Run.create("caffe", RECIPE, {"status": "finished", "imported": {"file": "x.caffemodel", "format": "Caffe"}})
+    save_model(replace(random_model(RECIPE, len(NAMES)), classes=data.classes), run.path / "model.safetensors")
+    found = told(report("-w", "caffe", "--json", "-q"))
+    sections = ["network", "recipe", "filters", "results", "examples", "neighbours", "origin"]
+    assert [s["id"] for s in found["sections"]] == sections
+    assert "no prepared data set under prepared; alexnet report --data D names one" in found["sections"][3]["note"]
+    page = Page(Path("runs/caffe/report.html"))
+    assert "x.caffemodel" in page.all_text
+    assert [image["alt"] for image in page.images if "kernels of tower" in (image["alt"] or "")]
+
+
+def test_a_data_set_that_merely_lies_about_is_no_failure(
+    tmp_path: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(prepared, "prepared/colours")
+    save_model(random_model(RECIPE), Path("net.safetensors"))
+    assert "unknown to the network" in told(report("-w", "net.safetensors", "--json", "-q"))["sections"][3]["note"]
+
+
+def test_a_model_file_of_no_run(tmp_path: Path, data: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    one = replace(RECIPE, towers=1)
+    save_model(replace(random_model(one, len(NAMES)), classes=data.classes), Path("net.safetensors"))
+    assert told(report("-w", "net.safetensors", "--data", str(data.path), "--json", "-q"))["path"] == "report.html"
+    assert "no two towers to compare" in Page(Path("report.html")).all_text
+    assert not Path("eval").exists()
+
+
+def test_mistakes(copy: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert isinstance(report("-w", "nothing").exception, WeightsError)
+    assert isinstance(report().exception, WeightsError)
+    assert isinstance(report("-w", str(copy.path), "-o", "page.pdf").exception, UsageError)
+
+
+def page_of(path: Path, classes: Sequence[ClassName], confusion: Sequence[Sequence[int]]) -> Page:
+    """The page of a network without a run that has answered so."""
+    model = replace(random_model(replace(PAPER, width=1 / 32), len(classes)), classes=tuple(classes))
+    counts = Evaluation(np.array(confusion, np.int64), np.array(confusion, np.int64).sum(axis=1))
+    found = collect_report(None, OpenedModel(model, ""), "none")
+    evidence = Evidence((summarize(counts, 1, "torch"),), counts, missing=found.evidence.missing)
+    report_page.write_page(replace(found, evidence=evidence), path)
+    return Page(path)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_classes_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    classes = [ClassName("crane", "n1"), ClassName("crane", "n2"), ClassName("dog", "n3")]
+    page = page_of(tmp_path / "page.html", classes, [[5, 0, 3], [2, 5, 0], [0, 1, 9]])
+    assert page.tables["All classes, those recognised best first"] == [  # once, and of three no top-5
+        ["Class", "Pictures", "Right", "Most often taken for"],
+        ["dog", "10", "90.0%", "crane (n2), once"],
+        ["crane (n2)", "7", "71.4%", "crane (n1), 2 times"],
+        ["crane (n1)", "8", "62.5%", "dog, 3 times"],
+    ]
+    assert page.tables["Errors, each with its 95 % interval"][0][-2:] == ["Top-1 error", "Loss"]
+    assert page.tables["The most frequent mistakes"][2] == ["crane (n2)", "crane (n1)", "2"]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_class_that_is_never_right_is_not_among_the_best(tmp_path: Path) -> None:
+    shifted = np.roll(np.eye(24, dtype=int), 1, axis=1)
+    shifted[:2] = np.eye(24, dtype=int)[:2]
+    page = page_of(tmp_path / "page.html", [ClassName(f"class {i}") for i in range(24)], shifted.tolist())
+    assert [row[0] for row in page.tables["Classes that are recognised best"][1:]] == ["class 0", "class 1"]
+    assert len(page.tables["Classes that are recognised worst"]) == 11
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_epoch_of_a_run_that_was_interrupted_in_it(tmp_path: Path, data: Dataset) -> None:
+    run = make_run(tmp_path, data, epochs=1)
+    report_page.write_page(collect_report(run, None, "none"), tmp_path / "page.html")
+    assert "Epochs1 of 6" in Page(tmp_path / "page.html").all_text
+    run.log({"event": "step", "epoch": 2, "step": 30, "loss": 1.0, "lr": 0.01})
+    report_page.write_page(collect_report(run, None, "none"), tmp_path / "page.html")
+    assert "Epochsin epoch 2 of 6" in Page(tmp_path / "page.html").all_text
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_one_class_is_not_both_the_best_and_the_worst(tmp_path: Path) -> None:
+    page = page_of(tmp_path / "page.html", [ClassName("a"), ClassName("b")], [[3, 1], [0, 0]])
+    assert page.tables["The only class that has pictures"][1:] == [["a", "4", "75.0%", "b, once"]]
+    assert not [caption for caption in page.tables if "recognised" in caption]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_names_are_shown_as_far_as_they_can_be(tmp_path: Path) -> None:
+    names = ["\u6771\u3000\u4eac\u00a0", "\U0001f469\u200d\U0001f52c", "a\u202eb\u2067c", "\x07\ud800\x85"]
+    page = page_of(tmp_path / "page.html", [ClassName(name) for name in names], np.eye(4, dtype=int).tolist())
+    caption = "Confusion matrix: rows are true classes, columns what the network saw, in pictures"
+    assert [row[0] for row in page.tables[caption][1:]] == [*names[:2], "a?b?c", "???"]
+
+
+def test_a_thousand_classes_stay_readable_and_small(tmp_path: Path) -> None:
+    generator = np.random.default_rng(1)
+    classes = tuple(ClassName(f"class {i}", None) for i in range(1000))
+    model = replace(random_model(replace(PAPER, width=1 / 32), 1000), classes=classes)
+    counts = Evaluation(np.diag(np.full(1000, 30)), np.full(1000, 45))
+    np.add.at(counts.confusion, tuple(generator.integers(0, 1000, (2, 20_000))), 1)
+    found = collect_report(None, OpenedModel(model, ""), "none")
+    page = replace(found, evidence=Evidence((summarize(counts, 1, "torch"),), counts, missing=found.evidence.missing))
+    report_page.write_page(page, tmp_path / "page.html")
+    assert (tmp_path / "page.html").stat().st_size < 2e6
+    read = Page(tmp_path / "page.html")
+    true, seen, times = read.tables["The most frequent mistakes"][1]
+    wrong = counts.confusion - np.diag(np.diag(counts.confusion))
+    assert int(times) == wrong.max() == wrong[int(true.split()[1]), int(seen.split()[1])]
+    assert len(read.tables["Classes that are recognised best"]) == 11
+    assert len(read.tables["Classes that are recognised worst"]) == 11
+    picture = next(image for image in read.images if "Confusion matrix of 1000" in (image["alt"] or ""))
+    assert base64.b64decode((picture["src"] or "").partition(",")[2])[:4] == b"\x89PNG"

@@ -1,0 +1,259 @@
+"""What is said before the first step and when nothing is learned; and that nothing is said where all is well."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from alexnet_cli.core.data.plan import Plan
+from alexnet_cli.core.data.prepare import pack
+from alexnet_cli.core.data.shards import Dataset, open_dataset
+from alexnet_cli.core.data.sources import recognize
+from alexnet_cli.core.evaluation.baselines import ClassCounts
+from alexnet_cli.core.parallel.placement import Placement
+from alexnet_cli.core.runs.records import Record
+from alexnet_cli.core.runs.run import Run
+from alexnet_cli.core.training import diagnostics
+from alexnet_cli.recipe import CAFFE, FAST, KRIZHEVSKY, PAPER, RECIPES, TINY, Recipe
+from alexnet_plugins.train.command import train
+from trainings import new_loop
+
+
+@pytest.fixture(scope="module")
+def odd(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A class whose training pictures are all damaged, and two validation pictures that are in train too."""
+    folder = tmp_path_factory.mktemp("odd")
+    shutil.copytree(pictures, folder / "source")
+    for file in (folder / "source" / "train" / "green").iterdir():
+        file.write_bytes(b"no picture")
+    for i in range(2):
+        shutil.copy(
+            folder / "source" / "val" / "red" / f"0{i}.jpg", folder / "source" / "train" / "red" / f"copy{i}.jpg"
+        )
+    for _ in pack(Plan(recognize(folder / "source"), folder / "odd", 95), workers=1):
+        pass
+    return folder / "odd"
+
+
+def equal(classes: int) -> ClassCounts:
+    return np.full(classes, 7)
+
+
+def said(recipe: Recipe, data: Dataset) -> list[str]:
+    return [str(record.text) for record in diagnostics.check_settings(recipe, data)]
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_nothing_is_said_where_all_is_well(prepared: Path, name: str) -> None:
+    assert said(RECIPES[name], open_dataset(prepared)) == []
+
+
+def test_classes_without_pictures_and_pictures_in_both_splits(odd: Path) -> None:
+    empty, leak = diagnostics.check_settings(PAPER, open_dataset(odd))
+    assert empty.text == "1 of 4 classes has no training image: green"
+    assert leak.text == "2 images are in both train and val"
+    assert str(odd / "duplicates.jsonl") in str(leak.hint)
+    listed = [json.loads(line) for line in (odd / "duplicates.jsonl").read_text().splitlines()]
+    assert len(listed) == 2
+
+
+def test_classes_that_nothing_is_validated_on(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = open_dataset(prepared)
+    found = [np.array(labels) for labels in ([0, 1, 2, 3], [1, 3])]
+    monkeypatch.setattr(Dataset, "split", lambda _, name: SimpleNamespace(labels=found[name == "val"]))
+    (told,) = diagnostics.check_empty_classes(data)
+    assert told.text == "2 of 4 classes have no validation image: blue, red"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "lr", "batch", "far"),
+    [
+        (PAPER, 0.02, 256, False),  # as the authors' own check had it
+        (PAPER, 0.04, 512, False),  # linear
+        (PAPER, 0.02, 512, False),  # square root
+        (PAPER, 0.01, 1024, False),  # forgotten: 2.8 times too low for the square root
+        (PAPER, 0.01, 4096, True),  # 5.7 times
+        (PAPER, 0.01, 8, False),  # 4 times the square root's 0.0025
+        (PAPER, 0.1, 128, True),
+        (PAPER, 0.001, 128, True),
+        (FAST, 0.02, 64, False),
+        (TINY, 0.3, 64, True),
+        (CAFFE, 0.01, 128, False),
+        (KRIZHEVSKY, 0.0, 128, True),
+        (replace(TINY, name="mine", dropout=0.5), 5.0, 128, True),  # a variant of tiny, whatever its name
+        (replace(TINY, name="mine", dropout=0.5), 0.05, 128, False),
+    ],
+)
+def test_a_rate_far_from_the_batchs(recipe: Recipe, lr: float, batch: int, far: bool) -> None:
+    told = list(diagnostics.check_rate(replace(recipe, learning_rate=lr, batch_size=batch), batch, False))
+    assert len(told) == far
+    assert all(f"rate {lr:g} is far from what batch {batch} asks for" in str(record.text) for record in told)
+
+
+def test_a_rate_that_rounds_alike_at_both_ends_is_one_number() -> None:
+    (told,) = diagnostics.check_rate(replace(TINY, learning_rate=3.0, batch_size=65), 65, False)
+    assert str(told.text).endswith("recipe tiny has 0.03 at 64, which makes 0.03")
+    (told,) = diagnostics.check_rate(replace(TINY, learning_rate=3.0), 64, False)
+    assert str(told.text).endswith("recipe tiny has 0.03 at 64")
+    assert told.hint == "--lr 0.03"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "epochs", "told", "settings"),
+    [
+        (KRIZHEVSKY, 91, "", ""),
+        (KRIZHEVSKY, 30, "drop_epochs = [25, 51, 79]", "--set 'drop_epochs=[8, 17, 26]'"),
+        (KRIZHEVSKY, 2, "drop_epochs = [25, 51, 79]", "--set 'drop_epochs=[1]'"),
+        (KRIZHEVSKY, 99, "", ""),
+        (replace(KRIZHEVSKY, schedule="plateau", colour_shift=0.0, frozen="conv"), 182, "", ""),
+        (replace(KRIZHEVSKY, name="mine"), 30, "drop_epochs = [25, 51, 79]", "--set 'drop_epochs=[8, 17, 26]'"),
+        (
+            KRIZHEVSKY,
+            182,
+            "drop_epochs = [25, 51, 79], conv1_slow_epoch = 67, conv1_freeze_epoch = 72, colour_shift_epochs = 67",
+            "--set 'drop_epochs=[50, 102, 158]' --set conv1_slow_epoch=134 --set conv1_freeze_epoch=144 "
+            "--set colour_shift_epochs=134",
+        ),
+        (replace(KRIZHEVSKY, drop_epochs=(8, 17)), 30, "", ""),
+        (TINY, 30, "", ""),
+        (PAPER, 200, "", ""),
+    ],
+)
+def test_epochs_that_others_were_counted_for(recipe: Recipe, epochs: int, told: str, settings: str) -> None:
+    said = [(record.text, record.hint) for record in diagnostics.check_epochs(replace(recipe, epochs=epochs))]
+    made = "made for the 91 of recipe krizhevsky"
+    assert said == ([(f"epochs = {epochs} with {told}, {made}", f"in proportion: {settings}")] if told else [])
+
+
+@pytest.mark.parametrize(("pictures", "said"), [([89, 0, 9, 50], False), ([100, 0, 10, 50], True), ([7], False)])
+def test_classes_that_are_far_from_equal_are_named(pictures: list[int], said: bool) -> None:
+    told = diagnostics.describe_imbalance(("cat", "dog", "emu", "fox"), np.array(pictures))
+    assert (told is not None) == said
+    if told:
+        assert told[0] == "the classes are very unequal: 100 training images of cat, 10 of emu"
+        assert told[1].startswith("always answering cat errs in only 37.5% of them: add images of rare classes")
+
+
+def test_a_loss_that_only_knows_how_frequent_the_classes_are() -> None:
+    """It is far below ln(classes); one batch with few of the commonest class says nothing."""
+    pictures = np.array([950, 50])
+    flat = -(0.95 * math.log(0.95) + 0.05 * math.log(0.05))
+    for losses, said in (([flat] * 3, True), ([0.9 * flat] * 3, False), ([0.7 * flat, 0.7 * flat, 1.3 * flat], False)):
+        watch = diagnostics.LossPlateauCheck.for_training(PAPER, pictures, 1000)
+        told = [watch.update(Record("step", 1, 100 + i, loss=loss)) for i, loss in enumerate(losses)]
+        assert any(told) == said
+        if said:
+            assert str(told[0] and told[0].text).endswith("than guessing (the same answer for every image = 0.199)")
+
+
+@pytest.mark.parametrize(
+    ("pictures", "steps", "way"),
+    [
+        ([77, 77], 8, "8 steps may be too few: train again with --epochs 75"),
+        ([70, 7], 400, "add images of rare classes, or leave common ones out"),
+        ([7, 3], 1, "each step uses all 10 images: train again with -b 1"),
+        ([77, 77], 1, "1 step may be too few: train again with --epochs 600"),
+        ([77, 77], 400, "check the labels; if they are right, try a learning rate other than 0.03 (--lr)"),
+    ],
+)
+def test_the_way_on_of_a_training_that_learned_nothing(pictures: list[int], steps: int, way: str) -> None:
+    assert diagnostics.next_command(TINY, np.array(pictures), steps, 2) == way
+
+
+def test_a_batch_is_no_larger_than_the_training_set(prepared: Path) -> None:
+    """48 pictures make batches of 48, and a rate for 4,096 is not to be advised."""
+    data = open_dataset(prepared)
+    assert said(replace(PAPER, batch_size=4096), data) == []
+    (told,) = diagnostics.check_settings(replace(PAPER, batch_size=4096, learning_rate=0.32), data)
+    assert "what batch 48 asks for" in str(told.text)
+    assert str(told.hint).endswith("--lr 0.0037")
+
+
+def test_fine_tuning_may_be_slow_and_frozen_layers_should_be_of_somebody(prepared: Path) -> None:
+    data, slow = open_dataset(prepared), replace(PAPER, learning_rate=1e-4, frozen="conv")
+    assert list(diagnostics.check_settings(slow, data, {})) == []
+    assert [text.split(" is ")[0] for text in said(slow, data)] == [
+        "rate 0.0001", "layers 1 to 5 are frozen at random values",
+    ]  # fmt: skip
+    (told,) = diagnostics.check_settings(slow, data, {"lrn_k": (2.0, 1.0), "lrn_joint": (False, True)})
+    assert str(told.text).endswith(": lrn_k = 2.0 here, 1.0 there, lrn_joint = False here, True there")
+    assert told.hint == "remove --recipe, or give --set lrn_k=1.0 --set lrn_joint=true"
+
+
+@pytest.mark.parametrize(("steps", "patience"), [(3, 20), (48, 48), (1248, 124), (3510, 351), (900_000, 2000)])
+def test_patience_is_a_tenth_of_the_steps_and_ends_with_them(steps: int, patience: int) -> None:
+    assert diagnostics.LossPlateauCheck.for_training(PAPER, equal(10), steps).patience == patience
+
+
+def test_a_loss_that_stays_at_guessing_is_told_once() -> None:
+    watch, chance = (
+        diagnostics.LossPlateauCheck.for_training(replace(PAPER, conv345_std=0.01), equal(1000), 1000),
+        math.log(1000),
+    )
+    told = [watch.update(Record("step", 1, step, loss=loss)) for step, loss in (
+        (90, chance), (100, 0.97 * chance), (110, 0.99 * chance), (120, chance), (130, 1.2 * chance),
+    )]  # fmt: skip
+    assert [record is not None for record in told] == [False, False, True, False, False]
+    assert told[2] is not None
+    assert told[2].step == 110
+    assert str(told[2].text).endswith("no better than guessing (ln 1000 = 6.908)")
+    assert "conv345_std=0.03" in str(told[2].hint)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "remedy"),
+    [(PAPER, "bias=0.1"), (CAFFE, "conv345_std=0.03"), (FAST, "labels"), (replace(CAFFE, conv345_std=0.03), "labels")],
+)
+def test_the_remedy_fits_the_recipe(recipe: Recipe, remedy: str) -> None:
+    told = diagnostics.LossPlateauCheck.for_training(recipe, equal(10), 100).update(
+        Record("step", 2, 100, loss=math.log(10))
+    )
+    assert told is not None
+    assert remedy in str(told.hint)
+
+
+def test_the_papers_letter_stays_at_guessing_and_training_says_so(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hundred steps with 0.01 everywhere; the correction is what is proposed."""
+    monkeypatch.setenv("ALEXNET_RUNS_DIR", str(tmp_path))
+    recipe = replace(PAPER, width=1 / 64, batch_size=4, learning_rate=0.002, conv345_std=0.01, epochs=9)
+    training = new_loop(
+        recipe,
+        open_dataset(prepared),
+        Run.create("letter", recipe, {}),
+        Placement(torch.device("cpu"), "CPU", "fp32"),
+        1,
+    )
+    warnings = [record for record in training.fit() if record.event == "warning"]
+    assert [(record.epoch, record.step) for record in warnings] == [(9, 100), (9, 108)]
+    assert "% of the answers are " in str(warnings[1].text)
+    assert "no better than guessing (ln 4 = 1.386)" in str(warnings[0].text)
+    assert training.run.records().count(warnings[0].as_dict()) == 1
+
+
+def test_the_command_says_it_before_the_first_step(
+    odd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ALEXNET_RUNS_DIR", str(tmp_path))
+    settings = ["width=0.0625"]
+    train(str(odd), "tiny", settings, batch_size=16, lr=3.0, max_steps=1, jobs=1, name="a", json=True, quiet=True)
+    out, err = capsys.readouterr()
+    assert err.count("warn    ") == 3
+    assert (
+        "warn    rate 3 is far from what batch 16 asks for: recipe tiny has 0.03 at 64, which makes 0.0075 to 0.015"
+        in err
+    )
+    assert "--lr 0.0075" in err
+    events = [json.loads(line)["event"] for line in out.splitlines()]
+    assert events == ["start", "warning", "warning", "warning", "step", "checkpoint", "end"]
+    train(str(odd), resume="a", max_steps=2, jobs=1, quiet=True)
+    assert "warn" not in capsys.readouterr().err  # said once
