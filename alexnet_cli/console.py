@@ -43,7 +43,7 @@ class Reporter:
         self._bar: Any = None
 
     def line(self, label: str, text: str) -> None:
-        """Write a labelled line to stderr, unless quiet."""
+        """Write a labeled line to stderr, unless quiet."""
         if not self.quiet:
             self._stderr(f"{label:<7} {make_printable(text)}")
 

@@ -54,7 +54,7 @@ def _match(names: Iterable[str], incomplete: str) -> list[str]:
 
 def _check_views(views: int) -> int:
     if views not in (1, 10):
-        raise typer.BadParameter("use 1 (centre view) or 10 (the paper's ten views)")
+        raise typer.BadParameter("use 1 (center view) or 10 (the paper's ten views)")
     return views
 
 
@@ -118,5 +118,5 @@ JobsOption = Annotated[
 ]
 ViewsOption = Annotated[
     int,
-    typer.Option("--views", callback=_check_views, help="1 (centre) or 10 (corners, centre and their mirror images)."),
+    typer.Option("--views", callback=_check_views, help="1 (center) or 10 (corners, center and their mirror images)."),
 ]

@@ -42,31 +42,31 @@ class Recipe:
     width: float = setting(1.0, "-", "fraction of the paper's channels in every layer but the last", 1 / 64, 4)
     input_size: Literal[224, 227] = setting(224, "3.5", "side of the crop in pixels (227: Caffe, unpadded)")
     edge_padding: bool = setting(True, "code", "zeros right of and below 224 pixels: maps of 55 in layer 1, else 54")
-    lrn: Literal["across-maps", "within-map", "none"] = setting("across-maps", "3.3", "kind of response normalisation")
+    lrn: Literal["across-maps", "within-map", "none"] = setting("across-maps", "3.3", "kind of response normalization")
     lrn_size: int = setting(5, "3.3", "n: adjacent maps in the sum (across) or side of the window (within)", 1, 255)
     lrn_k: float = setting(2.0, "3.3", "k: the constant in the denominator", 1e-6)
     lrn_alpha: float = setting(1e-4, "3.3", "alpha, for inputs in 0..255", 0)
     lrn_beta: float = setting(0.75, "3.3", "beta: the power of the denominator", 0)
     lrn_alpha_divided: bool = setting(False, "3.3", "divide alpha by the number of terms, as the code and Caffe do")
-    lrn_joint: bool = setting(False, "3.5", "normalise across both towers' maps, as Caffe does")
-    within_norm_2: bool = setting(False, "code", "one more normalisation, within each map (5x5), in stage 2")
+    lrn_joint: bool = setting(False, "3.5", "normalize across both towers' maps, as Caffe does")
+    within_norm_2: bool = setting(False, "code", "one more normalization, within each map (5x5), in stage 2")
     stage1_order: Order = setting("relu-norm-pool", "3.5", "order of the operations after convolution 1")
     stage2_order: Order = setting("relu-norm-pool", "3.5", "order of the operations after convolution 2")
     pool_size: int = setting(3, "3.4", "side of the pooling window; 3 overlaps at stride 2, 2 does not", 2, 3)
 
     # 4 Reducing overfitting
-    crops: bool = setting(True, "4.1", "random crops in training; otherwise the centre")
+    crops: bool = setting(True, "4.1", "random crops in training; otherwise the center")
     crop_group: int = setting(1, "4.1", "consecutive images that share a crop and a reflection", 1)
     flips: bool = setting(True, "4.1", "random horizontal reflections in training")
-    colour_shift: float = setting(0.1, "4.1", "std of the shift along each principal axis, relative to the axis", 0)
-    colour_shift_epochs: int = setting(0, "4.1", "epochs with the colour shift; 0 = all", 0)
-    colour_shift_divide: float = setting(1.0, "4.1", "divide the shifted image by this", 0.1)
+    color_shift: float = setting(0.1, "4.1", "std of the shift along each principal axis, relative to the axis", 0)
+    color_shift_epochs: int = setting(0, "4.1", "epochs with the color shift; 0 = all", 0)
+    color_shift_divide: float = setting(1.0, "4.1", "divide the shifted image by this", 0.1)
     dropout: float = setting(0.5, "4.2", "probability of dropping a unit of layers 6 and 7", 0, 0.99)
     dropout_inverted: bool = setting(False, "4.2", "rescale in training (as Caffe does) instead of at test time")
 
     # 2 The dataset
     mean: Literal["image", "image-at-crop", "rgb"] = setting(
-        "image", "2", "what is subtracted: the mean image's centre, its part under the crop, or the mean colour"
+        "image", "2", "what is subtracted: the mean image's center, its part under the crop, or the mean color"
     )
     input_divisor: float = setting(1.0, "2", "divide the mean-subtracted input by this", 1e-3, 1e6)
 
@@ -185,8 +185,8 @@ KRIZHEVSKY = replace(
     within_norm_2=True,
     lrn_alpha_divided=True,
     crop_group=32,
-    colour_shift_epochs=67,
-    colour_shift_divide=1.1,
+    color_shift_epochs=67,
+    color_shift_divide=1.1,
     bias_rate=2.0,
     bias_rate_drops=False,
     bias_decay=False,
@@ -204,7 +204,7 @@ CAFFE = replace(
     lrn_k=1.0,
     lrn_alpha_divided=True,
     lrn_joint=True,
-    colour_shift=0.0,
+    color_shift=0.0,
     dropout_inverted=True,
     mean="image-at-crop",
     batch_size=256,

@@ -94,19 +94,19 @@ def _json_is_as_documented(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Reporter, "result", checked)
 
 
-COLOURS = {"blue": (40, 60, 200), "green": (50, 170, 60), "red": (200, 50, 40), "yellow": (220, 200, 60)}
+COLORS = {"blue": (40, 60, 200), "green": (50, 170, 60), "red": (200, 50, 40), "yellow": (220, 200, 60)}
 
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four classes told apart by colour, as JPEGs in train/CLASS and val/CLASS: 12 and 5 of each, noisy."""
+    """Four classes told apart by color, as JPEGs in train/CLASS and val/CLASS: 12 and 5 of each, noisy."""
     folder, generator = tmp_path_factory.mktemp("pictures"), np.random.default_rng(3)
     for split, count in (("train", 12), ("val", 5)):
-        for name, colour in COLOURS.items():
+        for name, color in COLORS.items():
             (folder / split / name).mkdir(parents=True)
             for i in range(count):
                 noise = generator.normal(0, 30, (90, 120, 3)) + generator.normal(0, 10)
-                pixels = np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)
+                pixels = np.clip(np.array(color) + noise, 0, 255).astype(np.uint8)
                 Image.fromarray(pixels).save(folder / split / name / f"{i:02}.jpg", quality=90)
     return folder
 
@@ -114,7 +114,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def prepared(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same, prepared."""
-    output = tmp_path_factory.mktemp("prepared") / "colours"
+    output = tmp_path_factory.mktemp("prepared") / "colors"
     for _ in pack(Plan(recognize(pictures), output, 95), workers=2):
         pass
     return output

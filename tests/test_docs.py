@@ -30,9 +30,7 @@ from documents import (
 SMALL = "--set width=0.03125 --set precision=fp32 --set batch_size=16 --epochs 1"  # a full one takes hours
 WITH_WEIGHTS = ("--init-from", "--resume")  # the width is that of other weights
 ADDED_OPTIONS = {"train": SMALL, "ablate": f"{SMALL} --seeds 1 --only tanh"}
-BRITISH = (
-    r"colour|grey|centre|favour|behaviour|neighbour|licence|(?:normal|special|initial|recogn|optim)is(?:e|ing|ation)"
-)
+BRITISH = r"color|gray|center|favor|behavior|neighbor|license|(?:normal|special|initial|recogn|optim)is(?:e|ing|ation)"
 
 
 def find_options(command: str) -> set[str]:
@@ -75,7 +73,7 @@ def test_links_lead_somewhere(document: str) -> None:
 
 @pytest.mark.parametrize("document", [*DOCUMENTS, "CHANGELOG.md"])
 def test_the_spelling_is_american(document: str) -> None:
-    text = read_document(document).replace("`no-colour-shift`", "")  # the changelog names what was renamed
+    text = read_document(document).replace("`no-color-shift`", "")  # the changelog names what was renamed
     assert not re.findall(BRITISH, text, re.I)
 
 

@@ -47,9 +47,9 @@ def lines(result: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
 def home(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
     """A folder in which the story has been lived through once."""
     folder = tmp_path_factory.mktemp("home")
-    shutil.copytree(pictures, folder / "colours")
+    shutil.copytree(pictures, folder / "colors")
     run = run_in(folder, typed)
-    prepared = run("prepare", "colours")
+    prepared = run("prepare", "colors")
     assert "next" in prepared.stderr
     trained = run("train", *QUICK, "--epochs", "12", "--name", "first")
     assert "val     epoch 12/12" in trained.stderr
@@ -97,16 +97,16 @@ def test_evaluate(home: Path) -> None:
 def test_predict(home: Path) -> None:
     run = run_in(home)
     (home / "broken.jpg").write_bytes(b"no picture")
-    found = lines(run("predict", "colours/val/red", "broken.jpg", "--json", "-k", "2", code=5))
+    found = lines(run("predict", "colors/val/red", "broken.jpg", "--json", "-k", "2", code=5))
     assert len(found) == 6
     assert "error" in found[-1]
     right = [line for line in found[:-1] if line["top"][0]["label"] == "red"]
     assert len(right) >= 4
     assert [entry["rank"] for entry in right[0]["top"]] == [1, 2]
-    torch = lines(run("predict", "colours/val/red", "--json", "--backend", "torch"))
+    torch = lines(run("predict", "colors/val/red", "--json", "--backend", "torch"))
     for a, b in zip(found, torch, strict=False):
         assert a["top"][0]["probability"] == pytest.approx(b["top"][0]["probability"], abs=1e-4)
-    assert "red" in run("predict", "colours/val/red/00.jpg").stdout
+    assert "red" in run("predict", "colors/val/red/00.jpg").stdout
 
 
 def test_visualize_and_export(home: Path) -> None:
@@ -119,7 +119,7 @@ def test_visualize_and_export(home: Path) -> None:
     written = lines(run("export", "-o", "small.onnx", "--json"))[0]
     assert written["max_abs_difference"] < 1e-4
     assert written["top1_agreement"] == 1
-    by_file = lines(run("predict", "colours/val/blue/00.jpg", "-w", "small.onnx", "--json"))[0]
+    by_file = lines(run("predict", "colors/val/blue/00.jpg", "-w", "small.onnx", "--json"))[0]
     assert by_file["top"][0]["label"] == "blue"
 
 
@@ -200,13 +200,13 @@ def test_signals_save_and_stop(home: Path, number: signal.Signals, code: int, mo
     """The signal comes between the first epoch and the second, to this process."""
     log = Run.log
 
-    def signalled(self: Run, record: dict[str, Any]) -> None:
+    def signaled(self: Run, record: dict[str, Any]) -> None:
         log(self, record)
         if record["event"] == "checkpoint":
             signal.raise_signal(number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "log", signalled)
+        patch.setattr(Run, "log", signaled)
         name = f"signal{int(number)}"
         errors = run_in(home)("train", *QUICK, "--epochs", "500", "--name", name, code=code).stderr
     stopped(home, name, errors)

@@ -26,7 +26,7 @@ def test_paper_is_the_paper() -> None:
     assert (p.lrn_k, p.lrn_size, p.lrn_alpha, p.lrn_beta) == (2, 5, 1e-4, 0.75)
     assert (p.pool_size, p.towers, p.activation, p.input_size) == (3, 2, "relu", 224)
     assert (p.batch_size, p.momentum, p.weight_decay, p.learning_rate) == (128, 0.9, 0.0005, 0.01)
-    assert (p.dropout, p.epochs, p.plateau_drops, p.colour_shift) == (0.5, 90, 3, 0.1)
+    assert (p.dropout, p.epochs, p.plateau_drops, p.color_shift) == (0.5, 90, 3, 0.1)
     assert (p.weight_std, p.bias) == (0.01, 1)
     assert not p.lrn_alpha_divided
     assert not p.lrn_joint
@@ -36,7 +36,7 @@ def test_paper_is_the_paper() -> None:
 def test_krizhevsky_is_net_145_as_run() -> None:
     assert changes(KRIZHEVSKY) == {
         "stage1_order": "norm-pool-relu", "within_norm_2": True, "lrn_alpha_divided": True,
-        "crop_group": 32, "colour_shift_epochs": 67, "colour_shift_divide": 1.1,
+        "crop_group": 32, "color_shift_epochs": 67, "color_shift_divide": 1.1,
         "bias_rate": 2.0, "bias_rate_drops": False, "bias_decay": False,
         "conv1_slow_epoch": 67, "conv1_freeze_epoch": 72,
         "schedule": "fixed", "drop_epochs": (25, 51, 79), "epochs": 91,
@@ -148,7 +148,7 @@ def test_settings_as_typed(setting: str, key: str, value: object) -> None:
         ("dropout=nan", "dropout = nan", "at least 0"),
         ("lrn=both", "lrn = 'both'", "across-maps, within-map, none"),
         ("epochs=1.5", "should be a whole number", "at most; such as --set epochs=90"),
-        ("crops=1", "should be true or false", "otherwise the centre; such as --set crops=false"),
+        ("crops=1", "should be true or false", "otherwise the center; such as --set crops=false"),
         ("dropout=half", "dropout = 'half' should be a number", "such as --set dropout=0.5"),
         ("towers=two", "towers = 'two' should be a whole number", "footnote; such as --set towers=2"),
         ("base=tiny", "base is a key of recipe files", "--recipe"),

@@ -54,7 +54,7 @@ def evaluate(
 ) -> None:
     """Measure top-1 and top-5 error.
 
-    On the validation split, with the centre view or the paper's ten.
+    On the validation split, with the center view or the paper's ten.
     """
     from alexnet_cli.core.analysis.neighbors import hash_file
     from alexnet_cli.core.data.shards import find_dataset, open_dataset

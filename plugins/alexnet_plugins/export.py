@@ -132,7 +132,7 @@ def _int8(
             f"{judge.path} holds no validation pictures to count right answers on",
             "prepare it with --val-fraction 0.1, name another set with --data, or say --no-verify",
         )
-    training = exporting.centres(split, exporting.evenly(split, CALIBRATION_IMAGES), side)
+    training = exporting.centers(split, exporting.evenly(split, CALIBRATION_IMAGES), side)
     reporter.line("ranges", f"of {len(training):,} training pictures of {teacher.path}")
     about = {"calibration": {"images": len(training), "data": str(teacher.path)}}
     if not verify:
@@ -143,10 +143,10 @@ def _int8(
         output_of = match_classes(model.classes, judge.classes, model.path)
     except DataError as error:
         raise DataError(error.what, "name a set of the network's classes with --data, or say --no-verify") from error
-    labelled = exporting.labelled(held, side, output_of)
+    labeled = exporting.labeled(held, side, output_of)
     count = min(len(held), exporting.ACCURACY_PICTURES)
     with reporter.waiting("check", f"float32 and int8 on {count:,} of {len(held):,} validation pictures"):
-        check = exporting.export_int8(model, path, training, (exporting.crops_of(judge, model), labelled), force)
+        check = exporting.export_int8(model, path, training, (exporting.crops_of(judge, model), labeled), force)
     loss, (low, high) = check.loss, check.loss.interval
     change, least, most = (100 * (0 - lost) for lost in (loss.lost, high, low))
     _tell(reporter, check.against_torch)

@@ -34,7 +34,7 @@ def neighbors(
     ],
     weights: WeightsOption = None,
     data: OwnDataOption = None,
-    k: Annotated[int, typer.Option("-k", "--neighbors", min=1, help="How many neighbours to show.")] = 6,
+    k: Annotated[int, typer.Option("-k", "--neighbors", min=1, help="How many neighbors to show.")] = 6,
     output: Annotated[
         Path | None,
         typer.Option("-o", "--output", metavar="F.png", help="Contact sheet. [default: figures/ of the run]"),
@@ -71,7 +71,7 @@ def neighbors(
             reporter.show(make_printable(f"{name}\n  cannot be read: {picture}".replace("\n", " ")))
             continue
         records = make_records(near, distances, split, dataset.classes)
-        reporter.result({"path": name, "neighbours": records})
+        reporter.result({"path": name, "neighbors": records})
         reporter.show(_format_table(name, records))
         if len(rows) < MAX_ROWS:
             rows.append(make_sheet_row(name, picture, near, distances, split, dataset.classes))
@@ -111,7 +111,7 @@ def _open_index(
 def _search(
     sources: list[ImageInput], session: Session, vectors: Vectors, k: int
 ) -> Iterator[tuple[str, ImageArray | str, Any, Any]]:
-    """Every picture's name, pixels (or why there are none), and the rows and distances of its neighbours."""
+    """Every picture's name, pixels (or why there are none), and the rows and distances of its neighbors."""
     from alexnet_cli.core.analysis.neighbors import check_range, find_nearest
     from alexnet_cli.core.analysis.units import compute_activations
     from alexnet_cli.core.inference.inputs import prefetch
@@ -129,7 +129,7 @@ def _search(
 
 
 def _format_table(name: str, records: list[dict[str, Any]]) -> str:
-    """A line for each neighbour: rank, distance, class, and which picture of the source it is."""
+    """A line for each neighbor: rank, distance, class, and which picture of the source it is."""
     width = max(len("class"), *(len(make_printable(record["label"])) for record in records))
     lines = [make_printable(name), f"  rank  distance  {'class':<{width}}  picture"]
     for record in records:

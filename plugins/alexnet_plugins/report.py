@@ -27,7 +27,7 @@ def report(
 ) -> None:
     """Write one page about a run.
 
-    Recipe, curves, filters, confusions, examples, neighbours, speed. Results of `evaluate` and the index of
+    Recipe, curves, filters, confusions, examples, neighbors, speed. Results of `evaluate` and the index of
     `neighbors` are used if they are of these weights, and made otherwise.
     """
     from alexnet_cli.core.data.shards import Dataset

@@ -32,7 +32,7 @@ RECIPES = {
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
-def test_every_layer_is_what_the_network_makes_of_the_centre_crop(recipe: Recipe) -> None:
+def test_every_layer_is_what_the_network_makes_of_the_center_crop(recipe: Recipe) -> None:
     model = random_model(replace(recipe, width=1 / 32))
     found = trace_image(model, PICTURE)
     side = recipe.input_size
@@ -108,8 +108,8 @@ def test_a_tower_at_rest_is_black_and_the_highest_answer_of_the_layer_white() ->
     assert (map25[:29] == 255).all()
     assert (map25[31:] == 0).all()
     assert found.layers[0].sort_units(1)[:2] == [25, 22]
-    greys = activations.scale_to_grey(found.layers[0])
-    assert greys[22, 6, 6] == round(255 * (2 / 8) ** 0.5)
+    grays = activations.scale_to_gray(found.layers[0])
+    assert grays[22, 6, 6] == round(255 * (2 / 8) ** 0.5)
     [one, two] = make_layer_records(found, [0, 1])[0]["strongest"]
     assert one == {"tower": 1, "unit": None, "response": 0.0, "active": 0.0}
     assert two["unit"] == 25
@@ -118,12 +118,12 @@ def test_a_tower_at_rest_is_black_and_the_highest_answer_of_the_layer_white() ->
     assert page.getpixel((left + 150, top + 150)) == (10, 200, 30)
 
 
-def test_where_answers_lie_on_both_sides_of_rest_that_is_mid_grey() -> None:
+def test_where_answers_lie_on_both_sides_of_rest_that_is_mid_gray() -> None:
     values = np.zeros((4, 3, 3), np.float32)
     values[0, 0, 0], values[3, 1, 1] = -1.0, 0.25
     layer = make_trace(values, lowest=-1.0).layers[0]
-    greys = activations.scale_to_grey(layer)
-    assert (greys[0, 0, 0], greys[1, 0, 0], greys[3, 1, 1]) == (0, 128, round(255 * 0.75))
+    grays = activations.scale_to_gray(layer)
+    assert (grays[0, 0, 0], grays[1, 0, 0], grays[3, 1, 1]) == (0, 128, round(255 * 0.75))
 
 
 def test_a_strip_has_a_square_for_each_unit_and_nothing_after_the_last() -> None:

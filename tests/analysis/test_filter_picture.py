@@ -15,7 +15,7 @@ def noise(count: int, seed: int = 0) -> Kernels:
     return np.random.default_rng(seed).standard_normal((count, 3, 11, 11), dtype=np.float32)
 
 
-def test_grid_puts_every_weight_on_its_pixel_and_zero_on_mid_grey() -> None:
+def test_grid_puts_every_weight_on_its_pixel_and_zero_on_mid_gray() -> None:
     kernels = np.zeros((5, 3, 11, 11), np.float32)
     kernels[3, 0, 10, 2], kernels[3, 2, 0, 0] = 2.0, -1.0
     page = filter_picture.draw_grid(kernels, np.full(5, 2, np.float32), columns=3)
@@ -37,7 +37,7 @@ def test_rows_are_those_of_figure_3() -> None:
     assert filter_picture.count_columns(3) == 3
 
 
-def test_figure_enlarges_without_mixing_neighbours() -> None:
+def test_figure_enlarges_without_mixing_neighbors() -> None:
     kernels = noise(12)
     pixels = filter_picture.draw_grid(kernels, filter_picture.shared_limits([kernels])[0], 6)
     image = np.asarray(filter_picture.draw_figure([("tower 1", pixels)], "title"))
@@ -61,12 +61,12 @@ def test_the_joint_scale_is_the_largest_weight_of_both_towers_and_the_other_one_
         assert tile.max() == 255 or tile.min() == 1
 
 
-def test_a_kernel_of_zeros_is_mid_grey_on_its_own_scale() -> None:
+def test_a_kernel_of_zeros_is_mid_gray_on_its_own_scale() -> None:
     kernels = np.zeros((1, 3, 11, 11), np.float32)
     assert (filter_picture.draw_grid(kernels, filter_picture.kernel_limits([kernels])[0], 1)[1:12, 1:12] == 128).all()
 
 
-def test_svg_has_a_square_of_the_right_colour_for_every_weight() -> None:
+def test_svg_has_a_square_of_the_right_color_for_every_weight() -> None:
     kernels = noise(7, 5)
     pixels = filter_picture.draw_grid(kernels, filter_picture.shared_limits([kernels])[0], 4)
     root = ElementTree.fromstring(filter_picture.draw_svg([("tower <1> & more", pixels)], "conv1, run x"))
@@ -75,9 +75,9 @@ def test_svg_has_a_square_of_the_right_colour_for_every_weight() -> None:
     drawn = np.full_like(pixels, 255)
     squares = 0
     for path in root.iter(f"{space}path"):
-        colour = [int(path.attrib["fill"][i : i + 2], 16) for i in (1, 3, 5)]
+        color = [int(path.attrib["fill"][i : i + 2], 16) for i in (1, 3, 5)]
         for x, y in re.findall(r"M(\d+) (\d+)h1v1h-1z", path.attrib["d"]):
-            drawn[int(y), int(x)] = colour
+            drawn[int(y), int(x)] = color
             squares += 1
     assert (drawn == pixels).all()
     assert squares == (pixels != 255).any(axis=2).sum() > 800

@@ -1,4 +1,4 @@
-"""Section 6.1 in numbers: colour share, separation, chance, smoothness; and the pixels of the figure."""
+"""Section 6.1 in numbers: color share, separation, chance, smoothness; and the pixels of the figure."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ def noise(count: int, seed: int = 0) -> Kernels:
     return np.random.default_rng(seed).standard_normal((count, 3, 11, 11), dtype=np.float32)
 
 
-def grey(count: int, seed: int = 0) -> Kernels:
+def gray(count: int, seed: int = 0) -> Kernels:
     return np.repeat(noise(count, seed)[:, :1], 3, axis=1)
 
 
 def opponent(count: int, seed: int = 0) -> Kernels:
     """Red against green and blue, in every pixel as much of one as of the others."""
-    return grey(count, seed) * np.array([1.0, -0.5, -0.5], np.float32)[:, None, None]
+    return gray(count, seed) * np.array([1.0, -0.5, -0.5], np.float32)[:, None, None]
 
 
-def test_colour_share_of_grey_opponent_and_dead_kernels() -> None:
-    assert filters.measure_chroma(grey(5)) == pytest.approx(0, abs=1e-6)
+def test_color_share_of_gray_opponent_and_dead_kernels() -> None:
+    assert filters.measure_chroma(gray(5)) == pytest.approx(0, abs=1e-6)
     assert filters.measure_chroma(opponent(5)) == pytest.approx(1, abs=1e-6)
     assert filters.measure_chroma(np.zeros((2, 3, 11, 11), np.float32)).tolist() == [0, 0]
 
 
-def test_colour_share_is_the_energy_outside_the_grey_axis_of_a_full_basis() -> None:
+def test_color_share_is_the_energy_outside_the_gray_axis_of_a_full_basis() -> None:
     axes = np.array([[1, 1, 1], [1, -1, 0], [1, 1, -2]]) / np.sqrt([[3], [2], [6]])
     kernels = noise(4)
     for kernel, share in zip(kernels, filters.measure_chroma(kernels), strict=True):
@@ -42,11 +42,11 @@ def test_colour_share_is_the_energy_outside_the_grey_axis_of_a_full_basis() -> N
         assert share == pytest.approx((energy[1] + energy[2]) / sum(energy), rel=1e-6)
 
 
-def test_random_kernels_have_two_thirds_colour_and_towers_that_chance_explains() -> None:
+def test_random_kernels_have_two_thirds_color_and_towers_that_chance_explains() -> None:
     means: list[float] = []
     p_values: list[float] = []
     for seed in range(20):
-        found = filters.measure_specialisation(filters.split_towers(noise(96, seed), 2))
+        found = filters.measure_specialization(filters.split_towers(noise(96, seed), 2))
         assert found.auc is not None
         assert found.p_value is not None
         assert 0.5 <= found.auc < 0.7  # four deviations of the null: sqrt(97 / 12 / 48 / 48) = 0.06
@@ -56,13 +56,13 @@ def test_random_kernels_have_two_thirds_colour_and_towers_that_chance_explains()
     assert 0.25 < np.mean(p_values) < 0.75
 
 
-@pytest.mark.parametrize("colour_tower", [0, 1])
-def test_a_planted_colour_tower_is_found(colour_tower: int) -> None:
-    towers = [noise(48, 1) * 0.3 + grey(48, 2), noise(48, 3) * 0.3 + opponent(48, 4)]
-    found = filters.measure_specialisation(towers if colour_tower else towers[::-1])
+@pytest.mark.parametrize("color_tower", [0, 1])
+def test_a_planted_color_tower_is_found(color_tower: int) -> None:
+    towers = [noise(48, 1) * 0.3 + gray(48, 2), noise(48, 3) * 0.3 + opponent(48, 4)]
+    found = filters.measure_specialization(towers if color_tower else towers[::-1])
     assert found.auc == 1.0
     assert found.p_value == pytest.approx(1 / 10_001)
-    assert found.means[colour_tower] > 0.9 > 0.3 > found.means[1 - colour_tower]
+    assert found.means[color_tower] > 0.9 > 0.3 > found.means[1 - color_tower]
 
 
 def literal_auc(first: Vector, second: Vector) -> float:
@@ -95,16 +95,16 @@ def test_permutation_p_is_the_share_of_all_divisions_that_do_as_well() -> None:
 
 
 def test_faint_kernels_are_counted_as_dead_and_left_out() -> None:
-    towers = [grey(24, 1), opponent(24, 2)]
+    towers = [gray(24, 1), opponent(24, 2)]
     towers[0][:3] = 1e-4 * opponent(3)
     towers[1][:2] = 0
-    found = filters.measure_specialisation(towers)
+    found = filters.measure_specialization(towers)
     assert found.dead == 5
     assert found.auc == 1.0
 
 
 def test_one_tower_has_no_separation() -> None:
-    found = filters.measure_specialisation(filters.split_towers(noise(48), 1))
+    found = filters.measure_specialization(filters.split_towers(noise(48), 1))
     assert (found.auc, found.p_value, len(found.means)) == (None, None, 1)
 
 
@@ -113,8 +113,8 @@ def test_noise_is_called_undertrained_and_gratings_are_not() -> None:
     waves = [np.sin(0.9 * (x * np.cos(turn) + y * np.sin(turn))) for turn in np.linspace(0, 3, 8)]
     gratings = np.repeat(np.array(waves, np.float32)[:, None], 3, axis=1)
     assert filters.measure_smoothness(noise(96)) == pytest.approx(0, abs=0.03)
-    assert filters.measure_specialisation([noise(24), noise(24, 1)]).undertrained
-    assert not filters.measure_specialisation([gratings[:4], gratings[4:]]).undertrained
+    assert filters.measure_specialization([noise(24), noise(24, 1)]).undertrained
+    assert not filters.measure_specialization([gratings[:4], gratings[4:]]).undertrained
 
 
 def test_separation_and_its_chance_are_those_of_scipy() -> None:
@@ -148,9 +148,9 @@ def test_nineteen_random_networks_of_twenty_have_a_half_in_their_interval() -> N
 
 
 def test_means_weigh_kernels_by_their_norm() -> None:
-    kernels = np.concatenate([3 * grey(1) / np.linalg.norm(grey(1)), opponent(1, 2) / np.linalg.norm(opponent(1, 2))])
-    found = filters.measure_specialisation([kernels.astype(np.float32)])
-    assert found.means[0] == pytest.approx(0.25, abs=1e-5)  # 3 parts without colour, one with nothing else
+    kernels = np.concatenate([3 * gray(1) / np.linalg.norm(gray(1)), opponent(1, 2) / np.linalg.norm(opponent(1, 2))])
+    found = filters.measure_specialization([kernels.astype(np.float32)])
+    assert found.means[0] == pytest.approx(0.25, abs=1e-5)  # 3 parts without color, one with nothing else
     assert found.towers[0].norm == pytest.approx([3, 1], rel=1e-5)
 
 
@@ -167,7 +167,7 @@ def test_noise_between_learned_kernels_is_flagged_kernel_by_kernel() -> None:
     towers = [smooth[:10].copy(), smooth[10:].copy()]
     towers[0][[2, 7]] = noise(2, 9) / 19
     towers[1][4] = 0
-    found = filters.measure_specialisation(towers)
+    found = filters.measure_specialization(towers)
     assert np.flatnonzero(found.towers[0].undertrained).tolist() == [2, 7]
     assert np.flatnonzero(found.towers[1].dead).tolist() == [4]
     assert not found.towers[1].undertrained.any()
@@ -176,32 +176,30 @@ def test_noise_between_learned_kernels_is_flagged_kernel_by_kernel() -> None:
 
 @pytest.mark.parametrize("towers", [1, 2])
 def test_the_index_of_an_epoch_is_that_of_the_whole_measurement(towers: int) -> None:
-    weight = np.concatenate([noise(24, 1) * 0.3 + grey(24, 2), noise(24, 3)])
+    weight = np.concatenate([noise(24, 1) * 0.3 + gray(24, 2), noise(24, 3)])
     weight[5] = 0
     found, told = (
-        filters.measure_specialisation(filters.split_towers(weight, towers)),
+        filters.measure_specialization(filters.split_towers(weight, towers)),
         filters.summarize_epoch(weight, towers),
     )
-    assert told.get("specialisation") == found.auc
+    assert told.get("specialization") == found.auc
     assert [told[f"chroma_tower{i + 1}"] for i in range(towers)] == pytest.approx(list(found.means))
     assert len(told) == (3 if towers == 2 else 1)
 
 
-def grating(
-    frequency: float, degrees: float, colour: tuple[float, float, float] = (1, 1, 1)
-) -> npt.NDArray[np.float32]:
+def grating(frequency: float, degrees: float, color: tuple[float, float, float] = (1, 1, 1)) -> npt.NDArray[np.float32]:
     """Stripes that run at so many degrees from the rows, anticlockwise, under a soft window."""
     down, across = np.mgrid[-5:6, -5:6].astype(float)
     turn = np.radians(degrees)
     phase = 2 * np.pi * frequency * (down * np.cos(turn) + across * np.sin(turn))
     pattern = np.sin(phase) * np.exp(-(down**2 + across**2) / 18)
-    coloured: npt.NDArray[np.float32] = np.array(colour, np.float32)[:, None, None] * pattern.astype(np.float32)
-    return coloured
+    colored: npt.NDArray[np.float32] = np.array(color, np.float32)[:, None, None] * pattern.astype(np.float32)
+    return colored
 
 
 @pytest.mark.parametrize("degrees", [0, 30, 45, 90, 135])
 @pytest.mark.parametrize("frequency", [0.15, 0.25])
-def test_gratings_are_recognised_whatever_their_colour(frequency: float, degrees: float) -> None:
+def test_gratings_are_recognized_whatever_their_color(frequency: float, degrees: float) -> None:
     kernels = np.stack([grating(frequency, degrees), grating(frequency, degrees, (1, -1, 0))])
     found = filters.find_strongest_wave(kernels)
     assert found.frequency == pytest.approx([frequency] * 2, abs=0.02)
@@ -230,15 +228,15 @@ def test_power_is_the_sum_over_every_pixel() -> None:
     energy = filters.compute_power(kernel)[0]
     for down, across in ((0, 0), (3, 0), (1, 60), (32, 17)):
         total = 0.0
-        for colour in range(3):
+        for color in range(3):
             wave = 0j
             for y, x in itertools.product(range(4), range(5)):
-                wave += float(kernel[0, colour, y, x]) * cmath.exp(-2j * cmath.pi * (down * y + across * x) / 64)
+                wave += float(kernel[0, color, y, x]) * cmath.exp(-2j * cmath.pi * (down * y + across * x) / 64)
             total += abs(wave) ** 2
         assert energy[down, across] == pytest.approx(total, rel=1e-6)
 
 
-def test_orientation_and_power_do_not_change_when_colours_are_rotated() -> None:
+def test_orientation_and_power_do_not_change_when_colors_are_rotated() -> None:
     axes, _ = np.linalg.qr(np.random.default_rng(2).standard_normal((3, 3)))
     kernels = np.random.default_rng(3).standard_normal((4, 3, 11, 11)).astype(np.float32)
     turned = np.einsum("cd,ndyx->ncyx", axes, kernels).astype(np.float32)

@@ -86,7 +86,7 @@ def test_sizes_are_those_that_the_kernels_and_strides_of_the_paper_give() -> Non
     assert sizes == [11, 19 + 4 * 8, 19 + 4 * 8 + 2 * 8 + 2 * 16, 131, 163]
 
 
-def test_a_patch_is_its_part_of_the_picture_and_grey_beside_it() -> None:
+def test_a_patch_is_its_part_of_the_picture_and_gray_beside_it() -> None:
     picture = np.random.default_rng(0).integers(0, 100, (256, 256, 3), dtype=np.uint8)
     (top, bottom), (left, right) = (receptive_field(PAPER, "conv3", p, clipped=False) for p in (0, 6))
     patch = units.cut_receptive_field(picture, PAPER, "conv3", (0, 6))

@@ -1,4 +1,4 @@
-"""Section 4.1 against a slow per-image version in numpy: crops, mirrors, colour shift, means, ten views."""
+"""Section 4.1 against a slow per-image version in numpy: crops, mirrors, color shift, means, ten views."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def one_by_one(recipe: Recipe, draws: AugmentParams, epoch: int) -> npt.NDArray[
             view = view - MEAN[:, low : low + size, low : low + size]
         if recipe.mean == "rgb":
             view = view - MEAN.astype(np.float64).mean((1, 2))[:, None, None]
-        if recipe.colour_shift and not (recipe.colour_shift_epochs and epoch > recipe.colour_shift_epochs):
-            alphas = recipe.colour_shift * draws.colour[row].astype(np.float64)
+        if recipe.color_shift and not (recipe.color_shift_epochs and epoch > recipe.color_shift_epochs):
+            alphas = recipe.color_shift * draws.color[row].astype(np.float64)
             shift = sum(alphas[i] * STD[i] * AXES[:, i].astype(np.float64) for i in range(3))
-            view = (view + np.asarray(shift)[:, None, None]) / recipe.colour_shift_divide
+            view = (view + np.asarray(shift)[:, None, None]) / recipe.color_shift_divide
         out.append(view / recipe.input_divisor)
     return np.stack(out)
 
@@ -52,7 +52,7 @@ def one_by_one(recipe: Recipe, draws: AugmentParams, epoch: int) -> npt.NDArray[
 @pytest.mark.parametrize(
     ("recipe", "epoch"),
     [(PAPER, 1), (KRIZHEVSKY, 67), (KRIZHEVSKY, 68), (CAFFE, 1), (replace(PAPER, mean="rgb", input_divisor=64.0), 3),
-     (replace(PAPER, crops=False, flips=False, colour_shift=0.0), 1)],
+     (replace(PAPER, crops=False, flips=False, color_shift=0.0), 1)],
 )  # fmt: skip
 @pytest.mark.parametrize("by_index", [False, True])
 def test_training_views(recipe: Recipe, epoch: int, by_index: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,7 +72,7 @@ def test_views_in_bf16_are_rounded_once(way: str, monkeypatch: pytest.MonkeyPatc
     halves = Augment(PAPER, MEAN, STD, AXES, CPU, torch.bfloat16)
     for found, right in (
         (halves.train(images, ROWS, draws, 1), pixels(PAPER).train(images, ROWS, draws, 1)),
-        (halves.centre_view(images), pixels(PAPER).centre_view(images)),
+        (halves.center_view(images), pixels(PAPER).center_view(images)),
     ):
         assert found.is_contiguous(memory_format=torch.channels_last)
         torch.testing.assert_close(found, right.bfloat16(), rtol=0, atol=0)
@@ -106,7 +106,7 @@ def test_draws_belong_to_the_row_and_the_epoch() -> None:
     assert (draws.offsets != later.offsets).any()
     assert set(draws.offsets.flatten().tolist()) == set(range(33))  # 33 x 33 places
     assert draws.flips.mean() == pytest.approx(0.5, abs=0.04)
-    assert draws.colour.std() == pytest.approx(1, abs=0.03)
+    assert draws.color.std() == pytest.approx(1, abs=0.03)
     assert set(AugmentParams.of_epoch(4000, CAFFE, 1).offsets.flatten().tolist()) == set(range(30))
 
 
@@ -117,7 +117,7 @@ def test_all_places_are_equally_likely_and_nothing_depends_on_anything() -> None
     assert len(counts) == 33 * 33
     chi2 = float(((counts - 100) ** 2 / 100).sum())  # 1088 degrees of freedom: deviation sqrt(2 x 1088) = 47
     assert abs(chi2 - 1088) < 5 * 47
-    columns = [*draws.offsets.T, draws.flips, *draws.colour.T, np.roll(draws.offsets[:, 0], 1)]
+    columns = [*draws.offsets.T, draws.flips, *draws.color.T, np.roll(draws.offsets[:, 0], 1)]
     correlations = np.corrcoef(np.stack([c.astype(np.float64) for c in columns]))
     assert np.abs(correlations - np.eye(len(columns))).max() < 5 / np.sqrt(rows)
 
@@ -130,15 +130,15 @@ def test_a_picture_s_view_does_not_depend_on_its_batch() -> None:
         assert torch.equal(part, together[order])
 
 
-def test_the_colour_shift_has_the_deviations_of_the_paper() -> None:
+def test_the_color_shift_has_the_deviations_of_the_paper() -> None:
     draws = AugmentParams.of_epoch(100_000, PAPER, 1)
-    shift = pixels(PAPER)._shift(draws.colour, 1)
+    shift = pixels(PAPER)._shift(draws.color, 1)
     assert shift is not None
     expected = AXES @ np.diag((0.1 * STD) ** 2) @ AXES.T  # covariance of sum over axes of N(0, 0.1) x deviation
     np.testing.assert_allclose(np.cov(shift.T), expected, atol=0.02 * float(expected.max()))
 
 
-def test_ten_views_are_four_corners_the_centre_and_their_mirrors() -> None:
+def test_ten_views_are_four_corners_the_center_and_their_mirrors() -> None:
     views = list(pixels(PAPER).ten_views(torch.from_numpy(IMAGES)))
     mean = MEAN[:, 16:240, 16:240]
     corners = [(0, 0), (0, 32), (32, 0), (32, 32), (16, 16)]
@@ -149,18 +149,18 @@ def test_ten_views_are_four_corners_the_centre_and_their_mirrors() -> None:
         raw = IMAGES[:, top : top + 224, left : left + 224, :][:, :, ::-1].transpose(0, 3, 1, 2)
         np.testing.assert_allclose(mirrored.numpy(), raw - mean, atol=1e-3)
         assert not torch.equal(view, mirrored)
-    torch.testing.assert_close(views[4], pixels(PAPER).centre_view(torch.from_numpy(IMAGES)))
+    torch.testing.assert_close(views[4], pixels(PAPER).center_view(torch.from_numpy(IMAGES)))
 
 
 def test_crops_are_shared_by_images_one_after_the_other() -> None:
-    """Net #145 drew one crop and reflection for 32 images in a row; colours stayed each image's own."""
+    """Net #145 drew one crop and reflection for 32 images in a row; colors stayed each image's own."""
     order = np.random.default_rng(1).permutation(100)
     draws = AugmentParams.of_epoch(100, KRIZHEVSKY, 1, order)
-    offsets, flips, colour = draws.offsets[order], draws.flips[order], draws.colour[order]
+    offsets, flips, color = draws.offsets[order], draws.flips[order], draws.color[order]
     for first in range(0, 100, 32):
         group = slice(first, first + 32)
         assert (offsets[group] == offsets[first]).all()
         assert (flips[group] == flips[first]).all()
-        assert len(np.unique(colour[group, 0])) == len(colour[group])
+        assert len(np.unique(color[group, 0])) == len(color[group])
     assert len(np.unique(offsets[::32], axis=0)) > 1
     assert len(np.unique(AugmentParams.of_epoch(100, PAPER, 1, order).offsets, axis=0)) > 50

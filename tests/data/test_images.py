@@ -23,7 +23,7 @@ def saved(picture: Image.Image, format: str, **options: object) -> bytes:
 
 
 def scene(width: int = 90, height: int = 60) -> Image.Image:
-    """Smooth colours with a few sharp edges."""
+    """Smooth colors with a few sharp edges."""
     y, x = np.mgrid[0:height, 0:width]
     rgb = np.stack([x * 255 // width, y * 255 // height, (x // 9 + y // 7) % 2 * 200], -1)
     return Image.fromarray(rgb.astype(np.uint8))
@@ -39,13 +39,13 @@ PICTURES = {
     "rgb.jpg": saved(scene(), "JPEG", quality=90),
     "444.jpg": saved(scene(), "JPEG", quality=90, subsampling=0),
     "progressive.jpg": saved(scene(), "JPEG", progressive=True),
-    "grey.jpg": saved(scene().convert("L"), "JPEG"),
+    "gray.jpg": saved(scene().convert("L"), "JPEG"),
     "cmyk.jpg": saved(scene().convert("CMYK"), "JPEG"),
     "png named.jpg": saved(scene(), "PNG"),
     "palette.png": saved(scene().quantize(16), "PNG"),
     "transparent palette.png": saved(transparent(), "PNG", transparency=bytes(range(16))),
     "alpha.png": saved(scene().convert("RGBA"), "PNG"),
-    "grey alpha.png": saved(scene().convert("LA"), "PNG"),
+    "gray alpha.png": saved(scene().convert("LA"), "PNG"),
     "one bit.png": saved(scene().convert("1"), "PNG"),
     "animated.gif": saved(scene(), "GIF", save_all=True, append_images=[scene(90, 60).rotate(90)]),
     "picture.bmp": saved(scene(), "BMP"),
@@ -153,12 +153,12 @@ def test_damaged_exif_turns_nothing() -> None:
     np.testing.assert_array_equal(images.upright(rgb, b"no picture"), rgb)
 
 
-def test_sizes_and_centre() -> None:
+def test_sizes_and_center() -> None:
     assert images.scaled_size(375, 500) == (256, 341)  # 341.33
     assert images.scaled_size(500, 333) == (384, 256)  # 384.38
     assert images.scaled_size(64, 64) == (256, 256)
     ramp = np.repeat(np.arange(261, dtype=np.uint16)[None, :, None], 256, 0).astype(np.uint8)
-    assert images.centre(ramp)[0, 0, 0] == 2  # (261 - 256) // 2
+    assert images.center(ramp)[0, 0, 0] == 2  # (261 - 256) // 2
 
 
 @pytest.mark.parametrize("engine", ENGINES)

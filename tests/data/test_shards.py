@@ -33,7 +33,7 @@ CLASSES = ("circle", "square", "star")
 
 
 def picture(seed: int, width: int = 70, height: int = 50) -> bytes:
-    """A coloured gradient, different for each seed."""
+    """A colored gradient, different for each seed."""
     random = np.random.default_rng(seed)
     corners = random.integers(0, 256, (2, 2, 3)).astype(np.uint8)
     buffer = io.BytesIO()
@@ -147,10 +147,10 @@ def test_statistics_are_those_of_the_pixels(folder: Path, prepared: Path) -> Non
     flat = pixels.reshape(-1, 3).astype(np.float64)
     np.testing.assert_allclose(dataset.mean_rgb, flat.mean(0), rtol=1e-6)
     covariance = np.cov(flat.T, bias=True)
-    assert (np.diff(dataset.colour_std) > 0).all()
-    axes = dataset.colour_axes.astype(np.float64)
+    assert (np.diff(dataset.color_std) > 0).all()
+    axes = dataset.color_axes.astype(np.float64)
     np.testing.assert_allclose(axes.T @ axes, np.eye(3), atol=1e-6)
-    np.testing.assert_allclose(covariance @ axes, axes * dataset.colour_std**2, rtol=1e-4, atol=1e-2)
+    np.testing.assert_allclose(covariance @ axes, axes * dataset.color_std**2, rtol=1e-4, atol=1e-2)
     # The stored JPEGs are what training sees: nearly the same.
     split = dataset.split("train")
     stored = np.stack([fast_images.decode(bytes(split.jpeg(row))) for row in range(len(split))])
@@ -163,7 +163,7 @@ def test_sums_are_exact_at_the_extreme() -> None:
         sums.add([np.full((256, 256, 3), 255, np.uint8)] * 257)
     assert (sums.products == 514 * 256 * 256 * 255 * 255).all()
     assert (sums.pixels == 514 * 255).all()
-    deviations, _ = sums.colour_axes()
+    deviations, _ = sums.color_axes()
     np.testing.assert_array_equal(deviations, 0)
 
 

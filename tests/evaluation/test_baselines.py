@@ -39,15 +39,15 @@ def test_the_loss_of_one_answer_for_all(pictures: list[int], smoothing: float) -
     """The lowest that gradient descent finds for logits that see no picture."""
     labels = torch.repeat_interleave(torch.arange(4), torch.tensor(pictures))
     logits = torch.zeros(4, dtype=torch.float64, requires_grad=True)
-    optimiser = torch.optim.LBFGS([logits], max_iter=200, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([logits], max_iter=200, line_search_fn="strong_wolfe")
 
     def loss() -> torch.Tensor:
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         found = functional.cross_entropy(logits.expand(len(labels), 4), labels, label_smoothing=smoothing)
         found.backward()
         return found
 
-    optimiser.step(loss)
+    optimizer.step(loss)
     assert baselines.constant_loss(np.array(pictures), smoothing) == pytest.approx(loss().item(), abs=1e-4)
     if len(set(pictures)) == 1:
         assert baselines.constant_loss(np.array(pictures), smoothing) == pytest.approx(math.log(4))

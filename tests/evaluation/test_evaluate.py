@@ -14,7 +14,7 @@ from alexnet_cli.core.data.classes import ClassName
 from alexnet_cli.core.data.loader import Batch
 from alexnet_cli.core.evaluation.baselines import wilson_interval
 from alexnet_cli.core.evaluation.evaluate import Evaluation, TorchClassifier, evaluate, match_classes, rank_classes
-from alexnet_cli.core.model.network import Network, initialise
+from alexnet_cli.core.model.network import Network, initialize
 from alexnet_cli.core.parallel.placement import Placement
 from alexnet_cli.errors import DataError
 from alexnet_cli.recipe import FAST
@@ -56,7 +56,7 @@ def test_ranking_of_few_classes() -> None:
 def classifier(views: int) -> TorchClassifier:
     recipe = replace(FAST, width=1 / 16)
     network = Network(recipe, 5)
-    initialise(network)
+    initialize(network)
     mean = np.full((3, 256, 256), 120, np.float32)
     return TorchClassifier(network, Augment(recipe, mean, None, None, CPU.device), CPU, views)
 

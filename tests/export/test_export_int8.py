@@ -25,13 +25,13 @@ from model_files import random_model, save_model
 
 SMALL = replace(PAPER, width=1 / 16)
 Crops = npt.NDArray[np.uint8]
-COLOURS = ("blue", "green", "red", "yellow")
+COLORS = ("blue", "green", "red", "yellow")
 
 
 def four(path: Path) -> Path:
-    """A model file for the four colours."""
+    """A model file for the four colors."""
     model = random_model(SMALL, 4)
-    return save_model(replace(model, classes=tuple(ClassName(name) for name in COLOURS)), path)
+    return save_model(replace(model, classes=tuple(ClassName(name) for name in COLORS)), path)
 
 
 def right(model: Model, crops: Crops) -> list[tuple[Crops, npt.NDArray[np.int64]]]:
@@ -100,7 +100,7 @@ def test_pictures_to_judge_on_are_all_or_evenly_spaced(prepared: Path, monkeypat
     assert evenly(split, 100) == list(range(20))
     assert evenly(split, 3) == [0, 9, 19]
     monkeypatch.setattr(exporting, "BATCH", 8)
-    batches = list(exporting.labelled(split, 224, np.array([3, 2, 1, 0])))
+    batches = list(exporting.labeled(split, 224, np.array([3, 2, 1, 0])))
     assert [len(crops) for crops, _ in batches] == [8, 8, 4]
     assert batches[0][0].shape == (8, 3, 224, 224)
     np.testing.assert_array_equal(np.concatenate([labels for _, labels in batches]), 3 - split.labels)

@@ -70,11 +70,11 @@ def test_every_recipe_in_int8_gives_nearly_the_same_answers(name: str, tmp_path:
     expected, found = whole.logits(crops), small.logits(crops)
     np.testing.assert_allclose(found, expected, atol=0.05 * float(np.ptp(expected)))
     if name != "sigmoid":  # which with such weights hardly tells pictures apart in float32 either
-        centred = [x - x.mean(0) for x in (expected, found)]
-        assert np.corrcoef(centred[0].ravel(), centred[1].ravel())[0, 1] > 0.98
+        centered = [x - x.mean(0) for x in (expected, found)]
+        assert np.corrcoef(centered[0].ravel(), centered[1].ravel())[0, 1] > 0.98
     np.testing.assert_allclose(small.probabilities(crops).sum(1), 1, atol=1e-5)
     casts = {node.input[0] for node in proto.graph.node if node.op_type == "Cast"}
-    assert casts <= {"mean.centre"}  # of no codes: OpenCV misreads that
+    assert casts <= {"mean.center"}  # of no codes: OpenCV misreads that
     weights = [c for c in proto.graph.initializer if c.name.endswith(".codes") and c.data_type == TensorProto.INT8]
     assert len(weights) == 8
     assert small.recipe == recipe
@@ -96,15 +96,15 @@ def test_a_layer_is_what_whole_numbers_give(tmp_path: Path) -> None:
     crops = drawn_crops(224, 2)
     proto, _, _ = int8(replace(PAPER, width=1 / 16), crops, tmp_path / "a.onnx")
     constant = {c.name: numpy_helper.to_array(c) for c in proto.graph.initializer}
-    names = ["centred", "centred.quantized", "conv1.relu.quantized"]
+    names = ["centered", "centered.quantized", "conv1.relu.quantized"]
     kinds = [TensorProto.FLOAT, TensorProto.UINT8, TensorProto.UINT8]
     proto.graph.output.extend(helper.make_tensor_value_info(n, k, None) for n, k in zip(names, kinds, strict=True))
     import onnxruntime
 
     session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
-    centred, entered, left = session.run(names, {"input": crops.astype(np.float32)})
-    scale, zero = constant["centred.scale"], int(constant["centred.zero"])
-    np.testing.assert_array_equal(entered, np.rint(centred / scale + zero).clip(0, 255))
+    centered, entered, left = session.run(names, {"input": crops.astype(np.float32)})
+    scale, zero = constant["centered.scale"], int(constant["centered.zero"])
+    np.testing.assert_array_equal(entered, np.rint(centered / scale + zero).clip(0, 255))
     codes = constant["conv1.weight.codes"].astype(np.float64)
     shifted = np.pad(entered[1].astype(np.float64) - zero, ((0, 0), (0, 3), (0, 3)))
     sums = convolved(shifted, codes, constant["conv1.bias.codes"].astype(np.float64), 4, 0, 1)
@@ -142,7 +142,7 @@ def test_the_whole_network_takes_at_most_62_megabytes(recipe: Recipe, tmp_path: 
     per_tower = TWO_TOWERS if recipe.towers == 2 else ONE_TOWER
 
     def counts(width: float, classes: int) -> tuple[int, int, int]:
-        """Weights, output channels, entries of the bands of normalisation."""
+        """Weights, output channels, entries of the bands of normalization."""
         c = [recipe.towers * max(1, round(n * width)) for n in per_tower]
         t = 1 if recipe.lrn_joint else recipe.towers
         seen = [3 * 121, c[0] // recipe.towers * 25, c[1] * 9, c[2] // recipe.towers * 9, c[3] // recipe.towers * 9]

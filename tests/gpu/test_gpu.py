@@ -113,7 +113,7 @@ def test_views_are_those_of_the_cpu(recipe: Recipe) -> None:
         for device in ("cpu", GPU)
     )
     pairs = [(here.train(images, rows, draws, 1), there.train(images.to(GPU), rows, draws, 1))]
-    pairs += [(here.centre_view(images), there.centre_view(images))]
+    pairs += [(here.center_view(images), there.center_view(images))]
     pairs += list(zip(here.ten_views(images), there.ten_views(images), strict=True))
     for expected, found in pairs:
         assert found.is_contiguous(memory_format=torch.channels_last)

@@ -76,7 +76,7 @@ def test_the_mean_image_is_that_of_the_model(files: dict[str, Path]) -> None:
 def test_what_fails_only_when_it_runs(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """ONNX Runtime's own words are no message, and its log is not for the terminal."""
     proto = protos(NARROW)["int8"]
-    scale = next(t for t in proto.graph.initializer if t.name == "centred.scale")
+    scale = next(t for t in proto.graph.initializer if t.name == "centered.scale")
     scale.CopyFrom(numpy_helper.from_array(np.ones(5, np.float32), scale.name))  # for each of five channels
     onnx_graph.save_graph(proto, tmp_path / "a.onnx")
     with pytest.raises(WeightsError, match="cannot be run"):

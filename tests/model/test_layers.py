@@ -35,13 +35,13 @@ def test_hash_is_uniform_and_uncorrelated() -> None:
     counts = torch.histc(values.float(), 64, 0, 1)
     chi_square = ((counts - n / 64) ** 2 / (n / 64)).sum().item()
     assert 20 < chi_square < 120  # 63 degrees of freedom
-    centred = values - 0.5
+    centered = values - 0.5
     limit = 5 / 12 / n**0.5  # five standard errors of a mean of products
-    assert abs(centred.mean().item()) < 5 * (1 / 12 / n) ** 0.5
-    for shifted in (centred.roll(1, 0), centred.roll(1, 1), centred.roll((3, 7), (0, 1))):
-        assert abs((centred * shifted).mean().item()) < limit
+    assert abs(centered.mean().item()) < 5 * (1 / 12 / n) ** 0.5
+    for shifted in (centered.roll(1, 0), centered.roll(1, 1), centered.roll((3, 7), (0, 1))):
+        assert abs((centered * shifted).mean().item()) < limit
     other = hash_uniform(dropout_state(12345 << 32 | 679, first_row=0), 256, 512, first_unit=0).double() - 0.5
-    assert abs((centred * other).mean().item()) < limit
+    assert abs((centered * other).mean().item()) < limit
 
 
 def test_masks_are_slices_of_one_whole() -> None:

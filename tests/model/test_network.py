@@ -13,7 +13,7 @@ from torch.nn import functional
 from alexnet_cli.core.model import response_norm
 from alexnet_cli.core.model.architecture import EDGE_PADDING, layer_widths
 from alexnet_cli.core.model.layers import OverlappingPooling, within_map
-from alexnet_cli.core.model.network import Network, initialise, pad_right_and_bottom, parameters_by_name
+from alexnet_cli.core.model.network import Network, initialize, pad_right_and_bottom, parameters_by_name
 from alexnet_cli.core.model.towers import TowerGroup
 from alexnet_cli.recipe import CAFFE, FAST, KRIZHEVSKY, PAPER, RECIPES, Recipe
 
@@ -104,7 +104,7 @@ def test_padding_leaves_float64_alone_and_works_where_nothing_is_computed() -> N
 @pytest.mark.parametrize("order", ["relu-norm-pool", "norm-pool-relu", "relu-pool-norm"])
 @pytest.mark.parametrize("change", [{}, {"activation": "tanh"}, {"lrn": "within-map"}, {"lrn": "none"}])
 def test_a_stage_does_what_its_order_says(order: str, change: dict[str, str]) -> None:
-    """Also where activation and normalisation are one step."""
+    """Also where activation and normalization are one step."""
     recipe = replace(SMALL, stage1_order=order, **change)  # type: ignore[arg-type]
     network = Network(recipe, 10)
     x = torch.randn(2, 6, 55, 55, generator=torch.Generator().manual_seed(0)) * 60
@@ -124,7 +124,7 @@ def test_a_stage_does_what_its_order_says(order: str, change: dict[str, str]) ->
 def test_towers_meet_at_layers_3_6_7_8_only() -> None:
     """Silence tower 2 of a layer's input: tower 1 of the output must not notice in layers 2, 4, 5, and must in 3."""
     network = Network(SMALL, 10)
-    initialise(network)
+    initialize(network)
     for layer, meets in (
         ("conv2", False),
         ("conv3", True),
@@ -146,7 +146,7 @@ def test_towers_meet_at_layers_3_6_7_8_only() -> None:
 
 def test_initial_values_follow_the_table() -> None:
     network = Network(replace(PAPER, width=0.5), 100)
-    initialise(network)
+    initialize(network)
     for layer, deviation, bias in [
         ("conv1", 0.01, 0), ("conv2", 0.01, 1), ("conv3", 0.03, 0), ("conv4", 0.03, 1), ("conv5", 0.03, 1),
         ("fc6", 0.01, 1), ("fc7", 0.01, 1), ("fc8", 0.01, 0),
@@ -160,7 +160,7 @@ def test_initial_values_depend_on_the_seed_alone() -> None:
     networks = [Network(replace(SMALL, seed=seed), 10) for seed in (1, 1, 2)]
     for network in networks:
         torch.manual_seed(np.random.default_rng().integers(1 << 30))
-        initialise(network)
+        initialize(network)
     first, same, other = (dict(parameters_by_name(n)) for n in networks)
     assert all(torch.equal(first[name], same[name]) for name in first)
     assert not torch.equal(first["conv1.weight"], other["conv1.weight"])
@@ -171,7 +171,7 @@ def test_initial_values_depend_on_the_seed_alone() -> None:
 def test_every_recipe_runs_forward_and_backward(name: str) -> None:
     recipe = replace(RECIPES[name], width=1 / 16)
     network = Network(recipe, 7)
-    initialise(network)
+    initialize(network)
     network.draw_dropout(step=1)
     logits = network(torch.randn(2, 3, recipe.input_size, recipe.input_size) * 60 / recipe.input_divisor)
     assert logits.shape == (2, 7)
@@ -191,7 +191,7 @@ def test_every_switch_changes_the_network(change: dict[str, object]) -> None:
     outputs = []
     for recipe in (replace(FAST, width=1 / 16), replace(FAST, width=1 / 16, **change)):  # type: ignore[arg-type]
         network = Network(recipe, 7)
-        initialise(network)
+        initialize(network)
         network.draw_dropout(step=1)
         outputs.append(network(x / 64))
     assert not torch.allclose(outputs[0], outputs[1])

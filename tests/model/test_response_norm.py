@@ -29,7 +29,7 @@ def literal(x: np.ndarray, size: int, towers: int, beta: float = BETA) -> np.nda
 
 
 def activations(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Of the size that makes normalisation act: 0..255 inputs give some tens after layer 1."""
+    """Of the size that makes normalization act: 0..255 inputs give some tens after layer 1."""
     return (torch.randn(*shape, generator=torch.Generator().manual_seed(1)) * 60).to(dtype)
 
 
@@ -93,7 +93,7 @@ def test_gradient_equals_finite_differences() -> None:
         )
 
 
-def test_bf16_is_normalised_in_float32() -> None:
+def test_bf16_is_normalized_in_float32() -> None:
     x = activations(2, 16, 5, 5, dtype=torch.bfloat16)
     out = response_norm.fast(x, 5, K, ALPHA, BETA, 2)
     assert out.dtype == torch.bfloat16

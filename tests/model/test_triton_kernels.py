@@ -155,7 +155,7 @@ def test_without_triton_they_can_be_imported_and_say_so() -> None:
 
 
 @pytest.mark.parametrize(("reason", "used"), [("", True), ("Failed to find C compiler.", False)])
-def test_who_normalises_on_a_gpu(reason: str, used: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_normalizes_on_a_gpu(reason: str, used: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors without values stand for those on a GPU."""
     monkeypatch.setattr(triton_kernels, "unavailable_reason", lambda index: reason)
     taken: list[tuple[object, ...]] = []

@@ -30,7 +30,7 @@ from alexnet_cli.recipe import CAFFE, PAPER, Recipe
 from rank_cases import PLACES, exchange, processes, result
 
 SMALL = replace(PAPER, width=1 / 16, batch_size=11, epochs=3)  # 11 divides by no number of replicas
-JOINT = replace(CAFFE, width=1 / 16, batch_size=12, epochs=3, colour_shift=0.1)
+JOINT = replace(CAFFE, width=1 / 16, batch_size=12, epochs=3, color_shift=0.1)
 TEN = 10
 Results = Callable[..., Any]
 

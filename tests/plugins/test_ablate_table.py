@@ -44,7 +44,7 @@ def test_every_switch_changes_every_recipe_or_is_left_out() -> None:
         assert switches[0] is BASE
         assert len({switch.apply(base) for switch in switches}) == len(SWITCHES)
     assert not SWITCH["no-norm"].apply(KRIZHEVSKY).within_norm_2
-    assert [switch.name for switch in choose_switches(CAFFE)[1]] == ["no-colour-shift"]
+    assert [switch.name for switch in choose_switches(CAFFE)[1]] == ["no-color-shift"]
     assert [switch.name for switch in choose_switches(PAPER, ["tanh"])[0]] == ["base", "tanh"]
     with pytest.raises(UsageError) as caught:
         choose_switches(PAPER, ["tan"])
@@ -174,8 +174,8 @@ def test_the_picture(rows: list[table.Row]) -> None:
         assert picture.format == "PNG"
         assert picture.width > 1200
         pixels = np.asarray(picture.convert("RGB")).astype(int)
-    for colour in (table.OUR_COLOR, table.PAPER_COLOR):
-        rgb = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+    for color in (table.OUR_COLOR, table.PAPER_COLOR):
+        rgb = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
         assert (np.abs(pixels - rgb).max(2) < 8).sum() > 100
     alone = Switch("base", "-")
     assert table.draw_chart([replace(rows[0], switch=alone, curves=())], "one row", 0.25)[:4] == b"\x89PNG"

@@ -62,7 +62,7 @@ def test_the_script_gives_the_answers_of_predict(tmp_path: Path, monkeypatch: py
     """Torch and torchvision as a user has them, against our file: same network, same picture."""
     monkeypatch.setattr(inference, "RECIPE", SMALL)
     random = replace(random_model(SMALL, 1000), recipe=SMALL)
-    random.tensors["mean"][:] = inference.GREY
+    random.tensors["mean"][:] = inference.GRAY
     monkeypatch.setattr(inference, "make_model", lambda recipe: random)
     picture = tmp_path / "a.jpg"
     picture.write_bytes(images.picture(1))
@@ -83,7 +83,7 @@ def test_infer_says_what_it_should(capsys: pytest.CaptureFixture[str], monkeypat
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["name"] for line in found] == ["infer fp32, 2", "infer int8, 2"]
     for line in found:
-        assert {"stock: contiguous, float32", "limit: no normalisation"} <= set(line["peers"])
+        assert {"stock: contiguous, float32", "limit: no normalization"} <= set(line["peers"])
         assert line["unit"] == "img/s"
         assert {"torch", "numpy"} <= set(line["versions"])
     assert {"ours, fp16", "ONNX's own LRN operator"} <= set(found[0]["peers"])

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from alexnet_cli.core.data.shards import open_dataset
-from alexnet_cli.core.model.network import Network, initialise
+from alexnet_cli.core.model.network import Network, initialize
 from alexnet_cli.core.parallel import placement
 from alexnet_cli.core.parallel.placement import Placement
 from alexnet_cli.recipe import PAPER
@@ -38,10 +38,10 @@ SMALL = replace(PAPER, width=1 / 16)
 def test_stock_is_the_same_network(layout: Layout) -> None:
     recipe = replace(PAPER, width=1 / 8, dropout_inverted=True)
     ours, images = Network(recipe, 30).eval(), torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(5))
-    initialise(ours)
+    initialize(ours)
     theirs = build_stock(recipe, 30).to(memory_format=FORMATS[layout]).eval()
     theirs.load_state_dict(ours.state_dict())
-    # As strong as after learning, and differing from map to map, so that normalisation and towers show.
+    # As strong as after learning, and differing from map to map, so that normalization and towers show.
     images, found = images * 60, []
     with torch.no_grad():
         for network in (ours, theirs):
@@ -74,13 +74,13 @@ def test_ours_is_fed_from_shards_where_there_is_data(prepared: Path, monkeypatch
     monkeypatch.setattr(training, "FED_BATCHES", 3)
     cpu, dataset = Placement(torch.device("cpu"), "CPU", "fp32"), open_dataset(prepared)
     with ExitStack() as stack:
-        field = Contestants(Conditions(SMALL, 32, 1, "cpu", 1), lambda: (dataset, "four colours"), stack)
+        field = Contestants(Conditions(SMALL, 32, 1, "cpu", 1), lambda: (dataset, "four colors"), stack)
         before = field.ours.network.get_parameter("fc8.bias").detach().clone()
         contest = field.contest(cpu, [])
         run = contest.peers["ours, fed from shards"]
         assert [run(), run()] == [96, 96]  # of 48 pictures
     assert not torch.equal(field.ours.network.get_parameter("fc8.bias"), before)
-    assert "fed from shards: four colours" in contest.notes
+    assert "fed from shards: four colors" in contest.notes
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +89,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     benchmark(Topic.train, rounds=1, seconds=0.0, jobs=1, batch_size=2, gpus="none", json=True, quiet=True)
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["name"] for line in found] == ["train fp32", "train bf16"]
-    always = {"stock: contiguous, float32", "limit: ours without normalisation", "torchvision's AlexNet"}
+    always = {"stock: contiguous, float32", "limit: ours without normalization", "torchvision's AlexNet"}
     for line in found:
         assert always <= set(line["peers"])
         assert ("stock: channels-last, bf16" in line["peers"]) == (line["name"] == "train bf16")

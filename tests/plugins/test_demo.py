@@ -36,11 +36,11 @@ def test_the_set_is_the_same_whatever_its_size_and_the_number_of_workers(
     assert set(pixels_of(tmp_path / "c").values()).isdisjoint(first.values())
 
 
-def test_every_colour_comes_with_every_shape() -> None:
+def test_every_color_comes_with_every_shape() -> None:
     pairs = [name.split("-") for name in images.CLASSES]
-    colours, shapes = {c for c, _ in pairs}, {s for _, s in pairs}
+    colors, shapes = {c for c, _ in pairs}, {s for _, s in pairs}
     assert len(images.CLASSES) >= 10
-    assert len(set(images.CLASSES)) == len(colours) * len(shapes)
+    assert len(set(images.CLASSES)) == len(colors) * len(shapes)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_distance_fields_enclose_the_area_of_their_shape(shape: str, area: float
 
 
 @pytest.mark.parametrize("name", images.CLASSES)
-def test_pictures_have_their_colour_in_the_centre_square_and_nowhere_near_all_over(name: str) -> None:
+def test_pictures_have_their_color_in_the_center_square_and_nowhere_near_all_over(name: str) -> None:
     hue = images.HUES[name.split("-")[0]]
     for seed in range(3):
         image = images.draw_image(name, np.random.default_rng(seed))
@@ -70,12 +70,12 @@ def test_pictures_have_their_colour_in_the_centre_square_and_nowhere_near_all_ov
         rows, columns = np.nonzero((away < 30) & (hsv[..., 1] > 130))
         share = len(rows) / hsv[..., 0].size
         assert 0.02 < share < 0.5
-        centre = np.array(image.size[::-1]) / 2
-        reach = np.abs(np.median([rows, columns], axis=1) - centre)
+        center = np.array(image.size[::-1]) / 2
+        reach = np.abs(np.median([rows, columns], axis=1) - center)
         assert (reach < min(image.size) / 2).all()
 
 
-def test_rgb_is_the_colour_wheel() -> None:
+def test_rgb_is_the_color_wheel() -> None:
     for hue, saturation, value in (
         (0, 1, 1),
         (40, 0.5, 0.7),

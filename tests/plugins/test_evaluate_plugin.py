@@ -92,7 +92,7 @@ def test_run_checkpoint_model_file_and_onnx_file_give_the_same(runs: Path, prepa
     for record in found:
         assert (record["images"], record["views"], record["split"]) == (20, int(views), "val")
         assert record["protocol"].startswith(
-            "centre view" if views == "1" else "ten views, mean of softmax (paper 4.1)"
+            "center view" if views == "1" else "ten views, mean of softmax (paper 4.1)"
         )
         for key in ("top1_error", "top5_error", "top1_error_interval", "top5_error_interval"):
             assert record[key] == found[0][key]
@@ -309,12 +309,12 @@ def test_published_figures_are_those_of_the_sources(monkeypatch: pytest.MonkeyPa
     assert "40.7%" in same
     assert "18.2%" in same
     assert "this is" not in same
-    assert "this is the centre view and these are 1,234 images" in other
+    assert "this is the center view and these are 1,234 images" in other
 
 
 @pytest.mark.parametrize("classes", [2, 10, 60, 300, 1000])
 def test_the_picture_of_the_confusions_can_be_read(classes: int) -> None:
-    """Cells hold the colours that their shares ask for; the page stays of a size that can be shown."""
+    """Cells hold the colors that their shares ask for; the page stays of a size that can be shown."""
     counts = np.zeros((classes, classes), np.int64)
     np.fill_diagonal(counts, 4)
     counts[0] = 0
@@ -322,8 +322,8 @@ def test_the_picture_of_the_confusions_can_be_read(classes: int) -> None:
     page = draw_confusion_matrix(counts, [f"class {i}" for i in range(classes)], "title")
     pixels = np.asarray(page)
     assert max(page.size) < 2400
-    for colour, at_least in ((RIGHT, classes - 1), (255 + 0.5 * (WRONG - 255), 1)):
-        hits = np.argwhere((np.abs(pixels - colour) <= 1).all(2))
+    for color, at_least in ((RIGHT, classes - 1), (255 + 0.5 * (WRONG - 255), 1)):
+        hits = np.argwhere((np.abs(pixels - color) <= 1).all(2))
         assert len(hits) >= at_least
     exact = np.argwhere((pixels == RIGHT).all(2))
     first, last = exact.min(0), exact[exact[:, 0] < page.height - 60].max(0)

@@ -81,7 +81,7 @@ def test_caffe_forward_tells_the_differences_apart() -> None:
         assert np.abs(wrong - right).max() > 5e-3 * np.abs(right).max()
 
 
-def test_k_of_response_normalisation_is_the_file_s() -> None:
+def test_k_of_response_normalization_is_the_file_s() -> None:
     theirs, rgb = files.tensors(1), files.picture(227)
     model, _ = imported(files.caffemodel(theirs, 1, k=2.0))
     assert (model.recipe.lrn_k, model.recipe.lrn_alpha) == (2, 1e-4)
@@ -112,7 +112,7 @@ def test_caffe_subtracts_its_mean_image_at_the_crop(form: str) -> None:
         Path("mean.binaryproto").write_bytes(files.blob(mean[None], legacy=True))
     model, said = imported(files.caffemodel(theirs), "--mean", f"mean.{form}")
     assert model.recipe.mean == "image-at-crop"
-    assert not any("mean colour" in note for note in said["notes"])
+    assert not any("mean color" in note for note in said["notes"])
     agrees(model, rgb, files.caffe_forward(theirs, rgb[::-1], mean[:, 14:241, 14:241]))
 
 
@@ -132,7 +132,7 @@ def test_the_model_zoo_has_a_grid_of_54(raw: bool, trans: bool) -> None:
     np.testing.assert_allclose(Session(model, provider="cpu").probabilities(rgb[None]), probabilities, atol=2e-5)
 
 
-def test_onnx_with_227_pixels_is_recognised_by_its_content() -> None:
+def test_onnx_with_227_pixels_is_recognized_by_its_content() -> None:
     theirs, rgb = files.tensors(), files.picture(227)
     model, _ = imported(files.onnx_model(theirs, side=227), name="theirs.bin")
     assert model.recipe.input_size == 227
@@ -192,7 +192,7 @@ def test_bare_tensors_of_a_network_fed_as_torchvision_does() -> None:
         pad, groups = files.PADS.get(layer, 0), files.GROUPS[layer]
         x = np.maximum(convolved(x, weight, bias, files.STRIDES.get(layer, 1), pad, groups), 0)
         if layer in ("conv1", "conv2"):  # recipe paper: each tower by itself, k = 2, alpha for every term
-            x = np.concatenate([files.normalised(half, 1e-4, 2.0) for half in np.split(x, 2)])
+            x = np.concatenate([files.normalized(half, 1e-4, 2.0) for half in np.split(x, 2)])
         if layer in ("conv1", "conv2", "conv5"):
             x = pooled(x, 3)
     agrees(model, rgb, files.connected(theirs, x.reshape(-1), 0.5))

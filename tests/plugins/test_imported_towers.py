@@ -41,7 +41,7 @@ def noise(count: int, seed: int) -> files.Floats:
     return np.random.default_rng(seed).standard_normal((count, 3, 11, 11), dtype=np.float32)
 
 
-def test_random_kernels_have_two_thirds_colour_and_towers_that_chance_explains(
+def test_random_kernels_have_two_thirds_color_and_towers_that_chance_explains(
     layers: dict[str, tuple[files.Floats, files.Floats]], tmp_path: Path
 ) -> None:
     found = measured(layers, noise(2 * TOWER, 1), tmp_path)
@@ -52,22 +52,22 @@ def test_random_kernels_have_two_thirds_colour_and_towers_that_chance_explains(
     assert found["undertrained"]
 
 
-@pytest.mark.parametrize("colour_tower", [1, 2])
-def test_a_planted_colour_tower_is_found_and_is_the_one_it_was(
-    layers: dict[str, tuple[files.Floats, files.Floats]], tmp_path: Path, colour_tower: int
+@pytest.mark.parametrize("color_tower", [1, 2])
+def test_a_planted_color_tower_is_found_and_is_the_one_it_was(
+    layers: dict[str, tuple[files.Floats, files.Floats]], tmp_path: Path, color_tower: int
 ) -> None:
-    """Stripes, on one side in grey, on the other in what Caffe calls red against what it calls blue."""
+    """Stripes, on one side in gray, on the other in what Caffe calls red against what it calls blue."""
     x = np.arange(11, dtype=np.float32)
     waves = np.sin(np.linspace(0.4, 1.2, TOWER, dtype=np.float32)[:, None] * x)
     stripes = np.tile(waves[:, None, None], (1, 1, 11, 1))
-    grey = stripes * np.ones((3, 1, 1), np.float32)
-    colour = stripes * np.array([-1, 0, 1], np.float32)[:, None, None]
-    planted = [grey, colour] if colour_tower == 2 else [colour, grey]
+    gray = stripes * np.ones((3, 1, 1), np.float32)
+    color = stripes * np.array([-1, 0, 1], np.float32)[:, None, None]
+    planted = [gray, color] if color_tower == 2 else [color, gray]
     found = measured(layers, np.concatenate(planted) + 0.05 * noise(2 * TOWER, 2), tmp_path)
     assert found["auc"] == 1
     assert found["auc_interval"][0] > 0.5
     assert found["p_value"] < 0.001
     chroma = found["chroma_fraction"]
-    assert chroma[f"tower{colour_tower}"] > 0.95
-    assert chroma[f"tower{3 - colour_tower}"] < 0.05
+    assert chroma[f"tower{color_tower}"] > 0.95
+    assert chroma[f"tower{3 - color_tower}"] < 0.05
     assert not found["undertrained"]

@@ -38,7 +38,7 @@ def run(*words: str) -> Result:
     return CliRunner().invoke(app, list(words))
 
 
-def test_neighbours_are_those_of_all_distances_and_the_picture_itself_comes_first(
+def test_neighbors_are_those_of_all_distances_and_the_picture_itself_comes_first(
     network: Path, prepared: Path, pictures: Path
 ) -> None:
     split = open_dataset(prepared).split("train")
@@ -50,15 +50,15 @@ def test_neighbours_are_those_of_all_distances_and_the_picture_itself_comes_firs
     assert result.exit_code == 0, result.output
     first, second = map(json.loads, result.stdout.splitlines())
     assert first["schema"] == "alexnet.neighbors/1"
-    assert first["neighbours"][0]["row"] == 11
-    assert first["neighbours"][0]["distance"] < 0.01
+    assert first["neighbors"][0]["row"] == 11
+    assert first["neighbors"][0]["distance"] < 0.01
     files = [Path(f"{row}.jpg") for row in range(len(split))]
     for row, file in enumerate(files):
         file.write_bytes(bytes(split.jpeg(row)))
     known = classify([*map(str, files), other], open_classifier(network, "onnx", layer="fc7"), features=True)
     *vectors, query = [p.features.astype(np.float64) for p in known if p.features is not None]
     distances = np.linalg.norm(np.array(vectors) - query, axis=1)
-    for found, row in zip(second["neighbours"], np.argsort(distances)[:4], strict=True):
+    for found, row in zip(second["neighbors"], np.argsort(distances)[:4], strict=True):
         assert (found["row"], found["key"]) == (row, split.key(int(row)))
         assert found["distance"] == pytest.approx(distances[row], rel=0.01)
         assert found["index"] == split.labels[row]
@@ -70,7 +70,7 @@ def test_neighbours_are_those_of_all_distances_and_the_picture_itself_comes_firs
         top = np.asarray(sheet)[20:148, 6:134].astype(int)
         expected = np.asarray(Image.open("own.jpg").resize((128, 128), Image.Resampling.LANCZOS))
         assert np.abs(top - expected).max() <= 1  # the picture itself stands first
-    assert Path("net.neighbours/fc7.npy").is_file()
+    assert Path("net.neighbors/fc7.npy").is_file()
 
 
 def test_the_index_is_made_once_and_anew_for_other_weights(network: Path, prepared: Path) -> None:
@@ -81,7 +81,7 @@ def test_the_index_is_made_once_and_anew_for_other_weights(network: Path, prepar
     assert result.stdout.splitlines()[0] == picture
     assert result.stdout.splitlines()[1].split() == ["rank", "distance", "class", "picture"]
     assert "48/48 img" in result.stderr
-    assert "net.neighbours · 48 x 128 float32" in result.stderr
+    assert "net.neighbors · 48 x 128 float32" in result.stderr
     assert Path("neighbors.png").is_file()
     again = run(*words)
     assert "48/48" not in again.stderr
@@ -112,15 +112,15 @@ def test_an_older_checkpoint_and_another_data_set_leave_the_run_its_own_index(
         index = next(line for line in result.stderr.splitlines() if line.startswith("index ") and "float32" in line)
         return Path(index.split()[1]).name + " made" * ("48/48" in result.stderr)
 
-    assert asked("r") == "neighbours made"
-    assert asked("runs/r/checkpoints/last") == "neighbours-00000001 made"
-    assert asked("r", other) == "neighbours-other made"
-    assert asked("runs/r/checkpoints/last", other) == "neighbours-00000001-other made"
+    assert asked("r") == "neighbors made"
+    assert asked("runs/r/checkpoints/last") == "neighbors-00000001 made"
+    assert asked("r", other) == "neighbors-other made"
+    assert asked("runs/r/checkpoints/last", other) == "neighbors-00000001-other made"
     export = folder / "alexnet-int8.onnx"
     onnx_graph.write_graph(random_model(replace(PAPER, width=1 / 32), seed=3), export)
-    assert asked(str(export)) == "neighbours-alexnet-int8 made"
-    assert asked("r") == "neighbours"
-    assert asked("runs/r/checkpoints/00000001") == "neighbours-00000001"
+    assert asked(str(export)) == "neighbors-alexnet-int8 made"
+    assert asked("r") == "neighbors"
+    assert asked("runs/r/checkpoints/00000001") == "neighbors-00000001"
 
 
 def test_pictures_that_cannot_be_read_are_told_and_the_others_go_on(network: Path, prepared: Path) -> None:
@@ -128,8 +128,8 @@ def test_pictures_that_cannot_be_read_are_told_and_the_others_go_on(network: Pat
     result = run("no.jpg", draw(Path("p.png"), 1), "-w", str(network), "--data", str(prepared), "--json")
     assert isinstance(result.exception, PartialError)
     records = [json.loads(line) for line in result.stdout.splitlines()]
-    assert [("error" in record, "neighbours" in record) for record in records] == [(True, False), (False, True)]
-    assert len(records[1]["neighbours"]) == 6
+    assert [("error" in record, "neighbors" in record) for record in records] == [(True, False), (False, True)]
+    assert len(records[1]["neighbors"]) == 6
 
 
 def test_a_sheet_is_a_png(network: Path, prepared: Path) -> None:

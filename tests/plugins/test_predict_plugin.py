@@ -85,9 +85,9 @@ def test_nothing_at_all_is_an_error(inputs: list[str]) -> None:
 def test_views_are_the_papers(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, columns = np.mgrid[0:256, 0:256]
     picture = np.stack([rows, columns, rows ^ columns], 2).astype(np.uint8)
-    centre = make_views(picture, 224, 1)
-    assert centre.shape == (1, 3, 224, 224)
-    assert (centre[0, 0, 0, 0], centre[0, 1, 0, 0]) == (16, 16)
+    center = make_views(picture, 224, 1)
+    assert center.shape == (1, 3, 224, 224)
+    assert (center[0, 0, 0, 0], center[0, 1, 0, 0]) == (16, 16)
     assert make_views(picture, 227, 1)[0, 0, 0, 0] == 14  # (256 - 227) / 2, rounded down
     ten = make_views(picture, 224, 10)
     corners = [(0, 0), (0, 32), (32, 0), (32, 32), (16, 16)]
@@ -106,8 +106,8 @@ def test_views_equal_those_of_evaluation() -> None:
     pixels = Augment(model.recipe, model.mean, None, None, torch.device("cpu"))
     theirs = torch.cat(list(pixels.ten_views(torch.from_numpy(picture[None])))).numpy()
     low = (256 - 227) // 2
-    centre = model.mean[:, low : low + 227, low : low + 227]
-    ours = make_views(picture, 227, 10) + mean_correction(model.mean, 227, 10) - centre
+    center = model.mean[:, low : low + 227, low : low + 227]
+    ours = make_views(picture, 227, 10) + mean_correction(model.mean, 227, 10) - center
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 

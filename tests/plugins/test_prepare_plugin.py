@@ -21,9 +21,9 @@ from alexnet_cli.core.data import shards
 from alexnet_cli.core.data.plan import Plan
 
 
-def jpeg(colour: tuple[int, int, int], size: tuple[int, int] = (40, 30), comment: str = "") -> bytes:
+def jpeg(color: tuple[int, int, int], size: tuple[int, int] = (40, 30), comment: str = "") -> bytes:
     buffer = io.BytesIO()
-    Image.new("RGB", size, colour).save(buffer, "JPEG", quality=95, comment=comment)
+    Image.new("RGB", size, color).save(buffer, "JPEG", quality=95, comment=comment)
     return buffer.getvalue()
 
 
@@ -31,10 +31,10 @@ def jpeg(colour: tuple[int, int, int], size: tuple[int, int] = (40, 30), comment
 def pets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """One folder per class, ten red cats and ten blue dogs, in the working directory."""
     monkeypatch.chdir(tmp_path)
-    for name, colour in (("cats", (200, 0, 0)), ("dogs", (0, 0, 200))):
+    for name, color in (("cats", (200, 0, 0)), ("dogs", (0, 0, 200))):
         (tmp_path / "pets" / name).mkdir(parents=True)
         for i in range(10):
-            (tmp_path / "pets" / name / f"{i}.jpg").write_bytes(jpeg(colour, comment=str(i)))
+            (tmp_path / "pets" / name / f"{i}.jpg").write_bytes(jpeg(color, comment=str(i)))
     return Path("pets")
 
 
@@ -79,8 +79,8 @@ def test_from_a_folder_to_a_data_set(
     assert len(dataset.split("val")) == 2
     np.testing.assert_allclose(dataset.mean_rgb, (100, 0, 100), atol=2)
     # Red against blue is the only direction in which these pictures differ.
-    np.testing.assert_allclose(np.abs(dataset.colour_axes[:, 2]), (0.7071, 0, 0.7071), atol=0.02)
-    assert dataset.colour_std[2] == pytest.approx(100 * 2**0.5, abs=2)
+    np.testing.assert_allclose(np.abs(dataset.color_axes[:, 2]), (0.7071, 0, 0.7071), atol=0.02)
+    assert dataset.color_std[2] == pytest.approx(100 * 2**0.5, abs=2)
     assert {path: path.stat().st_mtime_ns for path in pets.rglob("*")} == before
 
 

@@ -31,7 +31,7 @@ def trained(prepared: Path, tmp_path: Path) -> Trained:
 
     def make(steps: int) -> TrainingLoop:
         recipe = replace(TINY, width=1 / 16, batch_size=16, epochs=2)
-        run = Run.create("r", recipe, {"data": "colours", "data_path": str(prepared)}, tmp_path)
+        run = Run.create("r", recipe, {"data": "colors", "data_path": str(prepared)}, tmp_path)
         training = new_loop(recipe, open_dataset(prepared), run, place("none", "bf16"), 1)
         list(training.fit(max_steps=steps, record_every=1))
         return training

@@ -145,17 +145,17 @@ def test_it_has_every_section_and_a_table_of_contents(shown: Run) -> None:
         "filters",
         "results",
         "examples",
-        "neighbours",
+        "neighbors",
         "speed",
         "origin",
     } <= page.ids
     assert "Not here" not in page.all_text
     assert "Of all 12 validation pictures, those" in page.all_text
     assert sum((image["alt"] or "").startswith("Training picture of") for image in page.images) == 30
-    recognised = [image for image in page.images if "recognised" in (image["alt"] or "")]
+    recognized = [image for image in page.images if "recognized" in (image["alt"] or "")]
     mistaken = [image for image in page.images if "taken for" in (image["alt"] or "") and "width" in image]
     said = json.loads((shown.path / "eval" / "val-1.json").read_text())
-    assert len(recognised) == min(8, round(12 * said["top1_accuracy"]))
+    assert len(recognized) == min(8, round(12 * said["top1_accuracy"]))
     assert len(mistaken) >= min(8, round(12 * said["top1_error"]))
 
 
@@ -167,7 +167,7 @@ def test_the_same_run_gives_the_same_bytes(shown: Run, copy: Run, tmp_path: Path
 
 
 def test_what_is_there_is_used_if_it_is_of_these_weights(copy: Run) -> None:
-    file, index = copy.path / "eval" / "val-1.json", copy.path / "neighbours" / "fc7.npy"
+    file, index = copy.path / "eval" / "val-1.json", copy.path / "neighbors" / "fc7.npy"
     said, made = json.loads(file.read_text()), index.stat().st_mtime_ns
     assert said["weights_sha256"]
     for sha, loss in ((said["weights_sha256"], "4.321"), ("0" * 64, f"{said['loss']:.3f}")):
@@ -181,7 +181,7 @@ def test_what_is_there_is_used_if_it_is_of_these_weights(copy: Run) -> None:
 
 
 def test_another_checkpoint_has_a_page_of_its_own(copy: Run) -> None:
-    kept = ("report.html", "eval/val-1.json", "neighbours/index.json")
+    kept = ("report.html", "eval/val-1.json", "neighbors/index.json")
     before = {copy.path / name: (copy.path / name).read_bytes() for name in kept}
     other = copy.checkpoints / "00000099"
     other.mkdir()
@@ -251,7 +251,7 @@ def test_a_run_whose_data_are_gone(copy: Run, data: Dataset) -> None:
     assert notes["results"].startswith(
         f"Not here: the data set {data.name} cannot be opened: /nowhere/at/all is not a "
     )
-    assert {notes["results"]} == {notes["examples"], notes["neighbours"]}.union({notes["results"]})
+    assert {notes["results"]} == {notes["examples"], notes["neighbors"]}.union({notes["results"]})
     assert notes["filters"] is notes["curves"] is None
     assert told(report("-w", str(copy.path), "--json", "-q", "--data", str(data.path)))["top1_error"] is not None
 
@@ -270,13 +270,13 @@ def test_a_page_names_the_data_that_it_measured_on(copy: Run, data: Dataset, tmp
     other = tmp_path / "prepared" / "other"
     shutil.copytree(data.path, other)
     (other / "dataset.json").write_text(json.dumps(data.record | {"name": "other"}))
-    index = (copy.path / "neighbours" / "index.json").read_bytes()
+    index = (copy.path / "neighbors" / "index.json").read_bytes()
     assert told(report("-w", str(copy.path), "--data", str(other), "--json", "-q"))["data"] == str(other)
     text = Page(copy.path / "report.html").all_text
-    assert "on the 12 validation pictures of other, centre view" in text
+    assert "on the 12 validation pictures of other, center view" in text
     assert f"Data set{data.name}" in text
     assert "Measured onother" in text
-    assert (copy.path / "neighbours" / "index.json").read_bytes() == index, "it is that of the run's own data"
+    assert (copy.path / "neighbors" / "index.json").read_bytes() == index, "it is that of the run's own data"
     assert (copy.path / "eval" / "val-1-other.json").is_file()
 
 
@@ -317,9 +317,9 @@ def test_a_damaged_picture_spares_the_rest(copy: Run, data: Dataset, tmp_path: P
 @pytest.mark.parametrize(
     ("layer", "factor", "absent"),
     [
-        ("conv1", float("nan"), {"filters", "results", "examples", "neighbours"}),
-        ("fc8", float("nan"), {"results", "examples", "neighbours"}),
-        ("fc7", 1e20, {"neighbours"}),
+        ("conv1", float("nan"), {"filters", "results", "examples", "neighbors"}),
+        ("fc8", float("nan"), {"results", "examples", "neighbors"}),
+        ("fc7", 1e20, {"neighbors"}),
     ],
 )
 @pytest.mark.filterwarnings("error")
@@ -332,9 +332,9 @@ def test_a_network_that_broke_down_has_what_can_be_said(
     result = report("-w", str(copy.path), "--json", "-q")
     assert isinstance(result.exception, PartialError), result.exception
     sections = {s["id"]: s["note"] for s in json.loads(result.stdout)["sections"]}
-    of_pictures = {"filters", "results", "examples", "neighbours"}
+    of_pictures = {"filters", "results", "examples", "neighbors"}
     assert {name for name in of_pictures if sections[name]} == absent
-    assert ("no number" if factor != factor else "too large to compare") in sections["neighbours"]
+    assert ("no number" if factor != factor else "too large to compare") in sections["neighbors"]
 
 
 @pytest.mark.parametrize("status", ["running", "failed", "interrupted"])
@@ -357,7 +357,7 @@ def test_an_imported_network_has_no_training_to_tell_of(
     run = Run.create("caffe", RECIPE, {"status": "finished", "imported": {"file": "x.caffemodel", "format": "Caffe"}})
     save_model(replace(random_model(RECIPE, len(NAMES)), classes=data.classes), run.path / "model.safetensors")
     found = told(report("-w", "caffe", "--json", "-q"))
-    sections = ["network", "recipe", "filters", "results", "examples", "neighbours", "origin"]
+    sections = ["network", "recipe", "filters", "results", "examples", "neighbors", "origin"]
     assert [s["id"] for s in found["sections"]] == sections
     assert "no prepared data set under prepared; alexnet report --data D names one" in found["sections"][3]["note"]
     page = Page(Path("runs/caffe/report.html"))
@@ -369,7 +369,7 @@ def test_a_data_set_that_merely_lies_about_is_no_failure(
     tmp_path: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(prepared, "prepared/colours")
+    shutil.copytree(prepared, "prepared/colors")
     save_model(random_model(RECIPE), Path("net.safetensors"))
     assert "unknown to the network" in told(report("-w", "net.safetensors", "--json", "-q"))["sections"][3]["note"]
 
@@ -404,7 +404,7 @@ def page_of(path: Path, classes: Sequence[ClassName], confusion: Sequence[Sequen
 def test_classes_of_one_name_are_told_apart(tmp_path: Path) -> None:
     classes = [ClassName("crane", "n1"), ClassName("crane", "n2"), ClassName("dog", "n3")]
     page = page_of(tmp_path / "page.html", classes, [[5, 0, 3], [2, 5, 0], [0, 1, 9]])
-    assert page.tables["All classes, those recognised best first"] == [  # once, and of three no top-5
+    assert page.tables["All classes, those recognized best first"] == [  # once, and of three no top-5
         ["Class", "Pictures", "Right", "Most often taken for"],
         ["dog", "10", "90.0%", "crane (n2), once"],
         ["crane (n2)", "7", "71.4%", "crane (n1), 2 times"],
@@ -419,8 +419,8 @@ def test_a_class_that_is_never_right_is_not_among_the_best(tmp_path: Path) -> No
     shifted = np.roll(np.eye(24, dtype=int), 1, axis=1)
     shifted[:2] = np.eye(24, dtype=int)[:2]
     page = page_of(tmp_path / "page.html", [ClassName(f"class {i}") for i in range(24)], shifted.tolist())
-    assert [row[0] for row in page.tables["Classes that are recognised best"][1:]] == ["class 0", "class 1"]
-    assert len(page.tables["Classes that are recognised worst"]) == 11
+    assert [row[0] for row in page.tables["Classes that are recognized best"][1:]] == ["class 0", "class 1"]
+    assert len(page.tables["Classes that are recognized worst"]) == 11
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -437,7 +437,7 @@ def test_the_epoch_of_a_run_that_was_interrupted_in_it(tmp_path: Path, data: Dat
 def test_one_class_is_not_both_the_best_and_the_worst(tmp_path: Path) -> None:
     page = page_of(tmp_path / "page.html", [ClassName("a"), ClassName("b")], [[3, 1], [0, 0]])
     assert page.tables["The only class that has pictures"][1:] == [["a", "4", "75.0%", "b, once"]]
-    assert not [caption for caption in page.tables if "recognised" in caption]
+    assert not [caption for caption in page.tables if "recognized" in caption]
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -462,7 +462,7 @@ def test_a_thousand_classes_stay_readable_and_small(tmp_path: Path) -> None:
     true, seen, times = read.tables["The most frequent mistakes"][1]
     wrong = counts.confusion - np.diag(np.diag(counts.confusion))
     assert int(times) == wrong.max() == wrong[int(true.split()[1]), int(seen.split()[1])]
-    assert len(read.tables["Classes that are recognised best"]) == 11
-    assert len(read.tables["Classes that are recognised worst"]) == 11
+    assert len(read.tables["Classes that are recognized best"]) == 11
+    assert len(read.tables["Classes that are recognized worst"]) == 11
     picture = next(image for image in read.images if "Confusion matrix of 1000" in (image["alt"] or ""))
     assert base64.b64decode((picture["src"] or "").partition(",")[2])[:4] == b"\x89PNG"

@@ -83,10 +83,10 @@ def chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def png(width: int, height: int, depth: int = 1, colour: int = 0, rows: int = 1) -> bytes:
+def png(width: int, height: int, depth: int = 1, color: int = 0, rows: int = 1) -> bytes:
     """A PNG that says it measures so much, with so many black rows of data in it."""
-    bits = {0: 1, 2: 3, 3: 1, 6: 4}[colour] * depth
-    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    bits = {0: 1, 2: 3, 3: 1, 6: 4}[color] * depth
+    header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
     data = zlib.compress(bytes((width * bits + 7) // 8 + 1) * rows, 1)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
@@ -225,7 +225,7 @@ def test_a_folder_of_the_largest_pictures_fits_in_two_gigabytes(tmp_path: Path) 
     model = save_model(random_model(replace(PAPER, width=1 / 64)), tmp_path / "m.safetensors")
     for number in range(6):
         (tmp_path / f"{number}.png").write_bytes(png(9459, 9459, rows=9459))
-        (tmp_path / f"{number}-colour.png").write_bytes(png(9459, 9459, 8, 6, 9459))
+        (tmp_path / f"{number}-color.png").write_bytes(png(9459, 9459, 8, 6, 9459))
     words = [sys.executable, "-m", "alexnet_cli", "predict", str(tmp_path), "-w", str(model), "-q"]
     with subprocess.Popen(words, stdout=subprocess.PIPE) as process:
         assert process.stdout

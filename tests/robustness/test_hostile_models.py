@@ -145,9 +145,9 @@ def test_a_class_more_than_outputs_and_another_crop(folder: Path) -> None:
     text = header["__metadata__"]
     five = json.dumps([{"name": f"c{i}"} for i in range(5)])
     crop = json.dumps(json.loads(text["preprocess"]) | {"crop": 227})
-    grey = json.dumps(json.loads(text["preprocess"]) | {"channels": "BGR"})
+    gray = json.dumps(json.loads(text["preprocess"]) | {"channels": "BGR"})
     lies = {"fc8.weight is 4 x 64, but 5 x 64": {"classes": five}, "crop 227": {"preprocess": crop}}
-    lies |= {"channels 'BGR'": {"preprocess": grey}}
+    lies |= {"channels 'BGR'": {"preprocess": gray}}
     for words, lie in lies.items():
         (folder / "x.safetensors").write_bytes(joined(header | {"__metadata__": text | lie}, tensors))
         assert words in right_or_refused(folder / "x.safetensors")

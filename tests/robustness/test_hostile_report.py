@@ -139,7 +139,7 @@ def test_a_checkpoint_or_a_recipe_is_needed(tmp_path: Path, data: Dataset) -> No
 
 
 def test_a_run_that_cannot_be_written_to(copy: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("eval", "neighbours"):
+    for name in ("eval", "neighbors"):
         shutil.rmtree(copy.path / name)
     before = sorted(copy.path.rglob("*"))
     monkeypatch.setattr("os.access", lambda *_: False)  # who runs the tests may be allowed everything

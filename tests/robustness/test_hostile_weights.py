@@ -168,7 +168,7 @@ LIES: dict[str, Content] = {
     "a shape of more numbers than there are": lambda: caffe_with(files.inside(7, files.inside(1, b"\x02"))),
     "a negative dimension": lambda: caffe_with(files.inside(7, files.inside(1, HUGE + b"\x01"))),
     "seven bytes of floats": lambda: caffe_with(files.inside(5, b"seven b")),
-    "a size of normalisation that is even": lambda: files.caffemodel(files.tensors()).replace(
+    "a size of normalization that is even": lambda: files.caffemodel(files.tensors()).replace(
         files.integer(1, 5) + files.single(2, 1e-4), files.integer(1, 4) + files.single(2, 1e-4)
     ),
     "alpha that is no number": lambda: files.caffemodel(files.tensors()).replace(
@@ -232,7 +232,7 @@ MEANS: dict[str, bytes] = {
     "code in the header": b"\x93NUMPY\x01\x00\x1e\x00__import__('os').abort()      \n",
     "a blob with too little": files.inside(7, files.inside(1, b"\x03\x80\x02\x80\x02"))
     + files.floats(5, np.ones(3, "f4")),
-    "negative colours": files.floats(5, np.full(3, -1, "f4")) + files.integer(2, 3),
+    "negative colors": files.floats(5, np.full(3, -1, "f4")) + files.integer(2, 3),
     "no numbers": files.floats(5, np.full(3, np.nan, "f4")) + files.integer(2, 3),
 }
 

@@ -23,8 +23,8 @@ from alexnet_cli.errors import AlexNetError, UsageError
 
 def picture(seed: int) -> bytes:
     buffer = io.BytesIO()
-    colour = np.random.default_rng(seed).integers(0, 256, (2, 2, 3)).astype(np.uint8)
-    Image.fromarray(colour).resize((40, 30)).save(buffer, "JPEG")
+    color = np.random.default_rng(seed).integers(0, 256, (2, 2, 3)).astype(np.uint8)
+    Image.fromarray(color).resize((40, 30)).save(buffer, "JPEG")
     return buffer.getvalue()
 
 

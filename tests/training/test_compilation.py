@@ -72,7 +72,7 @@ def test_three_steps_give_the_same_losses_and_names(
     expected, eager = losses(prepared, "eager", compile=False)
     assert not graphs
     found, training = losses(prepared, "compiled", compile=True)
-    assert len(graphs) == 3  # before, between and after the normalisations, and none anew at the second step
+    assert len(graphs) == 3  # before, between and after the normalizations, and none anew at the second step
     assert found == pytest.approx(expected, rel=1e-5)
     network = training.trainer.network
     assert [n for n, _ in parameters_by_name(network)] == [n for n, _ in network.named_parameters()]
@@ -108,7 +108,7 @@ def test_compiled_dropout_draws_anew_at_every_step(graphs: list[torch.fx.GraphMo
 def test_for_a_gpu_the_network_is_one_graph(
     graphs: list[torch.fx.GraphModule], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tensors without values stand for those on a GPU; each normalisation is one step, and nothing is tried out."""
+    """Tensors without values stand for those on a GPU; each normalization is one step, and nothing is tried out."""
     monkeypatch.setattr(torch.nn.Module, "to", lambda self, *_, **__: self)  # which such tensors do not support
     monkeypatch.setattr(triton_kernels, "unavailable_reason", lambda index: pytest.fail("tried while compiling"))
     with FakeTensorMode(), torch.device("cuda"):

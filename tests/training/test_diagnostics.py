@@ -113,14 +113,14 @@ def test_a_rate_that_rounds_alike_at_both_ends_is_one_number() -> None:
         (KRIZHEVSKY, 30, "drop_epochs = [25, 51, 79]", "--set 'drop_epochs=[8, 17, 26]'"),
         (KRIZHEVSKY, 2, "drop_epochs = [25, 51, 79]", "--set 'drop_epochs=[1]'"),
         (KRIZHEVSKY, 99, "", ""),
-        (replace(KRIZHEVSKY, schedule="plateau", colour_shift=0.0, frozen="conv"), 182, "", ""),
+        (replace(KRIZHEVSKY, schedule="plateau", color_shift=0.0, frozen="conv"), 182, "", ""),
         (replace(KRIZHEVSKY, name="mine"), 30, "drop_epochs = [25, 51, 79]", "--set 'drop_epochs=[8, 17, 26]'"),
         (
             KRIZHEVSKY,
             182,
-            "drop_epochs = [25, 51, 79], conv1_slow_epoch = 67, conv1_freeze_epoch = 72, colour_shift_epochs = 67",
+            "drop_epochs = [25, 51, 79], conv1_slow_epoch = 67, conv1_freeze_epoch = 72, color_shift_epochs = 67",
             "--set 'drop_epochs=[50, 102, 158]' --set conv1_slow_epoch=134 --set conv1_freeze_epoch=144 "
-            "--set colour_shift_epochs=134",
+            "--set color_shift_epochs=134",
         ),
         (replace(KRIZHEVSKY, drop_epochs=(8, 17)), 30, "", ""),
         (TINY, 30, "", ""),

@@ -15,7 +15,7 @@ from alexnet_cli.core.data.classes import ClassName
 from alexnet_cli.core.data.shards import open_dataset
 from alexnet_cli.core.model.architecture import LAYERS, PARAMETERS
 from alexnet_cli.core.model.model_file import Model
-from alexnet_cli.core.model.network import Network, initialise
+from alexnet_cli.core.model.network import Network, initialize
 from alexnet_cli.core.parallel.placement import Placement
 from alexnet_cli.core.runs.run import Run
 from alexnet_cli.core.training import fine_tuning
@@ -59,7 +59,7 @@ def test_all_but_the_classes_is_taken_over(start: Callable[..., TrainingLoop]) -
     model = random_model(SMALL)
     training = start(model=model)
     found, fresh = tensors(training.trainer.network), Network(SMALL, 4)
-    initialise(fresh)
+    initialize(fresh)
     for name in PARAMETERS:
         expected = model.tensors[name] if not name.startswith("fc8") else tensors(fresh)[name]
         np.testing.assert_array_equal(found[name], expected)

@@ -55,7 +55,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_it_learns_four_colours(start: Start) -> None:
+def test_it_learns_four_colors(start: Start) -> None:
     training = start(replace(SMALL, epochs=14, learning_rate=0.03))
     records = list(training.fit())
     validation = [r for r in records if r.event == "validation"]
@@ -81,16 +81,16 @@ def test_records_tell_the_story_and_are_on_disk(start: Start) -> None:
     assert rows[0].startswith("epoch,step,lr")
 
 
-def test_each_epoch_tells_how_far_the_towers_specialise(start: Start) -> None:
+def test_each_epoch_tells_how_far_the_towers_specialize(start: Start) -> None:
     training = start()
     told = [record for record in training.fit() if record.event == "validation"]
     weight = training.trainer.network.conv1.weight.detach().numpy()
-    found = filters.measure_specialisation(filters.split_towers(weight, 2))
-    assert told[-1].specialisation == found.auc
+    found = filters.measure_specialization(filters.split_towers(weight, 2))
+    assert told[-1].specialization == found.auc
     assert (told[-1].chroma_tower1, told[-1].chroma_tower2) == pytest.approx(found.means)
     assert told[0].chroma_tower1 != told[1].chroma_tower1
     with (training.run.path / "metrics.csv").open(newline="") as file:
-        assert [float(row["specialisation"]) for row in csv.DictReader(file)] == [r.specialisation for r in told]
+        assert [float(row["specialization"]) for row in csv.DictReader(file)] == [r.specialization for r in told]
 
 
 def test_the_caller_can_take_three_records_and_leave(start: Start) -> None:

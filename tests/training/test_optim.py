@@ -16,11 +16,11 @@ from alexnet_cli.recipe import FAST, KRIZHEVSKY, PAPER, Recipe
 def run(recipe: Recipe, rates: list[float], name: str = "fc6.weight", epoch: int = 1) -> list[float]:
     """One scalar parameter, starting at 2, with gradients 1, 2, 3, ...: its values after each step."""
     w = torch.nn.Parameter(torch.tensor([2.0], dtype=torch.float64))
-    optimiser = PaperSGD([(name, w)], recipe)
+    optimizer = PaperSGD([(name, w)], recipe)
     values = []
     for i, rate in enumerate(rates):
         w.grad = torch.tensor([i + 1.0], dtype=torch.float64)
-        optimiser.step(rate, epoch)
+        optimizer.step(rate, epoch)
         values.append(w.item())
     return values
 

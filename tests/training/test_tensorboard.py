@@ -38,7 +38,7 @@ def same(made: Run) -> None:
     for event, group in (("step", "train"), ("validation", "validation")):
         told = [record for record in made.records() if record["event"] == event]
         measured = {key for key, value in told[0].items() if isinstance(value, float)}
-        assert {"loss", "lr", "images_per_second", "data_wait" if group == "train" else "specialisation"} <= measured
+        assert {"loss", "lr", "images_per_second", "data_wait" if group == "train" else "specialization"} <= measured
         assert {tag for tag in events.Tags()["scalars"] if tag.startswith(group)} == {f"{group}/{n}" for n in measured}
         for name in measured:
             scalars = events.Scalars(f"{group}/{name}")

@@ -59,7 +59,7 @@ def difference(one: TrainingLoop, other: TrainingLoop) -> float:
 @pytest.mark.parametrize("micro_batch", [1, 3, 8, 16, 999])
 @pytest.mark.parametrize("inverted", [True, False])
 def test_pieces_give_the_numbers_of_the_whole(start: Start, micro_batch: int, inverted: bool) -> None:
-    """Three steps of 16, which neither 3 nor 999 divides, with dropout, shifted colours and label smoothing."""
+    """Three steps of 16, which neither 3 nor 999 divides, with dropout, shifted colors and label smoothing."""
     recipe = replace(RECIPE, dropout_inverted=inverted)
     whole, pieces = start(None, recipe), start(micro_batch, recipe)
     told = [list(training.fit(record_every=1, max_steps=3)) for training in (whole, pieces)]

@@ -32,7 +32,7 @@ LOWEST_AND_REST = {"relu": (0.0, 0.0), "tanh": (-1.0, 0.0), "sigmoid": (0.0, 0.5
 
 @dataclass(frozen=True)
 class LayerActivations:
-    """Activations of a layer for one image, right after the nonlinearity: before normalisation and pooling."""
+    """Activations of a layer for one image, right after the nonlinearity: before normalization and pooling."""
 
     name: ConvLayer | FeatureLayer
     values: Array
@@ -74,13 +74,13 @@ class Trace:
     """One image on its way through the network."""
 
     seen: ImageArray
-    """uint8 S x S x 3: the centre crop, 224 x 224 or 227 x 227."""
+    """uint8 S x S x 3: the center crop, 224 x 224 or 227 x 227."""
     layers: tuple[LayerActivations, ...]
     top: tuple[Label, ...]
 
 
 def trace_image(model: Model, picture: ImageArray) -> Trace:
-    """Compute all layers for the centre view of a decoded image, uint8 256 x 256 x 3.
+    """Compute all layers for the center view of a decoded image, uint8 256 x 256 x 3.
 
     Raises:
         WeightsError: what the network computes is no number.
@@ -137,7 +137,7 @@ def make_layer_records(trace: Trace, towers: list[int]) -> list[dict[str, Any]]:
 
 # Drawing
 
-Grey = npt.NDArray[np.uint8]
+Gray = npt.NDArray[np.uint8]
 
 WIDTH, MARGIN, LEFT = 1600, 24, 300  # pixels: of the page, around it, of the column with picture and answers
 GUTTER, GAP = 32, 4  # between columns, between maps
@@ -180,16 +180,16 @@ def draw_trace(trace: Trace, towers: Sequence[int], name: str, caption: Sequence
     return page.image
 
 
-def scale_to_grey(layer: LayerActivations) -> Grey:
-    """The values of a layer as greys, 0 to 255, all on one scale: white is the layer's strongest answer.
+def scale_to_gray(layer: LayerActivations) -> Gray:
+    """The values of a layer as grays, 0 to 255, all on one scale: white is the layer's strongest answer.
 
-    Black is none; where units can answer below rest (tanh, sigmoid), that is mid-grey. A grey goes with the root of
+    Black is none; where units can answer below rest (tanh, sigmoid), that is mid-gray. A gray goes with the root of
     an answer, or a single strong unit would leave all others in the dark.
     """
     answer = layer.values - layer.rest
     share = np.sign(answer) * np.sqrt(np.abs(answer) / (np.abs(answer).max() or 1))
-    greys: Grey = np.rint(255 * (share + 1) / 2 if layer.lowest < layer.rest else 255 * share).astype(np.uint8)
-    return greys
+    grays: Gray = np.rint(255 * (share + 1) / 2 if layer.lowest < layer.rest else 255 * share).astype(np.uint8)
+    return grays
 
 
 class _Page:
@@ -222,7 +222,7 @@ def _draw_input(page: _Page, trace: Trace) -> None:
 
 def _legend_lines(layer: LayerActivations) -> tuple[str, ...]:
     """How to read the maps, in lines that fit the column."""
-    nothing = "mid-grey none." if layer.lowest < layer.rest else "black none at all."
+    nothing = "mid-gray none." if layer.lowest < layer.rest else "black none at all."
     return (
         "A square is a map: where in the",
         "picture a unit answers, and how",
@@ -233,7 +233,7 @@ def _legend_lines(layer: LayerActivations) -> tuple[str, ...]:
         "",
         "A layer has one scale: white is its",
         f"highest answer, {nothing}",
-        "Greys go with the root of an answer.",
+        "Grays go with the root of an answer.",
     )
 
 
@@ -264,16 +264,16 @@ def _count_rows(layer: LayerActivations, towers: Sequence[int]) -> int:
 
 def _draw_maps(page: _Page, layer: LayerActivations, tower: int, place: tuple[int, int], columns: int) -> None:
     """The strongest maps of a tower, below each the number of its unit."""
-    greys = scale_to_grey(layer)
+    grays = scale_to_gray(layer)
     for i, unit in enumerate(layer.sort_units(tower)[: columns * ROWS]):
         left = place[0] + i % columns * (TILE + GAP)
         top = place[1] + i // columns * (TILE + NUMBER)
         page.pen.rectangle((left - 1, top - 1, left + TILE, top + TILE), outline=TRACK)
-        page.image.paste(_enlarge_map(greys[unit]), (left, top))
+        page.image.paste(_enlarge_map(grays[unit]), (left, top))
         page.text(left + TILE // 2, top + TILE + 1, str(unit), SMALL - 1, TILE, FAINT, anchor="ma")
 
 
-def _enlarge_map(pixels: Grey) -> Image.Image:
+def _enlarge_map(pixels: Gray) -> Image.Image:
     """A map as a square of TILE pixels, its own pixels all of one size: first more than enough, then averaged."""
     height, width = pixels.shape
     times = -(-TILE // height)
@@ -284,7 +284,7 @@ def _enlarge_map(pixels: Grey) -> Image.Image:
 def _draw_strip(layer: LayerActivations, tower: int, width: int) -> Image.Image:
     """All units of a tower in their order, a square each, as large as the strip allows."""
     units = layer.unit_range(tower)
-    values = scale_to_grey(layer)[units.start : units.stop]
+    values = scale_to_gray(layer)[units.start : units.stop]
     cell = next(c for c in range(24, 0, -1) if -(-len(values) // (width // c)) * c <= STRIP - 8 or c == 1)
     columns = min(len(values), width // cell)
     rows = -(-len(values) // columns)

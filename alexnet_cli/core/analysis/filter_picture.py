@@ -19,7 +19,7 @@ Limits = npt.NDArray[np.float32]
 Panels = Sequence[tuple[str, Pixels]]
 """Captions, and the grids that belong to them."""
 
-ZERO = 128  # grey level of a weight of zero
+ZERO = 128  # gray level of a weight of zero
 PAGE, INK = 255, 32
 WIDTH, LINE, LETTERS = 800, 26, 15  # pixels: of the picture, about; from caption to grid; of a letter's height
 
@@ -43,12 +43,12 @@ def kernel_limits(towers: Sequence[Kernels]) -> list[Limits]:
 def draw_grid(kernels: Kernels, limits: Limits, columns: int) -> Pixels:
     """uint8 RGB, a pixel per weight: tiles in rows, a pixel of page between and around them.
 
-    Zero is mid-grey, and +-`limits` (kernels,) are white and black.
+    Zero is mid-gray, and +-`limits` (kernels,) are white and black.
     """
     count, _, height, width = kernels.shape
     rows = -(-count // columns)
     page = np.full((rows * (height + 1) + 1, columns * (width + 1) + 1, 3), PAGE, np.uint8)
-    limit = np.where(limits > 0, limits, 1)[:, None, None, None]  # nothing but zeros is grey on any scale
+    limit = np.where(limits > 0, limits, 1)[:, None, None, None]  # nothing but zeros is gray on any scale
     tiles = np.rint(ZERO + 127 * kernels / limit).clip(0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
     for number, tile in enumerate(tiles):
         y, x = (number // columns) * (height + 1) + 1, (number % columns) * (width + 1) + 1
@@ -101,11 +101,11 @@ def draw_svg(panels: Panels, title: str) -> str:
 
 
 def _draw_squares(pixels: Pixels) -> list[str]:
-    """A path for each colour, of unit squares; the page is there already."""
+    """A path for each color, of unit squares; the page is there already."""
     places: dict[tuple[int, ...], list[str]] = {}
     for y, row in enumerate(pixels.tolist()):
-        for x, colour in enumerate(row):
-            places.setdefault(tuple(colour), []).append(f"M{x} {y}h1v1h-1z")
+        for x, color in enumerate(row):
+            places.setdefault(tuple(color), []).append(f"M{x} {y}h1v1h-1z")
     places.pop((PAGE, PAGE, PAGE), None)
     return [f'<path fill="#{r:02x}{g:02x}{b:02x}" d="{"".join(d)}"/>' for (r, g, b), d in places.items()]
 

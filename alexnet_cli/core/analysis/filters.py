@@ -1,7 +1,7 @@
 """Section 6.1: the kernels that the two towers learned, as numbers. No torch.
 
-The paper shows 96 kernels and says that one tower grows colour-agnostic and the other colour-specific ones,
-in every run. Here that is measured: the colour share of each kernel, how well it tells the towers apart, how
+The paper shows 96 kernels and says that one tower grows color-agnostic and the other color-specific ones,
+in every run. Here that is measured: the color share of each kernel, how well it tells the towers apart, how
 likely chance does as well, and which kernels are learned at all and which still the noise they started from.
 Kernels are float32 N x 3 x 11 x 11, RGB; everything else follows from such an array.
 """
@@ -30,9 +30,9 @@ SPECTRUM = 64  # kernels are padded to so many rows and columns: spectra have st
 class Tower:
     """Measurements of a tower's kernels, each an array of (kernels,)."""
 
-    chroma: Vector  # colour share: grey 0, chance 2/3, opponent colours 1
+    chroma: Vector  # color share: gray 0, chance 2/3, opponent colors 1
     norm: Vector
-    smoothness: Vector  # correlation of neighbouring weights: noise 0, smooth near 1
+    smoothness: Vector  # correlation of neighboring weights: noise 0, smooth near 1
     frequency: Vector  # of the strongest wave, cycles a pixel
     orientation: Vector  # in which its stripes run, degrees from the rows, 0..180
     selectivity: Vector  # for that orientation: a blob 0, a grating near 1
@@ -49,18 +49,18 @@ class Tower:
 
 
 @dataclass(frozen=True)
-class Specialisation:
-    """How the towers' kernels differ in colour; `auc`, its interval and `p_value` are None without two towers."""
+class Specialization:
+    """How the towers' kernels differ in color; `auc`, its interval and `p_value` are None without two towers."""
 
     towers: tuple[Tower, ...]
-    auc: float | None  # chance that a kernel of the colour tower has more colour than one of the other, 0.5..1
+    auc: float | None  # chance that a kernel of the color tower has more color than one of the other, 0.5..1
     interval: tuple[float, float] | None  # of 95 %: it holds 0.5 unless the towers differ
     p_value: float | None  # share of random divisions into two towers that separate as well
     smoothness: float  # of all kernels together, -1..1
 
     @property
     def means(self) -> tuple[float, ...]:
-        """Per tower the mean colour share, each kernel weighted by its norm."""
+        """Per tower the mean color share, each kernel weighted by its norm."""
         return tuple(tower.mean(tower.chroma) for tower in self.towers)
 
     @property
@@ -84,7 +84,7 @@ def split_towers(weight: Kernels, towers: int) -> tuple[Kernels, ...]:
     return tuple(np.split(weight, towers))
 
 
-def measure_specialisation(towers: Sequence[Kernels], seed: int = 0) -> Specialisation:
+def measure_specialization(towers: Sequence[Kernels], seed: int = 0) -> Specialization:
     """Measure the kernels of one or two towers."""
     dead = _find_dead(towers)
     measured = tuple(_measure_tower(kernels, faint) for kernels, faint in zip(towers, dead, strict=True))
@@ -93,11 +93,11 @@ def measure_specialisation(towers: Sequence[Kernels], seed: int = 0) -> Speciali
     if len(compared) == 2 and all(len(c) for c in compared):
         auc, p_value = compute_auc(compared[0], compared[1]), compute_p_value(compared[0], compared[1], seed)
         chance = compute_auc_interval(auc, len(compared[0]), len(compared[1]))
-    return Specialisation(measured, auc, chance, p_value, measure_smoothness(np.concatenate(towers)))
+    return Specialization(measured, auc, chance, p_value, measure_smoothness(np.concatenate(towers)))
 
 
 def summarize_epoch(weight: Kernels, towers: int) -> dict[str, float]:
-    """What `train` records of conv1 after each epoch: the area under the curve, and each tower's mean colour share."""
+    """What `train` records of conv1 after each epoch: the area under the curve, and each tower's mean color share."""
     parts = split_towers(weight, towers)
     chroma, dead = [measure_chroma(kernels) for kernels in parts], _find_dead(parts)
     summary = {
@@ -107,11 +107,11 @@ def summarize_epoch(weight: Kernels, towers: int) -> dict[str, float]:
     }
     compared = [c[~faint] for c, faint in zip(chroma, dead, strict=True)]
     if towers == 2 and all(len(c) for c in compared):
-        summary["specialisation"] = compute_auc(compared[0], compared[1])
+        summary["specialization"] = compute_auc(compared[0], compared[1])
     return summary
 
 
-def make_record(measured: Specialisation) -> dict[str, Any]:
+def make_record(measured: Specialization) -> dict[str, Any]:
     """The measurements for `--json`."""
     towers = {f"tower{i + 1}": tower for i, tower in enumerate(measured.towers)}
     return {
@@ -142,14 +142,14 @@ def _list_kernels(tower: Tower) -> list[dict[str, Any]]:
 
 
 def measure_chroma(kernels: Kernels) -> Vector:
-    """(N,) share of each kernel's energy that is colour: grey 0, independent random weights 2/3, opponent 1.
+    """(N,) share of each kernel's energy that is color: gray 0, independent random weights 2/3, opponent 1.
 
-    1 - sum_p (u . w_p)^2 / sum_p |w_p|^2 with u = (1, 1, 1) / sqrt(3), the grey axis of an orthonormal basis.
-    A kernel of zeros has no colour: 0.
+    1 - sum_p (u . w_p)^2 / sum_p |w_p|^2 with u = (1, 1, 1) / sqrt(3), the gray axis of an orthonormal basis.
+    A kernel of zeros has no color: 0.
     """
     energy = _compute_energy(kernels)
-    grey = (kernels.astype(np.float64).sum(axis=1) ** 2).sum(axis=(1, 2)) / 3
-    share: Vector = 1 - np.divide(grey, energy, out=np.ones_like(energy), where=energy > 0)
+    gray = (kernels.astype(np.float64).sum(axis=1) ** 2).sum(axis=(1, 2)) / 3
+    share: Vector = 1 - np.divide(gray, energy, out=np.ones_like(energy), where=energy > 0)
     return share.clip(0.0, 1.0)
 
 
@@ -192,7 +192,7 @@ def compute_p_value(first: Vector, second: Vector, seed: int = 0) -> float:
 
 def measure_smoothness(kernels: Kernels) -> float:
     """Correlation of weights one step apart, down and across, over all kernels: noise 0, smooth near 1."""
-    products, energies = _correlate_neighbours(kernels)
+    products, energies = _correlate_neighbors(kernels)
     product = products.sum()
     energy = sum(float(np.sqrt(a.sum() * b.sum())) for a, b in energies)
     return float(product) / energy if energy else 0.0
@@ -200,14 +200,14 @@ def measure_smoothness(kernels: Kernels) -> float:
 
 def measure_kernel_smoothness(kernels: Kernels) -> Vector:
     """(N,) the smoothness of each kernel by itself; 0 for a kernel of zeros."""
-    products, energies = _correlate_neighbours(kernels)
+    products, energies = _correlate_neighbors(kernels)
     energy = sum((np.sqrt(a * b) for a, b in energies), np.zeros(len(kernels)))
     result: Vector = np.divide(products, energy, out=np.zeros(len(kernels)), where=energy > 0)
     return result
 
 
-def _correlate_neighbours(kernels: Kernels) -> tuple[Vector, list[tuple[Vector, Vector]]]:
-    """Per kernel: the sum of the products of neighbours, and down and across the energies of both."""
+def _correlate_neighbors(kernels: Kernels) -> tuple[Vector, list[tuple[Vector, Vector]]]:
+    """Per kernel: the sum of the products of neighbors, and down and across the energies of both."""
     w = kernels.astype(np.float64)
     pairs = [(w[..., 1:, :], w[..., :-1, :]), (w[..., :, 1:], w[..., :, :-1])]
     products = sum(((a * b).sum(axis=(1, 2, 3)) for a, b in pairs), np.zeros(len(w)))
@@ -225,9 +225,9 @@ class Waves(NamedTuple):
 
 
 def compute_power(kernels: Kernels) -> Vector:
-    """N x 3 x H x W -> N x 64 x 64: the energy of each wave, over all colours; [0, 0] is the mean.
+    """N x 3 x H x W -> N x 64 x 64: the energy of each wave, over all colors; [0, 0] is the mean.
 
-    The sum over the colours does not change when colours are rotated: a red-green grating counts as much as a grey one.
+    The sum over the colors does not change when colors are rotated: a red-green grating counts as much as a gray one.
     """
     spectrum = np.fft.fft2(kernels.astype(np.float64), s=(SPECTRUM, SPECTRUM))
     energy: Vector = (np.abs(spectrum) ** 2).sum(axis=1)

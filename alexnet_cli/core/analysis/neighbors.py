@@ -36,7 +36,7 @@ from alexnet_cli.core.runs.resolve import is_best, is_training_data
 from alexnet_cli.core.runs.run import MODEL, ONNX
 from alexnet_cli.errors import StorageError, WeightsError
 
-SCHEMA = "alexnet.neighbours/3"
+SCHEMA = "alexnet.neighbors/3"
 LAYER: FeatureLayer = "fc7"
 VECTORS, RECORD, LOCK = f"{LAYER}.npy", "index.json", ".lock"
 BLOCK = 2**22  # activations compared at once: 16 MB
@@ -66,12 +66,12 @@ def hash_file(path: Path) -> str:
 def index_folder(weights: Path, run: Path | None, dataset: Dataset) -> Path:
     """The folder of a network's index: in its run, or beside its file.
 
-    The best checkpoint of a run, or its ONNX file, with the run's own data set has `neighbours`. Other weights and
-    data sets get names of their own, so that they do not replace it: `neighbours-00000280`, `neighbours-NAME`.
+    The best checkpoint of a run, or its ONNX file, with the run's own data set has `neighbors`. Other weights and
+    data sets get names of their own, so that they do not replace it: `neighbors-00000280`, `neighbors-NAME`.
     """
     if run is None:
-        return weights.with_name(f"{weights.stem}.neighbours")
-    words = ["neighbours"]
+        return weights.with_name(f"{weights.stem}.neighbors")
+    words = ["neighbors"]
     if weights.name not in {ONNX, MODEL}:
         words.append(weights.stem)
     elif weights.name == MODEL and (not is_best(weights) or (run / ONNX).is_file()):

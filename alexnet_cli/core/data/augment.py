@@ -1,7 +1,7 @@
 """From decoded pictures to the network's input, on the device and a batch at a time (sections 2 and 4.1).
 
-Training takes a random crop, perhaps mirrored, and shifts its colour along the principal axes of RGB; testing takes
-the centre, or ten views: four corners and centre and their mirrors. What is drawn for a picture depends on the seed,
+Training takes a random crop, perhaps mirrored, and shifts its color along the principal axes of RGB; testing takes
+the center, or ten views: four corners and center and their mirrors. What is drawn for a picture depends on the seed,
 the epoch and the picture's row in the data set, never on who loads it.
 """
 
@@ -20,11 +20,11 @@ from alexnet_cli.recipe import SIDE, Recipe
 
 @dataclass(frozen=True)
 class AugmentParams:
-    """The random draws of one epoch, by row: offsets N x 2 (down, right), flips N, colour N x 3 (standard normal)."""
+    """The random draws of one epoch, by row: offsets N x 2 (down, right), flips N, color N x 3 (standard normal)."""
 
     offsets: npt.NDArray[np.int64]
     flips: npt.NDArray[np.bool_]
-    colour: npt.NDArray[np.float32]
+    color: npt.NDArray[np.float32]
 
     @classmethod
     def of_epoch(
@@ -37,7 +37,7 @@ class AugmentParams:
         generator = np.random.default_rng((recipe.seed, epoch, 0xA06))
         offsets = generator.integers(0, SIDE - recipe.input_size + 1, (rows, 2))
         flips = generator.random(rows) < 0.5
-        colour = generator.standard_normal((rows, 3), dtype=np.float32)
+        color = generator.standard_normal((rows, 3), dtype=np.float32)
         if recipe.crop_group > 1 and order is not None:
             leaders = order[np.arange(rows) // recipe.crop_group * recipe.crop_group]
             offsets[order], flips[order] = offsets[leaders], flips[leaders]
@@ -45,7 +45,7 @@ class AugmentParams:
             offsets = np.full_like(offsets, (SIDE - recipe.input_size) // 2)
         if not recipe.flips:
             flips = np.zeros_like(flips)
-        return cls(offsets, flips, colour)
+        return cls(offsets, flips, color)
 
 
 class Augment:
@@ -55,12 +55,12 @@ class Augment:
         self,
         recipe: Recipe,
         mean_image: npt.NDArray[np.float32],
-        colour_std: npt.NDArray[np.float32] | None,
-        colour_axes: npt.NDArray[np.float32] | None,
+        color_std: npt.NDArray[np.float32] | None,
+        color_axes: npt.NDArray[np.float32] | None,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        """`mean_image` 3 x 256 x 256; `colour_axes` 3 x 3, axes in columns, with deviations `colour_std`, 0..255.
+        """`mean_image` 3 x 256 x 256; `color_axes` 3 x 3, axes in columns, with deviations `color_std`, 0..255.
 
         `dtype` of the views: where layer 1 computes in bfloat16, it would convert them, a whole batch in memory.
         """
@@ -70,36 +70,36 @@ class Augment:
             mean = mean.mean((0, 1)).expand(SIDE, SIDE, 3)
         self.mean = mean.contiguous().to(device)
         low = (SIDE - self.size) // 2
-        self.centre = low
+        self.center = low
         self.mean_at_crop = recipe.mean == "image-at-crop"
         self.central_mean = self.mean[low : low + self.size, low : low + self.size].contiguous()
-        axes = colour_axes * colour_std if colour_axes is not None and colour_std is not None else np.zeros((3, 3))
+        axes = color_axes * color_std if color_axes is not None and color_std is not None else np.zeros((3, 3))
         self.axes = np.asarray(axes, dtype=np.float32)
 
     def train(self, images: Tensor, rows: npt.NDArray[np.int64], draws: AugmentParams, epoch: int) -> Tensor:
         """The views of a training batch, `rows` saying which row each image is."""
-        shift = self._shift(draws.colour[rows], epoch)
+        shift = self._shift(draws.color[rows], epoch)
         return self._views(images, draws.offsets[rows], draws.flips[rows], shift)
 
-    def centre_view(self, images: Tensor) -> Tensor:
-        """The centre of every image."""
+    def center_view(self, images: Tensor) -> Tensor:
+        """The center of every image."""
         n = len(images)
-        return self._views(images, np.full((n, 2), self.centre), np.zeros(n, bool), None)
+        return self._views(images, np.full((n, 2), self.center), np.zeros(n, bool), None)
 
     def ten_views(self, images: Tensor) -> Iterator[Tensor]:
-        """Ten batches: top left, top right, bottom left, bottom right, centre; then their mirrors (section 4.1)."""
+        """Ten batches: top left, top right, bottom left, bottom right, center; then their mirrors (section 4.1)."""
         n, edge = len(images), SIDE - self.size
         images = images.to(self.device)  # once, not for every view
         for flip in (False, True):
-            for corner in ((0, 0), (0, edge), (edge, 0), (edge, edge), (self.centre, self.centre)):
+            for corner in ((0, 0), (0, edge), (edge, 0), (edge, edge), (self.center, self.center)):
                 yield self._views(images, np.full((n, 2), corner), np.full(n, flip), None)
 
     def _shift(self, normals: npt.NDArray[np.float32], epoch: int) -> npt.NDArray[np.float32] | None:
         """N x 3: what section 4.1 adds to every pixel, sum over axes of deviation times a draw from N(0, 0.1)."""
         recipe = self.recipe
-        if recipe.colour_shift == 0 or (recipe.colour_shift_epochs and epoch > recipe.colour_shift_epochs):
+        if recipe.color_shift == 0 or (recipe.color_shift_epochs and epoch > recipe.color_shift_epochs):
             return None
-        shift: npt.NDArray[np.float32] = np.float32(recipe.colour_shift) * (normals @ self.axes.T)
+        shift: npt.NDArray[np.float32] = np.float32(recipe.color_shift) * (normals @ self.axes.T)
         return shift
 
     def _views(
@@ -137,7 +137,7 @@ class Augment:
         rows = None
         if shift is not None:
             rows = torch.from_numpy(shift).to(device, non_blocking=True).repeat(1, self.size)[:, None, :]
-        return self._normalise(out, mean, rows).to(self.dtype)
+        return self._normalize(out, mean, rows).to(self.dtype)
 
     def one_by_one(
         self,
@@ -156,11 +156,11 @@ class Augment:
             if flips[i]:
                 crop, mean = crop.flip(1), mean.flip(1) if self.mean_at_crop else mean
             view.copy_(crop)
-            out[i].copy_(self._normalise(view, mean, None if rows is None else rows[i]))
+            out[i].copy_(self._normalize(view, mean, None if rows is None else rows[i]))
         return out
 
-    def _normalise(self, out: Tensor, mean: Tensor, shift: Tensor | None) -> Tensor:
-        """In place: less the mean, plus the colour shift, over the divisor.
+    def _normalize(self, out: Tensor, mean: Tensor, shift: Tensor | None) -> Tensor:
+        """In place: less the mean, plus the color shift, over the divisor.
 
         `shift` is written out along a row of pixels: adding three numbers at a time is slow on a CPU.
         """
@@ -168,7 +168,7 @@ class Augment:
         divisor = self.recipe.input_divisor
         if shift is not None:
             out.flatten(-2).add_(shift)
-            divisor *= self.recipe.colour_shift_divide
+            divisor *= self.recipe.color_shift_divide
         if divisor != 1:
             out /= divisor
         return out

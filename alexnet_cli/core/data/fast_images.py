@@ -1,6 +1,6 @@
 """The fast twin of `images`, for preparing: libjpeg-turbo in and out, torch's antialiased uint8 resize.
 
-Same functions, same results within one grey level (decoding is equal); everything here releases the GIL,
+Same functions, same results within one gray level (decoding is equal); everything here releases the GIL,
 so plain threads scale. What libjpeg-turbo does not take (PNG, CMYK, damaged files) goes to `images`,
 which also words the reasons.
 """
@@ -34,8 +34,8 @@ def examined(data: bytes) -> tuple[ImageArray, str]:
     wrong = ""
     if data[:2] == JPEG:
         try:
-            height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-            if colours in DIRECT and height * width <= images.MAX_PIXELS:
+            height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
+            if colors in DIRECT and height * width <= images.MAX_PIXELS:
                 return simplejpeg.decode_jpeg(data, "RGB"), ""
         except ValueError as error:  # strict: warnings too; Pillow decides whether the picture is whole
             wrong = str(error) if str(error).startswith(DAMAGED) else ""
@@ -58,12 +58,12 @@ def to_256(rgb: ImageArray) -> ImageArray:
     rgb = images.middle_of_long(rgb)
     size = images.scaled_size(*rgb.shape[:2])
     if size == rgb.shape[:2]:
-        return images.centre(rgb)
+        return images.center(rgb)
     # A permuted view is channels-last to torch, in and out, so that nothing is copied: three times as fast. The
     # batch dimension has to come before, or its stride makes the result planar.
     picture = torch.from_numpy(rgb).unsqueeze(0).permute(0, 3, 1, 2)
     scaled = interpolate(picture, size=size, mode="bilinear", antialias=True)
-    return images.centre(scaled[0].permute(1, 2, 0).numpy())
+    return images.center(scaled[0].permute(1, 2, 0).numpy())
 
 
 def encode(rgb: ImageArray, quality: int) -> bytes:

@@ -59,7 +59,7 @@ def train_and_val(path: Path) -> Found | None:
 
 
 def _list_val(path: Path, val_name: str, folders: Sequence[str]) -> tuple[Pictures, Counter[str]]:
-    """The images of the validation folder, labelled by the training folders' places, and other files by suffix."""
+    """The images of the validation folder, labeled by the training folders' places, and other files by suffix."""
     val_folders, _ = class_folders(path / val_name)
     if not val_folders:
         raise DataError(f"{path / val_name} has no class folders", "put its pictures into one folder per class")

@@ -1,6 +1,6 @@
 """Pictures to pixels, as in section 2 of the paper: RGB, shorter side to 256, the middle 256x256. No torch.
 
-This is the definition, with Pillow; `fast_images` is its fast twin for preparing, equal within one grey
+This is the definition, with Pillow; `fast_images` is its fast twin for preparing, equal within one gray
 level. EXIF orientation is ignored, as it was in 2012; `upright` follows it where that is asked for.
 """
 
@@ -61,9 +61,9 @@ _opening = threading.Lock()  # warnings.catch_warnings is not thread-safe
 
 
 def decode(data: bytes) -> ImageArray:
-    """The picture in a file's bytes as uint8 H x W x 3 RGB, whatever its real format and colour mode.
+    """The picture in a file's bytes as uint8 H x W x 3 RGB, whatever its real format and color mode.
 
-    Grey, palette, CMYK and 16-bit pictures are converted; alpha is dropped; of an animation the first
+    Gray, palette, CMYK and 16-bit pictures are converted; alpha is dropped; of an animation the first
     frame counts.
 
     Raises:
@@ -127,17 +127,17 @@ def to_256(rgb: ImageArray) -> ImageArray:
     """Shorter side to 256 (antialiased bilinear), then the middle: uint8 H x W x 3 -> 256 x 256 x 3.
 
     It is computed in float32 and rounded once. On uint8 Pillow and torch round after each of the two passes,
-    each in its own way, and would now and then be two grey levels apart.
+    each in its own way, and would now and then be two gray levels apart.
     """
     rgb = middle_of_long(rgb)
     height, width = scaled_size(*rgb.shape[:2])
     if (height, width) == rgb.shape[:2]:
-        return centre(rgb)
+        return center(rgb)
     result = np.empty((SIDE, SIDE, 3), np.uint8)
     for channel in range(3):
         plane = Image.fromarray(np.ascontiguousarray(rgb[:, :, channel])).convert("F")
         scaled = plane.resize((width, height), Image.Resampling.BILINEAR)
-        result[:, :, channel] = np.rint(centre(np.asarray(scaled)))
+        result[:, :, channel] = np.rint(center(np.asarray(scaled)))
     return result
 
 
@@ -147,7 +147,7 @@ def scaled_size(height: int, width: int) -> tuple[int, int]:
     return (SIDE * height + shorter // 2) // shorter, (SIDE * width + shorter // 2) // shorter
 
 
-def centre(rgb: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def center(rgb: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """The middle 256 x 256; an odd margin is smaller at the top and at the left (floor)."""
     top, left = (rgb.shape[0] - SIDE) // 2, (rgb.shape[1] - SIDE) // 2
     return np.ascontiguousarray(rgb[top : top + SIDE, left : left + SIDE])
@@ -222,8 +222,8 @@ def _eight_bits(image: Image.Image) -> ImageArray:
         deep = np.asarray(image).clip(0, 65535).astype(np.uint32)
         deep *= 255
         deep += 32767
-        grey = (deep // 65535).astype(np.uint8)
-        return grey[:, :, None]
+        gray = (deep // 65535).astype(np.uint8)
+        return gray[:, :, None]
     if image.mode == "F":
         raise DataError("its pixels are floating-point numbers of unknown range")
     if image.mode in ("P", "PA"):

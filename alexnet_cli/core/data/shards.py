@@ -105,10 +105,10 @@ class Dataset:
     hash: str
     classes: tuple[ClassName, ...]
     mean_rgb: npt.NDArray[np.float32]
-    """(3,), 0..255: mean colour of the training pixels."""
-    colour_std: npt.NDArray[np.float32]
+    """(3,), 0..255: mean color of the training pixels."""
+    color_std: npt.NDArray[np.float32]
     """(3,), 0..255: standard deviations along the axes, ascending (the paper, section 4.1)."""
-    colour_axes: npt.NDArray[np.float32]
+    color_axes: npt.NDArray[np.float32]
     """(3, 3): the principal axes of the training pixels as columns."""
     record: dict[str, Any]
     """dataset.json as it is."""
@@ -184,8 +184,8 @@ def open_dataset(path: Path) -> Dataset:
             hash=hashlib.sha256(data).hexdigest(),
             classes=class_list([c["name"] for c in record["classes"]], [c.get("wnid") for c in record["classes"]]),
             mean_rgb=_numbers(record, "mean_rgb", 3),
-            colour_std=_numbers(record, "colour_std", 3),
-            colour_axes=_numbers(record, "colour_axes", 3, 3),
+            color_std=_numbers(record, "color_std", 3),
+            color_axes=_numbers(record, "color_axes", 3, 3),
             record=record,
         )
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:

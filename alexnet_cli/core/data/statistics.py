@@ -1,7 +1,7 @@
 """Statistics of a data set, collected while it is prepared. No torch.
 
 Of the training pixels: mean image, mean color, color axes (section 4.1 of the paper). The pixels are those before they
-become JPEG; over a set the two differ by far less than a grey level on average. Everything is summed in integers (or in
+become JPEG; over a set the two differ by far less than a gray level on average. Everything is summed in integers (or in
 floats that hold them exactly), so the sums are exact in whatever order and on however many threads the images come.
 
 Of the source files: sizes, exact duplicates, EXIF turns. The ImageFact of every image that was packed is in its shard's
@@ -83,7 +83,7 @@ class PixelSums:
         mean: npt.NDArray[np.float64] = self.pixels.sum((0, 1)) / (self.images * SIDE * SIDE)
         return mean
 
-    def colour_axes(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    def color_axes(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
         """Standard deviations (3,) along the principal axes, ascending, 0..255; the axes (3, 3) as columns.
 
         An axis has no sign of its own; each is turned so that its largest component is positive.
@@ -96,12 +96,12 @@ class PixelSums:
         return np.sqrt(np.maximum(variances, 0.0)), axes
 
     def record(self) -> dict[str, object]:
-        """The colour entries of dataset.json."""
-        deviations, axes = self.colour_axes()
+        """The color entries of dataset.json."""
+        deviations, axes = self.color_axes()
         return {
             "mean_rgb": self.mean_rgb().round(DIGITS).tolist(),
-            "colour_std": deviations.round(DIGITS).tolist(),
-            "colour_axes": axes.round(DIGITS).tolist(),
+            "color_std": deviations.round(DIGITS).tolist(),
+            "color_axes": axes.round(DIGITS).tolist(),
         }
 
 

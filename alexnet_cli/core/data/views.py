@@ -1,4 +1,4 @@
-"""Test-time views of a picture (section 4.1): the centre, or corners, centre and their mirrors. No torch."""
+"""Test-time views of a picture (section 4.1): the center, or corners, center and their mirrors. No torch."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ T = TypeVar("T", bound=np.generic)
 
 
 def make_views(picture: npt.NDArray[np.uint8], side: int, count: int) -> npt.NDArray[np.uint8]:
-    """uint8 256 x 256 x 3 -> count x 3 x side x side. 1: the centre; 10: corners, centre, their mirrors."""
+    """uint8 256 x 256 x 3 -> count x 3 x side x side. 1: the center; 10: corners, center, their mirrors."""
     return _cut(np.ascontiguousarray(picture.transpose(2, 0, 1)), side, count)
 
 
 def mean_correction(mean: npt.NDArray[np.float32], side: int, count: int) -> npt.NDArray[np.float32]:
     """float32 3 x 256 x 256 -> count x 3 x side x side: what to add if the recipe's mean is at the crop.
 
-    Such a network was trained less the mean under the crop, mirrored with it; its graph subtracts the centre.
+    Such a network was trained less the mean under the crop, mirrored with it; its graph subtracts the center.
     """
     parts = _cut(mean, side, count)
     return _cut(mean, side, 1) - parts

@@ -90,7 +90,7 @@ class TorchClassifier:
 
     def __init__(self, network: Network, pixels: Augment, placement: Placement, views: int = 1) -> None:
         if views not in (1, 10):
-            raise UsageError(f"--views {views} is not supported", "use 1 (centre view) or 10 (the paper's ten views)")
+            raise UsageError(f"--views {views} is not supported", "use 1 (center view) or 10 (the paper's ten views)")
         self.network, self.pixels, self.placement, self.views = network, pixels, placement, views
 
     def __call__(self, images: Tensor) -> npt.NDArray[np.float32]:
@@ -100,7 +100,7 @@ class TorchClassifier:
         try:
             with torch.inference_mode(), self.placement.arithmetic():
                 views: Iterable[Tensor] = (
-                    [self.pixels.centre_view(images)] if self.views == 1 else self.pixels.ten_views(images)
+                    [self.pixels.center_view(images)] if self.views == 1 else self.pixels.ten_views(images)
                 )
                 total = sum(torch.softmax(self.network(view).float(), 1) for view in views)
                 assert isinstance(total, Tensor)

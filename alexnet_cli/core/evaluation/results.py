@@ -26,7 +26,7 @@ from alexnet_cli.recipe import Recipe
 SUFFIXES = (".json", "_per_class.csv", "_confusion.csv", "_confusion.png")
 LARGEST_LOSS = 70.0  # nats per image: probabilities below 1e-30 count as 1e-30
 LARGEST_COUNT = 2**31
-PROTOCOL = {1: "centre view", 10: "ten views, mean of softmax (paper 4.1)"}
+PROTOCOL = {1: "center view", 10: "ten views, mean of softmax (paper 4.1)"}
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class PublishedErrors:
 
 
 VALIDATION_IMAGES = 50_000
-# The paper gives no centre-view error for ILSVRC 2012; its 39.0 and 18.3 % are for ILSVRC 2010.
+# The paper gives no center-view error for ILSVRC 2012; its 39.0 and 18.3 % are for ILSVRC 2010.
 PAPER_ERRORS = PublishedErrors("the paper, one network", 10, 0.407, 0.182)
 PUBLISHED = {
     "krizhevsky": PublishedErrors("the authors' log of net #145", 10, 0.40664, 0.18210),

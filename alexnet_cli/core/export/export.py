@@ -38,7 +38,7 @@ ACCURACY_PICTURES = 5000  # on which accuracy is judged, at most
 
 Crops = npt.NDArray[np.uint8]
 Logits = Callable[[Crops], npt.NDArray[np.float32]]
-Labelled = Iterable[tuple[Crops, npt.NDArray[np.int64]]]
+Labeled = Iterable[tuple[Crops, npt.NDArray[np.int64]]]
 Precision = Literal["fp32", "fp16"]
 
 
@@ -244,7 +244,7 @@ class Comparison:
         }
 
 
-def compare(reference: Logits, other: Logits, batches: Labelled) -> Comparison:
+def compare(reference: Logits, other: Logits, batches: Labeled) -> Comparison:
     """Count the right answers of two networks over crops (uint8 N x 3 x S x S) with their labels."""
     counts = np.zeros(4, np.int64)
     for crops, labels in batches:
@@ -262,10 +262,10 @@ class Check:
     loss: Comparison
 
 
-def export_int8(model: Model, path: Path, training: Crops, check: tuple[Crops, Labelled], force: bool = False) -> Check:
+def export_int8(model: Model, path: Path, training: Crops, check: tuple[Crops, Labeled], force: bool = False) -> Check:
     """Write `model` to `path` in int8, calibrated on crops of training pictures, uint8 N x 3 x S x S.
 
-    `check`: crops to compare with PyTorch on, and labelled ones on which right answers are counted. With `force` the
+    `check`: crops to compare with PyTorch on, and labeled ones on which right answers are counted. With `force` the
     file is kept whatever it loses.
 
     Raises:
@@ -293,12 +293,12 @@ def export_int8(model: Model, path: Path, training: Crops, check: tuple[Crops, L
     return result
 
 
-def _measure_int8(model: Model, path: Path, check: tuple[Crops, Labelled]) -> Check:
+def _measure_int8(model: Model, path: Path, check: tuple[Crops, Labeled]) -> Check:
     """What the int8 file at `path` is worth. The session ends here: it maps the file, which is written again after."""
-    crops, labelled = check
+    crops, labeled = check
     session = Session(path, provider="cpu")
     against_torch = verify(by_pytorch(model), session.logits, crops)
-    return Check(against_torch, compare(Session(model, provider="cpu").logits, session.logits, labelled))
+    return Check(against_torch, compare(Session(model, provider="cpu").logits, session.logits, labeled))
 
 
 def export_int8_unverified(model: Model, path: Path, training: Crops) -> None:
@@ -313,7 +313,7 @@ def _quantize(model: Model, training: Crops) -> tuple[onnx.ModelProto, dict[str,
     return quantize.to_int8(proto, quantize.measure_ranges(proto, training)), {"calibration_images": len(training)}
 
 
-def labelled(
+def labeled(
     split: Split, side: int, output_of: npt.NDArray[np.int64] | None
 ) -> Iterator[tuple[Crops, npt.NDArray[np.int64]]]:
     """Batches of crops and labels: all pictures of a split, or `ACCURACY_PICTURES` evenly spaced ones.
@@ -324,7 +324,7 @@ def labelled(
     for start in range(0, len(rows), BATCH):
         batch = rows[start : start + BATCH]
         labels = split.labels[batch]
-        yield centres(split, batch, side), labels if output_of is None else output_of[labels]
+        yield centers(split, batch, side), labels if output_of is None else output_of[labels]
 
 
 def evenly(split: Split, count: int) -> list[int]:
@@ -333,27 +333,27 @@ def evenly(split: Split, count: int) -> list[int]:
     return rows
 
 
-def centres(split: Split, rows: Iterable[int], side: int) -> Crops:
+def centers(split: Split, rows: Iterable[int], side: int) -> Crops:
     """uint8 N x 3 x side x side: the middles of these pictures."""
     return np.concatenate([make_views(images.decode(bytes(split.jpeg(row))), side, 1) for row in rows])
 
 
 def crops_of(dataset: Dataset, model: Model, count: int = PICTURES) -> Crops:
-    """Centres of at most `count` pictures, evenly spaced over the validation split (training, if empty)."""
+    """Centers of at most `count` pictures, evenly spaced over the validation split (training, if empty)."""
     split = next((s for s in map(dataset.split, ("val", "train")) if len(s)), None)
     if split is None:
         raise DataError(f"{dataset.path} holds no pictures", "prepare it anew")
-    return centres(split, evenly(split, count), model.recipe.input_size)
+    return centers(split, evenly(split, count), model.recipe.input_size)
 
 
 def drawn_crops(side: int, count: int = PICTURES) -> Crops:
-    """uint8 count x 3 x side x side, always the same: coloured gradients under more and more noise."""
+    """uint8 count x 3 x side x side, always the same: colored gradients under more and more noise."""
     generator = np.random.default_rng(2012)
     ramp = np.linspace(-1, 1, side, dtype=np.float32)
     slopes = generator.uniform(-100, 100, (count, 3, 2, 1, 1)).astype(np.float32)
-    colours = generator.uniform(0, 255, (count, 3, 1, 1)).astype(np.float32)
+    colors = generator.uniform(0, 255, (count, 3, 1, 1)).astype(np.float32)
     noise = generator.standard_normal((count, 3, side, side), np.float32)
     contrast = np.linspace(0, 60, count, dtype=np.float32)[:, None, None, None]
-    picture = colours + slopes[:, :, 0] * ramp + slopes[:, :, 1] * ramp[:, None] + contrast * noise
+    picture = colors + slopes[:, :, 0] * ramp + slopes[:, :, 1] * ramp[:, None] + contrast * noise
     crops: Crops = picture.clip(0, 255).astype(np.uint8)
     return crops

@@ -5,7 +5,7 @@
     probabilities  float32 [batch, classes]
 
 Subtracting the mean image, dividing and padding are in the graph: a caller can only get the crop wrong.
-Response normalisation is a banded 1x1 convolution of the squares, two square roots and a division, which ONNX
+Response normalization is a banded 1x1 convolution of the squares, two square roots and a division, which ONNX
 Runtime runs faster on a CPU than its own LRN operator; with `rows` it is a product of matrices over rows of channels,
 which suits int8 kernels, whose maps have channels last. The test-time factor of dropout (section 4.2) and the input's
 divisor are folded into the weights of the layer that follows.
@@ -89,7 +89,7 @@ class _Graph:
         return self.node("Mul", [root, fourth], f"{name}.power")
 
     def across_maps(self, x: str, name: str, maps: tuple[int, int], recipe: Recipe) -> str:
-        """Section 3.3: the sum runs over `lrn_size` neighbouring maps, clipped at a tower's edge.
+        """Section 3.3: the sum runs over `lrn_size` neighboring maps, clipped at a tower's edge.
 
         `maps`: how many there are, and their side.
         """
@@ -170,17 +170,17 @@ def _assemble(model: Model, sha256: str, apart: dict[str, Array] | None, rows: b
 
 
 def _subtract_mean(graph: _Graph, model: Model) -> str:
-    """The whole mean image is kept, so that a reader of the file finds it; its centre is cut in the graph."""
+    """The whole mean image is kept, so that a reader of the file finds it; its center is cut in the graph."""
     if model.recipe.mean == "rgb":
-        colour = model.mean.mean((1, 2), dtype=np.float64).astype(np.float32)
-        return graph.node("Sub", ["input", graph.constant("mean", colour[:, None, None])], "centred")
+        color = model.mean.mean((1, 2), dtype=np.float64).astype(np.float32)
+        return graph.node("Sub", ["input", graph.constant("mean", color[:, None, None])], "centered")
     low = (SIDE - model.recipe.input_size) // 2
     mean = graph.constant("mean", model.mean)
     starts = graph.constant("mean.starts", np.array([low, low], np.int64))
     ends = graph.constant("mean.ends", np.array([low + model.recipe.input_size] * 2, np.int64))
     axes = graph.constant("mean.axes", np.array([1, 2], np.int64))
-    centre = graph.node("Slice", [mean, starts, ends, axes], "mean.centre")
-    return graph.node("Sub", ["input", centre], "centred")
+    center = graph.node("Slice", [mean, starts, ends, axes], "mean.center")
+    return graph.node("Sub", ["input", center], "centered")
 
 
 def _convolutions(graph: _Graph, x: str, model: Model) -> str:
@@ -205,7 +205,7 @@ def _convolutions(graph: _Graph, x: str, model: Model) -> str:
                 x = graph.node("MaxPool", [x], f"{layer}.pool", pool | ({"ceil_mode": 1} if clipped else {}))
                 side = -(-(side - recipe.pool_size) // 2) + 1
             else:
-                x = _normalise(graph, x, layer, (len(weight), side), recipe)
+                x = _normalize(graph, x, layer, (len(weight), side), recipe)
     return x
 
 
@@ -219,7 +219,7 @@ def _geometry(layer: str, recipe: Recipe) -> Attributes:
     return {"group": 1 if layer == "conv3" else recipe.towers, "pads": [pad] * 4}
 
 
-def _normalise(graph: _Graph, x: str, layer: str, maps: tuple[int, int], recipe: Recipe) -> str:
+def _normalize(graph: _Graph, x: str, layer: str, maps: tuple[int, int], recipe: Recipe) -> str:
     scale, channels = recipe.input_divisor**2, maps[0]
     if recipe.lrn == "across-maps":
         x = graph.across_maps(x, f"{layer}.norm", maps, recipe)

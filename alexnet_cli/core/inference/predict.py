@@ -121,7 +121,7 @@ def predict(
         WeightsError: what the network computes is no number.
     """
     if count not in (1, 10):
-        raise UsageError(f"--views {count}: there is the centre view, 1, and the paper's ten", "use 1 or 10")
+        raise UsageError(f"--views {count}: there is the center view, 1, and the paper's ten", "use 1 or 10")
     together = max(1, BATCH // count)
     correction = _correction(classifier, count)
     with contextlib.closing(prefetch(sources, 2 * together, classifier.exif_rotate)) as loaded:

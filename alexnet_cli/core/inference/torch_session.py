@@ -41,7 +41,7 @@ class TorchSession:
         mean = self.model.mean[:, low : low + self.crop, low : low + self.crop]
         if self.recipe.mean == "rgb":
             mean = self.model.mean.mean((1, 2), keepdims=True, dtype=np.float64).astype(np.float32)
-        self._centre = torch.tensor(mean, device=self.device)
+        self._center = torch.tensor(mean, device=self.device)
 
     @property
     def classes(self) -> tuple[ClassName, ...]:
@@ -87,5 +87,5 @@ class TorchSession:
     @torch.inference_mode()
     def _logits(self, crops: Crops) -> torch.Tensor:
         x = torch.from_numpy(crops).to(self.device).float()
-        logits: torch.Tensor = self.network((x - self._centre) / self.recipe.input_divisor)
+        logits: torch.Tensor = self.network((x - self._center) / self.recipe.input_divisor)
         return logits.float()

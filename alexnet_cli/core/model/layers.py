@@ -1,4 +1,4 @@
-"""The layers without weights: activation (3.1), response normalisation (3.3), overlapping pooling (3.4), dropout (4.2).
+"""The layers without weights: activation (3.1), response normalization (3.3), overlapping pooling (3.4), dropout (4.2).
 
 Each maps N x C x H x W (dropout N x C) to the same kind; towers lie side by side in C, tower 1 first.
 """

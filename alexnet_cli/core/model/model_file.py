@@ -52,7 +52,7 @@ def describe_preprocessing(recipe: Recipe, info: Mapping[str, Any]) -> dict[str,
     """What becomes of a picture before the mean is subtracted, for other programs to read."""
     return {
         "exif_rotate": bool(info.get("exif_rotate", False)),
-        "resize": f"shorter side to {SIDE}, antialiased; centre {SIDE}x{SIDE}",
+        "resize": f"shorter side to {SIDE}, antialiased; center {SIDE}x{SIDE}",
         "crop": recipe.input_size,
         "channels": "RGB",
         "range": [0, 255],
@@ -61,7 +61,7 @@ def describe_preprocessing(recipe: Recipe, info: Mapping[str, Any]) -> dict[str,
 
 def format_metadata(recipe: Recipe, classes: Sequence[ClassName], info: Mapping[str, Any]) -> dict[str, str]:
     """The strings that a model file carries beside its tensors."""
-    window = "under the crop" if recipe.mean == "image-at-crop" else "centre window"
+    window = "under the crop" if recipe.mean == "image-at-crop" else "center window"
     steps = describe_preprocessing(recipe, info) | {
         "subtract": f"tensor `mean`, {window}",
         "divide": recipe.input_divisor,

@@ -169,7 +169,7 @@ def initial_values(recipe: Recipe) -> dict[str, tuple[float | None, float]]:
 
 
 @torch.no_grad()
-def initialise(network: Network) -> None:
+def initialize(network: Network) -> None:
     """Set every parameter from `initial_values` and the seed; each layer has a random generator of its own.
 
     The whole network is drawn, then sliced, so that placement does not change the values.

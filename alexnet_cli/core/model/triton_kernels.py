@@ -88,15 +88,15 @@ def _norm_backward_kernel(
     """
     here, map_ = _here(inner, maps, block)
     direct, indirect = tl.zeros([block], tl.float32), tl.zeros([block], tl.float32)
-    for centre in tl.static_range(-half, half + 1):
+    for center in tl.static_range(-half, half + 1):
         total = tl.zeros([block], tl.float32)
-        for shift in tl.static_range(centre - half, centre + half + 1):
+        for shift in tl.static_range(center - half, center + half + 1):
             near = _near(x, here, map_, count, inner, shift, maps, relu)
             total += near * near
         power, next_power = _powers(k + alpha * total, beta)
-        g = _near(grad, here, map_, count, inner, centre, maps, False)
-        indirect += g * next_power * _near(x, here, map_, count, inner, centre, maps, relu)
-        if centre == 0:
+        g = _near(grad, here, map_, count, inner, center, maps, False)
+        indirect += g * next_power * _near(x, here, map_, count, inner, center, maps, relu)
+        if center == 0:
             direct = g * power
     values = _near(x, here, map_, count, inner, 0, maps, relu)
     result = direct - 2 * alpha * beta * values * indirect

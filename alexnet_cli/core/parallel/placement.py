@@ -171,7 +171,7 @@ def _on(gpu_id: int | None, gpus: str | None, precision: str) -> Placement:
     from alexnet_cli.core.model import triton_kernels  # which imports Triton, that nobody else needs
 
     if reason := triton_kernels.unavailable_reason(gpu.index):
-        notes.append(f"response normalisation runs without its GPU kernel, more slowly: {reason}")
+        notes.append(f"response normalization runs without its GPU kernel, more slowly: {reason}")
     return Placement(torch.device("cuda", gpu.index), name, precision, tuple(notes))
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from alexnet_cli.recipe import Recipe
 
 INSTALL_HINT = "pip install 'alexnet-cli[charts]'"
-CHANCE = 2 / 3  # colour share of independent random weights
+CHANCE = 2 / 3  # color share of independent random weights
 FEW_POINTS = 30  # that can be marked without covering their line
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # letters stay text: small, sharp, and in the font of the page
@@ -77,12 +77,12 @@ def draw_charts(history: History, few_classes: bool = False) -> dict[str, Chart]
             [Line("rate", history.rate_curve(), False, bool(history.drops))], log=True,
         ),
         "towers": _draw_curves(
-            "Specialisation", "share, and area under the curve", history,
+            "Specialization", "share, and area under the curve", history,
             [
-                Line("told apart by colour (AUC)", history.epoch_curve("specialisation")),
-                Line("colour share, tower 1", history.epoch_curve("chroma_tower1")),
-                Line("colour share, tower 2", history.epoch_curve("chroma_tower2")),
-            ], level=(CHANCE, "colour share of noise"),
+                Line("told apart by color (AUC)", history.epoch_curve("specialization")),
+                Line("color share, tower 1", history.epoch_curve("chroma_tower1")),
+                Line("color share, tower 2", history.epoch_curve("chroma_tower2")),
+            ], level=(CHANCE, "color share of noise"),
         ),
     }  # fmt: skip
     return {name: chart for name, chart in drawn.items() if chart}
@@ -160,7 +160,7 @@ def render_svg(draw: Callable[[Axes], None], height: float = 3.5, margin: float 
 # Figure 2 of the paper, simplified: the towers, and arrows from what each layer sees.
 
 TINTS = ("#dfeaf4", "#f7e8d8")  # of the towers
-GREY, LIGHT = "#55565c", "#f4f5f8"
+GRAY, LIGHT = "#55565c", "#f4f5f8"
 TEXT, SMALL = 9.5, 8  # points
 HEIGHT = 0.5  # of a box; a layer is 1
 NARROWEST, WIDER = 0.135, 0.035  # half of a box's width, and what many units add, in widths of the drawing
@@ -177,12 +177,12 @@ def draw_network(recipe: Recipe, specs: Sequence[LayerSpec]) -> Chart:
         axes.set_xlim(0, 1)
         axes.set_ylim(len(specs) + 0.4, -0.4)
         axes.axis("off")
-        above = _draw_boxes(axes, 0, (MIDDLE,), f"3 colors {side}×{side}", 2**13, coloured=False)
+        above = _draw_boxes(axes, 0, (MIDDLE,), f"3 colors {side}×{side}", 2**13, colored=False)
         for number, spec in enumerate(specs, 1):
             last = number == len(specs)
             places = (MIDDLE,) if towers == 1 or last else PLACES
             words = f"{spec.maps:,} classes" if last else _describe_size(spec)
-            boxes = _draw_boxes(axes, number, places, words, spec.maps, coloured=not last)
+            boxes = _draw_boxes(axes, number, places, words, spec.maps, colored=not last)
             _draw_arrows(axes, above, boxes, spec.sees_both)
             _write_name(axes, number, recipe, spec)
             above = boxes
@@ -206,14 +206,14 @@ def _describe_size(spec: LayerSpec) -> str:
 
 
 def _draw_boxes(
-    axes: Axes, number: int, places: Sequence[float], words: str, units: int, coloured: bool = True
+    axes: Axes, number: int, places: Sequence[float], words: str, units: int, colored: bool = True
 ) -> list[Box]:
     """Boxes of one layer side by side, wider for more units."""
     from matplotlib.patches import Rectangle
 
     half = NARROWEST + WIDER * min(1.0, units.bit_length() / 13)
     for tower, x in enumerate(places):
-        face, edge = (TINTS[tower], INKS[tower]) if coloured else (LIGHT, GREY)
+        face, edge = (TINTS[tower], INKS[tower]) if colored else (LIGHT, GRAY)
         corner, size = (x - half, number - HEIGHT / 2), (2 * half, HEIGHT)
         axes.add_patch(Rectangle(corner, *size, facecolor=face, edgecolor=edge, linewidth=1.2, zorder=2))
         axes.text(x, number, words, ha="center", va="center", fontsize=TEXT, zorder=3)
@@ -228,7 +228,7 @@ def _draw_arrows(axes: Axes, above: Sequence[Box], boxes: Sequence[Box], meets: 
             if crosses and not meets:
                 continue
             start, end = (from_x, from_y + HEIGHT / 2), (x, y - HEIGHT / 2)
-            arrow = {"arrowstyle": "-|>", "color": GREY, "shrinkA": 0, "shrinkB": 0, "lw": 1.0}
+            arrow = {"arrowstyle": "-|>", "color": GRAY, "shrinkA": 0, "shrinkB": 0, "lw": 1.0}
             axes.annotate("", end, start, arrowprops=arrow | ({"linestyle": (0, (3, 2))} if crosses else {}))
 
 
@@ -238,4 +238,4 @@ def _write_name(axes: Axes, number: int, recipe: Recipe, spec: LayerSpec) -> Non
     steps = ", ".join(dict.fromkeys(short.get(step, step) for step in spec.then)) or "softmax"
     title = f"{spec.name}  {describe_kernel(spec)}".rstrip()
     axes.text(0, number - 0.03, title, va="bottom", fontsize=TEXT, fontweight="bold")
-    axes.text(0, number + 0.03, steps, va="top", fontsize=SMALL, color=GREY)
+    axes.text(0, number + 0.03, steps, va="top", fontsize=SMALL, color=GRAY)

@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 
 from alexnet_cli.core.analysis import filters
-from alexnet_cli.core.analysis.filters import Kernels, Specialisation
+from alexnet_cli.core.analysis.filters import Kernels, Specialization
 from alexnet_cli.core.analysis.neighbors import Neighborhood, find_neighborhoods
 from alexnet_cli.core.analysis.units import read_images
 from alexnet_cli.core.data.augment import Augment
@@ -52,7 +52,7 @@ FEW_CLASSES = 5  # with no more, every answer is among the five most likely
 BATCH = 128
 SAMPLE = 256  # images among which examples are searched
 EXAMPLES = 8  # right ones, and as many wrong ones
-PARTS = ("results", "examples", "neighbours")
+PARTS = ("results", "examples", "neighbors")
 NOT_COMPUTED = "it has not been computed yet: alexnet report adds it"
 ATTEMPTS = 3  # to open a checkpoint that a training may just have replaced
 
@@ -119,7 +119,7 @@ class Report:
     model: Model | None
     data: Dataset | None
     towers: tuple[Kernels, ...] = ()
-    specialisation: Specialisation | None = None
+    specialization: Specialization | None = None
     evidence: Evidence = field(default_factory=Evidence)
 
     @property
@@ -228,7 +228,7 @@ def collect_report(
         model=model,
         data=data if isinstance(data, Dataset) else None,
         towers=towers,
-        specialisation=filters.measure_specialisation(towers) if towers else None,
+        specialization=filters.measure_specialization(towers) if towers else None,
         evidence=_collect_evidence(run, opened, data, placement, advance),
     )
 
@@ -325,9 +325,9 @@ def _compute_evidence(
         neighborhoods = find_neighborhoods(
             model, opened.sha256, run.path if run else None, data, keep_index=not unsaved, advance=advance
         )
-        missing = {} if neighborhoods else {"neighbours": "the data set has no training pictures"}
+        missing = {} if neighborhoods else {"neighbors": "the data set has no training pictures"}
     except (StorageError, DataError) as error:
-        missing = {"neighbours": error.what}
+        missing = {"neighbors": error.what}
         failed = error.what if isinstance(error, DataError) else ""
     totals_of_all = tuple(totals for totals, _ in saved)
     sampled = len(sample_rows(val))

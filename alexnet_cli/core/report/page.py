@@ -120,7 +120,7 @@ def list_sections(report: Report) -> list[Section]:
         Section("filters", "Filters of the towers", absent),
         Section("results", "Classes and confusions", _explain_missing(missing.get("results"))),
         Section("examples", "Right and wrong pictures", _explain_missing(missing.get("examples"))),
-        Section("neighbours", "Neighbours", _explain_missing(missing.get("neighbours"))),
+        Section("neighbors", "Neighbors", _explain_missing(missing.get("neighbors"))),
     ]
     if trained:
         found.append(Section("speed", "Speed and placement"))

@@ -35,7 +35,7 @@ SOURCES = {"-": "", "code": "authors' code"}
 MAX_WIDTH = 1000  # pixels of a picture that the page does not make smaller
 PHOTOGRAPH, QUALITY = 160, 85  # pixels and JPEG quality of a photograph on the page
 ZOOM = 8  # of kernels
-COLOURS = 128  # of the confusion matrix as PNG; it has few
+COLORS = 128  # of the confusion matrix as PNG; it has few
 LAYER_HEADS = ("Layer", "Kernel", "Sees", "Maps or units", "Size", "Then", "Parameters")
 
 
@@ -132,7 +132,7 @@ def describe_curves(report: Report, charts: Mapping[str, Chart]) -> Names:
 
 def describe_filters(report: Report, charts: Mapping[str, Chart]) -> Names | None:
     """Figure 3, and how far the towers differ."""
-    found = report.specialisation
+    found = report.specialization
     if found is None:
         return None
     limits = filter_picture.shared_limits(report.towers)
@@ -141,41 +141,41 @@ def describe_filters(report: Report, charts: Mapping[str, Chart]) -> Names | Non
         grid = filter_picture.draw_grid(kernels, limit, filter_picture.count_columns(len(kernels)))
         size = f"{kernels.shape[2]}×{kernels.shape[3]}"
         share = f"{found.means[i - 1]:.2f}"
-        alt = f"The {len(kernels)} kernels of tower {i}, {size} pixels each, zero in grey; colour share {share}."
-        caption = f"Tower {i} of {len(found.towers)}: {len(kernels)} kernels of {size}, colour share {share}"
+        alt = f"The {len(kernels)} kernels of tower {i}, {size} pixels each, zero in gray; color share {share}."
+        caption = f"Tower {i} of {len(found.towers)}: {len(kernels)} kernels of {size}, color share {share}"
         towers.append({"uri": _encode_kernels(grid), "alt": alt, "caption": caption})
         rows.append((
             f"Tower {i}", len(kernels), share, f"{tower.mean(tower.frequency):.2f}",
             f"{tower.mean(tower.selectivity):.2f}", int(tower.dead.sum()), int(tower.undertrained.sum()),
         ))  # fmt: skip
-    heads = ("Tower", "Kernels", "Colour share", "Cycles a pixel", "One orientation", "Dead", "Noise")
+    heads = ("Tower", "Kernels", "Color share", "Cycles a pixel", "One orientation", "Dead", "Noise")
     curve = [
-        (epoch["epoch"], *(_format_number(epoch, key) for key in ("specialisation", "chroma_tower1", "chroma_tower2")))
+        (epoch["epoch"], *(_format_number(epoch, key) for key in ("specialization", "chroma_tower1", "chroma_tower2")))
         for epoch in report.history.epochs
         if get_number(epoch, "chroma_tower1") is not None
     ]
     return {
-        "words": "The kernels of layer 1, figure 3 of the paper: all on one scale, zero in mid-grey, so that what "
-        "looks faint is faint. Colour share is 0 for grey, 0.67 for noise and 1 for opponent colours.",
+        "words": "The kernels of layer 1, figure 3 of the paper: all on one scale, zero in mid-gray, so that what "
+        "looks faint is faint. Color share is 0 for gray, 0.67 for noise and 1 for opponent colors.",
         "towers": towers, "heads": heads, "rows": rows, "verdict": _compare_towers(report),
         "chart": _embed_chart(charts["towers"]) if "towers" in charts else None,
-        "curve": curve, "curve_heads": ("Epoch", "AUC", "Colour share, tower 1", "Colour share, tower 2"),
+        "curve": curve, "curve_heads": ("Epoch", "AUC", "Color share, tower 1", "Color share, tower 2"),
     }  # fmt: skip
 
 
 def _compare_towers(report: Report) -> str:
     """Whether the towers differ, and whether the kernels allow to say so."""
-    found = report.specialisation
+    found = report.specialization
     if found is None or found.auc is None or found.interval is None or found.p_value is None:
         return "There are no two towers to compare."
     low, high = found.interval
-    told = f"By colour the towers are told apart with an area under the curve of {found.auc:.2f}"
+    told = f"By color the towers are told apart with an area under the curve of {found.auc:.2f}"
     told += f" (95 % interval {low:.2f} to {high:.2f}; 0.5 is chance, 1 is complete), p = {found.p_value:.4f}: "
     if found.undertrained:
         return f"{told}of noise, which says nothing. The kernels still look like what they started from."
     differ = "no more than chance" if found.p_value > CHANCE else "the towers differ"
     return (
-        f"{told}{differ}. In the paper one tower grows colour-agnostic kernels, the other colour-specific ones, always."
+        f"{told}{differ}. In the paper one tower grows color-agnostic kernels, the other color-specific ones, always."
     )
 
 
@@ -229,10 +229,10 @@ def _split_classes(rows: Sequence[Row], known: Sequence[bool]) -> tuple[str, lis
     if len(rows) == 1:
         return "The class", [("The only class that has pictures", rows)]
     if len(rows) <= MOST:
-        return "The classes", [("All classes, those recognised best first", rows)]
+        return "The classes", [("All classes, those recognized best first", rows)]
     most = min(MOST, len(rows) // 2)
     best = rows[: min(most, sum(known))]
-    tables = [("Classes that are recognised best", best), ("Classes that are recognised worst", rows[: -most - 1 : -1])]
+    tables = [("Classes that are recognized best", best), ("Classes that are recognized worst", rows[: -most - 1 : -1])]
     return "Best and worst classes", [(caption, shown) for caption, shown in tables if shown]
 
 
@@ -286,7 +286,7 @@ def describe_examples(report: Report) -> Names | None:
 def _describe_example(names: Sequence[str], one: Example) -> Names:
     true, seen, sure = names[one.true], names[one.predicted], f"{one.probability:.0%}"
     if one.true == one.predicted:
-        alt, caption = f"A picture of {true}, recognised.", f"{true}, {sure}"
+        alt, caption = f"A picture of {true}, recognized.", f"{true}, {sure}"
     else:
         alt, caption = f"A picture of {true}, taken for {seen}.", f"{true}, taken for {seen}, {sure}"
     return {"uri": _encode_photograph(one.image), "alt": alt, "caption": caption}
@@ -351,9 +351,9 @@ def _encode_kernels(pixels: npt.NDArray[np.uint8]) -> str:
 
 
 def _encode_drawing(image: Image.Image) -> str:
-    """A picture of few colours, made small."""
+    """A picture of few colors, made small."""
     file = io.BytesIO()
-    image.quantize(COLOURS, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
+    image.quantize(COLORS, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
     return _make_uri("image/png", file.getvalue())
 
 

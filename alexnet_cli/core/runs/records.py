@@ -18,7 +18,7 @@ from alexnet_cli.errors import DataError
 Event = Literal["start", "step", "validation", "checkpoint", "warning", "end"]
 COLUMNS = (
     "epoch", "step", "lr", "train_loss", "train_top1_error", "loss", "top1_error", "top5_error", "images_per_second",
-    "specialisation", "chroma_tower1", "chroma_tower2",
+    "specialization", "chroma_tower1", "chroma_tower2",
 )  # fmt: skip
 
 
@@ -37,7 +37,7 @@ class Record:
     data_wait: float | None = None
     train_loss: float | None = None
     train_top1_error: float | None = None
-    specialisation: float | None = None
+    specialization: float | None = None
     chroma_tower1: float | None = None
     chroma_tower2: float | None = None
     data: str | None = None

@@ -128,7 +128,7 @@ def check_epochs(recipe: Recipe) -> Iterator[Record]:
     keys = ["drop_epochs"] if recipe.schedule == "fixed" else []
     if recipe.epochs > named.epochs:
         keys += ["conv1_slow_epoch", "conv1_freeze_epoch"] if recipe.frozen == "none" else []
-        keys += ["colour_shift_epochs"] if recipe.colour_shift else []
+        keys += ["color_shift_epochs"] if recipe.color_shift else []
     kept = {key: value for key in keys if (value := getattr(recipe, key)) and value == getattr(named, key)}
     if not kept or abs(recipe.epochs / named.epochs - 1) < EPOCHS_TOLERANCE:
         return

@@ -14,7 +14,7 @@ SCALARS = {
     "step": ("loss", "top1_error", "top5_error", "lr", "images_per_second", "data_wait"),
     "validation": (
         "loss", "top1_error", "top5_error", "lr", "train_loss", "train_top1_error", "images_per_second",
-        "specialisation", "chroma_tower1", "chroma_tower2",
+        "specialization", "chroma_tower1", "chroma_tower2",
     ),
 }  # fmt: skip
 GROUP = {"step": "train", "validation": "validation"}

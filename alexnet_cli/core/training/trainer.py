@@ -19,7 +19,7 @@ from alexnet_cli.core.data.augment import Augment, AugmentParams
 from alexnet_cli.core.data.loader import Batch, epoch_order, steps_per_epoch
 from alexnet_cli.core.data.shards import Dataset
 from alexnet_cli.core.model.layers import ResponseNorm
-from alexnet_cli.core.model.network import Network, autocast_dtype, initialise, parameters_by_name
+from alexnet_cli.core.model.network import Network, autocast_dtype, initialize, parameters_by_name
 from alexnet_cli.core.parallel.ddp import trainable_names, wrap_ddp
 from alexnet_cli.core.parallel.placement import Placement
 from alexnet_cli.core.training.fine_tuning import FROZEN, freeze
@@ -73,7 +73,7 @@ class Trainer:
         ranks = placement.ranks
         self.recipe, self.rows, self.augment, self.placement = recipe, rows, augment, placement
         self.network = Network(recipe, classes, ranks.towers, ranks.columns)
-        initialise(self.network)
+        initialize(self.network)
         freeze(self.network, recipe)
         self.network.to(placement.device)
         self.optimizer = PaperSGD(parameters_by_name(self.network), recipe)
@@ -101,7 +101,7 @@ class Trainer:
         compress: bool = False,
     ) -> Trainer:
         """A trainer for the classes, the number of images and the color statistics of a prepared data set."""
-        statistics = data.mean_image(), data.colour_std, data.colour_axes
+        statistics = data.mean_image(), data.color_std, data.color_axes
         augment = Augment(recipe, *statistics, placement.device, placement.dtype)
         rows = len(data.split("train"))
         return cls(

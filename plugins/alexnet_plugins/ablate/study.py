@@ -70,7 +70,7 @@ SWITCHES: tuple[Switch, ...] = (
     Switch("pool-2x2", "3.4", {"pool_size": 2}, "+0.4 / +0.3", 0.004, 0.003, True),
     Switch("one-tower", "3.2", {"towers": 1}, "+1.7 / +1.2", 0.017, 0.012, True),
     Switch("no-crops-flips", "4.1", {"crops": False, "flips": False}, OVERFITTING, is_harmful=True),
-    Switch("no-colour-shift", "4.1", {"colour_shift": 0.0}, "more than +1", 0.01, is_harmful=True),
+    Switch("no-color-shift", "4.1", {"color_shift": 0.0}, "more than +1", 0.01, is_harmful=True),
     Switch("no-dropout", "4.2", {"dropout": 0.0}, OVERFITTING, is_harmful=True),
     Switch("tanh", "3.1", {"activation": "tanh"}, "6 times the steps"),
     Switch("sigmoid", "3.1", {"activation": "sigmoid"}),

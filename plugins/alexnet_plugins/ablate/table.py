@@ -213,7 +213,7 @@ def draw_chart(rows: Sequence[Row], title: str, error: float) -> bytes:
 
 
 def _draw_differences(axes: Axes, rows: Sequence[Row]) -> None:
-    axes.axvline(0, color="grey", linewidth=1)
+    axes.axvline(0, color="gray", linewidth=1)
     for height, row in enumerate(rows):
         difference = row.top1_difference
         if difference is None:
@@ -250,7 +250,7 @@ def _draw_training_errors(axes: Axes, rows: Sequence[Row], error: float) -> None
                 linestyle=style,
                 label=None if number else row.activation,
             )
-    axes.axhline(100 * error, color="grey", linewidth=1)
+    axes.axhline(100 * error, color="gray", linewidth=1)
     axes.set_xlabel("step")
     axes.set_ylabel(f"training error over the last {WINDOW} steps, %")
     axes.set_title("Training speed of each activation (figure 1 of the paper)")

@@ -153,7 +153,7 @@ def compare_load(split: Split, workers: int, scratch: Path, notes: list[str]) ->
             missing.append("DALI")
         peers["limit: decode alone"] = _decode_in_memory(split, rows, workers, stack)
         ours = _load(split, rows, workers, stack)
-        note = "ours yields whole uint8 pictures; crops, flips and colour are drawn in the training step"
+        note = "ours yields whole uint8 pictures; crops, flips and color are drawn in the training step"
         yield Contest("load", ours, peers, (*notes, note), missing, measure_epoch(scratch))
 
 
@@ -190,8 +190,8 @@ def _load_image_folder(folder: Path, workers: int, usual: bool) -> Pass:
 
     steps: list[Any] = [transforms.PILToTensor()]
     if usual:
-        normalise = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-        steps = [transforms.RandomCrop(224), transforms.RandomHorizontalFlip(), transforms.ToTensor(), normalise]
+        normalize = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        steps = [transforms.RandomCrop(224), transforms.RandomHorizontalFlip(), transforms.ToTensor(), normalize]
     loader: DataLoader[Any] = DataLoader(
         datasets.ImageFolder(str(folder), transforms.Compose(steps)),
         batch_size=BATCH, shuffle=True, num_workers=workers, persistent_workers=True,

@@ -29,7 +29,7 @@ from alexnet_cli.core.inference import onnx_graph
 from alexnet_cli.core.inference.session import Session
 from alexnet_cli.core.model.architecture import layer_widths
 from alexnet_cli.core.model.model_file import Model
-from alexnet_cli.core.model.network import Network, initialise, parameters_by_name
+from alexnet_cli.core.model.network import Network, initialize, parameters_by_name
 from alexnet_cli.errors import AlexNetError
 from alexnet_cli.recipe import PAPER, SIDE, Recipe
 from alexnet_plugins.benchmark import images as benchmark_pictures
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 RECIPE = replace(PAPER, dropout_inverted=True)  # dropout as torch has it: the same network in all
 BATCHES = (1, 64)
 CALIBRATION = 8  # pictures: weights that have learned nothing have no accuracy to lose
-GREY = 120
+GRAY = 120
 
 Crops = npt.NDArray[np.float32]
 SCRIPT = """\
@@ -109,9 +109,9 @@ def compare_inference(
             }
             where, many = placement.name if on_gpu else "cpu", "crop" if size == 1 else "crops"
             notes = [f"{where}, {size} {many} at a time, float32; the weights are drawn"]
-            peers = {"ours, fp16": "fp16", "ONNX's own LRN operator": "operator", "limit: no normalisation": "bare"}
+            peers = {"ours, fp16": "fp16", "ONNX's own LRN operator": "operator", "limit: no normalization": "bare"}
             yield Contest(f"infer fp32, {size}", ours["fp32"], theirs | {k: ours[v] for k, v in peers.items()}, notes)
-            peers = {"ours, fp32": "fp32", "limit: no normalisation": "bare int8"}
+            peers = {"ours, fp32": "fp32", "limit: no normalization": "bare int8"}
             yield Contest(f"infer int8, {size}", ours["int8"], theirs | {k: ours[v] for k, v in peers.items()}, notes)
 
 
@@ -122,16 +122,16 @@ def make_crops(count: int) -> Crops:
 
 
 def make_model(recipe: Recipe) -> Model:
-    """The network with its initial values; what is subtracted is grey."""
+    """The network with its initial values; what is subtracted is gray."""
     network = Network(recipe, CLASSES)
-    initialise(network)
+    initialize(network)
     tensors = {name: value.detach().numpy() for name, value in parameters_by_name(network)}
-    tensors["mean"] = np.full((3, SIDE, SIDE), GREY, np.float32)
+    tensors["mean"] = np.full((3, SIDE, SIDE), GRAY, np.float32)
     return Model(Path("drawn"), tensors, recipe, tuple(ClassName(f"class {i}") for i in range(CLASSES)), {})
 
 
 def write_files(folder: Path) -> dict[str, Path]:
-    """Ours in every precision, the same with ONNX's operator, and without normalisation."""
+    """Ours in every precision, the same with ONNX's operator, and without normalization."""
     whole, bare = make_model(RECIPE), make_model(replace(RECIPE, lrn="none"))
     protos = {
         "fp32": onnx_graph.build_graph(whole),
@@ -154,7 +154,7 @@ def quantize(model: Model) -> onnx.ModelProto:
 
 
 def use_lrn_operator(proto: onnx.ModelProto, recipe: Recipe) -> onnx.ModelProto:
-    """The same network with ONNX's own operator for normalisation across maps; towers become images."""
+    """The same network with ONNX's own operator for normalization across maps; towers become images."""
     result = onnx.ModelProto()
     result.CopyFrom(proto)
     graph = result.graph
@@ -172,7 +172,7 @@ def use_lrn_operator(proto: onnx.ModelProto, recipe: Recipe) -> onnx.ModelProto:
         for part, count in (("apart", maps // recipe.towers), ("whole", maps)):
             shape = np.array([-1, count, 0, 0], np.int64)
             graph.initializer.append(numpy_helper.from_array(shape, f"{node.name}.{part}"))
-        tower, result_of = f"{node.name}.tower", f"{node.name}.normalised"
+        tower, result_of = f"{node.name}.tower", f"{node.name}.normalized"
         graph.node.append(helper.make_node("Reshape", [node.input[0], f"{node.name}.apart"], [tower]))
         graph.node.append(helper.make_node("LRN", [tower], [result_of], **settings))
         graph.node.append(helper.make_node("Reshape", [result_of, f"{node.name}.whole"], [node.output[0]]))
@@ -208,7 +208,7 @@ def _cached_stock(recipe: Recipe, device: str, threads: int, layout: Layout) -> 
 
 @functools.cache
 def _cached_images(count: int, layout: Layout) -> torch.Tensor:
-    return torch.from_numpy(make_crops(count) - GREY).contiguous(memory_format=FORMATS[layout])
+    return torch.from_numpy(make_crops(count) - GRAY).contiguous(memory_format=FORMATS[layout])
 
 
 def compare_startup(scratch: Path, picture: Path | None) -> Generator[Contest]:

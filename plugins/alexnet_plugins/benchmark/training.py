@@ -24,7 +24,7 @@ from torch.nn import functional
 from alexnet_cli.core.data.augment import Augment, AugmentParams
 from alexnet_cli.core.data.loader import Loader
 from alexnet_cli.core.model.architecture import EDGE_PADDING, layer_widths
-from alexnet_cli.core.model.network import Network, initialise, parameters_by_name
+from alexnet_cli.core.model.network import Network, initialize, parameters_by_name
 from alexnet_cli.core.parallel.placement import Placement, place
 from alexnet_cli.core.training.optim import PaperSGD
 from alexnet_cli.recipe import PAPER, Recipe
@@ -88,12 +88,12 @@ class Contestants:
             peers["the same, memory kept as ours"] = partial(self.kept.run, nullcontext)
         if low:
             peers["stock: channels-last, bf16"] = self._apart("stock", "channels-last", bf16=True)
-        peers["limit: ours without normalisation"] = partial(self.bound.run, placement.arithmetic)
+        peers["limit: ours without normalization"] = partial(self.bound.run, placement.arithmetic)
         peers["torchvision's AlexNet"] = self._apart("torchvision", "channels-last", bf16=low)
         notes = [
             *notes,
             "stock and torchvision's run in a process of their own, with memory as any script has it",
-            "torchvision's AlexNet is another, simpler network: one tower, fewer maps, no normalisation",
+            "torchvision's AlexNet is another, simpler network: one tower, fewer maps, no normalization",
         ]
         if self.data:
             dataset, note = self.data
@@ -109,12 +109,12 @@ class Contestants:
 
 
 def feed_from_shards(learner: Learner, dataset: Dataset, placement: Placement, stack: ExitStack) -> Pass:
-    """Ours from the loader on: decoding, the bus, crops and colour on the device, the step."""
+    """Ours from the loader on: decoding, the bus, crops and color on the device, the step."""
     conditions, split = learner.conditions, dataset.split("train")
     recipe, device, count = conditions.recipe, placement.device, FED_BATCHES * conditions.batch
     loader = stack.enter_context(Loader(split, conditions.batch, conditions.threads, device))
-    colours = dataset.mean_image(), dataset.colour_std, dataset.colour_axes
-    pixels = Augment(recipe, *colours, device, placement.dtype)
+    colors = dataset.mean_image(), dataset.color_std, dataset.color_axes
+    pixels = Augment(recipe, *colors, device, placement.dtype)
     draws = AugmentParams.of_epoch(len(split), recipe, 1)
     plan = np.split(np.resize(np.random.default_rng(0).permutation(len(split)), count), FED_BATCHES)
 
@@ -186,15 +186,15 @@ def arithmetic(device: str, *, bf16: bool) -> AbstractContextManager[object]:
 
 
 def build_ours(conditions: Conditions, *, norm: bool = True) -> Learner:
-    """Our network and update rule; without response normalisation it is the bound."""
+    """Our network and update rule; without response normalization it is the bound."""
     recipe = conditions.recipe if norm else replace(conditions.recipe, lrn="none")
     network = Network(recipe, CLASSES)
-    initialise(network)
+    initialize(network)
     network.to(conditions.device)
-    optimiser, count = PaperSGD(parameters_by_name(network), recipe), itertools.count(1)
+    optimizer, count = PaperSGD(parameters_by_name(network), recipe), itertools.count(1)
 
     def update() -> None:
-        optimiser.step(RATE, 1)
+        optimizer.step(RATE, 1)
         network.draw_dropout(next(count))
 
     return Learner(conditions, network, network.zero_grad, update)
@@ -275,7 +275,7 @@ def _stage(recipe: Recipe, number: int) -> list[tuple[str, nn.Module]]:
 
 
 class TowerNorm(nn.LocalResponseNorm):
-    """Torch's response normalisation inside each tower: towers become images."""
+    """Torch's response normalization inside each tower: towers become images."""
 
     def __init__(self, recipe: Recipe) -> None:
         # Torch divides alpha by the number of maps in the sum, the paper does not.

@@ -191,7 +191,7 @@ def _check_pooling(path: Path, layer: Any) -> None:
 
 
 def _norm(settings: Any) -> dict[str, Any]:
-    """Recipe values of a response normalisation; what is left out has Caffe's defaults."""
+    """Recipe values of a response normalization; what is left out has Caffe's defaults."""
     within = settings.norm_region == WITHIN_CHANNEL
     return {
         "lrn": "within-map" if within else "across-maps",
@@ -203,7 +203,7 @@ def _norm(settings: Any) -> dict[str, Any]:
 
 
 def _transform(path: Path, data: Sequence[Any], inputs: Sequence[int]) -> tuple[int, tuple[float, float, float]]:
-    """Side of the crop and mean colour (RGB), as far as the net's input or layers that read pictures tell them."""
+    """Side of the crop and mean color (RGB), as far as the net's input or layers that read pictures tell them."""
     crop, mean = [227, *inputs][-1], CAFFE_MEAN
     for layer in data:
         settings = layer.transform_param

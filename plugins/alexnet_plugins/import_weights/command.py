@@ -40,7 +40,7 @@ def import_weights(
     ] = None,
     pixels: Annotated[
         Literal["rgb", "bgr", "imagenet"] | None,
-        typer.Option(help="Of bare tensors: what it was trained on; imagenet is torchvision's normalisation."),
+        typer.Option(help="Of bare tensors: what it was trained on; imagenet is torchvision's normalization."),
     ] = None,
     mean: Annotated[Path | None, typer.Option(help="Mean file of Caffe: .npy or .binaryproto.")] = None,
     classes: Annotated[
@@ -117,7 +117,7 @@ def _described(found: ImportedNetwork, built: recipes.Recipe, origin: str) -> st
     size = f"{built.input_size} pixels" + ("" if built.edge_padding else " unpadded")
     scope = "both towers" if built.lrn_joint and built.towers == 2 else "its tower"
     norm = "none" if built.lrn == "none" else f"k = {built.lrn_k:g}, across {scope}"
-    subtracted = "mean colour" if built.mean == "rgb" else "mean image"
+    subtracted = "mean color" if built.mean == "rgb" else "mean image"
     return f"{found.pixels} · {size} · less the {subtracted} · {built.stage1_order} · norm {norm} · classes: {origin}"
 
 
@@ -140,8 +140,8 @@ def _notes(found: ImportedNetwork, mean: Path | None, origin: str, sure: bool) -
     """What was taken for granted."""
     notes = []
     if mean is None and found.pixels != "imagenet":
-        colour = " ".join(f"{value:.1f}" for value in found.mean)
-        notes.append(f"no mean file: the mean colour {colour} (RGB) is subtracted, which changes answers little")
+        color = " ".join(f"{value:.1f}" for value in found.mean)
+        notes.append(f"no mean file: the mean color {color} (RGB) is subtracted, which changes answers little")
     if not sure and not origin.startswith("numbers"):
         notes.append("1000 classes are taken for ILSVRC's; if they are others, name them with --classes")
     return notes

@@ -51,7 +51,7 @@ TORCHVISION_MEAN = (255 * 0.485, 255 * 0.456, 255 * 0.406)
 TORCHVISION_STD = (255 * 0.229, 255 * 0.224, 255 * 0.225)
 OTHER = (
     "another network of the same name: Krizhevsky's of 2014 has one tower, 64 filters in layer 1 and no response "
-    "normalisation"
+    "normalization"
 )
 MODEL_SUFFIX = Path(MODEL).suffix
 ONE_A_LINE = "a text file of a line a class is needed"
@@ -100,7 +100,7 @@ def _first_bytes(path: Path) -> bytes:
 def read_mean(path: Path, bgr: bool) -> npt.NDArray[np.float32]:
     """What another program subtracted from pictures, from a .npy or Caffe's .binaryproto.
 
-    Float32 3 x 256 x 256, RGB, 0..255; `bgr` says that the file has blue first. A colour fills every pixel.
+    Float32 3 x 256 x 256, RGB, 0..255; `bgr` says that the file has blue first. A color fills every pixel.
 
     Raises:
         WeightsError: it is damaged, or no mean of pictures of 256 x 256.
@@ -114,7 +114,7 @@ def read_mean(path: Path, bgr: bool) -> npt.NDArray[np.float32]:
         found = caffe.read_blob(path)
     if found.dtype.kind not in "fiu" or found.size not in (3, 3 * SIDE * SIDE):
         shape = "x".join(map(str, found.shape))
-        raise WeightsError(f"{path} is {shape} {found.dtype}, no mean of 3x256x256 pixels or 3 colours", "try another")
+        raise WeightsError(f"{path} is {shape} {found.dtype}, no mean of 3x256x256 pixels or 3 colors", "try another")
     mean = np.broadcast_to(found.reshape(3, -1).astype(np.float32), (3, SIDE * SIDE)).reshape(3, SIDE, SIDE)
     if not (np.isfinite(mean).all() and mean.min() >= 0 and mean.max() <= 255):
         raise WeightsError(f"{path} has values outside 0..255", "the mean of pictures in 0..255 is needed")
@@ -133,16 +133,16 @@ def model(
     mean: npt.NDArray[np.float32] | None,
     info: Mapping[str, Any],
 ) -> Model:
-    """The network as it is here. `mean` is the mean image, float32 3 x 256 x 256 RGB; None for the format's colour.
+    """The network as it is here. `mean` is the mean image, float32 3 x 256 x 256 RGB; None for the format's color.
 
     Raises:
         WeightsError: its shapes are not this network's, or a value is no number.
     """
     recipe = fitted(foreign)
-    colour = TORCHVISION_MEAN if foreign.pixels == "imagenet" else foreign.mean
+    color = TORCHVISION_MEAN if foreign.pixels == "imagenet" else foreign.mean
     recipe = replace(recipe, mean="rgb")
     if mean is None:
-        mean = np.ascontiguousarray(np.broadcast_to(np.array(colour, np.float32)[:, None, None], (3, SIDE, SIDE)))
+        mean = np.ascontiguousarray(np.broadcast_to(np.array(color, np.float32)[:, None, None], (3, SIDE, SIDE)))
     elif float(np.ptp(mean.reshape(3, -1), axis=1).max()) > 0:
         recipe = replace(recipe, mean="image-at-crop")
     tensors: dict[str, npt.NDArray[np.float32]] = {"mean": mean}

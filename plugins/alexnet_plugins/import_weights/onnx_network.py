@@ -76,7 +76,7 @@ def _network(path: Path, graph: onnx.GraphProto) -> ImportedNetwork:
     for node in nodes:
         if node.operator not in IDLE | set(WORDS):
             raise unsupported(
-                path, f"it uses {node.operator}, which this network does not (quantised files are not read)"
+                path, f"it uses {node.operator}, which this network does not (quantized files are not read)"
             )
     chain = [node for node in nodes if node.operator != "Constant"]
     for before, after in itertools.pairwise(chain):

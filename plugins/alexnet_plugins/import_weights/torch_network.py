@@ -91,7 +91,7 @@ def network(
     """Eight layers from named tensors. Raises WeightsError where they are not those of this network."""
     for name in tensors:
         if name.endswith(STRANGE):
-            raise unsupported(path, f"{name} belongs to batch normalisation, which this network does not have")
+            raise unsupported(path, f"{name} belongs to batch normalization, which this network does not have")
     names = sorted((name for name in tensors if name.endswith(SUFFIXES[0])), key=_natural)
     by_dimensions = {n: [name for name in names if tensors[name].ndim == n] for n in (4, 2)}
     other = [name for name in names if tensors[name].ndim not in by_dimensions]

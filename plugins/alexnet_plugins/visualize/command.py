@@ -1,4 +1,4 @@
-"""`alexnet visualize-filters`: figure 3 of the paper for one's own network, and how its towers specialise.
+"""`alexnet visualize-filters`: figure 3 of the paper for one's own network, and how its towers specialize.
 
 What excites units of later layers, and what a picture excites, is drawn by the modules beside it.
 """
@@ -17,7 +17,7 @@ from alexnet_cli.options import JsonFlag, OwnDataOption, QuietFlag, WeightsOptio
 from alexnet_plugins.visualize import views
 
 if TYPE_CHECKING:
-    from alexnet_cli.core.analysis.filters import Kernels, Specialisation
+    from alexnet_cli.core.analysis.filters import Kernels, Specialization
     from alexnet_cli.core.model.model_file import Model
 
 CHANCE = 0.05  # p-values above this are called chance
@@ -35,7 +35,7 @@ def visualize_filters(
         typer.Option(help="One scale for all kernels, or one for each, to look at faint ones. [default: joint]"),
     ] = None,
     sort: Annotated[
-        Literal["chroma"] | None, typer.Option(help="Most colourful kernels first. [default: as they are numbered]")
+        Literal["chroma"] | None, typer.Option(help="Most colorful kernels first. [default: as they are numbered]")
     ] = None,
     layer: Annotated[
         Layer | None, typer.Option(help="Instead of kernels, the parts of validation pictures that excite its units.")
@@ -65,7 +65,7 @@ def visualize_filters(
 ) -> None:
     """Draw the kernels of layer 1, tower by tower.
 
-    Measures whether one tower took to colour. All kernels share one scale, and zero is mid-grey: what looks faint is
+    Measures whether one tower took to color. All kernels share one scale, and zero is mid-gray: what looks faint is
     faint.
     """
     from alexnet_cli.core.model.model_file import read_model
@@ -137,13 +137,13 @@ def _draw_kernels(
         what = f"{model.path}: conv1.weight holds values that are no numbers"
         raise WeightsError(what, "training broke down before it was saved: take an earlier checkpoint")
     towers = filters.split_towers(weight, model.recipe.towers)
-    found = filters.measure_specialisation(towers)
+    found = filters.measure_specialization(towers)
     limits = filter_picture.shared_limits(towers) if scale == "joint" else filter_picture.kernel_limits(towers)
     orders = [np.argsort(-t.chroma, kind="stable") if sort else np.arange(len(t.chroma)) for t in found.towers]
     grids = {i: (towers[i][orders[i]], limits[i][orders[i]]) for i in chosen}
-    words = ("one scale" if scale == "joint" else "a scale for each", ", most colourful first" if sort else "")
-    reporter.line("layer", f"conv1 · {_describe_kernels(towers, chosen)} · {words[0]}, zero = mid-grey{words[1]}")
-    if terminal and not reporter.json and views.terminal_shows_colour():
+    words = ("one scale" if scale == "joint" else "a scale for each", ", most colorful first" if sort else "")
+    reporter.line("layer", f"conv1 · {_describe_kernels(towers, chosen)} · {words[0]}, zero = mid-gray{words[1]}")
+    if terminal and not reporter.json and views.terminal_shows_color():
         for kernels, limit in grids.values():
             reporter.show(views.draw_kernels_in_terminal(kernels, limit))
     columns = filter_picture.count_columns(len(towers[0]))
@@ -181,9 +181,9 @@ def _describe_kernels(towers: tuple[Kernels, ...], chosen: list[int]) -> str:
     return f"{noun} {names} of {len(towers)} · {count} kernels {height}×{width}×3{each}"
 
 
-def _make_caption(found: Specialisation, i: int) -> str:
+def _make_caption(found: Specialization, i: int) -> str:
     tower = found.towers[i]
-    return f"tower {i + 1} of {len(found.towers)}, {len(tower.chroma)} kernels, colour share {found.means[i]:.2f}"
+    return f"tower {i + 1} of {len(found.towers)}, {len(tower.chroma)} kernels, color share {found.means[i]:.2f}"
 
 
 def _make_title(layer: str, model: Model, run: Path | None) -> str:
@@ -205,7 +205,7 @@ def _write_file(target: Path, write: Any) -> None:
         raise StorageError(f"cannot write {target}: {error.strerror or error}", "choose another -o") from error
 
 
-def _describe_training(found: Specialisation, chosen: list[int]) -> str:
+def _describe_training(found: Specialization, chosen: list[int]) -> str:
     """How smooth the kernels of the layer are, and how many of the chosen towers' have learned nothing."""
     shown = replace(found, towers=tuple(found.towers[i] for i in chosen))
     count = sum(len(tower.chroma) for tower in shown.towers)
@@ -214,16 +214,16 @@ def _describe_training(found: Specialisation, chosen: list[int]) -> str:
     return f"smoothness {found.smoothness:.2f} (random 0, smooth 1{both}) · {noise} · {shown.dead} dead"
 
 
-def _show_numbers(reporter: Reporter, found: Specialisation, chosen: list[int], target: Path, model: Model) -> None:
+def _show_numbers(reporter: Reporter, found: Specialization, chosen: list[int], target: Path, model: Model) -> None:
     """The numbers for people."""
     shares = " · ".join(f"tower {i + 1} {mean:.2f}" for i, mean in enumerate(found.means))
-    reporter.show(f"colour  {shares}   (grey 0, chance 0.67, opponent colours 1)")
+    reporter.show(f"color  {shares}   (gray 0, chance 0.67, opponent colors 1)")
     if found.auc is not None and found.p_value is not None and found.interval is not None:
         verdict = "no more than chance" if found.p_value > CHANCE else "the towers differ"
         verdict = "of noise, it says nothing" if found.undertrained else verdict
         low, high = found.interval
         reporter.show(
-            f"towers  told apart by colour: AUC {found.auc:.2f} ({low:.2f} to {high:.2f}), "
+            f"towers  told apart by color: AUC {found.auc:.2f} ({low:.2f} to {high:.2f}), "
             f"p = {found.p_value:.4f} · {verdict}"
         )
     waves = " · ".join(
@@ -236,5 +236,5 @@ def _show_numbers(reporter: Reporter, found: Specialisation, chosen: list[int], 
         epoch = f": this checkpoint is from epoch {model.info['epoch']}" if "epoch" in model.info else ""
         reporter.warn(
             f"kernels look like noise (smoothness {found.smoothness:.2f}){epoch}",
-            "read nothing into colour or orientation yet; more training or more pictures make them smooth",
+            "read nothing into color or orientation yet; more training or more pictures make them smooth",
         )

@@ -1,5 +1,5 @@
 """What `visualize-filters` shows besides the kernels: the parts of images that excite units (`--layer`), an image on
-its way through all layers (`--picture`), and kernels in a terminal of 16 million colours, two pixels in a character.
+its way through all layers (`--picture`), and kernels in a terminal of 16 million colors, two pixels in a character.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def draw_top_patches(
     if unit is None and len(chosen) < width:
         ranked = f"tower {towers[0] + 1} of {model.recipe.towers} · {len(chosen):,} of {width:,} units"
     compared = "highest response before the nonlinearity" if layer.startswith("conv") else "highest activation"
-    reporter.line("layer", f"{layer} · {ranked} · centre views, {compared}")
+    reporter.line("layer", f"{layer} · {ranked} · center views, {compared}")
     top = find_top_activations(_compute_with_progress(reporter, split, Session(model, layer=layer)), PATCHES)
     if top is None:
         raise DataError(f"{dataset.path}: split val holds no images", "prepare it anew with --val-fraction 0.1")
@@ -162,8 +162,8 @@ def _format_layer(layer: LayerActivations, towers: list[int]) -> str:
     return f"{layer.name:<7} {size:<17}{active:>3.0f} % active   strongest: {' · '.join(words)}"
 
 
-def terminal_shows_colour() -> bool:
-    """Whether stdout is a terminal that shows 16 million colours and may."""
+def terminal_shows_color() -> bool:
+    """Whether stdout is a terminal that shows 16 million colors and may."""
     from rich.console import Console
 
     return sys.stdout.isatty() and "NO_COLOR" not in os.environ and Console().color_system == "truecolor"
