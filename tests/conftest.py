@@ -17,7 +17,7 @@ from PIL import Image
 from alexnet_cli.console import Reporter
 from alexnet_cli.core.data.plan import Plan
 from alexnet_cli.core.data.prepare import pack
-from alexnet_cli.core.data.sources import recognize
+from alexnet_cli.core.data.sources import detect_source
 from documents import fields_of_json
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -115,6 +115,6 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def prepared(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same, prepared."""
     output = tmp_path_factory.mktemp("prepared") / "colors"
-    for _ in pack(Plan(recognize(pictures), output, 95), workers=2):
+    for _ in pack(Plan(detect_source(pictures), output, 95), workers=2):
         pass
     return output

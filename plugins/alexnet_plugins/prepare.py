@@ -59,7 +59,7 @@ def prepare(
     Interrupted, the same command goes on where it stopped. The source is never written to.
     """
     from alexnet_cli.core.data.plan import Plan, default_output, format_size
-    from alexnet_cli.core.data.sources import recognize
+    from alexnet_cli.core.data.sources import detect_source
     from alexnet_cli.core.devices import cores
 
     reporter = Reporter("prepare", json=json, quiet=quiet)
@@ -71,7 +71,7 @@ def prepare(
     if source is None:
         raise UsageError("no SOURCE to prepare", "name a folder of pictures, or --verify DIR")
     with reporter.waiting("look", f"reading what is in {source}"):
-        found = recognize(source, val_fraction)
+        found = detect_source(source, val_fraction)
     _report_source(reporter, found)
     plan = Plan(found, output or default_output(source), quality, exif_rotate=exif_rotate)
     state = plan.state(overwrite)

@@ -22,7 +22,7 @@ from alexnet_cli.core.data.classes import ClassName
 from alexnet_cli.core.data.devkit import read_devkit
 from alexnet_cli.core.data.plan import SHARD_IMAGES, Plan
 from alexnet_cli.core.data.shards import Dataset, Split, open_dataset
-from alexnet_cli.core.data.sources import SourceDataset, recognize
+from alexnet_cli.core.data.sources import SourceDataset, detect_source
 from alexnet_cli.errors import DataError, UsageError
 from imagenet_files import NAMES, VAL, val_name
 
@@ -77,7 +77,7 @@ def check(dataset: Dataset, train: Mapping[str, bytes], val: Mapping[str, bytes]
 def test_each_layout(maker: Maker, picture_set: tuple[dict[str, bytes], dict[str, bytes]], tmp_path: Path) -> None:
     maker(made.fresh(tmp_path / "in"), *picture_set)
     before = {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in (tmp_path / "in").rglob("*")}
-    source = recognize(tmp_path / "in")
+    source = detect_source(tmp_path / "in")
     assert source.layout == LAYOUTS[maker]
     dataset = prepared(source, tmp_path / "out")
     assert dataset.record["layout"] == LAYOUTS[maker]
@@ -87,13 +87,13 @@ def test_each_layout(maker: Maker, picture_set: tuple[dict[str, bytes], dict[str
 
 def test_archives_are_continued_to_the_same_bytes(tmp_path: Path) -> None:
     made.archives(made.fresh(tmp_path / "in"), *made.drawn())
-    whole = prepared(recognize(tmp_path / "in"), tmp_path / "whole", shard_images=4)
-    plan = Plan(recognize(tmp_path / "in"), tmp_path / "cut", shard_images=4)
+    whole = prepared(detect_source(tmp_path / "in"), tmp_path / "whole", shard_images=4)
+    plan = Plan(detect_source(tmp_path / "in"), tmp_path / "cut", shard_images=4)
     steps = prepare.pack(plan, workers=1)
     for _ in range(2):
         next(steps)
     steps.close()
-    plan = Plan(recognize(tmp_path / "in"), tmp_path / "cut", shard_images=4)
+    plan = Plan(detect_source(tmp_path / "in"), tmp_path / "cut", shard_images=4)
     assert plan.state() == "unfinished"
     assert [step.kept for step in prepare.pack(plan, workers=2)].count(True) >= 1
     assert open_dataset(tmp_path / "cut").hash == whole.hash
@@ -104,14 +104,14 @@ def test_kaggle_from_each_of_its_folders(place: str, tmp_path: Path, monkeypatch
     made.kaggle(tmp_path, *made.drawn())
     monkeypatch.chdir(tmp_path / place)
     for path in (Path(), tmp_path / place):
-        source = recognize(path)
+        source = detect_source(path)
         assert source.classes == NAMES
         assert [len(items) for items in source.splits.values()] == [12, 5]
         assert source.layout.startswith("Kaggle")
         assert source.notes[-1].endswith("test/")
     (tmp_path / "LOC_val_solution.csv").unlink()
     with pytest.raises(DataError, match=r"no LOC_val_solution\.csv"):
-        recognize(tmp_path / place)
+        detect_source(tmp_path / place)
 
 
 def test_kaggle_sorted_by_hand(tmp_path: Path) -> None:
@@ -121,13 +121,13 @@ def test_kaggle_sorted_by_hand(tmp_path: Path) -> None:
     for wnid, name in zip(VAL, sorted(val), strict=True):
         (place / wnid).mkdir(exist_ok=True)
         (place / name).rename(place / wnid / name)
-    check(prepared(recognize(tmp_path), tmp_path.parent / f"{tmp_path.name}-out"), train, val)
+    check(prepared(detect_source(tmp_path), tmp_path.parent / f"{tmp_path.name}-out"), train, val)
 
 
 def test_training_archive_alone(tmp_path: Path) -> None:
     train, _ = made.drawn()
     made.train_archive(tmp_path / "ILSVRC2012_img_train.tar", train)
-    source = recognize(tmp_path)
+    source = detect_source(tmp_path)
     assert [len(items) for items in source.splits.values()] == [8, 4]
     assert source.notes[0].startswith("ILSVRC2012_img_val.tar is not there")
     assert source.notes[1] == "the classes are named as torchvision names those of ILSVRC 2012"
@@ -135,20 +135,20 @@ def test_training_archive_alone(tmp_path: Path) -> None:
         "kept for validation, as the source has no such split: 4 of 12 pictures, 1 of each"
     )
     assert source.classes[0] == ClassName("tench", "n01440764")
-    assert not len(recognize(tmp_path, 0.0).splits["val"])
-    third = recognize(tmp_path, 0.3)
+    assert not len(detect_source(tmp_path, 0.0).splits["val"])
+    third = detect_source(tmp_path, 0.3)
     assert [len(items) for items in third.splits.values()] == [8, 4]
     assert sorted(item.label for item in third.splits["val"]) == [0, 1, 2, 3]
     names = sorted(item.name for split in third.splits.values() for item in split)
     assert names == sorted(f"ILSVRC2012_img_train.tar/{name}" for name in train)
     made.devkit(tmp_path)
-    assert recognize(tmp_path).classes == NAMES
+    assert detect_source(tmp_path).classes == NAMES
 
 
 def test_fractions_are_refused_where_there_is_a_validation_split(tmp_path: Path) -> None:
     made.archives(tmp_path, *made.drawn())
     with pytest.raises(UsageError, match="validation split of its own"):
-        recognize(tmp_path, 0.1)
+        detect_source(tmp_path, 0.1)
 
 
 def test_a_count_that_differs_from_the_ground_truth(tmp_path: Path) -> None:
@@ -158,19 +158,19 @@ def test_a_count_that_differs_from_the_ground_truth(tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"5 pictures, but .*devkit.* classes for 6: ILSVRC2012_val_00000006 is missing"
     ):
-        recognize(tmp_path)
+        detect_source(tmp_path)
     made.devkit(tmp_path, truth=VAL[:4])
     with pytest.raises(DataError, match=r"none for .*val_00000005"):
-        recognize(tmp_path)
+        detect_source(tmp_path)
     made.devkit(tmp_path)
     with tarfile.open(tmp_path / "ILSVRC2012_img_val.tar", "a") as archive:
         archive.addfile(tarfile.TarInfo(val_name(2)))
     with pytest.raises(DataError, match="val_00000002 twice"):
-        recognize(tmp_path)
+        detect_source(tmp_path)
     for maker in (made.kaggle, made.flat):
         maker(made.fresh(tmp_path), train, dict(list(val.items())[:-1]))
         with pytest.raises(DataError, match=r"4 pictures, but .* classes for 5: ILSVRC2012_val_00000005"):
-            recognize(tmp_path)
+            detect_source(tmp_path)
 
 
 def test_truncated_archives(tmp_path: Path) -> None:
@@ -180,12 +180,12 @@ def test_truncated_archives(tmp_path: Path) -> None:
         for size in (0.6, 0.1):
             os.truncate(tmp_path / name, int((tmp_path / name).stat().st_size * size))
             with pytest.raises(DataError, match=name.replace(".", r"\.")) as caught:
-                recognize(tmp_path)
+                detect_source(tmp_path)
             assert caught.value.hint
     inner = {"n01440764.tar": b"", "n02012849.tar": b"x" * 700}
     made.tar(made.fresh(tmp_path) / "ILSVRC2012_img_train.tar", inner)
     with pytest.raises(DataError, match=r"n01440764\.tar\) is truncated"):
-        recognize(tmp_path)
+        detect_source(tmp_path)
 
 
 def test_parts_that_are_missing(tmp_path: Path) -> None:
@@ -193,17 +193,17 @@ def test_parts_that_are_missing(tmp_path: Path) -> None:
     made.archives(tmp_path, train, val)
     (tmp_path / "ILSVRC2012_devkit_t12.tar.gz").unlink()
     with pytest.raises(DataError, match="has no ILSVRC2012_devkit_t12"):
-        recognize(tmp_path)
+        detect_source(tmp_path)
     made.tar(tmp_path / "ILSVRC2012_devkit_t12.tar.gz", {"ILSVRC2012_devkit_t12/readme.txt": b"."}, "w:gz")
     with pytest.raises(DataError, match="has no data/meta"):
-        recognize(tmp_path)
+        detect_source(tmp_path)
     made.devkit(tmp_path)
     (tmp_path / "ILSVRC2012_img_train.tar").unlink()
     with pytest.raises(DataError, match=r"no ILSVRC2012_img_train\.tar and no train/"):
-        recognize(tmp_path)
+        detect_source(tmp_path)
     made.train_archive(tmp_path / "ILSVRC2012_img_train.tar", {n: d for n, d in train.items() if "n0312" not in n})
     with pytest.raises(DataError, match="of class n03126707, of which the training split has no pictures"):
-        recognize(tmp_path)
+        detect_source(tmp_path)
 
 
 def test_a_class_that_is_still_packed_beside_folders(tmp_path: Path) -> None:
@@ -211,9 +211,9 @@ def test_a_class_that_is_still_packed_beside_folders(tmp_path: Path) -> None:
     made.flat(tmp_path, train, val)
     (packed,) = made.class_archives(tmp_path / "train", {"n07000000/a.jpg": b"."})
     with pytest.raises(DataError, match=r"n07000000\.tar beside them is still packed"):
-        recognize(tmp_path)
+        detect_source(tmp_path)
     packed.rename(packed.with_name("backup.tar"))  # not named like a class: somebody's own affair
-    assert len(recognize(tmp_path).splits["train"]) == len(train)
+    assert len(detect_source(tmp_path).splits["train"]) == len(train)
 
 
 def test_hostile_archives_touch_nothing_outside(tmp_path: Path) -> None:
@@ -234,7 +234,7 @@ def test_hostile_archives_touch_nothing_outside(tmp_path: Path) -> None:
         path.unlink()
     made.tar(inside / "ILSVRC2012_img_train.tar", inner)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    dataset = prepared(recognize(inside, 0.0), tmp_path / "out")
+    dataset = prepared(detect_source(inside, 0.0), tmp_path / "out")
     after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert {path: data for path, data in after.items() if tmp_path / "out" not in path.parents} == before
     assert len(dataset.split("train")) == len(train)
@@ -243,10 +243,10 @@ def test_hostile_archives_touch_nothing_outside(tmp_path: Path) -> None:
     for bad_class in ("../n09.tar", "/n09.tar"):
         made.tar(inside / "ILSVRC2012_img_train.tar", {**inner, bad_class: inner["n01440764.tar"]})
         with pytest.raises(DataError, match="leads out"):
-            recognize(inside)
+            detect_source(inside)
     made.tar(inside / "ILSVRC2012_img_train.tar", {**inner, "loose.JPEG": b""})
     with pytest.raises(DataError, match=r"not in a WNID\.tar"):
-        recognize(inside)
+        detect_source(inside)
 
 
 def test_a_link_in_the_devkit_is_not_followed(tmp_path: Path) -> None:
@@ -294,26 +294,26 @@ def test_folders_of_wnids_are_named_where_nothing_else_names_them(tmp_path: Path
     for wnid in (*cranes, *suits, unknown):
         (tmp_path / wnid).mkdir()
         (tmp_path / wnid / "1.jpg").write_bytes(b".")
-    source = recognize(tmp_path, 0.0)
+    source = detect_source(tmp_path, 0.0)
     assert [name.name for name in source.classes] == [unknown, "crane bird", "crane", "maillot", "maillot tank suit"]
     assert [name.wnid for name in source.classes] == [unknown, *cranes, *suits]
     assert source.notes[0].startswith("4 of 5 classes are named as torchvision names those of ILSVRC 2012, the others")
     words = {cranes[0]: "crane", cranes[1]: "crane", suits[0]: "maillot", suits[1]: "maillot, tank suit"}  # of the kit
     (tmp_path / "words.txt").write_text("".join(f"{wnid}\t{text}\n" for wnid, text in words.items()))
-    source = recognize(tmp_path, 0.0)
+    source = detect_source(tmp_path, 0.0)
     names = [unknown, *(f"crane ({wnid})" for wnid in cranes), "maillot", "maillot, tank suit"]
     assert [name.name for name in source.classes] == names
     assert not any("torchvision" in note for note in source.notes)
     (tmp_path / "words.txt").unlink()
     shutil.rmtree(tmp_path / unknown)
-    assert recognize(tmp_path, 0.0).notes[0] == "the classes are named as torchvision names those of ILSVRC 2012"
+    assert detect_source(tmp_path, 0.0).notes[0] == "the classes are named as torchvision names those of ILSVRC 2012"
     (tmp_path / "birds").mkdir()
     (tmp_path / "birds" / "1.jpg").write_bytes(b".")
     names = ["birds", "crane bird", "crane", "maillot", "maillot tank suit"]
-    assert [name.name for name in recognize(tmp_path, 0.0).classes] == names
+    assert [name.name for name in detect_source(tmp_path, 0.0).classes] == names
 
 
 def test_names_are_found_without_torch() -> None:
-    code = "import sys; from alexnet_cli.core import classes; assert len(classes._torchvision_names()) == 1000; "
+    code = "import sys; from alexnet_cli.core.data import classes; assert len(classes._torchvision_names()) == 1000; "
     code += "assert not {'torch', 'torchvision'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

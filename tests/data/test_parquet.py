@@ -17,7 +17,7 @@ from alexnet_cli.core.data import images, prepare
 from alexnet_cli.core.data.classes import ClassName
 from alexnet_cli.core.data.plan import Plan
 from alexnet_cli.core.data.shards import Dataset, open_dataset
-from alexnet_cli.core.data.sources import recognize
+from alexnet_cli.core.data.sources import detect_source
 from alexnet_cli.errors import DataError, MissingError
 from imagenet_files import NAMES, VAL
 
@@ -64,7 +64,7 @@ def written(root: Path, train: Mapping[str, bytes], val: Mapping[str, bytes], pa
 
 
 def prepared(root: Path, output: Path, val_fraction: float | None = None) -> Dataset:
-    for _ in prepare.pack(Plan(recognize(root, val_fraction), output, shard_images=4), workers=2):
+    for _ in prepare.pack(Plan(detect_source(root, val_fraction), output, shard_images=4), workers=2):
         pass
     return open_dataset(output)
 
@@ -77,7 +77,7 @@ def test_pictures_labels_and_names(kind: str, folder: str, tmp_path: Path, reque
     dataset = prepared(tmp_path / "in", tmp_path / "out")
     assert dataset.record["layout"] == "Hugging Face parquet: 2 train and 1 validation files"
     assert dataset.classes == NAMES
-    assert "test-*.parquet" in recognize(tmp_path / "in").notes[0]
+    assert "test-*.parquet" in detect_source(tmp_path / "in").notes[0]
     expected = {
         "train": sorted((WNIDS.index(name.split("/")[0]), data) for name, data in train.items()),
         "val": sorted((WNIDS.index(w), val[name]) for w, name in zip(VAL, sorted(val), strict=True)),
@@ -96,7 +96,7 @@ def test_pictures_labels_and_names(kind: str, folder: str, tmp_path: Path, reque
 
 def test_row_groups_stay_together(tmp_path: Path) -> None:
     written(tmp_path, *made.drawn())
-    items = recognize(tmp_path).splits["train"]
+    items = detect_source(tmp_path).splits["train"]
     order = prepare.shuffled_rows(items, np.random.default_rng(1))
     assert sorted(order) == list(range(12))
     assert items.blocks is not None
@@ -112,15 +112,15 @@ def test_row_groups_stay_together(tmp_path: Path) -> None:
 def test_without_names_and_without_a_validation_split(tmp_path: Path) -> None:
     rows: list[Row] = [(made.jpeg(i % 2, i), None, i % 2) for i in range(10)]
     shard(tmp_path / "train.parquet", rows, None)
-    source = recognize(tmp_path, 0.2)
+    source = detect_source(tmp_path, 0.2)
     assert source.classes == (ClassName("0"), ClassName("1"))
     assert "numbered" in source.notes[0]
     assert [len(items) for items in source.splits.values()] == [8, 2]
-    assert [len(items) for items in recognize(tmp_path).splits.values()] == [8, 2]  # one in ten, but at least one
-    assert not len(recognize(tmp_path, 0.0).splits["val"])
+    assert [len(items) for items in detect_source(tmp_path).splits.values()] == [8, 2]  # one in ten, but at least one
+    assert not len(detect_source(tmp_path, 0.0).splits["val"])
     shard(tmp_path / "train.parquet", rows, ["n01440764", "n02012849"])
     (tmp_path / "words.txt").write_text("n01440764\ttench, Tinca tinca\n")
-    assert recognize(tmp_path).classes[0].wnid == "n01440764"
+    assert detect_source(tmp_path).classes[0].wnid == "n01440764"
 
 
 def test_rows_that_cannot_be_used(tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_rows_that_cannot_be_used(tmp_path: Path) -> None:
     for label in (None, -1, 2):
         shard(tmp_path / "in" / "train-1.parquet", [(made.jpeg(0, 1), None, label)], ["a", "b"])
         with pytest.raises(DataError, match=f"label {-1 if label is None else label}, not one of 2 classes"):
-            recognize(tmp_path / "in")
+            detect_source(tmp_path / "in")
 
 
 def test_damaged_files(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_damaged_files(tmp_path: Path) -> None:
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match=r"train-0\.parquet is damaged or truncated"):
-        recognize(tmp_path / "in")
+        detect_source(tmp_path / "in")
     start = whole.index(rows[0][0][:20] if rows[0][0] else b"", whole.index(b"PAR1") + 1) + 50  # not the statistics
     path.write_bytes(whole[:start] + bytes(byte ^ 255 for byte in whole[start : start + 20]) + whole[start + 20 :])
     dataset = prepared(tmp_path / "in", tmp_path / "out", 0.0)
@@ -153,13 +153,13 @@ def test_damaged_files(tmp_path: Path) -> None:
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     pq.write_table(pa.table({"text": ["a"]}), path)
     with pytest.raises(DataError, match=r"no columns image .* but text \(string\)"):
-        recognize(tmp_path / "in")
+        detect_source(tmp_path / "in")
 
 
 def test_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "train-00000-of-00001.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(MissingError, match="pyarrow, which reads them, is not installed") as caught:
-        recognize(tmp_path)
+        detect_source(tmp_path)
     assert caught.value.hint == "pip install 'alexnet-cli[parquet]'"
     assert caught.value.exit_code == 4

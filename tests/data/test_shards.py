@@ -58,7 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def plan(folder: Path, output: Path, quality: int = 95) -> Plan:
-    return Plan(sources.recognize(folder), output, quality, shard_images=20)
+    return Plan(sources.detect_source(folder), output, quality, shard_images=20)
 
 
 @pytest.fixture(scope="module")
@@ -276,7 +276,7 @@ def test_outputs_that_are_refused(folder: Path, prepared: Path, tmp_path: Path) 
 
 def test_overwrite_replaces_everything_of_the_old_set(folder: Path, prepared: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    list(pack(Plan(sources.recognize(folder), output, 50, shard_images=5), 2))
+    list(pack(Plan(sources.detect_source(folder), output, 50, shard_images=5), 2))
     assert len(list(output.glob("train-*.tar"))) == 18
     list(pack(plan(folder, output), 2, overwrite=True))
     assert contents(output) == contents(prepared)

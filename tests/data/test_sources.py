@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from alexnet_cli.core.data.classes import ClassName
-from alexnet_cli.core.data.sources import SourceDataset, recognize
+from alexnet_cli.core.data.sources import SourceDataset, detect_source
 from alexnet_cli.errors import DataError, UsageError
 
 
@@ -26,7 +26,7 @@ def listed(source: SourceDataset, split: str) -> list[tuple[str, int]]:
 
 def test_train_and_val_folders(tmp_path: Path) -> None:
     touch(tmp_path, "train/b/2.jpg", "train/b/1.JPEG", "train/a/deep/er/x.png", "val/b/9.jpg", "train/b/notes.txt")
-    source = recognize(tmp_path)
+    source = detect_source(tmp_path)
     assert source.classes == (ClassName("a"), ClassName("b"))
     assert listed(source, "train") == [("train/a/deep/er/x.png", 0), ("train/b/1.JPEG", 1), ("train/b/2.jpg", 1)]
     # Class a has no validation picture, and b keeps its label all the same.
@@ -40,7 +40,7 @@ def test_wordnet_names(tmp_path: Path) -> None:
     wnids = ("n02123045", "n02012849", "n03126707", "n00000001")
     touch(tmp_path, *(f"train/{w}/1.jpg" for w in wnids), *(f"val/{w}/1.jpg" for w in wnids))
     (tmp_path / "words.txt").write_text("n02012849\tcrane\nn02123045\ttabby, tabby cat\nn03126707\tcrane, derrick\n")
-    assert recognize(tmp_path).classes == (
+    assert detect_source(tmp_path).classes == (
         ClassName("n00000001", "n00000001"),
         ClassName("crane", "n02012849"),
         ClassName("tabby", "n02123045"),
@@ -50,12 +50,12 @@ def test_wordnet_names(tmp_path: Path) -> None:
 
 def test_wnids_beside_plain_names_are_named_too(tmp_path: Path) -> None:
     touch(tmp_path, *(f"{name}/{i}.jpg" for name in ("cats", "n01440764", "n01443537") for i in (1, 2)))
-    source = recognize(tmp_path)
+    source = detect_source(tmp_path)
     assert [c.name for c in source.classes] == ["cats", "tench", "goldfish"]
     assert [c.wnid for c in source.classes] == [None, "n01440764", "n01443537"]
     assert source.notes[0] == "2 of 3 classes are named as torchvision names those of ILSVRC 2012"
     touch(tmp_path, "goldfish/1.jpg")  # that name is taken
-    source = recognize(tmp_path)
+    source = detect_source(tmp_path)
     assert [c.name for c in source.classes] == ["cats", "goldfish", "tench", "n01443537"]
     assert source.notes[0].startswith(
         "1 of 4 classes are named as torchvision names those of ILSVRC 2012, others called"
@@ -65,14 +65,14 @@ def test_wnids_beside_plain_names_are_named_too(tmp_path: Path) -> None:
 def test_one_folder_per_class_is_split_by_name(tmp_path: Path) -> None:
     sizes = {"few": 1, "two": 2, "many": 40}
     touch(tmp_path, *(f"{name}/{i}.jpg" for name, size in sizes.items() for i in range(size)))
-    source = recognize(tmp_path)
+    source = detect_source(tmp_path)
     assert Counter(label for _, label in listed(source, "val")) == {1: 4, 2: 1}
     everything = sorted(listed(source, "train") + listed(source, "val"))
     assert everything == sorted((f"{n}/{i}.jpg", sorted(sizes).index(n)) for n, s in sizes.items() for i in range(s))
-    assert listed(recognize(tmp_path), "val") == listed(source, "val")
-    half = {name for name, _ in listed(recognize(tmp_path, 0.5), "val")}
+    assert listed(detect_source(tmp_path), "val") == listed(source, "val")
+    half = {name for name, _ in listed(detect_source(tmp_path, 0.5), "val")}
     assert {name for name, _ in listed(source, "val")} < half
-    assert not listed(recognize(tmp_path, 0.0), "val")
+    assert not listed(detect_source(tmp_path, 0.0), "val")
 
 
 def test_tiny_imagenet_takes_labels_from_the_annotations(tmp_path: Path) -> None:
@@ -80,16 +80,16 @@ def test_tiny_imagenet_takes_labels_from_the_annotations(tmp_path: Path) -> None
     touch(tmp_path, "val/images/val_0.JPEG", "val/images/val_1.JPEG")
     annotations = tmp_path / "val/val_annotations.txt"
     annotations.write_text("val_1.JPEG\tn1\t0\t32\t44\t62\nval_0.JPEG\tn2\t0\t0\t63\t63\n")
-    source = recognize(tmp_path)
+    source = detect_source(tmp_path)
     assert listed(source, "train") == [("train/n1/images/n1_0.JPEG", 0), ("train/n2/images/n2_0.JPEG", 1)]
     assert listed(source, "val") == [("val/images/val_0.JPEG", 1), ("val/images/val_1.JPEG", 0)]
     assert source.layout.startswith("Tiny ImageNet")
     annotations.write_text("val_1.JPEG\tn1\t0\t32\t44\t62\n")
     with pytest.raises(DataError, match="no line for val/images/val_0"):
-        recognize(tmp_path)
+        detect_source(tmp_path)
     annotations.write_text("val_1.JPEG\tn3\n")
     with pytest.raises(DataError, match="line 1: class 'n3' has no pictures"):
-        recognize(tmp_path)
+        detect_source(tmp_path)
 
 
 def test_odd_names_and_links(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_odd_names_and_links(tmp_path: Path) -> None:
     (tmp_path / "linked").symlink_to(tmp_path / "other")
     (tmp_path / "other" / "round").symlink_to(tmp_path / "other")
     (tmp_path / "other" / "nowhere.jpg").symlink_to(tmp_path / "missing.jpg")
-    source = recognize(tmp_path, 0.0)
+    source = detect_source(tmp_path, 0.0)
     assert [c.name for c in source.classes] == ["linked", "odd", "other"]
     names = [name for name, _ in listed(source, "train")]
     assert [n for n in names if n.startswith("odd/")] == sorted(f"odd/{name}" for name in odd)
@@ -114,11 +114,11 @@ def test_odd_names_and_links(tmp_path: Path) -> None:
 
 def test_the_fingerprint_sees_every_change(tmp_path: Path) -> None:
     touch(tmp_path, "a/1.jpg", "b/1.jpg")
-    prints = {recognize(tmp_path).fingerprint()}
+    prints = {detect_source(tmp_path).fingerprint()}
     touch(tmp_path, "b/2.jpg")
-    prints |= {recognize(tmp_path, 0.0).fingerprint(), recognize(tmp_path, 0.5).fingerprint()}
+    prints |= {detect_source(tmp_path, 0.0).fingerprint(), detect_source(tmp_path, 0.5).fingerprint()}
     (tmp_path / "a").rename(tmp_path / "c")
-    prints.add(recognize(tmp_path, 0.0).fingerprint())
+    prints.add(detect_source(tmp_path, 0.0).fingerprint())
     assert len(prints) == 4
 
 
@@ -149,7 +149,7 @@ def test_refusals(
 ) -> None:
     touch(tmp_path, *files)
     with pytest.raises(error, match=message) as caught:
-        recognize(tmp_path, fraction)
+        detect_source(tmp_path, fraction)
     assert caught.value.hint
 
 
@@ -158,31 +158,31 @@ def test_one_folder_too_high(tmp_path: Path, inside: str) -> None:
     touch(tmp_path, f"{inside}/cat/1.jpg", f"{inside}/dog/1.jpg", "notes.txt")
     right = tmp_path / inside.removesuffix("/train")
     with pytest.raises(DataError, match="holds no folders of classes, but") as caught:
-        recognize(tmp_path)
+        detect_source(tmp_path)
     assert caught.value.hint == f"did you mean {right}?"
-    assert len(recognize(right).classes) == 2
+    assert len(detect_source(right).classes) == 2
 
 
 def test_a_class_may_be_called_train(tmp_path: Path) -> None:
     touch(tmp_path, "train/1.jpg", "train/2.jpg", "tram/1.jpg")
-    assert [c.name for c in recognize(tmp_path).classes] == ["train", "tram"]
+    assert [c.name for c in detect_source(tmp_path).classes] == ["train", "tram"]
 
 
 def test_missing_and_empty(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not exist"):
-        recognize(tmp_path / "nope")
+        detect_source(tmp_path / "nope")
     touch(tmp_path, "train/a/1.jpg", "train/b/1.jpg")
     (tmp_path / "train" / "empty").mkdir()
-    source = recognize(tmp_path)
+    source = detect_source(tmp_path)
     assert len(source.classes) == 2
     assert "train/empty" in source.notes[0]
 
 
 def test_real_folders(tiny10: Path, samples: Path) -> None:
-    source = recognize(tiny10)
+    source = detect_source(tiny10)
     assert {name: len(items) for name, items in source.splits.items()} == {"train": 5000, "val": 500}
     assert ClassName("tabby", "n02123045") in source.classes
-    assert len(recognize(samples).classes) == 500
+    assert len(detect_source(samples).classes) == 500
 
 
 def test_links_between_classes_are_entered_once_each(tmp_path: Path) -> None:
@@ -194,11 +194,11 @@ def test_links_between_classes_are_entered_once_each(tmp_path: Path) -> None:
         for other in names:
             (tmp_path / name / f"to_{other}").symlink_to(tmp_path / other, target_is_directory=True)
         (tmp_path / name / "up").symlink_to(tmp_path, target_is_directory=True)
-    source = recognize(tmp_path, 0.0)
+    source = detect_source(tmp_path, 0.0)
     assert len(source.splits["train"]) == 81  # of every class its own and those it links to, once
     (deep := tmp_path.joinpath("c0", *["d"] * 300)).mkdir(parents=True)
     (deep / "deep.jpg").write_bytes(b".")
-    assert len(recognize(tmp_path, 0.0).splits["train"]) == 90
+    assert len(detect_source(tmp_path, 0.0).splits["train"]) == 90
 
 
 def test_a_file_that_would_fill_the_memory(tmp_path: Path) -> None:
@@ -207,21 +207,21 @@ def test_a_file_that_would_fill_the_memory(tmp_path: Path) -> None:
         with (tmp_path / name / "huge.jpg").open("wb") as file:
             file.truncate(1 << 40)
     with pytest.raises(DataError, match="it has 1,099,511,627,776 bytes"):
-        recognize(tmp_path, 0.0).splits["train"][0].read()
+        detect_source(tmp_path, 0.0).splits["train"][0].read()
 
 
 def test_a_test_folder_is_told_of(tmp_path: Path) -> None:
     touch(tmp_path, *(f"{split}/{name}/{i}.jpg" for split in ("train", "test") for name in "ab" for i in range(3)))
-    source = recognize(tmp_path)
+    source = detect_source(tmp_path)
     assert source.notes[0] == "test/ (6 pictures) is not used: name it val/ to measure on it"
     touch(tmp_path, "val/a/1.jpg")
-    assert recognize(tmp_path).notes == ("test/ (6 pictures) is not used: val/ is what is measured on",)
+    assert detect_source(tmp_path).notes == ("test/ (6 pictures) is not used: val/ is what is measured on",)
 
 
 def test_what_is_no_picture_is_told_by_suffix(tmp_path: Path) -> None:
     touch(tmp_path, "a/1.jpg", "b/1.jpg", "b/notes.txt", "b/list", "phone/1.heic")
     touch(tmp_path, *(f"{name}/{i}.HEIC" for name in "ab" for i in range(3)))
-    assert recognize(tmp_path).notes[:3] == (
+    assert detect_source(tmp_path).notes[:3] == (
         "left out, holding no pictures: phone",
         "left out, being no pictures by their names: .HEIC 6, .heic 1, .txt 1, others 1",
         "in a format that is not read: .HEIC 6, .heic 1; convert them to JPEG",
@@ -233,7 +233,7 @@ def test_pictures_that_no_class_holds_are_noted(tmp_path: Path) -> None:
         (tmp_path / folder).mkdir(parents=True, exist_ok=True)
         for number in range(3):
             (tmp_path / folder / f"{number}.jpg").write_bytes(b".")
-    assert recognize(tmp_path).notes == (
+    assert detect_source(tmp_path).notes == (
         f"left out, lying in no class's folder: 3 pictures directly in {tmp_path}/train",
         f"left out, lying in no class's folder: 3 pictures directly in {tmp_path}/val",
         "left out, having no labels that are known: test/",

@@ -19,7 +19,7 @@ from alexnet_cli.core.data import images
 from alexnet_cli.core.data.plan import Plan
 from alexnet_cli.core.data.prepare import pack
 from alexnet_cli.core.data.shards import open_dataset
-from alexnet_cli.core.data.sources import recognize
+from alexnet_cli.core.data.sources import detect_source
 from alexnet_cli.core.export import export as exporting
 from alexnet_cli.core.export.export import (
     TOLERANCES,
@@ -237,7 +237,7 @@ def test_command_compares_on_validation_pictures_of_the_prepared_set(
         for label, name in enumerate(("cats", "dogs")):
             for i in range(count):
                 draw(tmp_path / "pets" / split / name / f"{i}.png", seed=100 * label + i + 50 * (split == "val"))
-    list(pack(Plan(recognize(tmp_path / "pets"), tmp_path / "prepared" / "pets", 95), workers=1))
+    list(pack(Plan(detect_source(tmp_path / "pets"), tmp_path / "prepared" / "pets", 95), workers=1))
     model = random_model(SMALL)
     crops = crops_of(open_dataset(tmp_path / "prepared" / "pets"), model)
     validation = open_dataset(tmp_path / "prepared" / "pets").split("val")

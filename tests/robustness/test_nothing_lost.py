@@ -52,7 +52,7 @@ def source(tmp_path: Path) -> Path:
 
 def packed(source: Path, output: Path) -> tuple[shards.Dataset, dict[str, str]]:
     """Prepare; returns the data set and what was refused, by path. The counts must add up."""
-    found = sources.recognize(source)
+    found = sources.detect_source(source)
     for _ in pack(Plan(found, output, 95), workers=2):
         pass
     dataset = shards.open_dataset(output)
@@ -144,7 +144,7 @@ def test_what_may_not_be_read(source: Path, tmp_path: Path, monkeypatch: pytest.
 
 def test_an_empty_class_is_noted_and_left_out(source: Path) -> None:
     (source / "train" / "empty").mkdir()
-    found = sources.recognize(source)
+    found = sources.detect_source(source)
     assert [c.name for c in found.classes] == ["a", "b"]
     assert any("empty" in note for note in found.notes)
 
@@ -165,7 +165,7 @@ def test_ten_thousand_files_in_one_class(tmp_path: Path) -> None:
         (root / name).mkdir(parents=True)
         for i in range(count):
             (root / name / f"{i}.jpg").touch()
-    found = sources.recognize(root)
+    found = sources.detect_source(root)
     assert sum(len(items) for items in found.splits.values()) == 10_003
     assert len(found.splits["val"]) == pytest.approx(1000, abs=5)
 
@@ -191,7 +191,7 @@ def test_counts_that_do_not_add_up_fail(source: Path, tmp_path: Path, monkeypatc
 
 
 def test_a_picture_that_vanishes_while_we_work_is_refused(source: Path, tmp_path: Path) -> None:
-    found = sources.recognize(source)
+    found = sources.detect_source(source)
     (source / "train" / "a" / "2.jpg").unlink()
     for _ in pack(Plan(found, tmp_path / "out", 95), workers=1):
         pass

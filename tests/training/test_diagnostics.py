@@ -16,7 +16,7 @@ import torch
 from alexnet_cli.core.data.plan import Plan
 from alexnet_cli.core.data.prepare import pack
 from alexnet_cli.core.data.shards import Dataset, open_dataset
-from alexnet_cli.core.data.sources import recognize
+from alexnet_cli.core.data.sources import detect_source
 from alexnet_cli.core.evaluation.baselines import ClassCounts
 from alexnet_cli.core.parallel.placement import Placement
 from alexnet_cli.core.runs.records import Record
@@ -38,7 +38,7 @@ def odd(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(
             folder / "source" / "val" / "red" / f"0{i}.jpg", folder / "source" / "train" / "red" / f"copy{i}.jpg"
         )
-    for _ in pack(Plan(recognize(folder / "source"), folder / "odd", 95), workers=1):
+    for _ in pack(Plan(detect_source(folder / "source"), folder / "odd", 95), workers=1):
         pass
     return folder / "odd"
 

@@ -29,7 +29,7 @@ class ClassName(NamedTuple):
     wnid: str | None = None
 
 
-def class_list(names: Sequence[Any], wnids: Sequence[Any]) -> tuple[ClassName, ...]:
+def parse_classes(names: Sequence[Any], wnids: Sequence[Any]) -> tuple[ClassName, ...]:
     """The classes that a file names. Raises ValueError for what cannot be a list of names."""
     if not names or len(names) != len(wnids):
         raise ValueError(f"{len(names)} class names for {len(wnids)} wnids")

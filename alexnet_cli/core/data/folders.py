@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from alexnet_cli.core.data.samples import Files, Found, Pictures
+from alexnet_cli.core.data.samples import DetectedLayout, Files, ImageList
 from alexnet_cli.errors import DataError
 
 READ = "JPEG, PNG, WebP, GIF, BMP, TIFF and PPM"
@@ -28,17 +28,17 @@ SHOWN = 5  # suffixes in a message
 VAL_FOLDERS = ("val", "valid", "validation")
 
 
-def folder_of_classes(path: Path) -> Found | None:
+def folder_of_classes(path: Path) -> DetectedLayout | None:
     """CLASS/IMAGE: one folder per class."""
     folders, empty = class_folders(path)
     if len(folders) < 2:
         return None
     items, others = list_images(path, [*folders, *empty])
     notes = describe_left_out("", empty, others) + describe_loose(path, ".")
-    return Found("one folder per class", folders, {}, items, None, notes)
+    return DetectedLayout("one folder per class", folders, {}, items, None, notes)
 
 
-def train_and_val(path: Path) -> Found | None:
+def train_and_val(path: Path) -> DetectedLayout | None:
     """train/CLASS/IMAGE and, where it is there, val/CLASS/IMAGE."""
     if not (path / "train").is_dir():
         return None
@@ -51,14 +51,14 @@ def train_and_val(path: Path) -> Found | None:
     train, others = list_images(path, [f"train/{name}" for name in (*folders, *empty)])
     if val_name is None:
         notes = describe_left_out("train/", empty, others) + describe_loose(path, "train")
-        return Found("train/CLASS", folders, {}, train, None, notes + _describe_test(path, folders, None))
+        return DetectedLayout("train/CLASS", folders, {}, train, None, notes + _describe_test(path, folders, None))
     val, val_others = _list_val(path, val_name, folders)
     notes = describe_left_out("train/", empty, others + val_others) + describe_loose(path, "train", val_name)
     notes += _describe_test(path, folders, val_name)
-    return Found(f"train/CLASS and {val_name}/CLASS", folders, {}, train, val, notes)
+    return DetectedLayout(f"train/CLASS and {val_name}/CLASS", folders, {}, train, val, notes)
 
 
-def _list_val(path: Path, val_name: str, folders: Sequence[str]) -> tuple[Pictures, Counter[str]]:
+def _list_val(path: Path, val_name: str, folders: Sequence[str]) -> tuple[ImageList, Counter[str]]:
     """The images of the validation folder, labeled by the training folders' places, and other files by suffix."""
     val_folders, _ = class_folders(path / val_name)
     if not val_folders:
@@ -85,7 +85,7 @@ def _describe_test(path: Path, folders: Sequence[str], val_name: str | None) -> 
     return (f"test/ ({count:,} pictures) is not used: {why}",)
 
 
-def tiny_imagenet(path: Path) -> Found | None:
+def tiny_imagenet(path: Path) -> DetectedLayout | None:
     """train/WNID/images/IMAGE and val/images/IMAGE, whose classes are in val/val_annotations.txt."""
     annotations = path / "val" / "val_annotations.txt"
     if not annotations.is_file() or not (path / "train").is_dir():
@@ -99,7 +99,7 @@ def tiny_imagenet(path: Path) -> Found | None:
     names = sorted(label_of_file)  # an image that has a line but no file is refused when it is read
     val = Files(path, names, [label_of_file[name] for name in names])
     layout = "Tiny ImageNet: train/WNID/images, val/val_annotations.txt"
-    return Found(layout, folders, {}, train, val, describe_left_out("train/", empty, others + val_others))
+    return DetectedLayout(layout, folders, {}, train, val, describe_left_out("train/", empty, others + val_others))
 
 
 def _read_annotations(annotations: Path, label_of: Mapping[str, int]) -> dict[str, int]:
@@ -126,7 +126,7 @@ def class_folders(path: Path) -> tuple[list[str], list[str]]:
         DataError: a folder cannot be listed.
     """
     folders = sorted(entry.name for entry in _entries(path) if _is_folder(entry))
-    filled = [name for name in folders if any(is_picture(file) for file in walk_files(path / name, path))]
+    filled = [name for name in folders if any(has_image_suffix(file) for file in walk_files(path / name, path))]
     return filled, sorted(set(folders) - set(filled))
 
 
@@ -140,8 +140,8 @@ def list_images(root: Path, folders: Sequence[str]) -> tuple[Files, Counter[str]
     others: Counter[str] = Counter()
     for label, folder in enumerate(folders):
         files = sorted(walk_files(root / folder, root))
-        pictures = [f"{folder}/{file}" for file in files if is_picture(file)]
-        others.update(suffix(file) for file in files if not is_picture(file))
+        pictures = [f"{folder}/{file}" for file in files if has_image_suffix(file)]
+        others.update(suffix(file) for file in files if not has_image_suffix(file))
         found.names.extend(pictures)
         found.labels.extend([label] * len(pictures))
     return found, others
@@ -182,13 +182,13 @@ def describe_loose(root: Path, *folders: str) -> tuple[str, ...]:
     notes = []
     for folder in folders:
         entries = _entries(root / folder) if (root / folder).is_dir() else []
-        count = sum(is_picture(entry.name) and not _is_folder(entry) for entry in entries)
+        count = sum(has_image_suffix(entry.name) and not _is_folder(entry) for entry in entries)
         if count:
             notes.append(f"left out, lying in no class's folder: {count:,} pictures directly in {root / folder}")
     return tuple(notes)
 
 
-def is_picture(file: str) -> bool:
+def has_image_suffix(file: str) -> bool:
     """Whether a file is a picture by its name."""
     return os.path.splitext(file)[1].lower() in SUFFIXES
 

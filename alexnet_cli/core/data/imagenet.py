@@ -15,8 +15,8 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from alexnet_cli.core.data.devkit import find_devkit, read_devkit
-from alexnet_cli.core.data.folders import class_folders, describe_left_out, is_picture, list_images, suffix
-from alexnet_cli.core.data.samples import Found, Pictures
+from alexnet_cli.core.data.folders import class_folders, describe_left_out, has_image_suffix, list_images, suffix
+from alexnet_cli.core.data.samples import DetectedLayout, ImageList
 from alexnet_cli.core.data.tar_archives import Member, Members, members
 from alexnet_cli.errors import DataError
 
@@ -29,7 +29,7 @@ KIT = "ILSVRC2012_devkit_t12.tar.gz"
 class _Split(NamedTuple):
     layout: str
     keys: Sequence[str]
-    pictures: Pictures
+    pictures: ImageList
     notes: tuple[str, ...]
 
 
@@ -41,7 +41,7 @@ class _Truth(NamedTuple):
     wnids: Mapping[str, str]
 
 
-def official(path: Path) -> Found | None:
+def official(path: Path) -> DetectedLayout | None:
     """The archives of image-net.org, or train/ with the val/ that unpacking them gives, beside the kit."""
     flat = (path / "train").is_dir() and _is_flat(path / "val")
     archives = (path / TRAIN).is_file() or (path / VAL).is_file() or _still_packed(path / "train")
@@ -53,13 +53,13 @@ def official(path: Path) -> Found | None:
         if (path / "val").is_dir():
             return _sorted_val(path, "val", train, words)
         note = f"{VAL} is not there; with it and {KIT}, validation would be on its pictures"
-        return Found(train.layout, train.keys, words, train.pictures, None, (*train.notes, note))
+        return DetectedLayout(train.layout, train.keys, words, train.pictures, None, (*train.notes, note))
     if truth is None:
         raise DataError(f"{path} has no {KIT}, which names the classes of the validation pictures", "put it there")
     return _with_val(path, "val", train, truth, words)
 
 
-def kaggle(path: Path) -> Found | None:
+def kaggle(path: Path) -> DetectedLayout | None:
     """ILSVRC/Data/CLS-LOC/{train,val}, named by the folder above ILSVRC, by ILSVRC itself, or by CLS-LOC."""
     here = path.resolve()
     tables = {f"ILSVRC/{TREE}": (here, here / "ILSVRC"), TREE: (here, here.parent)}
@@ -77,7 +77,7 @@ def kaggle(path: Path) -> Found | None:
         train = train._replace(notes=(*train.notes, f"left out, having no labels: {inside}test/"))
     val = path / tree / "val"
     if not val.is_dir():
-        return Found(train.layout, train.keys, words, train.pictures, None, train.notes)
+        return DetectedLayout(train.layout, train.keys, words, train.pictures, None, train.notes)
     if not _is_flat(val):
         return _sorted_val(path, f"{inside}val", train, words)
     if solution is None:
@@ -172,12 +172,12 @@ def _class_archives(archive: Path) -> tuple[list[tuple[str, Member]], Counter[st
 
 
 def _is_listed(name: str) -> bool:
-    return is_picture(name) and not name.rpartition("/")[2].startswith(".")
+    return has_image_suffix(name) and not name.rpartition("/")[2].startswith(".")
 
 
-def _with_val(path: Path, folder: str, train: _Split, truth: _Truth, words: Mapping[str, str]) -> Found:
+def _with_val(path: Path, folder: str, train: _Split, truth: _Truth, words: Mapping[str, str]) -> DetectedLayout:
     """Validation pictures without classes in their names: from the archive if it is there, else a flat folder."""
-    pictures: Pictures
+    pictures: ImageList
     if (path / VAL).is_file():
         pictures, others, place = *_val_archive(path / VAL), VAL
     else:
@@ -185,7 +185,7 @@ def _with_val(path: Path, folder: str, train: _Split, truth: _Truth, words: Mapp
     labels = _labels(path / place.removeprefix("flat "), pictures, truth, train.keys)
     layout = f"{train.layout}, {place}, classes from {truth.layout}"
     notes = (*train.notes, *describe_left_out("", (), others))
-    return Found(layout, train.keys, words, train.pictures, pictures.relabel(labels), notes)
+    return DetectedLayout(layout, train.keys, words, train.pictures, pictures.relabel(labels), notes)
 
 
 def _val_archive(archive: Path) -> tuple[Members, Counter[str]]:
@@ -198,7 +198,7 @@ def _val_archive(archive: Path) -> tuple[Members, Counter[str]]:
     return pictures, others
 
 
-def _sorted_val(path: Path, folder: str, train: _Split, words: Mapping[str, str]) -> Found:
+def _sorted_val(path: Path, folder: str, train: _Split, words: Mapping[str, str]) -> DetectedLayout:
     """Validation pictures that somebody has put into folders by class."""
     keys, _ = class_folders(path / folder)
     label_of = {key: label for label, key in enumerate(train.keys)}
@@ -208,10 +208,10 @@ def _sorted_val(path: Path, folder: str, train: _Split, words: Mapping[str, str]
     labels = array("I", [label_of[keys[label]] for label in pictures.labels])
     notes = (*train.notes, *describe_left_out("", (), others))
     chosen = pictures.relabel(labels)
-    return Found(f"{train.layout} and val/WNID", train.keys, words, train.pictures, chosen, notes)
+    return DetectedLayout(f"{train.layout} and val/WNID", train.keys, words, train.pictures, chosen, notes)
 
 
-def _labels(place: Path, pictures: Pictures, truth: _Truth, keys: Sequence[str]) -> array[int]:
+def _labels(place: Path, pictures: ImageList, truth: _Truth, keys: Sequence[str]) -> array[int]:
     label_of = {key: label for label, key in enumerate(keys)}
     labels, seen = array("I"), set()
     for name in pictures.names:
@@ -238,7 +238,7 @@ def _labels(place: Path, pictures: Pictures, truth: _Truth, keys: Sequence[str])
 def _is_flat(folder: Path) -> bool:
     if not folder.is_dir():
         return False
-    return any(file.name.startswith("ILSVRC2012_val_") and is_picture(file.name) for file in folder.iterdir())
+    return any(file.name.startswith("ILSVRC2012_val_") and has_image_suffix(file.name) for file in folder.iterdir())
 
 
 def _mapping(file: Path) -> dict[str, str]:

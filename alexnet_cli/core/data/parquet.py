@@ -1,7 +1,7 @@
 """Hugging Face data sets as parquet shards: columns `image` (struct of `bytes` and `path`) and `label`.
 
 A picture can only be got by reading the whole row group it lies in, about a hundred others. Rows are
-therefore best read group by group (`Pictures.blocks`), and the groups in use are kept for a while.
+therefore best read group by group (`ImageList.blocks`), and the groups in use are kept for a while.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from alexnet_cli.core.data.samples import Found, Names, Pictures
+from alexnet_cli.core.data.samples import DetectedLayout, ImageList, Names
 from alexnet_cli.errors import DataError, MissingError
 
 SPLITS = {"train": ("train",), "val": ("validation", "valid", "val")}
@@ -27,7 +27,7 @@ WNID = re.compile(r"(?<![A-Za-z0-9])n\d{8}(?![0-9])")
 DAMAGED = "download it again"
 
 
-class Rows(Pictures):
+class Rows(ImageList):
     """Pictures that are rows of parquet files."""
 
     def __init__(self, root: Path) -> None:
@@ -85,7 +85,7 @@ class Rows(Pictures):
         return data
 
 
-def huggingface(path: Path) -> Found | None:
+def huggingface(path: Path) -> DetectedLayout | None:
     """train-*.parquet and validation-*.parquet, in the folder or its data/."""
     found = next((files for folder in FOLDERS if (files := _files(path, folder))["train"]), None)
     if found is None:
@@ -105,7 +105,7 @@ def huggingface(path: Path) -> Found | None:
         notes.append("the files do not say what the classes are called; they are numbered")
     words = names or [str(label) for label in range(count)]
     keys = _wnids(train, count) or words
-    return Found(
+    return DetectedLayout(
         f"Hugging Face parquet: {len(found['train'])} train and {len(found['val'])} validation files",
         keys,
         dict(zip(keys, words, strict=True)) if len(set(keys)) == count else {},

@@ -27,7 +27,7 @@ from alexnet_cli import __version__
 from alexnet_cli.core.data import fast_images, images
 from alexnet_cli.core.data.images import ImageArray, PixelBudget
 from alexnet_cli.core.data.plan import CLEARING, LOCK, PLAN, Plan, format_size
-from alexnet_cli.core.data.samples import Item, Pictures
+from alexnet_cli.core.data.samples import ImageList, SourceImage
 from alexnet_cli.core.data.shard_writer import FinishedShard, ShardWriter, npy_bytes, npy_header, read_finished_shard
 from alexnet_cli.core.data.shards import (
     DAMAGED,
@@ -77,7 +77,7 @@ class Chunk(NamedTuple):
     shard: int
     rows: list[int]
     keys: list[str]
-    items: list[Item]
+    items: list[SourceImage]
     last: bool
 
 
@@ -199,7 +199,7 @@ def _chunks(plan: Plan, split: str, first: int) -> Iterator[Chunk]:
             yield Chunk(start // plan.shard_images, rows, keys, chosen, last=places.stop == end)
 
 
-def shuffled_rows(items: Pictures, generator: np.random.Generator) -> npt.NDArray[np.int64]:
+def shuffled_rows(items: ImageList, generator: np.random.Generator) -> npt.NDArray[np.int64]:
     """A permutation of the rows; where blocks can only be read whole, of the blocks and within each."""
     order = generator.permutation(len(items))
     if items.blocks is None or not len(items):
@@ -253,7 +253,7 @@ def _pack_chunk(chunk: Chunk, plan: Plan, budget: PixelBudget, measure: bool) ->
     return packed
 
 
-def _read_image(row: int, item: Item, plan: Plan, budget: PixelBudget) -> tuple[ImageArray, ImageFact, str]:
+def _read_image(row: int, item: SourceImage, plan: Plan, budget: PixelBudget) -> tuple[ImageArray, ImageFact, str]:
     """Uint8 256 x 256 x 3, its fact, and its damage. The full-size pixels are gone when this returns."""
     data = item.read()
     height, width = fast_images.size(data)

@@ -16,7 +16,7 @@ from typing import NamedTuple, overload
 from alexnet_cli.core.files import read_file
 
 
-class Item(NamedTuple):
+class SourceImage(NamedTuple):
     """A picture of a source: index of its class, name in the source, how to get its bytes (OSError, DataError)."""
 
     label: int
@@ -54,7 +54,7 @@ class Names(Sequence[str]):
         return self._text[start : self._ends[row]].decode(errors="surrogateescape")
 
 
-class Pictures(Sequence[Item]):
+class ImageList(Sequence[SourceImage]):
     """Pictures by row: names, labels, and how to read one. What they are read from is up to the subclass."""
 
     names: Sequence[str]
@@ -70,33 +70,33 @@ class Pictures(Sequence[Item]):
         return len(self.names)
 
     @overload
-    def __getitem__(self, index: int) -> Item: ...
+    def __getitem__(self, index: int) -> SourceImage: ...
     @overload
-    def __getitem__(self, index: slice) -> Pictures: ...
-    def __getitem__(self, index: int | slice) -> Item | Pictures:
+    def __getitem__(self, index: slice) -> ImageList: ...
+    def __getitem__(self, index: int | slice) -> SourceImage | ImageList:
         """One picture, or a range of them."""
         if isinstance(index, slice):
             return self.select(range(len(self))[index])
         row = range(len(self))[index]
-        return Item(self.labels[row], self.names[row], self.reader(row))
+        return SourceImage(self.labels[row], self.names[row], self.reader(row))
 
     @abstractmethod
     def size(self, row: int) -> int:
         """Bytes of what the picture in a row is read from; -1 if it is not there."""
 
-    def select(self, rows: Sequence[int]) -> Pictures:
+    def select(self, rows: Sequence[int]) -> ImageList:
         """The images of these rows."""
         return _Selected(self, rows, array("I", (self.labels[row] for row in rows)))
 
-    def relabel(self, labels: Sequence[int]) -> Pictures:
+    def relabel(self, labels: Sequence[int]) -> ImageList:
         """The same images with other labels."""
         return _Selected(self, range(len(self)), labels)
 
 
-class _Selected(Pictures):
+class _Selected(ImageList):
     """Some images of a list, which is kept and not copied."""
 
-    def __init__(self, base: Pictures, rows: Sequence[int], labels: Sequence[int]) -> None:
+    def __init__(self, base: ImageList, rows: Sequence[int], labels: Sequence[int]) -> None:
         self.base, self.rows, self.labels = base, rows, labels
         self.names = _View(base.names, rows)
         if base.blocks is not None:
@@ -124,7 +124,7 @@ class _View(Sequence[str]):
         return _View(self._names, self._rows[index]) if isinstance(index, slice) else self._names[self._rows[index]]
 
 
-class Files(Pictures):
+class Files(ImageList):
     """Pictures that are files under `root`."""
 
     def __init__(self, root: Path, names: Iterable[str] = (), labels: Iterable[int] = ()) -> None:
@@ -144,13 +144,13 @@ class Files(Pictures):
             return -1
 
 
-class Found(NamedTuple):
+class DetectedLayout(NamedTuple):
     """What a reader found: classes by key (a folder's name, a wnid) in label order, their words, pictures."""
 
     layout: str
     keys: Sequence[str]
     words: Mapping[str, str]
     """Names of the classes by key, `tabby, tabby cat`, where the source has them."""
-    train: Pictures
-    val: Pictures | None
+    train: ImageList
+    val: ImageList | None
     notes: tuple[str, ...]

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from alexnet_cli.core.data.classes import ClassName, class_list
+from alexnet_cli.core.data.classes import ClassName, parse_classes
 from alexnet_cli.core.files import hash_file, read_file
 from alexnet_cli.errors import DataError, VerificationError
 from alexnet_cli.recipe import SIDE
@@ -182,7 +182,7 @@ def open_dataset(path: Path) -> Dataset:
             path=path,
             name=record["name"],
             hash=hashlib.sha256(data).hexdigest(),
-            classes=class_list([c["name"] for c in record["classes"]], [c.get("wnid") for c in record["classes"]]),
+            classes=parse_classes([c["name"] for c in record["classes"]], [c.get("wnid") for c in record["classes"]]),
             mean_rgb=_numbers(record, "mean_rgb", 3),
             color_std=_numbers(record, "color_std", 3),
             color_axes=_numbers(record, "color_axes", 3, 3),

@@ -1,6 +1,6 @@
 """Recognizes what kind of data set a folder is, names its classes and lists its images. No torch.
 
-A layout is a function from a folder to what is Found there, or to None where the folder is not of its kind;
+A layout is a function from a folder to what is DetectedLayout there, or to None where the folder is not of its kind;
 `LAYOUTS` are tried in order. Images may lie in folders, archives or tables. A source is only read.
 """
 
@@ -19,7 +19,7 @@ from alexnet_cli.core.data.folders import (
     class_folders,
     folder_of_classes,
     format_suffixes,
-    is_picture,
+    has_image_suffix,
     select_unread,
     suffix,
     tiny_imagenet,
@@ -28,11 +28,11 @@ from alexnet_cli.core.data.folders import (
 )
 from alexnet_cli.core.data.imagenet import kaggle, official
 from alexnet_cli.core.data.parquet import huggingface
-from alexnet_cli.core.data.samples import Found, Pictures
+from alexnet_cli.core.data.samples import DetectedLayout, ImageList
 from alexnet_cli.errors import DataError, UsageError
 
 VAL_FRACTION = 0.1  # of each class, where the source has no validation split of its own
-LAYOUTS: tuple[Callable[[Path], Found | None], ...] = (
+LAYOUTS: tuple[Callable[[Path], DetectedLayout | None], ...] = (
     kaggle,
     official,
     huggingface,
@@ -54,7 +54,7 @@ class SourceDataset:
     path: Path
     layout: str
     classes: tuple[ClassName, ...]
-    splits: Mapping[str, Pictures]
+    splits: Mapping[str, ImageList]
     notes: tuple[str, ...] = ()
     """What was found and left out."""
 
@@ -68,7 +68,7 @@ class SourceDataset:
         return digest.hexdigest()
 
 
-def recognize(path: Path, val_fraction: float | None = None) -> SourceDataset:
+def detect_source(path: Path, val_fraction: float | None = None) -> SourceDataset:
     """Find out what kind of data set a folder is and list its images, in sorted order.
 
     `val_fraction` (0.1 if None) of each class becomes the validation split where the source has none.
@@ -98,7 +98,7 @@ def recognize(path: Path, val_fraction: float | None = None) -> SourceDataset:
     return SourceDataset(path, found.layout, classes, splits, notes)
 
 
-def _class_words(path: Path, found: Found) -> tuple[Mapping[str, str], tuple[str, ...]]:
+def _class_words(path: Path, found: DetectedLayout) -> tuple[Mapping[str, str], tuple[str, ...]]:
     """Words by key, from the layout, words.txt or ILSVRC's list; and the notes, with one on that list if it is used."""
     words = found.words or read_words(path)
     wnids = [key for key in found.keys if WNID.fullmatch(key)]
@@ -121,7 +121,7 @@ def _describe_names(named: int, wnids: int, classes: int) -> str:
     return f"{others} called by their wnids: words.txt beside them would name them, a line each, wnid<TAB>name"
 
 
-def _describe_split(val: Pictures, total: int, classes: int) -> str:
+def _describe_split(val: ImageList, total: int, classes: int) -> str:
     """A note on what was taken for validation: of few images it is another share than was asked for."""
     counts = Counter(val.labels)
     each = [counts[label] for label in range(classes)]
@@ -131,7 +131,7 @@ def _describe_split(val: Pictures, total: int, classes: int) -> str:
     return f"kept for validation, as the source has no such split: {kept}"
 
 
-def _split_by_name(items: Pictures, classes: int, fraction: float) -> dict[str, Pictures]:
+def _split_by_name(items: ImageList, classes: int, fraction: float) -> dict[str, ImageList]:
     """Each class gives its share, at least one of two or more, in the order of its names' hashes.
 
     Images that are added later therefore move few of the others to the other split.
@@ -162,7 +162,7 @@ def _unknown_layout(path: Path) -> DataError:
         only = folder.relative_to(path).as_posix()
         return DataError(f"{path} has one class only: {only}", f"a network tells classes apart: {ONE_FOLDER_EACH}")
     files = list(walk_files(path, path))
-    if loose := sum(map(is_picture, files)):
+    if loose := sum(map(has_image_suffix, files)):
         return DataError(f"{path} has {loose:,} pictures, but no folders of classes", ONE_FOLDER_EACH)
     others = Counter(map(suffix, files))
     if pictures := select_unread(others):

@@ -14,7 +14,7 @@ from io import RawIOBase
 from pathlib import Path
 from typing import NamedTuple
 
-from alexnet_cli.core.data.samples import Names, Pictures
+from alexnet_cli.core.data.samples import ImageList, Names
 from alexnet_cli.core.files import check_bytes
 from alexnet_cli.errors import DataError
 
@@ -34,7 +34,7 @@ class Member(NamedTuple):
     refused: int
 
 
-class Members(Pictures):
+class Members(ImageList):
     """Pictures inside archives: names, labels, offsets and sizes."""
 
     def __init__(self, *archives: Path) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from alexnet_cli.core.data import images
-from alexnet_cli.core.data.folders import is_picture, walk_files
+from alexnet_cli.core.data.folders import has_image_suffix, walk_files
 from alexnet_cli.core.data.images import ImageArray, PixelBudget
 from alexnet_cli.core.devices import cores
 from alexnet_cli.core.files import LARGEST, check_bytes, read_file
@@ -107,7 +107,7 @@ def _below(name: str, ours: list[str] | None) -> list[str]:
     if not os.path.isdir(name):
         return [name]
     refused: list[str] = []
-    files = sorted(file for file in walk_files(Path(name), Path(name), refused) if is_picture(file))
+    files = sorted(file for file in walk_files(Path(name), Path(name), refused) if has_image_suffix(file))
     if ours is not None and (runs := _runs_below(name)):
         ours += [os.path.join(name, file) for file in files if file.startswith(runs)]
         files = [file for file in files if not file.startswith(runs)]

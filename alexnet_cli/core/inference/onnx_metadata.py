@@ -13,7 +13,7 @@ from typing import Any
 
 import alexnet_cli
 from alexnet_cli import recipe_io
-from alexnet_cli.core.data.classes import ClassName, class_list
+from alexnet_cli.core.data.classes import ClassName, parse_classes
 from alexnet_cli.core.model.model_file import Model, check_preprocessing, describe_preprocessing
 from alexnet_cli.errors import RecipeError, WeightsError
 from alexnet_cli.recipe import Recipe
@@ -78,7 +78,7 @@ def read_metadata(path: Path, text: Mapping[str, str]) -> Info:
         )
     try:
         names, wnids = json.loads(text["names"]), json.loads(text["wnids"])
-        classes = class_list(names, wnids or [None] * len(names))
+        classes = parse_classes(names, wnids or [None] * len(names))
         recipe = recipe_io.recipe_from_dict(json.loads(text["recipe"]))
         steps = json.loads(text["preprocess"])
         rotate = steps["exif_rotate"]

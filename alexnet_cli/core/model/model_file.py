@@ -18,7 +18,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from alexnet_cli import recipe_io
-from alexnet_cli.core.data.classes import ClassName, class_list
+from alexnet_cli.core.data.classes import ClassName, parse_classes
 from alexnet_cli.core.model.architecture import tensor_shapes
 from alexnet_cli.errors import RecipeError, WeightsError
 from alexnet_cli.recipe import SIDE, Recipe
@@ -117,7 +117,7 @@ def parse_metadata(path: Path, text: Mapping[str, str]) -> tuple[Recipe, tuple[C
     try:
         recipe = recipe_io.recipe_from_dict(json.loads(text["recipe"]))
         entries = json.loads(text["classes"])
-        classes = class_list([entry["name"] for entry in entries], [entry.get("wnid") for entry in entries])
+        classes = parse_classes([entry["name"] for entry in entries], [entry.get("wnid") for entry in entries])
         info = dict(json.loads(text.get("info", "{}")))
         check_preprocessing(json.loads(text.get("preprocess", "{}")), recipe, info)
         return recipe, classes, info

@@ -211,14 +211,14 @@ def _dataset(setting: Setting) -> tuple[Dataset, str]:
     from alexnet_cli.core.data.plan import Plan
     from alexnet_cli.core.data.prepare import pack
     from alexnet_cli.core.data.shards import find_dataset, open_dataset
-    from alexnet_cli.core.data.sources import recognize
+    from alexnet_cli.core.data.sources import detect_source
 
     if setting.data is not None:
         path = find_dataset(setting.data)
         return open_dataset(path), f"measured on the training split of {path}"
     source, _, note = _source(setting)
     path = setting.scratch / "prepared"
-    for _ in pack(Plan(recognize(source), path), setting.workers):
+    for _ in pack(Plan(detect_source(source), path), setting.workers):
         pass
     return open_dataset(path), f"{note}, prepared"
 

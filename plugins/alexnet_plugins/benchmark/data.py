@@ -60,13 +60,13 @@ def compare_prepare(
 def _prepare(source: Path, workers: int, scratch: Path) -> Pass:
     from alexnet_cli.core.data.plan import Plan
     from alexnet_cli.core.data.prepare import pack
-    from alexnet_cli.core.data.sources import recognize
+    from alexnet_cli.core.data.sources import detect_source
 
     numbers = itertools.count()
 
     def run() -> int:
         output = scratch / f"ours{next(numbers)}"
-        images = sum(step.images for step in pack(Plan(recognize(source), output, QUALITY), workers))
+        images = sum(step.images for step in pack(Plan(detect_source(source), output, QUALITY), workers))
         shutil.rmtree(output)
         return images
 
