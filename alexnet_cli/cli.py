@@ -127,7 +127,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings=HELP_OPTIONS,
-    epilog="A first look: alexnet demo. Then: alexnet prepare FOLDER, alexnet train --recipe tiny (with a GPU: fast), "
+    epilog="Try it: alexnet demo. Then: alexnet prepare FOLDER, alexnet train --recipe tiny (fast on a GPU), "
     "alexnet evaluate.",
 )
 
@@ -142,11 +142,11 @@ def _show_version(requested: bool) -> None:
 def root(
     ctx: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", "-V", callback=_show_version, is_eager=True, help="Show the version and exit.")
+        bool, typer.Option("--version", "-V", callback=_show_version, is_eager=True, help="Show the version and exit")
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error")] = False,
 ) -> None:
-    """Train and use AlexNet (Krizhevsky, Sutskever, Hinton 2012) with its two towers, from images to an ONNX file."""
+    """Train, evaluate and export the two-tower AlexNet of Krizhevsky, Sutskever and Hinton (2012)."""
     ctx.obj = {"debug": debug}
     if ctx.invoked_subcommand is None:
         sys.stdout.write(ctx.get_help() + "\n")

@@ -58,9 +58,9 @@ def _check_views(views: int) -> int:
     return views
 
 
-JsonFlag = Annotated[bool, typer.Option("--json", help="Write the result to stdout as JSON.", show_default=False)]
+JsonFlag = Annotated[bool, typer.Option("--json", help="Write the result to stdout as JSON", show_default=False)]
 QuietFlag = Annotated[
-    bool, typer.Option("--quiet", "-q", help="Write only warnings and errors to stderr.", show_default=False)
+    bool, typer.Option("--quiet", "-q", help="Show only warnings, errors and the result", show_default=False)
 ]
 WeightsOption = Annotated[
     str | None,
@@ -68,17 +68,17 @@ WeightsOption = Annotated[
         "--weights",
         "-w",
         metavar="W",
-        help="Run, checkpoint folder or model file. [default: newest run]",
+        help="Weights: a run, a checkpoint folder or a model file [default: newest run]",
         autocompletion=complete_weights,
     ),
 ]
-_PREPARED = "Prepared data set: a folder, or a name under prepared/."
+_PREPARED = "Prepared data set: a folder, or a name under prepared/"
 DataOption = Annotated[
     str | None,
     typer.Option(
         "--data",
         metavar="D",
-        help=f"{_PREPARED} [default: the only one, else the newest]",
+        help=f"{_PREPARED} [default: the newest]",
         autocompletion=complete_data,
     ),
 ]
@@ -87,7 +87,7 @@ OwnDataOption = Annotated[  # of commands that take weights
     typer.Option(
         "--data",
         metavar="D",
-        help=f"{_PREPARED} [default: the one the weights were trained on, else the only one, else the newest]",
+        help=f"{_PREPARED} [default: the one the weights were trained on, else the newest]",
         autocompletion=complete_data,
     ),
 ]
@@ -96,27 +96,34 @@ SettingsOption = Annotated[
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="Change one value of the recipe; `alexnet train --print-config` lists them. Repeatable.",
+        help="Change a value of the recipe; `alexnet train --print-config` lists all (repeatable)",
         autocompletion=complete_setting,
     ),
 ]
-BatchOption = Annotated[int | None, typer.Option("--batch-size", "-b", min=1, help="Images per batch.")]
+BatchOption = Annotated[int | None, typer.Option("--batch-size", "-b", min=1, help="Images per batch")]
 GpusOption = Annotated[
-    str | None, typer.Option("--gpus", metavar="IDS", help="0, all or none. [default: first GPU, else CPU]")
+    str | None,
+    typer.Option(
+        "--gpus", metavar="IDS", help="GPU to use: its id, all, or none [default: the first GPU, else the CPU]"
+    ),
 ]
 DevicesOption = Annotated[
     str | None,
     typer.Option(
         "--gpus",
         metavar="IDS",
-        help="0 (both towers on it), 0,1 (a tower each), 0,1,2,3 (two pairs), all, or none. "
-        "[default: first GPU, else CPU]",
+        help="GPUs to use: 0 (both towers on it), 0,1 (a tower each), 0,1,2,3 (two pairs), all, or none "
+        "[default: the first GPU, else the CPU]",
     ),
 ]
 JobsOption = Annotated[
-    int | None, typer.Option("--jobs", "-j", min=1, help="Threads that decode images. [default: one per core]")
+    int | None, typer.Option("--jobs", "-j", min=1, help="Threads that decode images [default: one per core]")
 ]
 ViewsOption = Annotated[
     int,
-    typer.Option("--views", callback=_check_views, help="1 (center) or 10 (corners, center and their mirror images)."),
+    typer.Option(
+        "--views",
+        callback=_check_views,
+        help="Views per image: 1 (center) or 10 (corners, center and their mirror images)",
+    ),
 ]

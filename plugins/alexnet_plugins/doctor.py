@@ -28,7 +28,7 @@ Found = TypeVar("Found")
 def doctor(json: JsonFlag = False, quiet: QuietFlag = False) -> None:
     """Show versions, devices, and what does not work.
 
-    Also what ONNX Runtime can really open, disk space, settings and broken commands.
+    Includes ONNX Runtime providers, disk space, settings and broken commands.
     """
     from alexnet_cli.core.devices import cpu_bf16, onnx_providers, visible_gpus
 

@@ -39,22 +39,22 @@ MOST_LISTED = 10  # classes and pairs of classes, but at most half of the classe
 def evaluate(
     weights: WeightsOption = None,
     data: OwnDataOption = None,
-    split: Annotated[str, typer.Option(help="Split of the data set.")] = "val",
+    split: Annotated[str, typer.Option(help="Split of the data set: train or val")] = "val",
     views: ViewsOption = 1,
     batch_size: BatchOption = None,
     gpus: GpusOption = None,
     jobs: JobsOption = None,
-    predictions: Annotated[Path | None, typer.Option(help="Write one JSON line per image to this file.")] = None,
+    predictions: Annotated[Path | None, typer.Option(help="File for predictions, one JSON line per image")] = None,
     output: Annotated[
         Path | None,
-        typer.Option("-o", "--output", help="Folder for per-class errors and confusions. [default: eval/ of the run]"),
+        typer.Option("-o", "--output", help="Folder for per-class errors and confusions [default: eval/ of the run]"),
     ] = None,
     json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
     """Measure top-1 and top-5 error.
 
-    On the validation split, with the center view or the paper's ten.
+    Uses the validation split, with the center view or the paper's ten views.
     """
     from alexnet_cli.core.analysis.neighbors import hash_file
     from alexnet_cli.core.data.shards import find_dataset, open_dataset
@@ -107,7 +107,7 @@ def evaluate(
         reporter.line("files", f"{files[0].parent}: {', '.join(file.name for file in files)}")
     else:
         reporter.line("files", "none: the weights are not in a run; use -o DIR to write per-class errors")
-    reporter.line("next", f"alexnet predict PICTURE{f' -w {shlex.quote(weights)}' if weights else ''}")
+    reporter.line("next", f"alexnet predict IMAGE{f' -w {shlex.quote(weights)}' if weights else ''}")
 
 
 def _count_images(

@@ -27,28 +27,31 @@ def export(
     output: Annotated[
         Path | None,
         typer.Option(
-            "-o", "--output", help="The file to write. [default: alexnet.onnx or alexnet-PRECISION.onnx in the run]"
+            "-o", "--output", help="File to write [default: alexnet.onnx or alexnet-PRECISION.onnx in the run]"
         ),
     ] = None,
     precision: Annotated[
         Literal["fp32", "fp16", "int8"],
-        typer.Option(help="fp16: half the size. int8: a quarter, and the fastest on a CPU."),
+        typer.Option(help="Number format: fp16 halves the file, int8 quarters it and is fastest on a CPU"),
     ] = "fp32",
     calibrate: Annotated[
         str | None,
-        typer.Option(
-            metavar="D", help="The prepared set whose training pictures give int8 its ranges. [default: that of --data]"
-        ),
+        typer.Option(metavar="D", help="Prepared data set to calibrate int8 on [default: that of --data]"),
     ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Keep an int8 file that loses more than a point.", show_default=False)
+        bool,
+        typer.Option(
+            "--force", help="Keep an int8 file even if its error is more than a point higher", show_default=False
+        ),
     ] = False,
-    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Measure the file before it is kept.")] = True,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Compare the file with PyTorch before keeping it")
+    ] = True,
     data: OwnDataOption = None,
     json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
-    """Write one ONNX file, checked against PyTorch."""
+    """Export to an ONNX file, checked against PyTorch."""
     from alexnet_cli.core.model import model_file
     from alexnet_cli.core.runs.resolve import (
         describe_unfinished_run,
@@ -76,7 +79,7 @@ def export(
     else:
         found = _float(reporter, model, path, precision, data, verify=verify)
     size = path.stat().st_size
-    reporter.line("saved", f"{path} · {size / 1e6:,.1f} MB   next: alexnet predict PICTURE -w {shlex.quote(str(path))}")
+    reporter.line("saved", f"{path} · {size / 1e6:,.1f} MB   next: alexnet predict IMAGE -w {shlex.quote(str(path))}")
     reporter.result({"path": str(path), "bytes": size, "precision": precision, **found})
 
 

@@ -30,22 +30,24 @@ MAX_ROWS = 50  # pictures on the sheet, at most
 def neighbors(
     inputs: Annotated[
         list[str],
-        typer.Argument(metavar="PICTURE...", help="Pictures, folders, patterns; @FILE lists paths; - reads stdin."),
+        typer.Argument(
+            metavar="IMAGE...", help="Images, folders or patterns; @FILE reads paths from a file, - from stdin"
+        ),
     ],
     weights: WeightsOption = None,
     data: OwnDataOption = None,
-    k: Annotated[int, typer.Option("-k", "--neighbors", min=1, help="How many neighbors to show.")] = 6,
+    k: Annotated[int, typer.Option("-k", "--neighbors", min=1, help="Number of neighbors to show")] = 6,
     output: Annotated[
         Path | None,
-        typer.Option("-o", "--output", metavar="F.png", help="Contact sheet. [default: figures/ of the run]"),
+        typer.Option("-o", "--output", metavar="F.png", help="Contact sheet to write [default: figures/ of the run]"),
     ] = None,
     json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
-    """Find the training pictures most like a picture.
+    """Find the training images most similar to an image.
 
-    Those that the network takes for most alike: nearest in the activations of layer 7. The first time, the training
-    set runs through the network once, and its activations stay beside the run.
+    Similar means close in the activations of layer 7. The first call runs the training set through the network once
+    and keeps its activations in the run.
     """
     from alexnet_cli.core.analysis.neighbors import make_records, make_sheet_row
     from alexnet_cli.core.data.shards import find_dataset, open_dataset

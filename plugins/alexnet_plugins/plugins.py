@@ -9,9 +9,9 @@ from alexnet_cli.options import JsonFlag, QuietFlag
 
 
 def plugins(json: JsonFlag = False, quiet: QuietFlag = False) -> None:
-    """List the installed commands, with their origin.
+    """List the installed commands and their origin.
 
-    Built-ins and those of other packages. Shows the reason for each command that does not work.
+    Includes commands of other packages. Shows why a command does not work.
     """
     from rich.table import Table
 

@@ -29,27 +29,30 @@ def predict(
         list[str],
         typer.Argument(
             metavar="IMAGE|DIR|GLOB|@LIST|-",
-            help="Pictures, folders, patterns; @FILE lists paths; - reads paths, or one picture, from stdin.",
+            help="Images, folders or patterns; @FILE reads paths from a file, - paths or one image from stdin",
         ),
     ],
     weights: WeightsOption = None,
-    k: Annotated[int, typer.Option("-k", "--top-k", min=1, help="How many labels to give.")] = 5,
+    k: Annotated[int, typer.Option("-k", "--top-k", min=1, help="Number of labels to show")] = 5,
     views: ViewsOption = 1,
-    csv: Annotated[Path | None, typer.Option(help="Write all answers to this CSV file instead of tables.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write the predictions to this CSV file instead of stdout")] = None,
     features: Annotated[
         Literal["fc6", "fc7"] | None,
-        typer.Option(help="Write this layer's activations to -o instead of tables: rectified, as the next sees them."),
+        typer.Option(help="Write this layer's activations (after ReLU) to the file of -o instead of labels"),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="F.npz", help="Where --features goes.")
+        Path | None, typer.Option("-o", "--output", metavar="F.npz", help="File for the activations of --features")
     ] = None,
     backend: Annotated[
-        Literal["auto", "onnx", "torch"], typer.Option(help="What runs the network; auto is ONNX Runtime.")
+        Literal["auto", "onnx", "torch"], typer.Option(help="Library that runs the network; auto is ONNX Runtime")
     ] = "auto",
     json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
-    """Classify pictures: the likeliest labels of each."""
+    """Classify images.
+
+    Shows the most probable labels of each image.
+    """
     import time
 
     from alexnet_cli.core.inference.inputs import expand_inputs

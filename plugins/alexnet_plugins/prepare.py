@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from alexnet_cli.core.data.sources import SourceDataset
 
 LAYOUTS = (
-    "A folder: ImageNet as it is distributed (archives, Kaggle, Hugging Face parquet), train/CLASS and "
-    "val/CLASS, one folder per class, or Tiny ImageNet."
+    "Folder of images: one folder per class, train/CLASS and val/CLASS, ImageNet as distributed (archives, "
+    "Kaggle, Hugging Face parquet), Tiny ImageNet, CIFAR-10 or WebDataset shards"
 )
-FRACTION = "Part of each class to validate on, where the source has no such split.  [default: 0.1]"
-CORRUPT = "Leave out and list images that cannot be decoded, or stop at the first."
-EXIF = "Turn pictures as their EXIF orientation says; in 2012 nobody did."
-VERIFY = "Read a prepared data set again and compare every sum, and quit."
+FRACTION = "Share of each class to validate on, if the source has no validation split [default: 0.1]"
+CORRUPT = "Images that cannot be decoded: skip and list them, or fail at the first"
+EXIF = "Rotate images by their EXIF orientation (off in 2012)"
+VERIFY = "Check every checksum of this prepared data set, and exit"
 
 REJECTED_FILE = "rejected.jsonl"
 DUPLICATES_FILE = "duplicates.jsonl"
@@ -42,21 +42,23 @@ OnCorrupt = Literal["skip", "fail"]
 
 def prepare(
     source: Annotated[Path | None, typer.Argument(metavar="SOURCE", help=LAYOUTS, show_default=False)] = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Default: prepared/NAME OF SOURCE.")] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Threads. Default: one per core.")] = None,
-    quality: Annotated[int, typer.Option(min=1, max=100, help="JPEG quality of the packed images.")] = 95,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder to write [default: prepared/NAME of the source]")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Number of threads [default: one per core]")] = None,
+    quality: Annotated[int, typer.Option(min=1, max=100, help="JPEG quality of the packed images")] = 95,
     val_fraction: Annotated[float | None, typer.Option(help=FRACTION)] = None,
     on_corrupt: Annotated[OnCorrupt, typer.Option(help=CORRUPT)] = "skip",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and quit.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and exit")] = False,
     exif_rotate: Annotated[bool, typer.Option("--exif-rotate", help=EXIF)] = False,
     check: Annotated[Path | None, typer.Option("--verify", metavar="DIR", help=VERIFY)] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at the output.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder")] = False,
     json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
     """Pack a folder of images once, for fast training.
 
-    Interrupted, the same command goes on where it stopped. The source is never written to.
+    If it is interrupted, run the same command again to continue. The source is never changed.
     """
     from alexnet_cli.core.data.plan import Plan, default_output, format_size
     from alexnet_cli.core.data.sources import detect_source

@@ -20,15 +20,15 @@ def report(
     data: OwnDataOption = None,
     output: Annotated[
         Path | None,
-        typer.Option("-o", "--output", metavar="F.html", help="The page. [default: report.html in the run]"),
+        typer.Option("-o", "--output", metavar="F.html", help="File to write [default: report.html in the run]"),
     ] = None,
     json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
-    """Write one page about a run.
+    """Write an HTML report of a run.
 
-    Recipe, curves, filters, confusions, examples, neighbors, speed. Results of `evaluate` and the index of
-    `neighbors` are used if they are of these weights, and made otherwise.
+    It shows recipe, curves, filters, confusions, examples, neighbors and speed. Reuses the results of `evaluate` and
+    `neighbors` if they belong to these weights, and computes them otherwise.
     """
     from alexnet_cli.core.data.shards import Dataset
     from alexnet_cli.core.parallel.placement import place

@@ -32,28 +32,31 @@ def ablate(
         str,
         typer.Option(
             "--recipe",
-            help="Base recipe: paper, krizhevsky, caffe, fast, tiny, or a TOML file.",
+            help="Base recipe: paper, krizhevsky, caffe, fast, tiny, or a TOML file",
             autocompletion=complete_recipe,
         ),
     ] = "tiny",
     settings: SettingsOption = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of each training.")] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Trainings per switch, with consecutive seeds.")] = 3,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of each training [default: the recipe's]")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings per switch, with consecutive seeds")] = 3,
     only: Annotated[
         str | None,
         typer.Option(
             metavar="A,B",
             help="Train only the base and these switches: no-norm, norm-within-map, pool-2x2, one-tower, "
-            "no-crops-flips, no-color-shift, no-dropout, tanh, sigmoid. [default: all]",
+            "no-crops-flips, no-color-shift, no-dropout, tanh, sigmoid [default: all]",
         ),
     ] = None,
     training_error: Annotated[
         float,
         typer.Option(
-            min=0.1, max=99.9, metavar="PERCENT", help="Count the steps of each activation to this training error."
+            min=0.1,
+            max=99.9,
+            metavar="PERCENT",
+            help="Compare how many steps each activation needs to reach this training error",
         ),
     ] = 25.0,
-    name: Annotated[str, typer.Option(help="Name of the results folder under runs/.")] = "ablation",
+    name: Annotated[str, typer.Option(help="Name of the results folder under runs/")] = "ablation",
     gpus: GpusOption = None,
     jobs: JobsOption = None,
     json: JsonFlag = False,
@@ -61,8 +64,8 @@ def ablate(
 ) -> None:
     """Switch the paper's ideas off, one at a time.
 
-    Measures what each is worth on your data: trains the base and every switch with each seed. After a stop or crash,
-    repeat the command to continue; finished trainings are kept, also when you add seeds.
+    Measures the effect of each idea on your data: trains the base and every switch with each seed. After a stop or
+    crash, repeat the command to continue; finished trainings are kept, also when you add seeds.
     """
     from alexnet_cli.core.data.shards import find_dataset, open_dataset
     from alexnet_cli.core.parallel import placement

@@ -93,14 +93,14 @@ def _wait(child: subprocess.Popen[bytes]) -> int:
 
 
 def demo(
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to work in.")] = Path("alexnet-demo"),
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to work in")] = Path("alexnet-demo"),
     json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
-    """Try all main commands on images it draws.
+    """Run the main commands on a small drawn data set.
 
-    Draws a small data set, then prepares, trains, evaluates, predicts, visualizes and exports. Takes a few minutes on
-    a laptop, downloads nothing, and prints each command line before it runs.
+    Prepares, trains, evaluates, predicts, visualizes, exports and reports, and shows each command line. Takes a few
+    minutes on a laptop and downloads nothing.
     """
     from alexnet_plugins.demo.images import CLASSES, draw_dataset
 

@@ -25,33 +25,40 @@ BARE = ("PyTorch", "safetensors")  # formats that hold tensors and nothing about
 def import_weights(
     file: Annotated[
         Path,
-        typer.Argument(metavar="FILE", help="A .caffemodel, .onnx, .pth or .safetensors file."),
+        typer.Argument(metavar="FILE", help="File to import: .caffemodel, .onnx, .pth or .safetensors"),
     ],
     output: Annotated[
         str | None,
-        typer.Option("-o", "--output", help="Name of the run to make, or a file NAME.safetensors. Left out: FILE's."),
+        typer.Option(
+            "-o", "--output", help="Name of the new run, or a file NAME.safetensors [default: the name of FILE]"
+        ),
     ] = None,
     order: Annotated[
         Literal["relu-norm-pool", "relu-pool-norm", "norm-pool-relu"] | None,
-        typer.Option(help="What follows layers 1 and 2, if the file does not tell; relu-pool-norm is CaffeNet's."),
+        typer.Option(
+            help="Order of operations after convolutions 1 and 2, if the file lacks it; CaffeNet has relu-pool-norm"
+        ),
     ] = None,
     recipe: Annotated[
-        str | None, typer.Option(help="Of bare tensors (.pth, .safetensors): the recipe of the network they are of.")
+        str | None, typer.Option(help="Recipe of the network, for files that hold only tensors (.pth, .safetensors)")
     ] = None,
     pixels: Annotated[
         Literal["rgb", "bgr", "imagenet"] | None,
-        typer.Option(help="Of bare tensors: what it was trained on; imagenet is torchvision's normalization."),
+        typer.Option(
+            help="Input of the network, for files that hold only tensors; imagenet is torchvision's normalization"
+        ),
     ] = None,
-    mean: Annotated[Path | None, typer.Option(help="Mean file of Caffe: .npy or .binaryproto.")] = None,
+    mean: Annotated[Path | None, typer.Option(help="Caffe's mean file: .npy or .binaryproto")] = None,
     classes: Annotated[
-        Path | None, typer.Option(help="Text file, a class a line (`n02123045 tabby`), or ILSVRC's development kit.")
+        Path | None,
+        typer.Option(help="Class names: a text file with lines such as `n02123045 tabby`, or ILSVRC's development kit"),
     ] = None,
     json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
-    """Take over the weights of another program.
+    """Import pretrained weights (Caffe, ONNX, PyTorch).
 
-    A pretrained two-tower AlexNet of Caffe, ONNX or PyTorch becomes a run like any other.
+    Makes a run from the weights of a two-tower AlexNet.
     """
     from alexnet_plugins.import_weights import convert
 
@@ -89,7 +96,7 @@ def import_weights(
         path = convert.save(made, name, {"status": "finished", "imported": about})
         use = name
     reporter.line(
-        "saved", f"{path} · {path.stat().st_size / 1e6:,.1f} MB   next: alexnet predict PICTURE -w {shlex.quote(use)}"
+        "saved", f"{path} · {path.stat().st_size / 1e6:,.1f} MB   next: alexnet predict IMAGE -w {shlex.quote(use)}"
     )
     reporter.result({
         "path": str(path), "use": use, "format": found.format, "sha1": sha1, "published": known,

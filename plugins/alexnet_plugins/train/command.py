@@ -28,7 +28,7 @@ from alexnet_plugins.train.setup import (
 Cache = Literal["auto", "device", "none"]
 Frozen = Literal["none", "conv"]
 RECIPE_HELP = (
-    "paper, krizhevsky, caffe, fast, tiny (for a CPU), or a TOML file. [default: paper, or that of --init-from]"
+    "Recipe: paper, krizhevsky, caffe, fast, tiny (for a CPU), or a TOML file [default: paper, or that of --init-from]"
 )
 FROM_RECIPE = "[default: the recipe's]"
 
@@ -39,77 +39,78 @@ def train(
     settings: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="KEY=VALUE", help="Change one recipe value; --print-config lists them. Repeatable."
+            "--set", metavar="KEY=VALUE", help="Change a value of the recipe; --print-config lists all (repeatable)"
         ),
     ] = None,
     epochs: Annotated[
-        int | None, typer.Option(min=1, help=f"Maximum number of passes over the training set. {FROM_RECIPE}")
+        int | None, typer.Option(min=1, help=f"Maximum number of passes over the training set {FROM_RECIPE}")
     ] = None,
-    max_steps: Annotated[int | None, typer.Option(min=1, help="Stop after this many steps.")] = None,
+    max_steps: Annotated[int | None, typer.Option(min=1, help="Stop after this many steps")] = None,
     batch_size: Annotated[
-        int | None, typer.Option("--batch-size", "-b", min=1, help=f"Images per step, over all devices. {FROM_RECIPE}")
+        int | None, typer.Option("--batch-size", "-b", min=1, help=f"Images per step, over all devices {FROM_RECIPE}")
     ] = None,
     micro_batch: Annotated[
         int | None,
-        typer.Option(min=1, help="Images computed at once, to save GPU memory; the batch size stays. [default: all]"),
+        typer.Option(min=1, help="Compute so many images of a batch at once, to save memory [default: all]"),
     ] = None,
     lr: Annotated[
-        float | None, typer.Option(help=f"Initial learning rate; the highest one if one-cycle. {FROM_RECIPE}")
+        float | None, typer.Option(help=f"Initial learning rate; the highest one if one-cycle {FROM_RECIPE}")
     ] = None,
     gpus: DevicesOption = None,
     processes: Annotated[
-        int | None, typer.Option(min=1, help="With --gpus none: number of processes, each acting as a device.")
+        int | None, typer.Option(min=1, help="Number of CPU processes, each acting as a device (with --gpus none)")
     ] = None,
     parallel: Annotated[
         Parallel,
         typer.Option(
             help="How devices share the work: tower (model parallel), data (data parallel), hybrid (data-parallel "
-            "convolutions, model-parallel FC layers)."
+            "convolutions, model-parallel FC layers)"
         ),
     ] = "auto",
     compress: Annotated[
-        bool, typer.Option("--compress", help="Exchange gradients between replicas as bf16.", show_default=False)
+        bool, typer.Option("--compress", help="Exchange gradients between replicas as bf16", show_default=False)
     ] = False,
     precision: Annotated[
-        Precision | None, typer.Option(help=f"Precision of convolutions and matrix products. {FROM_RECIPE}")
+        Precision | None, typer.Option(help=f"Precision of convolutions and matrix products {FROM_RECIPE}")
     ] = None,
     seed: Annotated[
         int | None,
-        typer.Option(help=f"Random seed (initial weights, data order, augmentation, dropout). {FROM_RECIPE}"),
+        typer.Option(help=f"Random seed (initial weights, data order, augmentation, dropout) {FROM_RECIPE}"),
     ] = None,
     resume: Annotated[
         str | None,
         typer.Option(
-            help="Continue a run with its own recipe; an option that would change the result is refused, --set forces "
-            "it. auto: the run of --name, or the newest if unfinished, or a new one."
+            help="Run to continue, with its own recipe. Options that change the result are refused, except --set. "
+            "With auto: the run of --name, or the newest if unfinished, or else a new one."
         ),
     ] = None,
     init_from: Annotated[
         str | None,
-        typer.Option(metavar="W", help="Start from these weights (as for -w); layers that do not fit start at random."),
+        typer.Option(metavar="W", help="Start from these weights (as for -w); layers that do not fit start at random"),
     ] = None,
-    freeze: Annotated[Frozen | None, typer.Option(help="Layers that do not learn: conv is layers 1 to 5.")] = None,
-    name: Annotated[str | None, typer.Option(help="Name of the run. [default: date, time and recipe]")] = None,
-    max_time: Annotated[str | None, typer.Option(help="Save and stop after this time, such as 8h or 1h30m.")] = None,
+    freeze: Annotated[Frozen | None, typer.Option(help="Layers to freeze: conv (layers 1 to 5) or none")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the run [default: date, time and recipe]")] = None,
+    max_time: Annotated[str | None, typer.Option(help="Save and stop after this time, such as 8h or 1h30m")] = None,
     save_every: Annotated[
         int | None,
-        typer.Option(min=1, metavar="STEPS", help="Save a checkpoint every so many steps, not only after each epoch."),
+        typer.Option(min=1, metavar="STEPS", help="Save a checkpoint every so many steps, as well as after each epoch"),
     ] = None,
     keep: Annotated[
-        int | None, typer.Option(min=1, help="Number of newest checkpoints to keep, besides the best. [default: 1]")
+        int | None, typer.Option(min=1, help="Number of newest checkpoints to keep, besides the best [default: 1]")
     ] = None,
     jobs: JobsOption = None,
     cache: Annotated[
-        Cache, typer.Option(help="Keep decoded images on the device, not at all, or there if they easily fit.")
+        Cache,
+        typer.Option(help="Where to keep decoded images: on the device, nowhere, or on the device if they easily fit"),
     ] = "auto",
     compile: Annotated[
-        bool, typer.Option("--compile/--no-compile", help="Compile the network with torch.compile first.")
+        bool, typer.Option("--compile/--no-compile", help="Compile the network with torch.compile")
     ] = False,
     tensorboard: Annotated[
-        bool, typer.Option("--tensorboard", help="Write RUN/tensorboard too, from now on.", show_default=False)
+        bool, typer.Option("--tensorboard", help="Write TensorBoard events to RUN/tensorboard", show_default=False)
     ] = False,
     print_config: Annotated[
-        bool, typer.Option("--print-config", help="Show every recipe value and its source, and exit.")
+        bool, typer.Option("--print-config", help="Show every recipe value with its source, and exit")
     ] = False,
     json: JsonFlag = False,
     quiet: QuietFlag = False,

@@ -28,45 +28,43 @@ def visualize_filters(
     weights: WeightsOption = None,
     tower: Annotated[
         str,
-        typer.Option(help="Which tower: 1, 2 or both.", autocompletion=lambda: ["1", "2", "both"]),
+        typer.Option(help="Tower to draw: 1, 2 or both", autocompletion=lambda: ["1", "2", "both"]),
     ] = "both",
     scale: Annotated[
         Literal["joint", "each"] | None,
-        typer.Option(help="One scale for all kernels, or one for each, to look at faint ones. [default: joint]"),
+        typer.Option(help="One scale for all filters, or one for each, to see faint ones [default: joint]"),
     ] = None,
     sort: Annotated[
-        Literal["chroma"] | None, typer.Option(help="Most colorful kernels first. [default: as they are numbered]")
+        Literal["chroma"] | None, typer.Option(help="Draw the most colorful filters first [default: by number]")
     ] = None,
     layer: Annotated[
-        Layer | None, typer.Option(help="Instead of kernels, the parts of validation pictures that excite its units.")
+        Layer | None,
+        typer.Option(help="Draw the validation images that most activate units of this layer, instead of filters"),
     ] = None,
     unit: Annotated[
-        int | None, typer.Option(min=0, help="Of --layer, this unit alone. [default: the strongest ones]")
+        int | None, typer.Option(min=0, help="Draw only this unit of --layer [default: the strongest ones]")
     ] = None,
     picture: Annotated[
         str | None,
         typer.Option(
             metavar="IMAGE",
-            help="Instead of kernels, this picture on its way through all layers; - for standard input.",
+            help="Draw the activations of this image in all layers, instead of filters; - reads stdin",
         ),
     ] = None,
     data: OwnDataOption = None,
     output: Annotated[
         Path | None,
-        typer.Option(
-            "-o", "--output", help="PNG file; of kernels SVG too, by its suffix. [default: figures/ of the run]"
-        ),
+        typer.Option("-o", "--output", help="File to write: .png, or .svg for filters [default: figures/ of the run]"),
     ] = None,
     no_terminal: Annotated[
-        bool, typer.Option("--no-terminal", help="No picture in the terminal.", show_default=False)
+        bool, typer.Option("--no-terminal", help="Do not draw in the terminal", show_default=False)
     ] = False,
     json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
-    """Draw the kernels of layer 1, tower by tower.
+    """Draw the first-layer filters of each tower.
 
-    Measures whether one tower took to color. All kernels share one scale, and zero is mid-gray: what looks faint is
-    faint.
+    Measures how strongly the towers differ in color. All filters share one scale, and zero is mid-gray.
     """
     from alexnet_cli.core.model.model_file import read_model
     from alexnet_cli.core.runs.resolve import describe_weights, find_run_folder, find_weights
