@@ -30,7 +30,9 @@ from documents import (
 SMALL = "--set width=0.03125 --set precision=fp32 --set batch_size=16 --epochs 1"  # a full one takes hours
 WITH_WEIGHTS = ("--init-from", "--resume")  # the width is that of other weights
 ADDED_OPTIONS = {"train": SMALL, "ablate": f"{SMALL} --seeds 1 --only tanh"}
-BRITISH = r"color|gray|center|favor|behavior|neighbor|license|(?:normal|special|initial|recogn|optim)is(?:e|ing|ation)"
+BRITISH = (
+    r"colour|grey|centre|favour|behaviour|neighbour|licence|(?:normal|special|initial|recogn|optim)is(?:e|ing|ation)"
+)
 
 
 def find_options(command: str) -> set[str]:
