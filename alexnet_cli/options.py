@@ -26,9 +26,9 @@ def complete_weights(incomplete: str) -> list[str]:
 def complete_data(incomplete: str) -> list[str]:
     """Return the prepared data sets for --data, or else the paths, that start with what was typed."""
     try:
-        from alexnet_cli.core.data.shards import names
+        from alexnet_cli.core.data.shards import list_datasets
 
-        return _match(names(), incomplete)
+        return _match(list_datasets(), incomplete)
     except Exception:
         return []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import re
@@ -12,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from alexnet_cli.errors import DataError
+from alexnet_cli.errors import AlexNetError, DataError
 
 LARGEST = 1 << 28  # bytes of a file that is read into memory, unless the caller allows fewer or more
 TEMPORARY = re.compile(r"\.(?P<name>.+)\.\d+\.tmp[^/]*")
@@ -28,8 +29,7 @@ def replace_file(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
     try:
         yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
+        sync_file(temporary)
         temporary.replace(path)
         sync_folder(path.parent)
     finally:
@@ -51,6 +51,20 @@ def write_chunks(path: Path, chunks: Iterable[bytes]) -> str:
     return digest.hexdigest()
 
 
+def write_and_verify(path: Path, content: bytes | memoryview) -> str:
+    """Write and sync a file, and read it back from the disk. Returns its SHA-256; OSError if it differs."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+        if hasattr(os, "posix_fadvise"):  # otherwise the page cache is read back, not the disk
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    digest = hash_file(path)
+    if digest != hashlib.sha256(content).hexdigest():
+        raise OSError(errno.EIO, f"{path.name} does not read back as written")
+    return digest
+
+
 def replace_link(link: Path, target: Path) -> None:
     """Make `link` a relative symbolic link to the folder `target`, atomically where the system can do that."""
     temporary = link.with_name(f".{link.name}.{os.getpid()}.tmp")
@@ -69,6 +83,12 @@ def replace_link(link: Path, target: Path) -> None:
     temporary.replace(link)
 
 
+def sync_file(path: Path) -> None:
+    """Make the content of a file durable."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
 def sync_folder(folder: Path) -> None:
     """Make the renames in a folder durable. Windows has no such call and needs none."""
     if sys.platform == "win32":
@@ -81,14 +101,14 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def lock_file(path: Path, message: str) -> Iterator[None]:
-    """Hold `path` as an exclusive lock; the file is made, and removed at the end.
+def lock_file(path: Path, message: str, error: type[AlexNetError] = DataError) -> Iterator[None]:
+    """Hold an exclusive lock inside the block. Creates the file `path`, and removes it at the end.
 
     The system releases the lock however the process ends.
 
     Raises:
-        DataError: another process holds it; `message` says what that one is doing.
-        OSError: the file cannot be made.
+        AlexNetError: `error` with `message`, if another process holds the lock.
+        OSError: the file cannot be created.
     """
     from filelock import FileLock, Timeout  # a tenth of a second to import, for few commands
 
@@ -96,7 +116,7 @@ def lock_file(path: Path, message: str) -> Iterator[None]:
     try:
         lock.acquire(blocking=False)
     except Timeout:
-        raise DataError(message, "wait until it is done") from None
+        raise error(message, "wait until it is done") from None
     try:
         yield
     finally:

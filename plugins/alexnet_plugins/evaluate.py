@@ -56,10 +56,10 @@ def evaluate(
 
     Uses the validation split, with the center view or the paper's ten views.
     """
-    from alexnet_cli.core.analysis.neighbors import hash_file
     from alexnet_cli.core.data.shards import find_dataset, open_dataset
     from alexnet_cli.core.evaluation import results
     from alexnet_cli.core.evaluation.evaluate import match_classes
+    from alexnet_cli.core.files import hash_file
     from alexnet_cli.core.runs.resolve import (
         describe_unfinished_run,
         describe_weights,

@@ -91,12 +91,13 @@ def _open_index(
 ) -> tuple[Session, Vectors]:
     """The network up to layer 7, and the index of the training set, made now if it is not there."""
     from alexnet_cli.core.analysis import neighbors
+    from alexnet_cli.core.files import hash_file
     from alexnet_cli.core.inference.predict import FEW
     from alexnet_cli.core.inference.session import Session
     from alexnet_cli.core.runs.resolve import describe_weights, find_run_folder
 
     folder = neighbors.index_folder(path, find_run_folder(path), dataset)
-    source = neighbors.IndexSource(neighbors.hash_file(path), dataset.hash, len(split))
+    source = neighbors.IndexSource(hash_file(path), dataset.hash, len(split))
     vectors = neighbors.open_index(folder, source)
     session = Session(path, few=vectors is not None and pictures <= FEW, layer=neighbors.LAYER)
     reporter.line("weights", describe_weights(path, session.about))

@@ -145,12 +145,12 @@ def _pack(reporter: Reporter, plan: Plan, workers: int, on_corrupt: OnCorrupt, o
 
 def _verify(reporter: Reporter, folder: Path) -> None:
     """Every file of a data set against its recorded sum; VerificationError names those that differ."""
-    from alexnet_cli.core.data.shards import checksums, find_dataset, open_dataset, verify
+    from alexnet_cli.core.data.shards import find_dataset, list_checksums, open_dataset, verify_dataset
 
     dataset = open_dataset(find_dataset(str(folder)))
-    files = checksums(dataset.record)
+    files = list_checksums(dataset.record)
     with reporter.progress("verify", total=len(files), unit="files") as bar:
-        for _ in verify(dataset):
+        for _ in verify_dataset(dataset):
             bar.advance(1)
     reporter.result({"output": str(dataset.path), "files": len(files), "verified": True})
     reporter.line("done", f"{dataset.path}: all {len(files)} files are as they were written")
@@ -187,12 +187,12 @@ def _report_finished(reporter: Reporter, plan: Plan, strict: bool) -> None:
     Raises:
         PartialError: pictures were left out, and `strict`; otherwise nothing fails this time, and that is a note.
     """
-    from alexnet_cli.core.data.shards import checksums, open_dataset
+    from alexnet_cli.core.data.shards import list_checksums, open_dataset
 
     dataset = open_dataset(plan.output)
     for name in dataset.record["splits"]:
         dataset.split(name)  # raises where files are missing
-    missing = [name for name in checksums(dataset.record) if not (plan.output / name).is_file()]
+    missing = [name for name in list_checksums(dataset.record) if not (plan.output / name).is_file()]
     if missing:
         raise DataError(f"{plan.output / missing[0]} is missing", "prepare the data set again with --overwrite")
     plan.finalize()

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from alexnet_cli.core.analysis import neighbors
 from alexnet_cli.core.analysis.neighbors import IndexSource, Vectors, find_nearest
 from alexnet_cli.core.data.shards import Split, open_dataset
+from alexnet_cli.core.files import hash_file
 from alexnet_cli.core.inference.session import Session
 from alexnet_cli.errors import StorageError, WeightsError
 from alexnet_cli.recipe import PAPER
@@ -92,7 +93,7 @@ def network(prepared: Path, tmp_path: Path) -> tuple[Path, IndexSource, Split, S
     path = save_model(random_model(replace(PAPER, width=1 / 32)), tmp_path / "m.safetensors")
     dataset = open_dataset(prepared)
     split = dataset.split("train")
-    source = IndexSource(neighbors.hash_file(path), dataset.hash, len(split))
+    source = IndexSource(hash_file(path), dataset.hash, len(split))
     return neighbors.index_folder(path, None, dataset), source, split, Session(path, layer="fc7")
 
 
@@ -165,9 +166,10 @@ def test_one_process_writes_an_index_at_a_time_and_cleans_up_after_a_killed_one(
 ) -> None:
     folder, source, split, session = network
     writing = (
-        "import sys; from pathlib import Path; from filelock import FileLock\n"
-        "from alexnet_cli.core import neighbors\nfolder = Path(sys.argv[1]); folder.mkdir()\n"
-        "with FileLock(folder / neighbors.LOCK), neighbors.replacing(folder / 'fc7.npy') as path:\n"
+        "import sys; from pathlib import Path\n"
+        "from alexnet_cli.core.analysis import neighbors\nfrom alexnet_cli.core.files import lock_file, replace_file\n"
+        "folder = Path(sys.argv[1]); folder.mkdir()\n"
+        "with lock_file(folder / neighbors.LOCK, 'busy'), replace_file(folder / 'fc7.npy') as path:\n"
         " path.write_bytes(b'half'); print(); input()"
     )
     command = [sys.executable, "-uc", writing, str(folder)]

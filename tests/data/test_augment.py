@@ -27,7 +27,7 @@ def pixels(recipe: Recipe) -> Augment:
     return Augment(recipe, MEAN, STD, AXES, CPU)
 
 
-def one_by_one(recipe: Recipe, draws: AugmentParams, epoch: int) -> npt.NDArray[np.float64]:
+def expected_views(recipe: Recipe, draws: AugmentParams, epoch: int) -> npt.NDArray[np.float64]:
     """What section 4.1 says, an image at a time, in float64."""
     size, low, out = recipe.input_size, (256 - recipe.input_size) // 2, []
     for image, row in zip(IMAGES, ROWS, strict=True):
@@ -57,21 +57,21 @@ def one_by_one(recipe: Recipe, draws: AugmentParams, epoch: int) -> npt.NDArray[
 @pytest.mark.parametrize("by_index", [False, True])
 def test_training_views(recipe: Recipe, epoch: int, by_index: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if by_index:  # what a GPU does
-        monkeypatch.setattr(Augment, "one_by_one", Augment.at_once)
-    draws = AugmentParams.of_epoch(12, recipe, epoch)
-    views = pixels(recipe).train(torch.from_numpy(IMAGES), ROWS, draws, epoch)
+        monkeypatch.setattr(Augment, "crop_in_loop", Augment.crop_by_index)
+    draws = AugmentParams.draw(12, recipe, epoch)
+    views = pixels(recipe).training_views(torch.from_numpy(IMAGES), ROWS, draws, epoch)
     assert views.is_contiguous(memory_format=torch.channels_last)
-    np.testing.assert_allclose(views.numpy(), one_by_one(recipe, draws, epoch), atol=2e-4)
+    np.testing.assert_allclose(views.numpy(), expected_views(recipe, draws, epoch), atol=2e-4)
 
 
-@pytest.mark.parametrize("way", ["one_by_one", "at_once"])
+@pytest.mark.parametrize("way", ["crop_in_loop", "crop_by_index"])
 def test_views_in_bf16_are_rounded_once(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """To what layer 1 would make of them itself."""
-    monkeypatch.setattr(Augment, "one_by_one", getattr(Augment, way))
-    draws, images = AugmentParams.of_epoch(12, PAPER, 1), torch.from_numpy(IMAGES)
+    monkeypatch.setattr(Augment, "crop_in_loop", getattr(Augment, way))
+    draws, images = AugmentParams.draw(12, PAPER, 1), torch.from_numpy(IMAGES)
     halves = Augment(PAPER, MEAN, STD, AXES, CPU, torch.bfloat16)
     for found, right in (
-        (halves.train(images, ROWS, draws, 1), pixels(PAPER).train(images, ROWS, draws, 1)),
+        (halves.training_views(images, ROWS, draws, 1), pixels(PAPER).training_views(images, ROWS, draws, 1)),
         (halves.center_view(images), pixels(PAPER).center_view(images)),
     ):
         assert found.is_contiguous(memory_format=torch.channels_last)
@@ -92,7 +92,7 @@ def test_what_crosses_to_a_gpu_is_little(monkeypatch: pytest.MonkeyPatch) -> Non
         maker = Augment(replace(PAPER, mean="image-at-crop"), MEAN, STD, AXES, second)
         crossed.clear()
         images = torch.empty(1024, 256, 256, 3, dtype=torch.uint8, device=second)
-        views = maker.train(images, np.arange(1024), AugmentParams.of_epoch(1024, PAPER, 1), 1)
+        views = maker.training_views(images, np.arange(1024), AugmentParams.draw(1024, PAPER, 1), 1)
     assert (views.shape, views.device, views.dtype) == ((1024, 3, 224, 224), second, torch.float32)
     assert views.is_contiguous(memory_format=torch.channels_last)
     assert len(crossed) == 3
@@ -100,19 +100,19 @@ def test_what_crosses_to_a_gpu_is_little(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_draws_belong_to_the_row_and_the_epoch() -> None:
-    draws = AugmentParams.of_epoch(4000, PAPER, 1)
-    again, later = AugmentParams.of_epoch(4000, PAPER, 1), AugmentParams.of_epoch(4000, PAPER, 2)
+    draws = AugmentParams.draw(4000, PAPER, 1)
+    again, later = AugmentParams.draw(4000, PAPER, 1), AugmentParams.draw(4000, PAPER, 2)
     np.testing.assert_array_equal(draws.offsets, again.offsets)
     assert (draws.offsets != later.offsets).any()
     assert set(draws.offsets.flatten().tolist()) == set(range(33))  # 33 x 33 places
     assert draws.flips.mean() == pytest.approx(0.5, abs=0.04)
     assert draws.color.std() == pytest.approx(1, abs=0.03)
-    assert set(AugmentParams.of_epoch(4000, CAFFE, 1).offsets.flatten().tolist()) == set(range(30))
+    assert set(AugmentParams.draw(4000, CAFFE, 1).offsets.flatten().tolist()) == set(range(30))
 
 
 def test_all_places_are_equally_likely_and_nothing_depends_on_anything() -> None:
     rows = 33 * 33 * 100
-    draws = AugmentParams.of_epoch(rows, PAPER, 1)
+    draws = AugmentParams.draw(rows, PAPER, 1)
     counts = np.bincount(draws.offsets[:, 0] * 33 + draws.offsets[:, 1], minlength=33 * 33)
     assert len(counts) == 33 * 33
     chi2 = float(((counts - 100) ** 2 / 100).sum())  # 1088 degrees of freedom: deviation sqrt(2 x 1088) = 47
@@ -123,15 +123,15 @@ def test_all_places_are_equally_likely_and_nothing_depends_on_anything() -> None
 
 
 def test_a_picture_s_view_does_not_depend_on_its_batch() -> None:
-    draws = AugmentParams.of_epoch(12, PAPER, 2)
-    together = pixels(PAPER).train(torch.from_numpy(IMAGES), ROWS, draws, 2)
+    draws = AugmentParams.draw(12, PAPER, 2)
+    together = pixels(PAPER).training_views(torch.from_numpy(IMAGES), ROWS, draws, 2)
     for order in ([3, 1], [5, 4, 0, 2]):  # two ranks, in other orders
-        part = pixels(PAPER).train(torch.from_numpy(IMAGES[order]), ROWS[order], draws, 2)
+        part = pixels(PAPER).training_views(torch.from_numpy(IMAGES[order]), ROWS[order], draws, 2)
         assert torch.equal(part, together[order])
 
 
 def test_the_color_shift_has_the_deviations_of_the_paper() -> None:
-    draws = AugmentParams.of_epoch(100_000, PAPER, 1)
+    draws = AugmentParams.draw(100_000, PAPER, 1)
     shift = pixels(PAPER)._shift(draws.color, 1)
     assert shift is not None
     expected = AXES @ np.diag((0.1 * STD) ** 2) @ AXES.T  # covariance of sum over axes of N(0, 0.1) x deviation
@@ -155,7 +155,7 @@ def test_ten_views_are_four_corners_the_center_and_their_mirrors() -> None:
 def test_crops_are_shared_by_images_one_after_the_other() -> None:
     """Net #145 drew one crop and reflection for 32 images in a row; colors stayed each image's own."""
     order = np.random.default_rng(1).permutation(100)
-    draws = AugmentParams.of_epoch(100, KRIZHEVSKY, 1, order)
+    draws = AugmentParams.draw(100, KRIZHEVSKY, 1, order)
     offsets, flips, color = draws.offsets[order], draws.flips[order], draws.color[order]
     for first in range(0, 100, 32):
         group = slice(first, first + 32)
@@ -163,4 +163,4 @@ def test_crops_are_shared_by_images_one_after_the_other() -> None:
         assert (flips[group] == flips[first]).all()
         assert len(np.unique(color[group, 0])) == len(color[group])
     assert len(np.unique(offsets[::32], axis=0)) > 1
-    assert len(np.unique(AugmentParams.of_epoch(100, PAPER, 1, order).offsets, axis=0)) > 50
+    assert len(np.unique(AugmentParams.draw(100, PAPER, 1, order).offsets, axis=0)) > 50

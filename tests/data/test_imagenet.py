@@ -69,7 +69,7 @@ def check(dataset: Dataset, train: Mapping[str, bytes], val: Mapping[str, bytes]
         assert len(dataset.split(name)) == len(found) == len(pictures)
         for stem, (label, data) in pictures.items():
             assert found[stem][0] == label, stem
-            whole = images.to_256(images.decode(data)).astype(np.float64)
+            whole = images.resize_and_crop(images.decode(data)).astype(np.float64)
             assert np.abs(found[stem][1] - whole).mean() < 5, stem
 
 

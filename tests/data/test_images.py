@@ -105,16 +105,18 @@ def test_bad_files_say_why(engine: object, data: bytes, reason: str) -> None:
 
 def test_what_is_wrong_with_a_jpeg_that_can_be_decoded_is_told() -> None:
     cut = PICTURES["rgb.jpg"][:-200] + b"\xff\xd9"
-    rgb, wrong = fast_images.examined(cut)
+    rgb, wrong = fast_images.decode_with_damage(cut)
     assert wrong == "Corrupt JPEG data: premature end of data segment"
     np.testing.assert_array_equal(rgb, images.decode(cut))
-    assert [name for name, data in PICTURES.items() if fast_images.examined(data)[1]] == []
+    assert [name for name, data in PICTURES.items() if fast_images.decode_with_damage(data)[1]] == []
 
 
 @pytest.mark.parametrize("name", PICTURES)
 def test_sizes_are_told_without_decoding(name: str) -> None:
     assert (
-        fast_images.size(PICTURES[name]) == images.read_size(PICTURES[name]) == images.decode(PICTURES[name]).shape[:2]
+        fast_images.read_size(PICTURES[name])
+        == images.read_size(PICTURES[name])
+        == images.decode(PICTURES[name]).shape[:2]
     )
 
 
@@ -133,7 +135,7 @@ def test_turning_is_what_pillow_does(kind: str, orientation: int) -> None:
     exif[0x0112] = orientation
     data = saved(scene(90, 60), kind, exif=exif)
     expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"))
-    np.testing.assert_array_equal(images.upright(images.decode(data), data), expected)
+    np.testing.assert_array_equal(images.apply_orientation(images.decode(data), data), expected)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
@@ -141,16 +143,16 @@ def test_turning_is_what_pillow_does(kind: str, orientation: int) -> None:
 def test_orientation_is_told_without_pixels(kind: str, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    assert images.orientation(saved(scene(90, 60), kind, exif=exif)) == (orientation if 1 < orientation < 9 else 1)
+    assert images.read_orientation(saved(scene(90, 60), kind, exif=exif)) == (orientation if 1 < orientation < 9 else 1)
     xmp = b'http://ns.adobe.com/xap/1.0/\0<x:xmpmeta xmlns:x="adobe:ns:meta/" tiff:Orientation="6"></x:xmpmeta>'
     jpeg = saved(scene(90, 60), "JPEG")
     jpeg = jpeg[:2] + b"\xff\xe1" + (len(xmp) + 2).to_bytes(2, "big") + xmp + jpeg[2:]
-    assert images.orientation(jpeg) == Image.open(io.BytesIO(jpeg)).getexif().get(0x0112, 1)
+    assert images.read_orientation(jpeg) == Image.open(io.BytesIO(jpeg)).getexif().get(0x0112, 1)
 
 
 def test_damaged_exif_turns_nothing() -> None:
     rgb = images.decode(saved(scene(), "PNG"))
-    np.testing.assert_array_equal(images.upright(rgb, b"no picture"), rgb)
+    np.testing.assert_array_equal(images.apply_orientation(rgb, b"no picture"), rgb)
 
 
 def test_sizes_and_center() -> None:
@@ -158,14 +160,14 @@ def test_sizes_and_center() -> None:
     assert images.scaled_size(500, 333) == (384, 256)  # 384.38
     assert images.scaled_size(64, 64) == (256, 256)
     ramp = np.repeat(np.arange(261, dtype=np.uint16)[None, :, None], 256, 0).astype(np.uint8)
-    assert images.center(ramp)[0, 0, 0] == 2  # (261 - 256) // 2
+    assert images.crop_center(ramp)[0, 0, 0] == 2  # (261 - 256) // 2
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("size", [(256, 256), (1, 1), (3, 700), (5000, 2), (300, 257), (64, 64)])
 def test_any_size_becomes_256(engine: object, size: tuple[int, int]) -> None:
     flat = np.full((*size, 3), (10, 130, 250), np.uint8)
-    result = engine.to_256(flat)  # type: ignore[attr-defined]
+    result = engine.resize_and_crop(flat)  # type: ignore[attr-defined]
     assert result.shape == (256, 256, 3)
     assert (result == flat[0, 0]).all()
 
@@ -187,12 +189,12 @@ def triangle_filter(line: npt.NDArray[np.float64], size: int) -> npt.NDArray[np.
 def test_resizing_is_the_antialiased_triangle_filter(engine: object, length: int) -> None:
     line = np.random.default_rng(0).integers(0, 256, length).astype(np.float64)
     square = np.repeat(np.repeat(line[None, :, None], length, 0), 3, 2).astype(np.uint8)
-    result = engine.to_256(square)[128, :, 0]  # type: ignore[attr-defined]
+    result = engine.resize_and_crop(square)[128, :, 0]  # type: ignore[attr-defined]
     assert np.abs(result - triangle_filter(line, 256)).max() <= 1.0
 
 
 def test_encoding_keeps_the_picture() -> None:
-    rgb = images.to_256(np.asarray(scene(40, 30)))
+    rgb = images.resize_and_crop(np.asarray(scene(40, 30)))
     again = images.decode(fast_images.encode(rgb, 95))
     assert np.abs(again.astype(int) - rgb).mean() < 3
     assert len(fast_images.encode(rgb, 50)) < len(fast_images.encode(rgb, 95))
@@ -208,5 +210,5 @@ def test_engines_agree_on_real_pictures(samples: Path, every: int) -> None:
         data = file.read_bytes()
         plain, fast = images.decode(data), fast_images.decode(data)
         np.testing.assert_array_equal(plain, fast, err_msg=file.name)
-        difference = np.abs(images.to_256(plain).astype(np.int16) - fast_images.to_256(fast))
+        difference = np.abs(images.resize_and_crop(plain).astype(np.int16) - fast_images.resize_and_crop(fast))
         assert difference.max() <= 1, file.name

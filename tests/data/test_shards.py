@@ -87,7 +87,7 @@ def test_what_is_in_the_folder(prepared: Path) -> None:
     dataset = shards.open_dataset(prepared)
     assert dataset.rejected() == rejected
     assert dataset.record["splits"]["train"]["images_per_class"] == {"min": 29, "median": 29.0, "max": 30}
-    assert list(shards.verify(dataset)) == [
+    assert list(shards.verify_dataset(dataset)) == [
         *names[:6],
         "train.index.npy",
         "val.index.npy",
@@ -123,7 +123,7 @@ def test_any_tar_reader_finds_the_same_pictures(folder: Path, prepared: Path) ->
             assert (split.key(row), bytes(split.jpeg(row)), split.labels[row]) == (key, jpeg, label)
             number, stem = key.split("_", 1)
             original = folder / name / CLASSES[label] / f"{stem.replace('_', ' ')}.jpg"
-            pixels = fast_images.to_256(fast_images.decode(original.read_bytes()))
+            pixels = fast_images.resize_and_crop(fast_images.decode(original.read_bytes()))
             assert jpeg == fast_images.encode(pixels, 95)
             assert int(number) >= row
     first = dataset.split("train").labels[:20]
@@ -141,7 +141,7 @@ def test_statistics_are_those_of_the_pixels(folder: Path, prepared: Path) -> Non
     files = [
         file for file in sorted((folder / "train").rglob("*.jpg")) if file.name not in ("star 07.jpg", "circle 03.jpg")
     ]
-    pixels = np.stack([fast_images.to_256(fast_images.decode(file.read_bytes())) for file in files])
+    pixels = np.stack([fast_images.resize_and_crop(fast_images.decode(file.read_bytes())) for file in files])
     dataset = shards.open_dataset(prepared)
     np.testing.assert_allclose(dataset.mean_image(), pixels.mean(0).transpose(2, 0, 1), rtol=1e-6)
     flat = pixels.reshape(-1, 3).astype(np.float64)
@@ -186,7 +186,7 @@ def test_threads_share_the_room_for_pixels(
     folder: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """There is room for one of these pictures, of 3,500 pixels: never are two decoded at once."""
-    decoding, most, examined = set[int](), [0], fast_images.examined
+    decoding, most, examined = set[int](), [0], fast_images.decode_with_damage
 
     def counted(data: bytes) -> tuple[images.ImageArray, str]:
         decoding.add(threading.get_ident())
@@ -419,7 +419,7 @@ def test_verify_sees_one_changed_bit(prepared: Path, tmp_path: Path) -> None:
         changed = bytes([data[2000] ^ 1]) if name == "train-000001.tar" else data[2000:2001]
         (tmp_path / name).write_bytes(data[:2000] + changed + data[2001:])
     with pytest.raises(VerificationError, match=r"1 of 12 files .* is damaged: train-000001\.tar \(sha256 ") as error:
-        list(shards.verify(shards.open_dataset(tmp_path)))
+        list(shards.verify_dataset(shards.open_dataset(tmp_path)))
     assert error.value.exit_code == 6
 
 
@@ -436,7 +436,7 @@ def test_verify_names_all_that_is_damaged_up_to_ten(
     def said() -> str:
         right.clear()
         with pytest.raises(VerificationError) as error:
-            right.extend(shards.verify(shards.open_dataset(output)))
+            right.extend(shards.verify_dataset(shards.open_dataset(output)))
         return error.value.what
 
     what, first = f"3 of 12 files in {output} are damaged: ", r"train-000000\.tar \(sha256 \w{12}, recorded \w{12}\), "

@@ -107,12 +107,12 @@ def test_masks_are_the_same_bits_everywhere() -> None:
 def test_views_are_those_of_the_cpu(recipe: Recipe) -> None:
     images = torch.from_numpy(RNG.integers(0, 256, (5, 256, 256, 3), dtype=np.uint8))
     mean, axes = RNG.uniform(90, 140, (3, 256, 256)).astype(np.float32), np.linalg.qr(RNG.normal(size=(3, 3)))[0]
-    rows, draws = np.array([3, 0, 8, 7, 2]), AugmentParams.of_epoch(9, recipe, 1)
+    rows, draws = np.array([3, 0, 8, 7, 2]), AugmentParams.draw(9, recipe, 1)
     here, there = (
         Augment(recipe, mean, np.array([19, 37, 121], np.float32), axes.astype(np.float32), torch.device(device))
         for device in ("cpu", GPU)
     )
-    pairs = [(here.train(images, rows, draws, 1), there.train(images.to(GPU), rows, draws, 1))]
+    pairs = [(here.training_views(images, rows, draws, 1), there.training_views(images.to(GPU), rows, draws, 1))]
     pairs += [(here.center_view(images), there.center_view(images))]
     pairs += list(zip(here.ten_views(images), there.ten_views(images), strict=True))
     for expected, found in pairs:

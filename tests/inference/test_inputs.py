@@ -93,14 +93,14 @@ def test_standard_input_can_be_a_picture_of_every_format(kind: str) -> None:
     assert expand_inputs(["-"], io.BytesIO(buffer.getvalue())) == [buffer.getvalue()]
     [(name, picture)] = prefetch([buffer.getvalue()], 4, False)
     assert name == "-"
-    np.testing.assert_array_equal(picture, images.to_256(images.decode(buffer.getvalue())))
+    np.testing.assert_array_equal(picture, images.resize_and_crop(images.decode(buffer.getvalue())))
 
 
 def test_paths_that_begin_as_pictures_do_are_paths(tmp_path: Path) -> None:
     names = [draw(tmp_path / name, 0) for name in ("BMW 12.png", "P6 1.png", "GIF8.png", "RIFF.png", "II*.png")]
     for name in names:
         relative = os.path.basename(name).encode()
-        assert not images.is_picture(relative + b"\n" + relative), name
+        assert not images.is_image(relative + b"\n" + relative), name
 
 
 def test_too_much_on_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,9 @@ def by_hand(
     model: model_file.Model, picture: str, layer: str, count: int
 ) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
     """fc6 or fc7 of each view, rectified and times the test-time factor, from torch's functions; then their mean."""
-    crops = make_views(images.to_256(images.decode(Path(picture).read_bytes())), model.recipe.input_size, count)
+    crops = make_views(
+        images.resize_and_crop(images.decode(Path(picture).read_bytes())), model.recipe.input_size, count
+    )
     inputs = crops.astype(np.float32)
     if model.recipe.mean == "image-at-crop":
         inputs = inputs + mean_correction(model.mean, model.recipe.input_size, count)

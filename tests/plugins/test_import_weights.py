@@ -249,7 +249,7 @@ def test_a_run_of_it_serves_every_command(tmp_path: Path) -> None:
     assert said.exception is None
     assert json.loads(said.stdout)["path"] == "runs/my_net/model.safetensors"
     cat = draw(tmp_path / "cat.png", 3)
-    crop = make_views(images.to_256(images.decode(Path(cat).read_bytes())), 227, 1)
+    crop = make_views(images.resize_and_crop(images.decode(Path(cat).read_bytes())), 227, 1)
     scores = files.caffe_forward(theirs, crop[0, ::-1])
     app = Typer()
     for command in (predict, export, visualize_filters):

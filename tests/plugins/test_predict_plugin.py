@@ -52,7 +52,7 @@ def model_path(tmp_path: Path) -> Path:
 
 
 def crops_of(path: str, side: int, count: int) -> npt.NDArray[np.uint8]:
-    return make_views(images.to_256(images.decode(Path(path).read_bytes())), side, count)
+    return make_views(images.resize_and_crop(images.decode(Path(path).read_bytes())), side, count)
 
 
 def test_folders_patterns_lists_and_files_become_paths(album: Path) -> None:

@@ -13,10 +13,9 @@ from typing import Any
 
 import pytest
 
-from alexnet_cli.core.analysis.neighbors import hash_file
 from alexnet_cli.core.data.shards import Dataset
 from alexnet_cli.core.evaluation import results
-from alexnet_cli.core.files import replace_link, write_text
+from alexnet_cli.core.files import hash_file, replace_link, write_text
 from alexnet_cli.core.model import model_file
 from alexnet_cli.core.report import collect
 from alexnet_cli.core.report.collect import collect_report, find_run_data

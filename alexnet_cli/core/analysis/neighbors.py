@@ -10,9 +10,7 @@ float16 would take half the space, but numpy converts it so slowly that a search
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -22,14 +20,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from filelock import FileLock, Timeout
 
 from alexnet_cli.core.analysis.units import compute_activations, iterate_activations, read_images, read_images_by_row
 from alexnet_cli.core.data.classes import ClassName
 from alexnet_cli.core.data.images import ImageArray
 from alexnet_cli.core.data.shards import Dataset, Split
 from alexnet_cli.core.drawing import Row, Tile
-from alexnet_cli.core.files import replace_file, write_text
+from alexnet_cli.core.files import hash_file, lock_file, replace_file, sync_file, write_text
 from alexnet_cli.core.inference.session import FeatureLayer, ModelSource, Session
 from alexnet_cli.core.model.model_file import Model
 from alexnet_cli.core.runs.resolve import is_best, is_training_data
@@ -55,12 +52,6 @@ class IndexSource:
     weights: str
     data: str
     images: int
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def index_folder(weights: Path, run: Path | None, dataset: Dataset) -> Path:
@@ -104,15 +95,14 @@ def write_index(
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / LOCK, timeout=0):
+        with lock_file(folder / LOCK, f"{folder}: another process is writing this index", StorageError):
             for leftover in folder.glob(f".{VECTORS}.*"):  # of a process that was killed
                 leftover.unlink()
             with replace_file(folder / VECTORS) as temporary:
                 _write_vectors(temporary, source.images, split, session, advance)
+                sync_file(temporary)  # a full disk must show now, while the old index is still there
                 (folder / RECORD).unlink(missing_ok=True)
             write_text(folder / RECORD, json.dumps({"schema": SCHEMA, **asdict(source)}) + "\n")
-    except Timeout as error:
-        raise StorageError(f"{folder}: another process is writing this index", "wait until it is done") from error
     except OSError as error:
         reason = error.strerror or error
         raise StorageError(f"{folder} cannot be written: {reason}", "free some space, or copy the run") from error
@@ -132,8 +122,6 @@ def _write_vectors(path: Path, images: int, split: Split, session: Session, adva
                 np.lib.format.write_array_header_1_0(file, header)
             file.write(vectors.tobytes())
             advance(len(rows))
-        file.flush()
-        os.fsync(file.fileno())  # a full disk must show now, while the old index is still there
 
 
 def check_range(activations: Vectors, path: Path) -> Vectors:

@@ -27,9 +27,7 @@ class AugmentParams:
     color: npt.NDArray[np.float32]
 
     @classmethod
-    def of_epoch(
-        cls, rows: int, recipe: Recipe, epoch: int, order: npt.NDArray[np.int64] | None = None
-    ) -> AugmentParams:
+    def draw(cls, rows: int, recipe: Recipe, epoch: int, order: npt.NDArray[np.int64] | None = None) -> AugmentParams:
         """Draw for every row of the training set; `epoch` counts from 1. What the recipe switches off is neutral.
 
         `order` is the order of the epoch, in which `crop_group` rows, one after the other, share crop and reflection.
@@ -76,7 +74,7 @@ class Augment:
         axes = color_axes * color_std if color_axes is not None and color_std is not None else np.zeros((3, 3))
         self.axes = np.asarray(axes, dtype=np.float32)
 
-    def train(self, images: Tensor, rows: npt.NDArray[np.int64], draws: AugmentParams, epoch: int) -> Tensor:
+    def training_views(self, images: Tensor, rows: npt.NDArray[np.int64], draws: AugmentParams, epoch: int) -> Tensor:
         """The views of a training batch, `rows` saying which row each image is."""
         shift = self._shift(draws.color[rows], epoch)
         return self._views(images, draws.offsets[rows], draws.flips[rows], shift)
@@ -110,10 +108,10 @@ class Augment:
         shift: npt.NDArray[np.float32] | None,
     ) -> Tensor:
         images = images.to(self.device)  # waits, since the loader fills this buffer again before long
-        make = self.one_by_one if self.device.type == "cpu" else self.at_once
+        make = self.crop_in_loop if self.device.type == "cpu" else self.crop_by_index
         return make(images, offsets, flips, shift).permute(0, 3, 1, 2)
 
-    def at_once(
+    def crop_by_index(
         self,
         images: Tensor,
         offsets: npt.NDArray[np.int64],
@@ -139,7 +137,7 @@ class Augment:
             rows = torch.from_numpy(shift).to(device, non_blocking=True).repeat(1, self.size)[:, None, :]
         return self._normalize(out, mean, rows).to(self.dtype)
 
-    def one_by_one(
+    def crop_in_loop(
         self,
         images: Tensor,
         offsets: npt.NDArray[np.int64],

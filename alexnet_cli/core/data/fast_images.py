@@ -26,10 +26,10 @@ def decode(data: bytes) -> ImageArray:
     Raises:
         DataError: it is no picture, truncated, damaged or too large; `what` is the reason.
     """
-    return examined(data)[0]
+    return decode_with_damage(data)[0]
 
 
-def examined(data: bytes) -> tuple[ImageArray, str]:
+def decode_with_damage(data: bytes) -> tuple[ImageArray, str]:
     """The same, and what is wrong with a JPEG that can be decoded all the same; mostly nothing."""
     wrong = ""
     if data[:2] == JPEG:
@@ -42,7 +42,7 @@ def examined(data: bytes) -> tuple[ImageArray, str]:
     return images.decode(data), wrong
 
 
-def size(data: bytes) -> tuple[int, int]:
+def read_size(data: bytes) -> tuple[int, int]:
     """Height and width of the picture in a file's bytes, none of whose pixels are decoded; raises as `decode` does."""
     if data[:2] == JPEG:
         try:
@@ -53,17 +53,17 @@ def size(data: bytes) -> tuple[int, int]:
     return images.read_size(data)
 
 
-def to_256(rgb: ImageArray) -> ImageArray:
+def resize_and_crop(rgb: ImageArray) -> ImageArray:
     """Shorter side to 256 (antialiased bilinear), then the middle: uint8 H x W x 3 -> 256 x 256 x 3."""
-    rgb = images.middle_of_long(rgb)
+    rgb = images.crop_long_side(rgb)
     size = images.scaled_size(*rgb.shape[:2])
     if size == rgb.shape[:2]:
-        return images.center(rgb)
+        return images.crop_center(rgb)
     # A permuted view is channels-last to torch, in and out, so that nothing is copied: three times as fast. The
     # batch dimension has to come before, or its stride makes the result planar.
     picture = torch.from_numpy(rgb).unsqueeze(0).permute(0, 3, 1, 2)
     scaled = interpolate(picture, size=size, mode="bilinear", antialias=True)
-    return images.center(scaled[0].permute(1, 2, 0).numpy())
+    return images.crop_center(scaled[0].permute(1, 2, 0).numpy())
 
 
 def encode(rgb: ImageArray, quality: int) -> bytes:

@@ -80,7 +80,7 @@ def read_size(data: bytes) -> tuple[int, int]:
         return image.height, image.width
 
 
-def is_picture(data: bytes) -> bool:
+def is_image(data: bytes) -> bool:
     """Whether a file's bytes begin as those of a known format do."""
     return BEGINNINGS.match(data[:1024]) is not None
 
@@ -102,7 +102,7 @@ def _reasons(data: bytes) -> Iterator[None]:
         raise DataError(f"it is damaged ({error or type(error).__name__})") from error
 
 
-def orientation(data: bytes) -> int:
+def read_orientation(data: bytes) -> int:
     """The EXIF orientation in a picture's file, 1 to 8: 1 is upright, and what damaged EXIF counts as.
 
     So does a TIFF, which Pillow turns by itself.
@@ -117,27 +117,27 @@ def orientation(data: bytes) -> int:
         return 1
 
 
-def upright(rgb: ImageArray, data: bytes) -> ImageArray:
+def apply_orientation(rgb: ImageArray, data: bytes) -> ImageArray:
     """The picture turned as the EXIF orientation in its file says: phones store some of theirs lying down."""
-    turn = TURNED.get(orientation(data))
+    turn = TURNED.get(read_orientation(data))
     return rgb if turn is None else np.ascontiguousarray(turn(rgb))
 
 
-def to_256(rgb: ImageArray) -> ImageArray:
+def resize_and_crop(rgb: ImageArray) -> ImageArray:
     """Shorter side to 256 (antialiased bilinear), then the middle: uint8 H x W x 3 -> 256 x 256 x 3.
 
     It is computed in float32 and rounded once. On uint8 Pillow and torch round after each of the two passes,
     each in its own way, and would now and then be two gray levels apart.
     """
-    rgb = middle_of_long(rgb)
+    rgb = crop_long_side(rgb)
     height, width = scaled_size(*rgb.shape[:2])
     if (height, width) == rgb.shape[:2]:
-        return center(rgb)
+        return crop_center(rgb)
     result = np.empty((SIDE, SIDE, 3), np.uint8)
     for channel in range(3):
         plane = Image.fromarray(np.ascontiguousarray(rgb[:, :, channel])).convert("F")
         scaled = plane.resize((width, height), Image.Resampling.BILINEAR)
-        result[:, :, channel] = np.rint(center(np.asarray(scaled)))
+        result[:, :, channel] = np.rint(crop_center(np.asarray(scaled)))
     return result
 
 
@@ -147,13 +147,13 @@ def scaled_size(height: int, width: int) -> tuple[int, int]:
     return (SIDE * height + shorter // 2) // shorter, (SIDE * width + shorter // 2) // shorter
 
 
-def center(rgb: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def crop_center(rgb: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """The middle 256 x 256; an odd margin is smaller at the top and at the left (floor)."""
     top, left = (rgb.shape[0] - SIDE) // 2, (rgb.shape[1] - SIDE) // 2
     return np.ascontiguousarray(rgb[top : top + SIDE, left : left + SIDE])
 
 
-def middle_of_long(rgb: ImageArray) -> ImageArray:
+def crop_long_side(rgb: ImageArray) -> ImageArray:
     """The middle of an extremely long picture, so that a strip of 1 x 1,000,000 needs no gigabytes."""
     height, width = rgb.shape[:2]
     longest = MAX_ASPECT * min(height, width)

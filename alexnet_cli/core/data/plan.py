@@ -120,7 +120,7 @@ class Plan:
         for items in self.source.splits.values():
             for row in range(0, len(items), len(items) // SAMPLE + 1):
                 try:
-                    rgb = images.to_256(images.decode(items[row].read()))
+                    rgb = images.resize_and_crop(images.decode(items[row].read()))
                 except (DataError, OSError):
                     continue
                 buffer = io.BytesIO()

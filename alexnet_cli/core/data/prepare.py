@@ -256,12 +256,12 @@ def _pack_chunk(chunk: Chunk, plan: Plan, budget: PixelBudget, measure: bool) ->
 def _read_image(row: int, item: SourceImage, plan: Plan, budget: PixelBudget) -> tuple[ImageArray, ImageFact, str]:
     """Uint8 256 x 256 x 3, its fact, and its damage. The full-size pixels are gone when this returns."""
     data = item.read()
-    height, width = fast_images.size(data)
+    height, width = fast_images.read_size(data)
     with budget.reserve(height * width):
-        rgb, damage = fast_images.examined(data)
+        rgb, damage = fast_images.decode_with_damage(data)
         if plan.exif_rotate:
-            rgb = images.upright(rgb, data)
-        return fast_images.to_256(rgb), image_fact(row, rgb, data, images.orientation(data)), damage
+            rgb = images.apply_orientation(rgb, data)
+        return fast_images.resize_and_crop(rgb), image_fact(row, rgb, data, images.read_orientation(data)), damage
 
 
 def _write_chunk(writer: ShardWriter, split: str, chunk: Chunk, packed: PackedChunk) -> list[dict[str, str]]:

@@ -194,7 +194,7 @@ def open_dataset(path: Path) -> Dataset:
 
 def _check_record(record: dict[str, Any]) -> None:
     """Raise ValueError or KeyError where dataset.json is not made as ours are: its files lie in its own folder."""
-    for name in checksums(record):
+    for name in list_checksums(record):
         if not isinstance(name, str) or name in {"", ".", ".."} or Path(name).name != name:
             raise ValueError(f"{name!r} is no name of a file in this folder")
     if not isinstance(record["image"], dict):
@@ -213,20 +213,20 @@ def _numbers(record: dict[str, Any], key: str, *shape: int) -> npt.NDArray[np.fl
     return found.astype(np.float32)
 
 
-def checksums(record: dict[str, Any]) -> dict[str, str]:
+def list_checksums(record: dict[str, Any]) -> dict[str, str]:
     """The recorded sha256 of every file of a data set but dataset.json, by file name."""
     shards = {s["file"]: s["sha256"] for split in record["splits"].values() for s in split["shards"]}
     others: dict[str, str] = record["files"]
     return shards | others
 
 
-def verify(dataset: Dataset) -> Iterator[str]:
+def verify_dataset(dataset: Dataset) -> Iterator[str]:
     """Read every file again and compare it with its recorded sum; yields the name of each file that is right.
 
     Raises:
         VerificationError: at the end, if files are missing or their bytes have changed; it names up to ten.
     """
-    sums, damaged = checksums(dataset.record), []
+    sums, damaged = list_checksums(dataset.record), []
     for name, expected in sums.items():
         try:
             found = hash_file(dataset.path / name)
@@ -255,7 +255,7 @@ def find_dataset(spec: str | None) -> Path:
         DataError: there is no such data set.
     """
     spec = spec or os.environ.get("ALEXNET_DATA") or None
-    known = names()
+    known = list_datasets()
     if spec is not None:
         for path in (Path(spec), ROOT / spec):
             if (path / RECORD).is_file():
@@ -271,7 +271,7 @@ def find_dataset(spec: str | None) -> Path:
     raise DataError(f"no prepared data set under {ROOT.absolute()}", "make one: alexnet prepare SOURCE")
 
 
-def names() -> list[str]:
+def list_datasets() -> list[str]:
     """Of the data sets under prepared/."""
     if not ROOT.is_dir():
         return []

@@ -81,7 +81,7 @@ def _given(stdin: BinaryIO, ours: list[str] | None) -> list[ImageInput]:
         check_bytes(len(data), LARGEST)
     except DataError as error:
         raise DataError(f"standard input has more than {LARGEST:,} bytes", "give a list in pieces") from error
-    return [data] if images.is_picture(data) else list(_listed(data, ours))
+    return [data] if images.is_image(data) else list(_listed(data, ours))
 
 
 def _content(file: str) -> bytes:
@@ -131,7 +131,7 @@ def load_image(source: ImageInput, exif_rotate: bool, budget: PixelBudget) -> Im
         height, width = images.read_size(data)
         with budget.reserve(height * width):
             rgb = images.decode(data)
-            return images.to_256(images.upright(rgb, data) if exif_rotate else rgb)
+            return images.resize_and_crop(images.apply_orientation(rgb, data) if exif_rotate else rgb)
     except DataError as error:
         return error.what
     except (OSError, ValueError) as error:  # a name can hold what no file system takes

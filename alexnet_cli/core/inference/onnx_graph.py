@@ -13,7 +13,6 @@ divisor are folded into the weights of the layer that follows.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -25,6 +24,7 @@ import onnx
 from onnx import TensorProto, helper
 
 import alexnet_cli
+from alexnet_cli.core.files import hash_file
 from alexnet_cli.core.inference import onnx_metadata
 from alexnet_cli.core.model.model_file import Model
 from alexnet_cli.errors import StorageError, UsageError
@@ -266,7 +266,4 @@ def save_graph(proto: onnx.ModelProto, path: Path) -> None:
 
 def source_sha256(model: Model) -> str:
     """SHA-256 of the file that a model was read from, hexadecimal; empty if there is none."""
-    if not model.path.is_file():
-        return ""
-    with model.path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return hash_file(model.path) if model.path.is_file() else ""

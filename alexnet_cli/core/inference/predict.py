@@ -14,7 +14,7 @@ layer, weights  what it is of
 from __future__ import annotations
 
 import contextlib
-import os
+import tempfile
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -27,6 +27,7 @@ import numpy.typing as npt
 from alexnet_cli.core.data.classes import ClassName
 from alexnet_cli.core.data.images import ImageArray
 from alexnet_cli.core.data.views import make_views, mean_correction
+from alexnet_cli.core.files import replace_file
 from alexnet_cli.core.inference.inputs import ImageInput, prefetch
 from alexnet_cli.core.inference.session import FeatureLayer, Session
 from alexnet_cli.errors import StorageError, UsageError, WeightsError
@@ -200,33 +201,28 @@ def write_features(path: Path, classifier: Classifier, layer: str) -> Iterator[C
     Raises:
         StorageError: the file cannot be written.
     """
-    rows, whole = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("rows", "tmp"))
     kept: list[Prediction] = []
     try:
-        with rows.open("wb") as file:
+        with tempfile.TemporaryFile(dir=path.parent) as rows:
 
             def add(prediction: Prediction) -> None:
                 if prediction.features is None:
                     return
                 try:
-                    file.write(prediction.features.tobytes())
+                    rows.write(prediction.features.tobytes())
                 except OSError as error:
                     raise _unwritable(path, error) from error
                 kept.append(Prediction(prediction.path, prediction.top[:1]))
 
             yield add
-        units = rows.stat().st_size // 4 // len(kept) if kept else 0
-        values = np.memmap(rows, np.float32, "r", shape=(len(kept), units)) if kept else np.empty((0, 0), np.float32)
-        with whole.open("wb") as file:
-            np.savez(
-                file, **_feature_arrays(kept, values), layer=np.array(layer), weights=np.array(str(classifier.path))
-            )
-        whole.replace(path)
+            rows.flush()
+            units = rows.tell() // 4 // len(kept) if kept else 0
+            values = np.memmap(rows, np.float32, "r", shape=(len(kept), units)) if kept else np.empty((0, 0), "f4")
+            names = {"layer": np.array(layer), "weights": np.array(str(classifier.path))}
+            with replace_file(path) as temporary, temporary.open("wb") as file:
+                np.savez(file, **_feature_arrays(kept, values), **names)
     except OSError as error:
         raise _unwritable(path, error) from error
-    finally:
-        for left in (rows, whole):
-            left.unlink(missing_ok=True)
 
 
 def _feature_arrays(kept: list[Prediction], values: Any) -> dict[str, Any]:

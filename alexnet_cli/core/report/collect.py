@@ -9,7 +9,6 @@ Results of `alexnet evaluate` and the index of `alexnet neighbors` are used if t
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -39,6 +38,7 @@ from alexnet_cli.core.evaluation.evaluate import (
     evaluate,
     match_classes,
 )
+from alexnet_cli.core.files import hash_file
 from alexnet_cli.core.model.model_file import Model, read_model
 from alexnet_cli.core.model.network import network_from_model
 from alexnet_cli.core.parallel.placement import Placement, threads_for_decoding
@@ -169,8 +169,7 @@ def open_model(path: Path) -> OpenedModel:
     for _ in range(ATTEMPTS):
         real = path.parent.parent / os.readlink(path.parent) / path.name if path.parent.is_symlink() else path
         try:
-            with real.open("rb") as file:
-                return OpenedModel(read_model(real), hashlib.file_digest(file, "sha256").hexdigest())
+            return OpenedModel(read_model(real), hash_file(real))
         except (FileNotFoundError, WeightsError):
             if real.exists():
                 raise

@@ -8,9 +8,7 @@ checkpoints/STEP/model.safetensors      the network in the one-device layout, wi
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -24,7 +22,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from alexnet_cli.core.files import read_file, replace_link, write_text
+from alexnet_cli.core.files import hash_file, read_file, replace_link, sync_folder, write_and_verify, write_text
 from alexnet_cli.core.model import model_file
 from alexnet_cli.core.model.network import Network, parameters_by_name
 from alexnet_cli.core.runs.run import LARGEST, MODEL, Run
@@ -71,13 +69,13 @@ def save(
         _check_space(run.checkpoints, 4 * sum(t.numel() for t in (*tensors.values(), *velocity.values())))
         temporary.mkdir()
         model = safetensors.torch.save({**tensors, "mean": mean.contiguous()}, metadata=dict(metadata))
-        sums = {MODEL: _write(temporary / MODEL, model)}
+        sums = {MODEL: write_and_verify(temporary / MODEL, model)}
         del model  # a quarter of a gigabyte
         packed = {name: value.contiguous() for name, value in velocity.items()}
-        sums[OPTIMIZER] = _write(temporary / OPTIMIZER, safetensors.torch.save(packed))
+        sums[OPTIMIZER] = write_and_verify(temporary / OPTIMIZER, safetensors.torch.save(packed))
         meta = {"schema": SCHEMA, "step": step, "best": best, "sha256": sums, "position": dict(position)}
         write_text(temporary / META, json.dumps(meta, indent=2, allow_nan=False) + "\n")
-        _sync(temporary)
+        sync_folder(temporary)
         _replace(temporary, final)
         _point(final, best)
         _delete_old(run.checkpoints, step, keep)
@@ -181,7 +179,7 @@ def _read_meta(directory: Path) -> dict[str, Any]:
         raise _old_version(directory)
     try:
         meta = json.loads(read_file(directory / META, LARGEST))
-        sums = {name: _sum(directory / name) for name in (MODEL, OPTIMIZER)}
+        sums = {name: hash_file(directory / name) for name in (MODEL, OPTIMIZER)}
     except (OSError, ValueError, RecursionError, DataError) as error:
         raise WeightsError(f"{directory} is not a complete checkpoint: {error}", DAMAGED) from error
     if not isinstance(meta, dict) or meta.get("schema") != SCHEMA or meta.get("sha256") != sums:
@@ -204,7 +202,7 @@ def _point(checkpoint: Path, best: bool) -> None:
     """Make `last` replace_link to a checkpoint, and `best` too if it is the best."""
     for name in ("last", "best") if best else ("last",):
         replace_link(checkpoint.parent / name, checkpoint)
-    _sync(checkpoint.parent)
+    sync_folder(checkpoint.parent)
 
 
 def _check_space(folder: Path, needed: int) -> None:
@@ -219,7 +217,7 @@ def _replace(temporary: Path, final: Path) -> None:
     if final.exists():
         final.rename(old)
     temporary.rename(final)
-    _sync(final.parent)
+    sync_folder(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -236,31 +234,3 @@ def _delete_old(folder: Path, step: int, keep: int) -> None:
             and path.resolve() not in kept
         ):
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _write(path: Path, content: bytes | memoryview) -> str:
-    """Write and sync a file and read it back from the disk. Returns its SHA-256; OSError if it reads back wrong."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-        if hasattr(os, "posix_fadvise"):  # otherwise the page cache is read back, not the disk
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    found = _sum(path)
-    if found != hashlib.sha256(content).hexdigest():
-        raise OSError(errno.EIO, f"{path.name} does not read back as written")
-    return found
-
-
-def _sync(folder: Path) -> None:
-    """Sync the names in a folder."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -254,7 +254,9 @@ def find_nonfinite_output(trainer: Trainer, batch: Batch) -> str:
             part = slice(first, first + trainer.micro_batch)
             network.draw_dropout(trainer.steps_done, ranks.share(trainer.batch_size).start + first)
             with torch.no_grad(), trainer.placement.arithmetic():
-                network(trainer.augment.train(batch.images[part], batch.rows[part], trainer.draws, trainer.epoch))
+                network(
+                    trainer.augment.training_views(batch.images[part], batch.rows[part], trainer.draws, trainer.epoch)
+                )
             if found:
                 break
     finally:

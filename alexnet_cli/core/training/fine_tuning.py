@@ -6,7 +6,6 @@ mean.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 
 from alexnet_cli.core.data.classes import ClassName
+from alexnet_cli.core.files import hash_file
 from alexnet_cli.core.model import model_file
 from alexnet_cli.core.model.architecture import LAYERS
 from alexnet_cli.core.model.model_file import Model
@@ -59,7 +59,7 @@ class Transfer:
     def about(self) -> dict[str, Any]:
         """The entry in run.json, from which the run can start a second time."""
         path = self.model.path.absolute()
-        return {"weights": self.spec, "path": str(path), "sha256": checksum(path), **self.tensors()}
+        return {"weights": self.spec, "path": str(path), "sha256": hash_file(path), **self.tensors()}
 
     def different(self, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
         """Recipe keys that change what the loaded weights mean: key -> (value here, value there)."""
@@ -91,7 +91,7 @@ def load_source(spec: str | None, run: Run | None) -> Model | None:
     if started is None or any(run.checkpoints.glob("*/meta.json")):
         return None
     path = Path(started["path"])
-    if path.is_file() and checksum(path) != started["sha256"]:
+    if path.is_file() and hash_file(path) != started["sha256"]:
         raise WeightsError(f"{path} has changed since the run started", "start a run with another --name")
     return model_file.read_model(path)
 
@@ -133,12 +133,6 @@ def freeze(network: Network, recipe: Recipe) -> None:
     """Switch off gradients of the layers that the recipe freezes, so that they are never updated."""
     for layer in FROZEN[recipe.frozen]:
         network.get_submodule(layer).requires_grad_(False)
-
-
-def checksum(path: Path) -> str:
-    """SHA-256 of a weights file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _tensors(layers: Sequence[str]) -> list[str]:

@@ -112,7 +112,7 @@ class Trainer:
     def begin_epoch(self) -> None:
         """Draw the epoch's crops, reflections and color shifts, and switch off gradients that nothing learns from."""
         order = epoch_order(self.rows, self.recipe.seed, self.epoch)
-        self.draws = AugmentParams.of_epoch(self.rows, self.recipe, self.epoch, order)
+        self.draws = AugmentParams.draw(self.rows, self.recipe, self.epoch, order)
         for name, parameter in parameters_by_name(self.network):
             if name.partition(".")[0] not in FROZEN[self.recipe.frozen]:
                 parameter.requires_grad_(self.optimizer.is_learning(name, self.epoch))
@@ -150,7 +150,7 @@ class Trainer:
                 part = slice(start, start + self.micro_batch)
                 labels = batch.labels[part].to(self.placement.device, non_blocking=True)
                 with self._all_reduce(last=part.stop >= len(batch.rows)):
-                    images = self.augment.train(batch.images[part], batch.rows[part], self.draws, self.epoch)
+                    images = self.augment.training_views(batch.images[part], batch.rows[part], self.draws, self.epoch)
                     self.network.draw_dropout(self.steps_done, first_image + start)
                     with self.placement.arithmetic():
                         logits = self.forward(images)

@@ -127,7 +127,7 @@ def _convert_in_memory(paths: list[Path], workers: int, stack: ExitStack) -> Pas
 
     def convert(piece: list[bytes]) -> None:
         for data in piece:
-            fast_images.encode(fast_images.to_256(fast_images.decode(data)), QUALITY)
+            fast_images.encode(fast_images.resize_and_crop(fast_images.decode(data)), QUALITY)
 
     def run() -> int:
         list(pool.map(convert, [files[start : start + 16] for start in range(0, len(files), 16)]))
@@ -264,5 +264,5 @@ def measure_epoch(scratch: Path, rows: int = ILSVRC) -> dict[str, float]:
         f"open an index of {rows:,} rows": least_seconds(lambda: dataset.split("train")),
         "permutation of an epoch": least_seconds(lambda: epoch_order(rows, 0, 1)),
         "permutation and batches": least_seconds(lambda: training_batches(rows, BATCH, 0, 1)),
-        "draws of an epoch": least_seconds(lambda: AugmentParams.of_epoch(rows, PAPER, 1)),
+        "draws of an epoch": least_seconds(lambda: AugmentParams.draw(rows, PAPER, 1)),
     }

@@ -115,12 +115,12 @@ def feed_from_shards(learner: Learner, dataset: Dataset, placement: Placement, s
     loader = stack.enter_context(Loader(split, conditions.batch, conditions.threads, device))
     colors = dataset.mean_image(), dataset.color_std, dataset.color_axes
     pixels = Augment(recipe, *colors, device, placement.dtype)
-    draws = AugmentParams.of_epoch(len(split), recipe, 1)
+    draws = AugmentParams.draw(len(split), recipe, 1)
     plan = np.split(np.resize(np.random.default_rng(0).permutation(len(split)), count), FED_BATCHES)
 
     def run() -> int:
         for batch in loader.batches(plan):
-            views = pixels.train(batch.images, batch.rows, draws, 1)
+            views = pixels.training_views(batch.images, batch.rows, draws, 1)
             learner.step(views, batch.labels.to(device, non_blocking=True), placement.arithmetic)
         wait_for_device(conditions.device)
         return count

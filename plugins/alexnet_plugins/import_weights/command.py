@@ -60,6 +60,7 @@ def import_weights(
 
     Makes a run from the weights of a two-tower AlexNet.
     """
+    from alexnet_cli.core.files import hash_file
     from alexnet_plugins.import_weights import convert
 
     reporter = Reporter("import-weights", json=json, quiet=quiet)
@@ -70,7 +71,7 @@ def import_weights(
     if found.format not in BARE and (recipe or pixels):
         raise UsageError(f"{file} says itself how its network is built", "leave --recipe and --pixels out")
     found = _ordered(found, order)
-    sha1 = convert.sha1(file)
+    sha1 = hash_file(file, "sha1")  # as published files are known
     known = convert.PUBLISHED.get(sha1)
     reporter.line("file", f"{file} · {found.format} · {known or f'sha1 {sha1}, no published file that is known here'}")
     names, origin = convert.name_outputs(len(found.layers["fc8"][0]), classes)

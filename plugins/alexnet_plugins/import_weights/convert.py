@@ -5,7 +5,6 @@ A file's first bytes say which reader it needs, the shapes give width and towers
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -119,12 +118,6 @@ def read_mean(path: Path, bgr: bool) -> npt.NDArray[np.float32]:
     if not (np.isfinite(mean).all() and mean.min() >= 0 and mean.max() <= 255):
         raise WeightsError(f"{path} has values outside 0..255", "the mean of pictures in 0..255 is needed")
     return np.ascontiguousarray(mean[::-1] if bgr else mean)
-
-
-def sha1(path: Path) -> str:
-    """SHA-1 of a file, hexadecimal: what published files are known by."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha1").hexdigest()
 
 
 def model(

@@ -82,11 +82,11 @@ def find_run(ranks: ProcessMesh, resume: str | None, name: str | None) -> Run | 
 
 def choose_data(data: str | None, run: Run | None) -> tuple[Path, str]:
     """The prepared data set to train on, and a note if it is one of several and none was named."""
-    from alexnet_cli.core.data.shards import find_dataset, names
+    from alexnet_cli.core.data.shards import find_dataset, list_datasets
 
     spec = data or (run.about.get("data_path") if run else None)
     path = find_dataset(spec)
-    others = [name for name in names() if name != path.name]
+    others = [name for name in list_datasets() if name != path.name]
     if spec or os.environ.get("ALEXNET_DATA") or not others:
         return path, ""
     listed = f"{', '.join(others[:SHOWN_NAMES])}{' …' if len(others) > SHOWN_NAMES else ''}"
