@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -14,15 +15,19 @@ import pytest
 import typer
 
 import foreign_files
-from alexnet_cli import cli, entry_points, recipe, recipe_io
+from alexnet_cli import cli, entry_points, errors, recipe, recipe_io
+from alexnet_cli.core import signals
 from documents import (
+    CODE,
     DOCUMENTS,
     NOT_RUN,
     ROOT,
     fields_of_json,
     find_anchors,
     find_blocks,
+    find_code,
     find_mentions,
+    find_path,
     find_table,
     read_document,
 )
@@ -30,6 +35,7 @@ from documents import (
 SMALL = "--set width=0.03125 --set precision=fp32 --set batch_size=16 --epochs 1"  # a full one takes hours
 WITH_WEIGHTS = ("--init-from", "--resume")  # the width is that of other weights
 ADDED_OPTIONS = {"train": SMALL, "ablate": f"{SMALL} --seeds 1 --only tanh"}
+INTERNAL = {"ALEXNET_LAUNCHER", "ALEXNET_DEMO"}  # set by one command for another
 BRITISH = (
     r"colour|grey|centre|favour|behaviour|neighbour|licence|(?:normal|special|initial|recogn|optim)is(?:e|ing|ation)"
 )
@@ -73,20 +79,49 @@ def test_links_lead_somewhere(document: str) -> None:
         assert not anchor or anchor in find_anchors(path.read_text(encoding="utf-8")), f"{target}#{anchor}"
 
 
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_files_of_the_code_exist(document: str) -> None:
+    names = re.findall(r"`((?:alexnet_cli|core|plugins|alexnet_plugins|tests)/[\w./-]+)`", read_document(document))
+    for name in names:
+        assert find_path(name).exists(), name
+
+
+def test_the_names_in_the_table_of_subjects_are_in_their_files() -> None:
+    rows = find_table("subject | file")
+    for subject, files, names in rows:
+        text = "".join(find_path(name).read_text(encoding="utf-8") for name in find_code(files))
+        assert [name for name in find_code(names) if not re.search(rf"\b{name}\b", text)] == [], subject
+    assert len(rows) > 20
+
+
+def test_modules_for_plugins_have_the_names_in_the_table() -> None:
+    for _, names in find_table("to | use"):
+        for name in find_code(names):
+            if name.count(".") == 2 and "(" not in name:
+                module, _, attribute = name.rpartition(".")
+                assert hasattr(importlib.import_module(f"alexnet_cli.core.{module}"), attribute), name
+
+
+def test_every_exit_code_and_environment_variable_is_described() -> None:
+    codes = {0, 1, errors.Terminated.exit_code, *signals.EXIT_CODES.values()}
+    codes |= {kind.exit_code for kind in vars(errors).values() if hasattr(kind, "exit_code")}
+    described = " ".join(row[0] for row in find_table("code | meaning"))
+    assert sorted(int(code) for code in described.replace(",", "").split()) == sorted(codes)
+    source = "".join(path.read_text(encoding="utf-8") for top in CODE for path in top.rglob("*.py"))
+    variables = set(re.findall(r"\bALEXNET_[A-Z_]+\b", source)) - INTERNAL
+    assert variables <= {name for row in find_table("variable | meaning") for name in find_code(row[0])}
+
+
 @pytest.mark.parametrize("document", [*DOCUMENTS, "CHANGELOG.md"])
 def test_the_spelling_is_american(document: str) -> None:
     text = read_document(document).replace("`no-color-shift`", "")  # the changelog names what was renamed
     assert not re.findall(BRITISH, text, re.I)
 
 
-def test_the_table_of_the_paper_names_files_and_values_that_exist() -> None:
+def test_the_table_of_the_paper_names_settings_and_switches_that_exist() -> None:
     from alexnet_plugins.ablate.study import SWITCHES
 
     text = read_document("docs/paper.md")
-    files = re.findall(r"`(core/[\w/]+\.py)`", text)
-    assert len(files) > 10
-    for name in files:
-        assert (ROOT / "alexnet_cli" / name).is_file(), name
     settings = [s for s in re.findall(r"`([a-z_0-9]+=[\w.-]+)`", text) if not s.startswith("ALEXNET")]
     assert len(settings) > 10
     for setting in settings:
