@@ -27,7 +27,7 @@ class Gpu:
     uuid: str = ""
 
     @property
-    def bf16(self) -> bool:
+    def has_bf16(self) -> bool:
         """Whether it multiplies in bf16 and TF32 itself; before 8.0 (Ampere), cuDNN has no convolution in bf16."""
         return int(self.capability.partition(".")[0]) >= 8
 
@@ -60,24 +60,24 @@ def try_gpu(index: int) -> str:
     return ""
 
 
-def gpu_present() -> bool:
+def has_gpu() -> bool:
     """Whether trying CUDA can succeed, without the seconds that importing torch takes."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") in {"", "-1"}:
         return False
     return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists() or os.name == "nt"
 
 
-def train_command() -> str:
+def suggest_train_command() -> str:
     """What to type to train on this machine: on a CPU recipe `paper` takes hours or days, and `tiny` minutes."""
-    return "alexnet train" if gpu_present() else "alexnet train --recipe tiny"
+    return "alexnet train" if has_gpu() else "alexnet train --recipe tiny"
 
 
-def cores() -> int:
+def count_cores() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def free_memory() -> int | None:
+def available_memory() -> int | None:
     """Bytes of memory that may still be taken, by the machine and by the container; None where only others know."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
@@ -90,7 +90,7 @@ def free_memory() -> int | None:
     return max(0, free)
 
 
-def cpu_bf16() -> bool:
+def has_cpu_bf16() -> bool:
     """Whether the CPU multiplies in bf16 itself; where it does not, bf16 is slower than float32."""
     if platform.machine() in ("arm64", "aarch64"):
         return platform.system() == "Darwin" or "bf16" in _cpu_flags()
@@ -112,7 +112,7 @@ def _cpu_flags() -> set[str]:
     return set(next(lines, "").split())
 
 
-def load_cuda() -> None:
+def preload_cuda() -> None:
     """Load CUDA's libraries for ONNX Runtime where they were installed as Python packages; it does not say much."""
     import onnxruntime
 
@@ -121,14 +121,14 @@ def load_cuda() -> None:
             onnxruntime.preload_dlls()
 
 
-def onnx_providers() -> dict[str, str]:
+def check_onnx_providers() -> dict[str, str]:
     """Each provider that ONNX Runtime advertises -> "ok", or why a session does not really open with it."""
     import onnxruntime
     from onnx import TensorProto, helper
 
     onnxruntime.set_default_logger_severity(4)
-    if gpu_present():
-        load_cuda()
+    if has_gpu():
+        preload_cuda()
     value = helper.make_tensor_value_info
     graph = helper.make_graph(
         [helper.make_node("Relu", ["x"], ["y"])], "probe",

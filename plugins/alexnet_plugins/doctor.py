@@ -30,19 +30,19 @@ def doctor(json: JsonFlag = False, quiet: QuietFlag = False) -> None:
 
     Includes ONNX Runtime providers, disk space, settings and broken commands.
     """
-    from alexnet_cli.core.devices import cpu_bf16, onnx_providers, visible_gpus
+    from alexnet_cli.core.devices import check_onnx_providers, has_cpu_bf16, visible_gpus
 
     reporter = Reporter("doctor", json=json, quiet=quiet)
     problems: dict[str, str] = {}
     gpus = _tried("torch", visible_gpus, problems) or []
-    providers = _tried("onnxruntime", onnx_providers, problems) or {}
+    providers = _tried("onnxruntime", check_onnx_providers, problems) or {}
     found = {
         "alexnet": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: installed for name in PACKAGES if (installed := _installed(name))},
         "gpus": [_about(gpu) for gpu in gpus],
-        "cpu": {"cores": os.cpu_count(), "bf16": cpu_bf16()},
+        "cpu": {"cores": os.cpu_count(), "bf16": has_cpu_bf16()},
         "onnxruntime_providers": providers,
         "problems": problems,
         "disk_free": shutil.disk_usage(".").free,
@@ -58,7 +58,13 @@ def _about(gpu: Gpu) -> dict[str, Any]:
     """A GPU, and whether it computes: why not, if it does not, and why not with our kernels."""
     from alexnet_cli.core.devices import try_gpu
 
-    about = {"index": gpu.index, "name": gpu.name, "memory": gpu.memory, "capability": gpu.capability, "bf16": gpu.bf16}
+    about = {
+        "index": gpu.index,
+        "name": gpu.name,
+        "memory": gpu.memory,
+        "capability": gpu.capability,
+        "bf16": gpu.has_bf16,
+    }
     if problem := try_gpu(gpu.index):
         return about | {"problem": problem}
     from alexnet_cli.core.model import triton_kernels  # which imports Triton

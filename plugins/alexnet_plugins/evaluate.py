@@ -126,7 +126,7 @@ def _count_images(
     from alexnet_cli.core.evaluation import results
     from alexnet_cli.core.evaluation.evaluate import Evaluation, HalvingClassifier
     from alexnet_cli.core.evaluation.evaluate import evaluate as run
-    from alexnet_cli.core.parallel.placement import threads_for_decoding
+    from alexnet_cli.core.parallel.placement import choose_decode_threads
 
     counts, size = Evaluation.empty(len(classes)), min(batch_size or DEFAULT_BATCH_SIZE, len(images))
     classify = HalvingClassifier(
@@ -134,7 +134,7 @@ def _count_images(
     )
     with contextlib.ExitStack() as stack:
         out = stack.enter_context(_open_predictions(predictions)) if predictions else None
-        loader = stack.enter_context(loading.Loader(images, size, threads_for_decoding(jobs)))
+        loader = stack.enter_context(loading.Loader(images, size, choose_decode_threads(jobs)))
         bar = stack.enter_context(reporter.progress(images.name, total=len(images)))
         batches = loader.batches(loading.all_batches(len(images), size))
         for batch, top, probabilities in run(classify, batches, counts, output_of):

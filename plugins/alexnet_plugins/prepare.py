@@ -62,7 +62,7 @@ def prepare(
     """
     from alexnet_cli.core.data.plan import Plan, default_output, format_size
     from alexnet_cli.core.data.sources import detect_source
-    from alexnet_cli.core.devices import cores
+    from alexnet_cli.core.devices import count_cores
 
     reporter = Reporter("prepare", json=json, quiet=quiet)
     if check is not None:
@@ -99,7 +99,7 @@ def prepare(
         reporter.line("resume", f"an earlier run was interrupted; its {plan.shards_kept():,} finished shards are kept")
     if overwrite and plan.output.is_dir():
         reporter.line("note", f"{plan.output} is being replaced: what was there is gone from now on")
-    seen, seconds = _pack(reporter, plan, workers or cores(), on_corrupt, overwrite)
+    seen, seconds = _pack(reporter, plan, workers or count_cores(), on_corrupt, overwrite)
     _report_prepared(reporter, plan.output, seen, seconds)
 
 
@@ -209,11 +209,11 @@ def _report_finished(reporter: Reporter, plan: Plan, strict: bool) -> None:
 
 
 def _report_result(reporter: Reporter, dataset: Dataset, seconds: float, rate: float | None) -> None:
-    from alexnet_cli.core.devices import train_command
+    from alexnet_cli.core.devices import suggest_train_command
 
     images = {name: split["images"] for name, split in dataset.record["splits"].items()}
     if images.get("val"):
-        reporter.line("next", f"{train_command()} --data {shlex.quote(str(dataset.path))}")
+        reporter.line("next", f"{suggest_train_command()} --data {shlex.quote(str(dataset.path))}")
     counts = {key: dataset.record.get(key, 0) for key in ("rejected", "damaged", "turned")}
     found = {"classes": len(dataset.classes), **counts}
     timing = {"seconds": seconds, "images_per_second": rate}

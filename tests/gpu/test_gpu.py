@@ -15,7 +15,7 @@ import kernel_cases
 from alexnet_cli.core.data.augment import Augment, AugmentParams
 from alexnet_cli.core.data.loader import CachedLoader, Loader, all_batches, training_batches
 from alexnet_cli.core.data.shards import open_dataset
-from alexnet_cli.core.devices import onnx_providers, try_gpu, visible_gpus
+from alexnet_cli.core.devices import check_onnx_providers, try_gpu, visible_gpus
 from alexnet_cli.core.inference.session import Session
 from alexnet_cli.core.inference.torch_session import TorchSession
 from alexnet_cli.core.model import layers, response_norm, triton_kernels
@@ -69,7 +69,7 @@ def test_as_many_values_as_in_training(maps: int, dtype: torch.dtype) -> None:
     quick, slow = x.clone().requires_grad_(), x.float().clone().requires_grad_()
     grad = torch.randn_like(x)
     out = triton_kernels.fused_response_norm(quick, 5, 2.0, 1e-4, 0.75, 2)
-    expected = response_norm.plain(slow, 5, 2.0, 1e-4, 0.75, 2)
+    expected = response_norm.normalize_plain(slow, 5, 2.0, 1e-4, 0.75, 2)
     out.backward(grad)
     expected.backward(grad.float())
     assert quick.grad is not None
@@ -88,11 +88,11 @@ def test_more_bytes_and_more_values_than_32_bits_count(images: int, gigabytes: i
     settings = (5, 2.0, 1e-4, 0.75, 2, True)
     out = triton_kernels.response_norm_forward(x, *settings)
     for part in (slice(0, 1), slice(-2, None)):
-        kernel_cases.close(out[part], response_norm.plain(x[part].float(), *settings))
+        kernel_cases.close(out[part], response_norm.normalize_plain(x[part].float(), *settings))
     grad = x / 100
     found = triton_kernels.response_norm_backward(x, grad, *settings)[-1:]
     last = x[-1:].float().requires_grad_()
-    response_norm.plain(last, *settings).backward(grad[-1:].float())
+    response_norm.normalize_plain(last, *settings).backward(grad[-1:].float())
     kernel_cases.close(found, last.grad)
 
 
@@ -165,7 +165,7 @@ def test_the_wait_for_data_is_that_of_the_device() -> None:
 
 
 def test_onnx_runtime_gives_the_same_on_the_gpu() -> None:
-    if (state := onnx_providers().get("CUDAExecutionProvider")) != "ok":
+    if (state := check_onnx_providers().get("CUDAExecutionProvider")) != "ok":
         pytest.skip(f"ONNX Runtime has no CUDA here: {state}")
     model = random_model(replace(PAPER, width=1 / 8))
     crops = RNG.integers(0, 256, (5, 3, 224, 224), dtype=np.uint8)

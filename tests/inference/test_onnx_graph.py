@@ -156,8 +156,8 @@ def test_the_gpu_that_was_named_is_offered_but_not_for_a_few_pictures(
         offered.extend(providers)
         return real(content, options, providers=["CPUExecutionProvider"])
 
-    monkeypatch.setattr(session, "gpu_present", lambda: True)
-    monkeypatch.setattr(session, "load_cuda", lambda: None)
+    monkeypatch.setattr(session, "has_gpu", lambda: True)
+    monkeypatch.setattr(session, "preload_cuda", lambda: None)
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     monkeypatch.setattr(onnxruntime, "InferenceSession", opened)
     with pytest.raises(MissingError) if "cuda" in asked.values() else nullcontext():

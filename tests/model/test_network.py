@@ -115,7 +115,7 @@ def test_a_stage_does_what_its_order_says(order: str, change: dict[str, str]) ->
         elif word == "pool":
             expected = torch.nn.functional.max_pool2d(expected, 3, 2, ceil_mode=True)
         elif recipe.lrn == "across-maps":
-            expected = response_norm.plain(expected, 5, 2.0, 1e-4, 0.75, 2)
+            expected = response_norm.normalize_plain(expected, 5, 2.0, 1e-4, 0.75, 2)
         elif recipe.lrn == "within-map":
             expected = within_map(expected, 5, 2.0, 1e-4, 0.75)
     torch.testing.assert_close(network.stage1(x), expected)

@@ -33,7 +33,7 @@ def activations(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return (torch.randn(*shape, generator=torch.Generator().manual_seed(1)) * 60).to(dtype)
 
 
-@pytest.mark.parametrize("function", [response_norm.plain, response_norm.fast])
+@pytest.mark.parametrize("function", [response_norm.normalize_plain, response_norm.normalize_fast])
 @pytest.mark.parametrize(
     ("size", "towers", "beta"), [(5, 2, 0.75), (5, 1, 0.75), (3, 2, 0.6), (1, 2, 0.75), (9, 1, 0.75)]
 )
@@ -50,15 +50,15 @@ def test_fast_equals_plain_in_values_and_gradients(layout: torch.memory_format, 
     slow = activations(*shape).contiguous(memory_format=layout).requires_grad_()
     quick = slow.detach().clone(memory_format=torch.preserve_format).requires_grad_()
     grad = activations(*shape).flip(0)
-    expected = response_norm.plain(slow, 5, K, ALPHA, BETA, 2)
-    out = response_norm.fast(quick, 5, K, ALPHA, BETA, 2)
+    expected = response_norm.normalize_plain(slow, 5, K, ALPHA, BETA, 2)
+    out = response_norm.normalize_fast(quick, 5, K, ALPHA, BETA, 2)
     expected.backward(grad)
     out.backward(grad)
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(quick.grad, slow.grad)
 
 
-@pytest.mark.parametrize("function", [response_norm.plain, response_norm.fast])
+@pytest.mark.parametrize("function", [response_norm.normalize_plain, response_norm.normalize_fast])
 def test_joined_relu_equals_relu_and_then_the_formula(function: object) -> None:
     x = activations(2, 12, 3, 4).requires_grad_()
     assert callable(function)
@@ -68,7 +68,7 @@ def test_joined_relu_equals_relu_and_then_the_formula(function: object) -> None:
     grad = activations(2, 12, 3, 4).flip(0)
     out.backward(grad)
     after = torch.from_numpy(rectified).float().requires_grad_()
-    response_norm.plain(after, 5, K, ALPHA, BETA, 2).backward(grad)
+    response_norm.normalize_plain(after, 5, K, ALPHA, BETA, 2).backward(grad)
     assert x.grad is not None
     assert after.grad is not None
     torch.testing.assert_close(x.grad, after.grad * (x.detach() > 0))
@@ -77,17 +77,17 @@ def test_joined_relu_equals_relu_and_then_the_formula(function: object) -> None:
 def test_gradient_equals_finite_differences() -> None:
     x = activations(2, 8, 2, 2).double().requires_grad_()
     assert torch.autograd.gradcheck(
-        lambda v: response_norm.plain(v, 5, K, ALPHA, BETA, 2).double(), x, eps=1e-2, atol=1e-3
+        lambda v: response_norm.normalize_plain(v, 5, K, ALPHA, BETA, 2).double(), x, eps=1e-2, atol=1e-3
     )
     single = x.detach().float().requires_grad_()
-    response_norm.fast(single, 5, K, ALPHA, BETA, 2)[0, 3, 1, 0].backward()
+    response_norm.normalize_fast(single, 5, K, ALPHA, BETA, 2)[0, 3, 1, 0].backward()
     assert single.grad is not None
     step = 0.5
     for place in [(0, 1, 1, 0), (0, 3, 1, 0), (0, 4, 1, 0)]:
         high, low = x.detach().clone(), x.detach().clone()
         high[place] += step
         low[place] -= step
-        values = [response_norm.plain(v, 5, K, ALPHA, BETA, 2)[0, 3, 1, 0] for v in (high, low)]
+        values = [response_norm.normalize_plain(v, 5, K, ALPHA, BETA, 2)[0, 3, 1, 0] for v in (high, low)]
         assert single.grad[place].item() == pytest.approx(
             ((values[0] - values[1]) / (2 * step)).item(), rel=1e-2, abs=1e-5
         )
@@ -95,31 +95,33 @@ def test_gradient_equals_finite_differences() -> None:
 
 def test_bf16_is_normalized_in_float32() -> None:
     x = activations(2, 16, 5, 5, dtype=torch.bfloat16)
-    out = response_norm.fast(x, 5, K, ALPHA, BETA, 2)
+    out = response_norm.normalize_fast(x, 5, K, ALPHA, BETA, 2)
     assert out.dtype == torch.bfloat16
-    torch.testing.assert_close(out, response_norm.plain(x.float(), 5, K, ALPHA, BETA, 2).to(torch.bfloat16))
+    torch.testing.assert_close(out, response_norm.normalize_plain(x.float(), 5, K, ALPHA, BETA, 2).to(torch.bfloat16))
 
 
 def test_stock_operator_agrees_where_conventions_do() -> None:
     """torch divides alpha by the size: its 5e-4 is the paper's 1e-4."""
     x = activations(2, 12, 4, 4)
     stock = torch.nn.LocalResponseNorm(5, alpha=5e-4, beta=0.75, k=2.0)
-    torch.testing.assert_close(response_norm.fast(x, 5, 2.0, 1e-4, 0.75, 1), stock(x))
+    torch.testing.assert_close(response_norm.normalize_fast(x, 5, 2.0, 1e-4, 0.75, 1), stock(x))
 
 
 def test_of_no_image_nothing() -> None:
     empty = torch.empty(0, 8, 5, 5)
     settings = (5, 2.0, 1e-4, 0.75, 2)
-    torch.testing.assert_close(response_norm.fast(empty, *settings), response_norm.plain(empty, *settings))
+    torch.testing.assert_close(
+        response_norm.normalize_fast(empty, *settings), response_norm.normalize_plain(empty, *settings)
+    )
 
 
 def test_towers_never_see_each_other() -> None:
     x = activations(1, 96, 2, 2)
     loud = x.clone()
     loud[:, 48:] *= 100
-    quiet, other = (response_norm.fast(v, 5, K, ALPHA, BETA, 2) for v in (x, loud))
+    quiet, other = (response_norm.normalize_fast(v, 5, K, ALPHA, BETA, 2) for v in (x, loud))
     torch.testing.assert_close(quiet[:, :48], other[:, :48], rtol=0, atol=0)
-    joint = response_norm.fast(loud, 5, K, ALPHA, BETA, 1)
+    joint = response_norm.normalize_fast(loud, 5, K, ALPHA, BETA, 1)
     changed = ((joint - quiet)[0, :48].abs().amax((1, 2)) > 0).nonzero().flatten().tolist()
     assert changed == [46, 47]  # only the maps whose window reaches over the edge
 

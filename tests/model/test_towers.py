@@ -21,12 +21,12 @@ def meet(dtype: torch.dtype) -> None:
         towers = place_ranks(ranks, "none", "fp32", "tower", 2).ranks.towers
         assert towers is not None
         whole = torch.arange(2 * 6 * 2 * 2).reshape(2, 6, 2, 2).to(dtype)
-        own = towers.own(whole, 1).clone().requires_grad_()
+        own = towers.slice_own(whole, 1).clone().requires_grad_()
         shared = towers.share(own, "conv3")
         assert shared.dtype == dtype
         torch.testing.assert_close(shared, whole, rtol=0, atol=0)
         shared.backward(whole * (1 + 2 * ranks.rank))
-        torch.testing.assert_close(own.grad, towers.own(whole * 4, 1), rtol=0, atol=0)
+        torch.testing.assert_close(own.grad, towers.slice_own(whole * 4, 1), rtol=0, atol=0)
         assert ranks.traffic == {"conv3": 2 * own.numel() * own.element_size()}
 
 
@@ -40,7 +40,7 @@ def test_how_many_images_each_has_is_told_without_the_gpu() -> None:
     told: list[torch.Tensor] = []
 
     class Columns:
-        def gather(self, mine: torch.Tensor) -> torch.Tensor:
+        def all_gather(self, mine: torch.Tensor) -> torch.Tensor:
             told.append(mine)
             return torch.stack([mine, mine + 1])
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import kernel_cases
 from alexnet_cli.core.devices import Gpu
 from alexnet_cli.core.model import response_norm, triton_kernels
 from alexnet_cli.core.parallel import placement
@@ -25,7 +26,7 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 def test_interpreted_they_equal_the_definition() -> None:
     """In a process of its own: Triton chooses between interpreter and compiler when it is imported."""
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    program = Path(__file__).with_name("kernel_cases.py")
+    program = Path(kernel_cases.__file__)
     done = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 
@@ -148,7 +149,7 @@ def test_without_triton_they_can_be_imported_and_say_so() -> None:
     code = (
         "import sys; sys.modules['triton'] = None\n"
         "import alexnet_cli.core.training.loop; assert 'torch._dynamo' not in sys.modules\n"
-        "from alexnet_cli.core import triton_kernels\n"
+        "from alexnet_cli.core.model import triton_kernels\n"
         "assert triton_kernels.unavailable_reason(0) == 'Triton is not installed'"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
@@ -168,14 +169,14 @@ def test_who_normalizes_on_a_gpu(reason: str, used: bool, monkeypatch: pytest.Mo
     monkeypatch.setattr(triton_kernels, "fused_response_norm", noted)
     with FakeTensorMode():
         x = torch.empty(2, 8, 3, 5, device="cuda").contiguous(memory_format=torch.channels_last)
-        out = response_norm.fast(x, 5, 2.0, 1e-4, 0.75, 2, True)
+        out = response_norm.normalize_fast(x, 5, 2.0, 1e-4, 0.75, 2, True)
     assert (out.shape, out.device.type, out.stride()) == (x.shape, "cuda", x.stride())
     assert taken == ([(5, 2.0, 1e-4, 0.75, 2, True)] if used else [])
 
 
 def test_a_gpu_that_cannot_run_them_is_told_about(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(placement, "visible_gpus", lambda: [Gpu(0, "H100", 80 << 30, "9.0")])
-    monkeypatch.setattr(placement, "take", lambda index: "")
+    monkeypatch.setattr(placement, "try_gpu", lambda index: "")
     for switch in ("benchmark", "allow_tf32"):  # to be put back afterwards
         monkeypatch.setattr(torch.backends.cudnn, switch, getattr(torch.backends.cudnn, switch))
     monkeypatch.setattr(triton_kernels, "unavailable_reason", lambda index: "Failed to find C compiler.")

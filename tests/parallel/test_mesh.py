@@ -92,7 +92,7 @@ def test_shares_make_the_batches(ranks: int) -> None:
     for step, batch in enumerate(whole):
         np.testing.assert_array_equal(np.concatenate([share[step] for share in shares]), batch)
         for rank in range(ranks):
-            part = ProcessMesh(rank, ranks, rank, ranks).share(len(batch))
+            part = ProcessMesh(rank, ranks, rank, ranks).batch_slice(len(batch))
             np.testing.assert_array_equal(batch[part], shares[rank][step])
 
 

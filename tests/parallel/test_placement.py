@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("own_runs_and_settings")
 def _gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two GPUs, of which everything can be said but to compute."""
     monkeypatch.setattr(placement, "visible_gpus", lambda: [T4, H100])
-    monkeypatch.setattr(placement, "take", lambda index: "")
+    monkeypatch.setattr(placement, "try_gpu", lambda index: "")
     monkeypatch.setattr(triton_kernels, "unavailable_reason", lambda index: "")
 
 
@@ -51,12 +51,12 @@ def test_float32_stays_float32_beside_what_is_not(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch, "autocast", lambda *_: None)
     low, high = place("1", "bf16"), place("1", "fp32")
     for placed, allowed in ((low, True), (high, False), (low, True)):
-        placed.arithmetic()
+        placed.precision_context()
         assert tf32() == (allowed, allowed)
 
 
 def test_a_gpu_that_cannot_compute_is_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(placement, "take", lambda index: "CUDA error: no kernel image is available")
+    monkeypatch.setattr(placement, "try_gpu", lambda index: "CUDA error: no kernel image is available")
     with pytest.raises(MissingError, match="GPU 0 T4 cannot be used: CUDA error: no kernel image") as told:
         place(None, "fp32")
     assert "--gpus none" in told.value.hint
@@ -104,5 +104,5 @@ def test_all_compute_in_what_each_can(among: Callable[..., Any]) -> None:
     found = among("0,1", [T4, H100], ("GPU 0 T4", "fp32", "GPU-a"))
     assert found.precision == "fp32"
     assert "not every device has bf16" in found.notes[-1]
-    found.arithmetic()
+    found.precision_context()
     assert tf32() == (False, False)

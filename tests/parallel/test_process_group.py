@@ -40,20 +40,20 @@ def mesh(monkeypatch: pytest.MonkeyPatch) -> ProcessMesh:
 )
 def test_a_missing_rank_is_named(mesh: ProcessMesh, message: str, event: str) -> None:
     missing = pytest.raises(LostError, match=rf"^rank 1 {event} in step 7: ranks 0, 3 did not arrive$")
-    with missing, mesh.together("step 7"):
+    with missing, mesh.name_errors("step 7"):
         raise RuntimeError(message)
 
 
 def test_gpus_that_cannot_exchange_data_are_not_a_missing_rank(mesh: ProcessMesh) -> None:
     reason = r"^rank 1: NCCL.* failed in step 1: Error while creating shared memory"
-    with pytest.raises(MissingError, match=reason) as caught, mesh.together("step 1"):
+    with pytest.raises(MissingError, match=reason) as caught, mesh.name_errors("step 1"):
         raise RuntimeError(SHARED_MEMORY)
     assert not isinstance(caught.value, LostError)
     assert "NCCL_DEBUG=INFO" in caught.value.hint
 
 
 def test_other_errors_stay_as_they_are(mesh: ProcessMesh) -> None:
-    with pytest.raises(RuntimeError, match=r"^bug$"), mesh.together("step 1"):
+    with pytest.raises(RuntimeError, match=r"^bug$"), mesh.name_errors("step 1"):
         raise RuntimeError("bug")
 
 

@@ -60,7 +60,7 @@ def test_the_bytes_of_the_whole_network() -> None:
 
 def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parallel, "RECIPE", SMALL)
-    monkeypatch.setattr(devices, "cpu_bf16", lambda: False)
+    monkeypatch.setattr(devices, "has_cpu_bf16", lambda: False)
     benchmark(Topic.parallel, rounds=1, seconds=0.0, jobs=2, batch_size=3, gpus="none", json=True, quiet=True)
     (line,) = capsys.readouterr().out.splitlines()
     found = json.loads(line)
@@ -81,7 +81,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     "way", ["tower", pytest.param("data", marks=pytest.mark.slow), pytest.param("hybrid", marks=pytest.mark.slow)]
 )
 def test_four_send_what_is_on_paper(way: Any) -> None:
-    low = devices.cpu_bf16()
+    low = devices.has_cpu_bf16()
     recipe = replace(SMALL, precision="bf16" if low else "fp32")
     with RankTeam(replace(TASK, recipe=recipe, batch=8, processes=4, parallel=way)) as team:
         every = team.ask("sent")

@@ -85,7 +85,7 @@ def test_ours_is_fed_from_shards_where_there_is_data(prepared: Path, monkeypatch
 
 def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "RECIPE", SMALL)
-    monkeypatch.setattr(placement, "cpu_bf16", lambda: True)
+    monkeypatch.setattr(placement, "has_cpu_bf16", lambda: True)
     benchmark(Topic.train, rounds=1, seconds=0.0, jobs=1, batch_size=2, gpus="none", json=True, quiet=True)
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["name"] for line in found] == ["train fp32", "train bf16"]
@@ -104,7 +104,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
 
 def test_without_bf16_it_is_left_out_and_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "RECIPE", SMALL)
-    monkeypatch.setattr(placement, "cpu_bf16", lambda: False)
+    monkeypatch.setattr(placement, "has_cpu_bf16", lambda: False)
     (only,) = compare_training("none", 2, 1, no_data)
     assert only.name == "train fp32"
     assert any("bf16 is left out" in note for note in only.notes)

@@ -158,7 +158,7 @@ def test_a_run_without_a_checkpoint_says_why(about: dict[str, Any], what: str, h
 def test_what_w_cannot_be() -> None:
     with pytest.raises(WeightsError, match=f"there is no run yet in {Path.cwd()}/runs to take weights from") as caught:
         find_weights(None)
-    assert caught.value.hint == f"train one first: {devices.train_command()}"
+    assert caught.value.hint == f"train one first: {devices.suggest_train_command()}"
     Run.create("r", PAPER, {})
     (Path("runs") / "latest").unlink()
     with pytest.raises(WeightsError, match="there is no newest run in") as caught:
@@ -386,8 +386,8 @@ def test_a_run_inside_a_folder_of_runs_is_called_by_both_names() -> None:
 def test_the_recipe_to_begin_with_is_one_that_the_machine_can_train(
     present: bool, typed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(devices, "gpu_present", lambda: present)
-    assert devices.train_command() == typed
+    monkeypatch.setattr(devices, "has_gpu", lambda: present)
+    assert devices.suggest_train_command() == typed
 
 
 def test_a_run_that_was_likely_meant_is_named() -> None:

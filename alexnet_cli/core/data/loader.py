@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from alexnet_cli.core.data.shards import Split
-from alexnet_cli.core.devices import free_memory
+from alexnet_cli.core.devices import available_memory
 from alexnet_cli.errors import DataError, MissingError
 from alexnet_cli.recipe import SIDE
 
@@ -203,6 +203,6 @@ def cache_decoded(loader: Loader, where: CacheMode, processes: int = 1) -> Loade
 
 def _free_bytes(device: torch.device) -> int | None:
     if device.type != "cuda":
-        return free_memory()
+        return available_memory()
     torch.cuda.empty_cache()  # what an earlier training has left to torch is free, too
     return torch.cuda.mem_get_info(device)[0]

@@ -98,7 +98,7 @@ class TorchClassifier:
         was_training = self.network.training
         self.network.eval()
         try:
-            with torch.inference_mode(), self.placement.arithmetic():
+            with torch.inference_mode(), self.placement.precision_context():
                 views: Iterable[Tensor] = (
                     [self.pixels.center_view(images)] if self.views == 1 else self.pixels.ten_views(images)
                 )

@@ -23,7 +23,7 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from alexnet_cli.core.devices import cores
+from alexnet_cli.core.devices import count_cores
 
 CALIBRATION_IMAGES = 256  # lowest and highest values change the logits by less than 1 % of their spread beyond 64
 BATCH = 8
@@ -109,7 +109,7 @@ def measure_ranges(proto: onnx.ModelProto, crops: npt.NDArray[np.uint8]) -> dict
     observed.CopyFrom(proto)
     observed.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names)
     options = onnxruntime.SessionOptions()
-    options.log_severity_level, options.intra_op_num_threads = 3, cores()
+    options.log_severity_level, options.intra_op_num_threads = 3, count_cores()
     session = onnxruntime.InferenceSession(observed.SerializeToString(), options, providers=["CPUExecutionProvider"])
     low, high = np.full(len(names), np.inf), np.full(len(names), -np.inf)
     for start in range(0, len(crops), BATCH):

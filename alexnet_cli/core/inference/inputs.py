@@ -18,7 +18,7 @@ from typing import BinaryIO
 from alexnet_cli.core.data import images
 from alexnet_cli.core.data.folders import has_image_suffix, walk_files
 from alexnet_cli.core.data.images import ImageArray, PixelBudget
-from alexnet_cli.core.devices import cores
+from alexnet_cli.core.devices import count_cores
 from alexnet_cli.core.files import LARGEST, check_bytes, read_file
 from alexnet_cli.core.runs.run import runs_root
 from alexnet_cli.errors import DataError
@@ -142,7 +142,7 @@ def prefetch(sources: Iterable[ImageInput], window: int, exif_rotate: bool) -> G
     """Every picture's name and pixels (or why there are none), in order, the next `window` decoded meanwhile."""
     remaining, budget = iter(sources), PixelBudget()
     waiting: deque[tuple[ImageInput, Future[ImageArray | str]]] = deque()
-    with ThreadPoolExecutor(min(8, cores())) as pool:
+    with ThreadPoolExecutor(min(8, count_cores())) as pool:
         try:
             waiting.extend((s, pool.submit(load_image, s, exif_rotate, budget)) for s in islice(remaining, window))
             while waiting:

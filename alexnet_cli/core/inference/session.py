@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from alexnet_cli.core.data.classes import ClassName
-from alexnet_cli.core.devices import cores, gpu_present, int8_saturates, load_cuda
+from alexnet_cli.core.devices import count_cores, has_gpu, int8_saturates, preload_cuda
 from alexnet_cli.core.inference import onnx_metadata
 from alexnet_cli.core.model import model_file
 from alexnet_cli.errors import MissingError, WeightsError, is_out_of_memory
@@ -79,7 +79,7 @@ class Session:
         with _contained() as said:
             providers = _providers("cpu" if few and provider == "auto" else provider, gpu)
             # ONNX Runtime by itself would count every core of the machine, allowed or not.
-            self._session, self._kept = self._open(content, providers, threads or cores(), few)
+            self._session, self._kept = self._open(content, providers, threads or count_cores(), few)
         self.device = "cuda" if self._session.get_providers()[0] == CUDA else "cpu"
         self.fallback = _reason(said[0]) if len(providers) > 1 and self.device == "cpu" else ""
         if provider == "cuda" and self.device == "cpu":
@@ -301,9 +301,9 @@ def _providers(provider: str, gpu: int) -> list[Any]:
     import onnxruntime
 
     onnxruntime.set_default_logger_severity(3)
-    if provider == "cpu" or CUDA not in onnxruntime.get_available_providers() or not gpu_present():
+    if provider == "cpu" or CUDA not in onnxruntime.get_available_providers() or not has_gpu():
         return [CPU]
-    load_cuda()
+    preload_cuda()
     return [(CUDA, {"device_id": str(gpu), "use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}), CPU]
 
 

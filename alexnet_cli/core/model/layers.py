@@ -33,7 +33,9 @@ class ResponseNorm(nn.Module):
 
     def __init__(self, recipe: Recipe, towers: int, *, relu: bool = False) -> None:
         super().__init__()
-        self.function = response_norm.fast  # an attribute, so that torch.compile can be told to leave it alone
+        self.function = (
+            response_norm.normalize_fast
+        )  # an attribute, so that torch.compile can be told to leave it alone
         self.relu = relu
         self.kind, self.size, self.k, self.beta = recipe.lrn, recipe.lrn_size, recipe.lrn_k, recipe.lrn_beta
         self.towers = 1 if recipe.lrn_joint else towers

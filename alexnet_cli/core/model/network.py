@@ -31,7 +31,7 @@ class Network(nn.Module):
         super().__init__()
         self.recipe = recipe
         self.towers = towers = towers or TowerGroup(recipe.towers, recipe.towers)
-        self.columns, self.rows = columns or towers, HybridGather(columns)
+        self.columns, self.hybrid = columns or towers, HybridGather(columns)
         specs = {spec.name: spec for spec in layer_specs(recipe, classes)}
 
         def conv(name: str) -> nn.Conv2d:
@@ -68,13 +68,13 @@ class Network(nn.Module):
         x = self.act(self.conv3(towers.share(x, "conv3")))
         x = self.act(self.conv4(x))
         x = self.pool(self.act(self.conv5(x)))
-        x = self.rows.gather(towers.share(x, "fc6").flatten(1))
+        x = self.hybrid.gather_images(towers.share(x, "fc6").flatten(1))
         x = self.drop6(self.act(self.fc6(x)))
         x = self.drop7(self.act(self.fc7(columns.share(x, "fc7"))))
         x = columns.sum(functional.linear(x, self.fc8.weight), "fc8") + self.fc8.bias
-        return self.rows.own(x, images)
+        return self.hybrid.keep_own(x, images)
 
-    def slicing(self, name: str) -> tuple[TowerGroup, int] | None:
+    def split_of(self, name: str) -> tuple[TowerGroup, int] | None:
         """Among which processes and along which dimension a parameter is split; None if every process has all of it."""
         if name == "fc8.bias":
             return None
@@ -82,19 +82,19 @@ class Network(nn.Module):
             return self.columns, 1
         return (self.columns if name.startswith("fc") else self.towers), 0
 
-    def own(self, name: str, whole: Tensor) -> Tensor:
+    def slice_own(self, name: str, whole: Tensor) -> Tensor:
         """This process's slice of a whole parameter, or of a tensor of its shape (velocity, gradient)."""
-        slicing = self.slicing(name)
-        return whole if slicing is None else slicing[0].own(whole, slicing[1])
+        slicing = self.split_of(name)
+        return whole if slicing is None else slicing[0].slice_own(whole, slicing[1])
 
-    def whole(self, name: str, own: Tensor) -> Tensor | None:
+    def gather_whole(self, name: str, own: Tensor) -> Tensor | None:
         """The whole of a parameter, or of a tensor of its shape, on the CPU; None on ranks that do not collect it."""
-        slicing = self.slicing(name)
-        return own.detach().cpu().contiguous() if slicing is None else slicing[0].whole(own, slicing[1])
+        slicing = self.split_of(name)
+        return own.detach().cpu().contiguous() if slicing is None else slicing[0].gather_whole(own, slicing[1])
 
     def draw_dropout(self, step: int, first_row: int = 0) -> None:
         """Choose the dropout masks of a step; they are the same on any device and for any placement."""
-        first_row = 0 if self.rows.columns else first_row
+        first_row = 0 if self.hybrid.columns else first_row
         self.drop6.draw(self.recipe.seed, step, first_row)
         self.drop7.draw(self.recipe.seed, step, first_row)
 
@@ -128,7 +128,7 @@ class JointTowerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """N x held*C x H x W -> the same shape."""
-        return self.towers.own(self.norm(self.towers.share(x, self.name)), 1)
+        return self.towers.slice_own(self.norm(self.towers.share(x, self.name)), 1)
 
 
 def _stage(recipe: Recipe, order: str, towers: TowerGroup, name: str, *, extra: bool) -> nn.Sequential:
@@ -186,7 +186,7 @@ def initialize(network: Network) -> None:
         if layer == "conv1":
             std *= network.recipe.conv1_scale
         values = torch.empty(shape).normal_(0.0, std, generator=generator)
-        module.get_parameter("weight").copy_(network.own(f"{layer}.weight", values))
+        module.get_parameter("weight").copy_(network.slice_own(f"{layer}.weight", values))
         module.get_parameter("bias").fill_(bias)
 
 
@@ -200,7 +200,7 @@ def parameter_count(network: Network) -> int:
     """Number of parameters of the whole network, whatever part of it this process holds."""
     count = 0
     for name, parameter in parameters_by_name(network):
-        slicing = network.slicing(name)
+        slicing = network.split_of(name)
         count += parameter.numel() * (slicing[0].total // slicing[0].held if slicing else 1)
     return count
 

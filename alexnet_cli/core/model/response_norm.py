@@ -19,8 +19,10 @@ from torch import Tensor
 CPU_BLOCK = 1_000_000  # values per block: fewer cost calls, more leave the cache
 
 
-def plain(x: Tensor, size: int, k: float, alpha: float, beta: float, towers: int, relu: bool = False) -> Tensor:
-    """The definition, the twin of `fast`: N x C x H x W -> the same shape and dtype; after ReLU if `relu`."""
+def normalize_plain(
+    x: Tensor, size: int, k: float, alpha: float, beta: float, towers: int, relu: bool = False
+) -> Tensor:
+    """The definition, the twin of `normalize_fast`: N x C x H x W -> the same shape and dtype; after ReLU if `relu`."""
     x = torch.relu(x) if relu else x
     n, c, h, w = x.shape
     squares = x.float().square().reshape(n * towers, 1, c // towers, h, w)
@@ -31,8 +33,10 @@ def plain(x: Tensor, size: int, k: float, alpha: float, beta: float, towers: int
     return (x.float() * scale).to(x.dtype)
 
 
-def fast(x: Tensor, size: int, k: float, alpha: float, beta: float, towers: int, relu: bool = False) -> Tensor:
-    """Equal to `plain` in values and gradients, and faster, most of all on channels-last x. `relu` may overwrite x."""
+def normalize_fast(
+    x: Tensor, size: int, k: float, alpha: float, beta: float, towers: int, relu: bool = False
+) -> Tensor:
+    """Equal to `normalize_plain` in values and gradients, but faster. May overwrite x if `relu`."""
     if not len(x):
         return x
     if x.device.type == "cuda":

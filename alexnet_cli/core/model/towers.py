@@ -49,12 +49,12 @@ class TowerGroup:
         total: Tensor = _Sum.apply(x, self, layer)
         return total
 
-    def own(self, whole: Tensor, dimension: int) -> Tensor:
+    def slice_own(self, whole: Tensor, dimension: int) -> Tensor:
         """This process's slice of a tensor of the whole network."""
         size = whole.shape[dimension] // self.total
         return whole.narrow(dimension, self.first * size, self.held * size)
 
-    def whole(self, own: Tensor, dimension: int) -> Tensor | None:
+    def gather_whole(self, own: Tensor, dimension: int) -> Tensor | None:
         """Gather all slices: the whole tensor, on the CPU, in the process with the first slice; None in the others."""
         own = own.detach().cpu().contiguous()
         if self.group is None:
@@ -64,7 +64,7 @@ class TowerGroup:
         dist.gather(own, parts, dst=dist.get_global_rank(self.group, 0), group=self.group)
         return torch.cat(parts, dimension) if parts else None
 
-    def gather(self, x: Tensor) -> Tensor:
+    def all_gather(self, x: Tensor) -> Tensor:
         """Gather the tensor of every process: shape -> processes x shape."""
         assert self.group is not None
         mine = _bits(x.contiguous().cpu() if self.staged else x.contiguous())
@@ -72,7 +72,7 @@ class TowerGroup:
         dist.all_gather(list(every.unbind()), mine, group=self.group)
         return every.view(x.dtype).to(x.device)
 
-    def scatter(self, parts: Tensor) -> Tensor:
+    def reduce_scatter(self, parts: Tensor) -> Tensor:
         """Send each process its part and sum the parts received: processes x shape -> shape, float32."""
         assert self.group is not None
         mine = _bits(parts.contiguous().cpu() if self.staged else parts.contiguous())
@@ -80,7 +80,7 @@ class TowerGroup:
         dist.all_to_all_single(received, mine, group=self.group)
         return received.view(parts.dtype).to(parts.device).float().sum(0)
 
-    def count(self, layer: str, sent: Tensor, times: float = 1) -> None:
+    def count_sent(self, layer: str, sent: Tensor, times: float = 1) -> None:
         """Count the bytes of a tensor that is sent `times` times."""
         self.traffic[layer] += round(sent.numel() * sent.element_size() * times)
 
@@ -96,16 +96,16 @@ class _Share(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, towers: TowerGroup, layer: str) -> Tensor:
         ctx.towers, ctx.layer = towers, layer
-        towers.count(layer, x, towers.total // towers.held - 1)
-        every = towers.gather(x.movedim(1, -1))  # channels last: no copy where that is how they lie in memory
+        towers.count_sent(layer, x, towers.total // towers.held - 1)
+        every = towers.all_gather(x.movedim(1, -1))  # channels last: no copy where that is how they lie in memory
         return every.movedim(0, -2).flatten(-2).movedim(-1, 1)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         ranks = ctx.towers.total // ctx.towers.held
         parts = gradient.movedim(1, -1).unflatten(-1, (ranks, -1)).movedim(-2, 0)
-        ctx.towers.count(ctx.layer, parts[0], ranks - 1)
-        return ctx.towers.scatter(parts).to(gradient.dtype).movedim(-1, 1), None, None
+        ctx.towers.count_sent(ctx.layer, parts[0], ranks - 1)
+        return ctx.towers.reduce_scatter(parts).to(gradient.dtype).movedim(-1, 1), None, None
 
 
 class _Sum(torch.autograd.Function):
@@ -116,7 +116,7 @@ class _Sum(torch.autograd.Function):
         ctx.dtype = x.dtype
         total = x.detach().float().cpu() if towers.staged else x.detach().float().clone()
         ranks = towers.total // towers.held
-        towers.count(layer, total, 2 * (ranks - 1) / ranks)  # what a ring sends; two ranks exchange it once
+        towers.count_sent(layer, total, 2 * (ranks - 1) / ranks)  # what a ring sends; two ranks exchange it once
         dist.all_reduce(total, group=towers.group)
         return total.to(x.device)
 
@@ -131,14 +131,14 @@ class HybridGather:
 
     columns: TowerGroup | None = None
 
-    def gather(self, x: Tensor) -> Tensor:
+    def gather_images(self, x: Tensor) -> Tensor:
         """Gather the images of all processes, in batch order: N x C -> (sum of all N) x C."""
         if self.columns is None:
             return x
         gathered: Tensor = _GatherImages.apply(x, self.columns, self._sizes(x))
         return gathered
 
-    def own(self, x: Tensor, like: Tensor) -> Tensor:
+    def keep_own(self, x: Tensor, like: Tensor) -> Tensor:
         """Keep the rows of this process's images, as many as `like` has."""
         if self.columns is None:
             return x
@@ -148,7 +148,7 @@ class HybridGather:
     def _sizes(self, x: Tensor) -> list[int]:
         """How many images each process has. Sent from the CPU, so that no process waits for its GPU."""
         assert self.columns is not None
-        return [int(n) for n in self.columns.gather(torch.tensor([len(x)])).flatten()]
+        return [int(n) for n in self.columns.all_gather(torch.tensor([len(x)])).flatten()]
 
 
 class _GatherImages(torch.autograd.Function):
@@ -165,8 +165,8 @@ class _GatherImages(torch.autograd.Function):
         parts = gradient.new_zeros((len(sizes), max(sizes), *gradient.shape[1:]))
         for part, rows in zip(parts, gradient.split(sizes), strict=True):
             part[: len(rows)] = rows
-        columns.count("fc6 images", parts[0], len(sizes) - 1)
-        return columns.scatter(parts).to(gradient.dtype)[: sizes[columns.first]], None, None
+        columns.count_sent("fc6 images", parts[0], len(sizes) - 1)
+        return columns.reduce_scatter(parts).to(gradient.dtype)[: sizes[columns.first]], None, None
 
 
 class _KeepOwn(torch.autograd.Function):
@@ -186,6 +186,6 @@ class _KeepOwn(torch.autograd.Function):
 def _gather_images(columns: TowerGroup, x: Tensor, sizes: list[int], layer: str) -> Tensor:
     padded = x.new_zeros((max(sizes), *x.shape[1:]))
     padded[: len(x)] = x
-    columns.count(layer, padded, len(sizes) - 1)
-    every = columns.gather(padded)
+    columns.count_sent(layer, padded, len(sizes) - 1)
+    every = columns.all_gather(padded)
     return torch.cat([part[:size] for part, size in zip(every, sizes, strict=True)])

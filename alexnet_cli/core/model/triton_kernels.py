@@ -1,6 +1,6 @@
 """The Triton kernels of the GPU path: response normalization (section 3.3) and the update rule (section 5).
 
-Each has a plain twin in PyTorch with the same result: `response_norm.plain` and `optim.update`.
+Each has a plain twin in PyTorch with the same result: `response_norm.normalize_plain` and `optim.update`.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def _norm_backward_kernel(
 
 
 def response_norm_forward(x: Tensor, size: int, k: float, alpha: float, beta: float, towers: int, relu: bool) -> Tensor:
-    """`response_norm.plain` without its gradient: N x C x H x W in and out, in x's memory format."""
+    """`response_norm.normalize_plain` without its gradient: N x C x H x W in and out, in x's memory format."""
     x, inner = _in_order(x)
     out = torch.empty_like(x)
     with torch.cuda.device_of(x):
@@ -172,7 +172,7 @@ torch.library.register_autograd("alexnet::response_norm", _differentiate, setup_
 def fused_response_norm(
     x: Tensor, size: int, k: float, alpha: float, beta: float, towers: int, relu: bool = False
 ) -> Tensor:
-    """The same as `response_norm.plain`, in values and gradients, in x's memory format."""
+    """The same as `response_norm.normalize_plain`, in values and gradients, in x's memory format."""
     out: Tensor = torch.ops.alexnet.response_norm(x, size, k, alpha, beta, towers, relu)
     return out
 

@@ -23,7 +23,7 @@ from torch._C._distributed_c10d import TCPStore
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
 from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 
-from alexnet_cli.core.devices import cores
+from alexnet_cli.core.devices import count_cores
 from alexnet_cli.core.parallel.process_group import LAUNCHER
 from alexnet_cli.core.signals import EXIT_CODES, catch_stop_signals
 from alexnet_cli.errors import AlexNetError, MissingError, Stopped
@@ -82,7 +82,7 @@ def rank_variables(rank: int, size: int, port: int) -> dict[str, str]:
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RESTART_COUNT": "0", LAUNCHER: str(os.getpid()),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, cores() // size)),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, count_cores() // size)),
     }  # fmt: skip
 
 

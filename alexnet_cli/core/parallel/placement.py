@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from alexnet_cli.core.devices import Gpu, cores, cpu_bf16, try_gpu, visible_gpus
+from alexnet_cli.core.devices import Gpu, count_cores, has_cpu_bf16, try_gpu, visible_gpus
 from alexnet_cli.core.parallel.process_group import (
     ALONE,
     Parallel,
@@ -38,7 +38,7 @@ class Placement:
     names: tuple[str, ...] = ()
     """The devices of all ranks, in rank order; empty for a single process."""
 
-    def arithmetic(self) -> contextlib.AbstractContextManager[object]:
+    def precision_context(self) -> contextlib.AbstractContextManager[object]:
         """Return the context to run the network in. On a GPU this also sets TF32 for the backward pass."""
         if self.device.type == "cuda":
             _allow_tf32(self.precision != "fp32")
@@ -52,13 +52,13 @@ class Placement:
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
     @property
-    def sharing(self) -> int:
+    def processes_per_device(self) -> int:
         """How many processes share the memory of this device; on a CPU, an upper bound."""
         if self.device.type == "cpu" or not self.names:
             return self.ranks.size
         return self.names.count(self.names[self.ranks.rank])
 
-    def of_tower(self, tower: int) -> list[str]:
+    def tower_devices(self, tower: int) -> list[str]:
         """The names of the devices that compute a tower (counted from 0), one per replica."""
         each = self.ranks.size // self.ranks.replicas
         return list(self.names[tower % each :: each]) or [self.name]
@@ -82,7 +82,7 @@ def single_gpu(gpus: str | None) -> int | None:
     return wanted[0] if wanted else None
 
 
-def processes(gpus: str | None, asked: int | None) -> int:
+def count_processes(gpus: str | None, asked: int | None) -> int:
     """How many processes to start: one per GPU listed, or `asked` on the CPU; 1 if a launcher has started several.
 
     Raises:
@@ -107,7 +107,7 @@ def local_gpus(gpus: str | None) -> list[int]:
     return _wanted(("all" if visible_gpus() else "none") if joined and gpus is None else gpus)
 
 
-def backend(gpus: str | None) -> str:
+def choose_backend(gpus: str | None) -> str:
     """The backend of the process group: gloo if two processes share a GPU, which NCCL does not allow."""
     ids = local_gpus(gpus)
     return "cuda:nccl,cpu:gloo" if ids and len(set(ids)) == len(ids) else "gloo"
@@ -127,12 +127,12 @@ def place_ranks(ranks: ProcessMesh, gpus: str | None, precision: str, parallel: 
     found = _on(own, gpus or "none", precision)
     if found.device.type == "cpu":
         if launcher_pid() is None:  # our launcher has done so, or has been told otherwise
-            torch.set_num_threads(max(1, cores() // mine.local_size))
+            torch.set_num_threads(max(1, count_cores() // mine.local_size))
         found = replace(found, name=f"CPU process {mine.rank}")
     name = found.name if mine.local_size == ranks.size else f"{found.name} of {socket.gethostname()}"
     told = ranks.gather_values((name, found.precision, "" if own is None else _gpu(own).uuid))
     names, precisions, uuids = zip(*told, strict=True)
-    if ids and "nccl" in backend(gpus) and len(set(uuids)) < ranks.size:
+    if ids and "nccl" in choose_backend(gpus) and len(set(uuids)) < ranks.size:
         what = f"each process needs its own GPU: processes {ranks.size}, GPUs {len(set(uuids))}"
         raise MissingError(what, "start as many as there are GPUs, or name one for each: --gpus 0,0")
     if len(set(precisions)) > 1:  # or they would send each other what the other does not expect
@@ -163,7 +163,7 @@ def _on(gpu_id: int | None, gpus: str | None, precision: str) -> Placement:
         raise MissingError(
             f"{name} cannot be used: {reason}", "--gpus none uses the CPU; alexnet doctor shows the devices"
         )
-    if precision != "fp32" and not gpu.bf16:
+    if precision != "fp32" and not gpu.has_bf16:
         notes += [f"{name} has no bf16 arithmetic: training in fp32"] * (precision == "bf16")
         precision = "fp32"
     _allow_tf32(precision != "fp32")
@@ -204,8 +204,8 @@ def _wanted(gpus: str | None) -> list[int]:
 
 
 def _on_cpu(precision: str, notes: list[str]) -> Placement:
-    keep_memory()
-    if precision == "bf16" and not cpu_bf16():
+    keep_freed_memory()
+    if precision == "bf16" and not has_cpu_bf16():
         notes.append("this CPU has no bf16 arithmetic: training in fp32")
         precision = "fp32"
     if precision == "tf32":
@@ -214,7 +214,7 @@ def _on_cpu(precision: str, notes: list[str]) -> Placement:
     return Placement(torch.device("cpu"), f"CPU, {cores} threads", precision, tuple(notes))
 
 
-def keep_memory() -> None:
+def keep_freed_memory() -> None:
     """Make the C library keep freed memory instead of returning it to the system.
 
     A training step frees and allocates gigabytes. The kernel zeroes new pages each time, which costs a quarter of the
@@ -231,7 +231,7 @@ def keep_memory() -> None:
         return
 
 
-def threads_for_decoding(asked: int | None) -> int:
+def choose_decode_threads(asked: int | None) -> int:
     """How many threads decode images: as asked, or one per core of this process, at most 8."""
     mine = read_rank_info()
-    return asked or min(8, max(1, cores() // (mine.local_size if mine else 1)))
+    return asked or min(8, max(1, count_cores() // (mine.local_size if mine else 1)))

@@ -105,16 +105,16 @@ class ProcessMesh:
     """Bytes that this rank has sent, by layer."""
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this rank writes files and messages."""
         return self.rank == 0
 
     @property
-    def collects(self) -> bool:
+    def is_collecting(self) -> bool:
         """Whether rank 0 needs this rank's slices to have the whole network."""
         return self.replica == 0 or self.columns is not None
 
-    def share(self, images: int) -> slice:
+    def batch_slice(self, images: int) -> slice:
         """The slice of a batch of `images` that this rank trains on."""
         return slice(self.replica * images // self.replicas, (self.replica + 1) * images // self.replicas)
 
@@ -123,7 +123,7 @@ class ProcessMesh:
         if self.size == 1:
             return value
         box: list[Any] = [value]
-        with self.together(what):
+        with self.name_errors(what):
             dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         received: T = box[0]
         return received
@@ -132,35 +132,35 @@ class ProcessMesh:
         """Gather one value from each rank, in rank order."""
         values: list[Any] = [value] * self.size
         if self.size > 1:
-            with self.together("gathering the devices of all ranks"):
+            with self.name_errors("gathering the devices of all ranks"):
                 dist.all_gather_object(values, value)
         return values
 
-    def agreed(self, stop: Callable[[], str | None], reasons: Sequence[str]) -> Callable[[], str | None]:
+    def agree_on_stop(self, stop: Callable[[], str | None], reasons: Sequence[str]) -> Callable[[], str | None]:
         """Wrap `stop` so that all ranks get the same answer at the same call: the reason of any rank that has one."""
         if self.size == 1:
             return stop
 
-        def together() -> str | None:
+        def stop_reason() -> str | None:
             reason = stop()
             code = torch.tensor([0 if reason is None else 1 + reasons.index(reason)])
-            with self.together("agreeing whether to stop"):
+            with self.name_errors("agreeing whether to stop"):
                 dist.all_reduce(code, dist.ReduceOp.MAX)
             return reasons[int(code) - 1] if int(code) else None
 
-        return together
+        return stop_reason
 
-    def total(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    def sum_over_replicas(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Sum an array over all replicas."""
         if self.group is None:
             return values
         sums = torch.from_numpy(np.array(values))
-        with self.together("adding up counts"):
+        with self.name_errors("adding up counts"):
             dist.all_reduce(sums, group=self.group)
         return sums.numpy()
 
     @contextmanager
-    def together(self, operation: str) -> Iterator[None]:
+    def name_errors(self, operation: str) -> Iterator[None]:
         """While inside, turn an error of gloo or NCCL into one that says what happened to which rank.
 
         Raises:
@@ -272,7 +272,7 @@ def arrange_mesh(ranks: ProcessMesh, parallel: Parallel, towers: int, device: to
     replicas, each = mesh_shape(ranks.size, parallel, towers)
     replica, tower = ranks.rank // each, ranks.rank % each
     mesh = np.arange(ranks.size).reshape(replicas, each)
-    with ranks.together("connecting towers and replicas"):
+    with ranks.name_errors("connecting towers and replicas"):
         tower_group = _group(mesh) if each == 2 else None
         data_group = _group(mesh.T) if replicas > 1 else None
     staged = device.type == "cuda" and "nccl" not in str(dist.get_backend_config())

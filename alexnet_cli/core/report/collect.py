@@ -41,7 +41,7 @@ from alexnet_cli.core.evaluation.evaluate import (
 from alexnet_cli.core.files import hash_file
 from alexnet_cli.core.model.model_file import Model, read_model
 from alexnet_cli.core.model.network import network_from_model
-from alexnet_cli.core.parallel.placement import Placement, threads_for_decoding
+from alexnet_cli.core.parallel.placement import Placement, choose_decode_threads
 from alexnet_cli.core.report.history import History, read_history
 from alexnet_cli.core.runs.resolve import is_best, shorten_path
 from alexnet_cli.core.runs.run import Run
@@ -336,7 +336,7 @@ def _compute_evidence(
 def _evaluate(classify: Classify, model: Model, val: Split, output_of: OutputOf, advance: Advance) -> Evaluation:
     """Every image of the split, its center view, as `alexnet evaluate` counts."""
     counts, size = Evaluation.empty(len(model.classes)), min(BATCH, len(val))
-    with Loader(val, size, threads_for_decoding(None)) as loader:
+    with Loader(val, size, choose_decode_threads(None)) as loader:
         batches = loader.batches(all_batches(len(val), size))
         for batch, _, _ in evaluate(classify, batches, counts, output_of):
             counts.check_finite(model.path)

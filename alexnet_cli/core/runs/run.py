@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alexnet_cli.core.devices import train_command
+from alexnet_cli.core.devices import suggest_train_command
 from alexnet_cli.core.files import lock_file, read_file, replace_link, write_text
 from alexnet_cli.core.runs.records import Record, append, count, read_records, table, until
 from alexnet_cli.errors import DataError, StorageError, UsageError, format_error
@@ -210,7 +210,7 @@ def list_runs(typed: str = "") -> str:
 
     names = sorted(p.parent.name for p in runs_root().glob("*/run.json") if p.parent.name != "latest")
     if not names:
-        return f"train one first: {train_command()}"
+        return f"train one first: {suggest_train_command()}"
     near = [name for name in names if name.endswith(f"_{typed}")][-1:] or get_close_matches(typed, names, 1)
     more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
     return f"{f'did you mean {near[0]}? ' if near else ''}there are: {', '.join(names[-5:])}{more}"

@@ -155,7 +155,11 @@ def restore(network: Network, optimizer: PaperSGD, saved: Checkpoint) -> None:
     """
     for name, parameter in parameters_by_name(network):
         for tensor in (torch.from_numpy(saved.model.tensors[name]), saved.velocity.get(name)):
-            if tensor is None or tensor.dim() != parameter.dim() or network.own(name, tensor).shape != parameter.shape:
+            if (
+                tensor is None
+                or tensor.dim() != parameter.dim()
+                or network.slice_own(name, tensor).shape != parameter.shape
+            ):
                 there, here = "missing" if tensor is None else tuple(tensor.shape), tuple(parameter.shape)
                 raise WeightsError(
                     f"{saved.model.path.parent} does not fit this network: {name} is {there}, not {here}",
@@ -163,8 +167,8 @@ def restore(network: Network, optimizer: PaperSGD, saved: Checkpoint) -> None:
                 )
     with torch.no_grad():
         for name, parameter in parameters_by_name(network):
-            parameter.copy_(network.own(name, torch.from_numpy(saved.model.tensors[name])))
-            optimizer.velocity[name].copy_(network.own(name, saved.velocity[name]))
+            parameter.copy_(network.slice_own(name, torch.from_numpy(saved.model.tensors[name])))
+            optimizer.velocity[name].copy_(network.slice_own(name, saved.velocity[name]))
 
 
 def _list_folders(run: Run) -> list[Path]:

@@ -252,8 +252,8 @@ def find_nonfinite_output(trainer: Trainer, batch: Batch) -> str:
     try:
         for first in range(0, len(batch.rows), trainer.micro_batch):
             part = slice(first, first + trainer.micro_batch)
-            network.draw_dropout(trainer.steps_done, ranks.share(trainer.batch_size).start + first)
-            with torch.no_grad(), trainer.placement.arithmetic():
+            network.draw_dropout(trainer.steps_done, ranks.batch_slice(trainer.batch_size).start + first)
+            with torch.no_grad(), trainer.placement.precision_context():
                 network(
                     trainer.augment.training_views(batch.images[part], batch.rows[part], trainer.draws, trainer.epoch)
                 )

@@ -49,7 +49,7 @@ class Transfer:
     def apply(self, network: Network) -> Transfer:
         """Copy the loaded layers into a network. Returns the same without the tensors, to free their memory."""
         for name in _tensors(self.loaded):
-            network.get_parameter(name).copy_(network.own(name, torch.from_numpy(self.model.tensors[name])))
+            network.get_parameter(name).copy_(network.slice_own(name, torch.from_numpy(self.model.tensors[name])))
         return replace(self, model=replace(self.model, tensors={}))
 
     def tensors(self) -> dict[str, list[str]]:

@@ -97,7 +97,7 @@ class TrainingLoop:
             StorageError: a checkpoint cannot be written; the one before is intact.
         """
         trainer, recipe = self.trainer, self.trainer.recipe
-        stop = trainer.placement.ranks.agreed(stop, list(EXIT_CODES))
+        stop = trainer.placement.ranks.agree_on_stop(stop, list(EXIT_CODES))
         metrics = self.restore(resume_from) if resume_from else {}
         self.run.begin(recipe, trainer.steps_done, trainer.epoch)
         yield self._log(self._start_record())
@@ -110,7 +110,7 @@ class TrainingLoop:
         class_counts = count_images(split.labels, len(self.data.classes))
         plateau = diagnostics.LossPlateauCheck.for_training(recipe, class_counts, trainer.total_steps)
         with Loader(split, trainer.rank_images, self.threads, trainer.placement.device) as decoding:
-            loader = cache_decoded(decoding, self.cache, trainer.placement.sharing)
+            loader = cache_decoded(decoding, self.cache, trainer.placement.processes_per_device)
             while reason is None and trainer.epoch <= recipe.epochs and not trainer.schedule.over:
                 for record in self._train_epoch(loader, record_every, save_every, stop, max_steps):
                     reason = record.reason
@@ -201,7 +201,7 @@ class TrainingLoop:
         """Sums over the pending steps of all ranks, up to the first whose loss is not finite, and its error."""
         trainer, recent = self.trainer, RunningMetrics()
         own = [[float(m.loss), float(m.errors), float(m.top5_errors)] for m in pending]
-        totals = trainer.placement.ranks.total(np.array(own))
+        totals = trainer.placement.ranks.sum_over_replicas(np.array(own))
         for step, total in enumerate(totals, trainer.steps_done - len(pending) + 1):
             loss, errors, top5_errors = (float(value) for value in total)
             if not math.isfinite(loss):
@@ -217,12 +217,12 @@ class TrainingLoop:
         ranks = placement.ranks
         classify = TorchClassifier(self.trainer.network, self.trainer.augment, placement)
         counts = Evaluation.empty(len(self.data.classes))
-        plan = [rows[ranks.share(len(rows))] for rows in all_batches(len(split), size * ranks.replicas)]
-        with ranks.together("validating"), Loader(split, size, self.threads, placement.device) as loader:
+        plan = [rows[ranks.batch_slice(len(rows))] for rows in all_batches(len(split), size * ranks.replicas)]
+        with ranks.name_errors("validating"), Loader(split, size, self.threads, placement.device) as loader:
             for _ in evaluate(classify, loader.batches(plan), counts):
                 if stop():
                     return None
-        return counts.sum_over_ranks(ranks.total)
+        return counts.sum_over_ranks(ranks.sum_over_replicas)
 
     def save(self, metrics: dict[str, Any], best: bool) -> Path:
         """Write a checkpoint of this moment. Returns its folder."""
@@ -243,7 +243,7 @@ class TrainingLoop:
         mean_image = torch.from_numpy(np.ascontiguousarray(mean, dtype=np.float32))
         tensors, velocity = trainer.gather_state()
         path = None
-        if trainer.placement.ranks.first:
+        if trainer.placement.ranks.is_main:
             path = checkpoint.save(
                 self.run, trainer.steps_done, tensors, velocity, position, mean_image, text, best, self.keep
             )
@@ -339,8 +339,8 @@ class TrainingLoop:
     def _measure_specialization(self) -> dict[str, float]:
         """How much the towers' first-layer filters differ in color (section 6.1), on the rank that writes the run."""
         ranks, network = self.trainer.placement.ranks, self.trainer.network
-        if not ranks.collects:
+        if not ranks.is_collecting:
             return {}
-        with ranks.together("collecting layer 1"):
-            weight = network.whole("conv1.weight", network.conv1.weight)
+        with ranks.name_errors("collecting layer 1"):
+            weight = network.gather_whole("conv1.weight", network.conv1.weight)
         return {} if weight is None else filters.summarize_epoch(weight.numpy(), self.trainer.recipe.towers)

@@ -127,7 +127,7 @@ class Trainer:
             NonFiniteLoss: the loss is NaN or infinite (on a CPU only; the weights have not changed).
             MissingError: the device cannot hold even one image.
         """
-        with self.placement.ranks.together(f"step {self.steps_done + 1}"):
+        with self.placement.ranks.name_errors(f"step {self.steps_done + 1}"):
             while (metrics := self.compute_gradient(batch)) is None:
                 self._halve_micro_batch(len(batch.rows))
         if self.checks_every_step and not bool(torch.isfinite(metrics.loss)):
@@ -142,7 +142,7 @@ class Trainer:
         Micro-batches change the numbers by rounding only: each image keeps the dropout mask of its place in the whole
         batch, and each loss is weighted by the images it stands for.
         """
-        first_image = self.placement.ranks.share(self.batch_size).start
+        first_image = self.placement.ranks.batch_slice(self.batch_size).start
         sums: list[Tensor] = []
         self.network.zero_grad()
         try:
@@ -152,7 +152,7 @@ class Trainer:
                 with self._all_reduce(last=part.stop >= len(batch.rows)):
                     images = self.augment.training_views(batch.images[part], batch.rows[part], self.draws, self.epoch)
                     self.network.draw_dropout(self.steps_done, first_image + start)
-                    with self.placement.arithmetic():
+                    with self.placement.precision_context():
                         logits = self.forward(images)
                     smoothing = self.recipe.label_smoothing
                     loss = functional.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
@@ -192,11 +192,11 @@ class Trainer:
         ranks = self.placement.ranks
         weights: dict[str, Tensor] = {}
         velocity: dict[str, Tensor] = {}
-        if ranks.collects:
-            with ranks.together("collecting the network"):
+        if ranks.is_collecting:
+            with ranks.name_errors("collecting the network"):
                 for name, parameter in parameters_by_name(self.network):
                     for whole, own in ((weights, parameter), (velocity, self.optimizer.velocity[name])):
-                        if (tensor := self.network.whole(name, own)) is not None:
+                        if (tensor := self.network.gather_whole(name, own)) is not None:
                             whole[name] = tensor
         return weights, velocity
 

@@ -80,7 +80,7 @@ def ablate(
     dataset = open_dataset(find_dataset(data))
     place = placement.place(gpus, base.precision)
     command = ["alexnet", *sys.argv[1:]]
-    study = AblationStudy.open(name, dataset, place, placement.threads_for_decoding(jobs), command)
+    study = AblationStudy.open(name, dataset, place, placement.choose_decode_threads(jobs), command)
     cells = make_cells(base, switches, seeds)
     finished = [cell for cell in cells if study.is_finished(cell)]
     _show_heading(reporter, study, base, off, f"{len(cells)} trainings, {len(finished)} of them finished")

@@ -89,11 +89,11 @@ def benchmark(
     On the same files and with the same workers. All take turns, round after round; medians, slowest and fastest
     rounds, and ratios are shown.
     """
-    from alexnet_cli.core.devices import cores
+    from alexnet_cli.core.devices import count_cores
     from alexnet_plugins.benchmark import stopwatch
 
     reporter = Reporter("benchmark", json=json, quiet=quiet)
-    workers = jobs or cores()
+    workers = jobs or count_cores()
     chosen = list(TOPICS) if topic is Topic.all else [topic]
     for name in chosen:
         machine = stopwatch.describe_hardware(workers)

@@ -67,7 +67,7 @@ class Task:
 
 def compare_parallel(gpus: str | None, batch: int | None, workers: int) -> Generator[Contest]:
     """One in float32, then one in bf16 where the device has it; on the CPU unless `gpus` names several."""
-    count = placement.processes(gpus, None)
+    count = placement.count_processes(gpus, None)
     on_gpus = count > 1
     count = max(2, count)
     batch = -(-(batch or BATCH) // count) * count  # a share that comes out even is exact when scaled
@@ -75,7 +75,11 @@ def compare_parallel(gpus: str | None, batch: int | None, workers: int) -> Gener
     ids = ",".join(map(str, chosen)) if on_gpus else "none"
     task = Task(RECIPE, batch, STEPS_ON_GPU if on_gpus else 1, count, max(1, workers // count), "tower", ids)
     yield from _contest(task, "fp32", workers)
-    if all(gpu.bf16 for gpu in devices.visible_gpus() if gpu.index in chosen) if on_gpus else devices.cpu_bf16():
+    if (
+        all(gpu.has_bf16 for gpu in devices.visible_gpus() if gpu.index in chosen)
+        if on_gpus
+        else devices.has_cpu_bf16()
+    ):
         yield from _contest(task, "bf16", workers)
 
 
@@ -183,7 +187,7 @@ def serve(task: Task, numbered: dict[str, str], pipe: Connection) -> None:
     os.environ.update(numbered)
     recipe = task.recipe
     try:
-        with join_process_group(read_rank_info(), placement.backend(task.gpus)) as ranks:
+        with join_process_group(read_rank_info(), placement.choose_backend(task.gpus)) as ranks:
             placed = placement.place_ranks(ranks, task.gpus, recipe.precision, task.parallel, recipe.towers)
             if placed.device.type == "cpu":
                 torch.set_num_threads(task.threads)
@@ -210,7 +214,7 @@ class RankStep:
         """Of a batch of so many images over all ranks; `steps` steps are a pass."""
         ranks, device = placed.ranks, placed.device
         self.images, self.steps, self.placed = images, steps, placed
-        generator, share = np.random.default_rng(0), ranks.share(images)
+        generator, share = np.random.default_rng(0), ranks.batch_slice(images)
         pictures = generator.integers(0, 256, (images, SIDE, SIDE, 3), np.uint8)[share]
         labels = generator.integers(0, CLASSES, images)[share]
         rows = np.arange(images)[share]

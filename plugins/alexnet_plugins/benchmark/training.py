@@ -88,7 +88,7 @@ class Contestants:
             peers["the same, memory kept as ours"] = partial(self.kept.run, nullcontext)
         if low:
             peers["stock: channels-last, bf16"] = self._apart("stock", "channels-last", bf16=True)
-        peers["limit: ours without normalization"] = partial(self.bound.run, placement.arithmetic)
+        peers["limit: ours without normalization"] = partial(self.bound.run, placement.precision_context)
         peers["torchvision's AlexNet"] = self._apart("torchvision", "channels-last", bf16=low)
         notes = [
             *notes,
@@ -100,7 +100,7 @@ class Contestants:
             peers["ours, fed from shards"] = feed_from_shards(self.ours, dataset, placement, self.stack)
             notes.append(f"fed from shards: {note}")
         return Contest(
-            f"train {placement.precision}", partial(self.ours.run, placement.arithmetic), peers, notes,
+            f"train {placement.precision}", partial(self.ours.run, placement.precision_context), peers, notes,
             operations=count_operations(self.ours.network),
         )  # fmt: skip
 
@@ -121,7 +121,7 @@ def feed_from_shards(learner: Learner, dataset: Dataset, placement: Placement, s
     def run() -> int:
         for batch in loader.batches(plan):
             views = pixels.training_views(batch.images, batch.rows, draws, 1)
-            learner.step(views, batch.labels.to(device, non_blocking=True), placement.arithmetic)
+            learner.step(views, batch.labels.to(device, non_blocking=True), placement.precision_context)
         wait_for_device(conditions.device)
         return count
 

@@ -143,7 +143,7 @@ def train(
     explicit = {key: value for key, value in options.items() if value is not None}
     if tensorboard:
         check_installed()
-    if not print_config and (count := devices.processes(gpus, processes)) > 1:
+    if not print_config and (count := devices.count_processes(gpus, processes)) > 1:
         from alexnet_cli.core.parallel.launch import launch
 
         requested = recipe_io.apply_changes(recipe_io.load_recipe(recipe or "paper"), {**overrides, **explicit})
@@ -151,8 +151,8 @@ def train(
         raise typer.Exit(launch(sys.argv[1:], count))
 
     with ExitStack() as stack:
-        ranks = stack.enter_context(join_process_group(read_rank_info(), devices.backend(gpus)))
-        reporter = Reporter("train", json=json, quiet=quiet, speaks=ranks.first)
+        ranks = stack.enter_context(join_process_group(read_rank_info(), devices.choose_backend(gpus)))
+        reporter = Reporter("train", json=json, quiet=quiet, speaks=ranks.is_main)
 
         # The recipe: that of the run, of the weights or of --recipe, changed by --set and by options.
         resumed = find_run(ranks, resume, name)
@@ -194,7 +194,7 @@ def train(
         )  # fmt: skip
         if transfer:
             transfer = transfer.apply(trainer.network)
-        threads = devices.threads_for_decoding(jobs)
+        threads = devices.choose_decode_threads(jobs)
         loop = TrainingLoop(trainer, dataset, run, threads, cache, saved_options["keep"] or 1, transfer)
         show_heading(reporter, loop)
         if data_note:
@@ -210,5 +210,5 @@ def train(
             reporter, loop, start, max_steps, stop,
             saved_options["save_every"] or sys.maxsize, bool(saved_options["tensorboard"]),
         )  # fmt: skip
-        if ranks.first:
+        if ranks.is_main:
             finish(reporter, loop, reason, stop)

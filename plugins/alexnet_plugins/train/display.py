@@ -71,9 +71,9 @@ def _describe_changes(recipe: Recipe) -> str:
 def _describe_placement(placement: Placement, towers: int) -> str:
     """Which device holds which tower, how many replicas there are, and what else is split."""
     ranks = placement.ranks
-    parts = [f"tower {tower + 1} → {', '.join(placement.of_tower(tower))}" for tower in range(towers)]
+    parts = [f"tower {tower + 1} → {', '.join(placement.tower_devices(tower))}" for tower in range(towers)]
     if ranks.towers is None:
-        parts = [f"{'both towers' if towers == 2 else 'the tower'} → {', '.join(placement.of_tower(0))}"]
+        parts = [f"{'both towers' if towers == 2 else 'the tower'} → {', '.join(placement.tower_devices(0))}"]
     replicas = [f"{ranks.replicas} replicas, each with its share of the images"] if ranks.replicas > 1 else []
     columns = [f"layers 6 to 8 in {ranks.columns.total} columns"] if ranks.columns else []
     return " · ".join(parts + replicas + columns)

@@ -75,9 +75,9 @@ def find_run(ranks: ProcessMesh, resume: str | None, name: str | None) -> Run | 
     from alexnet_cli.core.runs.run import Run
     from alexnet_cli.core.training.resume import find_run_to_resume
 
-    run = find_run_to_resume(resume, name) if ranks.first else None
+    run = find_run_to_resume(resume, name) if ranks.is_main else None
     path = ranks.broadcast(str(run.path) if run else None, "finding the run")
-    return Run(Path(path), writes=ranks.first) if path else None
+    return Run(Path(path), writes=ranks.is_main) if path else None
 
 
 def choose_data(data: str | None, run: Run | None) -> tuple[Path, str]:
@@ -158,8 +158,8 @@ def open_run(
         run.update({"resumed": [*run.about.get("resumed", []), about], **saved_options})
         return run
     origin = {"init_from": transfer.about()} if transfer else {}
-    created = Run.create(name, recipe, about | origin | saved_options) if ranks.first else None
-    return Run(Path(ranks.broadcast(str(created.path) if created else "", "making the run")), writes=ranks.first)
+    created = Run.create(name, recipe, about | origin | saved_options) if ranks.is_main else None
+    return Run(Path(ranks.broadcast(str(created.path) if created else "", "making the run")), writes=ranks.is_main)
 
 
 def _describe_training(placement: Placement, data: Dataset, recipe: Recipe) -> dict[str, Any]:
@@ -172,7 +172,7 @@ def _describe_training(placement: Placement, data: Dataset, recipe: Recipe) -> d
         "versions": versions | {name: version(name) for name in packages},
         "devices": list(placement.names) or [placement.name],
         "precision": placement.precision,
-        "placement": {f"tower {i + 1}": ", ".join(placement.of_tower(i)) for i in range(recipe.towers)},
+        "placement": {f"tower {i + 1}": ", ".join(placement.tower_devices(i)) for i in range(recipe.towers)},
         "replicas": placement.ranks.replicas,
         "data": data.name,
         "data_path": str(data.path.resolve()),
