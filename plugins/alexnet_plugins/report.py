@@ -1,7 +1,8 @@
-"""`alexnet report`: one HTML page about a run, to be opened from disk, printed, or shown to a class."""
+"""`alexnet report`: one HTML page about a run or a network."""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -39,51 +40,51 @@ def report(
 
     reporter = Reporter("report", json=json, quiet=quiet)
     if output is not None and output.suffix.lower() not in (".html", ".htm"):
-        raise UsageError(f"-o {output}: not an .html file", "such as -o report.html")
+        raise UsageError(f"-o {output}: not an .html file", "for example: -o report.html")
     run, path = _resolve_weights(weights)
-    # The run's own page is of its best checkpoint, and no other's is written over it.
-    other = "" if path is None or is_best(path) else f"-{path.resolve().parent.name}"
-    target = output or (run.path if run else Path()) / f"report{other}.html"
+    # report.html is about the best checkpoint; another checkpoint gets a page of its own.
+    suffix = "" if path is None or is_best(path) else f"-{path.resolve().parent.name}"
+    target = output or (run.path if run else Path()) / f"report{suffix}.html"
     page.check_writable(target)
-    network = open_model(path) if path else None
-    there = (
-        describe_weights(path, network.model.info) if path and network else f"none yet in {run.path if run else path}"
-    )
-    reporter.line("weights", there)
+    opened = open_model(path) if path else None
+    if path and opened:
+        reporter.line("weights", describe_weights(path, opened.model.info))
+    elif run:
+        reporter.line("weights", f"none yet in {run.path}")
     dataset = find_run_data(run, data)
     reporter.line("data", str(shorten_path(dataset.path)) if isinstance(dataset, Dataset) else dataset)
     with reporter.progress("report", total=None) as progress:
-        found = collect_report(run, network, dataset, place(None, "fp32") if path else None, progress.advance)
-    if found.evidence.unsaved:
-        reporter.line("note", f"what was computed is on the page alone: {found.evidence.unsaved}")
-    sections = page.write_page(found, target)
+        collected = collect_report(run, opened, dataset, place(None, "fp32") if path else None, progress.advance)
+    measured = collected.measurements
+    if measured.unsaved:
+        reporter.line("note", f"the computed results are only on the page: {measured.unsaved}")
+    sections = page.write_page(collected, target)
     size = target.stat().st_size
     reporter.result({
         "path": str(target), "bytes": size, "weights": str(path) if path else None, "charts": can_draw(),
         "data": str(dataset.path) if isinstance(dataset, Dataset) else None,
-        "top1_error": found.evidence.totals[0]["top1_error"] if found.evidence.totals else None,
+        "top1_error": measured.totals["top1_error"] if measured.totals else None,
         "sections": [{"id": s.id, "title": s.title, "note": s.note or None} for s in sections],
     })  # fmt: skip
     if not can_draw():
-        reporter.warn("the page has tables in the place of curves: no plotting library is installed", INSTALL_HINT)
+        reporter.warn("the page has tables instead of curves: no plotting library is installed", INSTALL_HINT)
     reporter.line("saved", f"{target} · {size / 1e6:.1f} MB, {len(sections)} sections: open it in a browser")
-    failed = found.evidence.failed
-    if failed and (data or "data_path" in found.about):  # not for a set that was merely lying about
-        raise PartialError(f"{target} is not complete: {failed}", "it says what is missing; --data D names another set")
+    if measured.failed and (data or "data_path" in collected.about):  # not for a data set that nobody named
+        raise PartialError(
+            f"{target} is not complete: {measured.failed}", "the page says what is missing; --data D uses another set"
+        )
 
 
 def _resolve_weights(spec: str | None) -> tuple[Run | None, Path | None]:
-    """What -w means: a run, with its best weights if it has any, or weights alone."""
+    """The run that -w names and its best weights; None for the weights of a run without any, or a file of no run."""
     from alexnet_cli.core.runs.resolve import find_run_folder, find_weights
     from alexnet_cli.core.runs.run import Run
 
     try:
         path = find_weights(spec)
     except WeightsError:
-        try:
+        with suppress(UsageError):
             return Run.open(spec or "latest"), None
-        except UsageError:
-            pass
         raise
-    run = find_run_folder(path)
-    return (Run(run) if run else None), path
+    folder = find_run_folder(path)
+    return (Run(folder) if folder else None), path

@@ -120,8 +120,9 @@ def test_a_screen_reader_hears_the_names(page: Page, pages: dict[str, Path]) -> 
     page.goto(pages["full"].as_uri())
     assert page.get_by_role("navigation", name="Contents").get_by_role("link").count() == 9
     assert page.get_by_role("main").count() == 1
-    assert page.get_by_role("img", name="Loss over the epochs: training from 2 to 0.333").count() == 1
+    assert page.get_by_role("img", name="Loss over the epochs").count() == 1
     assert page.get_by_role("table", name="The most frequent mistakes").get_by_role("rowheader").count() > 0
+    assert page.get_by_text("Loss: training falls from 2 to 0.333;").count() == 1
     assert page.title() == "AlexNet, run full"
 
 
@@ -134,7 +135,7 @@ def test_it_prints_whole_figures_and_no_navigation(page: Page, pages: dict[str, 
     cut = "[...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > innerWidth).map(e => e.innerText)"
     assert page.evaluate(cut) == []
     assert page.evaluate("document.documentElement.scrollWidth") == 680
-    assert page.get_by_text("Loss in nats, errors in %").is_visible(), "what is folded is printed"
-    assert not page.get_by_text("Values of the recipe that are the paper's").is_visible(), "but for what is as ever"
+    assert page.get_by_text("Loss (nats per image) and error").is_visible(), "what is folded is printed"
+    assert not page.get_by_text("Settings with the paper's value").is_visible(), "but for what is as ever"
     content = page.pdf(path=str(tmp_path / "report.pdf"), format="A4")
     assert content.startswith(b"%PDF")

@@ -22,7 +22,7 @@ from alexnet_cli.core.evaluation.results import summarize
 from alexnet_cli.core.model import model_file
 from alexnet_cli.core.model.model_file import Model
 from alexnet_cli.core.report import page as report_page
-from alexnet_cli.core.report.collect import Evidence, OpenedModel, collect_report
+from alexnet_cli.core.report.collect import Measurements, OpenedModel, collect_report
 from alexnet_cli.core.report.history import History, read_history
 from alexnet_cli.core.runs.run import Run
 from alexnet_cli.errors import DataError, PartialError, UsageError, WeightsError
@@ -67,7 +67,7 @@ def test_the_page_says_what_the_files_say(shown: Run) -> None:
     page = Page(shown.path / "report.html")
     with (shown.path / "metrics.csv").open(newline="") as file:
         epochs = list(csv.DictReader(file))
-    heads, *rows = page.tables["Loss in nats, errors in % of the pictures, at the end of each epoch"]
+    heads, *rows = page.tables["Loss (nats per image) and error (% of images) of each epoch"]
     assert heads[:6] == [
         "Epoch", "Training loss", "Validation loss", "Training top-1", "Validation top-1", "Validation top-5"
     ]  # fmt: skip
@@ -81,12 +81,12 @@ def test_the_page_says_what_the_files_say(shown: Run) -> None:
         assert float(row[6]) == pytest.approx(float(epoch["lr"]))
     assert [row[0] for row in rows if row[-1]] == ["2", "4"]
     said = json.loads((shown.path / "eval" / "val-1.json").read_text())
-    (row,) = page.tables["Errors, each with its 95 % interval"][1:]
+    (row,) = page.tables["Errors with their 95 % intervals"][1:]
     low, high = said["top1_error_interval"]
     assert row[1:3] == ["12", f"{said['top1_error']:.1%} ({low:.1%} to {high:.1%})"]
     with (shown.path / "eval" / "val-1_confusion.csv").open(newline="", encoding="utf-8") as file:
         matrix = [row[1:] for row in list(csv.reader(file))[1:]]
-    caption = "Confusion matrix: rows are true classes, columns what the network saw, in pictures"
+    caption = "Confusion matrix in images: rows are true classes, columns predicted classes"
     assert [row[1:] for row in page.tables[caption][1:]] == matrix
     assert f"Top-1 error {said['top1_error']:.1%} (guessing: 83.3%; " in page.all_text
     assert ("This is no better than guessing" in page.all_text) == (high >= 5 / 6)
@@ -94,28 +94,28 @@ def test_the_page_says_what_the_files_say(shown: Run) -> None:
 
 def test_the_recipe_stands_beside_the_papers(shown: Run) -> None:
     page = Page(shown.path / "report.html")
-    differ = {row[0].split()[0]: row[1:3] for row in page.tables["Where the recipe differs from the paper's text"][1:]}
+    differ = {row[0].split()[0]: row[1:3] for row in page.tables["Settings that differ from the paper"][1:]}
     assert differ == {
         "width": ["0.03125", "1"], "epochs": ["6", "90"], "schedule": ["fixed", "plateau"],
         "drop_epochs": ["[2, 4]", "none"], "batch_size": ["8", "128"],
     }  # fmt: skip
-    same = page.tables["Values of the recipe that are the paper's"][1:]
+    same = page.tables["Settings with the paper's value"][1:]
     assert len(differ) + len(same) == len(PAPER.__dataclass_fields__) - 1  # all but the name
 
 
 def test_the_network_adds_up(shown: Run) -> None:
     """The drawing and the table are of the weights that are there."""
     page, tensors = Page(shown.path / "report.html"), read(shown).tensors
-    heads, *rows = page.tables["The layers with weights, and what follows each"]
-    assert heads == ["Layer", "Kernel", "Sees", "Maps or units", "Size", "Then", "Parameters"]
+    heads, *rows = page.tables["Layers with weights, and the steps after each"]
+    assert heads == ["Layer", "Kernel", "Inputs", "Maps or units", "Map size", "Then", "Parameters"]
     for name, *_, count in rows[1:-1]:
         assert int(count.replace(",", "")) == tensors[f"{name}.weight"].size + tensors[f"{name}.bias"].size
     total = sum(value.size for name, value in tensors.items() if name != "mean")
-    assert rows[-1] == ["All", "", "", "", "", "", f"{total:,}"]
-    assert rows[3] == ["conv3", "3×3", "8 of both towers", "6 + 6", "13×13", "ReLU", "876"]
+    assert rows[-1] == ["Total", "", "", "", "", "", f"{total:,}"]
+    assert rows[3] == ["conv3", "3×3", "8, both towers", "6 + 6", "13×13", "ReLU", "876"]
     drawn = [image["alt"] or "" for image in page.images if (image["alt"] or "").startswith("The network")]
     assert [alt.partition("; ")[2] for alt in drawn] == [
-        "each layer sees its own tower, but conv3, fc6, fc7 and fc8 both."
+        "each layer reads its own tower, but conv3, fc6, fc7 and fc8 read both."
     ]
 
 
@@ -126,7 +126,7 @@ def test_names_of_classes_stay_text(shown: Run) -> None:
         assert (image["src"] or "").startswith("data:image/")
         assert image["alt"]
         assert "onerror" not in image
-    caption = "Confusion matrix: rows are true classes, columns what the network saw, in pictures"
+    caption = "Confusion matrix in images: rows are true classes, columns predicted classes"
     names = [row[0] for row in page.tables[caption][1:]]
     assert sorted(names) == sorted(name.replace("‮", "?") for name in NAMES)
     assert HOSTILE[0] in page.all_text
@@ -149,14 +149,14 @@ def test_it_has_every_section_and_a_table_of_contents(shown: Run) -> None:
         "speed",
         "origin",
     } <= page.ids
-    assert "Not here" not in page.all_text
-    assert "Of all 12 validation pictures, those" in page.all_text
-    assert sum((image["alt"] or "").startswith("Training picture of") for image in page.images) == 30
-    recognized = [image for image in page.images if "recognized" in (image["alt"] or "")]
-    mistaken = [image for image in page.images if "taken for" in (image["alt"] or "") and "width" in image]
+    assert "Missing:" not in page.all_text
+    assert "predictions among all 12 validation images, each" in page.all_text
+    assert sum((image["alt"] or "").startswith("Training image of") for image in page.images) == 30
+    correct = [image for image in page.images if "predicted correctly" in (image["alt"] or "")]
+    wrong = [image for image in page.images if "predicted as" in (image["alt"] or "")]
     said = json.loads((shown.path / "eval" / "val-1.json").read_text())
-    assert len(recognized) == min(8, round(12 * said["top1_accuracy"]))
-    assert len(mistaken) >= min(8, round(12 * said["top1_error"]))
+    assert len(correct) == min(8, round(12 * said["top1_accuracy"]))
+    assert len(wrong) == min(8, round(12 * said["top1_error"]))
 
 
 def test_the_same_run_gives_the_same_bytes(shown: Run, copy: Run, tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_what_is_there_is_used_if_it_is_of_these_weights(copy: Run) -> None:
         file.write_text(json.dumps(said | {"loss": 4.321, "weights_sha256": sha}))
         told(report("-w", str(copy.path), "--json", "-q"))
         page = Page(copy.path / "report.html")
-        assert page.tables["Errors, each with its 95 % interval"][1][-1] == loss
+        assert page.tables["Errors with their 95 % intervals"][1][-1] == loss
     assert index.stat().st_mtime_ns == made
     file.write_text("{")
     assert told(report("-w", str(copy.path), "--json", "-q"))["top1_error"] == said["top1_error"]
@@ -207,7 +207,7 @@ def test_drops_are_marked_after_the_epochs_that_the_schedule_has(prepared: Path,
     history = read_history(run.records(), recipe)
     assert history.drops == (1, 3)
     drawn = draw_charts(history)["loss"]
-    assert drawn.alt.endswith("Rate drops after epoch 1, 3.")
+    assert drawn.caption.endswith("the learning rate drops after epoch 1, 3.")
     lines = re.findall(
         r'd="M ([\d.]+) [\d.]+ *\nL ([\d.]+) [\d.]+ *\n" clip-path="[^"]*" style="[^"]*#555555', drawn.svg
     )
@@ -221,7 +221,7 @@ def test_time_and_speed_are_those_of_the_steps(shown: Run) -> None:
     history: History = read_history(shown.records(), RECIPE)
     assert history.seconds == pytest.approx(6 * 20 * 8 / 40)
     assert history.speed == 40
-    assert "24 s, validation and pauses not counted" in Page(shown.path / "report.html").all_text
+    assert "24 s, without validation and pauses" in Page(shown.path / "report.html").all_text
     broken: list[dict[str, Any]] = [
         {},
         {"event": "validation"},
@@ -248,9 +248,7 @@ def test_a_run_whose_data_are_gone(copy: Run, data: Dataset) -> None:
     shutil.rmtree(copy.path / "eval")
     copy.update({"data_path": "/nowhere/at/all"})
     notes = {s["id"]: s["note"] for s in told(report("-w", str(copy.path), "--json", "-q"))["sections"]}
-    assert notes["results"].startswith(
-        f"Not here: the data set {data.name} cannot be opened: /nowhere/at/all is not a "
-    )
+    assert notes["results"].startswith(f"Missing: the data set {data.name} cannot be opened: /nowhere/at/all is not a ")
     assert {notes["results"]} == {notes["examples"], notes["neighbors"]}.union({notes["results"]})
     assert notes["filters"] is notes["curves"] is None
     assert told(report("-w", str(copy.path), "--json", "-q", "--data", str(data.path)))["top1_error"] is not None
@@ -259,7 +257,7 @@ def test_a_run_whose_data_are_gone(copy: Run, data: Dataset) -> None:
 def test_other_data_than_the_runs_are_said(copy: Run, prepared: Path) -> None:
     copy.update({"data_path": str(prepared)})
     notes = {s["id"]: s["note"] for s in told(report("-w", str(copy.path), "--json", "-q"))["sections"]}
-    assert "not the one that the run was trained on" in notes["results"]
+    assert "the run was trained on another data set than" in notes["results"]
     result = report("-w", str(copy.path), "--data", str(prepared))
     assert isinstance(result.exception, PartialError)
     assert "unknown to the network" in Page(copy.path / "report.html").all_text
@@ -273,7 +271,7 @@ def test_a_page_names_the_data_that_it_measured_on(copy: Run, data: Dataset, tmp
     index = (copy.path / "neighbors" / "index.json").read_bytes()
     assert told(report("-w", str(copy.path), "--data", str(other), "--json", "-q"))["data"] == str(other)
     text = Page(copy.path / "report.html").all_text
-    assert "on the 12 validation pictures of other, center view" in text
+    assert "on the 12 validation images of other, center view" in text
     assert f"Data set{data.name}" in text
     assert "Measured onother" in text
     assert (copy.path / "neighbors" / "index.json").read_bytes() == index, "it is that of the run's own data"
@@ -298,8 +296,8 @@ def test_it_says_what_to_type_to_make_the_run_again(copy: Run, tmp_path: Path) -
     ):
         copy.update({"data_path": path, "command": words, "resumed": [{"command": then}]})
         report_page.write_page(collect_report(copy, None, "none"), tmp_path / "page.html")
-        rows = Page(tmp_path / "page.html").tables["What is needed to make it again"]
-        assert rows[1:3] == [["Command", shown], ["And then", "alexnet train --resume 'my run'"]]
+        rows = Page(tmp_path / "page.html").tables["Command, data and versions"]
+        assert rows[1:3] == [["Command", shown], ["Then", "alexnet train --resume 'my run'"]]
 
 
 def test_a_damaged_picture_spares_the_rest(copy: Run, data: Dataset, tmp_path: Path) -> None:
@@ -332,9 +330,9 @@ def test_a_network_that_broke_down_has_what_can_be_said(
     result = report("-w", str(copy.path), "--json", "-q")
     assert isinstance(result.exception, PartialError), result.exception
     sections = {s["id"]: s["note"] for s in json.loads(result.stdout)["sections"]}
-    of_pictures = {"filters", "results", "examples", "neighbors"}
-    assert {name for name in of_pictures if sections[name]} == absent
-    assert ("no number" if factor != factor else "too large to compare") in sections["neighbors"]
+    image_sections = {"filters", "results", "examples", "neighbors"}
+    assert {name for name in image_sections if sections[name]} == absent
+    assert ("output is NaN" if factor != factor else "too large to compare") in sections["neighbors"]
 
 
 @pytest.mark.parametrize("status", ["running", "failed", "interrupted"])
@@ -346,7 +344,11 @@ def test_a_run_before_its_first_checkpoint(tmp_path: Path, data: Dataset, status
     assert notes["curves"] == "No step has been recorded yet."
     assert notes["filters"] == "The run has no checkpoint yet."
     assert notes["network"] is None, "its recipe says what it is, its data how many classes"
-    said = {"running": "under way", "failed": "This run failed", "interrupted": "alexnet train --resume"}
+    said = {
+        "running": "still training",
+        "failed": "This run failed",
+        "interrupted": "Continue it with: alexnet train --resume",
+    }
     assert said[status] in Page(run.path / "report.html").all_text
 
 
@@ -359,10 +361,10 @@ def test_an_imported_network_has_no_training_to_tell_of(
     found = told(report("-w", "caffe", "--json", "-q"))
     sections = ["network", "recipe", "filters", "results", "examples", "neighbors", "origin"]
     assert [s["id"] for s in found["sections"]] == sections
-    assert "no prepared data set under prepared; alexnet report --data D names one" in found["sections"][3]["note"]
+    assert "no prepared data set under prepared; name one with alexnet report --data D" in found["sections"][3]["note"]
     page = Page(Path("runs/caffe/report.html"))
     assert "x.caffemodel" in page.all_text
-    assert [image["alt"] for image in page.images if "kernels of tower" in (image["alt"] or "")]
+    assert [image["alt"] for image in page.images if "filters of tower" in (image["alt"] or "")]
 
 
 def test_a_data_set_that_merely_lies_about_is_no_failure(
@@ -395,8 +397,8 @@ def page_of(path: Path, classes: Sequence[ClassName], confusion: Sequence[Sequen
     model = replace(random_model(replace(PAPER, width=1 / 32), len(classes)), classes=tuple(classes))
     counts = Evaluation(np.array(confusion, np.int64), np.array(confusion, np.int64).sum(axis=1))
     found = collect_report(None, OpenedModel(model, ""), "none")
-    evidence = Evidence((summarize(counts, 1, "torch"),), counts, missing=found.evidence.missing)
-    report_page.write_page(replace(found, evidence=evidence), path)
+    measurements = Measurements(((summarize(counts, 1, "torch"), counts),), missing=found.measurements.missing)
+    report_page.write_page(replace(found, measurements=measurements), path)
     return Page(path)
 
 
@@ -404,13 +406,13 @@ def page_of(path: Path, classes: Sequence[ClassName], confusion: Sequence[Sequen
 def test_classes_of_one_name_are_told_apart(tmp_path: Path) -> None:
     classes = [ClassName("crane", "n1"), ClassName("crane", "n2"), ClassName("dog", "n3")]
     page = page_of(tmp_path / "page.html", classes, [[5, 0, 3], [2, 5, 0], [0, 1, 9]])
-    assert page.tables["All classes, those recognized best first"] == [  # once, and of three no top-5
-        ["Class", "Pictures", "Right", "Most often taken for"],
+    assert page.tables["All classes, lowest error first"] == [  # once, and of three no top-5
+        ["Class", "Images", "Correct", "Most often predicted as"],
         ["dog", "10", "90.0%", "crane (n2), once"],
         ["crane (n2)", "7", "71.4%", "crane (n1), 2 times"],
         ["crane (n1)", "8", "62.5%", "dog, 3 times"],
     ]
-    assert page.tables["Errors, each with its 95 % interval"][0][-2:] == ["Top-1 error", "Loss"]
+    assert page.tables["Errors with their 95 % intervals"][0][-2:] == ["Top-1 error", "Loss"]
     assert page.tables["The most frequent mistakes"][2] == ["crane (n2)", "crane (n1)", "2"]
 
 
@@ -419,8 +421,8 @@ def test_a_class_that_is_never_right_is_not_among_the_best(tmp_path: Path) -> No
     shifted = np.roll(np.eye(24, dtype=int), 1, axis=1)
     shifted[:2] = np.eye(24, dtype=int)[:2]
     page = page_of(tmp_path / "page.html", [ClassName(f"class {i}") for i in range(24)], shifted.tolist())
-    assert [row[0] for row in page.tables["Classes that are recognized best"][1:]] == ["class 0", "class 1"]
-    assert len(page.tables["Classes that are recognized worst"]) == 11
+    assert [row[0] for row in page.tables["Classes with the lowest error"][1:]] == ["class 0", "class 1"]
+    assert len(page.tables["Classes with the highest error"]) == 11
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -436,15 +438,15 @@ def test_the_epoch_of_a_run_that_was_interrupted_in_it(tmp_path: Path, data: Dat
 @pytest.mark.usefixtures("undrawn")
 def test_one_class_is_not_both_the_best_and_the_worst(tmp_path: Path) -> None:
     page = page_of(tmp_path / "page.html", [ClassName("a"), ClassName("b")], [[3, 1], [0, 0]])
-    assert page.tables["The only class that has pictures"][1:] == [["a", "4", "75.0%", "b, once"]]
-    assert not [caption for caption in page.tables if "recognized" in caption]
+    assert page.tables["The only class with images"][1:] == [["a", "4", "75.0%", "b, once"]]
+    assert not [caption for caption in page.tables if "est error" in caption]
 
 
 @pytest.mark.usefixtures("undrawn")
 def test_names_are_shown_as_far_as_they_can_be(tmp_path: Path) -> None:
     names = ["\u6771\u3000\u4eac\u00a0", "\U0001f469\u200d\U0001f52c", "a\u202eb\u2067c", "\x07\ud800\x85"]
     page = page_of(tmp_path / "page.html", [ClassName(name) for name in names], np.eye(4, dtype=int).tolist())
-    caption = "Confusion matrix: rows are true classes, columns what the network saw, in pictures"
+    caption = "Confusion matrix in images: rows are true classes, columns predicted classes"
     assert [row[0] for row in page.tables[caption][1:]] == [*names[:2], "a?b?c", "???"]
 
 
@@ -455,14 +457,16 @@ def test_a_thousand_classes_stay_readable_and_small(tmp_path: Path) -> None:
     counts = Evaluation(np.diag(np.full(1000, 30)), np.full(1000, 45))
     np.add.at(counts.confusion, tuple(generator.integers(0, 1000, (2, 20_000))), 1)
     found = collect_report(None, OpenedModel(model, ""), "none")
-    page = replace(found, evidence=Evidence((summarize(counts, 1, "torch"),), counts, missing=found.evidence.missing))
+    page = replace(
+        found, measurements=Measurements(((summarize(counts, 1, "torch"), counts),), missing=found.measurements.missing)
+    )
     report_page.write_page(page, tmp_path / "page.html")
     assert (tmp_path / "page.html").stat().st_size < 2e6
     read = Page(tmp_path / "page.html")
     true, seen, times = read.tables["The most frequent mistakes"][1]
     wrong = counts.confusion - np.diag(np.diag(counts.confusion))
     assert int(times) == wrong.max() == wrong[int(true.split()[1]), int(seen.split()[1])]
-    assert len(read.tables["Classes that are recognized best"]) == 11
-    assert len(read.tables["Classes that are recognized worst"]) == 11
+    assert len(read.tables["Classes with the lowest error"]) == 11
+    assert len(read.tables["Classes with the highest error"]) == 11
     picture = next(image for image in read.images if "Confusion matrix of 1000" in (image["alt"] or ""))
     assert base64.b64decode((picture["src"] or "").partition(",")[2])[:4] == b"\x89PNG"

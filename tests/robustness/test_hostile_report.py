@@ -144,10 +144,10 @@ def test_a_run_that_cannot_be_written_to(copy: Run, tmp_path: Path, monkeypatch:
     monkeypatch.setattr("os.access", lambda *_: False)  # who runs the tests may be allowed everything
     result = report("-w", str(copy.path), "-o", str(tmp_path / "elsewhere" / "page.html"))
     assert result.exit_code == 0
-    assert f"note    what was computed is on the page alone: {copy.path} cannot be written to\n" in result.stderr
+    assert f"note    the computed results are only on the page: {copy.path} cannot be written to\n" in result.stderr
     page = Page(tmp_path / "elsewhere" / "page.html")
-    assert "Not here" not in page.all_text
-    assert sum((image["alt"] or "").startswith("Training picture of") for image in page.images) == 30
+    assert "Missing:" not in page.all_text
+    assert sum((image["alt"] or "").startswith("Training image of") for image in page.images) == 30
     assert sorted(copy.path.rglob("*")) == before
 
 
@@ -156,7 +156,7 @@ def test_a_disk_that_is_full_spares_the_page(copy: Run, tmp_path: Path) -> None:
     (copy.path / "eval").write_text("in the way")
     result = report("-w", str(copy.path), "-o", str(tmp_path / "page.html"))
     assert result.exit_code == 0
-    assert result.stderr.count(f"what was computed is on the page alone: cannot write to {copy.path / 'eval'}") == 1
+    assert result.stderr.count(f"the computed results are only on the page: cannot write to {copy.path / 'eval'}") == 1
 
 
 def test_where_the_page_goes_is_looked_at_first(copy: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,7 +204,7 @@ def test_a_checkpoint_that_is_dropped_after_it_was_read(
 ) -> None:
     path, move = moving
     expected = hash_file(path)
-    monkeypatch.setattr(collect, "read", lambda real: (model_file.read_model(real), move())[0])
+    monkeypatch.setattr(collect, "read_model", lambda real: (model_file.read_model(real), move())[0])
     found = told(report("-w", str(path.parents[2]), "--json", "-q"))
     assert found["path"] == str(path.parents[2] / "report.html")
     assert [s["note"] for s in found["sections"] if s["id"] in collect.PARTS] == [None] * 3
@@ -220,7 +220,7 @@ def test_a_checkpoint_that_is_dropped_before_it_is_read(
         move()
         return model_file.read_model(real)
 
-    monkeypatch.setattr(collect, "read", read)
+    monkeypatch.setattr(collect, "read_model", read)
     assert collect.open_model(path).sha256 == hash_file(path)
     shutil.rmtree(path.parent.resolve())
     with pytest.raises(WeightsError, match="does not exist"):

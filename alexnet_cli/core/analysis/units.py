@@ -55,6 +55,11 @@ def read_images(split: Split, rows: Sequence[int]) -> Generator[ImageArray]:
             yield image
 
 
+def spread_rows(rows: int, count: int) -> Rows:
+    """At most `count` of 0..rows-1, spread evenly, the first and the last included."""
+    return np.linspace(0, rows - 1, min(count, rows)).round().astype(np.int64)
+
+
 def read_images_by_row(split: Split, rows: Rows) -> dict[int, ImageArray]:
     """The same images by row, each decoded once."""
     distinct = np.unique(rows).tolist()

@@ -1,6 +1,6 @@
-"""The drawings of a report as SVG, each with the text that says the same: curves, and the network. No torch.
+"""Charts of the report as SVG: curves of a training, and the network. No torch.
 
-Drawing needs matplotlib, the extra `charts`, which is imported in functions only.
+Drawing needs matplotlib (the extra `charts`), which only functions import.
 """
 
 from __future__ import annotations
@@ -21,17 +21,18 @@ if TYPE_CHECKING:
 
 INSTALL_HINT = "pip install 'alexnet-cli[charts]'"
 CHANCE = 2 / 3  # color share of independent random weights
-FEW_POINTS = 30  # that can be marked without covering their line
+FEW_POINTS = 30  # with at most this many points, a curve has markers
 STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",  # letters stay text: small, sharp, and in the font of the page
-    "svg.hashsalt": "alexnet",  # else every drawing would have other names inside
+    "svg.fonttype": "none",  # text stays text: smaller and sharper
+    "svg.hashsalt": "alexnet",  # the same ids in every drawing
     "font.family": "sans-serif",
     "axes.spines.top": False,
     "axes.spines.right": False,
     "legend.frameon": False,
 }
 INKS = ("#0b5394", "#b45f06", "#38761d")  # each at least 4.5 : 1 on white
-LINES = ("solid", "dashed", "dashdot")  # for those who do not tell them apart
+DROP_COLOR = "#555555"
+LINES = ("solid", "dashed", "dashdot")  # for readers who cannot tell the colors apart
 
 
 def can_draw() -> bool:
@@ -40,7 +41,7 @@ def can_draw() -> bool:
 
 
 class Chart(NamedTuple):
-    """A drawing, what it says for those who do not see it, and its caption."""
+    """A drawing, its text alternative, and the caption that says what it shows."""
 
     svg: str
     alt: str
@@ -48,43 +49,39 @@ class Chart(NamedTuple):
 
 
 class Line(NamedTuple):
-    """A curve with its name, and whether its values are marked one by one."""
+    """A curve with its name."""
 
     name: str
     points: Curve
-    marked: bool = True
-    constant: bool = False
-    """Whether each value holds since the one before it, as the rate of a schedule does."""
+    has_markers: bool = True
+    is_stepped: bool = False
+    """Whether a value holds since the point before, as a scheduled learning rate does."""
 
 
 def draw_charts(history: History, few_classes: bool = False) -> dict[str, Chart]:
-    """`loss`, `errors`, `rate` and `towers`, as far as there is something to draw; of few classes no top-5 error."""
-    top5 = [] if few_classes else [Line("top-5, validation", history.epoch_curve("top5_error"))]
+    """Draw `loss`, `errors`, `rate` and `towers`, if they have data. With few classes the top-5 error is left out."""
+    errors = [
+        Line("top-1, training", history.step_curve("top1_error"), has_markers=False),
+        Line("top-1, validation", history.epoch_curve("top1_error")),
+    ]
+    if not few_classes:
+        errors.append(Line("top-5, validation", history.epoch_curve("top5_error")))
+    loss = [
+        Line("training", history.step_curve("loss"), has_markers=False),
+        Line("validation", history.epoch_curve("loss")),
+    ]
+    rate = [Line("learning rate", history.rate_curve(), has_markers=False, is_stepped=bool(history.drops))]
+    towers = [
+        Line("AUC", history.epoch_curve("specialization")),
+        Line("color share, tower 1", history.epoch_curve("chroma_tower1")),
+        Line("color share, tower 2", history.epoch_curve("chroma_tower2")),
+    ]
     drawn = {
-        "loss": _draw_curves(
-            "Loss", "nats a picture", history,
-            [Line("training", history.step_curve("loss"), False), Line("validation", history.epoch_curve("loss"))],
-        ),
-        "errors": _draw_curves(
-            "Error", "% of the pictures", history,
-            [
-                Line("top-1, training", history.step_curve("top1_error"), False),
-                Line("top-1, validation", history.epoch_curve("top1_error")), *top5,
-            ], percent=True,
-        ),
-        "rate": _draw_curves(
-            "Learning rate", "rate", history,
-            [Line("rate", history.rate_curve(), False, bool(history.drops))], log=True,
-        ),
-        "towers": _draw_curves(
-            "Specialization", "share, and area under the curve", history,
-            [
-                Line("told apart by color (AUC)", history.epoch_curve("specialization")),
-                Line("color share, tower 1", history.epoch_curve("chroma_tower1")),
-                Line("color share, tower 2", history.epoch_curve("chroma_tower2")),
-            ], level=(CHANCE, "color share of noise"),
-        ),
-    }  # fmt: skip
+        "loss": _draw_curves("Loss", "nats per image", history, loss),
+        "errors": _draw_curves("Error", "% of images", history, errors, is_percent=True),
+        "rate": _draw_curves("Learning rate", "learning rate", history, rate, is_log=True),
+        "towers": _draw_curves("Specialization of the towers", "AUC, color share", history, towers, has_noise=True),
+    }
     return {name: chart for name, chart in drawn.items() if chart}
 
 
@@ -93,59 +90,68 @@ def _draw_curves(
     unit: str,
     history: History,
     lines: Sequence[Line],
-    percent: bool = False,
-    log: bool = False,
-    level: tuple[float, str] | None = None,
+    *,
+    is_percent: bool = False,
+    is_log: bool = False,
+    has_noise: bool = False,
 ) -> Chart | None:
-    """The lines over the epochs, the drops of the rate marked; None where there is nothing to draw, as of one rate."""
-    told = [(line, look) for line, look in zip(lines, zip(INKS, LINES, strict=True), strict=False) if line.points]
-    if not told or (log and max(len(line.points) for line, _ in told) == 1):
+    """The lines over the epochs, with the drops of the learning rate; None if there is nothing to draw.
+
+    `has_noise` marks the color share of noise.
+    """
+    shown = [line for line in lines if line.points]
+    if not shown or (is_log and max(len(line.points) for line in shown) == 1):
         return None
-    factor = 100 if percent else 1
+    factor = 100 if is_percent else 1
 
     def draw(axes: Axes) -> None:
         from matplotlib.ticker import MaxNLocator
 
-        for line, (ink, style) in told:
-            marker = "o" if len(line.points) == 1 or (line.marked and len(line.points) <= FEW_POINTS) else None
-            steps = "steps-pre" if line.constant else "default"
-            places, values = [at for at, _ in line.points], [factor * value for _, value in line.points]
-            axes.plot(places, values, color=ink, linestyle=style, marker=marker, ms=4, ds=steps, label=line.name)
+        for line, color, style in zip(lines, INKS, LINES, strict=False):
+            if not line.points:
+                continue
+            has_markers = len(line.points) == 1 or (line.has_markers and len(line.points) <= FEW_POINTS)
+            epochs, values = [epoch for epoch, _ in line.points], [factor * value for _, value in line.points]
+            axes.plot(
+                epochs, values, color=color, linestyle=style, marker="o" if has_markers else None, ms=4,
+                ds="steps-pre" if line.is_stepped else "default", label=line.name,
+            )  # fmt: skip
         for number, drop in enumerate(history.drops):
-            axes.axvline(drop, color="#555555", linestyle="dotted", label=None if number else "rate drops")
-        if level:
-            axes.axhline(level[0], color="#555555", linewidth=0.8, label=level[1])
-        if log and min(value for line, _ in told for _, value in line.points) > 0:
+            axes.axvline(drop, color=DROP_COLOR, linestyle="dotted", label=None if number else "learning rate drops")
+        if has_noise:
+            axes.axhline(CHANCE, color=DROP_COLOR, linewidth=0.8, label="color share of noise")
+        if is_log and min(value for line in shown for _, value in line.points) > 0:
             axes.set_yscale("log")
-        elif not level:
+        elif not has_noise:
             axes.set_ylim(bottom=0)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("epochs")
         axes.set_ylabel(unit)
-        if len(told) > 1 or history.drops:
+        if len(shown) > 1 or history.drops:
             axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.46, -0.17), ncols=2)
 
-    words = "; ".join(_describe_line(line, factor, "%" if percent else "") for line, _ in told)
-    drops = ", ".join(str(drop) for drop in history.drops)
-    caption = f"{title} over the epochs" + (f"; the rate was divided after epoch {drops}" if drops else "")
-    return Chart(
-        render_svg(draw),
-        f"{title} over the epochs: {words}." + (f" Rate drops after epoch {drops}." if drops else ""),
-        caption,
-    )
+    caption = f"{title}: {'; '.join(_describe_line(line, factor, '%' if is_percent else '') for line in shown)}."
+    if history.drops:
+        caption += f" Dotted: the learning rate drops after epoch {', '.join(map(str, history.drops))}."
+    return Chart(render_svg(draw), f"{title} over the epochs", caption)
 
 
 def _describe_line(line: Line, factor: float, unit: str) -> str:
+    """For example "validation falls from 2.3 to 0.6, lowest 0.5"."""
     first, last = line.points[0][1], line.points[-1][1]
     lowest = min(value for _, value in line.points)
-    ends = f"{line.name} from {factor * first:.3g}{unit} to {factor * last:.3g}{unit}"
-    return ends + (f", lowest {factor * lowest:.3g}{unit}" if lowest < min(first, last) else "")
+    start, end = f"{factor * first:.3g}{unit}", f"{factor * last:.3g}{unit}"
+    if start == end:
+        text = f"{line.name} {'stays at' if len(line.points) > 1 else 'is'} {end}"
+    else:
+        text = f"{line.name} {'falls' if last < first else 'rises'} from {start} to {end}"
+    return text + (f", lowest {factor * lowest:.3g}{unit}" if lowest < min(first, last) else "")
 
 
 def render_svg(draw: Callable[[Axes], None], height: float = 3.5, margin: float = 1.0) -> str:
-    """A drawing `height` inches high; `margin` is the share of the usual one, for axes. Same input, same bytes."""
+    """Render a drawing of `height` inches; `margin` scales the space for axis labels. Same input, same bytes."""
     import matplotlib
-    from matplotlib.figure import Figure  # not pyplot, which keeps figures and asks for a display
+    from matplotlib.figure import Figure  # not pyplot, which keeps figures and needs a display
 
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.8, height))
@@ -157,44 +163,49 @@ def render_svg(draw: Callable[[Axes], None], height: float = 3.5, margin: float 
     return file.getvalue()
 
 
-# Figure 2 of the paper, simplified: the towers, and arrows from what each layer sees.
+# Figure 2 of the paper, simplified: a box per tower and layer, arrows from the layers it reads.
 
 TINTS = ("#dfeaf4", "#f7e8d8")  # of the towers
 GRAY, LIGHT = "#55565c", "#f4f5f8"
 TEXT, SMALL = 9.5, 8  # points
-HEIGHT = 0.5  # of a box; a layer is 1
-NARROWEST, WIDER = 0.135, 0.035  # half of a box's width, and what many units add, in widths of the drawing
-MIDDLE, PLACES = 0.64, (0.46, 0.82)  # of what is not in towers, and of the two
+HEIGHT = 0.5  # of a box, in layers
+HALF_WIDTH, EXTRA_WIDTH = 0.135, 0.035  # half of a box's width and what many units add, in widths of the drawing
+CENTER, TOWER_CENTERS = 0.64, (0.46, 0.82)  # x of boxes without towers, and of the two towers
 Box = tuple[float, float]
-"""The middle of a box: x, and the number of its layer, from 0 for the picture."""
+"""Center of a box: x, and the number of its layer, where 0 is the image."""
 
 
 def draw_network(recipe: Recipe, specs: Sequence[LayerSpec]) -> Chart:
-    """The network (figure 2 of the paper), from the image down to the classes."""
+    """Draw the network as in figure 2 of the paper, from the image at the top to the classes."""
     towers, side = recipe.towers, recipe.input_size
 
     def draw(axes: Axes) -> None:
         axes.set_xlim(0, 1)
         axes.set_ylim(len(specs) + 0.4, -0.4)
         axes.axis("off")
-        above = _draw_boxes(axes, 0, (MIDDLE,), f"3 colors {side}×{side}", 2**13, colored=False)
+        above = _draw_boxes(axes, 0, (CENTER,), f"3 colors {side}×{side}", 2**13, colored=False)
         for number, spec in enumerate(specs, 1):
             last = number == len(specs)
-            places = (MIDDLE,) if towers == 1 or last else PLACES
+            centers = (CENTER,) if towers == 1 or last else TOWER_CENTERS
             words = f"{spec.maps:,} classes" if last else _describe_size(spec)
-            boxes = _draw_boxes(axes, number, places, words, spec.maps, colored=not last)
+            boxes = _draw_boxes(axes, number, centers, words, spec.maps, colored=not last)
             _draw_arrows(axes, above, boxes, spec.sees_both)
             _write_name(axes, number, recipe, spec)
             above = boxes
 
-    caption = "From the picture to its class; arrows come from what a layer sees"
+    if towers > 1:
+        caption = "Each layer reads its own tower. Dotted arrows: layers that also read the other tower."
+    else:
+        caption = "The network has a single tower, from the image to the classes."
     return Chart(render_svg(draw, 6.0, 0), _describe_network(specs, towers, side), caption)
 
 
 def _describe_network(specs: Sequence[LayerSpec], towers: int, side: int) -> str:
-    """The same in words."""
-    meeting = [spec.name for spec in specs if spec.sees_both]
-    sees = f"; each layer sees its own tower, but {', '.join(meeting[:-1])} and {meeting[-1]} both" if meeting else ""
+    """The drawing in words."""
+    shared = [spec.name for spec in specs if spec.sees_both]
+    sees = (
+        f"; each layer reads its own tower, but {', '.join(shared[:-1])} and {shared[-1]} read both" if shared else ""
+    )
     kind, each = ("two towers side by side", " in each") if towers > 1 else ("one tower", "")
     sizes = ", ".join(f"{spec.name} {_describe_size(spec)}" for spec in specs[:-1])
     start = f"The network, {kind}: an image of {side} by {side} pixels"
@@ -206,26 +217,26 @@ def _describe_size(spec: LayerSpec) -> str:
 
 
 def _draw_boxes(
-    axes: Axes, number: int, places: Sequence[float], words: str, units: int, colored: bool = True
+    axes: Axes, number: int, centers: Sequence[float], words: str, units: int, colored: bool = True
 ) -> list[Box]:
-    """Boxes of one layer side by side, wider for more units."""
+    """Draw the boxes of one layer side by side, wider for more units."""
     from matplotlib.patches import Rectangle
 
-    half = NARROWEST + WIDER * min(1.0, units.bit_length() / 13)
-    for tower, x in enumerate(places):
+    half = HALF_WIDTH + EXTRA_WIDTH * min(1.0, units.bit_length() / 13)
+    for tower, x in enumerate(centers):
         face, edge = (TINTS[tower], INKS[tower]) if colored else (LIGHT, GRAY)
         corner, size = (x - half, number - HEIGHT / 2), (2 * half, HEIGHT)
         axes.add_patch(Rectangle(corner, *size, facecolor=face, edgecolor=edge, linewidth=1.2, zorder=2))
         axes.text(x, number, words, ha="center", va="center", fontsize=TEXT, zorder=3)
-    return [(x, number) for x in places]
+    return [(x, number) for x in centers]
 
 
-def _draw_arrows(axes: Axes, above: Sequence[Box], boxes: Sequence[Box], meets: bool) -> None:
-    """From what a layer sees; dotted where that is the other tower."""
+def _draw_arrows(axes: Axes, above: Sequence[Box], boxes: Sequence[Box], sees_both: bool) -> None:
+    """Draw arrows from the boxes that a layer reads, dotted from the other tower."""
     for from_x, from_y in above:
         for x, y in boxes:
             crosses = len(above) == len(boxes) == 2 and from_x != x
-            if crosses and not meets:
+            if crosses and not sees_both:
                 continue
             start, end = (from_x, from_y + HEIGHT / 2), (x, y - HEIGHT / 2)
             arrow = {"arrowstyle": "-|>", "color": GRAY, "shrinkA": 0, "shrinkB": 0, "lw": 1.0}
@@ -233,7 +244,7 @@ def _draw_arrows(axes: Axes, above: Sequence[Box], boxes: Sequence[Box], meets: 
 
 
 def _write_name(axes: Axes, number: int, recipe: Recipe, spec: LayerSpec) -> None:
-    """Name, kernel and following steps, left of the boxes."""
+    """Write name, kernel and following steps left of the boxes."""
     short: dict[Step, str] = {"activation": recipe.activation, "within-norm": "norm"}
     steps = ", ".join(dict.fromkeys(short.get(step, step) for step in spec.then)) or "softmax"
     title = f"{spec.name}  {describe_kernel(spec)}".rstrip()

@@ -1,10 +1,10 @@
-"""What a report shows of a run, or of a network alone: collected here, drawn and written by report_page.
+"""Collect what the report of a run, or of a network alone, shows; `sections` words it and `page` writes it.
 
-A report shows whatever there is: a run under way, one that failed before its first checkpoint, an imported network
-without a training, a run whose data set is gone. What is missing is said, or left out.
+There is a report for every state of a run: running, failed before its first checkpoint, imported, or without its data
+set. `Measurements.missing` says which parts are missing and why.
 
 Results of `alexnet evaluate` and the index of `alexnet neighbors` are used if they belong to the same weights and data.
-`alexnet report` computes what else it takes; `alexnet train` leaves that out, so that no one waits for its end.
+`alexnet report` computes the rest; the report that `alexnet train` writes leaves it out, to end at once.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ import torch
 from alexnet_cli.core.analysis import filters
 from alexnet_cli.core.analysis.filters import Kernels, Specialization
 from alexnet_cli.core.analysis.neighbors import Neighborhood, find_neighborhoods
-from alexnet_cli.core.analysis.units import read_images
+from alexnet_cli.core.analysis.units import read_images, spread_rows
 from alexnet_cli.core.data.augment import Augment
 from alexnet_cli.core.data.classes import ClassName
-from alexnet_cli.core.data.images import ImageArray as Image
+from alexnet_cli.core.data.images import ImageArray
 from alexnet_cli.core.data.loader import Loader, all_batches
 from alexnet_cli.core.data.shards import Dataset, Split, find_dataset, open_dataset
 from alexnet_cli.core.evaluation import results
@@ -48,22 +48,24 @@ from alexnet_cli.core.runs.run import Run
 from alexnet_cli.errors import AlexNetError, DataError, RecipeError, StorageError, WeightsError
 from alexnet_cli.recipe import PAPER, Recipe, describe_setting
 
-FEW_CLASSES = 5  # with no more, every answer is among the five most likely
+FEW_CLASSES = 5  # with so few classes every answer is in the top 5
 BATCH = 128
 SAMPLE = 256  # images among which examples are searched
-EXAMPLES = 8  # right ones, and as many wrong ones
+EXAMPLES = 8  # correct ones, and as many wrong ones
 PARTS = ("results", "examples", "neighbors")
-NOT_COMPUTED = "it has not been computed yet: alexnet report adds it"
-ATTEMPTS = 3  # to open a checkpoint that a training may just have replaced
+NOT_COMPUTED = "not computed yet; alexnet report adds it"
+ATTEMPTS = 3  # to open a checkpoint that a running training may just have replaced
 
 Advance = Callable[[int], None]
 OutputOf = npt.NDArray[np.int64] | None
-"""For each class of the data set the network's output, or None where they are numbered alike."""
+"""The network's output for each class of the data set, or None where both are numbered alike."""
+Results = tuple[tuple[Mapping[str, Any], Evaluation], ...]
+"""Totals and counts of an evaluation, one pair for each number of views."""
 
 
 @dataclass(frozen=True)
 class RecipeValue:
-    """A value of the recipe beside the paper's, what it means, and where the paper's comes from."""
+    """A value of the recipe, the paper's value, what the setting means, and where the paper gives it."""
 
     key: str
     value: Any
@@ -82,35 +84,45 @@ class OpenedModel:
 
 @dataclass(frozen=True)
 class Example:
-    """An image, uint8 256 x 256 x 3, its class, the predicted class, and the probability of that, 0..1."""
+    """An image, uint8 256 x 256 x 3, its class, the predicted class, and the predicted probability, 0..1."""
 
-    image: Image
+    image: ImageArray
     true: int
     predicted: int
     probability: float
 
 
 @dataclass(frozen=True)
-class Evidence:
-    """What the network makes of images. What is missing is empty; `missing` says why, by the names of PARTS."""
+class Measurements:
+    """What the network predicts for the images of a data set. Parts that are missing are empty."""
 
-    totals: tuple[Mapping[str, Any], ...] = ()
-    counts: Evaluation | None = None
-    right: tuple[Example, ...] = ()
+    results: Results = ()
+    correct: tuple[Example, ...] = ()
     wrong: tuple[Example, ...] = ()
     sampled: int = 0
-    """Among how many images the examples were searched."""
+    """Number of images among which the examples were searched."""
     neighborhoods: tuple[Neighborhood, ...] = ()
     missing: Mapping[str, str] = field(default_factory=dict)
+    """The missing ones of PARTS, each with the reason."""
     unsaved: str = ""
-    """Why computed results could not be saved in the run too."""
+    """Why computed results could not also be saved in the run."""
     failed: str = ""
     """What is wrong with the network or the images."""
+
+    @property
+    def totals(self) -> Mapping[str, Any] | None:
+        """The totals of the first evaluation."""
+        return self.results[0][0] if self.results else None
+
+    @property
+    def counts(self) -> Evaluation | None:
+        """The counts of the first evaluation."""
+        return self.results[0][1] if self.results else None
 
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that the page shows. `about` is run.json, empty for a network alone."""
+    """Everything the page shows. `about` is the content of run.json, empty for a network alone."""
 
     name: str
     about: Mapping[str, Any]
@@ -120,13 +132,14 @@ class Report:
     data: Dataset | None
     towers: tuple[Kernels, ...] = ()
     specialization: Specialization | None = None
-    evidence: Evidence = field(default_factory=Evidence)
+    measurements: Measurements = field(default_factory=Measurements)
 
     @property
     def values(self) -> list[RecipeValue]:
-        """Every value of the recipe."""
-        own, paper = asdict(self.recipe), asdict(PAPER)
-        return [RecipeValue(key, own[key], paper[key], *describe_setting(key)) for key in own if key != "name"]
+        """Every setting of the recipe except its name."""
+        paper, settings = asdict(PAPER), asdict(self.recipe)
+        settings.pop("name")
+        return [RecipeValue(key, value, paper[key], *describe_setting(key)) for key, value in settings.items()]
 
     @property
     def parameters(self) -> int | None:
@@ -135,36 +148,36 @@ class Report:
 
     @property
     def classes(self) -> tuple[ClassName, ...]:
-        """Those of the network, or else of the data set."""
+        """The classes of the network; without one, of the data set."""
         return self.model.classes if self.model else self.data.classes if self.data else ()
 
     @property
     def has_few_classes(self) -> bool:
-        """Whether every answer is among the five most likely, so that the top-5 error says nothing."""
+        """Whether every answer is in the top 5, which makes the top-5 error meaningless."""
         return 0 < len(self.classes) <= FEW_CLASSES
 
     @property
     def is_trained(self) -> bool:
-        """Whether there is a training to show, and not only a network."""
+        """Whether the report is of a training run, not of a network alone."""
         return bool(self.about) and "imported" not in self.about
 
     @property
     def is_own_data(self) -> bool:
-        """Whether the data set measured on is the one that the run was trained on."""
+        """Whether the network is measured on the data set it was trained on."""
         return self.data is None or self.about.get("data_hash", self.data.hash) == self.data.hash
 
 
 def make_names_unique(classes: Sequence[ClassName]) -> list[str]:
-    """Class names; those that several classes share with their wnid, or else their index."""
-    times = Counter(name for name, _ in classes)
-    return [name if times[name] == 1 else f"{name} ({wnid or f'class {i}'})" for i, (name, wnid) in enumerate(classes)]
+    """Class names. A name that several classes share gets the wnid, or else the index of the class."""
+    counts = Counter(name for name, _ in classes)
+    return [name if counts[name] == 1 else f"{name} ({wnid or f'class {i}'})" for i, (name, wnid) in enumerate(classes)]
 
 
 def open_model(path: Path) -> OpenedModel:
-    """Read a model file. A training that goes on may drop a checkpoint while its link `best` is being followed.
+    """Read a model file, also while a training replaces the checkpoint that the link `best` points to.
 
     Raises:
-        WeightsError: it is missing, damaged or of another program.
+        WeightsError: the file is missing, damaged, or no model file.
     """
     for _ in range(ATTEMPTS):
         real = path.parent.parent / os.readlink(path.parent) / path.name if path.parent.is_symlink() else path
@@ -177,10 +190,10 @@ def open_model(path: Path) -> OpenedModel:
 
 
 def find_run_data(run: Run | None, spec: str | None) -> Dataset | str:
-    """The data set named by `spec`, or else the run's own, or the reason why there is none.
+    """Open the data set named by `spec`, or else the run's own. Returns the reason if the run's own cannot be used.
 
     Raises:
-        DataError: one was named, and it cannot be opened.
+        DataError: `spec` is given and cannot be opened.
     """
     if spec is not None:
         return open_dataset(find_dataset(spec))
@@ -189,14 +202,12 @@ def find_run_data(run: Run | None, spec: str | None) -> Dataset | str:
     known = Path(path) if isinstance(path, str) else None
     try:
         dataset = open_dataset(shorten_path(known) if known else find_dataset(None))
-    except (AlexNetError, OSError, ValueError) as error:  # the last two where it is no path at all
-        why = error.what if isinstance(error, AlexNetError) else str(error)
-        what = f"the data set {about.get('data') or known.name} cannot be opened: " if known else ""
-        return f"{what}{why.replace(f'{Path.cwd()}{os.sep}', '')}; alexnet report --data D names one"
+    except (AlexNetError, OSError, ValueError) as error:  # the last two if the recorded path is no path at all
+        reason = error.what if isinstance(error, AlexNetError) else str(error)
+        name = f"the data set {about.get('data') or known.name} cannot be opened: " if known else ""
+        return f"{name}{reason.replace(f'{Path.cwd()}{os.sep}', '')}; name one with alexnet report --data D"
     if about.get("data_hash", dataset.hash) != dataset.hash:
-        return (
-            f"the data set {dataset.name} is not the one that the run was trained on; --data D takes one all the same"
-        )
+        return f"the run was trained on another data set than {dataset.name}; --data D uses it anyway"
     return dataset
 
 
@@ -207,12 +218,12 @@ def collect_report(
     placement: Placement | None = None,
     advance: Advance = lambda n: None,
 ) -> Report:
-    """The report of a run, of a network, or of both. Where there is no data set, `data` says why.
+    """Collect the report of a run, of a network, or of both. `data` is the data set, or the reason why there is none.
 
-    With a `placement` the network computes what it takes; `advance` is told how many images it has seen.
+    With a `placement`, missing measurements are computed there; `advance` is called with the number of images done.
 
     Raises:
-        DataError: the run does not say what it is.
+        DataError: the run has neither a checkpoint nor a readable recipe.
     """
     model = opened.model if opened else None
     recipe = _choose_recipe(run, model)
@@ -228,12 +239,12 @@ def collect_report(
         data=data if isinstance(data, Dataset) else None,
         towers=towers,
         specialization=filters.measure_specialization(towers) if towers else None,
-        evidence=_collect_evidence(run, opened, data, placement, advance),
+        measurements=_collect_measurements(run, opened, data, placement, advance),
     )
 
 
 def _choose_recipe(run: Run | None, model: Model | None) -> Recipe:
-    """The run's own, to which epochs may have been added since a checkpoint, or else the network's."""
+    """The run's recipe, which may have more epochs than that of a checkpoint; else the network's."""
     try:
         return run.recipe if run else model.recipe if model else PAPER
     except RecipeError as error:
@@ -243,52 +254,48 @@ def _choose_recipe(run: Run | None, model: Model | None) -> Recipe:
         raise DataError(what, "put recipe.toml back into its folder") from error
 
 
-def _collect_evidence(
+def _collect_measurements(
     run: Run | None, opened: OpenedModel | None, data: Dataset | str, placement: Placement | None, advance: Advance
-) -> Evidence:
-    """Results, examples and neighbors, or what went wrong with them."""
+) -> Measurements:
     if not isinstance(data, Dataset):
-        return _miss_all(data)
+        return _all_missing(data)
     if not opened:
-        return _miss_all("the run has no checkpoint yet")
+        return _all_missing("the run has no checkpoint yet")
     if not len(data.split("val")):
-        return _miss_all("the data set has no validation pictures")
+        return _all_missing("the data set has no validation images")
     try:
         output_of = match_classes(opened.model.classes, data.classes, opened.model.path)
         saved = read_results(run, opened, data)
-        if not placement:
-            missing = dict.fromkeys(PARTS if not saved else PARTS[1:], NOT_COMPUTED)
-            return Evidence(tuple(totals for totals, _ in saved), saved[0][1] if saved else None, missing=missing)
-        return _compute_evidence(run, opened, data, output_of, saved, placement, advance)
+        if placement:
+            return _compute_measurements(run, opened, data, output_of, saved, placement, advance)
     except DataError as error:
-        return replace(_miss_all(error.what), failed=error.what)
+        return replace(_all_missing(error.what), failed=error.what)
+    return Measurements(saved, missing=dict.fromkeys(PARTS[1:] if saved else PARTS, NOT_COMPUTED))
 
 
-def _miss_all(reason: str) -> Evidence:
-    return Evidence(missing=dict.fromkeys(PARTS, reason))
-
-
-Results = list[tuple[Mapping[str, Any], Evaluation]]
-"""Totals and counts of an evaluation, one for each number of views."""
+def _all_missing(reason: str) -> Measurements:
+    return Measurements(missing=dict.fromkeys(PARTS, reason))
 
 
 def read_results(run: Run | None, opened: OpenedModel, data: Dataset) -> Results:
-    """The results in a run's eval/ that belong to these weights and data."""
-    model, found = opened.model, list[tuple[Mapping[str, Any], Evaluation]]()
-    for views in results.PROTOCOL if run else ():
+    """Read those results in the run's eval/ that belong to these weights and data."""
+    if not run:
+        return ()
+    model, read = opened.model, []
+    origin = {"weights_sha256": opened.sha256, "data_hash": data.hash}
+    for views in results.PROTOCOL:
         stem = results.make_file_stem("val", views, model.path, data)
-        origin = {"weights_sha256": opened.sha256, "data_hash": data.hash}
-        if run and (saved := results.read_results(run.path / "eval", stem, len(model.classes), origin)):
+        if saved := results.read_results(run.path / "eval", stem, len(model.classes), origin):
             totals, counts = saved
-            found.append((_make_totals(model, data, counts, totals["views"], totals["backend"]), counts))
-    return found
+            read.append((_make_totals(model, data, counts, totals["views"], totals["backend"]), counts))
+    return tuple(read)
 
 
 def _make_totals(model: Model, data: Dataset, counts: Evaluation, views: int, backend: str) -> dict[str, Any]:
     return results.summarize(counts, views, backend, results.find_published(model.recipe, data.classes))
 
 
-def _compute_evidence(
+def _compute_measurements(
     run: Run | None,
     opened: OpenedModel,
     data: Dataset,
@@ -296,45 +303,47 @@ def _compute_evidence(
     saved: Results,
     placement: Placement,
     advance: Advance,
-) -> Evidence:
-    """Everything, computed where it is not there. What only the neighbors need may fail without the rest."""
+) -> Measurements:
+    """Compute everything but saved results. An error in the search for neighbors leaves out the neighbors alone."""
     model, val = opened.model, data.split("val")
-    pixels = Augment(model.recipe, model.mean, None, None, placement.device)
-    classify = HalvingClassifier(
-        TorchClassifier(network_from_model(model).to(placement.device), pixels, placement), lambda n: None
-    )
+    augment = Augment(model.recipe, model.mean, None, None, placement.device)
+    network = network_from_model(model).to(placement.device)
+    classify = HalvingClassifier(TorchClassifier(network, augment, placement), lambda n: None)
     folder = run.path if run else model.path.parent
     unsaved = "" if os.access(folder, os.W_OK) else f"{folder} cannot be written to"
     if not saved:
         counts = _evaluate(classify, model, val, output_of, advance)
         totals = _make_totals(model, data, counts, 1, "torch")
-        saved = [(totals, counts)]
+        saved = ((totals, counts),)
         if run and not unsaved and is_best(model.path):
-            try:
-                record = totals | results.describe_source("val", model.path, opened.sha256, data)
-                results.write_results(
-                    run.path / "eval", results.make_file_stem("val", 1, model.path, data), counts, model.classes, record
-                )
-            except StorageError as error:
-                unsaved = error.what
-    right, wrong = find_examples(classify, val, output_of, advance)
-    neighborhoods: tuple[Neighborhood, ...] = ()
-    missing, failed = {}, ""
+            unsaved = _save_results(run, opened, data, totals, counts)
+    correct, wrong = find_examples(classify, val, output_of, advance)
+    measured = Measurements(saved, correct, wrong, len(spread_rows(len(val), SAMPLE)), unsaved=unsaved)
     try:
         neighborhoods = find_neighborhoods(
             model, opened.sha256, run.path if run else None, data, keep_index=not unsaved, advance=advance
         )
-        missing = {} if neighborhoods else {"neighbors": "the data set has no training pictures"}
     except (StorageError, DataError) as error:
-        missing = {"neighbors": error.what}
         failed = error.what if isinstance(error, DataError) else ""
-    totals_of_all = tuple(totals for totals, _ in saved)
-    sampled = len(sample_rows(val))
-    return Evidence(totals_of_all, saved[0][1], right, wrong, sampled, neighborhoods, missing, unsaved, failed)
+        return replace(measured, missing={"neighbors": error.what}, failed=failed)
+    missing = {} if neighborhoods else {"neighbors": "the data set has no training images"}
+    return replace(measured, neighborhoods=neighborhoods, missing=missing)
+
+
+def _save_results(run: Run, opened: OpenedModel, data: Dataset, totals: Mapping[str, Any], counts: Evaluation) -> str:
+    """Write results into the run's eval/ as `alexnet evaluate` does. Returns why that failed, or an empty text."""
+    model = opened.model
+    record = {**totals, **results.describe_source("val", model.path, opened.sha256, data)}
+    stem = results.make_file_stem("val", 1, model.path, data)
+    try:
+        results.write_results(run.path / "eval", stem, counts, model.classes, record)
+    except StorageError as error:
+        return error.what
+    return ""
 
 
 def _evaluate(classify: Classify, model: Model, val: Split, output_of: OutputOf, advance: Advance) -> Evaluation:
-    """Every image of the split, its center view, as `alexnet evaluate` counts."""
+    """Count the predictions for the center view of every image, as `alexnet evaluate` does."""
     counts, size = Evaluation.empty(len(model.classes)), min(BATCH, len(val))
     with Loader(val, size, choose_decode_threads(None)) as loader:
         batches = loader.batches(all_batches(len(val), size))
@@ -344,19 +353,14 @@ def _evaluate(classify: Classify, model: Model, val: Split, output_of: OutputOf,
     return counts
 
 
-def sample_rows(split: Split) -> npt.NDArray[np.int64]:
-    """At most SAMPLE rows, spread evenly over a split."""
-    return np.unique(np.linspace(0, len(split) - 1, min(SAMPLE, len(split))).round().astype(np.int64))
-
-
 def find_examples(
     classify: Classify, split: Split, output_of: OutputOf, advance: Advance
 ) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
-    """Of a sample of the split the images with the most confident answers, right and wrong.
+    """The most confident predictions for a sample of a split: correct ones and wrong ones.
 
-    Each class once, then each a second time, and so on.
+    Each class comes once before any class comes a second time.
     """
-    rows = sample_rows(split)
+    rows = spread_rows(len(split), SAMPLE)
     true = split.labels[rows].astype(np.int64)
     true = true if output_of is None else output_of[true]
     batches = []
@@ -366,8 +370,9 @@ def find_examples(
     probabilities = np.concatenate(batches)
     predicted, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
 
-    def choose(places: npt.NDArray[np.int64]) -> tuple[Example, ...]:
-        best = _alternate_classes(places[np.argsort(-confidence[places], kind="stable")].tolist(), true)
+    def choose(candidates: npt.NDArray[np.int64]) -> tuple[Example, ...]:
+        order = candidates[np.argsort(-confidence[candidates], kind="stable")].tolist()
+        best = _alternate_classes(order, true)
         images = read_images(split, rows[best].tolist())
         return tuple(
             Example(image, int(true[i]), int(predicted[i]), float(confidence[i]))
@@ -378,10 +383,10 @@ def find_examples(
 
 
 def _alternate_classes(order: Sequence[int], classes: npt.NDArray[np.int64]) -> list[int]:
-    """The first EXAMPLES: those that are their class's first, then its second, and so on."""
-    times: Counter[int] = Counter()
-    turns = []
+    """The first EXAMPLES of `order`, after sorting by how often their class came before."""
+    seen: Counter[int] = Counter()
+    rounds = {}
     for i in order:
-        turns.append((times[int(classes[i])], i))
-        times[int(classes[i])] += 1
-    return [i for _, i in sorted(turns, key=lambda turn: turn[0])][:EXAMPLES]
+        rounds[i] = seen[int(classes[i])]
+        seen[int(classes[i])] += 1
+    return sorted(order, key=rounds.__getitem__)[:EXAMPLES]

@@ -1,4 +1,4 @@
-"""The course of a training from its records: epochs, curves, drops of the learning rate, speed, time. No torch."""
+"""The history of a training, read from its records: epochs, curves, drops of the learning rate, speed. No torch."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 
 from alexnet_cli.recipe import Recipe
 
-POINTS = 200  # of a curve, at most
-MAX_NUMBER = 1e38  # float32 ends there
-MAX_COUNT = 2**53  # of steps and epochs
+POINTS = 200  # in a curve, at most
+MAX_NUMBER = 1e38  # about the largest float32
+MAX_COUNT = 2**53  # steps or epochs
 MIN_SPEED = 1e-6  # images per second
-DROP = 0.5  # a rate that falls below this share of the last epoch's was dropped; the paper divides by ten
+DROP = 0.5  # a drop is a learning rate below this share of the last epoch's; the paper divides by ten
 
 Curve = list[tuple[float, float]]
 """(epochs done, value)"""
@@ -23,7 +23,7 @@ Curve = list[tuple[float, float]]
 
 @dataclass(frozen=True)
 class StepWindow:
-    """Consecutive steps: the number of the last one, how many they are, and means over them."""
+    """Consecutive steps: the number of the last one, their count, and means over them."""
 
     step: int
     steps: int
@@ -32,7 +32,7 @@ class StepWindow:
 
 @dataclass(frozen=True)
 class History:
-    """The course of a training. Errors are shares, losses nats, speeds images per second."""
+    """The history of a training. Errors are shares, losses nats, speeds images per second."""
 
     epochs: tuple[Mapping[str, Any], ...]
     """The validation record of each epoch, in order."""
@@ -40,12 +40,12 @@ class History:
     steps_per_epoch: int | None
     batch: int
     drops: tuple[int, ...]
-    """Epochs after which the rate was divided."""
+    """Epochs after which the learning rate dropped."""
 
     def epoch_curve(self, key: str) -> Curve:
         """A column of the validation records, for the epochs that have it."""
-        found = ((epoch["epoch"], get_number(epoch, key)) for epoch in self.epochs)
-        return [(float(at), value) for at, value in found if value is not None]
+        column = ((float(epoch["epoch"]), get_number(epoch, key)) for epoch in self.epochs)
+        return [(epoch, value) for epoch, value in column if value is not None]
 
     def step_curve(self, key: str) -> Curve:
         """A column of the step records: means over windows of similar size, at most POINTS."""
@@ -54,13 +54,13 @@ class History:
         return [(self._epochs_at(group[-1]), mean) for group, mean in zip(groups, means, strict=True)]
 
     def rate_curve(self) -> Curve:
-        """The learning rate at the end of each window: the mean over a drop would be a rate that was never used."""
+        """The learning rate at the end of each window, not the mean, which was never used if there is a drop."""
         return [(self._epochs_at(group[-1]), group[-1].values["lr"]) for group in self._group_windows("lr")]
 
     def _group_windows(self, key: str) -> list[list[StepWindow]]:
         """The windows that have a value, in at most POINTS groups.
 
-        The short rest of an epoch joins the window before it: its mean of few steps would stick out.
+        The short window at the end of an epoch joins the one before: a mean of few steps would stick out.
         """
         windows = [window for window in self.windows if key in window.values]
         usual = statistics.median(window.steps for window in windows) if windows else 0
@@ -75,7 +75,7 @@ class History:
         return [list(itertools.chain(*joined[first:end])) for first, end in itertools.pairwise(ends)]
 
     def _epochs_at(self, window: StepWindow) -> float:
-        """Epochs done at the end of a window."""
+        """Number of epochs done at the end of a window."""
         return window.step / (self.steps_per_epoch or 1)
 
     @property
@@ -93,7 +93,7 @@ class History:
     def seconds(self) -> float | None:
         """Wall time of all steps, without validation and pauses; None if unknown.
 
-        An epoch of one step does not say how many images a step has.
+        With one step per epoch the number of images in a step is unknown.
         """
         rates = [(w.steps * self.batch, w.values.get("images_per_second", 0.0)) for w in self.windows]
         if not rates or (self.steps_per_epoch or 0) < 2 or min(rate for _, rate in rates) < MIN_SPEED:
@@ -102,13 +102,13 @@ class History:
 
     @property
     def speed(self) -> float | None:
-        """Images per second, the median of the records."""
+        """Median of the recorded images per second."""
         rates = [w.values["images_per_second"] for w in self.windows if w.values.get("images_per_second")]
         return statistics.median(rates) if rates else None
 
 
 def read_history(records: Iterable[Mapping[str, Any]], recipe: Recipe) -> History:
-    """The history in the records of a run. Skips records that lack what they should have."""
+    """Read the history from the records of a run. Records that lack a field they need are skipped."""
     epochs: list[Mapping[str, Any]] = []
     windows: list[StepWindow] = []
     per_epoch = None
@@ -127,7 +127,7 @@ def read_history(records: Iterable[Mapping[str, Any]], recipe: Recipe) -> Histor
 
 
 def get_number(record: Mapping[str, Any], key: str) -> float | None:
-    """A number of a record, or None if it is missing or no number that a training can write."""
+    """A number of a record, or None if it is missing or not a number that a training can write."""
     value = record.get(key)
     if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= MAX_NUMBER:
         return None
@@ -140,8 +140,9 @@ def _get_count(record: Mapping[str, Any], key: str) -> int | None:
 
 
 def _find_drops(epochs: list[Mapping[str, Any]], recipe: Recipe) -> tuple[int, ...]:
-    """Epochs after which the rate was divided; none for one-cycle, which changes it at every step."""
+    """Epochs after which the learning rate dropped; none for one-cycle, which changes it at every step."""
     if recipe.schedule == "one-cycle":
         return ()
     rates = [(int(epoch["epoch"]), get_number(epoch, "lr")) for epoch in epochs]
-    return tuple(at for (at, rate), (_, after) in itertools.pairwise(rates) if rate and after and after < DROP * rate)
+    pairs = itertools.pairwise(rates)
+    return tuple(epoch for (epoch, rate), (_, after) in pairs if rate and after and after < DROP * rate)

@@ -1,13 +1,11 @@
-"""A report as one HTML file that needs nothing beside it: no script, no font, no picture from elsewhere. No dates but
-those of the run: the same run gives the same bytes.
-"""
+"""Write a report as a single HTML file without scripts or external files. The same run gives the same bytes."""
 
 from __future__ import annotations
 
 import shlex
 import tempfile
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,18 +27,18 @@ from alexnet_cli.core.runs.resolve import shorten_path
 from alexnet_cli.errors import DataError, StorageError, UsageError
 
 FILE = "report.html"
-DIRECTION_MARKS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # the line around
-INVISIBLE = frozenset(("Cc", "Cs"))  # controls and halves of characters
+DIRECTION_MARKS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # reorder the line
+INVISIBLE = frozenset(("Cc", "Cs"))  # Unicode categories: controls, surrogates
 STATUS = {
-    "running": "This run is under way, or was ended without a word: the page shows it as far as it has come.",
-    "interrupted": "This run was interrupted ({reason}) and can be continued: alexnet train --resume {name}",
-    "failed": "This run failed{told}. What it had reached until then is below.",
+    "running": "This run is still training, or was killed. The page shows its records so far.",
+    "interrupted": "This run was interrupted ({reason}). Continue it with: alexnet train --resume {name}",
+    "failed": "This run failed{error}. The page shows its records up to then.",
 }
 
 
 @dataclass(frozen=True)
 class Section:
-    """A section of the page; `note` says what is missing in it."""
+    """A section of the page. `note` says what is missing in it."""
 
     id: str
     title: str
@@ -48,11 +46,11 @@ class Section:
 
 
 def check_writable(path: Path) -> None:
-    """Check that a page can be written there, before it is computed.
+    """Check that a page can be written to `path`, before computing it.
 
     Raises:
-        UsageError: it is a folder.
-        StorageError: its folder cannot be made or written to.
+        UsageError: `path` is a folder.
+        StorageError: its folder cannot be created or written to.
     """
     if path.is_dir():
         raise UsageError(f"{path} is a folder", f"name a file in it, such as -o {path / FILE}")
@@ -62,10 +60,10 @@ def check_writable(path: Path) -> None:
 
 
 def write_page(report: Report, path: Path) -> list[Section]:
-    """Write the page, whole or not at all. Returns its sections.
+    """Write the page atomically. Returns its sections.
 
     Raises:
-        StorageError: it cannot be written.
+        StorageError: the page cannot be written.
     """
     text, shown = render_page(report)
     with _storage_errors(path):
@@ -78,172 +76,187 @@ def _storage_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror or error}", "choose another place with -o") from error
+        raise StorageError(f"cannot write {path}: {error.strerror or error}", "choose another file with -o") from error
 
 
 def render_page(report: Report) -> tuple[str, list[Section]]:
-    """The page as HTML, and its sections."""
+    """Return the page as HTML, and its sections."""
     charts = draw_charts(report.history, report.has_few_classes) if can_draw() else {}
-    names = {
-        "network": sections.describe_network(report, can_draw()),
-        "recipe": sections.compare_recipe(report), "curves": sections.describe_curves(report, charts),
-        "filters": sections.describe_filters(report, charts), "results": sections.describe_results(report),
-        "examples": sections.describe_examples(report), "nearest": sections.describe_neighbors(report),
-        "speed": _list_speed(report), "origin": _list_origin(report),
-    }  # fmt: skip
     environment = Environment(
-        loader=PackageLoader("alexnet_cli.core.report", "pages"), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True, finalize=_make_printable,
-    )  # fmt: skip
-    style = Markup(environment.get_template("report.css").render())
-    shown, title = list_sections(report), f"AlexNet, {'run' if report.is_trained else 'network'} {report.name}"
+        loader=PackageLoader("alexnet_cli.core.report", "pages"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_make_printable,
+    )
+    shown = list_sections(report)
     text = environment.get_template("report.html").render(
-        names, title=title, lead=_write_lead(report), remarks=_list_remarks(report), facts=_list_facts(report),
-        sections=shown, style=style, version=alexnet_cli.__version__,
-    )  # fmt: skip
+        title=f"AlexNet, {'run' if report.is_trained else 'network'} {report.name}",
+        style=Markup(environment.get_template("report.css").render()),
+        version=alexnet_cli.__version__,
+        lead=_write_lead(report),
+        remarks=_list_remarks(report),
+        facts=_list_facts(report),
+        sections=shown,
+        network=sections.describe_network(report, can_draw()),
+        recipe=sections.compare_recipe(report),
+        curves=sections.describe_curves(report, charts),
+        filters=sections.describe_filters(report, charts),
+        results=sections.describe_results(report),
+        examples=sections.describe_examples(report),
+        neighbors=sections.describe_neighbors(report),
+        speed=_list_speed(report),
+        origin=_list_origin(report),
+    )
     return text, shown
 
 
 def list_sections(report: Report) -> list[Section]:
-    """The sections that a page has: those of a training only if there was one."""
-    history, missing = report.history, report.evidence.missing
-    trained = report.is_trained
-    unknown = "" if report.classes else "The number of classes is not known: no checkpoint yet, and no data set."
-    found = [Section("network", "The network", unknown), Section("recipe", "The recipe beside the paper's")]
-    if trained:
-        none = "" if history.windows or history.epochs else "No step has been recorded yet."
-        undrawn = "" if can_draw() or none else f"Curves need a plotting library: {INSTALL_HINT}, then alexnet report."
-        found.append(Section("curves", "Loss and errors", none or undrawn))
-    absent = "" if report.towers else "Layer 1 holds values that are no numbers."
-    absent = absent if report.model else "The run has no checkpoint yet."
-    found += [
-        Section("filters", "Filters of the towers", absent),
-        Section("results", "Classes and confusions", _explain_missing(missing.get("results"))),
-        Section("examples", "Right and wrong pictures", _explain_missing(missing.get("examples"))),
-        Section("neighbors", "Neighbors", _explain_missing(missing.get("neighbors"))),
+    """The sections of the page; some belong to training runs only."""
+    missing = report.measurements.missing
+    found = [
+        Section("network", "The network", "" if report.classes else "The number of classes is not known yet."),
+        Section("recipe", "Recipe, compared with the paper"),
     ]
-    if trained:
-        found.append(Section("speed", "Speed and placement"))
+    if report.is_trained:
+        found.append(Section("curves", "Loss, error and learning rate", _explain_missing_curves(report)))
+    filters = "" if report.towers else "Layer 1 has weights that are NaN or infinite."
+    found += [
+        Section("filters", "First-layer filters", filters if report.model else "The run has no checkpoint yet."),
+        Section("results", "Errors and confusions", _explain_missing(missing.get("results"))),
+        Section("examples", "Correct and wrong predictions", _explain_missing(missing.get("examples"))),
+        Section("neighbors", "Nearest training images", _explain_missing(missing.get("neighbors"))),
+    ]
+    if report.is_trained:
+        found.append(Section("speed", "Speed and devices"))
     if report.about:
-        found.append(Section("origin", "To make it again"))
+        found.append(Section("origin", "How to repeat this run"))
     return found
 
 
+def _explain_missing_curves(report: Report) -> str:
+    if not report.history.windows and not report.history.epochs:
+        return "No step has been recorded yet."
+    return "" if can_draw() else f"Curves need a plotting library: {INSTALL_HINT}, then alexnet report."
+
+
 def _explain_missing(reason: str | None) -> str:
-    return f"Not here: {reason}." if reason else ""
+    return f"Missing: {reason}." if reason else ""
 
 
 def _write_lead(report: Report) -> str:
-    """One sentence with the error, or an empty string."""
-    totals, best, few = report.evidence.totals, report.history.best, report.has_few_classes
+    """The error in a sentence, or an empty text if it is not known."""
+    totals, best = report.measurements.totals, report.history.best
     if totals:
-        first, of = totals[0], _name_data(report.data.name if report.data else None)
-        low, high = first["top1_error_interval"]
-        guess = baselines.format_baselines(first["chance_error"], first["commonest_error"])
-        five = "" if few else f", top-5 error {first['top5_error']:.1%}"
+        low, high = totals["top1_error_interval"]
+        baseline = baselines.format_baselines(totals["chance_error"], totals["commonest_error"])
+        top5 = "" if report.has_few_classes else f", top-5 error {totals['top5_error']:.1%}"
+        images = f"{totals['images']:,} validation images{_name_data(report.data.name if report.data else None)}"
         return (
-            f"Top-1 error {first['top1_error']:.1%} ({guess}; 95 % interval {low:.1%} to {high:.1%})"
-            f"{five}, on the {first['images']:,} validation pictures{of}, "
-            f"{results.PROTOCOL[first['views']]}.{_rate_result(report, first)}"
+            f"Top-1 error {totals['top1_error']:.1%} ({baseline}; 95 % interval {low:.1%} to {high:.1%}){top5}, "
+            f"measured on the {images}, {results.PROTOCOL[totals['views']]}.{_rate_result(report, totals)}"
         )
     if best:
-        five = "" if few or get_number(best, "top5_error") is None else f", top-5 error {best['top5_error']:.1%}"
-        at = f"after epoch {best['epoch']}, on the validation pictures"
-        error = f"Lowest top-1 error {best['top1_error']:.1%}{_compare_with_guessing(report)}{five}"
-        return f"{error}, {at}{_name_data(report.about.get('data'))}."
+        known = get_number(best, "top5_error") is not None and not report.has_few_classes
+        top5 = f", top-5 error {best['top5_error']:.1%}" if known else ""
+        error = f"Lowest top-1 error {best['top1_error']:.1%}{_compare_with_guessing(report)}{top5}"
+        images = f"validation images{_name_data(report.about.get('data'))}"
+        return f"{error}, after epoch {best['epoch']}, measured on the {images}."
     return ""
 
 
 def _rate_result(report: Report, totals: Mapping[str, Any]) -> str:
-    """A sentence if the error is no better than guessing or always the same class; else empty."""
-    counts, names = report.evidence.counts, make_names_unique(report.classes)
-    same = f" {said}." if counts and (said := baselines.describe_one_sided(counts.confusion, names)) else ""
-    return (f" This is {said}." if (said := baselines.describe_totals(totals)) else "") + same
+    """Sentences that say if the error is no better than guessing, or the answers are nearly all one class."""
+    counts, names = report.measurements.counts, make_names_unique(report.classes)
+    no_better = baselines.describe_totals(totals)
+    one_sided = baselines.describe_one_sided(counts.confusion, names) if counts else ""
+    return (f" This is {no_better}." if no_better else "") + (f" {one_sided}." if one_sided else "")
 
 
 def _compare_with_guessing(report: Report) -> str:
-    """The error of guessing on the run's own validation images, in brackets, if they are there."""
+    """The error of guessing on the run's own validation images, in brackets, if the images are there."""
     with suppress(DataError):
         if report.data and report.is_own_data and len(labels := report.data.split("val").labels):
-            of_each = baselines.count_images(labels, len(report.classes))
-            guessing, majority = baselines.guessing_error(len(report.classes)), baselines.majority_error(of_each)
+            counts = baselines.count_images(labels, len(report.classes))
+            guessing, majority = baselines.guessing_error(len(report.classes)), baselines.majority_error(counts)
             return f" ({baselines.format_baselines(guessing, majority)})"
     return ""
 
 
-def _name_data(data: Any) -> str:
-    return f" of {data}" if data else ""
+def _name_data(name: Any) -> str:
+    return f" of {name}" if name else ""
 
 
 def _list_remarks(report: Report) -> list[str]:
-    about = report.about
-    what, hint = failure(about)
-    said = STATUS.get(str(about.get("status")), "").format(
-        reason=about.get("reason", "no reason told"), name=shlex.quote(report.name),
-        told=(f": {what}" if what else "") + (f". What to do: {hint}" if hint else ""),
-    )  # fmt: skip
-    return [text for text in (said, _explain_missing(report.evidence.failed)) if text]
+    """What the reader should know first: that the run is not finished, or the page not complete."""
+    about, failed = report.about, report.measurements.failed
+    error, hint = failure(about)
+    status = STATUS.get(str(about.get("status")), "").format(
+        reason=about.get("reason", "reason unknown"),
+        name=shlex.quote(report.name),
+        error=(f": {error}" if error else "") + (f". Hint: {hint}" if hint else ""),
+    )
+    return [text for text in (status, f"This page is not complete: {failed}." if failed else "") if text]
 
 
 def _list_facts(report: Report) -> list[tuple[str, str]]:
     """Terms and values at the top of the page."""
     about, history, info = report.about, report.history, report.model.info if report.model else {}
-    done, measured = len(history.epochs), report.data.name if report.data else ""
-    begun = max(history.begun, int(get_number(info, "epoch") or 0)) if report.is_trained else 0
+    begun, done = max(history.begun, int(get_number(info, "epoch") or 0)), len(history.epochs)
     progress = f"in epoch {begun}" if begun > done else str(done)
-    time = _format_duration(history.seconds) if history.seconds else ""
-    imported = about.get("imported")
-    found = [
-        ("Status", "imported" if imported else str(about.get("status", ""))),
-        ("Data set", str(about.get("data") or measured)),
-        ("Measured on", "" if report.is_own_data else measured),
+    measured_on = report.data.name if report.data else ""
+    return _drop_empty([
+        ("Status", "imported" if about.get("imported") else about.get("status")),
+        ("Data set", about.get("data") or measured_on),
+        ("Measured on", "" if report.is_own_data else measured_on),
         ("Classes", f"{len(report.classes):,}" if report.classes else ""),
         ("Epochs", f"{progress} of {report.recipe.epochs}" if report.is_trained else ""),
-        ("Weights of", f"epoch {info['epoch']}, step {info['step']}" if "epoch" in info and "step" in info else ""),
+        ("Checkpoint", f"epoch {info['epoch']}, step {info['step']}" if "epoch" in info and "step" in info else ""),
         ("Parameters", f"{report.parameters / 1e6:,.2f} million" if report.parameters else ""),
         ("Towers", f"{report.recipe.towers}, width {report.recipe.width:g}"),
-        ("Time of training", time),
-    ]  # fmt: skip
-    return [(term, text) for term, text in found if text]
+        ("Training time", _format_duration(history.seconds)),
+    ])  # fmt: skip
+
+
+def _drop_empty(rows: Iterable[tuple[str, Any]]) -> list[tuple[str, str]]:
+    """The rows that have a value, as text."""
+    return [(term, str(value)) for term, value in rows if value is not None and value != ""]
 
 
 def _list_speed(report: Report) -> list[tuple[str, str]]:
     about, history = report.about, report.history
-    placement = about.get("placement")
-    towers = placement.items() if isinstance(placement, dict) else ()
-    found = [
-        ("Images per second", f"{history.speed:,.0f} (the median)" if history.speed else ""),
-        (
-            "Time of all steps",
-            f"{_format_duration(history.seconds)}, validation and pauses not counted" if history.seconds else "",
-        ),
+    placement, time = about.get("placement"), _format_duration(history.seconds)
+    return _drop_empty([
+        ("Images per second", f"{history.speed:,.0f} (median)" if history.speed else ""),
+        ("Training time", f"{time}, without validation and pauses" if time else ""),
         ("Devices", ", ".join(_as_words(about.get("devices")))),
-        *((f"Where {tower} was computed", str(place)) for tower, place in towers),
-        ("Replicas", str(about.get("replicas") or "")),
-        ("Arithmetic", str(about.get("precision") or "")),
-        ("Batch", f"{report.recipe.batch_size:,} pictures"),
-    ]
-    return [(term, text) for term, text in found if text]
+        *((f"Device of {tower}", place) for tower, place in _as_dict(placement).items()),
+        ("Replicas", about.get("replicas")),
+        ("Precision", about.get("precision")),
+        ("Batch size", f"{report.recipe.batch_size:,} images"),
+    ])  # fmt: skip
 
 
 def _list_origin(report: Report) -> list[tuple[str, str]]:
     about = report.about
-    versions, imported, resumed = about.get("versions"), about.get("imported"), about.get("resumed")
-    later = [part.get("command") for part in (resumed if isinstance(resumed, list) else ()) if isinstance(part, dict)]
-    found = [
-        ("Command", shlex.join(_repeat_command(about))),
-        *(("And then", shlex.join(_as_words(words))) for words in later),
-        ("Started", str(about.get("started") or "")),
-        ("Seed", str(about.get("seed", ""))),
-        ("Data set, SHA-256", str(about.get("data_hash") or "")),
-        ("Versions", ", ".join(f"{k} {v}" for k, v in versions.items()) if isinstance(versions, dict) else ""),
-        *((f"Imported: {k}", str(v)) for k, v in (imported.items() if isinstance(imported, dict) else ()) if v),
+    resumed = about.get("resumed")
+    commands = [
+        part.get("command") for part in (resumed if isinstance(resumed, list) else ()) if isinstance(part, dict)
     ]
-    return [(term, text) for term, text in found if text]
+    return _drop_empty([
+        ("Command", shlex.join(_repeat_command(about))),
+        *(("Then", shlex.join(_as_words(command))) for command in commands),
+        ("Started", about.get("started")),
+        ("Seed", about.get("seed")),
+        ("Data set, SHA-256", about.get("data_hash")),
+        ("Versions", ", ".join(f"{name} {version}" for name, version in _as_dict(about.get("versions")).items())),
+        *((f"Imported: {key}", value) for key, value in _as_dict(about.get("imported")).items() if value),
+    ])  # fmt: skip
 
 
 def _repeat_command(about: Mapping[str, Any]) -> list[str]:
-    """The command of the run, with --data also if the run chose the data set itself."""
+    """The command of the run, with --data even if the run chose the data set itself."""
     words, path = _as_words(about.get("command")), about.get("data_path")
     if not words or not isinstance(path, str) or any(word.partition("=")[0] == "--data" for word in words):
         return words
@@ -251,13 +264,22 @@ def _repeat_command(about: Mapping[str, Any]) -> list[str]:
     return [*words, "--data", data.name if data.parent.name == ROOT.name else str(shorten_path(data))]
 
 
-def _as_words(found: Any) -> list[str]:
+def _as_dict(value: Any) -> dict[str, Any]:
+    """A value of run.json if it is an object, else nothing."""
+    return value if isinstance(value, dict) else {}
+
+
+def _as_words(value: Any) -> list[str]:
     """A value of run.json, which may be anything, as a list of words."""
-    return list(map(str, found)) if isinstance(found, list) else [] if found is None else [str(found)]
+    if isinstance(value, list):
+        return [str(word) for word in value]
+    return [] if value is None else [str(value)]
 
 
-def _format_duration(seconds: float) -> str:
-    """For example 45 s, 3 min 20 s, 5 h 12 min."""
+def _format_duration(seconds: float | None) -> str:
+    """For example 45 s, 3 min 20 s, 5 h 12 min; empty if unknown."""
+    if not seconds:
+        return ""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -267,10 +289,10 @@ def _format_duration(seconds: float) -> str:
 
 
 def _make_printable(value: Any) -> Any:
-    """Names can hold anything: invisible characters and direction marks become question marks."""
+    """Replace invisible characters and direction marks, which names may contain, by question marks."""
     if isinstance(value, Markup):
         return value
     text = str(value)
-    if text.isprintable():  # as most are, and the pictures, which are long
+    if text.isprintable():  # fast, which matters for embedded images
         return text
     return "".join("?" if c in DIRECTION_MARKS or unicodedata.category(c) in INVISIBLE else c for c in text)

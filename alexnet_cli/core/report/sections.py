@@ -1,6 +1,6 @@
-"""What each section of a report's page says: words, rows of tables, pictures with the texts that stand for them.
+"""What each section of the report says: sentences, rows of tables, images with captions.
 
-Every function gives the values of names that pages/report.html uses. Escaping is the page's affair.
+Each function returns values for pages/report.html, which escapes them, or None if there is nothing to show.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from alexnet_cli.core.analysis import filter_picture
+from alexnet_cli.core.data.images import ImageArray
 from alexnet_cli.core.evaluation import results
 from alexnet_cli.core.evaluation.confusion_matrix import draw_confusion_matrix
 from alexnet_cli.core.evaluation.evaluate import Evaluation
@@ -26,48 +27,50 @@ from alexnet_cli.core.report.history import get_number
 from alexnet_cli.recipe import Recipe
 
 Row = tuple[Any, ...]
-Names = dict[str, Any]
+Values = dict[str, Any]
 
-MOST = 10  # classes and pairs in a table
-MATRIX = 20  # classes whose confusions are a table too
-CHANCE = 0.05  # p-values above this are called chance
+MOST = 10  # classes or mistakes in a table
+MATRIX = 20  # with at most this many classes, the confusion matrix is also a table
+SIGNIFICANT = 0.05  # a larger p-value is called chance
 SOURCES = {"-": "", "code": "authors' code"}
-MAX_WIDTH = 1000  # pixels of a picture that the page does not make smaller
-PHOTOGRAPH, QUALITY = 160, 85  # pixels and JPEG quality of a photograph on the page
-ZOOM = 8  # of kernels
-COLORS = 128  # of the confusion matrix as PNG; it has few
-LAYER_HEADS = ("Layer", "Kernel", "Sees", "Maps or units", "Size", "Then", "Parameters")
+MAX_WIDTH = 1000  # pixels; the page shows a wider confusion matrix at this width
+THUMBNAIL, QUALITY = 160, 85  # side in pixels and JPEG quality of images
+ZOOM = 8  # pixels for each weight of a filter
+COLORS = 128  # in the palette of the confusion matrix
 
 
-def describe_network(report: Report, drawn: bool) -> Names | None:
-    """The layers with their sums; None while the number of classes is not known."""
+def describe_network(report: Report, has_charts: bool) -> Values | None:
+    """The layers and their totals; None while the number of classes is unknown."""
     if not report.classes:
         return None
     recipe = report.model.recipe if report.model else report.recipe
     specs = layer_specs(recipe, len(report.classes))
-    meeting = [spec.name[-1] for spec in specs if spec.sees_both]
-    towers = f"Two towers, which meet in layers {', '.join(meeting[:-1])} and {meeting[-1]}" if meeting else "One tower"
+    shared = [spec.name[-1] for spec in specs if spec.sees_both]
+    towers = f"Two towers, connected in layers {', '.join(shared[:-1])} and {shared[-1]}" if shared else "One tower"
     count = sum(spec.multiplications for spec in specs)
     words = (
-        f"{towers}: figure 2 of the paper, with this recipe's changes. One image takes {count / 1e6:,.0f} million "
-        "multiplications."
+        f"{towers}: the network of figure 2 of the paper, with the changes of this recipe. "
+        f"One image takes {count / 1e6:,.0f} million multiplications."
     )
-    total = ("All", "", "", "", "", "", f"{sum(spec.parameters for spec in specs):,}")
-    chart = _embed_chart(draw_network(recipe, specs)) if drawn else None
-    rows = [_input_row(recipe, specs[0]), *(_layer_row(recipe, spec) for spec in specs), total]
-    return {"words": words, "heads": LAYER_HEADS, "rows": rows, "chart": chart}
+    total = ("Total", "", "", "", "", "", f"{sum(spec.parameters for spec in specs):,}")
+    return {
+        "words": words,
+        "heads": ("Layer", "Kernel", "Inputs", "Maps or units", "Map size", "Then", "Parameters"),
+        "rows": [_input_row(recipe, specs[0]), *(_layer_row(recipe, spec) for spec in specs), total],
+        "chart": _embed_chart(draw_network(recipe, specs)) if has_charts else None,
+    }
 
 
 def _input_row(recipe: Recipe, conv1: LayerSpec) -> Row:
     _, after = conv1.padding
     then = f"{after} zeros right and below" if after else ""
-    return ("image", "", "", "3 colors", f"{recipe.input_size}×{recipe.input_size}", then, "")
+    return "image", "", "", "3 colors", f"{recipe.input_size}×{recipe.input_size}", then, ""
 
 
 def _layer_row(recipe: Recipe, spec: LayerSpec) -> Row:
     inputs = f"{spec.inputs:,}"
     if recipe.towers > 1 and spec.name != "conv1":
-        inputs += " of both towers" if spec.sees_both else " of its tower"
+        inputs += ", both towers" if spec.sees_both else ", own tower"
     maps = " + ".join([f"{spec.maps:,}"] * spec.towers)
     size = f"{spec.side}×{spec.side}" if spec.is_conv else ""
     pooled = f" to {spec.pooled_side}×{spec.pooled_side}"
@@ -75,17 +78,17 @@ def _layer_row(recipe: Recipe, spec: LayerSpec) -> Row:
     return spec.name, describe_kernel(spec), inputs, maps, size, ", ".join(steps) or "softmax", f"{spec.parameters:,}"
 
 
-def compare_recipe(report: Report) -> Names:
-    """The recipe beside the paper's."""
+def compare_recipe(report: Report) -> Values:
+    """The settings of the recipe and the paper's values for them."""
     values = report.values
     changed = [_recipe_row(v) for v in values if v.value != v.paper]
     same = [_recipe_row(v) for v in values if v.value == v.paper]
     words = (
-        f"Recipe {report.recipe.name}: {len(same)} of {len(values)} values are the paper's: those of its text, with "
-        "the one correction that it needs to start learning, a deviation of 0.03 in layers 3 to 5, as in the authors' "
-        "code."
+        f"Recipe {report.recipe.name}: {len(same)} of {len(values)} settings have the paper's value. One value here "
+        "called the paper's is a correction without which the network does not start to learn: initial weights of "
+        "layers 3 to 5 have a standard deviation of 0.03, as in the authors' code."
     )
-    heads = ("Value", "Here", "The paper", "Where in the paper")
+    heads = ("Setting", "This recipe", "Paper", "Source")
     return {"words": words, "heads": heads, "changed": changed, "same": same, "about": {v.key: v.about for v in values}}
 
 
@@ -100,230 +103,234 @@ def _format_value(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value) if value != () else "none"
 
 
-def describe_curves(report: Report, charts: Mapping[str, Chart]) -> Names:
-    """Loss and errors, drawn and in numbers."""
+def describe_curves(report: Report, charts: Mapping[str, Chart]) -> Values:
+    """Loss, errors and learning rate as charts and as a table."""
     history = report.history
-    drops = ", ".join(map(str, history.drops))
     if report.recipe.schedule == "one-cycle":
-        words = "The rate goes through one cycle, changed at every step: there are no drops to mark."
+        words = "The learning rate follows one cycle and changes at every step."
     elif history.drops:
-        words = f"The rate was divided after epoch {drops}, where the dotted lines are."
+        words = f"The learning rate was lowered after epoch {', '.join(map(str, history.drops))} (dotted lines)."
     else:
-        words = "The rate has not been divided yet."
-    words += " Training curves are means over the steps, with dropout and distorted pictures; validation is without."
-    keys = ("train_loss", "loss", "train_top1_error", "top1_error", "top5_error")
+        words = "The learning rate has not been lowered yet."
+    words += " Training curves are means over steps, with dropout and augmentation. Validation uses neither."
+    heads: Row = (
+        "Epoch", "Training loss", "Validation loss", "Training top-1", "Validation top-1", "Validation top-5",
+        "Learning rate", "Images/s", "Rate lowered",
+    )  # fmt: skip
     rows = [
         (
             epoch["epoch"],
-            *(_format_number(epoch, k) if "loss" in k else _format_percent(get_number(epoch, k)) for k in keys),
+            _format_number(epoch, "train_loss"), _format_number(epoch, "loss"),
+            _format_number(epoch, "train_top1_error", ".1%"), _format_number(epoch, "top1_error", ".1%"),
+            _format_number(epoch, "top5_error", ".1%"),
             _format_number(epoch, "lr", ".3g"), _format_number(epoch, "images_per_second", ",.0f"),
-            "after it" if epoch["epoch"] in history.drops else "",
+            "after this epoch" if epoch["epoch"] in history.drops else "",
         )
         for epoch in history.epochs
     ]  # fmt: skip
-    heads = (
-        "Epoch", "Training loss", "Validation loss", "Training top-1", "Validation top-1", "Validation top-5",
-        "Rate", "Images/s", "Rate drops",
-    )  # fmt: skip
-    drawn = [_embed_chart(charts[name]) for name in ("loss", "errors", "rate") if name in charts]
     heads, *rows = _drop_top5([heads, *rows], 5, report)
-    return {"charts": drawn, "words": words, "heads": heads, "rows": rows}
+    shown = [_embed_chart(charts[name]) for name in ("loss", "errors", "rate") if name in charts]
+    return {"charts": shown, "words": words, "heads": heads, "rows": rows}
 
 
-def describe_filters(report: Report, charts: Mapping[str, Chart]) -> Names | None:
-    """Figure 3, and how far the towers differ."""
-    found = report.specialization
-    if found is None:
+def describe_filters(report: Report, charts: Mapping[str, Chart]) -> Values | None:
+    """The first-layer filters (figure 3 of the paper), and how strongly the towers differ."""
+    measured = report.specialization
+    if measured is None:
         return None
     limits = filter_picture.shared_limits(report.towers)
     towers, rows = [], []
-    for i, (kernels, limit, tower) in enumerate(zip(report.towers, limits, found.towers, strict=True), 1):
+    for number, (kernels, limit, tower, share) in enumerate(
+        zip(report.towers, limits, measured.towers, measured.means, strict=True), 1
+    ):
         grid = filter_picture.draw_grid(kernels, limit, filter_picture.count_columns(len(kernels)))
         size = f"{kernels.shape[2]}×{kernels.shape[3]}"
-        share = f"{found.means[i - 1]:.2f}"
-        alt = f"The {len(kernels)} kernels of tower {i}, {size} pixels each, zero in gray; color share {share}."
-        caption = f"Tower {i} of {len(found.towers)}: {len(kernels)} kernels of {size}, color share {share}"
-        towers.append({"uri": _encode_kernels(grid), "alt": alt, "caption": caption})
+        alt = f"The {len(kernels)} first-layer filters of tower {number} as tiles."
+        caption = f"Tower {number} of {len(report.towers)}: {len(kernels)} filters of {size}, color share {share:.2f}"
+        towers.append({"uri": _encode_filters(grid), "alt": alt, "caption": caption})
         rows.append((
-            f"Tower {i}", len(kernels), share, f"{tower.mean(tower.frequency):.2f}",
+            f"Tower {number}", len(kernels), f"{share:.2f}", f"{tower.mean(tower.frequency):.2f}",
             f"{tower.mean(tower.selectivity):.2f}", int(tower.dead.sum()), int(tower.undertrained.sum()),
         ))  # fmt: skip
-    heads = ("Tower", "Kernels", "Color share", "Cycles a pixel", "One orientation", "Dead", "Noise")
-    curve = [
+    epochs = [
         (epoch["epoch"], *(_format_number(epoch, key) for key in ("specialization", "chroma_tower1", "chroma_tower2")))
         for epoch in report.history.epochs
         if get_number(epoch, "chroma_tower1") is not None
     ]
     return {
-        "words": "The kernels of layer 1, figure 3 of the paper: all on one scale, zero in mid-gray, so that what "
-        "looks faint is faint. Color share is 0 for gray, 0.67 for noise and 1 for opponent colors.",
-        "towers": towers, "heads": heads, "rows": rows, "verdict": _compare_towers(report),
+        "words": "The first-layer filters, as in figure 3 of the paper. All filters share one scale, and zero is "
+        "mid-gray, so a faint filter looks faint. Color share is 0 for gray, 0.67 for noise and 1 for opponent colors.",
+        "towers": towers,
+        "heads": (
+            "Tower", "Filters", "Color share", "Cycles per pixel", "Orientation selectivity", "Dead", "Still noise"
+        ),
+        "rows": rows, "verdict": _compare_towers(report),
         "chart": _embed_chart(charts["towers"]) if "towers" in charts else None,
-        "curve": curve, "curve_heads": ("Epoch", "AUC", "Color share, tower 1", "Color share, tower 2"),
+        "curve": epochs, "curve_heads": ("Epoch", "AUC", "Color share, tower 1", "Color share, tower 2"),
     }  # fmt: skip
 
 
 def _compare_towers(report: Report) -> str:
-    """Whether the towers differ, and whether the kernels allow to say so."""
-    found = report.specialization
-    if found is None or found.auc is None or found.interval is None or found.p_value is None:
+    """Say whether the towers differ in color, or why that cannot be said."""
+    measured = report.specialization
+    if measured is None or measured.auc is None or measured.interval is None or measured.p_value is None:
         return "There are no two towers to compare."
-    low, high = found.interval
-    told = f"By color the towers are told apart with an area under the curve of {found.auc:.2f}"
-    told += f" (95 % interval {low:.2f} to {high:.2f}; 0.5 is chance, 1 is complete), p = {found.p_value:.4f}: "
-    if found.undertrained:
-        return f"{told}of noise, which says nothing. The kernels still look like what they started from."
-    differ = "no more than chance" if found.p_value > CHANCE else "the towers differ"
+    low, high = measured.interval
+    text = (
+        f"Color separates the towers with an AUC (area under the ROC curve) of {measured.auc:.2f}, "
+        f"95 % interval {low:.2f} to {high:.2f}, p = {measured.p_value:.4f}. "
+        "An AUC of 0.5 is chance, 1 is complete separation. "
+    )
+    if measured.undertrained:
+        return f"{text}The filters still look like their random initial values, so these numbers mean nothing yet."
+    differ = "The towers differ no more than by chance" if measured.p_value > SIGNIFICANT else "The towers differ"
     return (
-        f"{told}{differ}. In the paper one tower grows color-agnostic kernels, the other color-specific ones, always."
+        f"{text}{differ}. In the paper, one tower always learns color-agnostic filters, the other color-specific ones."
     )
 
 
-def describe_results(report: Report) -> Names | None:
+def describe_results(report: Report) -> Values | None:
     """Errors, best and worst classes, confusions."""
-    found, counts = report.evidence, report.evidence.counts
+    measured, counts = report.measurements, report.measurements.counts
     if counts is None:
         return None
     names = make_names_unique(report.classes)
-    ranked = sorted(results.count_per_class(counts, report.classes), key=lambda row: float(row["top1_error"]))
-    rows = [_class_row(row, counts, names) for row in ranked]
-    title = f"{counts.images:,} validation pictures, top-1 error {counts.top1_error:.1%}"
-    image = draw_confusion_matrix(counts.confusion, names, title)
-    pairs = [(names[true], names[seen], times) for true, seen, times in results.find_mistakes(counts, MOST)]
-    first = (
-        f" The most frequent mistake: {pairs[0][0]} taken for {pairs[0][1]}, {_format_times(pairs[0][2])}."
-        if pairs
-        else ""
-    )
-    right = f"{1 - counts.top1_error:.1%} of the pictures are on the diagonal"
-    alt = f"Confusion matrix of {len(ranked)} classes: {right}.{first}"
-    small = len(names) <= MATRIX
     heads, *errors = _drop_top5([
-        ("Protocol", "Pictures", "Top-1 error", "Top-5 error", "Loss"),
-        *(_totals_row(totals) for totals in found.totals), *_published_rows(found.totals),
+        ("Protocol", "Images", "Top-1 error", "Top-5 error", "Loss"),
+        *(_totals_row(totals) for totals, _ in measured.results), *_published_rows(measured.totals),
     ], 3, report)  # fmt: skip
-    class_heads, *rows = _drop_top5(
-        [("Class", "Pictures", "Right", "Among five", "Most often taken for"), *rows], 3, report
-    )
-    class_title, tables = _split_classes(rows, [float(row["top1_error"]) < 1 for row in ranked])
+    ranked = sorted(results.count_per_class(counts, report.classes), key=lambda row: float(row["top1_error"]))
+    class_heads, *rows = _drop_top5([
+        ("Class", "Images", "Correct", "In the top 5", "Most often predicted as"),
+        *(_class_row(row, counts, names) for row in ranked),
+    ], 3, report)  # fmt: skip
+    class_title, tables = _split_classes(rows, sum(float(row["top1_error"]) < 1 for row in ranked))
+    mistakes = [(names[true], names[seen], times) for true, seen, times in results.find_mistakes(counts, MOST)]
+    matrix = [(name, *row) for name, row in zip(names, counts.confusion.tolist(), strict=True)]
     return {
-        "heads": heads, "errors": errors, "class_title": class_title, "class_heads": class_heads, "classes": tables,
-        "pairs": pairs,
-        "picture": {
-            "uri": _encode_drawing(image), "alt": alt, "width": min(image.width, MAX_WIDTH),
-            "caption": "Rows are true classes, columns what the network saw: blue is right, red a mistake, "
-            "and darker is a larger share of the row.",
-        },
-        "matrix_heads": ("True class", *names),
-        "matrix": [(n, *r) for n, r in zip(names, counts.confusion.tolist(), strict=True)] if small else [],
+        "heads": heads, "errors": errors,
+        "class_title": class_title, "class_heads": class_heads, "classes": tables,
+        "mistakes": mistakes, "confusion": _draw_confusion(counts, names, mistakes),
+        "matrix_heads": ("True class", *names), "matrix": matrix if len(names) <= MATRIX else [],
     }  # fmt: skip
 
 
-def _drop_top5(rows: Sequence[Row], top5: int, report: Report) -> list[Row]:
-    """The rows without their column of top-5, where every answer is among the five likeliest."""
-    return [row[:top5] + row[top5 + 1 :] for row in rows] if report.has_few_classes else list(rows)
+def _draw_confusion(counts: Evaluation, names: Sequence[str], mistakes: Sequence[tuple[str, str, int]]) -> Values:
+    """The confusion matrix as an image."""
+    title = f"{counts.images:,} validation images, top-1 error {counts.top1_error:.1%}"
+    image = draw_confusion_matrix(counts.confusion, names, title)
+    caption = (
+        f"{1 - counts.top1_error:.1%} of the images are on the diagonal. Rows are true classes, columns predicted "
+        "classes; blue is correct, red is a mistake, and a darker cell is a larger share of its row."
+    )
+    if mistakes:
+        true, predicted, times = mistakes[0]
+        caption += f" The most frequent mistake: {true} predicted as {predicted}, {_format_times(times)}."
+    return {
+        "uri": _encode_drawing(image),
+        "alt": f"Confusion matrix of {len(names)} classes",
+        "width": min(image.width, MAX_WIDTH),
+        "caption": caption,
+    }
 
 
-def _split_classes(rows: Sequence[Row], known: Sequence[bool]) -> tuple[str, list[tuple[str, Sequence[Row]]]]:
-    """A title, and tables with their captions, of classes in order; few are in one. `known`: any picture is right."""
+def _drop_top5(rows: Sequence[Row], column: int, report: Report) -> list[Row]:
+    """The rows, without the column of top-5 values if every answer is in the top 5."""
+    return [row[:column] + row[column + 1 :] for row in rows] if report.has_few_classes else list(rows)
+
+
+def _split_classes(rows: Sequence[Row], recognized: int) -> tuple[str, list[tuple[str, Sequence[Row]]]]:
+    """A title and tables of classes, each with its caption: one table for few classes, else the best and the worst.
+
+    The first `recognized` rows are classes with at least one correct image.
+    """
     if len(rows) == 1:
-        return "The class", [("The only class that has pictures", rows)]
+        return "The class", [("The only class with images", rows)]
     if len(rows) <= MOST:
-        return "The classes", [("All classes, those recognized best first", rows)]
+        return "Classes", [("All classes, lowest error first", rows)]
     most = min(MOST, len(rows) // 2)
-    best = rows[: min(most, sum(known))]
-    tables = [("Classes that are recognized best", best), ("Classes that are recognized worst", rows[: -most - 1 : -1])]
-    return "Best and worst classes", [(caption, shown) for caption, shown in tables if shown]
+    tables = [("Classes with the highest error", rows[: -most - 1 : -1])]
+    if recognized:
+        tables.insert(0, ("Classes with the lowest error", rows[: min(most, recognized)]))
+    return "Best and worst classes", tables
 
 
 def _class_row(row: Mapping[str, Any], counts: Evaluation, names: Sequence[str]) -> Row:
     true = row["index"]
     wrong = counts.confusion[true].copy()
     wrong[true] = 0
-    seen = int(wrong.argmax())
-    other = f"{names[seen]}, {_format_times(int(wrong[seen]))}" if wrong[seen] else "nothing else"
-    return (
-        names[true],
-        row["images"],
-        _format_percent(1 - row["top1_error"]),
-        _format_percent(1 - row["top5_error"]),
-        other,
-    )
+    predicted = int(wrong.argmax())
+    mistake = f"{names[predicted]}, {_format_times(int(wrong[predicted]))}" if wrong[predicted] else "no other class"
+    return names[true], row["images"], f"{1 - row['top1_error']:.1%}", f"{1 - row['top5_error']:.1%}", mistake
 
 
 def _totals_row(totals: Mapping[str, Any]) -> Row:
-    one, five = (
-        f"{totals[f'{k}_error']:.1%} ({low:.1%} to {high:.1%})"
-        for k in ("top1", "top5")
-        for low, high in [totals[f"{k}_error_interval"]]
-    )
-    return results.PROTOCOL[totals["views"]], f"{totals['images']:,}", one, five, f"{totals['loss']:.3f}"
+    errors = []
+    for key in ("top1_error", "top5_error"):
+        low, high = totals[f"{key}_interval"]
+        errors.append(f"{totals[key]:.1%} ({low:.1%} to {high:.1%})")
+    return results.PROTOCOL[totals["views"]], f"{totals['images']:,}", *errors, f"{totals['loss']:.3f}"
 
 
-def _published_rows(totals: Sequence[Mapping[str, Any]]) -> list[Row]:
-    known = totals[0].get("published") if totals else None
+def _published_rows(totals: Mapping[str, Any] | None) -> list[Row]:
+    known = totals and totals.get("published")
     if not known:
         return []
-    what = f"published: {known['source']}, {results.PROTOCOL[known['views']]}"
-    return [(what, f"{results.VALIDATION_IMAGES:,}", f"{known['top1_error']:.1%}", f"{known['top5_error']:.1%}", "")]
+    protocol = f"published: {known['source']}, {results.PROTOCOL[known['views']]}"
+    images = f"{results.VALIDATION_IMAGES:,}"
+    return [(protocol, images, f"{known['top1_error']:.1%}", f"{known['top5_error']:.1%}", "")]
 
 
-def describe_examples(report: Report) -> Names | None:
-    """Pictures that the network was sure of."""
-    found, names = report.evidence, make_names_unique(report.classes)
-    if not found.right and not found.wrong:
+def describe_examples(report: Report) -> Values | None:
+    """The images with the most confident predictions."""
+    measured, names = report.measurements, make_names_unique(report.classes)
+    if not measured.correct and not measured.wrong:
         return None
-    some = report.data is None or found.sampled < len(report.data.split("val"))
-    pictures = f"{found.sampled:,} validation pictures, spread evenly over all of them"
-    words = (
-        f"Of {pictures if some else f'all {found.sampled:,} validation pictures'}, those whose answers have the "
-        "highest probability, which stands beside them; each class once before any comes twice."
-    )
-    right, wrong = ([_describe_example(names, one) for one in some] for some in (found.right, found.wrong))
-    return {"words": words, "right": right, "wrong": wrong}
-
-
-def _describe_example(names: Sequence[str], one: Example) -> Names:
-    true, seen, sure = names[one.true], names[one.predicted], f"{one.probability:.0%}"
-    if one.true == one.predicted:
-        alt, caption = f"A picture of {true}, recognized.", f"{true}, {sure}"
+    if report.data and measured.sampled == len(report.data.split("val")):
+        sample = f"all {measured.sampled:,} validation images"
     else:
-        alt, caption = f"A picture of {true}, taken for {seen}.", f"{true}, taken for {seen}, {sure}"
-    return {"uri": _encode_photograph(one.image), "alt": alt, "caption": caption}
-
-
-def describe_neighbors(report: Report) -> Names | None:
-    """Figure 4 (right)."""
-    found, data = report.evidence.neighborhoods, report.data
-    if not found or data is None:
-        return None
-    names, rows = make_names_unique(data.classes), []
-    for i, one in enumerate(found, 1):
-        shown = [
-            {
-                "uri": _encode_photograph(picture), "alt": f"Training picture of {names[label]}.",
-                "caption": f"{names[label]}, {distance:.3g}",
-            }
-            for picture, label, distance in one.nearest
-        ]  # fmt: skip
-        name, same = names[one.label], sum(label == one.label for _, label, _ in one.nearest)
-        uri = _encode_photograph(one.image)
-        asked = {"uri": uri, "alt": f"Validation picture of {name}.", "caption": name}
-        rows.append({"title": f"Picture {i}: {name}, {same} of {len(shown)} of its class", "shown": [asked, *shown]})
+        sample = f"{measured.sampled:,} validation images, spread evenly over the split"
     words = (
-        "Figure 4 (right) of the paper: a validation picture, framed, and the training pictures nearest to it in the "
-        "activations of layer 7, with their Euclidean distances."
+        f"The most confident predictions among {sample}, each with its probability. "
+        "Each class comes once before any class comes again."
+    )
+    correct, wrong = ([_describe_example(names, e) for e in kind] for kind in (measured.correct, measured.wrong))
+    return {"words": words, "correct": correct, "wrong": wrong}
+
+
+def _describe_example(names: Sequence[str], example: Example) -> Values:
+    true, predicted, probability = names[example.true], names[example.predicted], f"{example.probability:.0%}"
+    if example.true == example.predicted:
+        alt, caption = f"Image of {true}, predicted correctly.", f"{true}, {probability}"
+    else:
+        alt, caption = f"Image of {true}, predicted as {predicted}.", f"{true}, predicted as {predicted}, {probability}"
+    return {"uri": _encode_image(example.image), "alt": alt, "caption": caption}
+
+
+def describe_neighbors(report: Report) -> Values | None:
+    """Validation images and their nearest training images (figure 4, right)."""
+    if not report.measurements.neighborhoods or report.data is None:
+        return None
+    names, rows = make_names_unique(report.data.classes), []
+    for number, neighborhood in enumerate(report.measurements.neighborhoods, 1):
+        name = names[neighborhood.label]
+        images = [{"uri": _encode_image(neighborhood.image), "alt": f"Validation image of {name}.", "caption": name}]
+        for image, label, distance in neighborhood.nearest:
+            alt, caption = f"Training image of {names[label]}.", f"{names[label]}, {distance:.3g}"
+            images.append({"uri": _encode_image(image), "alt": alt, "caption": caption})
+        same = sum(label == neighborhood.label for _, label, _ in neighborhood.nearest)
+        title = f"Image {number}: {name}, {same} of {len(neighborhood.nearest)} neighbors have its class"
+        rows.append({"title": title, "images": images})
+    words = (
+        "As in figure 4 (right) of the paper: a validation image (framed) and the training images whose layer-7 "
+        "activations are nearest to its own. The numbers are Euclidean distances."
     )
     return {"words": words, "rows": rows}
 
 
-def _embed_chart(chart: Chart) -> Names:
-    """A chart as an image of the page: inside of the page its style and its names would become those of the page."""
+def _embed_chart(chart: Chart) -> Values:
+    """A chart as an image. Inline SVG would share its style and ids with the page."""
     return {"uri": _make_uri("image/svg+xml", chart.svg.encode("utf-8")), "alt": chart.alt, "caption": chart.caption}
-
-
-def _format_percent(share: float | None) -> str:
-    return "" if share is None else f"{share:.1%}"
 
 
 def _format_number(record: Mapping[str, Any], key: str, form: str = ".3f") -> str:
@@ -335,25 +342,27 @@ def _format_times(count: int) -> str:
     return "once" if count == 1 else f"{count:,} times"
 
 
-def _encode_photograph(pixels: npt.NDArray[np.uint8]) -> str:
-    """uint8 S x S x 3, reduced to PHOTOGRAPH pixels."""
-    small = Image.fromarray(pixels).resize((PHOTOGRAPH, PHOTOGRAPH), Image.Resampling.LANCZOS)
+def _encode_image(image: ImageArray) -> str:
+    """An image, uint8 S x S x 3, as a JPEG thumbnail."""
+    small = Image.fromarray(image).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
     file = io.BytesIO()
     small.save(file, "JPEG", quality=QUALITY, optimize=True)
     return _make_uri("image/jpeg", file.getvalue())
 
 
-def _encode_kernels(pixels: npt.NDArray[np.uint8]) -> str:
-    """uint8 H x W x 3, each pixel a square of ZOOM: what prints the page may smooth."""
-    file = io.BytesIO()
-    Image.fromarray(pixels.repeat(ZOOM, axis=0).repeat(ZOOM, axis=1)).save(file, "PNG", optimize=True)
-    return _make_uri("image/png", file.getvalue())
+def _encode_filters(pixels: npt.NDArray[np.uint8]) -> str:
+    """uint8 H x W x 3 as PNG, enlarged here, since printers smooth what they enlarge."""
+    return _encode_png(Image.fromarray(pixels.repeat(ZOOM, axis=0).repeat(ZOOM, axis=1)))
 
 
 def _encode_drawing(image: Image.Image) -> str:
-    """A picture of few colors, made small."""
+    """A drawing of few colors as PNG with a palette, which is smaller."""
+    return _encode_png(image.quantize(COLORS, dither=Image.Dither.NONE))
+
+
+def _encode_png(image: Image.Image) -> str:
     file = io.BytesIO()
-    image.quantize(COLORS, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
+    image.save(file, "PNG", optimize=True)
     return _make_uri("image/png", file.getvalue())
 
 
