@@ -82,7 +82,7 @@ def test_what_ends_in_numbers_that_are_none_leaves_one_too(prepared: Path, tmp_p
     ]  # fmt: skip
     what, hint = (line.partition(": ")[2] for line in result.stderr.splitlines()[-2:])
     run = Run(tmp_path / "runs" / "a b")
-    assert f"This run failed: {what}. What to do: {hint}. What it had" in Page(run.path / "report.html").all_text
+    assert f"This run failed: {what}. Hint: {hint}. The page shows" in Page(run.path / "report.html").all_text
     told = {key: run.about[key] for key in ("status", "reason", "error", "hint")}
     assert told == {"status": "failed", "reason": "error", "error": what, "hint": hint}
     end = {"event": "end", "reason": "error", "text": what, "hint": hint, "path": "runs/a b", "epoch": 1}
