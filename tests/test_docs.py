@@ -114,7 +114,7 @@ def test_every_exit_code_and_environment_variable_is_described() -> None:
 
 @pytest.mark.parametrize("document", [*DOCUMENTS, "CHANGELOG.md"])
 def test_the_spelling_is_american(document: str) -> None:
-    text = read_document(document).replace("`no-color-shift`", "")  # the changelog names what was renamed
+    text = read_document(document).replace("`no-colour-shift`", "")  # the changelog names what was renamed
     assert not re.findall(BRITISH, text, re.I)
 
 
