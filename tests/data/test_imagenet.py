@@ -1,4 +1,4 @@
-"""ImageNet as it is distributed: each layout is made here and prepared, and must come out the same."""
+"""ImageNet as it is distributed: each layout is written here and prepared, and must give the same data set."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ LAYOUTS: dict[Maker, str] = {
 
 
 @pytest.fixture(params=["drawn", "real"])
-def picture_set(request: pytest.FixtureRequest) -> tuple[dict[str, bytes], dict[str, bytes]]:
+def image_set(request: pytest.FixtureRequest) -> tuple[dict[str, bytes], dict[str, bytes]]:
     return made.drawn() if request.param == "drawn" else made.real(request.getfixturevalue("samples"))
 
 
@@ -51,37 +51,37 @@ def prepared(source: SourceDataset, output: Path, shard_images: int = SHARD_IMAG
 
 
 def by_file(split: Split) -> Iterator[tuple[str, int, npt.NDArray[np.uint8]]]:
-    """File stem, label and pixels of each picture."""
+    """File stem, label and pixels of each image."""
     for row in range(len(split)):
         yield split.key(row).partition("_")[2], int(split.labels[row]), images.decode(bytes(split.jpeg(row)))
 
 
 def check(dataset: Dataset, train: Mapping[str, bytes], val: Mapping[str, bytes]) -> None:
-    """Every picture is there once, with its class, and looks as it did."""
+    """Every image is there once, with its class, and looks as it did."""
     wnids = sorted(made.CLASSES)
     expected = {
         "train": {Path(name).stem: (wnids.index(name.split("/")[0]), data) for name, data in train.items()},
         "val": {Path(n).stem: (wnids.index(w), val[n]) for w, n in zip(VAL, sorted(val), strict=True)},
     }
     assert dataset.classes == NAMES
-    for name, pictures in expected.items():
+    for name, expected_images in expected.items():
         found = {stem: (label, pixels) for stem, label, pixels in by_file(dataset.split(name))}
-        assert len(dataset.split(name)) == len(found) == len(pictures)
-        for stem, (label, data) in pictures.items():
+        assert len(dataset.split(name)) == len(found) == len(expected_images)
+        for stem, (label, data) in expected_images.items():
             assert found[stem][0] == label, stem
             whole = images.resize_and_crop(images.decode(data)).astype(np.float64)
             assert np.abs(found[stem][1] - whole).mean() < 5, stem
 
 
 @pytest.mark.parametrize("maker", LAYOUTS, ids=lambda maker: maker.__name__)
-def test_each_layout(maker: Maker, picture_set: tuple[dict[str, bytes], dict[str, bytes]], tmp_path: Path) -> None:
-    maker(made.fresh(tmp_path / "in"), *picture_set)
+def test_each_layout(maker: Maker, image_set: tuple[dict[str, bytes], dict[str, bytes]], tmp_path: Path) -> None:
+    maker(made.fresh(tmp_path / "in"), *image_set)
     before = {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in (tmp_path / "in").rglob("*")}
     source = detect_source(tmp_path / "in")
     assert source.layout == LAYOUTS[maker]
     dataset = prepared(source, tmp_path / "out")
     assert dataset.record["layout"] == LAYOUTS[maker]
-    check(dataset, *picture_set)
+    check(dataset, *image_set)
     assert {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in (tmp_path / "in").rglob("*")} == before
 
 
@@ -129,11 +129,9 @@ def test_training_archive_alone(tmp_path: Path) -> None:
     made.train_archive(tmp_path / "ILSVRC2012_img_train.tar", train)
     source = detect_source(tmp_path)
     assert [len(items) for items in source.splits.values()] == [8, 4]
-    assert source.notes[0].startswith("ILSVRC2012_img_val.tar is not there")
-    assert source.notes[1] == "the classes are named as torchvision names those of ILSVRC 2012"
-    assert source.notes[2].startswith(
-        "kept for validation, as the source has no such split: 4 of 12 pictures, 1 of each"
-    )
+    assert source.notes[0].startswith("ILSVRC2012_img_val.tar is missing")
+    assert source.notes[1] == "4 of 4 classes are named as in torchvision's list of ILSVRC 2012"
+    assert "4 of 12 images are kept for validation (1 of each class)" in source.notes[2]
     assert source.classes[0] == ClassName("tench", "n01440764")
     assert not len(detect_source(tmp_path, 0.0).splits["val"])
     third = detect_source(tmp_path, 0.3)
@@ -155,9 +153,7 @@ def test_a_count_that_differs_from_the_ground_truth(tmp_path: Path) -> None:
     train, val = made.drawn()
     made.archives(tmp_path, train, val)
     made.devkit(tmp_path, truth=(*VAL, VAL[0]))
-    with pytest.raises(
-        DataError, match=r"5 pictures, but .*devkit.* classes for 6: ILSVRC2012_val_00000006 is missing"
-    ):
+    with pytest.raises(DataError, match=r"5 images, but .*devkit.* labels of 6: ILSVRC2012_val_00000006 is missing"):
         detect_source(tmp_path)
     made.devkit(tmp_path, truth=VAL[:4])
     with pytest.raises(DataError, match=r"none for .*val_00000005"):
@@ -169,7 +165,7 @@ def test_a_count_that_differs_from_the_ground_truth(tmp_path: Path) -> None:
         detect_source(tmp_path)
     for maker in (made.kaggle, made.flat):
         maker(made.fresh(tmp_path), train, dict(list(val.items())[:-1]))
-        with pytest.raises(DataError, match=r"4 pictures, but .* classes for 5: ILSVRC2012_val_00000005"):
+        with pytest.raises(DataError, match=r"4 images, but .* labels of 5: ILSVRC2012_val_00000005"):
             detect_source(tmp_path)
 
 
@@ -202,17 +198,17 @@ def test_parts_that_are_missing(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no ILSVRC2012_img_train\.tar and no train/"):
         detect_source(tmp_path)
     made.train_archive(tmp_path / "ILSVRC2012_img_train.tar", {n: d for n, d in train.items() if "n0312" not in n})
-    with pytest.raises(DataError, match="of class n03126707, of which the training split has no pictures"):
+    with pytest.raises(DataError, match="of class n03126707, but the training split has no images of it"):
         detect_source(tmp_path)
 
 
-def test_a_class_that_is_still_packed_beside_folders(tmp_path: Path) -> None:
+def test_a_class_that_is_still_packed_next_to_folders(tmp_path: Path) -> None:
     train, val = made.drawn()
     made.flat(tmp_path, train, val)
     (packed,) = made.class_archives(tmp_path / "train", {"n07000000/a.jpg": b"."})
-    with pytest.raises(DataError, match=r"n07000000\.tar beside them is still packed"):
+    with pytest.raises(DataError, match=r"n07000000\.tar is still packed"):
         detect_source(tmp_path)
-    packed.rename(packed.with_name("backup.tar"))  # not named like a class: somebody's own affair
+    packed.rename(packed.with_name("backup.tar"))  # not named like a class: ignored
     assert len(detect_source(tmp_path).splits["train"]) == len(train)
 
 
@@ -239,7 +235,7 @@ def test_hostile_archives_touch_nothing_outside(tmp_path: Path) -> None:
     assert {path: data for path, data in after.items() if tmp_path / "out" not in path.parents} == before
     assert len(dataset.split("train")) == len(train)
     reasons = sorted(line["reason"] for line in dataset.rejected())
-    assert reasons == ["it is a link, a device or the like, not a file"] * 4 + ["its name leads out of the archive"] * 2
+    assert reasons == ["it is a link or a device, not a file"] * 4 + ["its name leads out of the archive"] * 2
     for bad_class in ("../n09.tar", "/n09.tar"):
         made.tar(inside / "ILSVRC2012_img_train.tar", {**inner, bad_class: inner["n01440764.tar"]})
         with pytest.raises(DataError, match="leads out"):
@@ -297,7 +293,8 @@ def test_folders_of_wnids_are_named_where_nothing_else_names_them(tmp_path: Path
     source = detect_source(tmp_path, 0.0)
     assert [name.name for name in source.classes] == [unknown, "crane bird", "crane", "maillot", "maillot tank suit"]
     assert [name.wnid for name in source.classes] == [unknown, *cranes, *suits]
-    assert source.notes[0].startswith("4 of 5 classes are named as torchvision names those of ILSVRC 2012, the others")
+    assert source.notes[0] == "4 of 5 classes are named as in torchvision's list of ILSVRC 2012"
+    assert source.notes[1].startswith("1 of 5 classes have only a wnid")
     words = {cranes[0]: "crane", cranes[1]: "crane", suits[0]: "maillot", suits[1]: "maillot, tank suit"}  # of the kit
     (tmp_path / "words.txt").write_text("".join(f"{wnid}\t{text}\n" for wnid, text in words.items()))
     source = detect_source(tmp_path, 0.0)
@@ -306,7 +303,7 @@ def test_folders_of_wnids_are_named_where_nothing_else_names_them(tmp_path: Path
     assert not any("torchvision" in note for note in source.notes)
     (tmp_path / "words.txt").unlink()
     shutil.rmtree(tmp_path / unknown)
-    assert detect_source(tmp_path, 0.0).notes[0] == "the classes are named as torchvision names those of ILSVRC 2012"
+    assert detect_source(tmp_path, 0.0).notes[0] == "4 of 4 classes are named as in torchvision's list of ILSVRC 2012"
     (tmp_path / "birds").mkdir()
     (tmp_path / "birds" / "1.jpg").write_bytes(b".")
     names = ["birds", "crane bird", "crane", "maillot", "maillot tank suit"]

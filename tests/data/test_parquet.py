@@ -22,7 +22,7 @@ from alexnet_cli.errors import DataError, MissingError
 from imagenet_files import NAMES, VAL
 
 WNIDS = sorted(made.CLASSES)
-SUMMED: dict[str, Any] = {
+WITH_CHECKSUMS: dict[str, Any] = {
     "use_dictionary": False,
     "write_page_checksum": True,
     "write_statistics": False,
@@ -71,7 +71,7 @@ def prepared(root: Path, output: Path, val_fraction: float | None = None) -> Dat
 
 @pytest.mark.parametrize("kind", ["drawn", "real"])
 @pytest.mark.parametrize("folder", [".", "data"])
-def test_pictures_labels_and_names(kind: str, folder: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_images_labels_and_names(kind: str, folder: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     train, val = made.drawn() if kind == "drawn" else made.real(request.getfixturevalue("samples"))
     written(tmp_path / "in" / folder, train, val)
     dataset = prepared(tmp_path / "in", tmp_path / "out")
@@ -82,14 +82,14 @@ def test_pictures_labels_and_names(kind: str, folder: str, tmp_path: Path, reque
         "train": sorted((WNIDS.index(name.split("/")[0]), data) for name, data in train.items()),
         "val": sorted((WNIDS.index(w), val[name]) for w, name in zip(VAL, sorted(val), strict=True)),
     }
-    for name, pictures in expected.items():
+    for name, expected_images in expected.items():
         split = dataset.split(name)
         left = [(int(split.labels[row]), images.decode(bytes(split.jpeg(row)))) for row in range(len(split))]
-        assert len(left) == len(pictures)
-        for label, data in pictures:
+        assert len(left) == len(expected_images)
+        for label, data in expected_images:
             whole = images.resize_and_crop(images.decode(data)).astype(float)
             distance = [np.abs(pixels - whole).mean() if at == label else 255 for at, pixels in left]
-            assert min(distance) < 5, "every picture is there, with its label"
+            assert min(distance) < 5, "every image is there, with its label"
             left.pop(int(np.argmin(distance)))
     assert prepared(tmp_path / "in", tmp_path / "again").hash == dataset.hash
 
@@ -104,7 +104,7 @@ def test_row_groups_stay_together(tmp_path: Path) -> None:
     assert sum(a != b for a, b in itertools.pairwise(blocks)) == len(set(blocks)) - 1
     assert blocks != sorted(blocks)
     some = items.select([11, 0, 5])
-    assert some[0][:2] == (items.labels[11], items.names[11])
+    assert some[0][:2] == (items.labels[11], items.name(11))
     assert [item.read() for item in some] == [items[row].read() for row in (11, 0, 5)]
     assert list(some.blocks or ()) == [items.blocks[row] for row in (11, 0, 5)]
 
@@ -133,13 +133,13 @@ def test_rows_that_cannot_be_used(tmp_path: Path) -> None:
     assert len(refused) == 2
     for label in (None, -1, 2):
         shard(tmp_path / "in" / "train-1.parquet", [(made.jpeg(0, 1), None, label)], ["a", "b"])
-        with pytest.raises(DataError, match=f"label {-1 if label is None else label}, not one of 2 classes"):
+        with pytest.raises(DataError, match=f"label {-1 if label is None else label}, but there are 2 classes"):
             detect_source(tmp_path / "in")
 
 
 def test_damaged_files(tmp_path: Path) -> None:
     rows: list[Row] = [(made.jpeg(i % 2, i), None, i % 2) for i in range(6)]
-    path = shard(tmp_path / "in" / "train-0.parquet", rows, ["a", "b"], **SUMMED)
+    path = shard(tmp_path / "in" / "train-0.parquet", rows, ["a", "b"], **WITH_CHECKSUMS)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match=r"train-0\.parquet is damaged or truncated"):
@@ -152,14 +152,14 @@ def test_damaged_files(tmp_path: Path) -> None:
     assert dataset.rejected()
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     pq.write_table(pa.table({"text": ["a"]}), path)
-    with pytest.raises(DataError, match=r"no columns image .* but text \(string\)"):
+    with pytest.raises(DataError, match=r"needs columns image .* but has text \(string\)"):
         detect_source(tmp_path / "in")
 
 
 def test_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "train-00000-of-00001.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(MissingError, match="pyarrow, which reads them, is not installed") as caught:
+    with pytest.raises(MissingError, match="needs pyarrow, which is not installed") as caught:
         detect_source(tmp_path)
     assert caught.value.hint == "pip install 'alexnet-cli[parquet]'"
     assert caught.value.exit_code == 4

@@ -1,4 +1,4 @@
-"""Layouts: each is made here, file by file, and must come out with the right labels."""
+"""Each layout is written here, file by file, and must be detected with the right labels."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def test_train_and_val_folders(tmp_path: Path) -> None:
     source = detect_source(tmp_path)
     assert source.classes == (ClassName("a"), ClassName("b"))
     assert listed(source, "train") == [("train/a/deep/er/x.png", 0), ("train/b/1.JPEG", 1), ("train/b/2.jpg", 1)]
-    # Class a has no validation picture, and b keeps its label all the same.
+    # Class a has no validation image; b keeps its label.
     assert listed(source, "val") == [("val/b/9.jpg", 1)]
     assert source.splits["val"][0].read() == b"val/b/9.jpg"
     assert source.layout == "train/CLASS and val/CLASS"
-    assert source.notes == ("left out, being no pictures by their names: .txt 1",)
+    assert source.notes == ("left out in train/ (no image suffix): .txt 1",)
 
 
 def test_wordnet_names(tmp_path: Path) -> None:
@@ -48,18 +48,17 @@ def test_wordnet_names(tmp_path: Path) -> None:
     )
 
 
-def test_wnids_beside_plain_names_are_named_too(tmp_path: Path) -> None:
+def test_wnids_among_plain_names_are_named_too(tmp_path: Path) -> None:
     touch(tmp_path, *(f"{name}/{i}.jpg" for name in ("cats", "n01440764", "n01443537") for i in (1, 2)))
     source = detect_source(tmp_path)
     assert [c.name for c in source.classes] == ["cats", "tench", "goldfish"]
     assert [c.wnid for c in source.classes] == [None, "n01440764", "n01443537"]
-    assert source.notes[0] == "2 of 3 classes are named as torchvision names those of ILSVRC 2012"
+    assert source.notes[0] == "2 of 3 classes are named as in torchvision's list of ILSVRC 2012"
     touch(tmp_path, "goldfish/1.jpg")  # that name is taken
     source = detect_source(tmp_path)
     assert [c.name for c in source.classes] == ["cats", "goldfish", "tench", "n01443537"]
-    assert source.notes[0].startswith(
-        "1 of 4 classes are named as torchvision names those of ILSVRC 2012, others called"
-    )
+    assert source.notes[0] == "1 of 4 classes are named as in torchvision's list of ILSVRC 2012"
+    assert source.notes[1].startswith("1 of 4 classes have only a wnid; name them in words.txt")
 
 
 def test_one_folder_per_class_is_split_by_name(tmp_path: Path) -> None:
@@ -88,7 +87,7 @@ def test_tiny_imagenet_takes_labels_from_the_annotations(tmp_path: Path) -> None
     with pytest.raises(DataError, match="no line for val/images/val_0"):
         detect_source(tmp_path)
     annotations.write_text("val_1.JPEG\tn3\n")
-    with pytest.raises(DataError, match="line 1: class 'n3' has no pictures"):
+    with pytest.raises(DataError, match="line 1: class 'n3' has no images"):
         detect_source(tmp_path)
 
 
@@ -126,25 +125,30 @@ def test_the_fingerprint_sees_every_change(tmp_path: Path) -> None:
     ("files", "fraction", "error", "message"),
     [
         ((), None, DataError, "is empty$"),
-        (("only/1.jpg", "none/1.txt"), None, DataError, "has one class only: only$"),
-        (("up/only/1.jpg",), None, DataError, "has one class only: up/only$"),
-        (("train/a/1.jpg", "test/1.txt"), None, DataError, "has one class only: train/a$"),
-        (("1.jpg", "2.jpg"), None, DataError, "has 2 pictures, but no folders of classes$"),
-        (("a/1.HEIC", "b/2.HEIC", "b/1.txt"), None, DataError, r"in a format that is not read: \.HEIC 2$"),
+        (("only/1.jpg", "none/1.txt"), None, DataError, "has only one class: only$"),
+        (("up/only/1.jpg",), None, DataError, "has only one class: up/only$"),
+        (("train/a/1.jpg", "test/1.txt"), None, DataError, "has only one class: train/a$"),
+        (("1.jpg", "2.jpg"), None, DataError, "has 2 images, but no class folders$"),
+        (("a/1.HEIC", "b/2.HEIC", "b/1.txt"), None, DataError, r"only images that cannot be read: \.HEIC 2$"),
         (
             ("a/1.txt", "b/2.md"),
             None,
             DataError,
-            r"no pictures by their names: \.md 1, \.txt 1\. Looked for: ILSVRC2012",
+            r"no files with an image suffix \(\.md 1, \.txt 1\)\. Known layouts: ILSVRC2012",
         ),
         (("train/a/1.jpg", "val/a/1.jpg"), None, DataError, "fewer than two class folders"),
         (("train/a/1.jpg", "train/b/1.jpg", "val/1.jpg"), None, DataError, "no class folders"),
-        (("train/a/1.jpg", "train/b/1.jpg", "val/c/1.jpg"), None, DataError, "the class c, of which"),
+        (
+            ("train/a/1.jpg", "train/b/1.jpg", "val/c/1.jpg"),
+            None,
+            DataError,
+            "the class c, but train/ has no images of it",
+        ),
         (("train/a/1.jpg", "train/b/1.jpg", "val/a/1.jpg"), 0.1, UsageError, "of its own"),
         (("a/1.jpg", "b/1.jpg"), 1.0, UsageError, "below 1"),
     ],
 )
-def test_refusals(
+def test_folders_without_a_usable_layout(
     tmp_path: Path, files: tuple[str, ...], fraction: float | None, error: type[DataError], message: str
 ) -> None:
     touch(tmp_path, *files)
@@ -157,7 +161,7 @@ def test_refusals(
 def test_one_folder_too_high(tmp_path: Path, inside: str) -> None:
     touch(tmp_path, f"{inside}/cat/1.jpg", f"{inside}/dog/1.jpg", "notes.txt")
     right = tmp_path / inside.removesuffix("/train")
-    with pytest.raises(DataError, match="holds no folders of classes, but") as caught:
+    with pytest.raises(DataError, match="has no class folders, but") as caught:
         detect_source(tmp_path)
     assert caught.value.hint == f"did you mean {right}?"
     assert len(detect_source(right).classes) == 2
@@ -195,7 +199,7 @@ def test_links_between_classes_are_entered_once_each(tmp_path: Path) -> None:
             (tmp_path / name / f"to_{other}").symlink_to(tmp_path / other, target_is_directory=True)
         (tmp_path / name / "up").symlink_to(tmp_path, target_is_directory=True)
     source = detect_source(tmp_path, 0.0)
-    assert len(source.splits["train"]) == 81  # of every class its own and those it links to, once
+    assert len(source.splits["train"]) == 81  # each class: its own image and those of the classes it links to, once
     (deep := tmp_path.joinpath("c0", *["d"] * 300)).mkdir(parents=True)
     (deep / "deep.jpg").write_bytes(b".")
     assert len(detect_source(tmp_path, 0.0).splits["train"]) == 90
@@ -210,31 +214,31 @@ def test_a_file_that_would_fill_the_memory(tmp_path: Path) -> None:
         detect_source(tmp_path, 0.0).splits["train"][0].read()
 
 
-def test_a_test_folder_is_told_of(tmp_path: Path) -> None:
+def test_a_test_folder_gives_a_note(tmp_path: Path) -> None:
     touch(tmp_path, *(f"{split}/{name}/{i}.jpg" for split in ("train", "test") for name in "ab" for i in range(3)))
     source = detect_source(tmp_path)
-    assert source.notes[0] == "test/ (6 pictures) is not used: name it val/ to measure on it"
+    assert source.notes[0] == "test/ (6 images) is not used; rename it to val/ to validate on it"
     touch(tmp_path, "val/a/1.jpg")
-    assert detect_source(tmp_path).notes == ("test/ (6 pictures) is not used: val/ is what is measured on",)
+    assert detect_source(tmp_path).notes == ("test/ (6 images) is not used; validation uses val/",)
 
 
-def test_what_is_no_picture_is_told_by_suffix(tmp_path: Path) -> None:
+def test_other_files_are_counted_by_suffix(tmp_path: Path) -> None:
     touch(tmp_path, "a/1.jpg", "b/1.jpg", "b/notes.txt", "b/list", "phone/1.heic")
     touch(tmp_path, *(f"{name}/{i}.HEIC" for name in "ab" for i in range(3)))
     assert detect_source(tmp_path).notes[:3] == (
-        "left out, holding no pictures: phone",
-        "left out, being no pictures by their names: .HEIC 6, .heic 1, .txt 1, others 1",
-        "in a format that is not read: .HEIC 6, .heic 1; convert them to JPEG",
+        "left out (no images inside): phone",
+        "left out (no image suffix): .HEIC 6, .heic 1, .txt 1, others 1",
+        "these image formats cannot be read: .HEIC 6, .heic 1; convert them to JPEG",
     )
 
 
-def test_pictures_that_no_class_holds_are_noted(tmp_path: Path) -> None:
+def test_images_outside_of_class_folders_give_a_note(tmp_path: Path) -> None:
     for folder in ("train/a", "train/b", "train", "val/a", "val", "test"):
         (tmp_path / folder).mkdir(parents=True, exist_ok=True)
         for number in range(3):
             (tmp_path / folder / f"{number}.jpg").write_bytes(b".")
     assert detect_source(tmp_path).notes == (
-        f"left out, lying in no class's folder: 3 pictures directly in {tmp_path}/train",
-        f"left out, lying in no class's folder: 3 pictures directly in {tmp_path}/val",
-        "left out, having no labels that are known: test/",
+        f"left out (in no class folder): 3 images directly in {tmp_path}/train",
+        f"left out (in no class folder): 3 images directly in {tmp_path}/val",
+        "left out (no labels): test/",
     )

@@ -1,4 +1,4 @@
-"""Tar archives read by their headers, against the tarfile module; what a hostile or damaged one comes to."""
+"""Tar archives indexed by their headers: every format, hostile and damaged ones."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from alexnet_cli.core.data.tar_archives import Member, Members, members
+from alexnet_cli.core.data.tar_archives import ArchiveImages, Member, scan_members
 from alexnet_cli.errors import DataError
 
 LONG = "deep/" * 40 + "é name of more than a hundred bytes.JPEG"
@@ -24,11 +24,11 @@ def tar(path: Path, files: dict[str, bytes], format: int = tarfile.GNU_FORMAT) -
     return path
 
 
-def pictures(archive: Path, inside: Member | None = None) -> Members:
-    found = Members(archive)
-    for member in members(archive, inside):
-        found.add(member.name, 0, member)
-    return found
+def list_archive(archive: Path, outer: Member | None = None) -> ArchiveImages:
+    images = ArchiveImages(archive)
+    for member in scan_members(archive, outer):
+        images.add(member.name, 0, member)
+    return images
 
 
 @pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
@@ -38,8 +38,8 @@ def test_every_format_as_tarfile_reads_it(tmp_path: Path, format: int) -> None:
     path = tar(tmp_path / "a.tar", files, format)
     with tarfile.open(path) as archive:
         expected = [(m.name, m.offset_data, m.size) for m in archive]
-    assert [(m.name, m.offset, m.size) for m in members(path)] == expected
-    assert {item.name: item.read() for item in pictures(path)} == files
+    assert [(m.name, m.offset, m.size) for m in scan_members(path)] == expected
+    assert {item.name: item.read() for item in list_archive(path)} == files
 
 
 def test_sizes_in_other_notations(tmp_path: Path) -> None:
@@ -49,26 +49,27 @@ def test_sizes_in_other_notations(tmp_path: Path) -> None:
     header[124:136] = b"\x80" + (3).to_bytes(11, "big")
     header[148:156] = b"%06o\0 " % (sum(header) - sum(header[148:156]) + 8 * 32)
     (tmp_path / "a.tar").write_bytes(bytes(header) + b"abc".ljust(512, b"\0") + bytes(1024))
-    assert [item.read() for item in pictures(tmp_path / "a.tar")] == [b"abc"]
+    assert [item.read() for item in list_archive(tmp_path / "a.tar")] == [b"abc"]
     header[124:136] = b"-0000000512\0"
     header[148:156] = b"%06o\0 " % (sum(header) - sum(header[148:156]) + 8 * 32)
     (tmp_path / "a.tar").write_bytes(bytes(header) + bytes(1024))
-    with pytest.raises(DataError, match="size is b'-0000000512"):
-        list(members(tmp_path / "a.tar"))
+    with pytest.raises(DataError, match="negative size"):
+        list(scan_members(tmp_path / "a.tar"))
     data = b"12 size=-77\n"
     extension = tarfile.TarInfo("pax")
     extension.type, extension.size = b"x", len(data)
     tar(tmp_path / "b.tar", {"a.jpg": b"abc"})
     extended = extension.tobuf() + data.ljust(512, b"\0") + (tmp_path / "b.tar").read_bytes()
     (tmp_path / "a.tar").write_bytes(extended)
-    assert [item.read() for item in pictures(tmp_path / "a.tar")] == [b"abc"]
+    with pytest.raises(DataError, match="negative size"):
+        list(scan_members(tmp_path / "a.tar"))
 
 
 def test_an_archive_in_an_archive(tmp_path: Path) -> None:
     inner = tar(tmp_path / "n1.tar", {"1.jpg": b"first", "2.jpg": b"second"})
     outer = tar(tmp_path / "train.tar", {"n0.txt": b"?", "n1.tar": inner.read_bytes()})
-    member = list(members(outer))[1]
-    assert [item.read() for item in pictures(outer, inside=member)] == [b"first", b"second"]
+    member = list(scan_members(outer))[1]
+    assert [item.read() for item in list_archive(outer, member)] == [b"first", b"second"]
 
 
 def test_hostile_members_are_listed_and_refused(tmp_path: Path) -> None:
@@ -88,14 +89,14 @@ def test_hostile_members_are_listed_and_refused(tmp_path: Path) -> None:
             archive.addfile(entry)
         archive.addfile(tarfile.TarInfo("last.jpg"))
     before = sorted(tmp_path.rglob("*"))
-    found = pictures(path)
+    found = list_archive(path)
     assert len(found) == 4 + len(kinds) + 1
     good = {"..dots..jpg": b"new", "last.jpg": b""}
     for item in found:
         if item.name in good:
             assert item.read() == good[item.name]
         else:
-            with pytest.raises(DataError, match="leads out" if "outside" in item.name else "a link, a device"):
+            with pytest.raises(DataError, match="leads out" if "outside" in item.name else "a link or a device"):
                 item.read()
     assert outside.read_bytes() == b"secret"
     assert sorted(tmp_path.rglob("*")) == before
@@ -108,29 +109,29 @@ def test_truncated_anywhere(tmp_path: Path) -> None:
     for size in (1, 511, 512, 600, 1536, 1600, 2048, 2100, end - 400, end):
         cut.write_bytes(whole[:size])
         with pytest.raises(DataError, match="truncated") as caught:
-            list(members(cut))
+            list(scan_members(cut))
         assert "cut.tar" in caught.value.what
         assert caught.value.hint
     cut.write_bytes(whole[: end + 512])
-    assert len(list(members(cut))) == 2
+    assert len(list(scan_members(cut))) == 2
 
 
-def test_damaged_and_foreign(tmp_path: Path) -> None:
+def test_damaged_files_and_files_that_are_no_archive(tmp_path: Path) -> None:
     whole = bytearray(tar(tmp_path / "a.tar", {"1.jpg": b"x" * 700, "2.jpg": b"y"}).read_bytes())
     whole[1536 + 3] ^= 1
     (tmp_path / "a.tar").write_bytes(whole)
-    with pytest.raises(DataError, match="damaged: no header 1,536 bytes in"):
-        list(members(tmp_path / "a.tar"))
+    with pytest.raises(DataError, match="damaged: no header at byte 1,536"):
+        list(scan_members(tmp_path / "a.tar"))
     (tmp_path / "a.tar").write_bytes(os.urandom(2000))
-    with pytest.raises(DataError, match="not a tar archive"):
-        list(members(tmp_path / "a.tar"))
+    with pytest.raises(DataError, match="is not a tar archive"):
+        list(scan_members(tmp_path / "a.tar"))
     with pytest.raises(DataError, match="cannot be read"):
-        list(members(tmp_path / "missing.tar"))
+        list(scan_members(tmp_path / "missing.tar"))
 
 
 def test_an_archive_that_shrinks_after_it_was_listed(tmp_path: Path) -> None:
     path = tar(tmp_path / "a.tar", {"1.jpg": b"x" * 700})
-    item = pictures(path)[0]
+    item = list_archive(path)[0]
     os.truncate(path, 1000)
     with pytest.raises(DataError, match="ends after 488 of its 700 bytes"):
         item.read()

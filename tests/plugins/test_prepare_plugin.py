@@ -161,7 +161,7 @@ def test_a_jpeg_that_can_be_decoded_in_part_is_packed_and_told_of(
     ("arguments", "code", "message"),
     [
         (["nowhere"], 3, "nowhere does not exist"),
-        (["pets/cats"], 3, "pets/cats has 10 pictures, but no folders of classes"),
+        (["pets/cats"], 3, "pets/cats has 10 images, but no class folders"),
         (["pets", "-o", "pets/out"], 2, "lies inside the source"),
         (["pets", "-o", "pets/cats/1.jpg"], 2, "lies inside the source"),
         (["pets", "-o", "."], 2, "not empty and not a prepared data set"),

@@ -1,7 +1,7 @@
-"""Names of classes: what a data set or a model file calls them, words.txt, and the 1000 classes of ILSVRC 2012.
+"""Names of classes: of a data set or a model file, in words.txt, and of the 1000 classes of ILSVRC 2012. No torch.
 
-torchvision ships the names of ILSVRC's classes in the order of the sorted wnids, without the wnids. That list is read
-from the installed file as text, since importing it would load torch. The wnids are in ilsvrc_wnids.txt. No torch.
+torchvision has the names of ILSVRC's classes in the order of the sorted wnids, without the wnids. That list is parsed
+from its source file, because importing it would load torch. The wnids are in ilsvrc_wnids.txt.
 """
 
 from __future__ import annotations
@@ -16,47 +16,49 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 WNID = re.compile(r"n\d{8}")
-"""A WordNet id, which is how ImageNet calls a class."""
+"""A WordNet id, by which ImageNet names a class."""
 WNIDS_SHA256 = "385e0240499426c022b773be1ae4da780f057b89c9694c7f47199f62746b6edd"
 """sha256 of the 1000 wnids of ILSVRC 2012, sorted and joined by line feeds."""
 TORCHVISION_LIST = "_IMAGENET_CATEGORIES"
 
 
 class ClassName(NamedTuple):
-    """What a class is called, and its WordNet id where it has one (`n02123045`)."""
+    """The name of a class, and its WordNet id if it has one (`n02123045`)."""
 
     name: str
     wnid: str | None = None
 
 
 def parse_classes(names: Sequence[Any], wnids: Sequence[Any]) -> tuple[ClassName, ...]:
-    """The classes that a file names. Raises ValueError for what cannot be a list of names."""
+    """Return the classes that a file lists. Raises ValueError if they are not names and wnids."""
     if not names or len(names) != len(wnids):
         raise ValueError(f"{len(names)} class names for {len(wnids)} wnids")
     for name, wnid in zip(names, wnids, strict=True):
         if not isinstance(name, str) or not isinstance(wnid, str | None):
-            raise ValueError(f"{name!r} ({wnid!r}) is no name of a class")
+            raise ValueError(f"{name!r} ({wnid!r}) is not a class name")
     return tuple(map(ClassName, names, wnids))
 
 
 def name_classes(keys: Sequence[str], words: Mapping[str, str]) -> tuple[ClassName, ...]:
-    """Short, different names for classes, given by key (folder name or wnid) and the words for it, if any.
+    """Return short, distinct class names.
 
-    The first of its words names a class: `tabby, tabby cat` is "tabby".
+    `keys`: folder name or wnid of each class. `words`: names by key; the first one is used: "tabby, tabby cat" gives
+    "tabby". If two classes share it ("crane", a bird and a machine), they get all their words, then their wnids.
     """
     full = [words.get(key, key) for key in keys]
     short = [text.partition(",")[0].strip() if key in words else text for key, text in zip(keys, full, strict=True)]
-    times = Counter(short)
-    # "crane" is a bird and a machine: where the first word is not enough, all of them are kept.
-    names = [text if times[first] > 1 else first for first, text in zip(short, full, strict=True)]
-    wnids = [key if WNID.fullmatch(key) else None for key in keys]
-    times = Counter(names)  # and where these are "crane" both times, too, the wnid tells them apart
-    names = [f"{name} ({wnid})" if wnid and times[name] > 1 else name for name, wnid in zip(names, wnids, strict=True)]
-    return tuple(ClassName(name, wnid) for name, wnid in zip(names, wnids, strict=True))
+    counts = Counter(short)
+    names = [text if counts[first] > 1 else first for first, text in zip(short, full, strict=True)]
+    counts = Counter(names)
+    classes = []
+    for key, name in zip(keys, names, strict=True):
+        wnid = key if WNID.fullmatch(key) else None
+        classes.append(ClassName(f"{name} ({wnid})" if wnid and counts[name] > 1 else name, wnid))
+    return tuple(classes)
 
 
 def read_words(path: Path) -> dict[str, str]:
-    """Words by wnid from words.txt in a folder or in its train/: `n02123045<TAB>tabby, tabby cat`."""
+    """Return names by wnid from words.txt in a folder or in its train/, with lines `n02123045<TAB>tabby, tabby cat`."""
     for file in (path / "words.txt", path / "train" / "words.txt"):
         if file.is_file():
             pairs = (line.partition("\t") for line in file.read_text(errors="replace").splitlines())
@@ -65,30 +67,30 @@ def read_words(path: Path) -> dict[str, str]:
 
 
 def is_ilsvrc(wnids: Sequence[str]) -> bool:
-    """Whether these are the 1000 classes of ILSVRC 2012, in any order."""
+    """Return whether these are the 1000 classes of ILSVRC 2012, in any order."""
     return len(wnids) == 1000 and hashlib.sha256("\n".join(sorted(wnids)).encode()).hexdigest() == WNIDS_SHA256
 
 
 def ilsvrc_words(wnids: Iterable[str]) -> dict[str, str]:
-    """Names by wnid of those that are classes of ILSVRC 2012; none without torchvision."""
+    """Return names by wnid of those that are classes of ILSVRC 2012; none without torchvision."""
     names = dict(zip(ilsvrc_wnids(), _torchvision_names(), strict=False))
     return {wnid: names[wnid] for wnid in wnids if wnid in names}
 
 
 def ilsvrc_classes() -> list[ClassName]:
-    """The 1000 classes in the order of their wnids; without torchvision the wnid is the name."""
+    """Return the 1000 classes in the order of their wnids; without torchvision the wnid is the name."""
     wnids = ilsvrc_wnids()
     words = ilsvrc_words(wnids)
     return [ClassName(words.get(wnid, wnid), wnid) for wnid in wnids]
 
 
 def ilsvrc_wnids() -> list[str]:
-    """The wnids of the 1000 classes of ILSVRC 2012, sorted."""
+    """Return the wnids of the 1000 classes of ILSVRC 2012, sorted."""
     return (Path(__file__).parent / "ilsvrc_wnids.txt").read_text(encoding="ascii").split()
 
 
 def _torchvision_names() -> list[str]:
-    """The names in torchvision's source, or none if it is not installed or has changed."""
+    """Return the names in torchvision's source; none if it is not installed or has changed."""
     package = importlib.util.find_spec("torchvision")
     for folder in package.submodule_search_locations or () if package else ():
         file = Path(folder) / "models" / "_meta.py"

@@ -1,133 +1,131 @@
-"""Hugging Face data sets as parquet shards: columns `image` (struct of `bytes` and `path`) and `label`.
+"""Hugging Face data sets as parquet shards: columns `image` (struct of `bytes` and `path`) and `label`. No torch.
 
-A picture can only be got by reading the whole row group it lies in, about a hundred others. Rows are
-therefore best read group by group (`ImageList.blocks`), and the groups in use are kept for a while.
+Reading one image means reading its whole row group, about a hundred images. Rows are therefore best read group by group
+(`ImageList.blocks`), and recent groups are kept in memory.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import re
 import threading
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from alexnet_cli.core.data.samples import DetectedLayout, ImageList, Names
+from alexnet_cli.core.data.samples import DetectedLayout, ImageList, NameList
 from alexnet_cli.errors import DataError, MissingError
 
-SPLITS = {"train": ("train",), "val": ("validation", "valid", "val")}
+SPLIT_NAMES = {"train": ("train",), "val": ("validation", "valid", "val"), "test": ("test",)}
 FOLDERS = ("", "data")
-KEPT = 1 << 28  # bytes of row groups kept in memory; one is about 11 MB in ImageNet's shards
+CACHE_BYTES = 1 << 28  # of row groups kept in memory; one is about 11 MB in ImageNet's shards
 WNID = re.compile(r"(?<![A-Za-z0-9])n\d{8}(?![0-9])")
-DAMAGED = "download it again"
+DAMAGED_HINT = "download it again"
 
 
-class Rows(ImageList):
-    """Pictures that are rows of parquet files."""
+class ParquetImages(ImageList):
+    """Images that are rows of parquet files."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.names: Names = Names()
         self.labels: array[int] = array("q")
         self.blocks: array[int] = array("I")
-        self._groups: list[tuple[str, int, int]] = []  # of each block: file, row group in it, its first row
-        self._bytes: dict[str, int] = {}  # of each file
-        self._kept: OrderedDict[int, Any] = OrderedDict()
+        self._names = NameList()
+        self._groups: list[tuple[str, int, int]] = []  # for each block: file, row group in it, its first row
+        self._file_bytes: dict[str, int] = {}
+        self._cache: OrderedDict[int, Any] = OrderedDict()  # block -> column of bytes
         self._lock = threading.Lock()
 
     def add(self, file: str) -> Any:
-        """Append the rows of a file; returns its schema."""
-        self._bytes[file] = (self.root / file).stat().st_size
-        with _opened(self.root / file) as parquet:
+        """Append the rows of a file. Returns its schema."""
+        self._file_bytes[file] = (self.root / file).stat().st_size
+        with _open_parquet(self.root / file) as parquet:
             schema = parquet.schema_arrow
             _check_columns(schema, self.root / file)
             for group in range(parquet.num_row_groups):
                 table = parquet.read_row_group(group, columns=["image.path", "label"])
                 paths = table.column("image").combine_chunks().field("path").to_pylist()
-                first = len(self.names)
-                stems = (
-                    f"{row - first:04}_{PurePosixPath(path or 'image').name}" for row, path in enumerate(paths, first)
-                )
-                self.names.extend(f"{file}/{group:04}/{stem}" for stem in stems)
+                for row, path in enumerate(paths):
+                    stem = PurePosixPath(path or "image").name
+                    self._names.append(f"{file}/{group:04}/{row:04}_{stem}")
+                self._groups.append((file, group, len(self.labels)))
                 self.labels.extend(-1 if label is None else label for label in table.column("label").to_pylist())
-                self.blocks.extend([len(self._groups)] * len(paths))
-                self._groups.append((file, group, first))
+                self.blocks.extend([len(self._groups) - 1] * len(paths))
         return schema
 
-    def reader(self, row: int) -> Callable[[], bytes]:
-        """Reads the row group, unless it is at hand."""
-        block = self.blocks[row]
-        return functools.partial(self._read, block, row - self._groups[block][2])
+    def name(self, row: int) -> str:
+        """Return file, row group, row in it, and the file name that the row has."""
+        return self._names[row]
 
     def size(self, row: int) -> int:
-        """Of the file that the row is in."""
-        return self._bytes[self._groups[self.blocks[row]][0]]
+        """Return the size of the file that has the row."""
+        return self._file_bytes[self._groups[self.blocks[row]][0]]
 
-    def _read(self, block: int, row: int) -> bytes:
+    def read(self, row: int) -> bytes:
+        """Return the row's bytes; reads the row group unless it is in memory."""
+        block = self.blocks[row]
+        file, group, first_row = self._groups[block]
         with self._lock:
-            if block not in self._kept:
-                file, group, _ = self._groups[block]
-                with _opened(self.root / file) as parquet:
+            if block not in self._cache:
+                with _open_parquet(self.root / file) as parquet:
                     table = parquet.read_row_group(group, columns=["image.bytes"])
-                self._kept[block] = table.column("image").combine_chunks().field("bytes")
-                while len(self._kept) > 2 and sum(group.nbytes for group in self._kept.values()) > KEPT:
-                    self._kept.popitem(last=False)
-            self._kept.move_to_end(block)
-            column = self._kept[block]
-        data: bytes | None = column[row].as_py()
+                self._cache[block] = table.column("image").combine_chunks().field("bytes")
+                while len(self._cache) > 2 and sum(column.nbytes for column in self._cache.values()) > CACHE_BYTES:
+                    self._cache.popitem(last=False)
+            self._cache.move_to_end(block)
+            column = self._cache[block]
+        data: bytes | None = column[row - first_row].as_py()
         if data is None:
-            raise DataError("the row has no bytes", "")
+            raise DataError("the row has no bytes")
         return data
 
 
-def huggingface(path: Path) -> DetectedLayout | None:
+def detect_parquet(path: Path) -> DetectedLayout | None:
     """train-*.parquet and validation-*.parquet, in the folder or its data/."""
-    found = next((files for folder in FOLDERS if (files := _files(path, folder))["train"]), None)
-    if found is None:
+    files = next((files for folder in FOLDERS if (files := _list_files(path, folder))["train"]), None)
+    if files is None:
         return None
-    train, val = Rows(path), Rows(path)
-    schemas = [train.add(file) for file in found["train"]]
-    for file in found["val"]:
+    train, val = ParquetImages(path), ParquetImages(path)
+    schemas = [train.add(file) for file in files["train"]]
+    for file in files["val"]:
         val.add(file)
-    names = _class_names(schemas[0])
+    names = _read_class_names(schemas[0])
     count = len(names) or max(train.labels, default=-1) + 1
-    for pictures in (train, val):
-        _check_labels(pictures, count)
+    for images in (train, val):
+        _check_labels(images, count)
     if count < 2:
-        raise DataError(f"{path} has fewer than two classes", "pictures of one class teach nothing")
-    notes = [f"left out, having no labels to train on: {len(found['test'])} test-*.parquet"] if found["test"] else []
+        raise DataError(f"{path} has fewer than two classes", "a network needs at least two")
+    notes = [f"left out (no labels): {len(files['test'])} test-*.parquet"] if files["test"] else []
     if not names:
-        notes.append("the files do not say what the classes are called; they are numbered")
+        notes.append("the files have no class names; classes are numbered")
     words = names or [str(label) for label in range(count)]
-    keys = _wnids(train, count) or words
+    keys = _find_wnids(train, count) or words
     return DetectedLayout(
-        f"Hugging Face parquet: {len(found['train'])} train and {len(found['val'])} validation files",
+        f"Hugging Face parquet: {len(files['train'])} train and {len(files['val'])} validation files",
         keys,
-        dict(zip(keys, words, strict=True)) if len(set(keys)) == count else {},
         train,
-        val if found["val"] else None,
+        val if files["val"] else None,
         tuple(notes),
+        dict(zip(keys, words, strict=True)) if len(set(keys)) == count else {},
     )
 
 
-def _files(path: Path, folder: str) -> dict[str, list[str]]:
+def _list_files(path: Path, folder: str) -> dict[str, list[str]]:
+    """Return the parquet files in a folder by split, relative to `path`."""
     names = sorted(file.name for file in (path / folder).glob("*.parquet"))
-    inside = f"{folder}/" if folder else ""
-    starts = {**SPLITS, "test": ("test",)}
+    prefix = f"{folder}/" if folder else ""
     return {
-        split: [inside + name for name in names if re.match(rf"({'|'.join(words)})(-.*)?\.parquet$", name)]
-        for split, words in starts.items()
+        split: [prefix + name for name in names if re.match(rf"({'|'.join(words)})(-.*)?\.parquet$", name)]
+        for split, words in SPLIT_NAMES.items()
     }
 
 
 @contextlib.contextmanager
-def _opened(file: Path) -> Iterator[Any]:
-    """A parquet file, closed at the end.
+def _open_parquet(file: Path) -> Iterator[Any]:
+    """Open a parquet file; it is closed at the end.
 
     Raises:
         MissingError: pyarrow is not installed.
@@ -137,37 +135,38 @@ def _opened(file: Path) -> Iterator[Any]:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        hint = "pip install 'alexnet-cli[parquet]'"
         raise MissingError(
-            f"{file} is a parquet file, and pyarrow, which reads them, is not installed", hint
+            f"{file} needs pyarrow, which is not installed", "pip install 'alexnet-cli[parquet]'"
         ) from error
     try:
         with pyarrow.parquet.ParquetFile(file, page_checksum_verification=True) as parquet:
             yield parquet
     except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"{file} is damaged or truncated: {error}", DAMAGED) from error
+        raise DataError(f"{file} is damaged or truncated: {error}", DAMAGED_HINT) from error
 
 
 def _check_columns(schema: Any, file: Path) -> None:
+    """Raise DataError unless there are an image and an integer label."""
     try:
         image = schema.field("image").type
-        right = {image.field(i).name for i in range(image.num_fields)} >= {"bytes", "path"}
-        right = right and str(schema.field("label").type).removeprefix("u") in ("int8", "int16", "int32", "int64")
+        is_right = {image.field(i).name for i in range(image.num_fields)} >= {"bytes", "path"}
+        is_right = is_right and str(schema.field("label").type).removeprefix("u") in ("int8", "int16", "int32", "int64")
     except KeyError:
-        right = False
-    if not right:
+        is_right = False
+    if not is_right:
         columns = ", ".join(f"{name} ({schema.field(name).type})" for name in schema.names)
-        raise DataError(f"{file} has no columns image (bytes, path) and label, but {columns}", "rename them")
+        what = f"{file} needs columns image (bytes, path) and label, but has {columns}"
+        raise DataError(what, "rename the columns")
 
 
-def _check_labels(pictures: Rows, count: int) -> None:
-    for row, label in enumerate(pictures.labels):
+def _check_labels(images: ParquetImages, count: int) -> None:
+    for row, label in enumerate(images.labels):
         if not 0 <= label < count:
-            raise DataError(f"{pictures.names[row]} has label {label}, not one of {count} classes", DAMAGED)
+            raise DataError(f"{images.name(row)} has label {label}, but there are {count} classes", DAMAGED_HINT)
 
 
-def _class_names(schema: Any) -> list[str]:
-    """Names of the ClassLabel in the features that the `datasets` library leaves in the schema."""
+def _read_class_names(schema: Any) -> list[str]:
+    """Return the class names that the `datasets` library leaves in the schema; none if there are none."""
     try:
         features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
         return [str(name) for name in features["label"]["names"]]
@@ -175,12 +174,12 @@ def _class_names(schema: Any) -> list[str]:
         return []
 
 
-def _wnids(pictures: Rows, count: int) -> Sequence[str]:
-    """The wnid of each class, where the pictures' names have it and agree."""
-    found: dict[int, str] = {}
-    for name, label in zip(pictures.names, pictures.labels, strict=True):
-        wnid = WNID.search(PurePosixPath(name).name.replace("_", " "))
-        if not wnid or found.setdefault(label, wnid[0]) != wnid[0]:
+def _find_wnids(images: ParquetImages, count: int) -> Sequence[str]:
+    """Return the wnid of each class if the images' names have it and agree, else nothing."""
+    wnid_of: dict[int, str] = {}
+    for image in images:
+        match = WNID.search(PurePosixPath(image.name).name.replace("_", " "))
+        if not match or wnid_of.setdefault(image.label, match[0]) != match[0]:
             return []
-    complete = len(found) == len(set(found.values())) == count
-    return [found[label] for label in range(count)] if complete else []
+    is_complete = len(wnid_of) == len(set(wnid_of.values())) == count
+    return [wnid_of[label] for label in range(count)] if is_complete else []

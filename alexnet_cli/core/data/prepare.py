@@ -363,7 +363,7 @@ def _read_shards(plan: Plan, split: str, totals: SplitTotals) -> Iterator[Finish
 def _find_duplicates(plan: Plan, totals: Mapping[str, SplitTotals], stats: SourceStats) -> list[list[dict[str, str]]]:
     def describe(split: str, row: int) -> dict[str, str]:
         items = plan.source.splits[split]
-        return {"path": items.names[row], "class": plan.source.classes[items.labels[row]].name}
+        return {"path": items.name(row), "class": plan.source.classes[items.labels[row]].name}
 
     facts = {name: (shard.facts for shard in _read_shards(plan, name, split)) for name, split in totals.items()}
     return list(find_duplicates(stats.repeated(), facts, describe))
