@@ -1,4 +1,4 @@
-# make demo: set up, then the whole story on pictures it makes itself.   make test: set up, then every check.
+# make demo: set up, then run every command on images that the demo draws.   make test: set up, then run every check.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
