@@ -171,9 +171,9 @@ def _load_onnx(path: Path, views: int, gpus: str | None) -> LoadedModel:
 
     gpu = None if gpus is None else single_gpu(gpus)
     session = Session(path, provider="auto" if gpus is None else "cpu" if gpu is None else "cuda", gpu=gpu or 0)
-    place = f"{session.device}, since {session.fallback}" if session.fallback else session.device
+    place = f"{session.device}, since {session.fallback_reason}" if session.fallback_reason else session.device
     classify = lambda images: compute_probabilities(images.numpy(), session, views)  # noqa: E731 - typed by LoadedModel
-    return classify, session.classes, session.recipe, place, session.about
+    return classify, session.classes, session.recipe, place, session.info
 
 
 def _report(reporter: Reporter, counts: Evaluation, classes: Sequence[ClassName], totals: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""`alexnet export`: one ONNX file that carries names and preprocessing, and that was measured before it was kept."""
+"""`alexnet export`: write one ONNX file with class names and preprocessing, and check it before it is kept."""
 
 from __future__ import annotations
 
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     from alexnet_cli.core.export.export import Precision, Verification
     from alexnet_cli.core.model.model_file import Model
-
-    Crops = npt.NDArray[np.uint8]
 
 
 def export(
@@ -61,126 +59,127 @@ def export(
     )
 
     if precision != "int8" and (calibrate is not None or force):
-        raise UsageError(f"{'--force' if force else '--calibrate'} is for int8", "add --precision int8")
+        raise UsageError(f"{'--force' if force else '--calibrate'} only works with int8", "add --precision int8")
     if force and not verify:
-        raise UsageError("--force and --no-verify: without a measurement nothing is refused", "leave one out")
+        raise UsageError("--force has no effect with --no-verify", "leave one of them out")
     reporter = Reporter("export", json=json, quiet=quiet)
     source = find_weights(weights)
     model = model_file.read_model(source)
-    path = _place(output, source, precision)
-    said = describe_weights(source, model.info)
-    reporter.line("weights", f"{said} · {len(model.classes):,} classes · recipe {model.recipe.name}")
+    path = _choose_path(output, source, precision)
+    description = describe_weights(source, model.info)
+    reporter.line("weights", f"{description} · {len(model.classes):,} classes · recipe {model.recipe.name}")
     if remark := describe_unfinished_run(source):
         reporter.line("note", remark)
     if precision == "int8":
-        found = _int8(
-            reporter, model, path, (data or find_training_data(source), calibrate), verify=verify, force=force
-        )
+        data_sets = (data or find_training_data(source), calibrate)
+        result = _export_int8(reporter, model, path, data_sets, verify=verify, force=force)
     else:
-        found = _float(reporter, model, path, precision, data, verify=verify)
+        result = _export_float(reporter, model, path, precision, data, verify=verify)
     size = path.stat().st_size
     reporter.line("saved", f"{path} · {size / 1e6:,.1f} MB   next: alexnet predict IMAGE -w {shlex.quote(str(path))}")
-    reporter.result({"path": str(path), "bytes": size, "precision": precision, **found})
+    reporter.result({"path": str(path), "bytes": size, "precision": precision, **result})
 
 
-def _place(output: Path | None, source: Path, precision: str) -> Path:
-    """Where the file goes: beside the run's own, which is of its best checkpoint in float32, and never over it."""
+def _choose_path(output: Path | None, source: Path, precision: str) -> Path:
+    """Return -o, or a path in the run. Only the best checkpoint in float32 gets the name alexnet.onnx."""
     from alexnet_cli.core.runs.resolve import find_run_folder, is_best
     from alexnet_cli.core.runs.run import ONNX
 
-    other = [] if is_best(source) else [source.resolve().parent.name]
-    name = "-".join([Path(ONNX).stem, *other, *([] if precision == "fp32" else [precision])])
+    step = [] if is_best(source) else [source.resolve().parent.name]
+    name = "-".join([Path(ONNX).stem, *step, *([] if precision == "fp32" else [precision])])
     path = output or (find_run_folder(source) or Path()) / f"{name}.onnx"
     if path.suffix != ".onnx":
         raise UsageError(f"-o {path} does not end in .onnx", f"such as -o {path.stem or 'alexnet'}.onnx")
     if not path.parent.is_dir():
-        raise UsageError(f"-o {path}: there is no folder {path.parent}", "make it first")
+        raise UsageError(f"-o {path}: the folder {path.parent} does not exist", "create it first")
     return path
 
 
-def _float(
+def _export_float(
     reporter: Reporter, model: Model, path: Path, precision: Precision, data: str | None, *, verify: bool
 ) -> dict[str, Any]:
-    from alexnet_cli.core.export.export import export as write
-    from alexnet_cli.core.export.export import export_unverified
+    from alexnet_cli.core.export import export as exporting
+    from alexnet_cli.core.inference.onnx_graph import save_graph
 
     if not verify:
-        export_unverified(model, path, precision)
-        reporter.warn("not compared with PyTorch", "leave out --no-verify to be sure")
-        return _numbers(None)
-    crops, shown = _crops(model, data)
-    reporter.line("check", f"against PyTorch on {len(crops)} {shown}")
-    checked = write(model, path, crops, precision)
-    _tell(reporter, checked)
-    return _numbers(checked)
+        save_graph(exporting.build_onnx(model, precision), path)
+        reporter.warn("the file was not compared with PyTorch", "leave out --no-verify to compare it")
+        return _verification_record(None)
+    crops, description = _load_crops(model, data)
+    reporter.line("check", f"against PyTorch on {len(crops)} {description}")
+    verification = exporting.export(model, path, crops, precision)
+    _report_verification(reporter, verification)
+    return _verification_record(verification)
 
 
-def _int8(
-    reporter: Reporter, model: Model, path: Path, sets: tuple[str | None, str | None], *, verify: bool, force: bool
+def _export_int8(
+    reporter: Reporter, model: Model, path: Path, data_sets: tuple[str | None, str | None], *, verify: bool, force: bool
 ) -> dict[str, Any]:
-    """Calibrated on `sets[1]`, or else on the set that accuracy is judged on, `sets[0]`."""
+    """Export int8. `data_sets`: for the accuracy, and for calibration if that is another one."""
     from alexnet_cli.core.data.shards import find_dataset, open_dataset
     from alexnet_cli.core.evaluation.evaluate import match_classes
     from alexnet_cli.core.export import export as exporting
     from alexnet_cli.core.export.quantize import CALIBRATION_IMAGES
+    from alexnet_cli.core.inference.onnx_graph import save_graph
 
-    data, calibrate = sets
-    judge = open_dataset(find_dataset(data or calibrate))
-    teacher = open_dataset(find_dataset(calibrate)) if calibrate else judge
-    split, held, side = teacher.split("train"), judge.split("val"), model.recipe.input_size
-    if not len(split):
-        raise DataError(f"{teacher.path} holds no training pictures", "int8 needs some to learn its ranges from")
-    if verify and not len(held):
+    data, calibrate = data_sets
+    dataset = open_dataset(find_dataset(data or calibrate))
+    calibration_set = open_dataset(find_dataset(calibrate)) if calibrate else dataset
+    training, validation = calibration_set.split("train"), dataset.split("val")
+    if not len(training):
+        raise DataError(f"{calibration_set.path} has no training images", "int8 needs some for calibration")
+    if verify and not len(validation):
         raise DataError(
-            f"{judge.path} holds no validation pictures to count right answers on",
-            "prepare it with --val-fraction 0.1, name another set with --data, or say --no-verify",
+            f"{dataset.path} has no validation images to measure the accuracy on",
+            "prepare it with --val-fraction 0.1, choose another set with --data, or use --no-verify",
         )
-    training = exporting.centers(split, exporting.evenly(split, CALIBRATION_IMAGES), side)
-    reporter.line("ranges", f"of {len(training):,} training pictures of {teacher.path}")
-    about = {"calibration": {"images": len(training), "data": str(teacher.path)}}
+    side = model.recipe.input_size
+    crops = exporting.center_crops(training, exporting.evenly_spaced(training, CALIBRATION_IMAGES), side)
+    reporter.line("ranges", f"calibrated on {len(crops):,} training images of {calibration_set.path}")
+    calibration = {"calibration": {"images": len(crops), "data": str(calibration_set.path)}}
     if not verify:
-        exporting.export_int8_unverified(model, path, training)
-        reporter.warn("the accuracy that is lost was not measured", "leave out --no-verify to know it")
-        return _numbers(None) | about | {"accuracy": None}
+        save_graph(exporting.build_int8(model, crops), path)
+        reporter.warn("the loss of accuracy was not measured", "leave out --no-verify to measure it")
+        return _verification_record(None) | calibration | {"accuracy": None}
     try:
-        output_of = match_classes(model.classes, judge.classes, model.path)
+        output_of = match_classes(model.classes, dataset.classes, model.path)
     except DataError as error:
-        raise DataError(error.what, "name a set of the network's classes with --data, or say --no-verify") from error
-    labeled = exporting.labeled(held, side, output_of)
-    count = min(len(held), exporting.ACCURACY_PICTURES)
-    with reporter.waiting("check", f"float32 and int8 on {count:,} of {len(held):,} validation pictures"):
-        check = exporting.export_int8(model, path, training, (exporting.crops_of(judge, model), labeled), force)
-    loss, (low, high) = check.loss, check.loss.interval
-    change, least, most = (100 * (0 - lost) for lost in (loss.lost, high, low))
-    _tell(reporter, check.against_torch)
+        raise DataError(error.what, "use --data with a set of the network's classes, or --no-verify") from error
+    check = (exporting.sample_crops(dataset, model), exporting.labeled_crops(validation, side, output_of))
+    count = min(len(validation), exporting.ACCURACY_IMAGES)
+    with reporter.waiting("check", f"float32 and int8 on {count:,} of {len(validation):,} validation images"):
+        result = exporting.export_int8(model, path, crops, check, force)
+    _report_verification(reporter, result.against_torch)
+    accuracy, (low, high) = result.accuracy, result.accuracy.interval
     reporter.line(
         "check",
-        f"top-1 {loss.other:.1%} right instead of {loss.reference:.1%} on {loss.images:,} of {len(held):,} validation "
-        f"pictures: {change:+.2f} points (95 % interval {least:+.2f} to {most:+.2f})",
+        f"top-1 accuracy {accuracy.int8:.1%} instead of {accuracy.float32:.1%} on {accuracy.images:,} of "
+        f"{len(validation):,} validation images: {100 * (0 - accuracy.lost):+.2f} points "
+        f"(95 % interval {100 * (0 - high):+.2f} to {100 * (0 - low):+.2f})",
     )
-    return _numbers(check.against_torch) | about | {"accuracy": loss.as_dict()}
+    return _verification_record(result.against_torch) | calibration | {"accuracy": accuracy.as_dict()}
 
 
-def _tell(reporter: Reporter, checked: Verification) -> None:
+def _report_verification(reporter: Reporter, verification: Verification) -> None:
     reporter.line(
         "check",
-        f"probabilities differ by {checked.max_abs_difference:.1e} at most, logits by "
-        f"{checked.max_logit_difference:.1e} · top-1 agreement {checked.top1_agreement:.1%}",
+        f"largest difference {verification.max_abs_difference:.1e} in probabilities, "
+        f"{verification.max_logit_difference:.1e} in logits · top-1 agreement {verification.top1_agreement:.1%}",
     )
 
 
-def _numbers(checked: Verification | None) -> dict[str, Any]:
+def _verification_record(verification: Verification | None) -> dict[str, Any]:
     return {
-        "max_abs_difference": checked.max_abs_difference if checked else None,
-        "top1_agreement": checked.top1_agreement if checked else None,
-        "images": checked.images if checked else 0,
+        "max_abs_difference": verification.max_abs_difference if verification else None,
+        "top1_agreement": verification.top1_agreement if verification else None,
+        "images": verification.images if verification else 0,
     }
 
 
-def _crops(model: Model, data: str | None) -> tuple[Crops, str]:
-    """What to compare on, and what it is: pictures of the prepared set, or drawn ones if there is none."""
+def _load_crops(model: Model, data: str | None) -> tuple[npt.NDArray[np.uint8], str]:
+    """Return crops to compare on, and what they are: images of a prepared set, or synthetic ones without a set."""
     from alexnet_cli.core.data.shards import find_dataset, open_dataset
-    from alexnet_cli.core.export.export import crops_of, drawn_crops
+    from alexnet_cli.core.export.export import sample_crops, synthetic_crops
     from alexnet_cli.core.runs.resolve import find_training_data
 
     try:
@@ -188,5 +187,5 @@ def _crops(model: Model, data: str | None) -> tuple[Crops, str]:
     except DataError:
         if data is not None:
             raise
-        return drawn_crops(model.recipe.input_size), "drawn pictures, as no prepared data set was found"
-    return crops_of(dataset, model), f"pictures of {dataset.path}"
+        return synthetic_crops(model.recipe.input_size), "synthetic images, as there is no prepared data set"
+    return sample_crops(dataset, model), f"images of {dataset.path}"

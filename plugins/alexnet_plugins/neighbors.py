@@ -92,17 +92,17 @@ def _open_index(
     """The network up to layer 7, and the index of the training set, made now if it is not there."""
     from alexnet_cli.core.analysis import neighbors
     from alexnet_cli.core.files import hash_file
-    from alexnet_cli.core.inference.predict import FEW
+    from alexnet_cli.core.inference.predict import FAST_START_VIEWS
     from alexnet_cli.core.inference.session import Session
     from alexnet_cli.core.runs.resolve import describe_weights, find_run_folder
 
     folder = neighbors.index_folder(path, find_run_folder(path), dataset)
     source = neighbors.IndexSource(hash_file(path), dataset.hash, len(split))
     vectors = neighbors.open_index(folder, source)
-    session = Session(path, few=vectors is not None and pictures <= FEW, layer=neighbors.LAYER)
-    reporter.line("weights", describe_weights(path, session.about))
-    if session.fallback:
-        reporter.warn(f"the network runs on the CPU: {session.fallback}", "see `alexnet doctor`")
+    session = Session(path, fast_start=vectors is not None and pictures <= FAST_START_VIEWS, layer=neighbors.LAYER)
+    reporter.line("weights", describe_weights(path, session.info))
+    if session.fallback_reason:
+        reporter.warn(f"the network runs on the CPU: {session.fallback_reason}", "see `alexnet doctor`")
     if vectors is None:
         with reporter.progress("index", len(split)) as progress:
             vectors = neighbors.write_index(folder, source, split, session, progress.advance)

@@ -1,26 +1,27 @@
-"""`alexnet predict`: what a trained network sees in pictures. Starts fast: PyTorch is not imported."""
+"""`alexnet predict`: classify images. Starts fast, because it does not import PyTorch."""
 
 from __future__ import annotations
 
 import contextlib
 import csv as csvlib
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from alexnet_cli.console import Reporter
+from alexnet_cli.console import Reporter, make_printable
 from alexnet_cli.errors import PartialError, StorageError, UsageError
 from alexnet_cli.options import JsonFlag, QuietFlag, ViewsOption, WeightsOption
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from alexnet_cli.core.inference.predict import Classifier, Prediction
+    from alexnet_cli.core.inference.predict import Prediction
 
-BAR, NAME = 24, 20  # characters: a full bar, a name at least
+BAR_WIDTH, MIN_NAME_WIDTH = 24, 20  # characters
 COLUMNS = ("path", "rank", "label", "wnid", "index", "probability", "error")
 
 
@@ -53,106 +54,101 @@ def predict(
 
     Shows the most probable labels of each image.
     """
-    import time
-
+    from alexnet_cli.core.inference import predict as predicting
     from alexnet_cli.core.inference.inputs import expand_inputs
-    from alexnet_cli.core.inference.predict import FEW, open_classifier
-    from alexnet_cli.core.inference.predict import predict as run
     from alexnet_cli.core.runs.resolve import describe_unfinished_run, describe_weights, find_weights
 
+    _check_output(features, output)
+    reporter = Reporter("predict", json=json, quiet=quiet)
+    run_images: list[str] = []
+    images = expand_inputs(inputs, getattr(sys.stdin, "buffer", None), run_images)
+    model = find_weights(weights, (".safetensors",) if backend == "torch" else (".onnx", ".safetensors"))
+    fast_start = len(images) * views <= predicting.FAST_START_VIEWS
+    classifier = predicting.open_classifier(model, backend, fast_start, features)
+    reporter.line("weights", describe_weights(model, classifier.info))
+    if remark := describe_unfinished_run(model):
+        reporter.line("note", remark)
+    if run_images:
+        reporter.line("note", f"skipped {_count_images(len(run_images))} drawn for runs, such as {run_images[0]}")
+    if classifier.fallback_reason:
+        reporter.warn(f"the network runs on the CPU: {classifier.fallback_reason}", "see `alexnet doctor`")
+    started, shows_tables, errors = time.perf_counter(), csv is None and features is None, list[str]()
+    with contextlib.ExitStack() as stack:
+        write_row = stack.enter_context(_open_csv(csv)) if csv else None
+        write_activations = None
+        if features and output:
+            write_activations = stack.enter_context(predicting.write_features(output, classifier, features))
+        # A progress bar and tables on one terminal would overwrite each other.
+        shows_progress = len(images) > predicting.FAST_START_VIEWS and not (shows_tables and sys.stdout.isatty())
+        progress = stack.enter_context(reporter.progress("predict", len(images))) if shows_progress else None
+        for prediction in predicting.predict(images, classifier, k, views, features is not None):
+            if prediction.error is not None:
+                errors.append(f"{prediction.path}: {prediction.error}")
+                if features and csv is None and not json:  # nothing else shows the error
+                    reporter.warn(f"skipped {errors[-1]}")
+            if write_row:
+                write_row(prediction)
+            if write_activations:
+                write_activations(prediction)
+            if progress:
+                progress.advance(1)
+            reporter.result(_make_record(prediction))
+            if shows_tables:
+                reporter.show(_format_table(prediction, with_path=len(images) > 1))
+    seconds = time.perf_counter() - started
+    library = "torch" if backend == "torch" else "onnx"
+    unreadable = f" · {len(errors):,} unreadable" if errors else ""
+    speed = f"{1000 * seconds:.0f} ms" if len(images) == 1 else f"{len(images) / seconds:.0f} img/s"
+    summary = f"{_count_images(len(images))}{unreadable} · {speed} · {library} · {classifier.device}"
+    reporter.line("done", summary)
+    if csv:
+        reporter.line("saved", f"{csv}")
+    if output:
+        reporter.line("saved", f"{output} · {features} of {_count_images(len(images) - len(errors))}")
+    if errors:
+        what = f"cannot read {len(errors):,} of {_count_images(len(images))}"
+        if len(errors) == 1:
+            raise PartialError(f"{what}: {errors[0]}", "check the file, or leave it out")
+        raise PartialError(f"{what}, first {errors[0]}", f"{csv or 'the output'} has the reason for each")
+
+
+def _check_output(features: str | None, output: Path | None) -> None:
     if (features is None) != (output is None):
-        raise UsageError("--features and -o belong together", "such as --features fc7 -o features.npz")
+        raise UsageError("--features and -o only work together", "such as --features fc7 -o features.npz")
     if output is not None and output.suffix != ".npz":
         raise UsageError(f"-o {output} does not end in .npz", f"such as -o {output.stem or 'features'}.npz")
     if output is not None and not output.parent.is_dir():
-        raise UsageError(f"-o {output}: there is no folder {output.parent}", "make it first")
-    reporter = Reporter("predict", json=json, quiet=quiet)
-    ours: list[str] = []
-    sources = expand_inputs(inputs, getattr(sys.stdin, "buffer", None), ours)
-    model = find_weights(weights, (".safetensors",) if backend == "torch" else (".onnx", ".safetensors"))
-    classifier = open_classifier(model, backend, few=len(sources) * views <= FEW, layer=features)
-    reporter.line("weights", describe_weights(model, classifier.about))
-    if remark := describe_unfinished_run(model):
-        reporter.line("note", remark)
-    if ours:
-        drawn = "a picture" if len(ours) == 1 else f"{len(ours):,} pictures"
-        reporter.line("note", f"left out: {drawn} drawn for runs, such as {ours[0]}")
-    if classifier.fallback:
-        reporter.warn(f"the network runs on the CPU: {classifier.fallback}", "see `alexnet doctor`")
-    started, tables, unread, units = time.perf_counter(), csv is None and features is None, list[str](), 0
-    with _csv(csv) as write, _features(output, classifier, features) as keep, contextlib.ExitStack() as stack:
-        # A moving line and tables on one terminal would overwrite each other.
-        bar = len(sources) > FEW and not (tables and sys.stdout.isatty())
-        progress = stack.enter_context(reporter.progress("predict", len(sources))) if bar else None
-        for prediction in run(sources, classifier, k, views, features is not None):
-            if prediction.error is not None:
-                unread.append(f"{prediction.path}: {prediction.error}")
-                if features and csv is None and not json:  # there is no other place for the reason
-                    reporter.warn(f"left out {unread[-1]}")
-            elif prediction.features is not None:
-                units = len(prediction.features)
-            write(prediction)
-            keep(prediction)
-            if progress:
-                progress.advance(1)
-            reporter.result(_record(prediction))
-            if tables:
-                reporter.show(_table(prediction, headed=len(sources) > 1))
-    name = "torch" if backend == "torch" else "onnx"
-    _conclude(reporter, len(sources), len(unread), time.perf_counter() - started, f"{name} · {classifier.device}")
-    shape = f" · {len(sources) - len(unread):,} x {units:,}"
-    for path, holds in ((csv, ""), (output, shape)):
-        if path is not None:
-            reporter.line("saved", f"{path}{holds}")
-    if unread:
-        what = f"{len(unread):,} of {_pictures(len(sources))} could not be read"
-        if len(unread) == 1:
-            raise PartialError(f"{what}: {unread[0]}", "look at the file, or leave it out")
-        raise PartialError(f"{what}; the first is {unread[0]}", f"the reasons of all are in {csv or 'the results'}")
+        raise UsageError(f"-o {output}: the folder {output.parent} does not exist", "create it first")
 
 
-def _conclude(reporter: Reporter, pictures: int, failed: int, seconds: float, by: str) -> None:
-    """How many, how fast, by what."""
-    speed = f"{1000 * seconds:.0f} ms" if pictures == 1 else f"{pictures / seconds:.0f} img/s"
-    unread = f" · {failed:,} unreadable" if failed else ""
-    reporter.line("done", f"{_pictures(pictures)}{unread} · {speed} · {by}")
+def _count_images(count: int) -> str:
+    return "1 image" if count == 1 else f"{count:,} images"
 
 
-def _pictures(count: int) -> str:
-    return "1 picture" if count == 1 else f"{count:,} pictures"
-
-
-def _record(prediction: Prediction) -> dict[str, Any]:
-    """What a JSON line holds: the answers, or the reason why there are none."""
+def _make_record(prediction: Prediction) -> dict[str, Any]:
+    """Return the JSON record of a prediction: the classes, or the error."""
     if prediction.error is not None:
         return {"path": prediction.path, "error": prediction.error}
     return {"path": prediction.path, "top": [asdict(label) for label in prediction.top]}
 
 
-def _table(prediction: Prediction, headed: bool) -> str:
-    """A line for each label: name, probability, bar. Plain text: loading a table library takes time."""
-    lines = [_printable(prediction.path)] if headed or prediction.error is not None else []
+def _format_table(prediction: Prediction, with_path: bool) -> str:
+    """Return a line for each class: name, probability, bar. Plain text, because loading Rich takes time."""
+    lines = [make_printable(prediction.path)] if with_path or prediction.error is not None else []
     if prediction.error is not None:
-        lines.append(f"  cannot be read: {_printable(prediction.error)}")
+        lines.append(f"  cannot be read: {make_printable(prediction.error)}")
     block = "█" if "utf" in (sys.stdout.encoding or "").lower() else "#"
-    names = [_printable(label.label) for label in prediction.top]
-    width = max([NAME, *map(len, names)])
+    names = [make_printable(label.label) for label in prediction.top]
+    width = max([MIN_NAME_WIDTH, *map(len, names)])
     for name, label in zip(names, prediction.top, strict=True):
-        lines.append(f"  {name:<{width}}  {label.probability:.2f}  {block * round(BAR * label.probability)}".rstrip())
+        bar = block * round(BAR_WIDTH * label.probability)
+        lines.append(f"  {name:<{width}}  {label.probability:.2f}  {bar}".rstrip())
     return "\n".join(lines)
 
 
-def _printable(text: str) -> str:
-    """The text with a question mark for whatever a terminal could take for a command, or cannot show."""
-    return "".join(c if c.isprintable() else "?" for c in text)
-
-
 @contextlib.contextmanager
-def _csv(path: Path | None) -> Iterator[Callable[[Prediction], None]]:
-    """A function that writes a prediction to the CSV file, a row for each label; idle without a path."""
-    if path is None:
-        yield lambda prediction: None
-        return
+def _open_csv(path: Path) -> Iterator[Callable[[Prediction], None]]:
+    """Give a function that writes a prediction to the CSV file, one row per class."""
     try:
         file = path.open("w", encoding="utf-8", errors="surrogateescape", newline="")
     except OSError as error:
@@ -162,18 +158,7 @@ def _csv(path: Path | None) -> Iterator[Callable[[Prediction], None]]:
         table.writeheader()
 
         def write(prediction: Prediction) -> None:
-            record = _record(prediction)
+            record = _make_record(prediction)
             table.writerows(record | label for label in record.pop("top", [{}]))
 
         yield write
-
-
-def _features(
-    path: Path | None, classifier: Classifier, layer: str | None
-) -> contextlib.AbstractContextManager[Callable[[Prediction], None]]:
-    """A function that takes a prediction for the file of activations; idle without a path."""
-    if path is None or layer is None:
-        return contextlib.nullcontext(lambda prediction: None)
-    from alexnet_cli.core.inference.predict import write_features
-
-    return write_features(path, classifier, layer)

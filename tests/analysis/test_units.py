@@ -12,13 +12,12 @@ import torch
 from alexnet_cli.core.analysis.units import ActivationBatch, find_top_activations, iterate_activations, read_images
 from alexnet_cli.core.data import images
 from alexnet_cli.core.data.shards import Split, open_dataset
-from alexnet_cli.core.inference import onnx_graph
 from alexnet_cli.core.inference.session import ConvLayer, FeatureLayer, Session
 from alexnet_cli.core.model.model_file import Model
 from alexnet_cli.core.model.network import network_from_model
 from alexnet_cli.errors import DataError, WeightsError
 from alexnet_cli.recipe import CAFFE, KRIZHEVSKY, PAPER, Recipe
-from model_files import random_model
+from model_files import random_model, save_onnx
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +57,7 @@ def test_responses_are_those_of_torch(
     recipe: Recipe, layer: FeatureLayer | ConvLayer, split: Split, tmp_path: Path
 ) -> None:
     model = random_model(replace(recipe, width=1 / 32))
-    onnx_graph.write_graph(model, tmp_path / "m.onnx")
+    save_onnx(model, tmp_path / "m.onnx")
     expected = in_torch(model, split, layer).numpy()
     for source in (model, tmp_path / "m.onnx"):
         found = list(iterate_activations(split, Session(source, layer=layer)))

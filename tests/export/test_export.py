@@ -26,13 +26,13 @@ from alexnet_cli.core.export.export import (
     Logits,
     Precision,
     Verification,
-    crops_of,
-    drawn_crops,
+    build_onnx,
     export,
-    export_unverified,
+    sample_crops,
+    synthetic_crops,
     verify,
 )
-from alexnet_cli.core.inference import onnx_graph
+from alexnet_cli.core.inference.onnx_graph import build_graph, save_graph
 from alexnet_cli.core.inference.session import Session
 from alexnet_cli.core.inference.torch_session import TorchSession
 from alexnet_cli.errors import DataError, StorageError, UsageError, VerificationError, WeightsError
@@ -46,7 +46,7 @@ SMALL = replace(PAPER, width=1 / 16)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_recipe_exports_and_agrees_with_pytorch(name: str, tmp_path: Path) -> None:
     model = random_model(replace(VARIANTS[name], width=1 / 16))
-    result = export(model, tmp_path / "a.onnx", drawn_crops(model.recipe.input_size, 6))
+    result = export(model, tmp_path / "a.onnx", synthetic_crops(model.recipe.input_size, 6))
     assert result.images == 6
     assert result.top1_agreement == 1.0
     assert result.max_abs_difference < 1e-5
@@ -59,7 +59,7 @@ def test_every_recipe_exports_and_agrees_with_pytorch(name: str, tmp_path: Path)
 def test_the_comparison_notices_a_wrong_network(change: dict[str, Any]) -> None:
     model = random_model(SMALL)
     wrong = replace(model, recipe=replace(SMALL, **change))
-    crops = drawn_crops(224, 6)
+    crops = synthetic_crops(224, 6)
     assert not verify(TorchSession(model, "cpu").logits, Session(wrong, provider="cpu").logits, crops).passed
 
 
@@ -107,8 +107,8 @@ def test_not_a_number_never_passes() -> None:
 def test_a_network_that_computes_no_number_is_the_networks_fault(tmp_path: Path) -> None:
     model = random_model(SMALL)
     model.tensors["fc8.bias"][0] = np.nan
-    with pytest.raises(WeightsError, match="is no number"):
-        export(model, tmp_path / "a.onnx", drawn_crops(224, 4))
+    with pytest.raises(WeightsError, match="computes NaN"):
+        export(model, tmp_path / "a.onnx", synthetic_crops(224, 4))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -117,32 +117,28 @@ def test_a_file_that_disagrees_is_removed_and_the_old_one_stays(
 ) -> None:
     path = tmp_path / "a.onnx"
     path.write_bytes(b"the one from before")
-    monkeypatch.setattr(onnx_graph, "write_graph", _write_another_network)
+    monkeypatch.setattr(exporting, "build_graph", lambda model: build_graph(random_model(SMALL, seed=1)))
     with pytest.raises(VerificationError, match="disagrees") as caught:
-        export(random_model(SMALL), path, drawn_crops(224, 4))
+        export(random_model(SMALL), path, synthetic_crops(224, 4))
     assert caught.value.exit_code == 6
     assert path.read_bytes() == b"the one from before"
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def _write_another_network(model: object, path: Path) -> None:
-    path.write_bytes(onnx_graph.build_graph(random_model(SMALL, seed=1)).SerializeToString())
-
-
 def test_unverified_files_work_too(tmp_path: Path) -> None:
-    export_unverified(random_model(SMALL), tmp_path / "a.onnx")
-    assert Session(tmp_path / "a.onnx", provider="cpu").crop == 224
+    save_graph(build_onnx(random_model(SMALL), "fp32"), tmp_path / "a.onnx")
+    assert Session(tmp_path / "a.onnx", provider="cpu").recipe.input_size == 224
 
 
 def test_a_place_that_cannot_be_written_is_a_storage_error(tmp_path: Path) -> None:
     with pytest.raises(StorageError):
-        export_unverified(random_model(SMALL), tmp_path / "no such folder" / "a.onnx")
+        save_graph(build_onnx(random_model(SMALL), "fp32"), tmp_path / "no such folder" / "a.onnx")
     assert os.listdir(tmp_path) == []
 
 
 def test_drawn_crops_are_the_same_every_time_and_varied() -> None:
-    crops = drawn_crops(227, 12)
-    np.testing.assert_array_equal(crops, drawn_crops(227, 12))
+    crops = synthetic_crops(227, 12)
+    np.testing.assert_array_equal(crops, synthetic_crops(227, 12))
     assert crops.shape == (12, 3, 227, 227)
     assert crops.reshape(12, -1).std(1).min() > 5
     assert len({crop.tobytes() for crop in crops}) == 12
@@ -153,7 +149,7 @@ def test_tolerance_follows_the_logits() -> None:
     flat = np.array([[1e-5, 2e-5, 3e-5]], np.float32)
     crops = np.zeros((1, 3, 2, 2), np.uint8)
     result = verify(lambda _: flat, lambda _: np.roll(flat, 1), crops)
-    assert result.max_abs_difference < exporting.LARGEST_DIFFERENCE
+    assert result.max_abs_difference < exporting.MAX_DIFFERENCE
     assert not result.passed
     assert Verification(1, 0.0, 0.0, 0.0, 1.0).passed
 
@@ -179,7 +175,7 @@ def test_command_writes_where_it_says_and_reports_the_check(tmp_path: Path, monk
     assert record["top1_agreement"] == 1.0
     assert 0 <= record["max_abs_difference"] < 1e-4
     session = Session(tmp_path / "alexnet.onnx", provider="cpu")
-    assert session.info.sha256 == hashlib.sha256((tmp_path / "model.safetensors").read_bytes()).hexdigest()
+    assert session.metadata.sha256 == hashlib.sha256((tmp_path / "model.safetensors").read_bytes()).hexdigest()
 
 
 def test_command_puts_the_file_into_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,7 +187,7 @@ def test_command_puts_the_file_into_the_run(tmp_path: Path, monkeypatch: pytest.
     result = run("-w", "first", "--no-verify", "--json", "-q")
     assert result.exception is None
     assert json.loads(result.stdout)["top1_agreement"] is None
-    assert Session(tmp_path / "runs" / "first" / "alexnet.onnx", provider="cpu").crop == 224
+    assert Session(tmp_path / "runs" / "first" / "alexnet.onnx", provider="cpu").recipe.input_size == 224
 
 
 def test_a_checkpoint_that_is_not_the_best_is_not_written_over_the_runs_own(
@@ -219,7 +215,7 @@ def test_command_compares_on_what_the_run_was_trained_on(
     save_model(random_model(SMALL), checkpoint / "model.safetensors")
     result = run("-w", "first")
     assert result.exception is None
-    assert f"against PyTorch on 20 pictures of {prepared}" in result.stderr
+    assert f"against PyTorch on 20 images of {prepared}" in result.stderr
 
 
 def test_command_refuses_a_name_that_is_no_onnx_file(tmp_path: Path) -> None:
@@ -239,7 +235,7 @@ def test_command_compares_on_validation_pictures_of_the_prepared_set(
                 draw(tmp_path / "pets" / split / name / f"{i}.png", seed=100 * label + i + 50 * (split == "val"))
     list(pack(Plan(detect_source(tmp_path / "pets"), tmp_path / "prepared" / "pets", 95), workers=1))
     model = random_model(SMALL)
-    crops = crops_of(open_dataset(tmp_path / "prepared" / "pets"), model)
+    crops = sample_crops(open_dataset(tmp_path / "prepared" / "pets"), model)
     validation = open_dataset(tmp_path / "prepared" / "pets").split("val")
     expected = images.decode(bytes(validation.jpeg(5)))[16:240, 16:240]
     assert crops.shape == (6, 3, 224, 224)
@@ -247,7 +243,7 @@ def test_command_compares_on_validation_pictures_of_the_prepared_set(
     save_model(model, tmp_path / "model.safetensors")
     result = run("-w", "model.safetensors", "--json")
     assert result.exception is None
-    assert "pictures of" in result.stderr
+    assert "images of" in result.stderr
     assert "pets" in result.stderr
     assert json.loads(result.stdout)["images"] == 6
     missing = run("-w", "model.safetensors", "--data", "zoo")

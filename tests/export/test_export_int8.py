@@ -16,7 +16,7 @@ from alexnet_cli.core.data.classes import ClassName
 from alexnet_cli.core.data.shards import open_dataset
 from alexnet_cli.core.export import export as exporting
 from alexnet_cli.core.export import quantize
-from alexnet_cli.core.export.export import Comparison, drawn_crops, evenly, verify
+from alexnet_cli.core.export.export import AccuracyComparison, evenly_spaced, synthetic_crops, verify
 from alexnet_cli.core.inference.session import Session
 from alexnet_cli.core.model.model_file import Model
 from alexnet_cli.errors import DataError, UsageError, VerificationError
@@ -40,7 +40,7 @@ def right(model: Model, crops: Crops) -> list[tuple[Crops, npt.NDArray[np.int64]
 
 
 def test_what_loses_too_much_is_refused_unless_forced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, crops, path = random_model(SMALL), drawn_crops(224, 24), tmp_path / "a.onnx"
+    model, crops, path = random_model(SMALL), synthetic_crops(224, 24), tmp_path / "a.onnx"
     path.write_bytes(b"the one from before")
     ranges = quantize.measure_ranges
     # The middle of the network in five steps instead of 256.
@@ -49,34 +49,34 @@ def test_what_loses_too_much_is_refused_unless_forced(tmp_path: Path, monkeypatc
         quantize, "measure_ranges",
         lambda proto, c: {n: (a, b * coarse.get(n, 1)) for n, (a, b) in ranges(proto, c).items()},
     )  # fmt: skip
-    with pytest.raises(VerificationError, match="points fewer right answers") as caught:
+    with pytest.raises(VerificationError, match="points of top-1 accuracy") as caught:
         exporting.export_int8(model, path, crops, (crops, right(model, crops)))
     assert caught.value.exit_code == 6
     assert path.read_bytes() == b"the one from before"
     assert [p.name for p in tmp_path.iterdir()] == ["a.onnx"]
     check = exporting.export_int8(model, path, crops, (crops, right(model, crops)), force=True)
-    assert check.loss.reference == 1
-    assert check.loss.lost > exporting.LARGEST_LOSS
-    measured = Session(path, provider="cpu").info.measured
-    assert measured["accuracy"]["lost"] == pytest.approx(check.loss.lost)
+    assert check.accuracy.float32 == 1
+    assert check.accuracy.lost > exporting.MAX_LOSS
+    measured = Session(path, provider="cpu").metadata.measured
+    assert measured["accuracy"]["lost"] == pytest.approx(check.accuracy.lost)
 
 
 @pytest.mark.parametrize(
     ("found", "refused"),
     [
-        (Comparison(75, 26, 1, 0), False),  # one picture of 75 is 1.3 points
-        (Comparison(75, 25, 2, 0), True),
-        (Comparison(500, 300, 6, 1), False),  # one point
-        (Comparison(500, 300, 6, 0), True),
+        (AccuracyComparison(75, 26, 1, 0), False),  # one picture of 75 is 1.3 points
+        (AccuracyComparison(75, 25, 2, 0), True),
+        (AccuracyComparison(500, 300, 6, 1), False),  # one point
+        (AccuracyComparison(500, 300, 6, 0), True),
     ],
 )
 def test_a_single_picture_refuses_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: Comparison, refused: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: AccuracyComparison, refused: bool
 ) -> None:
-    model, crops, path = random_model(SMALL), drawn_crops(224, 2), tmp_path / "a.onnx"
-    monkeypatch.setattr(exporting, "compare", lambda *_: found)
+    model, crops, path = random_model(SMALL), synthetic_crops(224, 2), tmp_path / "a.onnx"
+    monkeypatch.setattr(exporting, "compare_accuracy", lambda *_: found)
     if refused:
-        with pytest.raises(VerificationError, match=rf"on {found.images} pictures .* 95 % interval of the loss [-+]\d"):
+        with pytest.raises(VerificationError, match=rf"on {found.images} images .* 95 % interval of the loss [-+]\d"):
             exporting.export_int8(model, path, crops, (crops, []))
     else:
         exporting.export_int8(model, path, crops, (crops, []))
@@ -84,12 +84,12 @@ def test_a_single_picture_refuses_nothing(
 
 
 def test_a_good_file_says_what_was_measured(tmp_path: Path) -> None:
-    model, crops, path = random_model(SMALL), drawn_crops(224, 24), tmp_path / "a.onnx"
+    model, crops, path = random_model(SMALL), synthetic_crops(224, 24), tmp_path / "a.onnx"
     check = exporting.export_int8(model, path, crops, (crops, right(model, crops)))
     session = Session(path, provider="cpu")
-    assert session.info.precision == "int8"
-    assert session.info.measured["calibration_images"] == 24
-    assert session.info.measured["accuracy"]["images"] == 24
+    assert session.metadata.precision == "int8"
+    assert session.metadata.measured["calibration_images"] == 24
+    assert session.metadata.measured["accuracy"]["images"] == 24
     found = verify(Session(model, provider="cpu").logits, session.logits, crops)
     assert check.against_torch.max_abs_difference == pytest.approx(found.max_abs_difference, rel=1e-2)
     assert session.classes == model.classes
@@ -97,10 +97,10 @@ def test_a_good_file_says_what_was_measured(tmp_path: Path) -> None:
 
 def test_pictures_to_judge_on_are_all_or_evenly_spaced(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     split = open_dataset(prepared).split("val")
-    assert evenly(split, 100) == list(range(20))
-    assert evenly(split, 3) == [0, 9, 19]
+    assert evenly_spaced(split, 100) == list(range(20))
+    assert evenly_spaced(split, 3) == [0, 9, 19]
     monkeypatch.setattr(exporting, "BATCH", 8)
-    batches = list(exporting.labeled(split, 224, np.array([3, 2, 1, 0])))
+    batches = list(exporting.labeled_crops(split, 224, np.array([3, 2, 1, 0])))
     assert [len(crops) for crops, _ in batches] == [8, 8, 4]
     assert batches[0][0].shape == (8, 3, 224, 224)
     np.testing.assert_array_equal(np.concatenate([labels for _, labels in batches]), 3 - split.labels)
@@ -146,7 +146,7 @@ def test_the_command_in_half(tmp_path: Path, prepared: Path, monkeypatch: pytest
     assert result.exception is None
     record = json.loads(result.stdout)
     assert (record["path"], record["precision"]) == ("alexnet-fp16.onnx", "fp16")
-    info = Session(tmp_path / "alexnet-fp16.onnx", provider="cpu").info
+    info = Session(tmp_path / "alexnet-fp16.onnx", provider="cpu").metadata
     assert (info.precision, info.measured["images"]) == ("fp16", 20)
 
 

@@ -14,8 +14,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from alexnet_cli.core import devices
 from alexnet_cli.core.export import quantize
-from alexnet_cli.core.export.export import Comparison, compare, drawn_crops, verify
-from alexnet_cli.core.export.quantize import activation_scale, weight_codes
+from alexnet_cli.core.export.export import AccuracyComparison, compare_accuracy, synthetic_crops, verify
+from alexnet_cli.core.export.quantize import activation_scale, quantize_weights
 from alexnet_cli.core.inference import onnx_graph
 from alexnet_cli.core.inference.session import Session
 from alexnet_cli.recipe import CAFFE, KRIZHEVSKY, PAPER, Recipe
@@ -39,7 +39,7 @@ def test_every_recipe_in_float16_stays_within_its_rounding(name: str, tmp_path: 
     half = quantize.to_float16(whole)
     onnx.checker.check_model(half, full_check=True)
     (tmp_path / "a.onnx").write_bytes(half.SerializeToString())
-    session, crops = Session(tmp_path / "a.onnx", provider="cpu"), drawn_crops(model.recipe.input_size, 6)
+    session, crops = Session(tmp_path / "a.onnx", provider="cpu"), synthetic_crops(model.recipe.input_size, 6)
     reference = Session(model, provider="cpu").logits
     assert verify(reference, session.logits, crops, "fp16").passed
     assert not verify(reference, session.logits, crops).passed or name == "sigmoid"  # it is another precision
@@ -56,7 +56,7 @@ def test_every_recipe_in_float16_stays_within_its_rounding(name: str, tmp_path: 
 def test_another_network_is_noticed_in_float16(tmp_path: Path) -> None:
     model = random_model(replace(PAPER, width=1 / 16))
     wrong = replace(model, recipe=replace(model.recipe, lrn_joint=True))
-    crops = drawn_crops(224, 6)
+    crops = synthetic_crops(224, 6)
     first, second = (Session(m, provider="cpu").logits for m in (model, wrong))
     assert not verify(first, second, crops, "fp16").passed
 
@@ -64,7 +64,7 @@ def test_another_network_is_noticed_in_float16(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_recipe_in_int8_gives_nearly_the_same_answers(name: str, tmp_path: Path) -> None:
     recipe = replace(VARIANTS[name], width=1 / 16)
-    crops = drawn_crops(recipe.input_size, 12)
+    crops = synthetic_crops(recipe.input_size, 12)
     proto, whole, small = int8(recipe, crops, tmp_path / "a.onnx")
     onnx.checker.check_model(proto, full_check=True)
     expected, found = whole.logits(crops), small.logits(crops)
@@ -86,14 +86,14 @@ def test_every_recipe_in_int8_gives_nearly_the_same_answers(name: str, tmp_path:
 def test_rows_are_the_same_network(name: str, tmp_path: Path) -> None:
     model = random_model(replace(VARIANTS[name], width=1 / 16))
     (tmp_path / "rows.onnx").write_bytes(onnx_graph.build_graph(model, rows=True).SerializeToString())
-    crops = drawn_crops(model.recipe.input_size, 3)
+    crops = synthetic_crops(model.recipe.input_size, 3)
     expected = Session(model, provider="cpu").logits(crops)
     np.testing.assert_allclose(Session(tmp_path / "rows.onnx", provider="cpu").logits(crops), expected, atol=1e-4)
 
 
 def test_a_layer_is_what_whole_numbers_give(tmp_path: Path) -> None:
     """Layer 1 of the file, run by ONNX Runtime, against codes multiplied and rounded in numpy."""
-    crops = drawn_crops(224, 2)
+    crops = synthetic_crops(224, 2)
     proto, _, _ = int8(replace(PAPER, width=1 / 16), crops, tmp_path / "a.onnx")
     constant = {c.name: numpy_helper.to_array(c) for c in proto.graph.initializer}
     names = ["centered", "centered.quantized", "conv1.relu.quantized"]
@@ -127,7 +127,7 @@ def test_codes_are_the_nearest_and_zero_is_exact() -> None:
     weight = generator.standard_normal((6, 4, 3, 3)).astype(np.float32) * np.logspace(-3, 3, 6)[:, None, None, None]
     weight[2] = 0  # a dead channel keeps its bias
     bias = np.array([0, 1, 7, -3, 100, 0], np.float32)
-    scales, codes = weight_codes(weight.astype(np.float32), bias, np.float32(0.02))
+    scales, codes = quantize_weights(weight.astype(np.float32), bias, np.float32(0.02))
     assert np.abs(codes.astype(np.int32)).max() == 127
     error = np.abs(codes * scales[:, None, None, None] - weight)
     assert (error <= 0.5001 * scales[:, None, None, None]).all()
@@ -149,7 +149,7 @@ def test_the_whole_network_takes_at_most_62_megabytes(recipe: Recipe, tmp_path: 
         weights = sum(a * b for a, b in zip(c, [*seen, c[4] * 36, c[5]], strict=True)) + classes * c[6]
         return weights, sum(c) + classes, (c[0] // t) ** 2 + (c[1] // t) ** 2
 
-    proto, _, _ = int8(replace(recipe, width=1 / 16), drawn_crops(recipe.input_size, 2), tmp_path / "a.onnx")
+    proto, _, _ = int8(replace(recipe, width=1 / 16), synthetic_crops(recipe.input_size, 2), tmp_path / "a.onnx")
     weights, channels, band = counts(1 / 16, 10)
     rest = proto.ByteSize() - weights - 13 * channels - 4 * band
     assert 393_216 < rest < 460_000  # the mean image in half, and what does not grow
@@ -163,9 +163,9 @@ def test_right_answers_are_counted_as_by_hand() -> None:
     labels = np.array([0, 1, 2, 0, 1, 2, 0, 1])
     answers = [np.array([0, 1, 2, 0, 0, 0, 1, 0]), np.array([0, 1, 0, 1, 1, 0, 1, 0])]
     first, second = (np.eye(3, dtype=np.float32)[answer] for answer in answers)
-    found = compare(lambda _: first, lambda _: second, [(np.zeros((8, 3, 2, 2), np.uint8), labels)])
-    assert found == Comparison(images=8, both=2, reference_alone=2, other_alone=1)
-    assert (found.reference, found.other, found.lost) == (4 / 8, 3 / 8, 1 / 8)
+    found = compare_accuracy(lambda _: first, lambda _: second, [(np.zeros((8, 3, 2, 2), np.uint8), labels)])
+    assert found == AccuracyComparison(images=8, both=2, only_float32=2, only_int8=1)
+    assert (found.float32, found.int8, found.lost) == (4 / 8, 3 / 8, 1 / 8)
     low, high = found.interval
     # Variance of a mean of values 1, 1, -1, 0 ...: by numpy.
     half = 1.96 * np.std([1, 1, -1, 0, 0, 0, 0, 0]) / np.sqrt(8)

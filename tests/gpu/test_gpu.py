@@ -174,7 +174,7 @@ def test_onnx_runtime_gives_the_same_on_the_gpu() -> None:
     assert found.device == "cuda"
     np.testing.assert_allclose(found.logits(crops), expected, atol=1e-4 * float(np.abs(expected).max()))
     assert Session(model).device == "cuda"
-    assert Session(model, few=True).device == "cpu"
+    assert Session(model, fast_start=True).device == "cpu"
 
 
 def test_torch_gives_the_same_on_the_gpu() -> None:

@@ -57,12 +57,12 @@ def test_what_was_drawn_for_runs_is_left_out_unless_it_is_asked_for(
 def test_nothing_to_classify_is_said_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "empty").write_text("\n")
     for typed, stdin, words in (
-        (["-"], b"", "no picture found: standard input is empty"),
+        (["-"], b"", "no image found: standard input is empty"),
         (["-"], b"gone.jpg\n", "gone.jpg does not exist"),
-        ([f"@{tmp_path}/empty"], b"", "no picture found: the list is empty"),
-        (["a", "b", "c", "d"], b"", "none of these exists: a, b, c …"),
-        (["*.such"], b"", "*.such matches nothing"),
-        ([str(tmp_path), "b"], b"", f"no picture found: {tmp_path}, b"),
+        ([f"@{tmp_path}/empty"], b"", "no image found: the list is empty"),
+        (["a", "b", "c", "d"], b"", "none of these files exist: a, b, c …"),
+        (["*.such"], b"", "*.such matches no file"),
+        ([str(tmp_path), "b"], b"", f"no image found: {tmp_path}, b"),
     ):
         with pytest.raises(DataError, match=f"^{re.escape(words)}$"):
             expand_inputs(typed, io.BytesIO(stdin))
@@ -74,7 +74,7 @@ def test_nothing_to_classify_is_said_as_it_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["missing", "", "folder", "a\0b", "x" * 300])
 def test_a_list_that_cannot_be_read(tmp_path: Path, name: str) -> None:
     (tmp_path / "folder").mkdir()
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="cannot read the list"):
         expand_inputs([f"@{tmp_path / name if name else ''}"])
 
 

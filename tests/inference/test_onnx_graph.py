@@ -20,7 +20,7 @@ from alexnet_cli.core.inference.session import Session
 from alexnet_cli.errors import MissingError, UsageError, WeightsError
 from alexnet_cli.recipe import CAFFE, PAPER
 from literal_network import VARIANTS, forward
-from model_files import random_model
+from model_files import random_model, save_onnx
 
 
 def some_crops(side: int, count: int = 2) -> npt.NDArray[np.uint8]:
@@ -62,10 +62,10 @@ def test_the_literal_pass_tells_the_switches_apart() -> None:
 
 def test_file_and_memory_give_the_same_answers_and_batches_are_free(tmp_path: Path) -> None:
     model = random_model(replace(PAPER, width=1 / 16))
-    onnx_graph.write_graph(model, tmp_path / "a.onnx")
+    save_onnx(model, tmp_path / "a.onnx")
     from_file, in_memory = (
         Session(tmp_path / "a.onnx", provider="cpu"),
-        Session(model, provider="cpu", few=True),
+        Session(model, provider="cpu", fast_start=True),
     )
     crops = some_crops(224, 5)
     whole = from_file.logits(crops)
@@ -79,7 +79,7 @@ def test_file_and_memory_give_the_same_answers_and_batches_are_free(tmp_path: Pa
 def test_file_is_valid_onnx_and_describes_itself(tmp_path: Path) -> None:
     model = random_model(replace(CAFFE, width=1 / 16), info={"metrics": {"top1_error": 0.4}})
     (tmp_path / "w.safetensors").write_bytes(b"abc")
-    onnx_graph.write_graph(replace(model, path=tmp_path / "w.safetensors"), tmp_path / "a.onnx")
+    save_onnx(replace(model, path=tmp_path / "w.safetensors"), tmp_path / "a.onnx")
     onnx.checker.check_model(str(tmp_path / "a.onnx"), full_check=True)
     proto = onnx.load(tmp_path / "a.onnx")
     said = {entry.key: entry.value for entry in proto.metadata_props}
@@ -97,14 +97,14 @@ def test_file_is_valid_onnx_and_describes_itself(tmp_path: Path) -> None:
     assert "LRN" not in {node.op_type for node in proto.graph.node}
     session = Session(tmp_path / "a.onnx", provider="cpu")
     assert session.classes == model.classes
-    assert (session.recipe, session.crop, session.device) == (model.recipe, 227, "cpu")
-    assert session.info.metrics == {"top1_error": 0.4}
+    assert (session.recipe, session.recipe.input_size, session.device) == (model.recipe, 227, "cpu")
+    assert session.metadata.metrics == {"top1_error": 0.4}
 
 
 def test_classes_without_wnid_come_back_without(tmp_path: Path) -> None:
     model = random_model(replace(PAPER, width=1 / 16), classes=2)
     model = replace(model, classes=(ClassName("Katze"), ClassName('kočka, "mačka"')))
-    onnx_graph.write_graph(model, tmp_path / "a.onnx")
+    save_onnx(model, tmp_path / "a.onnx")
     assert Session(tmp_path / "a.onnx", provider="cpu").classes == model.classes
 
 
@@ -136,14 +136,14 @@ def test_a_gpu_asked_for_and_absent_is_an_error(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     model = random_model(replace(PAPER, width=1 / 64))
     assert Session(model).device == "cpu"
-    assert Session(model).fallback == ""  # there is no GPU to explain
+    assert Session(model).fallback_reason == ""  # there is no GPU to explain
     with pytest.raises(MissingError, match="GPU"):
         Session(model, provider="cuda")
 
 
 @pytest.mark.parametrize(
     ("asked", "gpu"),
-    [({}, "0"), ({"gpu": 1}, "1"), ({"provider": "cuda", "few": True}, "0"), ({"few": True}, None),
+    [({}, "0"), ({"gpu": 1}, "1"), ({"provider": "cuda", "fast_start": True}, "0"), ({"fast_start": True}, None),
      ({"provider": "cpu"}, None)],
 )  # fmt: skip
 def test_the_gpu_that_was_named_is_offered_but_not_for_a_few_pictures(
@@ -169,6 +169,6 @@ def test_the_gpu_that_was_named_is_offered_but_not_for_a_few_pictures(
 
 
 def test_too_large_for_one_file_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnx_graph, "LARGEST", 1000)
+    monkeypatch.setattr(onnx_graph, "MAX_BYTES", 1000)
     with pytest.raises(UsageError, match="2 GB"):
         onnx_graph.build_graph(random_model(replace(PAPER, width=1 / 64)))

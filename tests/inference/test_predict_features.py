@@ -24,7 +24,7 @@ from alexnet_cli.core.model import model_file
 from alexnet_cli.core.model.network import network_from_model
 from alexnet_cli.errors import PartialError, StorageError, UsageError, WeightsError
 from alexnet_cli.recipe import CAFFE, PAPER, Recipe
-from model_files import draw, random_model, save_model
+from model_files import draw, random_model, save_model, save_onnx
 
 SMALL = replace(PAPER, width=1 / 32)
 
@@ -58,18 +58,18 @@ def by_hand(
 def test_every_kind_of_file_gives_the_same(tmp_path: Path, recipe: Recipe, layer: FeatureLayer, count: int) -> None:
     path, model = draw(tmp_path / "a.png", 3), random_model(recipe)
     save_model(model, tmp_path / "m.safetensors")
-    onnx_graph.write_graph(model, tmp_path / "m.onnx")
+    save_onnx(model, tmp_path / "m.onnx")
     expected = by_hand(model, path, layer, count)
     assert (expected > 0).any()
     assert (expected == 0).any()  # or the nonlinearity is not in it
     for name, backend in (("m.onnx", "auto"), ("m.safetensors", "onnx"), ("m.safetensors", "torch")):
         classifier = open_classifier(tmp_path / name, backend, layer=layer)  # type: ignore[arg-type]
-        [found] = predict([path], classifier, 3, count, features=True)
+        [found] = predict([path], classifier, 3, count, activations=True)
         [plain] = predict([path], open_classifier(tmp_path / name, backend), 3, count)  # type: ignore[arg-type]
-        assert found.features is not None
-        np.testing.assert_allclose(found.features, expected, rtol=1e-4, atol=1e-4)
+        assert found.activations is not None
+        np.testing.assert_allclose(found.activations, expected, rtol=1e-4, atol=1e-4)
         assert [label.index for label in found.top] == [label.index for label in plain.top]
-        assert plain.features is None
+        assert plain.activations is None
 
 
 def test_a_file_without_that_layer_says_so(tmp_path: Path) -> None:
@@ -103,8 +103,8 @@ def test_the_command_writes_what_numpy_reads(tmp_path: Path, model_path: Path) -
     result = run(str(tmp_path / "album"), "-w", str(model_path), "--features", "fc7", "-o", str(out))
     assert isinstance(result.exception, PartialError)
     assert "07.png: it is not a picture" in result.exception.what
-    assert f"warn    left out {tmp_path}/album/07.png: " in result.stderr
-    assert f"saved   {out} · 34 x 128" in result.stderr
+    assert f"warn    skipped {tmp_path}/album/07.png: " in result.stderr
+    assert f"saved   {out} · fc7 of 34 images" in result.stderr
     assert result.stdout == ""
     with np.load(out) as found:
         assert found["paths"].tolist() == [path for path in album if not path.endswith("07.png")]
@@ -145,7 +145,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, model_path: Path, monkeypatc
 @pytest.mark.parametrize("kind", ["onnx", "safetensors"])
 def test_no_torch_is_imported(tmp_path: Path, model_path: Path, kind: str) -> None:
     path = draw(tmp_path / "a.png", 0)
-    onnx_graph.write_graph(model_file.read_model(model_path), tmp_path / "model.onnx")
+    save_onnx(model_file.read_model(model_path), tmp_path / "model.onnx")
     words = f"[{path!r}], weights={str(tmp_path / f'model.{kind}')!r}, quiet=True"
     script = (
         "import sys\nfrom pathlib import Path\n"

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import pytest
 
-from alexnet_cli.core.export.export import drawn_crops
+from alexnet_cli.core.export.export import synthetic_crops
 from alexnet_cli.core.inference import onnx_graph
 from alexnet_cli.core.inference.session import Session
 from alexnet_cli.recipe import CAFFE, PAPER, Recipe
@@ -27,7 +27,7 @@ SMALL = replace(PAPER, width=1 / 16, dropout_inverted=True)
 
 @pytest.mark.parametrize("recipe", [SMALL, replace(PAPER, towers=1, width=1 / 16, lrn_alpha=1e-3)])
 def test_the_operator_is_the_same_network(recipe: Recipe, tmp_path: Path) -> None:
-    model, crops = random_model(recipe), drawn_crops(recipe.input_size, 3)
+    model, crops = random_model(recipe), synthetic_crops(recipe.input_size, 3)
     proto = inference.use_lrn_operator(onnx_graph.build_graph(model), recipe)
     onnx.checker.check_model(proto, full_check=True)
     assert [node.op_type for node in proto.graph.node].count("LRN") == 2

@@ -27,13 +27,13 @@ from alexnet_cli.core.evaluation import evaluate as evaluating
 from alexnet_cli.core.evaluation.confusion_matrix import RIGHT, WRONG, draw_confusion_matrix
 from alexnet_cli.core.evaluation.evaluate import HalvingClassifier
 from alexnet_cli.core.evaluation.results import find_published
-from alexnet_cli.core.inference import onnx_graph, session
+from alexnet_cli.core.inference import session
 from alexnet_cli.core.model import model_file
 from alexnet_cli.core.parallel import placement
 from alexnet_cli.errors import DataError, MissingError, StorageError, WeightsError
 from alexnet_cli.recipe import CAFFE, FAST, KRIZHEVSKY, PAPER, Recipe
 from alexnet_plugins.evaluate import _explain_difference, _load_onnx
-from model_files import random_model, save_model
+from model_files import random_model, save_model, save_onnx
 
 SMALL = replace(FAST, width=1 / 16)
 
@@ -48,7 +48,7 @@ def runs(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     (run / "run.json").write_text(json.dumps({"data_path": str(prepared)}))
     (run / "checkpoints" / "best").symlink_to("00000001")
     named(open_dataset(prepared).classes, checkpoint / "model.safetensors")
-    onnx_graph.write_graph(model_file.read_model(checkpoint / "model.safetensors"), run / "alexnet.onnx")
+    save_onnx(model_file.read_model(checkpoint / "model.safetensors"), run / "alexnet.onnx")
     return run
 
 
@@ -109,7 +109,7 @@ def test_a_network_of_no_numbers_has_no_error_rate(runs: Path, prepared: Path, t
     bias = model.tensors["fc8.bias"].copy()
     bias[-1] = np.nan
     broken = save_model(replace(model, tensors={**model.tensors, "fc8.bias": bias}), tmp_path / "broken.safetensors")
-    onnx_graph.write_graph(model_file.read_model(broken), tmp_path / "broken.onnx")
+    save_onnx(model_file.read_model(broken), tmp_path / "broken.onnx")
     for file in (broken, tmp_path / "broken.onnx"):
         result = run("-w", str(file), "--views", views, "--data", str(prepared))
         assert isinstance(result.exception, WeightsError), result.output
@@ -118,7 +118,7 @@ def test_a_network_of_no_numbers_has_no_error_rate(runs: Path, prepared: Path, t
 def test_a_permuted_class_list_changes_nothing(runs: Path, prepared: Path, tmp_path: Path) -> None:
     classes = open_dataset(prepared).classes
     permuted = named([classes[i] for i in (2, 0, 3, 1)], tmp_path / "permuted.safetensors")
-    onnx_graph.write_graph(model_file.read_model(permuted), tmp_path / "permuted.onnx")
+    save_onnx(model_file.read_model(permuted), tmp_path / "permuted.onnx")
     plain = numbers("-w", "one", "--predictions", str(tmp_path / "plain.jsonl"))
     for name in ("permuted.safetensors", "permuted.onnx"):
         lines = tmp_path / f"{name}.jsonl"
@@ -164,9 +164,7 @@ def test_its_files_and_words(runs: Path, prepared: Path, tmp_path: Path) -> None
 
 
 def test_files_of_one_run_keep_their_results_apart(runs: Path) -> None:
-    onnx_graph.write_graph(
-        model_file.read_model(runs / "checkpoints" / "best" / "model.safetensors"), runs / "alexnet-int8.onnx"
-    )
+    save_onnx(model_file.read_model(runs / "checkpoints" / "best" / "model.safetensors"), runs / "alexnet-int8.onnx")
     assert run("-w", str(runs / "alexnet-int8.onnx")).exception is None
     assert json.loads((runs / "eval" / "val-1-alexnet-int8.json").read_text())["backend"] == "onnx"
 

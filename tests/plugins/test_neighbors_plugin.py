@@ -16,12 +16,11 @@ from typer import Typer
 from typer.testing import CliRunner, Result
 
 from alexnet_cli.core.data.shards import open_dataset
-from alexnet_cli.core.inference import onnx_graph
 from alexnet_cli.core.inference.predict import open_classifier
 from alexnet_cli.core.inference.predict import predict as classify
 from alexnet_cli.errors import PartialError, UsageError
 from alexnet_cli.recipe import PAPER
-from model_files import draw, random_model, save_model
+from model_files import draw, random_model, save_model, save_onnx
 
 
 @pytest.fixture
@@ -55,8 +54,8 @@ def test_neighbors_are_those_of_all_distances_and_the_picture_itself_comes_first
     files = [Path(f"{row}.jpg") for row in range(len(split))]
     for row, file in enumerate(files):
         file.write_bytes(bytes(split.jpeg(row)))
-    known = classify([*map(str, files), other], open_classifier(network, "onnx", layer="fc7"), features=True)
-    *vectors, query = [p.features.astype(np.float64) for p in known if p.features is not None]
+    known = classify([*map(str, files), other], open_classifier(network, "onnx", layer="fc7"), activations=True)
+    *vectors, query = [p.activations.astype(np.float64) for p in known if p.activations is not None]
     distances = np.linalg.norm(np.array(vectors) - query, axis=1)
     for found, row in zip(second["neighbors"], np.argsort(distances)[:4], strict=True):
         assert (found["row"], found["key"]) == (row, split.key(int(row)))
@@ -117,7 +116,7 @@ def test_an_older_checkpoint_and_another_data_set_leave_the_run_its_own_index(
     assert asked("r", other) == "neighbors-other made"
     assert asked("runs/r/checkpoints/last", other) == "neighbors-00000001-other made"
     export = folder / "alexnet-int8.onnx"
-    onnx_graph.write_graph(random_model(replace(PAPER, width=1 / 32), seed=3), export)
+    save_onnx(random_model(replace(PAPER, width=1 / 32), seed=3), export)
     assert asked(str(export)) == "neighbors-alexnet-int8 made"
     assert asked("r") == "neighbors"
     assert asked("runs/r/checkpoints/00000001") == "neighbors-00000001"

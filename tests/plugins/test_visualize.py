@@ -268,7 +268,7 @@ def test_a_picture_is_turned_as_those_of_the_training_were(
     [
         (["--picture", "none.jpg"], 3, "none.jpg does not exist"),
         (["--picture", "text.jpg"], 3, "text.jpg cannot be read"),
-        (["--picture", "empty"], 3, "no picture found: empty"),
+        (["--picture", "empty"], 3, "no image found: empty"),
         (["--picture", "photos"], 2, "--picture photos: 2 pictures"),
         (["--picture", "photos/*.png"], 2, "--picture photos/*.png: 2 pictures"),
         (["--picture", "photos/a.png", "photos/b.png"], 2, "photos/b.png"),

@@ -23,7 +23,6 @@ from hypothesis import strategies as st
 
 from alexnet_cli.core.data import shards
 from alexnet_cli.core.data.loader import Loader, all_batches
-from alexnet_cli.core.inference import onnx_graph
 from alexnet_cli.core.inference.session import Session
 from alexnet_cli.core.model import model_file
 from alexnet_cli.core.model.architecture import PARAMETERS, tensor_shapes
@@ -33,7 +32,7 @@ from alexnet_cli.errors import DataError, RecipeError, WeightsError
 from alexnet_cli.recipe import PAPER, TINY
 from alexnet_cli.recipe_io import load_recipe
 from hostile import JSON, MUTATIONS, bounded, generated, mutated, replaced, told
-from model_files import random_model, save_model
+from model_files import random_model, save_model, save_onnx
 
 RECIPE = replace(TINY, width=1 / 64)
 SECRET = "do-not-read-me"
@@ -50,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole model file and its ONNX file, and a place for those that are not."""
     folder = tmp_path_factory.mktemp("models")
     model = model_file.read_model(save_model(random_model(RECIPE, 4), folder / "whole.safetensors"))
-    onnx_graph.write_graph(model, folder / "whole.onnx")
+    save_onnx(model, folder / "whole.onnx")
     (folder / "secret.bin").write_bytes(SECRET.encode() * 100_000)
     return folder
 
@@ -172,7 +171,7 @@ def test_weights_that_are_no_numbers(folder: Path) -> None:
 
     model = random_model(RECIPE, 4)
     model.tensors["conv1.bias"][:] = np.nan
-    with pytest.raises(WeightsError, match="no number"):
+    with pytest.raises(WeightsError, match="computes NaN"):
         compute_probabilities(np.zeros((1, 256, 256, 3), np.uint8), Session(model, provider="cpu"))
 
 

@@ -95,15 +95,17 @@ def trace_image(model: Model, picture: ImageArray) -> Trace:
 def _trace_convolutions(model: Model, picture: ImageArray) -> Iterator[LayerActivations]:
     recipe = model.recipe
     for layer in get_args(ConvLayer):
-        before = compute_activations(Session(model, few=True, layer=layer), [picture])[0]
+        before = compute_activations(Session(model, fast_start=True, layer=layer), [picture])[0]
         values = NONLINEAR[recipe.activation](before)
         yield LayerActivations(layer, values, recipe.towers, *LOWEST_AND_REST[recipe.activation])
 
 
 def _trace_units(model: Model, picture: ImageArray, layer: FeatureLayer) -> tuple[LayerActivations, Array]:
     """Layer 6 or 7, and the probabilities of the classes."""
-    session, recipe = Session(model, few=True, layer=layer), model.recipe
-    chances, units = (values[0] for values in session.features(make_views(picture, session.crop, 1)))
+    session, recipe = Session(model, fast_start=True, layer=layer), model.recipe
+    chances, units = (
+        values[0] for values in session.probabilities_and_activations(make_views(picture, session.recipe.input_size, 1))
+    )
     if not (np.isfinite(units).all() and np.isfinite(chances).all()):
         raise WeightsError(f"{session.path}: what the network computes is no number", "its weights are damaged")
     factor = 1 if recipe.dropout_inverted else 1 - recipe.dropout

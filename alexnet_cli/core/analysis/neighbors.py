@@ -235,7 +235,7 @@ def find_neighborhoods(
     folder = index_folder(network if isinstance(network, Path) else model.path, run, data)
     source = IndexSource(weights, data.hash, len(train))
     vectors = open_index(folder, source)
-    session = Session(network, few=vectors is not None, layer=LAYER)
+    session = Session(network, fast_start=vectors is not None, layer=LAYER)
     with ExitStack() as stack:
         if vectors is None:
             if not keep_index:
@@ -259,7 +259,7 @@ def _choose_network(model: Model, sha256: str, run: Path | None) -> tuple[ModelS
     exported = run / ONNX if run else None
     if exported and exported.is_file():
         try:
-            if Session(exported, few=True, provider="cpu").info.sha256 == sha256:
+            if Session(exported, fast_start=True, provider="cpu").metadata.sha256 == sha256:
                 return exported, hash_file(exported)
         except WeightsError:
             return model, sha256

@@ -72,7 +72,7 @@ def compute_activations(session: Session, images: Sequence[ImageArray]) -> npt.N
     Raises:
         WeightsError: they are NaN or infinite.
     """
-    values = session.responses(np.concatenate([make_views(image, session.crop, 1) for image in images]))
+    values = session.activations(np.concatenate([make_views(image, session.recipe.input_size, 1) for image in images]))
     if not np.isfinite(values).all():
         raise WeightsError(f"{session.path}: what the network computes is no number", "its weights are damaged")
     return values

@@ -1,15 +1,14 @@
-"""The float16 and int8 twins of a float32 graph (`onnx_graph.build`). No torch.
+"""Convert a float32 graph of `onnx_graph.build_graph` to float16 or int8. No torch.
 
-float16: half the size, and faster on a GPU. Weights, mean image and what flows between layers are float16; input and
-outputs stay float32. Response normalization is float32 inside: the squares of what an image of 0..255 gives rise to
-would not fit.
+float16: half the size, and faster on a GPU. Weights, mean image and activations are float16; input and outputs stay
+float32. Response normalization is computed in float32, since the squares would overflow float16.
 
-int8: a quarter of the size, and the fastest on a CPU; from a graph built with `rows`, as QuantizeLinear and
-DequantizeLinear pairs with fixed scales. Weights are int8 with a scale for each output channel, activations uint8 with
-one scale and zero point for each tensor, biases int32 in units of the product. What enters and leaves a layer is
-quantized, and what is pooled: the maximum of quantized numbers is exact. Response normalization stays float32, the
-logits too. The mean image is float16. At a quarter of the width the logits are three times closer to float32 than those
-of ONNX Runtime's own `quantize_static` (rms 1.0 against 3.5 %), and the file is faster.
+int8: a quarter of the size, and the fastest on a CPU. The graph must be built with `rows`. It gets pairs of
+QuantizeLinear and DequantizeLinear with fixed scales: weights are int8 with a scale per output channel, activations
+uint8 with a scale and zero point per tensor, biases int32. Inputs and outputs of layers are quantized, and so is
+pooling, which is exact on quantized numbers. Response normalization and logits stay float32; the mean image is
+float16. At a quarter of the width the logits are three times closer to float32 than those of ONNX Runtime's own
+`quantize_static` (rms 1.0 against 3.5 %), and the file is faster.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ from onnx import TensorProto, helper, numpy_helper
 
 from alexnet_cli.core.devices import count_cores
 
-CALIBRATION_IMAGES = 256  # lowest and highest values change the logits by less than 1 % of their spread beyond 64
+CALIBRATION_IMAGES = 256  # already from 64 on, more images change the logits by less than 1 % of their spread
 BATCH = 8
 LAYERS = frozenset(("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "logits"))
-SAME_NUMBERS = frozenset(("MaxPool", "Flatten"))  # what comes out of them was in what went in
-LARGEST_BIAS = 2**30  # half of what int32 holds leaves room for the sum
+SELECTING = frozenset(("MaxPool", "Flatten"))  # operators whose outputs are some of their inputs
+MAX_BIAS = 2**30  # half of int32 leaves room for the sum
 NORMALIZATION = re.compile(r"conv\d\.(norm|within)")
 
 Range = tuple[float, float]
@@ -37,35 +36,35 @@ Array = npt.NDArray[np.float32]
 
 
 def to_float16(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """The same network in float16."""
-    result = _without_graph(proto)
-    rewriting = _Float16(proto.graph, result.graph)
+    """Return the same network in float16."""
+    result = _copy_without_nodes(proto)
+    converter = _Float16Converter(proto.graph, result.graph)
     for node in proto.graph.node:
-        rewriting.add(node)
-    result.graph.initializer.extend(rewriting.convert(tensor) for tensor in proto.graph.initializer)
+        converter.add(node)
+    result.graph.initializer.extend(converter.convert_constant(tensor) for tensor in proto.graph.initializer)
     return result
 
 
-def _without_graph(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy with inputs, outputs and metadata, but neither nodes nor constants."""
+def _copy_without_nodes(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a copy with inputs, outputs and metadata, but without nodes and constants."""
     result = onnx.ModelProto()
     result.CopyFrom(proto)
     del result.graph.node[:], result.graph.initializer[:]
     return result
 
 
-class _Float16:
+class _Float16Converter:
     """Copies a graph node by node, with a cast wherever float16 meets float32."""
 
     def __init__(self, old: onnx.GraphProto, new: onnx.GraphProto) -> None:
         self.new = new
         self.outputs = {output.name for output in old.output}
-        self.types: dict[str, int] = {"input": TensorProto.FLOAT}  # of what was computed so far
+        self.types: dict[str, int] = {"input": TensorProto.FLOAT}  # of each tensor so far
         self.casts: dict[str, str] = {}
         self.float32 = {name for node in old.node if _node_type(node) == TensorProto.FLOAT for name in node.input}
 
     def add(self, node: onnx.NodeProto) -> None:
-        """Copy a node. An output of the network that comes out in float16 gets its name from the cast after it."""
+        """Copy a node. A cast after it makes an output of the network float32."""
         kind, (output,) = _node_type(node), node.output
         copy = helper.make_node(node.op_type, [], [output], node.name)
         copy.attribute.extend(node.attribute)
@@ -79,7 +78,7 @@ class _Float16:
             self.types[output] = TensorProto.FLOAT
 
     def _cast(self, name: str, kind: int) -> str:
-        """The tensor in that precision; constants are made in the one that is needed."""
+        """Return the name of the tensor in that precision. Constants already have it."""
         if self.types.get(name, kind) == kind:
             return name
         if name not in self.casts:
@@ -87,30 +86,32 @@ class _Float16:
             self.new.node.append(helper.make_node("Cast", [name], [f"{name}.cast"], f"{name}.cast", to=kind))
         return self.casts[name]
 
-    def convert(self, tensor: onnx.TensorProto) -> onnx.TensorProto:
-        """A constant in the precision of the nodes that read it."""
+    def convert_constant(self, tensor: onnx.TensorProto) -> onnx.TensorProto:
+        """Return a constant in the precision of the nodes that read it."""
         if tensor.data_type != TensorProto.FLOAT or tensor.name in self.float32:
             return tensor
         return numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), tensor.name)
 
 
 def _node_type(node: onnx.NodeProto) -> int:
-    """The precision that a node computes in."""
+    """Return the precision that a node computes in."""
     is_float32 = node.name == "probabilities" or NORMALIZATION.match(node.name)
     return TensorProto.FLOAT if is_float32 else TensorProto.FLOAT16
 
 
 def measure_ranges(proto: onnx.ModelProto, crops: npt.NDArray[np.uint8]) -> dict[str, Range]:
-    """Lowest and highest value of each tensor that int8 quantizes, over uint8 N x 3 x S x S, N > 0."""
+    """Return the lowest and highest value of each tensor to quantize, over crops, uint8 N x 3 x S x S, N > 0."""
     import onnxruntime
 
     names = list(dict.fromkeys(_quantized_tensors(proto.graph).values()))
-    observed = onnx.ModelProto()
-    observed.CopyFrom(proto)
-    observed.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names)
+    with_outputs = onnx.ModelProto()
+    with_outputs.CopyFrom(proto)
+    with_outputs.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names)
     options = onnxruntime.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 3, count_cores()
-    session = onnxruntime.InferenceSession(observed.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        with_outputs.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
     low, high = np.full(len(names), np.inf), np.full(len(names), -np.inf)
     for start in range(0, len(crops), BATCH):
         values = session.run(names, {"input": crops[start : start + BATCH].astype(np.float32)})
@@ -120,37 +121,38 @@ def measure_ranges(proto: onnx.ModelProto, crops: npt.NDArray[np.uint8]) -> dict
 
 
 def _quantized_tensors(graph: onnx.GraphProto) -> dict[str, str]:
-    """Each tensor that int8 quantizes -> the one whose scale it shares."""
-    after: dict[str, list[onnx.NodeProto]] = {}
+    """Map each tensor to quantize to the tensor whose scale it shares."""
+    readers: dict[str, list[onnx.NodeProto]] = {}
     for node in graph.node:
         for name in node.input:
-            after.setdefault(name, []).append(node)
+            readers.setdefault(name, []).append(node)
     result: dict[str, str] = {}
     for node in graph.node:
         source, output = node.input[0], node.output[0]
         if node.name in LAYERS:
             result.setdefault(source, source)
-            if node.name != "logits":  # a Relu is part of its layer: the scale's lowest value is zero
-                end = after[output][0].output[0] if [n.op_type for n in after[output]] == ["Relu"] else output
-                result[end] = end
-        elif node.op_type in SAME_NUMBERS:
+            if node.name != "logits":  # a ReLU belongs to its layer, so that the scale begins at zero
+                is_before_relu = [reader.op_type for reader in readers[output]] == ["Relu"]
+                layer_output = readers[output][0].output[0] if is_before_relu else output
+                result[layer_output] = layer_output
+        elif node.op_type in SELECTING:
             result.setdefault(source, source)
             result[output] = result[source]
     return result
 
 
 def to_int8(proto: onnx.ModelProto, ranges: Mapping[str, Range]) -> onnx.ModelProto:
-    """The same network in int8; `ranges` are those of `measure_ranges`."""
-    result = _without_graph(proto)
-    rewriting = _Int8(proto.graph, result.graph, ranges)
+    """Return the same network in int8, with `ranges` from `measure_ranges`."""
+    result = _copy_without_nodes(proto)
+    converter = _Int8Converter(proto.graph, result.graph, ranges)
     for node in proto.graph.node:
-        rewriting.add(node)
-    rewriting.keep_constants()
+        converter.add(node)
+    converter.add_constants()
     return result
 
 
-class _Int8:
-    """Copies a graph node by node, quantized where it is to be."""
+class _Int8Converter:
+    """Copies a graph node by node and quantizes layers and pooling."""
 
     def __init__(self, old: onnx.GraphProto, new: onnx.GraphProto, ranges: Mapping[str, Range]) -> None:
         self.new = new
@@ -160,7 +162,7 @@ class _Int8:
         self.renamed: dict[str, str] = {}
 
     def add(self, node: onnx.NodeProto) -> None:
-        """Copy a node; what it reads and its weights are quantized if they are to be."""
+        """Copy a node. Its inputs and weights are quantized where int8 applies."""
         inputs = [self._quantize(name) if name in self.scales else self.renamed.get(name, name) for name in node.input]
         if node.name in LAYERS:
             inputs[1:] = self._quantize_weights(node.name, self.scales[node.input[0]][0])
@@ -169,17 +171,17 @@ class _Int8:
         del copy.input[:]
         copy.input.extend(inputs)
         if node.name in LAYERS and node.op_type == "Gemm":
-            del copy.attribute[:]  # its weights are the other way round now
+            del copy.attribute[:]  # its weights are transposed now
         if node.op_type == "Slice":
             self._halve(node)
 
-    def keep_constants(self) -> None:
-        """Copy the constants that are still in use."""
+    def add_constants(self) -> None:
+        """Add the constants that the new graph uses."""
         used = {name for node in self.new.node for name in node.input}
         self.new.initializer.extend(tensor for name, tensor in self.constants.items() if name in used)
 
     def _quantize(self, name: str) -> str:
-        """There and back: ONNX Runtime computes the layer between two of these in int8."""
+        """Quantize and dequantize a tensor: ONNX Runtime computes the layer between two such pairs in int8."""
         if name not in self.renamed:
             scale, zero = self.scales[name]
             parameters = [
@@ -191,25 +193,25 @@ class _Int8:
         return self.renamed[name]
 
     def _quantize_weights(self, layer: str, input_scale: np.float32) -> list[str]:
-        """The names of a layer's weight and bias, dequantized."""
+        """Quantize a layer's weight and bias. Returns the names of both, dequantized."""
         weight, bias = (numpy_helper.to_array(self.constants[f"{layer}.{part}"]) for part in ("weight", "bias"))
-        scale, codes = weight_codes(weight, bias, input_scale)
-        units = scale * input_scale
-        linear = weight.ndim == 2  # inputs x outputs: what ONNX Runtime multiplies without copying it first
+        scale, codes = quantize_weights(weight, bias, input_scale)
+        bias_scale = scale * input_scale
+        is_linear = weight.ndim == 2  # stored as inputs x outputs, which ONNX Runtime multiplies without copying
         values: dict[str, npt.NDArray[Any]] = {
-            "codes": codes.T if linear else codes,
+            "codes": codes.T if is_linear else codes,
             "scale": scale,
             "zero": np.zeros(len(scale), np.int8),
         }
         names = [self._constant(f"{layer}.weight.{part}", value) for part, value in values.items()]
-        self._node("DequantizeLinear", names, f"{layer}.weight.back", axis=1 if linear else 0)
-        parts = {"codes": np.rint(bias / units).astype(np.int32), "scale": units}
+        self._node("DequantizeLinear", names, f"{layer}.weight.back", axis=1 if is_linear else 0)
+        parts = {"codes": np.rint(bias / bias_scale).astype(np.int32), "scale": bias_scale}
         names = [self._constant(f"{layer}.bias.{part}", value) for part, value in parts.items()]
         self._node("DequantizeLinear", names, f"{layer}.bias.back", axis=0)
         return [f"{layer}.weight.back", f"{layer}.bias.back"]
 
     def _halve(self, node: onnx.NodeProto) -> None:
-        """Keep the mean image in float16: nothing that the scale of the input would show."""
+        """Store the mean image in float16: finer than the scale of the input."""
         name, output = node.input[0], node.output[0]
         half = numpy_helper.to_array(self.constants[name]).astype(np.float16)
         self.constants[name] = numpy_helper.from_array(half, name)
@@ -225,16 +227,16 @@ class _Int8:
 
 
 def activation_scale(values: Range) -> tuple[np.float32, np.uint8]:
-    """Scale and zero point for which 0..255 span the values; zero is among them, and exact."""
+    """Return scale and zero point for which 0..255 span the values and 0.0 is exact."""
     low, high = min(values[0], 0.0), max(values[1], 0.0)
     scale = np.float32((high - low) / 255) or np.float32(1)
     return scale, np.uint8(np.rint(-low / scale))
 
 
-def weight_codes(weight: Array, bias: Array, input_scale: np.float32) -> tuple[Array, npt.NDArray[np.int8]]:
-    """For each output channel a scale, and the weights in its units, -127..127; the bias fits int32 in them too."""
+def quantize_weights(weight: Array, bias: Array, input_scale: np.float32) -> tuple[Array, npt.NDArray[np.int8]]:
+    """Return a scale per output channel, and the weights as -127..127. With these scales the bias fits int32 too."""
     rows = weight.reshape(len(weight), -1)
-    by_bias = np.abs(bias) / (input_scale * np.float32(LARGEST_BIAS))
+    by_bias = np.abs(bias) / (input_scale * np.float32(MAX_BIAS))
     scale = np.maximum(np.abs(rows).max(1) / np.float32(127), by_bias)
     scale = np.where(scale > 0, scale, 1).astype(np.float32)
     codes = np.rint(rows / scale[:, None]).clip(-127, 127).astype(np.int8)

@@ -1,6 +1,6 @@
-"""What is to be classified, as it is typed: files, folders, patterns, lists, stdin -> decoded pictures. No torch.
+"""Turn command-line arguments into decoded images: files, folders, patterns, lists, standard input. No torch.
 
-Pictures are decoded in threads ahead of whoever takes them, so that a folder runs at the network's speed.
+Threads decode images ahead, so that a folder runs at the network's speed.
 """
 
 from __future__ import annotations
@@ -23,110 +23,113 @@ from alexnet_cli.core.files import LARGEST, check_bytes, read_file
 from alexnet_cli.core.runs.run import runs_root
 from alexnet_cli.errors import DataError
 
-STANDARD = "-"  # standard input, and the name of a picture that came from there
+STDIN = "-"  # as an argument, and as the name of an image that came from there
 
 ImageInput = str | bytes
-"""The path of a picture, or the bytes of one."""
+"""The path of an image, or its bytes."""
 
 
 def expand_inputs(
-    inputs: Sequence[str], stdin: BinaryIO | None = None, ours: list[str] | None = None
+    arguments: Sequence[str], stdin: BinaryIO | None = None, run_images: list[str] | None = None
 ) -> list[ImageInput]:
-    """Files, folders (all pictures below, sorted), patterns, `@FILE` (a list of paths) and `-` -> pictures.
+    """Expand files, folders (all images below, sorted), patterns, `@FILE` (a list of paths) and `-` into images.
 
-    `stdin` holds a picture, or a list of paths: one a line, or, so that a name can hold anything, each ended by a
-    zero byte. What is not there stays among the results, so that it gets a record with the reason. What was drawn for
-    runs that lie below a folder goes to `ours` instead, if that is given.
+    A file that does not exist stays in the result, so that it gets a record with the reason.
+
+    Args:
+        arguments: what the user typed.
+        stdin: for `-`: an image, or a list of paths, one per line or each followed by a zero byte.
+        run_images: if given, receives the images below a folder that `alexnet` itself drew for runs, instead of the
+            result.
 
     Raises:
-        DataError: there is no file at all among them, or a list cannot be read.
+        DataError: no argument leads to a file, or a list cannot be read.
     """
-    sources: list[ImageInput] = []
-    for text in inputs:
-        if text == STANDARD:
-            sources += _given(stdin or io.BytesIO(), ours)
-        elif text.startswith("@") and not os.path.lexists(text):
-            sources += _listed(_content(text[1:]), ours)
-        elif not os.path.lexists(text) and (found := sorted(glob.glob(text, recursive=True))):
-            sources += [path for name in found for path in _below(name, ours)]
+    expanded: list[ImageInput] = []
+    for argument in arguments:
+        if argument == STDIN:
+            expanded += _expand_stdin(stdin or io.BytesIO(), run_images)
+        elif os.path.lexists(argument):
+            expanded += _expand_path(argument, run_images)
+        elif argument.startswith("@"):
+            expanded += _expand_list(_read_list(argument[1:]), run_images)
         else:
-            sources += _below(text, ours)
-    if not any(isinstance(source, bytes) or os.path.isfile(source) for source in sources):
-        raise _nothing(inputs, [source for source in sources if isinstance(source, str)])
-    return sources
+            for path in sorted(glob.glob(argument, recursive=True)) or [argument]:
+                expanded += _expand_path(path, run_images)
+    if not any(isinstance(item, bytes) or os.path.isfile(item) for item in expanded):
+        raise _no_image_error(arguments, [item for item in expanded if isinstance(item, str)])
+    return expanded
 
 
-def _nothing(inputs: Sequence[str], named: Sequence[str]) -> DataError:
-    """The error of inputs without a single file: `named` are folders without pictures, and what does not exist."""
-    several = f"{', '.join(named[:3])}{' …' if len(named) > 3 else ''}"
-    hint = (
-        "give files, patterns or folders with pictures in them; @FILE, or - for standard input, lists files and folders"
-    )
-    if not named:
-        what = f"no picture found: {'standard input is empty' if STANDARD in inputs else 'the list is empty'}"
-    elif any(os.path.lexists(name) for name in named):
-        what = f"no picture found: {several}"
-    elif len(named) > 1:
-        what = f"none of these exists: {several}"
+def _no_image_error(arguments: Sequence[str], paths: Sequence[str]) -> DataError:
+    """Return the error for arguments without a file; `paths` are folders without images, and missing files."""
+    listed = f"{', '.join(paths[:3])}{' …' if len(paths) > 3 else ''}"
+    hint = "give image files, patterns or folders; @FILE or - (standard input) for a list of paths"
+    if any("://" in path for path in paths):
+        hint = "to classify an image from the web: curl -s URL | alexnet predict -"
+    if not paths:
+        what = f"no image found: {'standard input' if STDIN in arguments else 'the list'} is empty"
+    elif any(os.path.lexists(path) for path in paths):
+        what = f"no image found: {listed}"
+    elif len(paths) > 1:
+        what = f"none of these files exist: {listed}"
     else:
-        what = f"{several} {'matches nothing' if glob.has_magic(several) else 'does not exist'}"
-    if any("://" in name for name in named):
-        hint = "of an address: curl -s URL | alexnet predict -"
+        what = f"{listed} {'matches no file' if glob.has_magic(listed) else 'does not exist'}"
     return DataError(what, hint)
 
 
-def _given(stdin: BinaryIO, ours: list[str] | None) -> list[ImageInput]:
+def _expand_stdin(stdin: BinaryIO, run_images: list[str] | None) -> list[ImageInput]:
     data = stdin.read(LARGEST + 1)
     try:
         check_bytes(len(data), LARGEST)
     except DataError as error:
-        raise DataError(f"standard input has more than {LARGEST:,} bytes", "give a list in pieces") from error
-    return [data] if images.is_image(data) else list(_listed(data, ours))
+        raise DataError(f"standard input has more than {LARGEST:,} bytes", "split the list into parts") from error
+    return [data] if images.is_image(data) else list(_expand_list(data, run_images))
 
 
-def _content(file: str) -> bytes:
+def _read_list(file: str) -> bytes:
     try:
         return read_file(Path(file))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, DataError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise DataError(f"the list {file} cannot be read: {reason}", "it holds one path a line") from error
-    except DataError as error:
-        raise DataError(f"the list {file} cannot be read: {error.what}", "it holds one path a line") from error
+        raise DataError(
+            f"cannot read the list {file}: {reason}", "a list is a text file with one path per line"
+        ) from error
 
 
-def _listed(data: bytes, ours: list[str] | None) -> Iterator[str]:
-    """The pictures of a list's entries, which are files and folders, not patterns."""
+def _expand_list(data: bytes, run_images: list[str] | None) -> Iterator[str]:
+    """Yield the images of a list's entries, which are files and folders, not patterns."""
     lines = data.split(b"\0") if b"\0" in data else [line.rstrip(b"\r") for line in data.split(b"\n")]
     for line in lines:
         if line.strip():
-            yield from _below(os.fsdecode(line), ours)
+            yield from _expand_path(os.fsdecode(line), run_images)
 
 
-def _below(name: str, ours: list[str] | None) -> list[str]:
-    """The pictures below a folder, sorted, then what cannot be listed there; of anything else the name itself."""
-    if not os.path.isdir(name):
-        return [name]
-    refused: list[str] = []
-    files = sorted(file for file in walk_files(Path(name), Path(name), refused) if has_image_suffix(file))
-    if ours is not None and (runs := _runs_below(name)):
-        ours += [os.path.join(name, file) for file in files if file.startswith(runs)]
-        files = [file for file in files if not file.startswith(runs)]
-    return [os.path.join(name, file) for file in files] + refused or [name]
+def _expand_path(path: str, run_images: list[str] | None) -> list[str]:
+    """Return the images below a folder, sorted, then the folders that cannot be listed; or the path of a file."""
+    if not os.path.isdir(path):
+        return [path]
+    unreadable: list[str] = []
+    files = sorted(file for file in walk_files(Path(path), Path(path), unreadable) if has_image_suffix(file))
+    if run_images is not None and (prefix := _find_runs(path)):
+        run_images += [os.path.join(path, file) for file in files if file.startswith(prefix)]
+        files = [file for file in files if not file.startswith(prefix)]
+    return [os.path.join(path, file) for file in files] + unreadable or [path]
 
 
-def _runs_below(name: str) -> str:
-    """How the folder of runs is called from a folder that it lies below, with a slash; empty if it does not."""
-    root, folder = (Path(os.path.realpath(path)) for path in (runs_root(), name))
-    if root == folder or not root.is_relative_to(folder) or not any(root.glob("*/run.json")):
+def _find_runs(folder: str) -> str:
+    """Return the path of the runs relative to `folder`, with a slash; empty if they do not lie below it."""
+    root, resolved = Path(os.path.realpath(runs_root())), Path(os.path.realpath(folder))
+    if root == resolved or not root.is_relative_to(resolved) or not any(root.glob("*/run.json")):
         return ""
-    return f"{root.relative_to(folder)}{os.sep}"
+    return f"{root.relative_to(resolved)}{os.sep}"
 
 
 def load_image(source: ImageInput, exif_rotate: bool, budget: PixelBudget) -> ImageArray | str:
-    """uint8 256 x 256 x 3, turned as its EXIF says if asked; or why not."""
+    """Return uint8 256 x 256 x 3, rotated as its EXIF says if `exif_rotate`; or why the image cannot be read."""
     try:
         if isinstance(source, str) and os.path.isdir(source):
-            return "a folder without readable pictures"
+            return "the folder has no readable image"
         data = source if isinstance(source, bytes) else read_file(Path(source))
         height, width = images.read_size(data)
         with budget.reserve(height * width):
@@ -134,21 +137,26 @@ def load_image(source: ImageInput, exif_rotate: bool, budget: PixelBudget) -> Im
             return images.resize_and_crop(images.apply_orientation(rgb, data) if exif_rotate else rgb)
     except DataError as error:
         return error.what
-    except (OSError, ValueError) as error:  # a name can hold what no file system takes
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         return getattr(error, "strerror", None) or str(error)
 
 
 def prefetch(sources: Iterable[ImageInput], window: int, exif_rotate: bool) -> Generator[tuple[str, ImageArray | str]]:
-    """Every picture's name and pixels (or why there are none), in order, the next `window` decoded meanwhile."""
+    """Yield the name and `load_image` of every image, in order, while threads decode the next `window`."""
     remaining, budget = iter(sources), PixelBudget()
-    waiting: deque[tuple[ImageInput, Future[ImageArray | str]]] = deque()
+    pending: deque[tuple[ImageInput, Future[ImageArray | str]]] = deque()
     with ThreadPoolExecutor(min(8, count_cores())) as pool:
+
+        def submit(count: int) -> None:
+            for source in islice(remaining, count):
+                pending.append((source, pool.submit(load_image, source, exif_rotate, budget)))
+
         try:
-            waiting.extend((s, pool.submit(load_image, s, exif_rotate, budget)) for s in islice(remaining, window))
-            while waiting:
-                source, future = waiting.popleft()
-                waiting.extend((s, pool.submit(load_image, s, exif_rotate, budget)) for s in islice(remaining, 1))
-                yield STANDARD if isinstance(source, bytes) else source, future.result()
+            submit(window)
+            while pending:
+                source, future = pending.popleft()
+                submit(1)
+                yield STDIN if isinstance(source, bytes) else source, future.result()
         finally:
-            for _, future in waiting:
+            for _, future in pending:
                 future.cancel()

@@ -1,21 +1,18 @@
-"""A model file as one ONNX graph (section 3), built with the onnx package alone. No torch, no tracing.
+"""Builds a model's ONNX graph (section 3) with the onnx package, layer by layer. No torch, no tracing.
 
-    input          float32 [batch, 3, S, S]   RGB crop of a 256 x 256 picture, 0..255, nothing subtracted
+    input          float32 [batch, 3, S, S]   RGB crop of a 256 x 256 image, 0..255, nothing subtracted
     logits         float32 [batch, classes]
     probabilities  float32 [batch, classes]
 
-Subtracting the mean image, dividing and padding are in the graph: a caller can only get the crop wrong.
-Response normalization is a banded 1x1 convolution of the squares, two square roots and a division, which ONNX
-Runtime runs faster on a CPU than its own LRN operator; with `rows` it is a product of matrices over rows of channels,
-which suits int8 kernels, whose maps have channels last. The test-time factor of dropout (section 4.2) and the input's
-divisor are folded into the weights of the layer that follows.
+The graph subtracts the mean image, divides and pads, so that a caller only cuts the crop. Response normalization is a
+banded 1x1 convolution of the squares, two square roots and a division: on a CPU that is faster than ONNX's LRN
+operator. The input's divisor and dropout's test-time factor (section 4.2) are folded into the weights of a layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -24,153 +21,151 @@ import onnx
 from onnx import TensorProto, helper
 
 import alexnet_cli
-from alexnet_cli.core.files import hash_file
+from alexnet_cli.core.files import hash_file, write_chunks
 from alexnet_cli.core.inference import onnx_metadata
+from alexnet_cli.core.model.architecture import (
+    POOL_STRIDE,
+    WITHIN_NORM_ALPHA,
+    WITHIN_NORM_BETA,
+    WITHIN_NORM_SIZE,
+    LayerSpec,
+    layer_specs,
+)
 from alexnet_cli.core.model.model_file import Model
 from alexnet_cli.errors import StorageError, UsageError
 from alexnet_cli.recipe import SIDE, Recipe
 
-OPSET, IR_VERSION = 17, 8  # old enough for ONNX Runtime 1.12, new enough for every operator used
-LARGEST = 2**31 - 2**20  # bytes of weights in one protobuf message, with room for the rest
-APART_BYTES = 2**16
+OPSET, IR_VERSION = 17, 8  # ONNX Runtime 1.12 and newer
+MAX_BYTES = 2**31 - 2**20  # of weights in one protobuf message, which ends at 2 GiB
+EXTERNAL_BYTES = 2**16  # smaller constants always stay in the graph
 ACTIVATIONS = {"relu": "Relu", "tanh": "Tanh", "sigmoid": "Sigmoid"}
 
 Array = npt.NDArray[np.float32]
-Attributes = Mapping[str, Any]
-EMPTY: Attributes = MappingProxyType({})
 
 
-class _Graph:
-    """Adds nodes and constants to a graph, in order. Every method returns the name of its output.
+class _GraphBuilder:
+    """Appends nodes and constants to a graph. Methods that add a node return the name of its output."""
 
-    With `apart`, large constants stay outside: the graph names them and `apart` holds them, uncopied.
-    """
-
-    def __init__(self, proto: onnx.GraphProto, apart: dict[str, Array] | None, rows: bool) -> None:
-        self.proto, self.apart, self.rows = proto, apart, rows
+    def __init__(self, proto: onnx.GraphProto, recipe: Recipe, rows: bool, external: dict[str, Array] | None) -> None:
+        self.proto, self.recipe, self.rows, self.external = proto, recipe, rows, external
 
     def constant(self, name: str, value: npt.NDArray[Any]) -> str:
         tensor = self.proto.initializer.add(name=name, dims=value.shape)
         tensor.data_type = helper.np_dtype_to_tensor_dtype(value.dtype)
-        if self.apart is None or value.nbytes < APART_BYTES:
+        if self.external is None or value.nbytes < EXTERNAL_BYTES:
             tensor.raw_data = value.tobytes()
             return name
-        self.apart[name] = np.ascontiguousarray(value)
+        self.external[name] = np.ascontiguousarray(value)
         tensor.data_location = TensorProto.EXTERNAL
         tensor.external_data.add(key="location", value="memory")
         return name
 
-    def node(self, operator: str, inputs: Sequence[str], name: str, attributes: Attributes = EMPTY) -> str:
+    def node(self, operator: str, inputs: Sequence[str], name: str, **attributes: Any) -> str:
         self.proto.node.append(helper.make_node(operator, list(inputs), [name], name, **attributes))
         return name
 
-    def conv(self, x: str, name: str, weight: Array, bias: Array, attributes: Attributes) -> str:
+    def conv(self, x: str, name: str, weight: Array, bias: Array, **attributes: Any) -> str:
         inputs = [x, self.constant(f"{name}.weight", weight), self.constant(f"{name}.bias", bias)]
-        return self.node("Conv", inputs, name, {"kernel_shape": list(weight.shape[2:]), **attributes})
+        return self.node("Conv", inputs, name, kernel_shape=list(weight.shape[2:]), **attributes)
 
     def linear(self, x: str, name: str, weight: Array, bias: Array) -> str:
         inputs = [x, self.constant(f"{name}.weight", weight), self.constant(f"{name}.bias", bias)]
-        return self.node("Gemm", inputs, name, {"transB": 1})
+        return self.node("Gemm", inputs, name, transB=1)
 
-    def norm(self, x: str, name: str, weight: Array, k: float, beta: float, attributes: Attributes) -> str:
-        """x / (k + sums of squares)^beta; `weight` is the convolution that sums the squares, times alpha."""
-        square = self.node("Mul", [x, x], f"{name}.square")
-        bias = np.full(len(weight), k, np.float32)
-        base = self.conv(square, f"{name}.sum", weight, bias, attributes)
-        return self.node("Div", [x, self.power(base, name, beta)], name)
+    def max_pool(self, x: str, name: str, side: int) -> str:
+        size = self.recipe.pool_size
+        # As in the authors' code, the last window may reach over the edge of a map.
+        ceil_mode = {"ceil_mode": 1} if (side - size) % POOL_STRIDE else {}
+        return self.node("MaxPool", [x], name, kernel_shape=[size] * 2, strides=[POOL_STRIDE] * 2, **ceil_mode)
 
-    def power(self, base: str, name: str, beta: float) -> str:
-        """The denominator: base^beta."""
-        if beta != 0.75:
-            exponent = self.constant(f"{name}.beta", np.array(beta, np.float32))
-            return self.node("Pow", [base, exponent], f"{name}.power")
-        root = self.node("Sqrt", [base], f"{name}.root")  # sqrt(z) * sqrt(sqrt(z)): faster than a general power
-        fourth = self.node("Sqrt", [root], f"{name}.fourth")
-        return self.node("Mul", [root, fourth], f"{name}.power")
-
-    def across_maps(self, x: str, name: str, maps: tuple[int, int], recipe: Recipe) -> str:
-        """Section 3.3: the sum runs over `lrn_size` neighboring maps, clipped at a tower's edge.
-
-        `maps`: how many there are, and their side.
-        """
-        channels, side = maps
+    def norm_across_maps(self, x: str, name: str, channels: int, side: int) -> str:
+        """Section 3.3: the sum runs over `lrn_size` neighboring maps of a tower, of both with `lrn_joint`."""
+        recipe = self.recipe
         groups = 1 if recipe.lrn_joint else recipe.towers
-        size, near = recipe.lrn_size, channels // groups
-        alpha = recipe.lrn_alpha * recipe.input_divisor**2 / (size if recipe.lrn_alpha_divided else 1)
-        index = np.arange(near)
-        band = np.float32(alpha) * (np.abs(index[:, None] - index[None, :]) <= size // 2).astype(np.float32)
+        alpha = recipe.lrn_alpha * recipe.input_divisor**2 / (recipe.lrn_size if recipe.lrn_alpha_divided else 1)
+        index = np.arange(channels // groups)
+        is_near = np.abs(index[:, None] - index[None, :]) <= recipe.lrn_size // 2
+        band = np.float32(alpha) * is_near.astype(np.float32)
         if self.rows:
-            return self.over_rows(x, name, band, recipe, [-1, side, side, channels])
+            return self._norm_of_rows(x, name, band, [-1, side, side, channels])
         weight = np.tile(band, (groups, 1))[:, :, None, None]
-        return self.norm(x, name, weight, recipe.lrn_k, recipe.lrn_beta, {"group": groups})
+        return self._norm(x, name, weight, recipe.lrn_k, recipe.lrn_beta, group=groups)
 
-    def over_rows(self, x: str, name: str, band: Array, recipe: Recipe, shape: Sequence[int]) -> str:
-        """The same with the channels of a pixel and a tower as a row, times the band; `shape`: channels last."""
-        last = self.node("Transpose", [x], f"{name}.last", {"perm": [0, 2, 3, 1]})
+    def norm_within_map(self, x: str, name: str, channels: int, size: int, alpha: float, k: float, beta: float) -> str:
+        """The sum runs over a `size` x `size` window of the same map, zero outside; each term times `alpha`."""
+        weight = np.full((channels, 1, size, size), alpha, np.float32)
+        return self._norm(x, name, weight, k, beta, group=channels, pads=[size // 2] * 4)
+
+    def _norm(self, x: str, name: str, weight: Array, k: float, beta: float, **attributes: Any) -> str:
+        """x / (k + sum)^beta; `weight` is the kernel that sums the squares, times alpha."""
+        square = self.node("Mul", [x, x], f"{name}.square")
+        base = self.conv(square, f"{name}.sum", weight, np.full(len(weight), k, np.float32), **attributes)
+        return self.node("Div", [x, self._power(base, name, beta)], name)
+
+    def _norm_of_rows(self, x: str, name: str, band: Array, shape: Sequence[int]) -> str:
+        """The same as a matrix product: a row holds a tower's channels at one pixel. `shape` has channels last."""
+        last = self.node("Transpose", [x], f"{name}.last", perm=[0, 2, 3, 1])
         flat = self.constant(f"{name}.flat", np.array([-1, len(band)], np.int64))
         rows = self.node("Reshape", [last, flat], f"{name}.rows")
         square = self.node("Mul", [rows, rows], f"{name}.square")
-        k = np.full(len(band), recipe.lrn_k, np.float32)
-        terms = [square, self.constant(f"{name}.band", band), self.constant(f"{name}.k", k)]
-        power = self.power(self.node("Gemm", terms, f"{name}.sum"), name, recipe.lrn_beta)
+        k = self.constant(f"{name}.k", np.full(len(band), self.recipe.lrn_k, np.float32))
+        base = self.node("Gemm", [square, self.constant(f"{name}.band", band), k], f"{name}.sum")
+        quotient = self.node("Div", [rows, self._power(base, name, self.recipe.lrn_beta)], f"{name}.quotient")
         whole = self.constant(f"{name}.whole", np.array(shape, np.int64))
-        quotient = self.node("Reshape", [self.node("Div", [rows, power], f"{name}.quotient"), whole], f"{name}.maps")
-        return self.node("Transpose", [quotient], name, {"perm": [0, 3, 1, 2]})
+        maps = self.node("Reshape", [quotient, whole], f"{name}.maps")
+        return self.node("Transpose", [maps], name, perm=[0, 3, 1, 2])
 
-    def within_map(self, x: str, name: str, channels: int, size: int, alpha: float, k: float, beta: float) -> str:
-        """The sum runs over a `size` x `size` window of a map, zero outside; each term times `alpha`."""
-        weight = np.full((channels, 1, size, size), alpha, np.float32)
-        return self.norm(x, name, weight, k, beta, {"group": channels, "pads": [size // 2] * 4})
+    def _power(self, base: str, name: str, beta: float) -> str:
+        """base^beta; for 0.75 as sqrt(z) * sqrt(sqrt(z)), which is faster than a general power."""
+        if beta != 0.75:
+            exponent = self.constant(f"{name}.beta", np.array(beta, np.float32))
+            return self.node("Pow", [base, exponent], f"{name}.power")
+        root = self.node("Sqrt", [base], f"{name}.root")
+        fourth = self.node("Sqrt", [root], f"{name}.fourth")
+        return self.node("Mul", [root, fourth], f"{name}.power")
 
 
-def build_graph(model: Model, sha256: str = "", rows: bool = False) -> onnx.ModelProto:
-    """The whole network as an ONNX model with names, preprocessing and origin in its metadata.
+def build_graph(model: Model, *, rows: bool = False, external: dict[str, Array] | None = None) -> onnx.ModelProto:
+    """Build the whole network as an ONNX model. Names, preprocessing and origin are in its metadata.
 
-    `sha256` is the hash of the file the weights came from, kept in the metadata when given. `rows`: the same numbers
-    in the form from which `quantize.to_int8` starts.
+    Args:
+        model: what to build; if its file exists, the metadata holds its sha256.
+        rows: build normalization as a matrix product, for `quantize.to_int8`, whose maps have channels last.
+        external: for a session in memory: receives the large constants, not copied; the graph only names them.
 
     Raises:
         UsageError: the network is too large for one ONNX file.
     """
     size = sum(tensor.nbytes for tensor in model.tensors.values())
-    if size > LARGEST:
+    if external is None and size > MAX_BYTES:
         raise UsageError(
-            f"{model.path} is {size / 1e9:.1f} GB and one ONNX file holds 2 GB",
+            f"{model.path} has {size / 1e9:.1f} GB of weights; an ONNX file holds at most 2 GB",
             "use the .safetensors file as it is",
         )
-    return _assemble(model, sha256, None, rows)
-
-
-def build_apart(model: Model) -> tuple[onnx.ModelProto, dict[str, Array]]:
-    """The same with large constants beside the graph, uncopied, for a session in memory."""
-    apart: dict[str, Array] = {}
-    return _assemble(model, "", apart, False), apart
-
-
-def _assemble(model: Model, sha256: str, apart: dict[str, Array] | None, rows: bool) -> onnx.ModelProto:
-    crop = model.recipe.input_size
-    picture = helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", 3, crop, crop])
-    picture.type.denotation = "IMAGE"
+    side, classes = model.recipe.input_size, len(model.classes)
+    image = helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", 3, side, side])
+    image.type.denotation = "IMAGE"
     outputs = [
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", len(model.classes)])
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", classes])
         for name in ("logits", "probabilities")
     ]
     proto = helper.make_model(
-        helper.make_graph([], "alexnet", [picture], outputs),
+        helper.make_graph([], "alexnet", [image], outputs),
         opset_imports=[helper.make_opsetid("", OPSET)],
         ir_version=IR_VERSION,
         producer_name="alexnet-cli",
         producer_version=alexnet_cli.__version__,
     )
+    sha256 = hash_file(model.path) if external is None and model.path.is_file() else ""
     helper.set_model_props(proto, onnx_metadata.format_metadata(model, sha256))
-    graph = _Graph(proto.graph, apart, rows)
-    logits = _fully_connected(graph, _convolutions(graph, _subtract_mean(graph, model), model), model)
-    graph.node("Softmax", [logits], "probabilities", {"axis": 1})
+    graph = _GraphBuilder(proto.graph, model.recipe, rows, external)
+    logits = _add_layers(graph, _subtract_mean(graph, model), model)
+    graph.node("Softmax", [logits], "probabilities", axis=1)
     return proto
 
 
-def _subtract_mean(graph: _Graph, model: Model) -> str:
-    """The whole mean image is kept, so that a reader of the file finds it; its center is cut in the graph."""
+def _subtract_mean(graph: _GraphBuilder, model: Model) -> str:
+    """Subtract the center of the mean image. The file keeps the whole image for other crops."""
     if model.recipe.mean == "rgb":
         color = model.mean.mean((1, 2), dtype=np.float64).astype(np.float32)
         return graph.node("Sub", ["input", graph.constant("mean", color[:, None, None])], "centered")
@@ -183,87 +178,52 @@ def _subtract_mean(graph: _Graph, model: Model) -> str:
     return graph.node("Sub", ["input", center], "centered")
 
 
-def _convolutions(graph: _Graph, x: str, model: Model) -> str:
-    """Layers 1 to 5 (section 3.5): maps of 55, 27, 13, 13, 13, 6 for the paper's network."""
-    recipe, weights = model.recipe, model.tensors
-    orders = {"conv1": recipe.stage1_order, "conv2": recipe.stage2_order, "conv5": "relu-pool"}
-    side = recipe.input_size
-    # A last window that reaches over the edge of its map.
-    clipped = recipe.pool_size == 2 or (recipe.input_size == 224 and not recipe.edge_padding)
-    for layer in ("conv1", "conv2", "conv3", "conv4", "conv5"):
-        weight, attributes = weights[f"{layer}.weight"], _geometry(layer, recipe)
-        if layer == "conv1":
-            weight = weight / np.float32(recipe.input_divisor)
-        x = graph.conv(x, layer, weight, weights[f"{layer}.bias"], attributes)
-        before, after = attributes["pads"][0], attributes["pads"][3]
-        side = (side + before + after - weight.shape[2]) // attributes.get("strides", [1])[0] + 1
-        for step in orders.get(layer, "relu").split("-"):
-            if step == "relu":
-                x = graph.node(ACTIVATIONS[recipe.activation], [x], f"{layer}.{recipe.activation}")
+def _add_layers(graph: _GraphBuilder, x: str, model: Model) -> str:
+    """Add the eight layers and what follows each; returns the name of the logits."""
+    recipe, channels = model.recipe, 3
+    for spec in layer_specs(recipe, len(model.classes)):
+        weight, bias = _fold_factors(spec, model), model.tensors[f"{spec.name}.bias"]
+        if spec.is_conv:
+            before, after = spec.padding
+            pads, strides = [before, before, after, after], [spec.stride] * 2
+            x = graph.conv(x, spec.name, weight, bias, group=channels // spec.inputs, pads=pads, strides=strides)
+        else:
+            if spec.name == "fc6":
+                x = graph.node("Flatten", [x], "flat", axis=1)
+            x = graph.linear(x, "logits" if spec.name == "fc8" else spec.name, weight, bias)
+        channels, side = spec.biases, spec.side
+        for step in spec.then:
+            if step == "activation":
+                x = graph.node(ACTIVATIONS[recipe.activation], [x], f"{spec.name}.{recipe.activation}")
             elif step == "pool":
-                pool = {"kernel_shape": [recipe.pool_size] * 2, "strides": [2, 2]}
-                x = graph.node("MaxPool", [x], f"{layer}.pool", pool | ({"ceil_mode": 1} if clipped else {}))
-                side = -(-(side - recipe.pool_size) // 2) + 1
-            else:
-                x = _normalize(graph, x, layer, (len(weight), side), recipe)
+                x = graph.max_pool(x, f"{spec.name}.pool", side)
+                side = spec.pooled_side or side
+            elif step == "norm" and recipe.lrn == "across-maps":
+                x = graph.norm_across_maps(x, f"{spec.name}.norm", channels, side)
+            elif step == "norm":
+                size = recipe.lrn_size
+                alpha = recipe.lrn_alpha * recipe.input_divisor**2 / (size**2 if recipe.lrn_alpha_divided else 1)
+                x = graph.norm_within_map(x, f"{spec.name}.norm", channels, size, alpha, recipe.lrn_k, recipe.lrn_beta)
+            elif step == "within-norm":
+                size, beta = WITHIN_NORM_SIZE, WITHIN_NORM_BETA
+                alpha = WITHIN_NORM_ALPHA * recipe.input_divisor**2 / size**2
+                x = graph.norm_within_map(x, f"{spec.name}.within", channels, size, alpha, 1.0, beta)
     return x
 
 
-def _geometry(layer: str, recipe: Recipe) -> Attributes:
-    """How a convolution moves over its input."""
-    if layer == "conv1":
-        edge = 3 if recipe.input_size == 224 and recipe.edge_padding else 0  # zero rows and columns, right and bottom
-        return {"strides": [4, 4], "pads": [0, 0, edge, edge]}
-    narrow = recipe.pool_size == 2  # 2 x 2 pooling gives larger maps: conv2 and conv5 pad less to end at 6 x 6
-    pad = {"conv2": 1 if narrow else 2, "conv5": 0 if narrow else 1}.get(layer, 1)
-    return {"group": 1 if layer == "conv3" else recipe.towers, "pads": [pad] * 4}
-
-
-def _normalize(graph: _Graph, x: str, layer: str, maps: tuple[int, int], recipe: Recipe) -> str:
-    scale, channels = recipe.input_divisor**2, maps[0]
-    if recipe.lrn == "across-maps":
-        x = graph.across_maps(x, f"{layer}.norm", maps, recipe)
-    elif recipe.lrn == "within-map":
-        size = recipe.lrn_size
-        alpha = recipe.lrn_alpha * scale / (size**2 if recipe.lrn_alpha_divided else 1)
-        x = graph.within_map(x, f"{layer}.norm", channels, size, alpha, recipe.lrn_k, recipe.lrn_beta)
-    if layer == "conv2" and recipe.within_norm_2:
-        x = graph.within_map(x, f"{layer}.within", channels, 5, 1e-3 * scale / 25, 1.0, 0.75)
-    return x
-
-
-def _fully_connected(graph: _Graph, x: str, model: Model) -> str:
-    """Layers 6 to 8: channel-major flattening, dropout's test-time factor folded into layers 7 and 8."""
-    recipe, weights = model.recipe, model.tensors
+def _fold_factors(spec: LayerSpec, model: Model) -> Array:
+    """A layer's weights with the input's divisor (conv1) and dropout's test-time factor (fc7, fc8) folded in."""
+    weight, recipe = model.tensors[f"{spec.name}.weight"], model.recipe
+    if spec.name == "conv1":
+        return weight / np.float32(recipe.input_divisor)
     keep = np.float32(1 if recipe.dropout_inverted else 1 - recipe.dropout)
-    x = graph.node("Flatten", [x], "flat", {"axis": 1})
-    for layer in ("fc6", "fc7"):
-        weight = weights[f"{layer}.weight"]
-        x = graph.linear(x, layer, weight if layer == "fc6" or keep == 1 else weight * keep, weights[f"{layer}.bias"])
-        x = graph.node(ACTIVATIONS[recipe.activation], [x], f"{layer}.{recipe.activation}")
-    weight = weights["fc8.weight"]
-    return graph.linear(x, "logits", weight if keep == 1 else weight * keep, weights["fc8.bias"])
-
-
-def write_graph(model: Model, path: Path) -> None:
-    """Write the graph to `path`, or nothing. `export.export` does this and checks the result.
-
-    Raises:
-        UsageError: the network is too large for one ONNX file.
-        StorageError: the disk is full or the folder cannot be written.
-    """
-    save_graph(build_graph(model, source_sha256(model)), path)
+    return weight * keep if spec.name in ("fc7", "fc8") and keep != 1 else weight
 
 
 def save_graph(proto: onnx.ModelProto, path: Path) -> None:
-    """Write a graph to `path`, or nothing. Raises StorageError."""
+    """Write a graph to `path` atomically. Raises StorageError."""
     try:
-        path.write_bytes(proto.SerializeToString())
+        write_chunks(path, [proto.SerializeToString()])
     except OSError as error:
-        path.unlink(missing_ok=True)
-        raise StorageError(f"{path} cannot be written: {error.strerror}", "choose another place with -o") from error
-
-
-def source_sha256(model: Model) -> str:
-    """SHA-256 of the file that a model was read from, hexadecimal; empty if there is none."""
-    return hash_file(model.path) if model.path.is_file() else ""
+        what = f"cannot write an ONNX file to {path.parent}: {error.strerror}"
+        raise StorageError(what, "free some space, or choose another place with -o") from error

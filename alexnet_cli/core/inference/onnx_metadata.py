@@ -1,4 +1,4 @@
-"""What an ONNX file says about itself: written by `onnx_graph`, read by `session`. No torch, no onnx.
+"""The metadata of an ONNX file: written by `onnx_graph` and `export`, read by `session`. No torch, no onnx.
 
 The values are strings, structures are JSON; the Image.* keys are those of the ONNX standard.
 """
@@ -22,25 +22,25 @@ SCHEMA = "alexnet.onnx/1"
 
 
 @dataclass(frozen=True)
-class Info:
-    """The metadata, read back. `sha256` is the hash of the file the weights came from, or empty.
-
-    `about` says how the weights came to be, as a model file's `info`.
-    `precision` is fp32, fp16 or int8, and `measured` says how far the latter two are from float32.
-    """
+class OnnxMetadata:
+    """The metadata of an ONNX file, parsed."""
 
     classes: tuple[ClassName, ...]
     recipe: Recipe
     sha256: str
+    """Checksum of the file that the weights came from, or empty."""
     metrics: Mapping[str, Any]
     exif_rotate: bool
     precision: str
+    """fp32, fp16 or int8."""
     measured: Mapping[str, Any]
-    about: Mapping[str, Any]
+    """How far fp16 or int8 differs from float32; empty in float32."""
+    info: Mapping[str, Any]
+    """How the weights were made, as a model file's `info`."""
 
 
 def format_metadata(model: Model, sha256: str) -> dict[str, str]:
-    """The metadata of a model's ONNX file."""
+    """Return the metadata of a model's ONNX file."""
     wnids = [c.wnid for c in model.classes]
     steps = describe_preprocessing(model.recipe, model.info) | {"subtract": "in the graph", "divide": "in the graph"}
     return {
@@ -53,38 +53,45 @@ def format_metadata(model: Model, sha256: str) -> dict[str, str]:
         "recipe": json.dumps(asdict(model.recipe)),
         "metrics": json.dumps(model.info.get("metrics", {})),
         "info": json.dumps(dict(model.info)),
-        **precision("fp32", {}),
+        **format_precision("fp32", {}),
         "Image.BitmapPixelFormat": "Rgb8",
         "Image.NominalPixelRange": "NominalRange_0_255",
         "Image.ColorSpaceGamma": "SRGB",
     }
 
 
-def precision(name: str, measured: Mapping[str, Any]) -> dict[str, str]:
-    """What the metadata say of a file's arithmetic; files of the first version had only float32."""
+def format_precision(name: str, measured: Mapping[str, Any]) -> dict[str, str]:
+    """Return the part of the metadata that describes the file's precision."""
     return {"alexnet.precision": name, "alexnet.measured": json.dumps(dict(measured))}
 
 
-def read_metadata(path: Path, text: Mapping[str, str]) -> Info:
-    """The metadata of the ONNX file at `path`, read back from its strings.
+def parse_metadata(path: Path, text: Mapping[str, str]) -> OnnxMetadata:
+    """Parse the metadata of the ONNX file at `path`.
 
     Raises:
-        WeightsError: it is another program's file, or its metadata are damaged.
+        WeightsError: another program wrote the file, or its metadata is corrupt.
     """
     if text.get("alexnet.schema") != SCHEMA:
         raise WeightsError(
             f"{path} is not an ONNX file of this toolkit (schema {text.get('alexnet.schema', 'missing')})",
-            f"expected {SCHEMA}, as `alexnet export` writes it; another program's network: alexnet import-weights FILE",
+            "use a file that `alexnet export` wrote; for another program's network: alexnet import-weights FILE",
         )
     try:
         names, wnids = json.loads(text["names"]), json.loads(text["wnids"])
-        classes = parse_classes(names, wnids or [None] * len(names))
         recipe = recipe_io.recipe_from_dict(json.loads(text["recipe"]))
         steps = json.loads(text["preprocess"])
-        rotate = steps["exif_rotate"]
-        check_preprocessing(steps, recipe, {"exif_rotate": rotate})
-        kind, measured = text.get("alexnet.precision", "fp32"), dict(json.loads(text.get("alexnet.measured", "{}")))
-        metrics, about = dict(json.loads(text["metrics"])), dict(json.loads(text.get("info", "{}")))
-        return Info(classes, recipe, text["alexnet.sha256"], metrics, rotate, kind, measured, about)
+        check_preprocessing(steps, recipe, {"exif_rotate": steps["exif_rotate"]})
+        return OnnxMetadata(
+            classes=parse_classes(names, wnids or [None] * len(names)),
+            recipe=recipe,
+            sha256=text["alexnet.sha256"],
+            metrics=dict(json.loads(text["metrics"])),
+            exif_rotate=steps["exif_rotate"],
+            precision=text["alexnet.precision"],
+            measured=dict(json.loads(text["alexnet.measured"])),
+            info=dict(json.loads(text["info"])),
+        )
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError, RecipeError) as error:
-        raise WeightsError(f"{path} has unreadable metadata: {error}", "the file is damaged; export it anew") from error
+        raise WeightsError(
+            f"{path} has unreadable metadata: {error}", "the file is corrupt; export it again"
+        ) from error

@@ -1,14 +1,13 @@
-"""Pictures to ranked labels: batches, a record for each picture. No torch but for that backend.
+"""Classify images: decode, run in batches, rank the classes; one record per image. Loads torch only if asked to.
 
-Names, crop and mean come with the network; the geometry is that of `images` and `views`, as in preparation.
+As a feature extractor, it writes the activations of layer 6 or 7 into one .npz file:
 
-As a feature extractor, the activations of layer 6 or 7 for many images go into one .npz file:
-
-features        float32 N x units (4096 at full width)   as the next layer sees them: after the nonlinearity and times
-                                                         dropout's test-time factor (section 4.2), averaged over views
-paths           N strings; pictures that could not be read are left out
-labels, wnids   N strings: the likeliest class           indices, probabilities   int64 and float32, of the same
-layer, weights  what it is of
+features                 float32 N x units (4096 at full width): after the nonlinearity and times dropout's test-time
+                         factor (section 4.2), averaged over views
+paths                    N strings, without the images that could not be read
+labels, wnids, indices   N strings, N strings, int64 N: the most likely class
+probabilities            float32 N: of that class
+layer, weights           name of the layer, path of the model file
 """
 
 from __future__ import annotations
@@ -29,24 +28,24 @@ from alexnet_cli.core.data.images import ImageArray
 from alexnet_cli.core.data.views import make_views, mean_correction
 from alexnet_cli.core.files import replace_file
 from alexnet_cli.core.inference.inputs import ImageInput, prefetch
-from alexnet_cli.core.inference.session import FeatureLayer, Session
+from alexnet_cli.core.inference.session import Crops, FeatureLayer, Session
 from alexnet_cli.errors import StorageError, UsageError, WeightsError
 from alexnet_cli.recipe import Recipe
 
 BATCH = 32  # views in one pass of the network
-FEW = 32  # pictures up to which a quickly opened session wins
+FAST_START_VIEWS = 32  # up to so many views, a session opened with `fast_start` is done sooner
 
-Predictions = Generator["Prediction", None, None]
+Array = npt.NDArray[np.float32]
 
 
 class Classifier(Protocol):
-    """What can classify crops: `session.Session` or `torch_session.TorchSession`."""
+    """A network that classifies crops: `session.Session` or `torch_session.TorchSession`."""
 
     path: Path
     device: str
-    fallback: str
-    about: Mapping[str, Any]
-    """How the weights came to be: run, epoch, step."""
+    fallback_reason: str
+    info: Mapping[str, Any]
+    """How the weights were made: run, epoch, step."""
 
     @property
     def classes(self) -> tuple[ClassName, ...]:
@@ -54,25 +53,25 @@ class Classifier(Protocol):
 
     @property
     def exif_rotate(self) -> bool:
-        """Whether pictures are turned as their EXIF orientation says."""
+        """Whether images are rotated as their EXIF orientation says."""
 
     @property
     def recipe(self) -> Recipe:
-        """What the network is."""
+        """The recipe of the network."""
 
-    def mean(self) -> npt.NDArray[np.float32]:
-        """The mean image, float32 3 x 256 x 256."""
+    def mean(self) -> Array:
+        """Return the mean image, float32 3 x 256 x 256."""
 
-    def probabilities(self, crops: Any) -> npt.NDArray[np.float32]:
+    def probabilities(self, crops: Crops) -> Array:
         """N x 3 x S x S, RGB, 0..255 -> N x classes."""
 
-    def features(self, crops: Any) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        """The same, and N x units of the layer it was opened with."""
+    def probabilities_and_activations(self, crops: Crops) -> tuple[Array, Array]:
+        """N x classes, and N x units of the layer that the network was opened with."""
 
 
 @dataclass(frozen=True)
 class Label:
-    """One answer: `index` is the network's output, `rank` counts from 1."""
+    """One of the most likely classes: `index` is the network's output, `rank` counts from 1."""
 
     rank: int
     label: str
@@ -83,109 +82,101 @@ class Label:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The answers for one picture, likeliest first; or, with none, why there are none."""
+    """The most likely classes of one image, or the `error` that prevented reading it."""
 
     path: str
     top: tuple[Label, ...] = ()
     error: str | None = None
-    features: npt.NDArray[np.float32] | None = None
+    activations: Array | None = None
     """Activations of a layer (units,), if they were asked for."""
 
 
 def open_classifier(
-    path: Path, backend: Literal["auto", "onnx", "torch"], few: bool = False, layer: FeatureLayer | None = None
+    path: Path, backend: Literal["auto", "onnx", "torch"], fast_start: bool = False, layer: FeatureLayer | None = None
 ) -> Classifier:
-    """The network of a model file; only backend `torch` imports torch. `layer`: whose activations are wanted too.
+    """Open a model file; only backend `torch` imports torch. `layer`: also compute the activations of this layer.
 
     Raises:
-        WeightsError: the file is missing, damaged or foreign.
+        WeightsError: the file is missing, corrupt or another program's.
         UsageError: backend `torch` with an ONNX file.
     """
     if backend != "torch":
-        return Session(path, few=few, layer=layer)
+        return Session(path, fast_start=fast_start, layer=layer)
     if path.suffix == ".onnx":
-        raise UsageError(f"--backend torch cannot run {path}", "give a run, a checkpoint or a .safetensors file")
+        raise UsageError(f"--backend torch cannot run {path}", "use a run, a checkpoint or a .safetensors file")
     from alexnet_cli.core.inference.torch_session import TorchSession
 
     return TorchSession(path, layer=layer)
 
 
 def predict(
-    sources: Iterable[ImageInput], classifier: Classifier, k: int = 5, count: int = 1, features: bool = False
-) -> Predictions:
-    """One record for each picture, in order: the `k` likeliest classes over `count` views (1, or 10 averaged).
+    images: Iterable[ImageInput], classifier: Classifier, k: int = 5, views: int = 1, activations: bool = False
+) -> Generator[Prediction]:
+    """Yield one record per image, in order: the `k` most likely classes, averaged over `views` (1 or 10).
 
-    With `features` each has the activations of the layer that the classifier was opened with, averaged likewise.
+    With `activations`, a record also has those of the layer that the classifier was opened with, averaged likewise.
 
     Raises:
-        UsageError: another number of views.
-        WeightsError: what the network computes is no number.
+        WeightsError: the network computes NaN or infinity.
     """
-    if count not in (1, 10):
-        raise UsageError(f"--views {count}: there is the center view, 1, and the paper's ten", "use 1 or 10")
-    together = max(1, BATCH // count)
-    correction = _correction(classifier, count)
-    with contextlib.closing(prefetch(sources, 2 * together, classifier.exif_rotate)) as loaded:
-        while batch := list(islice(loaded, together)):
-            crops = [make_views(p, classifier.recipe.input_size, count) for _, p in batch if not isinstance(p, str)]
-            rows = zip(*_averages(classifier, crops, count, correction, features), strict=True)
-            for path, picture in batch:
-                if isinstance(picture, str):
-                    yield Prediction(path, error=picture)
-                else:
-                    chances, units = next(rows)
-                    yield Prediction(
-                        path, rank_labels(chances, classifier.classes, k), features=units if features else None
-                    )
+    images_per_batch = max(1, BATCH // views)
+    correction = _mean_correction(classifier, views)
+    with contextlib.closing(prefetch(images, 2 * images_per_batch, classifier.exif_rotate)) as loaded:
+        while batch := list(islice(loaded, images_per_batch)):
+            readable = [image for _, image in batch if not isinstance(image, str)]
+            rows: Iterator[tuple[Array, Array]] = iter(())
+            if readable:
+                rows = zip(*_run(classifier, readable, views, correction, activations), strict=True)
+            for path, image in batch:
+                if isinstance(image, str):
+                    yield Prediction(path, error=image)
+                    continue
+                probabilities, values = next(rows)
+                top = rank_labels(probabilities, classifier.classes, k)
+                yield Prediction(path, top, activations=values if activations else None)
 
 
-def compute_probabilities(
-    pictures: npt.NDArray[np.uint8], classifier: Classifier, count: int = 1
-) -> npt.NDArray[np.float32]:
-    """N x classes of decoded pictures, uint8 N x 256 x 256 x 3, averaged over `count` views (1 or 10).
+def compute_probabilities(images: npt.NDArray[np.uint8], classifier: Classifier, views: int = 1) -> Array:
+    """Return N x classes for decoded images, uint8 N x 256 x 256 x 3, averaged over `views` (1 or 10).
 
-    The network sees as many views at once as there are pictures.
+    One pass of the network takes as many views as there are images.
     """
-    correction, together = _correction(classifier, count), max(1, len(pictures) // count)
-    parts = []
-    for first in range(0, len(pictures), together):
-        crops = [make_views(p, classifier.recipe.input_size, count) for p in pictures[first : first + together]]
-        parts.append(_averages(classifier, crops, count, correction)[0])
+    correction, step = _mean_correction(classifier, views), max(1, len(images) // views)
+    parts = [
+        _run(classifier, list(images[first : first + step]), views, correction)[0]
+        for first in range(0, len(images), step)
+    ]
     return np.concatenate(parts)
 
 
-def _correction(classifier: Classifier, count: int) -> npt.NDArray[np.float32] | None:
-    """What to add to the views of a network that was trained less the mean under the crop."""
-    if count == 1 or classifier.recipe.mean != "image-at-crop":
+def _mean_correction(classifier: Classifier, views: int) -> Array | None:
+    """Return what to add to the views if the network was trained with the mean under each crop subtracted."""
+    if views == 1 or classifier.recipe.mean != "image-at-crop":
         return None
-    return mean_correction(classifier.mean(), classifier.recipe.input_size, count)
+    return mean_correction(classifier.mean(), classifier.recipe.input_size, views)
 
 
-def _averages(
-    classifier: Classifier,
-    crops: list[ImageArray],
-    count: int,
-    correction: npt.NDArray[np.float32] | None,
-    features: bool = False,
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """Pictures x classes: probabilities, not logits, are averaged over a picture's views (section 4.1).
+def _run(
+    classifier: Classifier, images: list[ImageArray], views: int, correction: Array | None, activations: bool = False
+) -> tuple[Array, Array]:
+    """Return images x classes and images x units (x 0 without `activations`), averaged over each image's views.
 
-    And pictures x units of the layer, without `features` x 0.
+    Probabilities are averaged, not logits (section 4.1).
     """
-    if not crops:
-        return np.empty((0, len(classifier.classes)), np.float32), np.empty((0, 0), np.float32)
+    crops = [make_views(image, classifier.recipe.input_size, views) for image in images]
     inputs = np.concatenate([crop if correction is None else crop + correction for crop in crops])
-    if features:
-        chances, units = classifier.features(inputs)
+    if activations:
+        probabilities, values = classifier.probabilities_and_activations(inputs)
     else:
-        chances, units = classifier.probabilities(inputs), np.empty((len(inputs), 0), np.float32)
-    if not np.isfinite(chances).all():
-        raise WeightsError(f"{classifier.path}: what the network computes is no number", "its weights are damaged")
-    return chances.reshape(len(crops), count, -1).mean(1), units.reshape(len(crops), count, units.shape[1]).mean(1)
+        probabilities, values = classifier.probabilities(inputs), np.empty((len(inputs), 0), np.float32)
+    if not np.isfinite(probabilities).all():
+        raise WeightsError(f"{classifier.path}: the network computes NaN or infinity", "its weights are corrupt")
+    by_image = (len(images), views)
+    return probabilities.reshape(*by_image, -1).mean(1), values.reshape(*by_image, values.shape[1]).mean(1)
 
 
-def rank_labels(probabilities: npt.NDArray[np.float32], classes: Sequence[ClassName], k: int) -> tuple[Label, ...]:
-    """The `k` likeliest classes, likeliest first; equal ones in class order."""
+def rank_labels(probabilities: Array, classes: Sequence[ClassName], k: int) -> tuple[Label, ...]:
+    """Return the `k` most likely classes, most likely first; ties keep class order."""
     order = np.argsort(-probabilities, kind="stable")[:k].tolist()
     return tuple(
         Label(rank, classes[i].name, classes[i].wnid, i, float(probabilities[i])) for rank, i in enumerate(order, 1)
@@ -194,9 +185,9 @@ def rank_labels(probabilities: npt.NDArray[np.float32], classes: Sequence[ClassN
 
 @contextlib.contextmanager
 def write_features(path: Path, classifier: Classifier, layer: str) -> Iterator[Callable[[Prediction], None]]:
-    """A function that takes predictions; when the block ends well, `path` appears whole, otherwise not at all.
+    """Give a function that takes predictions. If the block ends well, `path` appears whole, otherwise not at all.
 
-    Rows go to the disk as they come, so that any number of pictures fits.
+    Activations go to a temporary file as they come, so that memory does not limit the number of images.
 
     Raises:
         StorageError: the file cannot be written.
@@ -206,30 +197,32 @@ def write_features(path: Path, classifier: Classifier, layer: str) -> Iterator[C
         with tempfile.TemporaryFile(dir=path.parent) as rows:
 
             def add(prediction: Prediction) -> None:
-                if prediction.features is None:
-                    return
-                try:
-                    rows.write(prediction.features.tobytes())
-                except OSError as error:
-                    raise _unwritable(path, error) from error
-                kept.append(Prediction(prediction.path, prediction.top[:1]))
+                if prediction.activations is not None:
+                    try:
+                        rows.write(prediction.activations.tobytes())
+                    except OSError as error:
+                        raise _storage_error(path, error) from error
+                    kept.append(Prediction(prediction.path, prediction.top[:1]))
 
             yield add
             rows.flush()
-            units = rows.tell() // 4 // len(kept) if kept else 0
-            values = np.memmap(rows, np.float32, "r", shape=(len(kept), units)) if kept else np.empty((0, 0), "f4")
-            names = {"layer": np.array(layer), "weights": np.array(str(classifier.path))}
-            with replace_file(path) as temporary, temporary.open("wb") as file:
-                np.savez(file, **_feature_arrays(kept, values), **names)
+            values: Any = np.empty((0, 0), np.float32)
+            if kept:
+                values = np.memmap(rows, np.float32, "r").reshape(len(kept), -1)
+            with replace_file(path) as temporary:
+                arrays = _make_feature_arrays(kept) | {
+                    "layer": np.array(layer),
+                    "weights": np.array(str(classifier.path)),
+                }
+                np.savez(temporary, features=values, **arrays)
     except OSError as error:
-        raise _unwritable(path, error) from error
+        raise _storage_error(path, error) from error
 
 
-def _feature_arrays(kept: list[Prediction], values: Any) -> dict[str, Any]:
-    best = [prediction.top[0] for prediction in kept]
+def _make_feature_arrays(predictions: list[Prediction]) -> dict[str, Any]:
+    best = [prediction.top[0] for prediction in predictions]
     return {
-        "features": values,
-        "paths": np.array([prediction.path for prediction in kept], np.str_),
+        "paths": np.array([prediction.path for prediction in predictions], np.str_),
         "labels": np.array([label.label for label in best], np.str_),
         "wnids": np.array([label.wnid or "" for label in best], np.str_),
         "indices": np.array([label.index for label in best], np.int64),
@@ -237,5 +230,5 @@ def _feature_arrays(kept: list[Prediction], values: Any) -> dict[str, Any]:
     }
 
 
-def _unwritable(path: Path, error: OSError) -> StorageError:
+def _storage_error(path: Path, error: OSError) -> StorageError:
     return StorageError(f"cannot write {path}: {error.strerror or error}", "choose another -o, or free some space")

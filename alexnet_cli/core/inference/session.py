@@ -1,6 +1,6 @@
-"""A network opened in ONNX Runtime, from an .onnx file or straight from a model file. No torch.
+"""A network opened in ONNX Runtime, from an .onnx file or from a model file. No torch.
 
-What a caller must know (names, crop, recipe) comes out of the file's metadata and from nowhere else.
+Class names, crop size and recipe come from the file's metadata.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ DIMS, DATA_TYPE, NAME, RAW_DATA = 1, 2, 8, 9
 TYPES: dict[int | memoryview | None, str] = {1: "<f4", 3: "i1", 10: "<f2"}
 VARINT, BYTES, SIZES = 0, 2, {1: 8, 5: 4}
 IN_MEMORY = b"j\x12\n\x08location\x12\x06memoryp\x01"  # external_data {location: "memory"}, data_location: EXTERNAL
-LARGEST, LARGE = 2**31, 2**16  # bytes of a file; of a constant that is not copied
+MAX_BYTES = 2**31  # of a file: protobuf's limit
+LARGE_BYTES = 2**16  # of a constant that is mapped instead of copied
 
 Array = npt.NDArray[np.float32]
 Constants = dict[str, npt.NDArray[Any]]
@@ -46,9 +47,9 @@ ConvLayer = Literal["conv1", "conv2", "conv3", "conv4", "conv5"]
 
 
 class Session:
-    """A network ready to classify crops of `crop` pixels. `device` is where it really runs: "cpu" or "cuda".
+    """A network that classifies crops. `device` is where it runs: "cpu" or "cuda".
 
-    `fallback` says why it is not the GPU although there is one; empty otherwise.
+    `fallback_reason` says why a GPU that is there is not used; empty otherwise.
     """
 
     def __init__(
@@ -58,49 +59,54 @@ class Session:
         provider: Literal["auto", "cpu", "cuda"] = "auto",
         gpu: int = 0,
         threads: int | None = None,
-        few: bool = False,
+        fast_start: bool = False,
         layer: FeatureLayer | ConvLayer | None = None,
     ) -> None:
-        """Open `source`: an .onnx file, any other model file, or a model in memory.
+        """Open a network.
 
-        `few`: open faster for a handful of images, at the price of some throughput; "auto" is then the CPU, which
-        has answered before CUDA is loaded. `gpu`: which one of several. `layer`: the layer whose activations
-        `features` or `responses` returns.
+        Args:
+            source: an .onnx file, any other model file, or a model in memory.
+            provider: where to run; "auto" is the GPU if there is one.
+            gpu: index of the GPU.
+            threads: CPU threads; one per core by default.
+            fast_start: open faster for a few images, with less throughput; "auto" is then the CPU, which is done
+                before CUDA is loaded.
+            layer: the layer whose activations will be wanted.
 
         Raises:
-            WeightsError: the file is missing, damaged or not a network of this toolkit.
-            MissingError: provider "cuda" was asked for and cannot be opened.
+            WeightsError: the file is missing, corrupt or not a network of this toolkit.
+            MissingError: provider is "cuda" and the GPU cannot be used.
         """
         if isinstance(source, Path) and source.suffix.lower() != ".onnx":
             source = model_file.read_model(source)
         self.source, self.layer = source, layer
         self.path = source if isinstance(source, Path) else source.path
-        content, self._constants = _read(source, layer)
-        with _contained() as said:
-            providers = _providers("cpu" if few and provider == "auto" else provider, gpu)
-            # ONNX Runtime by itself would count every core of the machine, allowed or not.
-            self._session, self._kept = self._open(content, providers, threads or count_cores(), few)
+        content, self._constants = _read_source(source, layer)
+        with _capture_native_stderr() as captured:
+            providers = _make_providers("cpu" if fast_start and provider == "auto" else provider, gpu)
+            # ONNX Runtime by itself would use all cores of the machine, even those that are not allowed.
+            self._session, self._values = self._open(content, providers, threads or count_cores(), fast_start)
         self.device = "cuda" if self._session.get_providers()[0] == CUDA else "cpu"
-        self.fallback = _reason(said[0]) if len(providers) > 1 and self.device == "cpu" else ""
+        self.fallback_reason = _explain_fallback(captured[0]) if len(providers) > 1 and self.device == "cpu" else ""
         if provider == "cuda" and self.device == "cpu":
-            why = self.fallback or "no NVIDIA GPU, or ONNX Runtime was built without CUDA"
-            raise MissingError(f"ONNX Runtime cannot open a session on the GPU: {why}", "see `alexnet doctor`")
-        self.info = _checked(self.path, self._session, layer)
-        self.about = self.info.about
+            reason = self.fallback_reason or "no NVIDIA GPU, or ONNX Runtime was built without CUDA"
+            raise MissingError(f"ONNX Runtime cannot use the GPU: {reason}", "see `alexnet doctor`")
+        self.metadata = _read_metadata(self.path, self._session, layer)
+        self.info = self.metadata.info
 
-    def _open(self, content: bytes, providers: list[Any], threads: int, few: bool) -> tuple[Any, list[Any]]:
-        """The ONNX Runtime session, and the values that must live as long as it does."""
+    def _open(self, content: bytes, providers: list[Any], threads: int, fast_start: bool) -> tuple[Any, list[Any]]:
+        """Return the ONNX Runtime session, and the values that must live as long as it does."""
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4  # whatever goes wrong is in the exception too
+        options.log_severity_level = 4  # every error is raised as an exception too
         options.intra_op_num_threads = threads
-        # Prepacking copies every weight into the order of the matrix product: time that only many images repay.
-        options.add_session_config_entry("session.disable_prepacking", "1" if few else "0")
+        # Prepacking copies every weight into the order of the matrix product, which pays off with many images only.
+        options.add_session_config_entry("session.disable_prepacking", "1" if fast_start else "0")
         options.add_session_config_entry("session.load_model_format", "ONNX")  # no other, whatever a file begins with
-        # Between two batches the cores belong to whoever decodes the next one.
+        # Between two batches the cores are free for the threads that decode images.
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        # Slower and right, where the fast product of int8 would be wrong.
+        # Slower, but correct where the fast int8 product would overflow.
         options.add_session_config_entry("session.x64quantprecision", "1" if int8_saturates() else "0")
         try:
             values = [onnxruntime.OrtValue.ortvalue_from_numpy(value) for value in self._constants.values()]
@@ -108,35 +114,30 @@ class Session:
                 options.add_external_initializers(list(self._constants), values)
             return onnxruntime.InferenceSession(content, options, providers=providers), values
         except Exception as error:
-            what = f"{self.path} cannot be opened: {_words(error)}"
-            raise WeightsError(what, "the file is damaged; export it again") from error
+            what = f"{self.path} cannot be opened: {_format_runtime_error(error)}"
+            raise WeightsError(what, "the file is corrupt; export it again") from error
 
     @property
     def classes(self) -> tuple[ClassName, ...]:
         """The classes, in the order of the outputs."""
-        return self.info.classes
-
-    @property
-    def crop(self) -> int:
-        """Side of a crop in pixels: 224 or 227."""
-        return self.info.recipe.input_size
+        return self.metadata.classes
 
     @property
     def exif_rotate(self) -> bool:
-        """Whether pictures are turned as their EXIF orientation says."""
-        return self.info.exif_rotate
+        """Whether images are rotated as their EXIF orientation says."""
+        return self.metadata.exif_rotate
 
     @property
     def recipe(self) -> Recipe:
-        """What the network is."""
-        return self.info.recipe
+        """The recipe of the network."""
+        return self.metadata.recipe
 
     def mean(self) -> Array:
-        """Float323 x 256 x 256."""
+        """Return the mean image, float32 3 x 256 x 256. Raises WeightsError if the file has none."""
         if isinstance(self.source, model_file.Model):
             return self.source.mean
         if "mean" not in self._constants:
-            raise WeightsError(f"{self.path} holds no mean image", "export it again")
+            raise WeightsError(f"{self.path} has no mean image", "export it again")
         return self._constants["mean"].astype(np.float32)
 
     def logits(self, crops: Crops) -> Array:
@@ -147,24 +148,28 @@ class Session:
         """N x 3 x S x S, RGB, 0..255 -> N x classes; each row sums to 1."""
         return self._run(["probabilities"], crops)[0]
 
-    def features(self, crops: Crops) -> tuple[Array, Array]:
-        """The same, and N x units of `layer` as the next layer sees them: rectified, times dropout's factor (4.2)."""
-        assert self.layer, "the session was opened without a layer"
-        probabilities, units = self._run(["probabilities", _activations(self.layer, self.recipe)], crops)
-        return probabilities, units * np.float32(1 if self.recipe.dropout_inverted else 1 - self.recipe.dropout)
+    def activations(self, crops: Crops) -> Array:
+        """Return the activations of the layer that the session was opened with; later layers are not computed.
 
-    def responses(self, crops: Crops) -> Array:
-        """Units of layer 6 or 7 as `features` has them, or N x maps x rows x columns of a convolution before its
-        nonlinearity. What comes after that layer is not computed.
+        Layers 6 and 7: N x units as the next layer sees them, after the nonlinearity and times dropout's test-time
+        factor (section 4.2). A convolution: N x maps x rows x columns before its nonlinearity.
         """
         import onnxruntime
 
         assert self.layer, "the session was opened without a layer"
         options = onnxruntime.RunOptions()
         options.only_execute_path_to_fetches = True
-        units = self._run([_activations(self.layer, self.recipe)], crops, options)[0]
-        halved = self.layer.startswith("fc") and not self.recipe.dropout_inverted
-        return units * np.float32(1 - self.recipe.dropout) if halved else units
+        [values] = self._run([_activation_name(self.layer, self.recipe)], crops, options)
+        return values if self.layer.startswith("conv") else values * self._dropout_factor()
+
+    def probabilities_and_activations(self, crops: Crops) -> tuple[Array, Array]:
+        """N x classes, and N x units of layer 6 or 7 as `activations` returns them, in one pass."""
+        assert self.layer, "the session was opened without a layer"
+        probabilities, values = self._run(["probabilities", _activation_name(self.layer, self.recipe)], crops)
+        return probabilities, values * self._dropout_factor()
+
+    def _dropout_factor(self) -> np.float32:
+        return np.float32(1 if self.recipe.dropout_inverted else 1 - self.recipe.dropout)
 
     def _run(self, outputs: list[str], crops: Crops, options: Any = None) -> list[Array]:
         try:
@@ -172,53 +177,52 @@ class Session:
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            what = f"{self.path} cannot be run: {_words(error)}"
-            raise WeightsError(what, "if the file is damaged, export it again") from error
+            what = f"{self.path} cannot be run: {_format_runtime_error(error)}"
+            raise WeightsError(what, "if the file is corrupt, export it again") from error
         return [result.astype(np.float32, copy=False) for result in results]
 
 
-def _read(source: ModelSource, layer: str | None) -> tuple[bytes, Constants]:
-    """The graph of a model or an ONNX file, with a layer's activations as one more output; and large constants."""
+def _read_source(source: ModelSource, layer: str | None) -> tuple[bytes, Constants]:
+    """Return the serialized graph, with the activations of `layer` as another output, and its large constants."""
     if isinstance(source, Path):
         path = source
         content, constants = _read_file(path)
     else:
         from alexnet_cli.core.inference import onnx_graph
 
-        path = source.path
-        proto, constants = onnx_graph.build_apart(source)
-        content = proto.SerializeToString()
+        path, constants = source.path, Constants()
+        content = onnx_graph.build_graph(source, external=constants).SerializeToString()
     if layer is None:
         return content, constants
     import onnx
 
     try:
         proto = onnx.ModelProto.FromString(content)
-    except Exception as error:  # protobuf's, which is no dependency of ours
-        raise WeightsError(f"{path} cannot be opened: {error}", "the file is damaged; export it again") from error
-    recipe = onnx_metadata.read_metadata(path, {entry.key: entry.value for entry in proto.metadata_props}).recipe
-    name = _activations(layer, recipe)
+    except Exception as error:  # of protobuf, which is not a direct dependency
+        raise WeightsError(f"{path} cannot be opened: {error}", "the file is corrupt; export it again") from error
+    recipe = onnx_metadata.parse_metadata(path, {entry.key: entry.value for entry in proto.metadata_props}).recipe
+    name = _activation_name(layer, recipe)
     if not any(name in node.output for node in proto.graph.node):
-        hint = "give the run, the checkpoint or the .safetensors file that it was made from"
-        raise WeightsError(f"{path} does not keep the activations of {layer} apart", hint)
+        hint = "use the run, checkpoint or .safetensors file that it was exported from"
+        raise WeightsError(f"{path} does not expose the activations of {layer}", hint)
     proto.graph.output.add(name=name)
     return proto.SerializeToString(), constants
 
 
 def _read_file(path: Path) -> tuple[bytes, Constants]:
-    """An ONNX file without its large constants, and these by name, as views of the mapped file.
+    """Return an ONNX file without its large constants, and these by name, as views of the mapped file.
 
-    ONNX Runtime by itself copies every weight before the first image: with the 240 MB of float32, `predict` takes 1.2
-    instead of 0.85 s of CPU time. So a note replaces each large constant: the session gets it from memory.
+    ONNX Runtime by itself copies all weights before the first image: with the 240 MB of float32, `predict` then takes
+    1.2 instead of 0.85 s of CPU time. So the graph only names each large constant, and the session gets its memory.
 
     Raises:
-        WeightsError: the file cannot be read, is damaged, or keeps values in other files.
+        WeightsError: the file cannot be read, is corrupt, or refers to other files.
     """
     if not path.is_file():
-        raise WeightsError(f"{path} does not exist", "name a run, or an .onnx file; `alexnet export` writes one")
+        raise WeightsError(f"{path} does not exist", "name a run, or an .onnx file that `alexnet export` wrote")
     content, metadata, constants = bytearray(), bytearray(), Constants()
     try:
-        if path.stat().st_size > LARGEST:
+        if path.stat().st_size > MAX_BYTES:
             raise ValueError("it is larger than 2 GB")
         with path.open("rb") as file:
             data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
@@ -232,17 +236,17 @@ def _read_file(path: Path) -> tuple[bytes, Constants]:
                 content += field
     except (OSError, ValueError) as error:
         what = f"{path} cannot be opened: {getattr(error, 'strerror', None) or error}"
-        raise WeightsError(what, "the file is damaged or no ONNX file; `alexnet export` writes one") from error
-    # A tensor, wherever it stands, names another file or an address in memory under this key.
+        raise WeightsError(what, "the file is corrupt or not ONNX; `alexnet export` writes one") from error
+    # The key under which a tensor anywhere in the file names another file or an address in memory.
     if content.count(b"location") > len(constants):
         hint = "open only files that `alexnet export` wrote; for another program's file: alexnet import-weights"
-        raise WeightsError(f"{path} is refused: it has tensors that lie in another file", hint)
+        raise WeightsError(f"{path} refers to other files, which is not allowed", hint)
     return bytes(content + metadata), constants
 
 
 def _take_constant(number: int, value: int | memoryview, field: memoryview, constants: Constants) -> bytes | memoryview:
-    """Move a large constant from a field of a graph to `constants`; returns the field without the values."""
-    if number != INITIALIZER or not isinstance(value, memoryview) or len(value) < LARGE:
+    """Move a large constant from a field of a graph to `constants`. Returns the field without the values."""
+    if number != INITIALIZER or not isinstance(value, memoryview) or len(value) < LARGE_BYTES:
         return field
     shape, parts, rest = list[int](), dict[int, int | memoryview](), bytearray()
     for number, part, whole in _fields(value):
@@ -255,13 +259,13 @@ def _take_constant(number: int, value: int | memoryview, field: memoryview, cons
     if not isinstance(name, memoryview) or not isinstance(data, memoryview) or kind not in TYPES:
         return field  # another program's layout, which ONNX Runtime reads
     if str(name, "utf-8") in constants:
-        raise ValueError(f"two constants are called {str(name, 'utf-8')}")
+        raise ValueError(f"two constants have the name {str(name, 'utf-8')}")
     constants[str(name, "utf-8")] = np.frombuffer(data, TYPES[kind]).reshape(shape)
     return _message(INITIALIZER, rest + IN_MEMORY)
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview, memoryview]]:
-    """Number, value and all bytes of each field of a protobuf message. Raises ValueError where it is damaged."""
+    """Yield number, value and all bytes of each field of a protobuf message. Raises ValueError where it is corrupt."""
     end = 0
     while end < len(message):
         start = end
@@ -281,23 +285,23 @@ def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview, memory
 
 
 def _varint(message: memoryview, place: int) -> tuple[int, int]:
-    """An integer of seven bits a byte, lowest first, and the place after it."""
+    """Return an integer, seven bits per byte with the lowest first, and the index after it."""
     value = 0
     for index, byte in enumerate(message[place : place + 10]):
         value |= (byte & 127) << 7 * index
         if byte < 128:
             return value, place + index + 1
-    raise ValueError("it ends within a number")
+    raise ValueError("it ends inside a number")
 
 
 def _message(number: int, content: bytes | bytearray) -> bytes:
-    """A field that holds a message; its length always takes five bytes, which is allowed and simple."""
+    """Return a field that holds a message. Its length always takes five bytes, which protobuf allows."""
     size = len(content)
     return bytes([number << 3 | BYTES, *(size >> shift & 127 | 128 for shift in (0, 7, 14, 21)), size >> 28]) + content
 
 
-def _providers(provider: str, gpu: int) -> list[Any]:
-    """What to offer ONNX Runtime, best first. With CUDA: true float32, and no search for the best kernel."""
+def _make_providers(provider: str, gpu: int) -> list[Any]:
+    """Return the ONNX Runtime providers to try, best first. CUDA computes in true float32, without a kernel search."""
     import onnxruntime
 
     onnxruntime.set_default_logger_severity(3)
@@ -307,59 +311,62 @@ def _providers(provider: str, gpu: int) -> list[Any]:
     return [(CUDA, {"device_id": str(gpu), "use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}), CPU]
 
 
-def _words(error: Exception) -> str:
-    """What an exception of ONNX Runtime says; they have no base in common but this one."""
+def _format_runtime_error(error: Exception) -> str:
+    """Return the first line of an ONNX Runtime error, without its error code."""
     return str(error).partition("\n")[0].rpartition(" : ")[2] or type(error).__name__
 
 
-def _activations(layer: str, recipe: Recipe) -> str:
-    """What a graph calls a convolution before its nonlinearity, a fully connected layer after it."""
+def _activation_name(layer: str, recipe: Recipe) -> str:
+    """Return the graph's name for a convolution before its nonlinearity, or a fully connected layer after it."""
     return layer if layer.startswith("conv") else f"{layer}.{recipe.activation}"
 
 
-def _checked(path: Path, session: Any, layer: str | None) -> onnx_metadata.Info:
+def _read_metadata(path: Path, session: Any, layer: str | None) -> onnx_metadata.OnnxMetadata:
+    """Return the metadata of an open session. Raises WeightsError where it does not fit inputs and outputs."""
     try:
         text = session.get_modelmeta().custom_metadata_map
     except UnicodeDecodeError as error:
-        raise WeightsError(f"{path} has unreadable metadata: {error}", "the file is damaged; export it anew") from error
-    info = onnx_metadata.read_metadata(path, text)
+        raise WeightsError(
+            f"{path} has unreadable metadata: {error}", "the file is corrupt; export it again"
+        ) from error
+    metadata = onnx_metadata.parse_metadata(path, text)
     shapes = {v.name: list(v.shape[1:]) for v in (*session.get_inputs(), *session.get_outputs())}
     if layer is not None:
-        shapes.pop(_activations(layer, info.recipe))
-    side, classes = info.recipe.input_size, len(info.classes)
+        shapes.pop(_activation_name(layer, metadata.recipe))
+    side, classes = metadata.recipe.input_size, len(metadata.classes)
     if shapes != {"input": [3, side, side], "logits": [classes], "probabilities": [classes]}:
-        raise WeightsError(f"{path}: its inputs and outputs do not fit its metadata", "export it anew")
-    return info
+        raise WeightsError(f"{path}: its inputs and outputs do not fit its metadata", "export it again")
+    return metadata
 
 
-def _reason(said: str) -> str:
-    """The library that is missing, if ONNX Runtime named one among all it said."""
-    found = re.search(r"(lib[\w.+-]+\.so[\w.]*): cannot open", said)
-    return f"{found[1]} is missing" if found else "CUDA could not be started"
+def _explain_fallback(messages: str) -> str:
+    """Return the library that ONNX Runtime did not find, if its messages name one."""
+    missing = re.search(r"(lib[\w.+-]+\.so[\w.]*): cannot open", messages)
+    return f"{missing[1]} is missing" if missing else "CUDA could not be started"
 
 
 @contextlib.contextmanager
-def _contained() -> Iterator[list[str]]:
-    """Keep ONNX Runtime's native messages off the terminal; yields a list that holds them afterwards.
+def _capture_native_stderr() -> Iterator[list[str]]:
+    """Keep ONNX Runtime's own messages off the terminal. Yields a list that holds them afterwards.
 
-    It writes to the file descriptor, at import already, where no setting reaches. What others write meanwhile
-    is passed on.
+    ONNX Runtime writes to the file descriptor, during import already, where no setting has an effect. Lines of others
+    are passed on.
     """
-    said = [""]
+    captured = [""]
     try:
         terminal = os.dup(2)
-    except OSError:  # no stderr, nothing to keep clean
-        yield said
+    except OSError:  # there is no stderr
+        yield captured
         return
     with tempfile.TemporaryFile() as file:
         os.dup2(file.fileno(), 2)
         try:
             with contextlib.redirect_stdout(io.StringIO()):
-                yield said
+                yield captured
         finally:
             os.dup2(terminal, 2)
             os.close(terminal)
             file.seek(0)
-            said[0] = file.read().decode(errors="replace")
-            if others := [line for line in said[0].splitlines() if "onnxruntime" not in line and line.strip()]:
+            captured[0] = file.read().decode(errors="replace")
+            if others := [line for line in captured[0].splitlines() if "onnxruntime" not in line and line.strip()]:
                 os.write(2, ("\n".join(others) + "\n").encode())

@@ -1,4 +1,4 @@
-"""The network in PyTorch with the face of `session.Session`: the twin that an ONNX file is checked by."""
+"""The network in PyTorch with the interface of `session.Session`: the reference for ONNX files."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ Array = npt.NDArray[np.float32]
 
 
 class TorchSession:
-    """A network ready to classify crops of `crop` pixels, on the GPU if there is one.
+    """A network that classifies crops, on the GPU if there is one.
 
-    `fallback` says why it is not the GPU although there is one; empty otherwise.
+    `fallback_reason` says why a GPU that is there is not used; empty otherwise.
     """
 
     def __init__(
@@ -30,18 +30,19 @@ class TorchSession:
         """Open a model file or a model in memory. Raises WeightsError if the file cannot be used."""
         self.layer = layer
         self.model = model_file.read_model(source) if isinstance(source, Path) else source
-        self.path, self.about = self.model.path, self.model.info
-        there = device is None and bool(visible_gpus())
-        self.fallback = try_gpu(0) if there else ""
-        self.device = device or ("cuda" if there and not self.fallback else "cpu")
+        self.path, self.info = self.model.path, self.model.info
+        has_gpu = device is None and bool(visible_gpus())
+        self.fallback_reason = try_gpu(0) if has_gpu else ""
+        self.device = device or ("cuda" if has_gpu and not self.fallback_reason else "cpu")
         if self.device != "cpu":
-            torch.backends.cudnn.allow_tf32 = False  # float32 is to mean the same as in ONNX Runtime
+            torch.backends.cudnn.allow_tf32 = False  # the same float32 as in ONNX Runtime
         self.network = network_from_model(self.model).to(self.device)
-        low = (SIDE - self.crop) // 2
-        mean = self.model.mean[:, low : low + self.crop, low : low + self.crop]
+        side = self.recipe.input_size
+        low = (SIDE - side) // 2
+        mean = self.model.mean[:, low : low + side, low : low + side]
         if self.recipe.mean == "rgb":
             mean = self.model.mean.mean((1, 2), keepdims=True, dtype=np.float64).astype(np.float32)
-        self._center = torch.tensor(mean, device=self.device)
+        self._mean = torch.tensor(mean, device=self.device)
 
     @property
     def classes(self) -> tuple[ClassName, ...]:
@@ -49,22 +50,17 @@ class TorchSession:
         return self.model.classes
 
     @property
-    def crop(self) -> int:
-        """Side of a crop in pixels: 224 or 227."""
-        return self.recipe.input_size
-
-    @property
     def exif_rotate(self) -> bool:
-        """Whether pictures are turned as their EXIF orientation says."""
+        """Whether images are rotated as their EXIF orientation says."""
         return self.model.exif_rotate
 
     @property
     def recipe(self) -> Recipe:
-        """What the network is."""
+        """The recipe of the network."""
         return self.model.recipe
 
     def mean(self) -> Array:
-        """Float32 3 x 256 x 256."""
+        """Return the mean image, float32 3 x 256 x 256."""
         return self.model.mean
 
     def logits(self, crops: Crops) -> Array:
@@ -75,17 +71,17 @@ class TorchSession:
         """N x 3 x S x S, RGB, 0..255 -> N x classes; each row sums to 1."""
         return torch.softmax(self._logits(crops), 1).cpu().numpy()
 
-    def features(self, crops: Crops) -> tuple[Array, Array]:
-        """The same, and N x units of `layer` as the next layer sees them: rectified, times dropout's factor (4.2)."""
+    def probabilities_and_activations(self, crops: Crops) -> tuple[Array, Array]:
+        """As `session.Session.probabilities_and_activations`."""
         assert self.layer, "the session was opened without a layer"
-        seen: list[torch.Tensor] = []
+        outputs: list[torch.Tensor] = []
         dropout = self.network.drop6 if self.layer == "fc6" else self.network.drop7
-        with dropout.register_forward_hook(lambda _module, _inputs, output: seen.append(output)):
+        with dropout.register_forward_hook(lambda _module, _inputs, output: outputs.append(output)):
             probabilities = self.probabilities(crops)
-        return probabilities, seen[0].float().cpu().numpy()
+        return probabilities, outputs[0].float().cpu().numpy()
 
     @torch.inference_mode()
     def _logits(self, crops: Crops) -> torch.Tensor:
         x = torch.from_numpy(crops).to(self.device).float()
-        logits: torch.Tensor = self.network((x - self._center) / self.recipe.input_divisor)
+        logits: torch.Tensor = self.network((x - self._mean) / self.recipe.input_divisor)
         return logits.float()

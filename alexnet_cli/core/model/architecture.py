@@ -32,7 +32,8 @@ STRIDES = {"conv1": 4, "conv2": 1, "conv3": 1, "conv4": 1, "conv5": 1}
 SEE_BOTH_TOWERS = ("conv3", "fc6", "fc7", "fc8")
 POOL_STRIDE = 2
 EDGE_PADDING = 3  # zero columns right, zero rows below 224 pixels: the last of 55 windows reaches pixel 226
-WITHIN_NORM_SIZE = 5  # side of the window of net #145's extra normalization in stage 2
+WITHIN_NORM_SIZE = 5  # side of the window of net #145's extra normalization in stage 2, "cnorm2"
+WITHIN_NORM_ALPHA, WITHIN_NORM_BETA = 1e-3, 0.75
 
 Step = Literal["activation", "norm", "within-norm", "pool", "dropout"]
 """What can follow a layer: the nonlinearity, response normalization, net #145's extra one, pooling, dropout."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from alexnet_cli.core.model import response_norm
-from alexnet_cli.core.model.architecture import POOL_STRIDE, WITHIN_NORM_SIZE
+from alexnet_cli.core.model.architecture import POOL_STRIDE, WITHIN_NORM_ALPHA, WITHIN_NORM_BETA, WITHIN_NORM_SIZE
 from alexnet_cli.recipe import Recipe
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -21,8 +21,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
 }
-
-WITHIN_NORM_ALPHA, WITHIN_NORM_BETA = 1e-3, 0.75  # layer "cnorm2" of net #145's configuration
 
 
 class ResponseNorm(nn.Module):

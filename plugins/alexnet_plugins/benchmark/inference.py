@@ -23,7 +23,7 @@ from onnx import helper, numpy_helper
 from torch import nn
 
 from alexnet_cli.core.data.classes import ClassName
-from alexnet_cli.core.export import export
+from alexnet_cli.core.export.export import build_onnx
 from alexnet_cli.core.export.quantize import measure_ranges, to_int8
 from alexnet_cli.core.inference import onnx_graph
 from alexnet_cli.core.inference.session import Session
@@ -137,13 +137,13 @@ def write_files(folder: Path) -> dict[str, Path]:
         "fp32": onnx_graph.build_graph(whole),
         "int8": quantize(whole),
         "operator": use_lrn_operator(onnx_graph.build_graph(whole), RECIPE),
+        "fp16": build_onnx(whole, "fp16"),
         "bare": onnx_graph.build_graph(bare),
         "bare int8": quantize(bare),
     }
-    files = {name: folder / f"{name}.onnx" for name in (*protos, "fp16")}
+    files = {name: folder / f"{name}.onnx" for name in protos}
     for name, proto in protos.items():
         onnx_graph.save_graph(proto, files[name])
-    export.export_unverified(whole, files["fp16"], "fp16")
     return files
 
 

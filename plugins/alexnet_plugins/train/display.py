@@ -252,7 +252,7 @@ def report_error(
 
 def finish(reporter: Reporter, loop: TrainingLoop, reason: str, stop: Callable[[], str | None]) -> None:
     """If stopped, raise Stopped with the command that continues; otherwise write alexnet.onnx and the report."""
-    from alexnet_cli.core.export.export import crops_of, export
+    from alexnet_cli.core.export.export import export, sample_crops
     from alexnet_cli.core.model import model_file
     from alexnet_cli.core.runs.resolve import find_weights
     from alexnet_cli.core.runs.run import ONNX
@@ -266,7 +266,7 @@ def finish(reporter: Reporter, loop: TrainingLoop, reason: str, stop: Callable[[
         raise Stopped(what, f"alexnet train --resume {run.quoted}", EXIT_CODES[reason])
     try:
         model = model_file.read_model(find_weights(str(run.path)))
-        checked = export(model, run.path / ONNX, crops_of(loop.data, model))
+        checked = export(model, run.path / ONNX, sample_crops(loop.data, model))
         reporter.line("saved", f"{run.path / ONNX} · differs from PyTorch by {checked.max_abs_difference:.1e} at most")
     except StorageError as error:
         raise StorageError(error.what, f"free some space, then: alexnet export -w {run.quoted}") from error

@@ -88,8 +88,8 @@ def _compute_with_progress(reporter: Reporter, split: Split, session: Session) -
     """The activations of a split, batch by batch, with a progress bar."""
     from alexnet_cli.core.analysis.units import iterate_activations
 
-    if session.fallback:
-        reporter.warn(f"the network runs on the CPU: {session.fallback}", "see `alexnet doctor`")
+    if session.fallback_reason:
+        reporter.warn(f"the network runs on the CPU: {session.fallback_reason}", "see `alexnet doctor`")
     with reporter.progress("val", len(split)) as progress:
         for batch in iterate_activations(split, session):
             yield batch
@@ -122,9 +122,9 @@ def draw_picture_trace(
     """The picture through all layers: the record for programs, and the page."""
     from alexnet_cli.core.analysis.activations import draw_trace, make_layer_records, trace_image
     from alexnet_cli.core.data.images import PixelBudget
-    from alexnet_cli.core.inference.inputs import STANDARD, load_image
+    from alexnet_cli.core.inference.inputs import STDIN, load_image
 
-    path = source if isinstance(source, str) else STANDARD
+    path = source if isinstance(source, str) else STDIN
     picture = load_image(source, model.exif_rotate, PixelBudget())
     if isinstance(picture, str):
         raise DataError(f"{path} cannot be read: {picture}", "look at the file, or choose another picture")
