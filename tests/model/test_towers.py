@@ -44,5 +44,5 @@ def test_how_many_images_each_has_is_told_without_the_gpu() -> None:
             told.append(mine)
             return torch.stack([mine, mine + 1])
 
-    assert HybridGather(cast(Any, Columns()))._sizes(torch.empty(3, 2, device="meta")) == [3, 4]
+    assert HybridGather(cast(Any, Columns()))._batch_sizes(torch.empty(3, 2, device="meta")) == [3, 4]
     assert [mine.device.type for mine in told] == ["cpu"]

@@ -104,7 +104,7 @@ def test_a_size_that_lies_takes_no_memory(folder: Path) -> None:
         assert right_or_refused(path)
     path.write_bytes(joined(header, tensors, 90 << 20))  # a description that unfolds to eighty bytes for each three
     os.truncate(path, 95 << 20)
-    assert "its header is said to have 94,371,840 bytes" in right_or_refused(path)
+    assert "its header has 94,371,840 bytes" in right_or_refused(path)
     path.unlink()
 
 
@@ -145,8 +145,11 @@ def test_a_class_more_than_outputs_and_another_crop(folder: Path) -> None:
     five = json.dumps([{"name": f"c{i}"} for i in range(5)])
     crop = json.dumps(json.loads(text["preprocess"]) | {"crop": 227})
     gray = json.dumps(json.loads(text["preprocess"]) | {"channels": "BGR"})
-    lies = {"fc8.weight is 4 x 64, but 5 x 64": {"classes": five}, "crop 227": {"preprocess": crop}}
-    lies |= {"channels 'BGR'": {"preprocess": gray}}
+    lies = {
+        "fc8.weight is 4 x 64, but recipe tiny with 5 classes needs 5 x 64": {"classes": five},
+        "crop is 227": {"preprocess": crop},
+    }
+    lies |= {"channels is 'BGR'": {"preprocess": gray}}
     for words, lie in lies.items():
         (folder / "x.safetensors").write_bytes(joined(header | {"__metadata__": text | lie}, tensors))
         assert words in right_or_refused(folder / "x.safetensors")
@@ -163,7 +166,7 @@ def test_the_first_layer_that_differs_is_named(tmp_path: Path, place: int) -> No
     wanted = " x ".join(map(str, model.tensors[names[0]].shape))
     with pytest.raises(WeightsError) as error:
         model_file.read_model(path)
-    assert f"{names[0]} is {found}, but {wanted} in recipe tiny" in error.value.what
+    assert f"{names[0]} is {found}, but recipe tiny with 4 classes needs {wanted}" in error.value.what
 
 
 def test_weights_that_are_no_numbers(folder: Path) -> None:

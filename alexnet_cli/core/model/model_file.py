@@ -1,8 +1,8 @@
-"""The model file: a whole network as safetensors, with everything needed to use it. Reads without torch.
+"""The model file: a whole network as safetensors, with everything needed to use it. Reads it without torch.
 
-Tensors carry the paper's layer names (conv1.weight ... fc8.bias), both towers side by side, tower 1 first, and
-`mean`, float32 3 x 256 x 256, is what is subtracted from a picture. The recipe and the class names travel in the
-metadata, so that the file alone rebuilds the network.
+Tensors have the paper's layer names (conv1.weight ... fc8.bias), both towers side by side, tower 1 first. `mean`,
+float32 3 x 256 x 256, is the mean image. The metadata hold the recipe and the class names, so that the file alone
+rebuilds the network.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from alexnet_cli.errors import RecipeError, WeightsError
 from alexnet_cli.recipe import SIDE, Recipe
 
 SCHEMA = "alexnet.model/1"
-LARGEST_HEADER = 2**24  # bytes; that of 20,000 classes has one or two million
+DAMAGED = "the file is damaged, or another program wrote it"
+MAX_HEADER_BYTES = 2**24  # the header of a model with 20,000 classes has one or two million
 
 
 @dataclass(frozen=True)
 class Model:
-    """A network at rest. `info` says how it came to be: data, epoch, step, metrics."""
+    """The content of a model file. `info` tells its origin: data, epoch, step, metrics."""
 
     path: Path
     tensors: Mapping[str, npt.NDArray[np.float32]]
@@ -39,17 +40,17 @@ class Model:
 
     @property
     def exif_rotate(self) -> bool:
-        """Whether pictures are turned as their EXIF orientation says, as those of its training set were."""
+        """Whether images are rotated by their EXIF orientation, as those of the training set were."""
         return bool(self.info.get("exif_rotate", False))
 
     @property
     def mean(self) -> npt.NDArray[np.float32]:
-        """float32 3 x 256 x 256, RGB, 0..255: what is subtracted from a picture."""
+        """The mean image, subtracted from the input: float32 3 x 256 x 256, RGB, 0..255."""
         return self.tensors["mean"]
 
 
 def describe_preprocessing(recipe: Recipe, info: Mapping[str, Any]) -> dict[str, Any]:
-    """What becomes of a picture before the mean is subtracted, for other programs to read."""
+    """Describe for other programs how an image is prepared before the mean is subtracted."""
     return {
         "exif_rotate": bool(info.get("exif_rotate", False)),
         "resize": f"shorter side to {SIDE}, antialiased; center {SIDE}x{SIDE}",
@@ -60,7 +61,7 @@ def describe_preprocessing(recipe: Recipe, info: Mapping[str, Any]) -> dict[str,
 
 
 def format_metadata(recipe: Recipe, classes: Sequence[ClassName], info: Mapping[str, Any]) -> dict[str, str]:
-    """The strings that a model file carries beside its tensors."""
+    """Return the metadata of a model file, as strings."""
     window = "under the crop" if recipe.mean == "image-at-crop" else "center window"
     steps = describe_preprocessing(recipe, info) | {
         "subtract": f"tensor `mean`, {window}",
@@ -76,7 +77,7 @@ def format_metadata(recipe: Recipe, classes: Sequence[ClassName], info: Mapping[
 
 
 def read_model(path: Path) -> Model:
-    """Read a model file: first what it says of itself, and its tensors only if they measure what that asks for.
+    """Read a model file. Tensors are loaded only if their shapes fit the recipe and the classes in the metadata.
 
     Raises:
         WeightsError: the file is missing, truncated, not safetensors, or not a network of this toolkit.
@@ -85,9 +86,9 @@ def read_model(path: Path) -> Model:
         check_header(path)
         with safe_open(path, framework="numpy") as file:
             recipe, classes, info = parse_metadata(path, file.metadata() or {})
-            wanted = tensor_shapes(recipe, len(classes))
-            _check_tensors(path, file, wanted, recipe)
-            return Model(path, {name: file.get_tensor(name) for name in wanted}, recipe, classes, info)
+            shapes = tensor_shapes(recipe, len(classes))
+            _check_tensors(path, file, shapes, recipe)
+            return Model(path, {name: file.get_tensor(name) for name in shapes}, recipe, classes, info)
     except FileNotFoundError as error:
         raise WeightsError(f"{path} does not exist", "name a run, a checkpoint or a .safetensors file") from error
     except (SafetensorError, OSError, ValueError, TypeError, MemoryError) as error:
@@ -95,24 +96,24 @@ def read_model(path: Path) -> Model:
 
 
 def check_header(path: Path) -> None:
-    """Raise ValueError if a safetensors file describes itself at a length that takes gigabytes to take apart."""
+    """Raise ValueError if the header of a safetensors file is so long that parsing it would take gigabytes."""
     if path.is_file():
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
-        if size > LARGEST_HEADER:
-            raise ValueError(f"its header is said to have {size:,} bytes")
+        if size > MAX_HEADER_BYTES:
+            raise ValueError(f"its header has {size:,} bytes; at most {MAX_HEADER_BYTES:,} are read")
 
 
 def parse_metadata(path: Path, text: Mapping[str, str]) -> tuple[Recipe, tuple[ClassName, ...], dict[str, Any]]:
-    """Recipe, classes and origin out of a model file's strings.
+    """Parse the metadata of a model file. Returns the recipe, the classes and `info`.
 
     Raises:
-        WeightsError: it is another program's file, or what it says is damaged or contradicts itself.
+        WeightsError: another program wrote the file, or its metadata are damaged or contradict each other.
     """
     if text.get("schema") != SCHEMA:
         raise WeightsError(
             f"{path} is not a model of this toolkit (schema {text.get('schema', 'missing')})",
-            f"expected {SCHEMA}, as `alexnet train` writes it",
+            f"`alexnet train` writes {SCHEMA}",
         )
     try:
         recipe = recipe_io.recipe_from_dict(json.loads(text["recipe"]))
@@ -122,31 +123,32 @@ def parse_metadata(path: Path, text: Mapping[str, str]) -> tuple[Recipe, tuple[C
         check_preprocessing(json.loads(text.get("preprocess", "{}")), recipe, info)
         return recipe, classes, info
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError, RecipeError) as error:
-        raise WeightsError(f"{path} has unreadable metadata: {error}", "the file is damaged or foreign") from error
+        raise WeightsError(f"{path} has unreadable metadata: {error}", DAMAGED) from error
 
 
-def check_preprocessing(said: Mapping[str, Any], recipe: Recipe, info: Mapping[str, Any]) -> None:
-    """Raise ValueError where a file asks for other pictures than its recipe: one of the two is wrong."""
+def check_preprocessing(stated: Mapping[str, Any], recipe: Recipe, info: Mapping[str, Any]) -> None:
+    """Raise ValueError if the preprocessing stated in a file differs from that of its recipe."""
     if not isinstance(info.get("exif_rotate", False), bool):
-        raise ValueError(f"exif_rotate is {info['exif_rotate']!r}")
+        raise ValueError(f"exif_rotate is {info['exif_rotate']!r}, not true or false")
     for key, value in describe_preprocessing(recipe, info).items():
-        if said.get(key, value) != value:
-            raise ValueError(f"its preprocessing has {key} {said[key]!r} where its recipe has {value!r}")
+        if stated.get(key, value) != value:
+            raise ValueError(f"{key} is {stated[key]!r} in the preprocessing, but {value!r} in the recipe")
 
 
-def _check_tensors(path: Path, file: Any, wanted: Mapping[str, tuple[int, ...]], recipe: Recipe) -> None:
-    """Compare names, types and shapes with what they should be, in the order of the layers."""
-    there = set(file.keys())
-    for name, shape in wanted.items():
-        if name not in there:
-            raise WeightsError(f"{path} has no tensor {name}", "the file is damaged or foreign")
-        found = file.get_slice(name)
-        if found.get_dtype() != "F32":
-            raise WeightsError(f"{path}: {name} is {found.get_dtype()}, not float32", "export it anew")
-        if tuple(found.get_shape()) != shape:
-            theirs, ours = (" x ".join(map(str, sizes)) for sizes in (found.get_shape(), shape))
+def _check_tensors(path: Path, file: Any, shapes: Mapping[str, tuple[int, ...]], recipe: Recipe) -> None:
+    """Raise WeightsError for the first tensor, in layer order, that is missing or has a wrong type or shape."""
+    names = set(file.keys())
+    for name, expected in shapes.items():
+        if name not in names:
+            raise WeightsError(f"{path} has no tensor {name}", DAMAGED)
+        tensor = file.get_slice(name)
+        if tensor.get_dtype() != "F32":
+            raise WeightsError(f"{path}: {name} is {tensor.get_dtype()}, not float32", "export the model again")
+        shape = tuple(tensor.get_shape())
+        if shape != expected:
+            actual, needed = (" x ".join(map(str, sizes)) or "a single number" for sizes in (shape, expected))
             raise WeightsError(
-                f"{path} does not fit: {name} is {theirs or 'a number'}, but {ours} in recipe {recipe.name} "
-                f"with {wanted['fc8.bias'][0]} classes",
-                "its weights are those of another network than its recipe and class names",
+                f"{path}: {name} is {actual}, but recipe {recipe.name} with {shapes['fc8.bias'][0]} classes "
+                f"needs {needed}",
+                "its weights do not belong to its recipe and class names",
             )

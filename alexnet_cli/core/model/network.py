@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from alexnet_cli.core.model.architecture import EDGE_PADDING, PARAMETERS, layer_specs
+from alexnet_cli.core.model.architecture import EDGE_PADDING, LAYERS, PARAMETERS, layer_specs
 from alexnet_cli.core.model.layers import Activation, Dropout, OverlappingPooling, ResponseNorm, WithinMapNorm
 from alexnet_cli.core.model.model_file import Model
 from alexnet_cli.core.model.towers import HybridGather, TowerGroup
@@ -27,11 +27,12 @@ class Network(nn.Module):
     def __init__(
         self, recipe: Recipe, classes: int, towers: TowerGroup | None = None, columns: TowerGroup | None = None
     ) -> None:
-        """`towers`: the towers that this process holds; `columns`: its units of layers 6 to 8, if split otherwise."""
+        """`towers`: the towers that this process holds. `columns`: its units of layers 6 to 8, if hybrid."""
         super().__init__()
         self.recipe = recipe
         self.towers = towers = towers or TowerGroup(recipe.towers, recipe.towers)
-        self.columns, self.hybrid = columns or towers, HybridGather(columns)
+        self.columns = columns or towers
+        self.hybrid = HybridGather(columns)
         specs = {spec.name: spec for spec in layer_specs(recipe, classes)}
 
         def conv(name: str) -> nn.Conv2d:
@@ -53,7 +54,7 @@ class Network(nn.Module):
         self.pool = OverlappingPooling(recipe)
         self.stage1 = _stage(recipe, recipe.stage1_order, towers, "norm1", extra=False)
         self.stage2 = _stage(recipe, recipe.stage2_order, towers, "norm2", extra=recipe.within_norm_2)
-        first_unit = self.columns.first * specs["fc6"].biases // self.columns.total
+        first_unit = self.columns.start * specs["fc6"].biases // self.columns.total
         self.drop6 = Dropout(recipe, salt=6, first_unit=first_unit)
         self.drop7 = Dropout(recipe, salt=7, first_unit=first_unit)
         self.to(memory_format=torch.channels_last)
@@ -75,7 +76,7 @@ class Network(nn.Module):
         return self.hybrid.keep_own(x, images)
 
     def split_of(self, name: str) -> tuple[TowerGroup, int] | None:
-        """Among which processes and along which dimension a parameter is split; None if every process has all of it."""
+        """The group that a parameter is split over, and the dimension; None if every process has all of it."""
         if name == "fc8.bias":
             return None
         if name == "fc8.weight":
@@ -83,18 +84,22 @@ class Network(nn.Module):
         return (self.columns if name.startswith("fc") else self.towers), 0
 
     def slice_own(self, name: str, whole: Tensor) -> Tensor:
-        """This process's slice of a whole parameter, or of a tensor of its shape (velocity, gradient)."""
-        slicing = self.split_of(name)
-        return whole if slicing is None else slicing[0].slice_own(whole, slicing[1])
+        """Return this process's slice of a whole parameter, or of a tensor of its shape (velocity, gradient)."""
+        if (split := self.split_of(name)) is None:
+            return whole
+        group, dimension = split
+        return group.slice_own(whole, dimension)
 
-    def gather_whole(self, name: str, own: Tensor) -> Tensor | None:
-        """The whole of a parameter, or of a tensor of its shape, on the CPU; None on ranks that do not collect it."""
-        slicing = self.split_of(name)
-        return own.detach().cpu().contiguous() if slicing is None else slicing[0].gather_whole(own, slicing[1])
+    def gather_whole(self, name: str, part: Tensor) -> Tensor | None:
+        """Gather a whole parameter, or a tensor of its shape, on the CPU; None on ranks that do not collect it."""
+        if (split := self.split_of(name)) is None:
+            return part.detach().cpu().contiguous()
+        group, dimension = split
+        return group.gather_whole(part, dimension)
 
     def draw_dropout(self, step: int, first_row: int = 0) -> None:
         """Choose the dropout masks of a step; they are the same on any device and for any placement."""
-        first_row = 0 if self.hybrid.columns else first_row
+        first_row = 0 if self.hybrid.columns else first_row  # hybrid: layers 6 and 7 see the whole batch
         self.drop6.draw(self.recipe.seed, step, first_row)
         self.drop7.draw(self.recipe.seed, step, first_row)
 
@@ -102,7 +107,7 @@ class Network(nn.Module):
 def pad_right_and_bottom(x: Tensor) -> Tensor:
     """`functional.pad(x, (0, 3, 0, 3))`, channels-last and in the type that convolution 1 computes in.
 
-    The image is copied once, instead of filled with zeros, copied and converted. Autocast leaves float64 as it is.
+    One copy instead of three (fill with zeros, copy, convert). Autocast leaves float64 as it is.
     """
     n, c, height, width = x.shape
     dtype = x.dtype if x.dtype == torch.float64 else autocast_dtype(x.device.type) or x.dtype
@@ -115,8 +120,8 @@ def pad_right_and_bottom(x: Tensor) -> Tensor:
 
 def autocast_dtype(device: str) -> torch.dtype | None:
     """The dtype in which convolutions compute under autocast; None if autocast is off."""
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if on else None
+    is_on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if is_on else None
 
 
 class JointTowerNorm(nn.Module):
@@ -135,13 +140,13 @@ def _stage(recipe: Recipe, order: str, towers: TowerGroup, name: str, *, extra: 
     """The layers after convolutions 1 and 2, in the recipe's order."""
     across = recipe.lrn == "across-maps"
     joint = across and recipe.lrn_joint and towers.held < towers.total
-    joined = across and not joint and recipe.activation == "relu" and "relu-norm" in order
-    own = ResponseNorm(recipe, towers.held, relu=joined)
-    norm: list[nn.Module] = [JointTowerNorm(own, towers, name) if joint else own]
+    fuse_relu = across and not joint and recipe.activation == "relu" and "relu-norm" in order
+    tower_norm = ResponseNorm(recipe, towers.held, relu=fuse_relu)
+    norm: list[nn.Module] = [JointTowerNorm(tower_norm, towers, name) if joint else tower_norm]
     if extra:
         norm.append(WithinMapNorm(recipe))
     parts: dict[str, list[nn.Module]] = {
-        "relu": [] if joined else [Activation(recipe)],
+        "relu": [] if fuse_relu else [Activation(recipe)],
         "norm": norm,
         "pool": [OverlappingPooling(recipe)],
     }
@@ -149,23 +154,18 @@ def _stage(recipe: Recipe, order: str, towers: TowerGroup, name: str, *, extra: 
 
 
 def initial_values(recipe: Recipe) -> dict[str, tuple[float | None, float]]:
-    """Layer -> (standard std of its weights, value of its biases) (section 5). None: sqrt(2 / inputs).
+    """Layer -> (std of its weights, value of its biases) (section 5). A std of None means sqrt(2 / inputs).
 
     paper       conv1  conv2  conv3  conv4  conv5  fc6  fc7  fc8
     std         .01    .01    .03    .03    .03    .01  .01  .01     (.03: the code; the text has .01)
     bias        0      1      0      1      1      1    1    0
     """
-    r = recipe
-    std = dict.fromkeys(("conv1", "conv2", "fc8"), r.weight_std)
-    std |= dict.fromkeys(("conv3", "conv4", "conv5"), r.conv345_std) | dict.fromkeys(("fc6", "fc7"), r.fc67_std)
-    ones = {"conv2", "conv4", "conv5", "fc6", "fc7"}
-    return {
-        layer: (
-            None if r.init == "scaled" else std,
-            r.bias if layer in ones and r.init == "gaussian" else 0.0,
-        )
-        for layer, std in std.items()
-    }
+    if recipe.init == "scaled":
+        return dict.fromkeys(LAYERS, (None, 0.0))
+    stds = dict.fromkeys(LAYERS, recipe.weight_std)
+    stds |= dict.fromkeys(("conv3", "conv4", "conv5"), recipe.conv345_std)
+    stds |= dict.fromkeys(("fc6", "fc7"), recipe.fc67_std)
+    return {layer: (std, 0.0 if layer in ("conv1", "conv3", "fc8") else recipe.bias) for layer, std in stds.items()}
 
 
 @torch.no_grad()
@@ -197,11 +197,11 @@ def parameters_by_name(network: Network) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def parameter_count(network: Network) -> int:
-    """Number of parameters of the whole network, whatever part of it this process holds."""
+    """Number of parameters of the whole network, also if this process holds a part of it."""
     count = 0
     for name, parameter in parameters_by_name(network):
-        slicing = network.split_of(name)
-        count += parameter.numel() * (slicing[0].total // slicing[0].held if slicing else 1)
+        split = network.split_of(name)
+        count += parameter.numel() * (split[0].processes if split else 1)
     return count
 
 
