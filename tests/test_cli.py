@@ -435,8 +435,8 @@ def test_doctor_says_what_each_gpu_can_do(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(devices, "try_gpu", lambda index: ["", "no kernel image is available"][index])
     monkeypatch.setattr(triton_kernels, "unavailable_reason", lambda index: "")
     said = alexnet("doctor").stdout
-    assert "0: H100, 80 GiB, bf16 arithmetic: yes, kernels: ok" in said
-    assert "1: K80, 12 GiB, bf16 arithmetic: no, cannot be used: no kernel image is available" in said
+    assert "0: H100, 80 GiB, bf16: yes, kernels: ok" in said
+    assert "1: K80, 12 GiB, bf16: no, cannot be used: no kernel image is available" in said
     assert [gpu.get("kernels") for gpu in json.loads(alexnet("doctor", "--json").stdout)["gpus"]] == ["ok", None]
 
 

@@ -1,4 +1,4 @@
-"""What this machine can compute with: GPUs, bf16 arithmetic, ONNX Runtime's providers. Imports lazily."""
+"""Devices of this machine: GPUs, cores, memory, bf16, int8, ONNX Runtime's providers. Imports torch lazily."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-CONTAINER_MEMORY = (  # limit and use, of control groups in versions 2 and 1
+CONTAINER_MEMORY = (  # files with the limit and the use of control groups, versions 2 and 1
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
 )
@@ -18,7 +18,7 @@ CONTAINER_MEMORY = (  # limit and use, of control groups in versions 2 and 1
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU as CUDA numbers it, inside CUDA_VISIBLE_DEVICES; memory in bytes."""
+    """A GPU. `index` counts within CUDA_VISIBLE_DEVICES; `memory` is in bytes; `capability` is such as "8.0"."""
 
     index: int
     name: str
@@ -28,77 +28,77 @@ class Gpu:
 
     @property
     def has_bf16(self) -> bool:
-        """Whether it multiplies in bf16 and TF32 itself; before 8.0 (Ampere), cuDNN has no convolution in bf16."""
+        """Whether its hardware supports bf16 and TF32: since capability 8.0 (Ampere)."""
         return int(self.capability.partition(".")[0]) >= 8
 
 
 def visible_gpus() -> list[Gpu]:
-    """The GPUs that torch can use; none without a driver."""
+    """The GPUs that torch can use; none without a driver. They may still fail to compute: see `try_gpu`."""
     import torch
 
-    with warnings.catch_warnings():  # a CUDA build of torch complains where there is no driver
+    with warnings.catch_warnings():  # a CUDA build of torch warns if there is no driver
         warnings.simplefilter("ignore")
         if not torch.cuda.is_available():
             return []
-    found = []
+    gpus = []
     for index in range(torch.cuda.device_count()):
-        about = torch.cuda.get_device_properties(index)
-        capability = f"{about.major}.{about.minor}"
-        found.append(Gpu(index, about.name, about.total_memory, capability, str(about.uuid)))
-    return found
+        properties = torch.cuda.get_device_properties(index)
+        capability = f"{properties.major}.{properties.minor}"
+        gpus.append(Gpu(index, properties.name, properties.total_memory, capability, str(properties.uuid)))
+    return gpus
 
 
 def try_gpu(index: int) -> str:
-    """Make a GPU the current one of this process, and compute on it. Returns why that cannot be, or ""."""
+    """Make a GPU the current one of this process, and compute on it. Returns the reason if that fails, or ""."""
     import torch
 
     try:
         torch.cuda.set_device(index)
         torch.ones(1, device="cuda").add(1).item()
-    except RuntimeError as error:  # too old for this torch, somebody else's, or full
+    except RuntimeError as error:  # too old for this torch, used by another process, or full
         return (str(error) or type(error).__name__).partition("\n")[0]
     return ""
 
 
 def has_gpu() -> bool:
-    """Whether trying CUDA can succeed, without the seconds that importing torch takes."""
+    """Whether CUDA may work here. Does not import torch, which takes seconds."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") in {"", "-1"}:
         return False
     return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists() or os.name == "nt"
 
 
 def suggest_train_command() -> str:
-    """What to type to train on this machine: on a CPU recipe `paper` takes hours or days, and `tiny` minutes."""
+    """The command that trains on this machine: on a CPU recipe `paper` takes days, recipe `tiny` minutes."""
     return "alexnet train" if has_gpu() else "alexnet train --recipe tiny"
 
 
 def count_cores() -> int:
-    """The cores that this process may use."""
+    """Number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def available_memory() -> int | None:
-    """Bytes of memory that may still be taken, by the machine and by the container; None where only others know."""
+    """Bytes of memory still available, within the limit of a container; None on systems other than Linux."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
         return None
     for limit, used in CONTAINER_MEMORY:
-        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+        with contextlib.suppress(OSError, ValueError):  # the file is missing or says "max"
             free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
     return max(0, free)
 
 
 def has_cpu_bf16() -> bool:
-    """Whether the CPU multiplies in bf16 itself; where it does not, bf16 is slower than float32."""
+    """Whether the CPU has bf16 instructions. Without them, bf16 is slower than float32."""
     if platform.machine() in ("arm64", "aarch64"):
         return platform.system() == "Darwin" or "bf16" in _cpu_flags()
     return bool(_cpu_flags() & {"avx512_bf16", "amx_bf16"})
 
 
 def int8_saturates() -> bool:
-    """Whether sums of two products of int8 may overflow: x86 without VNNI, as far as is known."""
+    """Whether sums of two int8 products may overflow, as on x86 without VNNI."""
     x86 = platform.machine() in ("x86_64", "AMD64")
     return x86 and not _cpu_flags() & {"avx512_vnni", "avx_vnni"}
 
@@ -113,7 +113,7 @@ def _cpu_flags() -> set[str]:
 
 
 def preload_cuda() -> None:
-    """Load CUDA's libraries for ONNX Runtime where they were installed as Python packages; it does not say much."""
+    """Load CUDA's libraries for ONNX Runtime, quietly, if they were installed as Python packages."""
     import onnxruntime
 
     if hasattr(onnxruntime, "preload_dlls"):  # since 1.21
@@ -122,7 +122,7 @@ def preload_cuda() -> None:
 
 
 def check_onnx_providers() -> dict[str, str]:
-    """Each provider that ONNX Runtime advertises -> "ok", or why a session does not really open with it."""
+    """Try each provider that ONNX Runtime lists. Returns provider -> "ok", or why it does not work."""
     import onnxruntime
     from onnx import TensorProto, helper
 
@@ -131,17 +131,17 @@ def check_onnx_providers() -> dict[str, str]:
         preload_cuda()
     value = helper.make_tensor_value_info
     graph = helper.make_graph(
-        [helper.make_node("Relu", ["x"], ["y"])], "probe",
+        [helper.make_node("Relu", ["x"], ["y"])], "test",
         [value("x", TensorProto.FLOAT, [1])], [value("y", TensorProto.FLOAT, [1])],
     )  # fmt: skip
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
     model.ir_version = 8
-    found = {}
+    states = {}
     for provider in onnxruntime.get_available_providers():
         try:
             session = onnxruntime.InferenceSession(model.SerializeToString(), providers=[provider], enable_fallback=0)
             opened = session.get_providers()
-            found[provider] = "ok" if opened[0] == provider else f"fell back to {opened[0]}"
-        except Exception as error:  # ONNX Runtime's errors share no base class; each is a finding, not a failure
-            found[provider] = f"cannot be opened here ({type(error).__name__})"
-    return found
+            states[provider] = "ok" if opened[0] == provider else f"fell back to {opened[0]}"
+        except Exception as error:  # ONNX Runtime's errors share no base class
+            states[provider] = f"does not work ({type(error).__name__})"
+    return states

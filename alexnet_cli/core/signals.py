@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from alexnet_cli.errors import UsageError
 
 EXIT_CODES = {"Ctrl-C": 130, "SIGTERM": 143, "SIGUSR1": 143, "SIGHUP": 129, "time is up": 75}
-"""Exit code for each reason to stop."""
+"""Reason to stop -> exit code."""
 
 
 def parse_duration(text: str | None) -> float | None:
@@ -28,10 +28,10 @@ def parse_duration(text: str | None) -> float | None:
 
 @contextmanager
 def catch_stop_signals(limit: float | None, parent: int | None = None) -> Iterator[Callable[[], str | None]]:
-    """While inside: a function that returns the reason to stop (a key of EXIT_CODES) once there is one.
+    """Catch stop signals. Yields a function that returns the reason to stop (a key of EXIT_CODES), or None.
 
     Reasons are Ctrl-C, SIGTERM, SIGUSR1, a closed terminal, `limit` seconds, and the death of the process `parent`,
-    which would have passed a signal on. A second Ctrl-C raises KeyboardInterrupt.
+    which forwards signals while it lives. A second Ctrl-C raises KeyboardInterrupt.
     """
     reasons: list[str] = []
     deadline = time.monotonic() + limit if limit is not None else None
@@ -49,9 +49,9 @@ def catch_stop_signals(limit: float | None, parent: int | None = None) -> Iterat
         return reasons[0] if reasons else None
 
     numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
-    before = {number: signal.signal(number, handle) for number in numbers}
+    previous = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield stop
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""`alexnet doctor`: what this installation consists of and what it can really use."""
+"""`alexnet doctor`: which packages and devices this installation has, and which of them work."""
 
 from __future__ import annotations
 
@@ -22,83 +22,74 @@ VARIABLES = ("ALEXNET_DATA", "ALEXNET_RUNS_DIR", "ALEXNET_PLUGINS", "CUDA_VISIBL
 if TYPE_CHECKING:
     from alexnet_cli.core.devices import Gpu
 
-Found = TypeVar("Found")
+T = TypeVar("T")
 
 
 def doctor(json: JsonFlag = False, quiet: QuietFlag = False) -> None:
     """Show versions, devices, and what does not work.
 
-    Includes ONNX Runtime providers, disk space, settings and broken commands.
+    Also shows the providers of ONNX Runtime, free disk space, environment variables and commands that fail to load.
     """
     from alexnet_cli.core.devices import check_onnx_providers, has_cpu_bf16, visible_gpus
 
     reporter = Reporter("doctor", json=json, quiet=quiet)
     problems: dict[str, str] = {}
-    gpus = _tried("torch", visible_gpus, problems) or []
-    providers = _tried("onnxruntime", check_onnx_providers, problems) or {}
-    found = {
+    gpus = _try_package("torch", visible_gpus, problems) or []
+    providers = _try_package("onnxruntime", check_onnx_providers, problems) or {}
+    report = {
         "alexnet": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: installed for name in PACKAGES if (installed := _installed(name))},
-        "gpus": [_about(gpu) for gpu in gpus],
+        "packages": {name: number for name in PACKAGES if (number := _installed_version(name))},
+        "gpus": [_check_gpu(gpu) for gpu in gpus],
         "cpu": {"cores": os.cpu_count(), "bf16": has_cpu_bf16()},
         "onnxruntime_providers": providers,
         "problems": problems,
         "disk_free": shutil.disk_usage(".").free,
         "environment": {name: os.environ.get(name) for name in VARIABLES},
-        "broken_commands": _broken(),
+        "broken_commands": _find_broken_commands(),
     }
-    reporter.result(found)
-    for label, text in _lines(found):
+    reporter.result(report)
+    for label, text in _format_report(report):
         reporter.show(f"{label:<10}{text}")
 
 
-def _about(gpu: Gpu) -> dict[str, Any]:
-    """A GPU, and whether it computes: why not, if it does not, and why not with our kernels."""
+def _check_gpu(gpu: Gpu) -> dict[str, Any]:
+    """Describe a GPU: with a `problem` if it does not compute, otherwise with the state of our Triton `kernels`."""
     from alexnet_cli.core.devices import try_gpu
 
-    about = {
-        "index": gpu.index,
-        "name": gpu.name,
-        "memory": gpu.memory,
-        "capability": gpu.capability,
-        "bf16": gpu.has_bf16,
-    }
+    fields = {
+        "index": gpu.index, "name": gpu.name, "memory": gpu.memory, "capability": gpu.capability, "bf16": gpu.has_bf16
+    }  # fmt: skip
     if problem := try_gpu(gpu.index):
-        return about | {"problem": problem}
-    from alexnet_cli.core.model import triton_kernels  # which imports Triton
+        return fields | {"problem": problem}
+    from alexnet_cli.core.model import triton_kernels  # imports Triton, which takes a second
 
-    return about | {"kernels": triton_kernels.unavailable_reason(gpu.index) or "ok"}
-
-
-def _told(gpu: dict[str, Any]) -> str:
-    """The same for people."""
-    bf16 = "yes" if gpu["bf16"] else "no"
-    state = f"cannot be used: {gpu['problem']}" if "problem" in gpu else f"kernels: {gpu['kernels']}"
-    return f"{gpu['index']}: {gpu['name']}, {gpu['memory'] / 2**30:.0f} GiB, bf16 arithmetic: {bf16}, {state}"
+    return fields | {"kernels": triton_kernels.unavailable_reason(gpu.index) or "ok"}
 
 
-def _tried(package: str, probe: Callable[[], Found], problems: dict[str, str]) -> Found | None:
-    """What a probe finds; a package that does not even import is a finding too, noted under its name."""
+def _try_package(package: str, check: Callable[[], T], problems: dict[str, str]) -> T | None:
+    """Run a check. If it fails, or the package cannot be imported, add the error to `problems` and return None."""
     try:
-        return probe()
+        return check()
     except Exception as error:
         problems[package] = f"{type(error).__name__}: {error}"
         return None
 
 
-def _installed(name: str) -> str | None:
+def _installed_version(name: str) -> str | None:
     try:
         return version(name)
     except PackageNotFoundError:
         return None
 
 
-def _broken() -> dict[str, str]:
-    """Commands that do not load -> why."""
+def _find_broken_commands() -> dict[str, str]:
+    """Commands that fail to load -> the reason."""
     broken = {}
-    for entry in (entry for entry in find_entries() if entry.status != "disabled"):
+    for entry in find_entries():
+        if entry.status == "disabled":
+            continue
         try:
             entry.load()
         except MissingError as error:
@@ -106,19 +97,24 @@ def _broken() -> dict[str, str]:
     return broken
 
 
-def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
-    """The same for people."""
-    none = "torch does not import" if "torch" in found["problems"] else "none for torch: training runs on the CPU"
-    gpus = [_told(gpu) for gpu in found["gpus"]]
-    cpu = found["cpu"]
+def _format_report(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """The report as lines of a label and a text."""
+    no_gpus = "torch cannot be imported" if "torch" in report["problems"] else "none; training uses the CPU"
+    cpu = report["cpu"]
     lines = [
-        ("alexnet", f"{found['alexnet']} · Python {found['python']} · {found['platform']}"),
-        ("packages", " · ".join(f"{name} {number}" for name, number in found["packages"].items())),
-        ("GPUs", " · ".join(gpus) or none),
-        ("CPU", f"{cpu['cores']} cores, bf16 arithmetic: {'yes' if cpu['bf16'] else 'no'}"),
+        ("alexnet", f"{report['alexnet']} · Python {report['python']} · {report['platform']}"),
+        ("packages", " · ".join(f"{name} {number}" for name, number in report["packages"].items())),
+        ("GPUs", " · ".join(map(_format_gpu, report["gpus"])) or no_gpus),
+        ("CPU", f"{cpu['cores']} cores, bf16: {'yes' if cpu['bf16'] else 'no'}"),
     ]
-    lines += [("ONNX", f"{provider}: {state}") for provider, state in found["onnxruntime_providers"].items()]
-    lines.append(("disk", f"{found['disk_free'] / 1e9:,.0f} GB free here"))
-    lines += [("set", f"{name}={value}") for name, value in found["environment"].items() if value is not None]
-    lines += [("broken", f"{name}: {why}") for name, why in (found["problems"] | found["broken_commands"]).items()]
+    lines += [("ONNX", f"{provider}: {state}") for provider, state in report["onnxruntime_providers"].items()]
+    lines.append(("disk", f"{report['disk_free'] / 1e9:,.0f} GB free here"))
+    lines += [("set", f"{name}={value}") for name, value in report["environment"].items() if value is not None]
+    lines += [("broken", f"{name}: {why}") for name, why in (report["problems"] | report["broken_commands"]).items()]
     return lines
+
+
+def _format_gpu(gpu: dict[str, Any]) -> str:
+    bf16 = "yes" if gpu["bf16"] else "no"
+    state = f"cannot be used: {gpu['problem']}" if "problem" in gpu else f"kernels: {gpu['kernels']}"
+    return f"{gpu['index']}: {gpu['name']}, {gpu['memory'] / 2**30:.0f} GiB, bf16: {bf16}, {state}"

@@ -182,7 +182,7 @@ def test_a_gpu_that_cannot_run_them_is_told_about(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(triton_kernels, "unavailable_reason", lambda index: "Failed to find C compiler.")
     chosen = placement.place("0", "fp32")
     assert chosen.device == torch.device("cuda", 0)
-    assert "without its GPU kernel" in chosen.notes[0]
+    assert "slower without its GPU kernel" in chosen.notes[0]
     assert "Failed to find C compiler." in chosen.notes[0]
     monkeypatch.setattr(triton_kernels, "unavailable_reason", lambda index: "")
     assert placement.place("0", "fp32").notes == ()

@@ -105,7 +105,7 @@ def test_a_killed_rank_ends_all(start: Any) -> None:
     assert time.monotonic() - killed < 30
     assert code == 4
     assert err.count("error: ") == 1
-    assert "error: rank 1 was ended by SIGKILL" in err
+    assert "error: rank 1 was killed by SIGKILL" in err
     assert "Traceback" not in err
     assert gone(ranks)
     assert (command.runs / "r" / "checkpoints" / "last" / "meta.json").is_file()
@@ -124,13 +124,13 @@ def test_three_are_no_pairs(said: Said) -> None:
     code, out, err = said("--processes", "3", "--parallel", "tower")
     assert (code, out) == (2, "")
     assert err.count("\n") == 2
-    assert "needs pairs of devices for two towers, and 3 is odd" in err
+    assert "two towers on two devices: the number of devices is odd (3)" in err
 
 
 def test_processes_are_for_the_cpu(said: Said) -> None:
     code, _, err = said("--gpus", "0", "--processes", "2")
     assert code == 2
-    assert "--gpus 0,1 starts a process for each GPU" in err
+    assert "--gpus 0,1 starts one process per GPU" in err
 
 
 def test_processes_are_the_launchers_affair_where_there_is_one(said: Said, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,13 +138,13 @@ def test_processes_are_the_launchers_affair_where_there_is_one(said: Said, monke
     monkeypatch.setenv("WORLD_SIZE", "1")
     code, _, err = said("--processes", "2")
     assert code == 2
-    assert "error: --processes 2: a launcher has started this one as 1 of 1\nhint: leave --processes to it" in err
+    assert "error: --processes 2: a launcher has started this process as rank 0 of 1\nhint: remove --processes" in err
 
 
 def test_gpus_that_are_not_there(said: Said) -> None:
     code, _, err = said("--gpus", "98,99")
     assert code == 4
-    assert "error: --gpus 98,99: GPUs visible here: " in err
+    assert "error: --gpus 98,99: GPUs available here: " in err
     assert "--gpus none uses the CPU" in err
 
 

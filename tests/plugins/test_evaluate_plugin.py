@@ -366,5 +366,5 @@ def test_an_onnx_file_runs_on_the_gpu_that_was_named(
     monkeypatch.setattr(placement, "visible_gpus", lambda: [Gpu(i, "H100", 80 << 30, "9.0") for i in (0, 1)])
     _load_onnx(Path("a.onnx"), 1, asked)
     assert opened == [{"provider": provider, "gpu": gpu}]
-    with pytest.raises(MissingError, match="GPUs visible here: 0, 1"):
+    with pytest.raises(MissingError, match="GPUs available here: 0, 1"):
         _load_onnx(Path("a.onnx"), 1, "2")

@@ -1,7 +1,7 @@
 """Data parallelism: the same weights in several processes, with torch's DistributedDataParallel.
 
-Each process's loss is its images' share of the mean over the whole batch, so gradients are summed, not averaged. They
-are sent in buckets during the backward pass.
+Each process divides its loss by the size of the whole batch, so gradients are summed, not averaged. They are sent in
+buckets during the backward pass.
 """
 
 from __future__ import annotations
@@ -15,48 +15,48 @@ from torch.nn.parallel import DistributedDataParallel
 from alexnet_cli.core.model.network import Network
 from alexnet_cli.core.parallel.process_group import ProcessMesh
 
-Summed = torch.futures.Future[Tensor]
+TensorFuture = torch.futures.Future[Tensor]
 
 
 def wrap_ddp(network: Network, ranks: ProcessMesh, compress: bool) -> nn.Module:
     """Wrap the network so that gradients are summed over `ranks.group`; `compress` sends them as bf16.
 
-    Layers that are split over all ranks (hybrid) are left out. Freeze parameters before, and wrap the network again
-    after freezing more. Returns the network itself if no replicated parameter is trainable.
+    Layers that are split over all ranks (hybrid) are left out. Wrap the network again after parameters are frozen.
+    Returns the network itself if no replicated parameter is trainable.
     """
     assert ranks.group is not None
-    apart = [name for name, _ in network.named_buffers()]  # each rank draws the dropout of its own images
+    ignored = [name for name, _ in network.named_buffers()]  # each rank has the dropout state of its own images
     if ranks.columns is not None:
-        apart += [name for name, _ in network.named_parameters() if name.startswith("fc")]
-    if not set(trainable_names(network)) - set(apart):
+        ignored += [name for name, _ in network.named_parameters() if name.startswith("fc")]
+    if not set(trainable_names(network)) - set(ignored):
         return network
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(network, apart)
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(network, ignored)
     wrapped = DistributedDataParallel(
         network,
         process_group=ranks.group,
-        init_sync=False,  # all have drawn the same initial values, or read the same file
+        init_sync=False,  # all ranks draw the same initial values, or read the same file
         gradient_as_bucket_view=True,
     )
     layers: dict[Tensor, str] = {p: name.partition(".")[0] for name, p in network.named_parameters()}
-    # Torch inspects what it is given and knows its own annotations only.
-    wrapped.register_comm_hook(ranks, lambda state, bucket: _added(state, bucket, layers, compress))
+    # A lambda, since torch checks the annotations of a hook and knows only its own types.
+    wrapped.register_comm_hook(ranks, lambda state, bucket: _sum_bucket(state, bucket, layers, compress))
     return wrapped
 
 
-def _added(ranks: ProcessMesh, bucket: GradBucket, layers: dict[Tensor, str], compress: bool) -> Summed:
+def _sum_bucket(ranks: ProcessMesh, bucket: GradBucket, layers: dict[Tensor, str], compress: bool) -> TensorFuture:
     """Start to sum a bucket's gradients over replicas. Returns the future of the sum."""
     gradients = bucket.buffer()
     sent = gradients.to(torch.bfloat16) if compress else gradients
     for parameter in bucket.parameters():
         size = parameter.numel() * sent.element_size()
         ranks.traffic[f"{layers[parameter]} gradients"] += 2 * size * (ranks.replicas - 1) // ranks.replicas
-    summed: Summed = dist.all_reduce(sent, group=ranks.group, async_op=True).get_future()
+    summed: TensorFuture = dist.all_reduce(sent, group=ranks.group, async_op=True).get_future()
 
-    def received(done: Summed) -> Tensor:
+    def unpack(done: TensorFuture) -> Tensor:
         value: Tensor = done.value()[0]
         return gradients.copy_(value) if compress else value
 
-    return summed.then(received)
+    return summed.then(unpack)
 
 
 def trainable_names(network: nn.Module) -> list[str]:

@@ -27,18 +27,18 @@ from alexnet_cli.errors import LostError, MissingError, UsageError
 
 T = TypeVar("T")
 Parallel = Literal["auto", "tower", "data", "hybrid"]
-LAUNCHER = "ALEXNET_LAUNCHER"  # process id of the `alexnet` command that started this rank
-TIMEOUT = "ALEXNET_TIMEOUT"  # seconds that a rank waits for the others
+LAUNCHER_VARIABLE = "ALEXNET_LAUNCHER"  # process id of the `alexnet` command that started this rank
+TIMEOUT_VARIABLE = "ALEXNET_TIMEOUT"  # seconds that a rank waits for the others
 DEFAULT_TIMEOUT = 600.0
-NCCL_FACTOR = 2  # how many times longer than gloo NCCL waits
+NCCL_TIMEOUT_FACTOR = 2  # NCCL waits this many times longer than gloo
 REPORT_SECONDS = 3.0  # after a failure, how long the other ranks have to report that they see it too
-# Words by which gloo, NCCL and the store can be recognized in an error: they share no exception class.
+# Words in the errors of gloo, NCCL and the store, which share no exception class.
 TRANSPORT_WORDS = ("gloo", "Dist", "NCCL", "Connection", "Timed out", "Broken pipe", "onnection reset")
 
 
 @dataclass(frozen=True)
 class RankInfo:
-    """What a launcher says of this process: its rank among all, and its rank on this machine."""
+    """What a launcher tells this process: its rank among all processes, and its rank on this machine."""
 
     rank: int
     size: int
@@ -52,37 +52,38 @@ def read_rank_info() -> RankInfo | None:
     Raises:
         UsageError: the variables are not whole numbers, or out of range.
     """
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    variables = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     if "SLURM_PROCID" in os.environ and "SLURM_STEP_ID" in os.environ and "RANK" not in os.environ:
-        names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE")
-    if names[0] not in os.environ or names[1] not in os.environ:
+        variables = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE")
+    if variables[0] not in os.environ or variables[1] not in os.environ:
         return None
     try:
-        rank, size = (int(os.environ[name]) for name in names[:2])
-        local_rank = int(os.environ.get(names[2], rank))
-        info = RankInfo(rank, size, local_rank, int(os.environ.get(names[3], size)))
+        rank, size = (int(os.environ[variable]) for variable in variables[:2])
+        local_rank = int(os.environ.get(variables[2], rank))
+        local_size = int(os.environ.get(variables[3], size))
     except ValueError as error:
-        raise UsageError(f"the launcher's variables {', '.join(names)} are not numbers: {error}") from error
-    if not (0 <= rank < size and 0 <= local_rank < info.local_size):
-        what = f"the launcher numbers this process rank {rank} of {size}, local rank {local_rank} of {info.local_size}"
-        raise UsageError(what, f"{', '.join(names)} count from 0")
-    return info
+        raise UsageError(f"the launcher's variables {', '.join(variables)} are not numbers: {error}") from error
+    if not (0 <= rank < size and 0 <= local_rank < local_size):
+        what = f"the launcher calls this process rank {rank} of {size}, local rank {local_rank} of {local_size}"
+        raise UsageError(what, f"{', '.join(variables)} count from 0")
+    return RankInfo(rank, size, local_rank, local_size)
 
 
 def launcher_pid() -> int | None:
     """The process id of the `alexnet` command that started this rank; None under another launcher."""
-    return int(os.environ[LAUNCHER]) if LAUNCHER in os.environ else None
+    return int(os.environ[LAUNCHER_VARIABLE]) if LAUNCHER_VARIABLE in os.environ else None
 
 
 def read_timeout() -> timedelta:
     """How long a rank waits for the others. Raises UsageError if ALEXNET_TIMEOUT is not a positive number."""
-    asked = os.environ.get(TIMEOUT) or str(DEFAULT_TIMEOUT)
+    text = os.environ.get(TIMEOUT_VARIABLE) or str(DEFAULT_TIMEOUT)
     try:
-        timeout = timedelta(seconds=float(asked))
-    except (ValueError, OverflowError) as error:
-        raise UsageError(f"{TIMEOUT}={asked} is not a number of seconds", f"for example {TIMEOUT}=600") from error
+        timeout = timedelta(seconds=float(text))
+    except (ValueError, OverflowError):
+        timeout = timedelta(0)
     if timeout <= timedelta(0):
-        raise UsageError(f"{TIMEOUT}={asked} is not more than 0 seconds", f"for example {TIMEOUT}=600")
+        what = f"{TIMEOUT_VARIABLE}={text} is not a positive number of seconds"
+        raise UsageError(what, f"for example {TIMEOUT_VARIABLE}=600")
     return timeout
 
 
@@ -97,9 +98,9 @@ class ProcessMesh:
     towers: TowerGroup | None = None
     """The tower this process holds; None if it holds both."""
     columns: TowerGroup | None = None
-    """The units of layers 6 to 8 this process holds, if they are split in another way than by tower (hybrid)."""
+    """The units of layers 6 to 8 this process holds, in hybrid parallelism; otherwise None."""
     group: dist.ProcessGroup | None = None
-    """The ranks of other replicas that hold the same part of the network."""
+    """The ranks of all replicas that hold the same part of the network."""
     store: Store | None = field(default=None, compare=False)
     traffic: Counter[str] = field(default_factory=Counter, compare=False)
     """Bytes that this rank has sent, by layer."""
@@ -111,11 +112,11 @@ class ProcessMesh:
 
     @property
     def is_collecting(self) -> bool:
-        """Whether rank 0 needs this rank's slices to have the whole network."""
+        """Whether this rank takes part when rank 0 gathers the whole network."""
         return self.replica == 0 or self.columns is not None
 
     def batch_slice(self, images: int) -> slice:
-        """The slice of a batch of `images` that this rank trains on."""
+        """Return the slice of a batch of `images` that this rank trains on."""
         return slice(self.replica * images // self.replicas, (self.replica + 1) * images // self.replicas)
 
     def broadcast(self, value: T, what: str) -> T:
@@ -137,7 +138,7 @@ class ProcessMesh:
         return values
 
     def agree_on_stop(self, stop: Callable[[], str | None], reasons: Sequence[str]) -> Callable[[], str | None]:
-        """Wrap `stop` so that all ranks get the same answer at the same call: the reason of any rank that has one."""
+        """Wrap `stop` so that all ranks return the same reason at the same call: that of any rank that has one."""
         if self.size == 1:
             return stop
 
@@ -161,7 +162,7 @@ class ProcessMesh:
 
     @contextmanager
     def name_errors(self, operation: str) -> Iterator[None]:
-        """While inside, turn an error of gloo or NCCL into one that says what happened to which rank.
+        """While inside, replace errors of gloo and NCCL by errors that name the operation and the missing rank.
 
         Raises:
             LostError: another rank has ended, or did not arrive in time.
@@ -173,7 +174,7 @@ class ProcessMesh:
             if self.size == 1 or not _is_transport_error(error):
                 raise
             if reason := _nccl_failure(error):
-                what = f"rank {self.rank}: NCCL, which connects the GPUs, failed in {operation}: {reason}"
+                what = f"rank {self.rank}: NCCL (GPU communication) failed in {operation}: {reason}"
                 hint = "set NCCL_DEBUG=INFO for details; --gpus 0 trains on one GPU, --gpus 0,0 without NCCL"
                 raise MissingError(what, hint) from error
             hint = "continue from the last checkpoint with --resume"
@@ -191,11 +192,11 @@ class ProcessMesh:
         except RuntimeError:
             missing = [0]  # the store does not answer: rank 0 keeps it, unless a launcher does
         event = "timed out" if "timed out" in str(error).lower() else "lost its connection"
-        reason = f"{_format_ranks(missing)} did not arrive" if missing else "no rank is missing; is the network down?"
+        reason = f"{_format_ranks(missing)} did not arrive" if missing else "all ranks respond; check the network"
         return f"{event} in {operation}: {reason}"
 
 
-ALONE = ProcessMesh()
+SINGLE_PROCESS = ProcessMesh()
 
 
 def _is_transport_error(error: RuntimeError) -> bool:
@@ -226,28 +227,28 @@ def _format_ranks(ranks: Sequence[int]) -> str:
 
 
 def mesh_shape(size: int, parallel: Parallel, towers: int) -> tuple[int, int]:
-    """How many replicas, and ranks in each. Raises UsageError if `size` ranks cannot be divided that way."""
+    """Return the number of replicas and of ranks in each. Raises UsageError if `size` ranks cannot be divided so."""
     if size == 1 or parallel in ("data", "hybrid"):
         return size, 1
     if towers == 2 and size % 2 == 0:
         return size // 2, 2
     if parallel == "auto":
         return size, 1
-    reason = f"{size} is odd" if towers == 2 else "the recipe has one tower"
-    raise UsageError(f"--parallel tower needs pairs of devices for two towers, and {reason}", "use --parallel data")
+    reason = f"the number of devices is odd ({size})" if towers == 2 else "the recipe has one tower"
+    raise UsageError(f"--parallel tower places two towers on two devices: {reason}", "use --parallel data")
 
 
 @contextmanager
 def join_process_group(info: RankInfo | None, backend: str) -> Iterator[ProcessMesh]:
-    """While inside, be one rank of a process group, if there are several. `arrange_mesh` then divides the network.
+    """While inside, this process is a rank of a process group, if there are several. See `arrange_mesh` for the rest.
 
-    torchrun keeps its store over restarts. The prefix keeps restarted ranks from reading their predecessors' addresses.
+    torchrun keeps its store over restarts. The prefix keeps restarted ranks from reading the addresses of the old ones.
 
     Raises:
         MissingError: another rank did not arrive.
     """
     if info is None or info.size == 1:
-        yield ALONE
+        yield SINGLE_PROCESS
         return
     timeout = read_timeout()
     os.environ.update({"RANK": str(info.rank), "WORLD_SIZE": str(info.size)})
@@ -269,29 +270,26 @@ def arrange_mesh(ranks: ProcessMesh, parallel: Parallel, towers: int, device: to
     """Assign a replica and a tower to each rank. Raises UsageError if they cannot be divided that way."""
     if ranks.size == 1:
         return ranks
-    replicas, each = mesh_shape(ranks.size, parallel, towers)
-    replica, tower = ranks.rank // each, ranks.rank % each
-    mesh = np.arange(ranks.size).reshape(replicas, each)
+    replicas, ranks_per_replica = mesh_shape(ranks.size, parallel, towers)
+    replica, tower = divmod(ranks.rank, ranks_per_replica)
+    mesh = np.arange(ranks.size).reshape(replicas, ranks_per_replica)
     with ranks.name_errors("connecting towers and replicas"):
-        tower_group = _group(mesh) if each == 2 else None
-        data_group = _group(mesh.T) if replicas > 1 else None
+        tower_group = _new_subgroup(mesh) if ranks_per_replica == 2 else None
+        data_group = _new_subgroup(mesh.T) if replicas > 1 else None
     staged = device.type == "cuda" and "nccl" not in str(dist.get_backend_config())
-
-    def part(total: int, first: int, group: dist.ProcessGroup | None) -> TowerGroup:
-        return TowerGroup(total, 1, first, group, staged, ranks.traffic)
-
+    columns = TowerGroup(ranks.size, 1, ranks.rank, data_group, staged, ranks.traffic)
     return replace(
         ranks,
         replica=replica,
         replicas=replicas,
-        towers=part(2, tower, tower_group) if tower_group else None,
-        columns=part(ranks.size, ranks.rank, data_group) if parallel == "hybrid" else None,
+        towers=TowerGroup(2, 1, tower, tower_group, staged, ranks.traffic) if tower_group else None,
+        columns=columns if parallel == "hybrid" else None,
         group=data_group,
     )
 
 
-def _group(mesh: npt.NDArray[np.int64]) -> dist.ProcessGroup:
-    """This rank's row of the mesh, as a group. torch's DeviceMesh is not used: it ignores the timeout (30 minutes)."""
+def _new_subgroup(mesh: npt.NDArray[np.int64]) -> dist.ProcessGroup:
+    """Make a group of each row; return this rank's. torch's DeviceMesh is not used: it ignores the timeout."""
     group = dist.new_subgroups_by_enumeration(mesh.tolist(), timeout=read_timeout())[0]
     assert isinstance(group, dist.ProcessGroup)
     _lengthen_nccl_timeout(group)
@@ -299,11 +297,11 @@ def _group(mesh: npt.NDArray[np.int64]) -> dist.ProcessGroup:
 
 
 def _lengthen_nccl_timeout(group: dist.ProcessGroup) -> None:
-    """Let NCCL wait longer than gloo: a timeout of gloo is an error with a message, one of NCCL ends the process.
+    """Let NCCL wait longer than gloo, whose timeout is an error with a message; that of NCCL kills the process.
 
     Groups without NCCL stay as they are.
     """
-    with suppress(RuntimeError):  # there is no backend for GPUs
+    with suppress(RuntimeError):  # no backend for GPUs
         backend = group._get_backend(torch.device("cuda"))
         if backend.name() == "nccl":
-            backend._set_default_timeout(read_timeout() * NCCL_FACTOR)
+            backend._set_default_timeout(read_timeout() * NCCL_TIMEOUT_FACTOR)
