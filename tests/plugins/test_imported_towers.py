@@ -1,4 +1,4 @@
-"""Section 6.1 of somebody else's network: a .caffemodel comes in, and its towers are measured like ours."""
+"""Section 6.1 on an imported network: the towers of a .caffemodel are measured like those of a trained run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def layers() -> dict[str, tuple[files.Floats, files.Floats]]:
 
 
 def measured(layers: dict[str, tuple[files.Floats, files.Floats]], kernels: files.Floats, home: Path) -> dict[str, Any]:
-    """What `visualize-filters` says of a network of Caffe, BGR as all of them are, with this first layer."""
+    """Import a Caffe network (BGR) with this first layer; returns the JSON of `visualize-filters`."""
     layers["conv1"] = (kernels, layers["conv1"][1])
     (home / "theirs.caffemodel").write_bytes(files.caffemodel(layers, 2))
     assert alexnet("import-weights", "theirs.caffemodel", "-q", folder=home).returncode == 0
@@ -41,7 +41,7 @@ def noise(count: int, seed: int) -> files.Floats:
     return np.random.default_rng(seed).standard_normal((count, 3, 11, 11), dtype=np.float32)
 
 
-def test_random_kernels_have_two_thirds_color_and_towers_that_chance_explains(
+def test_random_kernels_have_two_thirds_color_and_equal_towers(
     layers: dict[str, tuple[files.Floats, files.Floats]], tmp_path: Path
 ) -> None:
     found = measured(layers, noise(2 * TOWER, 1), tmp_path)
@@ -53,10 +53,10 @@ def test_random_kernels_have_two_thirds_color_and_towers_that_chance_explains(
 
 
 @pytest.mark.parametrize("color_tower", [1, 2])
-def test_a_planted_color_tower_is_found_and_is_the_one_it_was(
+def test_a_planted_color_tower_is_found(
     layers: dict[str, tuple[files.Floats, files.Floats]], tmp_path: Path, color_tower: int
 ) -> None:
-    """Stripes, on one side in gray, on the other in what Caffe calls red against what it calls blue."""
+    """Stripes, gray in one tower, red against blue in the other."""
     x = np.arange(11, dtype=np.float32)
     waves = np.sin(np.linspace(0.4, 1.2, TOWER, dtype=np.float32)[:, None] * x)
     stripes = np.tile(waves[:, None, None], (1, 1, 11, 1))

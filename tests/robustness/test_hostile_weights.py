@@ -1,4 +1,4 @@
-"""Files that are damaged, lie, or want to run something: each ends in a message and exit code 3, in nothing else."""
+"""Damaged, lying or malicious weights files: each gives a clear error with exit code 3, and runs no code."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ Content = bytes | Callable[[], bytes]
 
 
 def attempt(path: Path) -> AlexNetError | None:
-    """Import a file; the error, or None if it was in order. Anything else that is raised fails the test."""
+    """Import a file; returns the error, or None. Any other exception fails the test."""
     caught: AlexNetError | None = None
     try:
-        found = convert.read_network(path, PAPER, "rgb")
-        names, _ = convert.name_outputs(len(found.layers["fc8"][0]), None)
-        convert.model(found, names, None, {})
+        network = convert.read_network(path, PAPER, "rgb")
+        names, _ = convert.name_outputs(len(network.layers["fc8"][0]), None)
+        convert.build_model(network, names, None, {})
     except AlexNetError as error:
         caught = error
     assert caught is None or (caught.exit_code == 3 and 0 < len(caught.what) < 1000 and caught.hint)
@@ -64,7 +64,7 @@ SOUND: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("kind", SOUND)
-def test_sound_files_are_sound_and_damaged_ones_are_not(kind: str, tmp_path: Path) -> None:
+def test_valid_files_are_read_and_damaged_ones_refused(kind: str, tmp_path: Path) -> None:
     path, sound = tmp_path / "file.bin", SOUND[kind]
     path.write_bytes(sound)
     assert attempt(path) is None
@@ -73,7 +73,7 @@ def test_sound_files_are_sound_and_damaged_ones_are_not(kind: str, tmp_path: Pat
         assert isinstance(attempt(path), WeightsError)
 
 
-# Pickles that want to run something: each would make the file `executed`.
+# Pickles that call os.system: each would create the file `executed`.
 
 
 class Attack:
@@ -238,7 +238,7 @@ MEANS: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("lie", MEANS)
-def test_mean_files(lie: str, tmp_path: Path) -> None:
+def test_invalid_mean_files(lie: str, tmp_path: Path) -> None:
     path = tmp_path / "mean"
     path.write_bytes(MEANS[lie])
     with pytest.raises(WeightsError):
@@ -246,14 +246,14 @@ def test_mean_files(lie: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("field", "kind"), [(5, "<f4"), (8, "<f8")])
-def test_a_mean_file_that_is_sound(field: int, kind: str, tmp_path: Path) -> None:
+def test_a_valid_mean_file(field: int, kind: str, tmp_path: Path) -> None:
     path = tmp_path / "mean"
     path.write_bytes(files.inside(field, np.array(files.MEAN_BGR, kind).tobytes()) + files.integer(2, 3))
-    found = convert.read_mean(path, bgr=True)
-    np.testing.assert_allclose(found[:, 7, 9], files.MEAN_BGR[::-1], rtol=1e-6)
+    mean = convert.read_mean(path, bgr=True)
+    np.testing.assert_allclose(mean[:, 7, 9], files.MEAN_BGR[::-1], rtol=1e-6)
 
 
-def test_what_is_no_file(tmp_path: Path) -> None:
+def test_folders_pipes_and_devices(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path, tmp_path / "pipe", tmp_path / "nowhere", Path("/dev/zero")):
         assert isinstance(attempt(path), WeightsError)

@@ -1,14 +1,14 @@
-"""Caffe's .caffemodel and .binaryproto, parsed by Google's runtime.
+"""Reads Caffe's .caffemodel and .binaryproto with Google's protobuf library.
 
-A network holds its layers as `layer` (since September 2014) or as the older `layers`. The weights lie as here; the
-channels of a picture are BGR. Caffe rounds pooling up and clips windows at the edge, as this network does, and
-subtracts the part of the mean that lies under the crop.
+A network has its layers in `layer` (since September 2014) or in the older `layers`. Weights are laid out as in this
+toolkit, input channels are BGR. Caffe rounds pooling up and clips windows at the edge, as this network does. It
+subtracts the part of the mean image that lies under the crop.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,13 @@ import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 
+from alexnet_cli.core.model.architecture import POOL_STRIDE
 from alexnet_cli.errors import WeightsError
-from alexnet_cli.recipe import CAFFE
 from alexnet_plugins.import_weights import imported
 from alexnet_plugins.import_weights.imported import CAFFE_MEAN, Array, ImportedNetwork, corrupt, unsupported
 
-# The part of caffe.proto that is read; the runtime skips all other fields. Packed floats (data, double_data) are
-# declared as bytes, which is what they are in the file: NumPy reads them without a Python object per number.
+# The part of caffe.proto that is read; the library skips all other fields. Packed floats (data, double_data) are
+# declared as bytes, as they are in the file: NumPy reads them without one Python object per number.
 PROTO = """
 message BlobShape { repeated int64 dim = 1; }
 message BlobProto {
@@ -88,7 +88,7 @@ WORDS = {
     "Convolution": "conv", "InnerProduct": "fc", "ReLU": "relu", "LRN": "norm", "Pooling": "pool",
     4: "conv", 14: "fc", 18: "relu", 15: "norm", 17: "pool",
 }  # fmt: skip
-IDLE = {  # what does nothing to a picture at test time
+NO_EFFECT = {  # layers that change nothing at test time
     "Data", "ImageData", "Input", "DummyData", "HDF5Data", "MemoryData", "WindowData", "Dropout", "Softmax",
     "SoftmaxWithLoss", "Accuracy", "Split", "Flatten", "Silence", "MultinomialLogisticLoss",
     5, 12, 24, 29, 32, 9, 6, 20, 21, 1, 22, 8, 36, 16,
@@ -97,13 +97,13 @@ WITHIN_CHANNEL = 1  # of LRNParameter.norm_region
 
 
 def _message_classes() -> dict[str, Any]:
-    """The classes of the messages in PROTO, by name."""
+    """Return the classes of the messages in PROTO, by name."""
     field_type = descriptor_pb2.FieldDescriptorProto
     file = descriptor_pb2.FileDescriptorProto(name="alexnet/caffe.proto", package="caffe", syntax="proto2")
     for message, fields in MESSAGE.findall(PROTO):
-        made = file.message_type.add(name=message)
+        message_type = file.message_type.add(name=message)
         for label, kind, name, number, default in FIELD.findall(fields):
-            field = made.field.add(name=name, number=int(number), default_value=default or None)
+            field = message_type.field.add(name=name, number=int(number), default_value=default or None)
             field.label = field_type.Label.Value(f"LABEL_{label.upper()}")
             if kind[0].isupper():
                 field.type, field.type_name = field_type.TYPE_MESSAGE, f".caffe.{kind}"
@@ -118,94 +118,106 @@ def _message_classes() -> dict[str, Any]:
 MESSAGES = _message_classes()
 
 
-def read(path: Path) -> ImportedNetwork:
+def read_network(path: Path) -> ImportedNetwork:
     """Read a .caffemodel.
 
     Raises:
         WeightsError: it is damaged, or another network.
     """
     try:
-        return _network(path, MESSAGES["NetParameter"].FromString(path.read_bytes()))
+        return _convert(path, MESSAGES["NetParameter"].FromString(path.read_bytes()))
     except (DecodeError, ValueError, OverflowError) as error:
         raise corrupt(path, error) from error
 
 
 def read_blob(path: Path) -> Array:
-    """The array in a .binaryproto, such as a mean image. Raises WeightsError if it is damaged."""
+    """Return the array in a .binaryproto, such as a mean image. Raises WeightsError if it is damaged."""
     try:
-        return _array(MESSAGES["BlobProto"].FromString(path.read_bytes()))
+        return _to_array(MESSAGES["BlobProto"].FromString(path.read_bytes()))
     except (DecodeError, ValueError, OverflowError) as error:
         raise corrupt(path, error) from error
 
 
-def _array(blob: Any) -> Array:
-    """The numbers of a BlobProto in the shape that it gives, in the new way or the old. Raises ValueError."""
-    double = blob.HasField("double_data")
-    values = np.frombuffer(blob.double_data if double else blob.data, "<f8" if double else "<f4")
-    return imported.array(values, list(blob.shape.dim) or [blob.num, blob.channels, blob.height, blob.width])
+def _to_array(blob: Any) -> Array:
+    """Return the numbers of a BlobProto in its shape, given in the new way or the old. Raises ValueError."""
+    is_double = blob.HasField("double_data")
+    values = np.frombuffer(blob.double_data if is_double else blob.data, "<f8" if is_double else "<f4")
+    shape = list(blob.shape.dim) or [blob.num, blob.channels, blob.height, blob.width]
+    return imported.reshape_array(values, shape)
 
 
-def _network(path: Path, net: Any) -> ImportedNetwork:
-    old = not net.layer
-    every = net.layers if old else net.layer
-    if not every:
-        raise WeightsError(f"{path} is no .caffemodel: it holds no layers", "name a weights file")
-    for layer in every:
-        if old and layer.HasField("layer"):
-            raise unsupported(
-                path, "its layers have Caffe's form of 2013", "turn it with Caffe's upgrade_net_proto_binary"
-            )
-        if layer.type not in IDLE and layer.type not in WORDS:
+def _convert(path: Path, net: Any) -> ImportedNetwork:
+    is_old = not net.layer
+    all_layers = net.layers if is_old else net.layer
+    if not all_layers:
+        raise WeightsError(f"{path} is not a .caffemodel: it has no layers", "give a weights file")
+    for layer in all_layers:
+        if is_old and layer.HasField("layer"):
+            hint = "convert it with Caffe's upgrade_net_proto_binary"
+            raise unsupported(path, "it is in Caffe's format of 2013", hint)
+        if layer.type not in NO_EFFECT and layer.type not in WORDS:
             raise unsupported(path, f"layer {layer.name} is of type {layer.type}, which this network does not have")
-    layers = [layer for layer in every if layer.type in WORDS]
+    layers = [layer for layer in all_layers if layer.type in WORDS]
     words = [WORDS[layer.type] for layer in layers]
-    of = {word: [layer for layer, its in zip(layers, words, strict=True) if its == word] for word in WORDS.values()}
-    weighted = [[layer for layer in of[word] if layer.blobs] for word in ("conv", "fc")]
-    tensors: dict[str, tuple[Array, Array]] = {}
-    for name, layer in imported.named(path, *weighted).items():
-        if len(layer.blobs) != 2:
-            raise unsupported(path, f"{name} has {len(layer.blobs)} tensors, this network's have a weight and a bias")
-        tensors[name] = imported.shaped(path, name, *map(_array, layer.blobs))
-        if layer.HasField("convolution_param"):  # not where the weights alone were kept
-            settings = layer.convolution_param
-            imported.geometry(path, name, [1, *settings.stride][-1], [0, *settings.pad][-1])
-    for layer in of["pool"]:
+    by_word: dict[str, list[Any]] = {word: [] for word in WORDS.values()}
+    for word, layer in zip(words, layers, strict=True):
+        by_word[word].append(layer)
+    tensors = _read_tensors(path, by_word)
+    for layer in by_word["pool"]:
         _check_pooling(path, layer)
-    order, shown = imported.orders(path, words)
-    if not shown and "caffenet" in net.name.lower():
-        order = {"stage1_order": "relu-pool-norm", "stage2_order": "relu-pool-norm"}
-    norms = imported.same(path, [_norm(layer.lrn_param) for layer in of["norm"]])
-    crop, mean = _transform(path, [layer for layer in every if layer.type in IDLE], net.input_dim[2:3])
-    grid = {"input_size": crop, "edge_padding": crop != 224}
-    recipe = imported.built(path, CAFFE, {"mean": "rgb"} | grid | norms | order)
-    form = "Caffe, old `layers`" if old else "Caffe, `layer`"
-    return ImportedNetwork(path, form, tensors, recipe, "bgr", mean, shown)
+    orders, is_shown = imported.find_stage_orders(path, words)
+    if not is_shown and "caffenet" in net.name.lower():
+        orders = {"stage1_order": "relu-pool-norm", "stage2_order": "relu-pool-norm"}
+    norm = imported.merge_settings(path, [_norm_settings(layer.lrn_param) for layer in by_word["norm"]])
+    data_layers = [layer for layer in all_layers if layer.type in NO_EFFECT]
+    crop, mean = _read_transform(path, data_layers, net.input_dim[2:3])
+    values = {"mean": "rgb", "input_size": crop, "edge_padding": crop != 224} | norm | orders
+    file_format = "Caffe, old `layers`" if is_old else "Caffe, `layer`"
+    recipe = imported.build_recipe(path, values)
+    return ImportedNetwork(path, file_format, tensors, recipe, "bgr", mean, is_shown)
+
+
+def _read_tensors(path: Path, by_word: Mapping[str, Sequence[Any]]) -> dict[str, tuple[Array, Array]]:
+    """Return weight and bias of each layer, once its geometry is this network's."""
+    with_weights = [[layer for layer in by_word[word] if layer.blobs] for word in ("conv", "fc")]
+    tensors: dict[str, tuple[Array, Array]] = {}
+    for name, layer in imported.name_layers(path, *with_weights).items():
+        if len(layer.blobs) != 2:
+            raise unsupported(path, f"{name} has {len(layer.blobs)} tensors, in this network a weight and a bias")
+        tensors[name] = imported.check_tensors(path, name, *map(_to_array, layer.blobs))
+        if layer.HasField("convolution_param"):  # missing where only weights were kept
+            settings = layer.convolution_param
+            imported.check_geometry(path, name, [1, *settings.stride][-1], [0, *settings.pad][-1])
+    return tensors
 
 
 def _check_pooling(path: Path, layer: Any) -> None:
     settings = layer.pooling_param
-    if settings.pool or settings.pad or (settings.kernel_size, settings.stride) != (3, 2):
-        size, what = settings.kernel_size, "average" if settings.pool else "maximum"
-        what = f"{what} of {size}x{size} at stride {settings.stride}, padded by {settings.pad}"
-        raise unsupported(path, f"{layer.name} takes the {what}; this network the maximum of 3x3 at stride 2")
+    if settings.pool or settings.pad or (settings.kernel_size, settings.stride) != (3, POOL_STRIDE):
+        kind = "average" if settings.pool else "max"
+        size = f"{settings.kernel_size}x{settings.kernel_size}"
+        what = f"{layer.name} is {kind} pooling of {size}, stride {settings.stride}, padding {settings.pad}"
+        raise unsupported(path, f"{what}; this network has max pooling of 3x3, stride {POOL_STRIDE}, without padding")
 
 
-def _norm(settings: Any) -> dict[str, Any]:
-    """Recipe values of a response normalization; what is left out has Caffe's defaults."""
-    within = settings.norm_region == WITHIN_CHANNEL
+def _norm_settings(settings: Any) -> dict[str, Any]:
+    """Return the recipe values of a response normalization; missing fields have Caffe's defaults."""
+    is_within = settings.norm_region == WITHIN_CHANNEL
     return {
-        "lrn": "within-map" if within else "across-maps",
+        "lrn": "within-map" if is_within else "across-maps",
         "lrn_size": settings.local_size,
-        "lrn_alpha": imported.decimal(settings.alpha),
-        "lrn_beta": imported.decimal(settings.beta),
-        "lrn_k": 1.0 if within else imported.decimal(settings.k),  # Caffe ignores k within a map
+        "lrn_alpha": imported.to_decimal(settings.alpha),
+        "lrn_beta": imported.to_decimal(settings.beta),
+        "lrn_k": 1.0 if is_within else imported.to_decimal(settings.k),  # Caffe ignores k within a map
     }
 
 
-def _transform(path: Path, data: Sequence[Any], inputs: Sequence[int]) -> tuple[int, tuple[float, float, float]]:
-    """Side of the crop and mean color (RGB), as far as the net's input or layers that read pictures tell them."""
-    crop, mean = [227, *inputs][-1], CAFFE_MEAN
-    for layer in data:
+def _read_transform(
+    path: Path, data_layers: Sequence[Any], input_sides: Sequence[int]
+) -> tuple[int, tuple[float, float, float]]:
+    """Return side of the crop (227 if the file has none) and mean color (RGB, 0..255; ILSVRC's if it has none)."""
+    crop, mean = [227, *input_sides][-1], CAFFE_MEAN
+    for layer in data_layers:
         settings = layer.transform_param
         crop = settings.crop_size or crop
         if settings.scale != 1.0:
@@ -214,5 +226,5 @@ def _transform(path: Path, data: Sequence[Any], inputs: Sequence[int]) -> tuple[
             blue, green, red = settings.mean_value
             mean = (red, green, blue)
     if crop not in (224, 227):
-        raise unsupported(path, f"it takes crops of {crop} pixels, this network 227 or 224")
+        raise unsupported(path, f"its crops have {crop} pixels, in this network 227 or 224")
     return crop, mean

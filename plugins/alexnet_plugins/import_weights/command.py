@@ -1,4 +1,4 @@
-"""`alexnet import-weights`: pretrained two-tower networks of other programs, ready for every other command."""
+"""`alexnet import-weights`: pretrained two-tower networks of other programs, for use in every other command."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from alexnet_cli import recipe as recipes
 from alexnet_cli import recipe_io
 from alexnet_cli.console import Reporter
 from alexnet_cli.errors import UsageError
 from alexnet_cli.options import JsonFlag, QuietFlag
+from alexnet_cli.recipe import Order, Recipe
 
 if TYPE_CHECKING:
     from alexnet_plugins.import_weights.imported import ImportedNetwork
 
-BARE = ("PyTorch", "safetensors")  # formats that hold tensors and nothing about the network
+BARE_FORMATS = ("PyTorch", "safetensors")  # they contain tensors and nothing about the network
 
 
 def import_weights(
@@ -34,7 +34,7 @@ def import_weights(
         ),
     ] = None,
     order: Annotated[
-        Literal["relu-norm-pool", "relu-pool-norm", "norm-pool-relu"] | None,
+        Order | None,
         typer.Option(
             help="Order of operations after convolutions 1 and 2, if the file lacks it; CaffeNet has relu-pool-norm"
         ),
@@ -66,90 +66,88 @@ def import_weights(
     reporter = Reporter("import-weights", json=json, quiet=quiet)
     name = output or re.sub(r"[^\w.-]", "_", file.stem).strip(".") or "imported"
     if file.is_file():
-        convert.check_place(name)  # before a large file is read
-    found = convert.read_network(file, recipe_io.load_recipe(recipe or "paper"), pixels or "rgb")
-    if found.format not in BARE and (recipe or pixels):
-        raise UsageError(f"{file} says itself how its network is built", "leave --recipe and --pixels out")
-    found = _ordered(found, order)
-    sha1 = hash_file(file, "sha1")  # as published files are known
-    known = convert.PUBLISHED.get(sha1)
-    reporter.line("file", f"{file} · {found.format} · {known or f'sha1 {sha1}, no published file that is known here'}")
-    names, origin = convert.name_outputs(len(found.layers["fc8"][0]), classes)
-    image = convert.read_mean(mean, bgr=found.pixels == "bgr") if mean else None
-    about = {"file": file.name, "format": found.format, "sha1": sha1, "published": known, "classes": origin}
-    made = convert.model(found, names, image, {"imported": about})
-    parameters = sum(tensor.size for name, tensor in made.tensors.items() if name != "mean")
-    built = made.recipe
-    reporter.line(
-        "model", f"AlexNet · {built.towers} tower{'s' if built.towers > 1 else ''} · {parameters:,} parameters"
-    )
-    warnings, notes = _assumed(found, order, origin), _notes(found, mean, origin, bool(known or classes))
-    reporter.line("reads", _described(found, built, origin))
+        convert.check_output(name)  # before a large file is read
+    network = convert.read_network(file, recipe_io.load_recipe(recipe or "paper"), pixels or "rgb")
+    if network.format not in BARE_FORMATS and (recipe or pixels):
+        raise UsageError(f"{file} itself says how its network is built", "leave --recipe and --pixels out")
+    network = _set_order(network, order)
+    sha1 = hash_file(file, "sha1")
+    published = convert.PUBLISHED.get(sha1)
+    reporter.line("file", f"{file} · {network.format} · {published or f'sha1 {sha1}, not a known published file'}")
+    names, names_from = convert.name_outputs(len(network.layers["fc8"][0]), classes)
+    mean_image = convert.read_mean(mean, bgr=network.pixels == "bgr") if mean else None
+    about = {"file": file.name, "format": network.format, "sha1": sha1, "published": published, "classes": names_from}
+    model = convert.build_model(network, names, mean_image, {"imported": about})
+    built = model.recipe
+    parameters = sum(tensor.size for name, tensor in model.tensors.items() if name != "mean")
+    towers = f"{built.towers} tower{'s' if built.towers > 1 else ''}"
+    reporter.line("model", f"AlexNet · {towers} · {parameters:,} parameters")
+    reporter.line("input", _describe_input(network, built, names_from))
+    notes = _list_notes(network, mean, names_from, is_sure=bool(published or classes))
+    warnings = _list_warnings(network, order, names_from)
     for note in notes:
         reporter.line("note", note)
     for warning in warnings:
         reporter.warn(warning)
     if name.endswith(".safetensors"):
         path = Path(name)
-        convert.write(made, path)
-        use = str(path)
+        convert.write_model(model, path)
     else:
-        path = convert.save(made, name, {"status": "finished", "imported": about})
-        use = name
-    reporter.line(
-        "saved", f"{path} · {path.stat().st_size / 1e6:,.1f} MB   next: alexnet predict IMAGE -w {shlex.quote(use)}"
-    )
+        path = convert.save_run(model, name, {"status": "finished", "imported": about})
+    size = f"{path.stat().st_size / 1e6:,.1f} MB"
+    use = str(path) if name.endswith(".safetensors") else name
+    reporter.line("saved", f"{path} · {size}   next: alexnet predict IMAGE -w {shlex.quote(use)}")
     reporter.result({
-        "path": str(path), "use": use, "format": found.format, "sha1": sha1, "published": known,
-        "parameters": parameters, "classes": len(names), "class_names": origin, "towers": built.towers,
+        "path": str(path), "use": use, "format": network.format, "sha1": sha1, "published": published,
+        "parameters": parameters, "classes": len(names), "class_names": names_from, "towers": built.towers,
         "width": built.width, "recipe": built.name, "orders": [built.stage1_order, built.stage2_order],
         "input_size": built.input_size, "notes": warnings + notes,
     })  # fmt: skip
 
 
-def _ordered(
-    found: ImportedNetwork, order: Literal["relu-norm-pool", "relu-pool-norm", "norm-pool-relu"] | None
-) -> ImportedNetwork:
-    """The network with the order that was typed, where the file does not show one."""
-    recipe = found.recipe
+def _set_order(network: ImportedNetwork, order: Order | None) -> ImportedNetwork:
+    """Return the network with the order of --order. Raises UsageError if the file shows another one."""
+    recipe = network.recipe
     if order is None or (recipe.stage1_order == order and recipe.stage2_order == order):
-        return found
-    if found.order_known:
+        return network
+    if network.is_order_known:
         what = f"--order {order}: the file itself shows {recipe.stage1_order} and {recipe.stage2_order}"
         raise UsageError(what, "leave --order out")
-    return replace(found, recipe=replace(recipe, stage1_order=order, stage2_order=order))
+    return replace(network, recipe=replace(recipe, stage1_order=order, stage2_order=order))
 
 
-def _described(found: ImportedNetwork, built: recipes.Recipe, origin: str) -> str:
-    """How the network sees pictures."""
+def _describe_input(network: ImportedNetwork, built: Recipe, names_from: str) -> str:
+    """Describe the network's input, normalization and classes."""
     size = f"{built.input_size} pixels" + ("" if built.edge_padding else " unpadded")
     scope = "both towers" if built.lrn_joint and built.towers == 2 else "its tower"
     norm = "none" if built.lrn == "none" else f"k = {built.lrn_k:g}, across {scope}"
-    subtracted = "mean color" if built.mean == "rgb" else "mean image"
-    return f"{found.pixels} · {size} · less the {subtracted} · {built.stage1_order} · norm {norm} · classes: {origin}"
+    mean = "mean color" if built.mean == "rgb" else "mean image"
+    parts = (network.pixels, size, f"minus the {mean}", built.stage1_order, f"norm {norm}", f"classes: {names_from}")
+    return " · ".join(parts)
 
 
-def _assumed(found: ImportedNetwork, order: str | None, origin: str) -> list[str]:
-    """What the file does not tell, and answers depend on."""
+def _list_warnings(network: ImportedNetwork, order: str | None, names_from: str) -> list[str]:
+    """Return what the file does not say although the results depend on it."""
     warnings = []
-    if found.format in BARE:
+    if network.format in BARE_FORMATS:
         warnings.append(
-            f"bare tensors: taken for a network of recipe {found.recipe.name}, trained on pixels as --pixels "
-            f"{found.pixels}; another meaning gives wrong answers"
+            f"the file has only tensors: recipe {network.recipe.name} (--recipe) and {network.pixels} input (--pixels) "
+            "are assumed; if they are wrong, so are the results"
         )
-    elif not found.order_known and order is None:
-        warnings.append(f"the file does not show what follows layers 1 and 2: {found.recipe.stage1_order} is assumed")
-    if origin.startswith("numbers"):
+    elif not network.is_order_known and order is None:
+        assumed = network.recipe.stage1_order
+        warnings.append(f"the file does not show what follows layers 1 and 2: {assumed} is assumed (--order)")
+    if names_from.startswith("numbers"):
         warnings.append("the classes have no names: give a list, or ILSVRC's development kit, with --classes")
     return warnings
 
 
-def _notes(found: ImportedNetwork, mean: Path | None, origin: str, sure: bool) -> list[str]:
-    """What was taken for granted."""
+def _list_notes(network: ImportedNetwork, mean: Path | None, names_from: str, is_sure: bool) -> list[str]:
+    """Return assumptions that are probably right. `is_sure`: the file or the class list is known."""
     notes = []
-    if mean is None and found.pixels != "imagenet":
-        color = " ".join(f"{value:.1f}" for value in found.mean)
-        notes.append(f"no mean file: the mean color {color} (RGB) is subtracted, which changes answers little")
-    if not sure and not origin.startswith("numbers"):
-        notes.append("1000 classes are taken for ILSVRC's; if they are others, name them with --classes")
+    if mean is None and network.pixels != "imagenet":
+        color = " ".join(f"{value:.1f}" for value in network.mean)
+        notes.append(f"no --mean file: the mean color {color} (RGB) is subtracted; results differ little")
+    if not is_sure and not names_from.startswith("numbers"):
+        notes.append("the 1000 classes are assumed to be ILSVRC's; otherwise name them with --classes")
     return notes

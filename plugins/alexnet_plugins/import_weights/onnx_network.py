@@ -1,7 +1,7 @@
-"""An AlexNet in ONNX, such as the model zoo's bvlcalexnet: its nodes, in order, as the eight layers of this network.
+"""Reads an AlexNet in ONNX, such as the model zoo's bvlcalexnet.
 
-The model zoo's takes 224 pixels without padding, so that maps of layer 1 have 54 pixels a side; its pooling is padded
-at the right and below, which is the same as clipping windows at the edge.
+The model zoo's network takes 224 pixels without padding, so that the maps of layer 1 have 54 pixels a side. Its pooling
+is padded on the right and below, which equals clipping windows at the edge.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,15 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import TensorProto, numpy_helper
 
+from alexnet_cli.core.model.architecture import CONV_LAYERS, POOL_STRIDE, layer_specs
 from alexnet_cli.errors import WeightsError
 from alexnet_cli.recipe import CAFFE
 from alexnet_plugins.import_weights import imported
 from alexnet_plugins.import_weights.imported import CAFFE_MEAN, Array, ImportedNetwork, corrupt, unsupported
 
 WORDS = {"Conv": "conv", "Gemm": "fc", "Relu": "relu", "LRN": "norm", "MaxPool": "pool"}
-IDLE = {"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Dropout", "Softmax", "Identity", "Constant"}
-FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE)
-GRIDS = {(224, 0): 54, (224, 3): 55, (227, 0): 55}  # side and padding at the end -> side of layer 1
-POOLED = (27, 13, 6)
+NO_EFFECT = {"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Dropout", "Softmax", "Identity", "Constant"}
+FLOAT_TYPES = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE)
 
 
 @dataclass(frozen=True)
@@ -39,118 +38,123 @@ class Node:
     attributes: dict[str, Any]
 
     def integers(self, name: str, default: list[int]) -> list[int]:
-        """An attribute of integers."""
+        """Return an attribute of integers."""
         return list(self.attributes.get(name, default))
 
     def integer(self, name: str, default: int) -> int:
-        """An attribute of one integer."""
+        """Return an attribute of one integer."""
         return int(self.attributes.get(name, default))
 
     def number(self, name: str, default: float) -> float:
-        """An attribute of one float."""
-        return imported.decimal(self.attributes.get(name, default))
+        """Return an attribute of one float."""
+        return imported.to_decimal(self.attributes.get(name, default))
 
 
-def read(path: Path) -> ImportedNetwork:
+def read_network(path: Path) -> ImportedNetwork:
     """Read an .onnx file.
 
     Raises:
-        WeightsError: it is damaged, keeps its weights elsewhere, is ours already, or another network.
+        WeightsError: it is damaged, lacks its weights, was written by this toolkit, or is another network.
     """
     try:
         model = onnx.load(path, format="protobuf", load_external_data=False)
         if any(entry.key == "alexnet.schema" for entry in model.metadata_props):
-            raise unsupported(path, "it is an ONNX file of this toolkit already", f"use it as it is: -w {path}")
+            raise unsupported(path, "it was written by alexnet export", f"use it as it is: -w {path}")
         if not model.HasField("graph"):
-            raise WeightsError(f"{path} is no ONNX file: it holds no graph", "name a weights file")
-        return _network(path, model.graph)
+            raise WeightsError(f"{path} is not an ONNX file: it has no graph", "give a weights file")
+        return _convert(path, model.graph)
     except (DecodeError, ValueError, TypeError, OverflowError) as error:
         raise corrupt(path, error) from error
 
 
-def _network(path: Path, graph: onnx.GraphProto) -> ImportedNetwork:
-    nodes = [
-        Node(n.op_type, n.input, n.output, {a.name: onnx.helper.get_attribute_value(a) for a in n.attribute})
-        for n in graph.node
-    ]
+def _convert(path: Path, graph: onnx.GraphProto) -> ImportedNetwork:
+    nodes = _list_nodes(path, graph)
+    by_word: dict[str, list[Node]] = {word: [] for word in WORDS.values()}
+    words = [WORDS[node.operator] for node in nodes if node.operator in WORDS]
     for node in nodes:
-        if node.operator not in IDLE | set(WORDS):
-            raise unsupported(
-                path, f"it uses {node.operator}, which this network does not (quantized files are not read)"
-            )
-    chain = [node for node in nodes if node.operator != "Constant"]
-    for before, after in itertools.pairwise(chain):
-        if not after.inputs or not before.outputs or after.inputs[0] != before.outputs[0]:
-            raise unsupported(path, f"a {after.operator} does not follow the {before.operator} before it")
+        if node.operator in WORDS:
+            by_word[WORDS[node.operator]].append(node)
     values = {tensor.name: tensor for tensor in graph.initializer}
-    of = {word: [node for node in chain if WORDS.get(node.operator) == word] for word in WORDS.values()}
     tensors = {}
-    for layer, node in imported.named(path, of["conv"], of["fc"]).items():
-        missing = [name for name in node.inputs[1:3] if name not in values]
-        if missing or len(node.inputs) < 3:
-            raise unsupported(path, f"{layer} has no weight and bias among the file's values")
-        weight, bias = (_tensor(path, values[name]) for name in node.inputs[1:3])
-        if layer in imported.CONNECTED and not node.integer("transB", 0):
+    for layer, node in imported.name_layers(path, by_word["conv"], by_word["fc"]).items():
+        if len(node.inputs) < 3 or any(name not in values for name in node.inputs[1:3]):
+            raise unsupported(path, f"the file has no weight and bias of {layer}")
+        weight, bias = (_to_array(path, values[name]) for name in node.inputs[1:3])
+        if layer in imported.FC_LAYERS and not node.integer("transB", 0):
             weight = weight.T
         if node.number("alpha", 1.0) != 1.0 or node.number("beta", 1.0) != 1.0:
             raise unsupported(path, f"{layer} is multiplied by a factor")
-        tensors[layer] = imported.shaped(path, layer, weight, bias)
-    grid = _grid(path, _side(graph, chain), of["conv"], of["pool"])
-    order, shown = imported.orders(path, [WORDS[node.operator] for node in chain if node.operator in WORDS])
-    norms = imported.same(path, [_norm(node) for node in of["norm"]])
-    recipe = imported.built(path, CAFFE, {"mean": "rgb"} | grid | norms | order)
-    return ImportedNetwork(path, "ONNX", tensors, recipe, "bgr", CAFFE_MEAN, shown)
+        tensors[layer] = imported.check_tensors(path, layer, weight, bias)
+    sides = _check_geometry(path, _input_side(graph, nodes), by_word["conv"], by_word["pool"])
+    orders, is_shown = imported.find_stage_orders(path, words)
+    norm = imported.merge_settings(path, [_norm_settings(node) for node in by_word["norm"]])
+    recipe = imported.build_recipe(path, {"mean": "rgb"} | sides | norm | orders)
+    return ImportedNetwork(path, "ONNX", tensors, recipe, "bgr", CAFFE_MEAN, is_shown)
 
 
-def _tensor(path: Path, tensor: TensorProto) -> Array:
+def _list_nodes(path: Path, graph: onnx.GraphProto) -> list[Node]:
+    """Return the nodes, constants left out. Raises WeightsError unless they form a chain of known operators."""
+    nodes = []
+    for proto in graph.node:
+        if proto.op_type not in NO_EFFECT and proto.op_type not in WORDS:
+            raise unsupported(path, f"it uses the operator {proto.op_type}", "give a float32 AlexNet, not quantized")
+        attributes = {entry.name: onnx.helper.get_attribute_value(entry) for entry in proto.attribute}
+        if proto.op_type != "Constant":
+            nodes.append(Node(proto.op_type, proto.input, proto.output, attributes))
+    for before, after in itertools.pairwise(nodes):
+        if not after.inputs or not before.outputs or after.inputs[0] != before.outputs[0]:
+            raise unsupported(path, f"a {after.operator} does not follow the {before.operator} before it")
+    return nodes
+
+
+def _to_array(path: Path, tensor: TensorProto) -> Array:
     if tensor.data_location == TensorProto.EXTERNAL or tensor.external_data:
-        raise unsupported(
-            path, f"the numbers of {tensor.name} lie in another file", "save the model with its weights inside"
-        )
-    if tensor.data_type not in FLOATS:
-        raise unsupported(
-            path, f"{tensor.name} has elements of type {tensor.data_type}, not floats", "take the float32 file"
-        )
+        what = f"the values of {tensor.name} are in another file"
+        raise unsupported(path, what, "save the model with its weights inside")
+    if tensor.data_type not in FLOAT_TYPES:
+        raise unsupported(path, f"{tensor.name} has values of type {tensor.data_type}", "give the float32 file")
     return numpy_helper.to_array(tensor)
 
 
-def _side(graph: onnx.GraphProto, chain: Sequence[Node]) -> int:
-    """Side of the picture that the first node takes."""
+def _input_side(graph: onnx.GraphProto, nodes: Sequence[Node]) -> int:
+    """Return the side of the image that the first node takes; 224 if the file does not give it."""
     for value in graph.input:
-        if chain and value.name == chain[0].inputs[0]:
+        if nodes and value.name == nodes[0].inputs[0]:
             sides = [int(dimension.dim_value) for dimension in value.type.tensor_type.shape.dim]
             if len(sides) == 4 and sides[2] == sides[3]:
                 return sides[2]
     return 224
 
 
-def _grid(path: Path, side: int, convolutions: Sequence[Node], pools: Sequence[Node]) -> dict[str, Any]:
-    """Recipe values of the input's size and padding, once every layer's geometry is as in this network."""
-    end = 0
-    for layer, node in zip(imported.CONVOLUTIONS, convolutions, strict=True):
+def _check_geometry(path: Path, side: int, convolutions: Sequence[Node], pools: Sequence[Node]) -> dict[str, Any]:
+    """Return the recipe values of the input's size and padding. Raises WeightsError if a layer's geometry differs."""
+    if side not in (224, 227):
+        raise unsupported(path, f"it takes images of {side} pixels, this network 224 or 227")
+    end_padding = 0  # of layer 1, on the right and below
+    for layer, node in zip(CONV_LAYERS, convolutions, strict=True):
         pads, strides = node.integers("pads", [0] * 4), node.integers("strides", [1, 1])
-        if layer == "conv1" and pads[:2] == [0, 0] and pads[2:] in ([0, 0], [3, 3]):
-            end, pads = pads[2], [0] * 4
+        if layer == "conv1" and pads[:2] == [0, 0] and len(set(pads[2:])) == 1:
+            end_padding, pads = pads[2], [0] * 4
         if len(set(pads)) != 1 or len(set(strides)) != 1 or node.integers("dilations", [1, 1]) != [1, 1]:
-            raise unsupported(path, f"{layer} is padded by {pads}, moved by {strides}")
-        imported.geometry(path, layer, strides[0], pads[0])
-    if (side, end) not in GRIDS:
-        raise unsupported(path, f"it takes pictures of {side} pixels, padded by {end}; this network 224 or 227")
-    maps = GRIDS[side, end]
-    for pooled, node in zip(POOLED, pools, strict=False):
+            raise unsupported(path, f"{layer} has padding {pads}, strides {strides}, or dilations")
+        imported.check_geometry(path, layer, strides[0], pads[0])
+    recipe = replace(CAFFE, input_size=side, edge_padding=side != 224 or end_padding > 0)
+    specs = layer_specs(recipe, 1000)
+    if end_padding != specs[0].padding[1]:
+        raise unsupported(path, f"conv1 has padding {end_padding} on the right, in this network {specs[0].padding[1]}")
+    for spec, node in zip((spec for spec in specs if spec.pooled_side), pools, strict=False):
         pads = node.integers("pads", [0] * 4)
-        free = (maps - 3 + pads[-1]) / 2
-        found = 1 + (math.ceil(free) if node.integer("ceil_mode", 0) else math.floor(free))
+        steps = (spec.side - 3 + pads[-1]) / POOL_STRIDE
+        pooled_side = 1 + (math.ceil(steps) if node.integer("ceil_mode", 0) else math.floor(steps))
         kernel, strides = node.integers("kernel_shape", []), node.integers("strides", [1, 1])
-        if kernel != [3, 3] or strides != [2, 2] or pads[:2] != [0, 0] or len(set(pads[2:])) != 1 or found != pooled:
-            raise unsupported(
-                path, f"a pooling of {kernel} at {strides}, padded by {pads}, makes {maps} pixels {found}"
-            )
-        maps = pooled
-    return {"input_size": side, "edge_padding": GRIDS[side, end] == 55}
+        is_ours = kernel == [3, 3] and strides == [POOL_STRIDE] * 2 and pads[:2] == [0, 0] and len(set(pads[2:])) == 1
+        if not is_ours or pooled_side != spec.pooled_side:
+            what = f"pooling after {spec.name} has kernel {kernel}, strides {strides}, padding {pads}"
+            raise unsupported(path, f"{what}; this network turns {spec.side} pixels into {spec.pooled_side}")
+    return {"input_size": side, "edge_padding": recipe.edge_padding}
 
 
-def _norm(node: Node) -> dict[str, Any]:
+def _norm_settings(node: Node) -> dict[str, Any]:
     return {
         "lrn_size": node.integer("size", 0),
         "lrn_alpha": node.number("alpha", 1e-4),

@@ -1,7 +1,7 @@
-"""Tensors by name, from a .pth or .safetensors file, as the eight layers of this network.
+"""Reads a network from named tensors, in a .pth or .safetensors file.
 
-Names are everybody's own: convolutions are the weights of four dimensions, fully connected layers those of two, each in
-the order of the names, numbers in them counted as numbers; each bias is called as its weight.
+Names differ from program to program. Weights of four axes are the convolutions, weights of two the fully connected
+layers, both in natural order of their names (conv10 after conv9). A bias has the name of its weight.
 """
 
 from __future__ import annotations
@@ -28,35 +28,35 @@ from alexnet_plugins.import_weights.imported import (
     unsupported,
 )
 
-WRAPPERS = ("state_dict", "model_state_dict", "model")  # where checkpoints keep it
-SUFFIXES = (".weight", ".bias")
-STRANGE = ("running_mean", "running_var")
+WRAPPERS = ("state_dict", "model_state_dict", "model")  # keys of the state dict in checkpoints
+BATCH_NORM = ("running_mean", "running_var")
+STATE_DICT_HINT = "save the state dict alone: torch.save(network.state_dict(), FILE)"
 
 
 def read_safetensors(path: Path, recipe: Recipe, pixels: ChannelOrder) -> ImportedNetwork:
-    """Read a .safetensors file of a network that was built and fed as `recipe` and `pixels` say.
+    """Read a .safetensors file. `recipe` and `pixels` say how the network was built and what its input was.
 
     Raises:
-        WeightsError: it is damaged, ours already, or another network.
+        WeightsError: it is damaged, was written by this toolkit, or is another network.
     """
     try:
         check_header(path)
         with safe_open(path, framework="numpy") as file:
             if (file.metadata() or {}).get("schema") == SCHEMA:
-                raise unsupported(path, "it is a model file of this toolkit already", f"use it as it is: -w {path}")
+                raise unsupported(path, "it was written by this toolkit", f"use it as it is: -w {path}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (SafetensorError, OSError, ValueError, TypeError, MemoryError) as error:
-        raise WeightsError(f"{path} cannot be read: {error}", "it should hold float tensors") from error
-    return network(path, "safetensors", tensors, recipe, pixels)
+        raise WeightsError(f"{path} cannot be read: {error}", "it should contain float tensors") from error
+    return _convert(path, "safetensors", tensors, recipe, pixels)
 
 
 def read_torch(path: Path, recipe: Recipe, pixels: ChannelOrder) -> ImportedNetwork:
-    """Read a state dict, or a checkpoint that has one, of a network built and fed as `recipe` and `pixels` say.
+    """Read a state dict, or a checkpoint that has one. `recipe` and `pixels` are as in `read_safetensors`.
 
-    Not memory-mapped: PyTorch maps a compressed archive as if it were none, which gives wrong numbers.
+    Not memory-mapped: PyTorch would map a compressed archive as if it were uncompressed and return wrong numbers.
 
     Raises:
-        WeightsError: it is damaged, wants to run code, or is another network.
+        WeightsError: it is damaged, could run code, or is another network.
     """
     import torch
 
@@ -66,50 +66,55 @@ def read_torch(path: Path, recipe: Recipe, pixels: ChannelOrder) -> ImportedNetw
             if isinstance(content, dict) and isinstance(content.get(key), dict):
                 content = content[key]
         values = {str(name): value for name, value in dict(content).items() if isinstance(value, torch.Tensor)}
-        tensors = {name: _floats(value) for name, value in values.items()}
+        tensors = {name: _to_numpy(value) for name, value in values.items()}
     except pickle.UnpicklingError as error:
-        what = "PyTorch's safe loader refuses it: it holds more than tensors, or is damaged"
-        raise unsupported(path, what, "save the state dict alone: torch.save(network.state_dict(), FILE)") from error
-    except Exception as error:  # whatever PyTorch raises for a damaged file: it has no error of its own
+        what = "PyTorch's safe loader refuses it: it has more than tensors inside, or is damaged"
+        raise unsupported(path, what, STATE_DICT_HINT) from error
+    except Exception as error:  # PyTorch has no exception class for a damaged file
         raise corrupt(path, str(error).partition("\n")[0][:200]) from error
     if not tensors:
-        raise unsupported(path, "it holds no state dict", "save one: torch.save(network.state_dict(), FILE)")
-    return network(path, "PyTorch", tensors, recipe, pixels)
+        raise unsupported(path, "it has no state dict inside", STATE_DICT_HINT)
+    return _convert(path, "PyTorch", tensors, recipe, pixels)
 
 
-def _floats(value: Any) -> Array:
-    """A tensor for NumPy, which has no bfloat16. Raises ValueError for one that repeats its numbers without end."""
+def _to_numpy(value: Any) -> Array:
+    """Return a tensor as an array; floats as float32, since NumPy has no bfloat16.
+
+    Raises:
+        ValueError: the tensor repeats its numbers, so that a small file would fill the memory.
+    """
     if value.numel() > value.untyped_storage().nbytes():
         raise ValueError(f"a tensor of {value.numel():,} numbers in {value.untyped_storage().nbytes():,} bytes")
-    found: Array = (value.float() if value.is_floating_point() else value).detach().numpy()
-    return found
+    array: Array = (value.float() if value.is_floating_point() else value).detach().numpy()
+    return array
 
 
-def network(
-    path: Path, form: str, tensors: Mapping[str, Array], recipe: Recipe, pixels: ChannelOrder
+def _convert(
+    path: Path, file_format: str, tensors: Mapping[str, Array], recipe: Recipe, pixels: ChannelOrder
 ) -> ImportedNetwork:
-    """Eight layers from named tensors. Raises WeightsError where they are not those of this network."""
+    """Assign named tensors to the eight layers. Raises WeightsError if they are not those of this network."""
     for name in tensors:
-        if name.endswith(STRANGE):
+        if name.endswith(BATCH_NORM):
             raise unsupported(path, f"{name} belongs to batch normalization, which this network does not have")
-    names = sorted((name for name in tensors if name.endswith(SUFFIXES[0])), key=_natural)
-    by_dimensions = {n: [name for name in names if tensors[name].ndim == n] for n in (4, 2)}
-    other = [name for name in names if tensors[name].ndim not in by_dimensions]
-    if other:
-        raise unsupported(path, f"{other[0]} has {tensors[other[0]].ndim} dimensions, this network's have 4 or 2")
+    weights: dict[int, list[str]] = {4: [], 2: []}  # names by number of axes
+    for name in sorted((name for name in tensors if name.endswith(".weight")), key=_natural_key):
+        if tensors[name].ndim not in weights:
+            raise unsupported(path, f"{name} has {tensors[name].ndim} axes, in this network 4 or 2")
+        weights[tensors[name].ndim].append(name)
     layers = {}
-    for layer, name in imported.named(path, by_dimensions[4], by_dimensions[2]).items():
-        bias = name.removesuffix(SUFFIXES[0]) + SUFFIXES[1]
+    used = set()
+    for layer, name in imported.name_layers(path, weights[4], weights[2]).items():
+        bias = name.removesuffix(".weight") + ".bias"
         if bias not in tensors:
-            raise unsupported(path, f"{name} has no {bias}, this network's layers have one")
-        layers[layer] = imported.shaped(path, layer, tensors[name], tensors[bias])
-    left = sorted(set(tensors) - {n.removesuffix(".weight") + end for n in names for end in SUFFIXES})
-    floats = [name for name in left if np.asarray(tensors[name]).dtype.kind == "f" and name not in ("mean", "std")]
-    if floats:
-        raise unsupported(path, f"it also holds {floats[0]}, which no layer of this network has")
-    return ImportedNetwork(path, form, layers, recipe, pixels, CAFFE_MEAN, order_known=False)
+            raise unsupported(path, f"{name} has no {bias}")
+        layers[layer] = imported.check_tensors(path, layer, tensors[name], tensors[bias])
+        used |= {name, bias, "mean", "std"}
+    for name in sorted(set(tensors) - used):
+        if np.asarray(tensors[name]).dtype.kind == "f":
+            raise unsupported(path, f"it also has {name}, which no layer of this network has")
+    return ImportedNetwork(path, file_format, layers, recipe, pixels, CAFFE_MEAN, is_order_known=False)
 
 
-def _natural(name: str) -> list[Any]:
-    """A sort key by which conv10 follows conv9."""
+def _natural_key(name: str) -> list[Any]:
+    """Return a sort key by which conv10 follows conv9."""
     return [(1, int(part), "") if part.isdigit() else (0, 0, part) for part in re.split(r"([0-9]+)", name)]
