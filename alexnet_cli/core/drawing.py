@@ -1,4 +1,4 @@
-"""Text on images, and contact sheets: rows of small images, a line above each row and below each image. No torch."""
+"""Fonts, contact sheets (rows of small images with text), and saving figures. No torch."""
 
 from __future__ import annotations
 
@@ -13,19 +13,21 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
+from alexnet_cli.errors import StorageError
+
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 PAGE, INK = (255, 255, 255), (32, 32, 32)
-SIDE, GAP, LINE, LETTERS = 128, 6, 20, 13  # pixels: of a picture, between two, of a line, of a letter
-MIN_WIDTH = 480  # pixels, for the lines
+SIDE, GAP, LINE, LETTERS = 128, 6, 20, 13  # pixels: side of an image, space between images, line and letter height
+MIN_WIDTH = 480  # pixels
 DEJAVU = "mpl-data/fonts/ttf/DejaVuSans.ttf"  # in matplotlib
-MISSING_GLYPH = "\uffff"  # no font has it: what a font draws for it, it draws for all that it lacks
+MISSING_GLYPH = "\uffff"  # no font has it, so a font draws it as it draws every letter it lacks
 
 
 def load_font(size: int, text: str) -> Font:
-    """A font of `size` pixels that has the letters of `text`, as far as one is installed.
+    """Return a font of `size` pixels that has the letters of `text`, if one is installed.
 
-    Pillow's own has English alone; matplotlib, where it is installed, brings accents, Greek and Cyrillic.
+    Pillow's default font has ASCII letters only. The font in matplotlib adds accents, Greek and Cyrillic.
     """
     default, path = _default_font(size), _dejavu_path()
     return default if path is None or _has_glyphs(default, text) else ImageFont.truetype(path, size)
@@ -49,7 +51,7 @@ def _has_glyphs(font: Font, text: str) -> bool:
 
 
 def fit_text(text: str, width: int, font: Font) -> str:
-    """The text, cut to so many pixels; a question mark for what cannot be shown."""
+    """Return the text cut to `width` pixels, with question marks for unprintable characters."""
     plain = "".join(c if c.isprintable() else "?" for c in text)
     if font.getlength(plain) <= width:
         return plain
@@ -58,27 +60,27 @@ def fit_text(text: str, width: int, font: Font) -> str:
 
 
 class Tile(NamedTuple):
-    """A square image, uint8 S x S x 3, and the text below it."""
+    """A square image, uint8 S x S x 3, with the text below it."""
 
     pixels: npt.NDArray[np.uint8]
     text: str = ""
 
 
 class Row(NamedTuple):
-    """Tiles with a line above. With `apart`, a gap follows the first: the others belong to it."""
+    """Tiles with a caption above. With `is_first_apart`, a gap separates the first tile from the others."""
 
     caption: str
     tiles: Sequence[Tile]
-    apart: bool = False
+    is_first_apart: bool = False
 
 
 def draw_sheet(rows: Sequence[Row], title: str) -> Image.Image:
-    """The rows below each other, the title last. Small images are enlarged without smoothing."""
+    """Draw the rows below each other, and the title below them. Small images are enlarged without smoothing."""
     width = max([MIN_WIDTH, *(_tile_left(row, len(row.tiles)) for row in rows)])
     height = len(rows) * (SIDE + 2 * LINE + GAP) + LINE + GAP
     page = Image.new("RGB", (width, height), PAGE)
-    written = [title, *(text for row in rows for text in (row.caption, *(tile.text for tile in row.tiles)))]
-    draw, font = ImageDraw.Draw(page), load_font(LETTERS, "".join(written))
+    texts = [title, *(row.caption for row in rows), *(tile.text for row in rows for tile in row.tiles)]
+    draw, font = ImageDraw.Draw(page), load_font(LETTERS, "".join(texts))
     top = 0
     for row in rows:
         draw.text((GAP, top + 3), fit_text(row.caption, width - 2 * GAP, font), INK, font)
@@ -92,10 +94,26 @@ def draw_sheet(rows: Sequence[Row], title: str) -> Image.Image:
 
 
 def _tile_left(row: Row, number: int) -> int:
-    """Where a tile begins; for the number after the last, where the row ends."""
-    return GAP + number * (SIDE + GAP) + (4 * GAP if row.apart and number else 0)
+    """Left edge of a tile. The number after the last tile gives the end of the row."""
+    return GAP + number * (SIDE + GAP) + (4 * GAP if row.is_first_apart and number else 0)
 
 
 def _scale_tile(pixels: npt.NDArray[np.uint8]) -> Image.Image:
-    how = Image.Resampling.NEAREST if len(pixels) < SIDE else Image.Resampling.LANCZOS
-    return Image.fromarray(pixels).resize((SIDE, SIDE), how)
+    resampling = Image.Resampling.NEAREST if len(pixels) < SIDE else Image.Resampling.LANCZOS
+    return Image.fromarray(pixels).resize((SIDE, SIDE), resampling)
+
+
+def save_figure(figure: Image.Image | str, path: Path) -> None:
+    """Write a figure as PNG, or as SVG if it is text. Creates the folder.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(figure, str):
+            path.write_text(figure, encoding="utf-8")
+        else:
+            figure.save(path, "PNG")
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror or error}", "choose another file with -o") from error

@@ -74,7 +74,7 @@ def test_weights_that_are_no_numbers_are_an_error_whichever_layer_they_are_in() 
     for name in ("conv4.bias", "fc7.bias", "fc8.bias"):
         model = random_model(replace(PAPER, width=1 / 32))
         model.tensors[name][0] = np.nan
-        with pytest.raises(WeightsError, match="is no number"):
+        with pytest.raises(WeightsError, match="is NaN or infinite"):
             trace_image(model, PICTURE)
 
 

@@ -78,7 +78,7 @@ def test_the_index_is_made_once_and_anew_for_other_weights(network: Path, prepar
     result = run(*words)
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines()[0] == picture
-    assert result.stdout.splitlines()[1].split() == ["rank", "distance", "class", "picture"]
+    assert result.stdout.splitlines()[1].split() == ["rank", "distance", "class", "image"]
     assert "48/48 img" in result.stderr
     assert "net.neighbors · 48 x 128 float32" in result.stderr
     assert Path("neighbors.png").is_file()

@@ -18,7 +18,7 @@ from alexnet_cli.core.inference.session import ConvLayer, FeatureLayer, Session
 from alexnet_cli.errors import UsageError, WeightsError
 from alexnet_cli.recipe import PAPER
 from alexnet_plugins.visualize.command import visualize_filters
-from alexnet_plugins.visualize.views import draw_half_blocks
+from alexnet_plugins.visualize.filters import draw_half_blocks
 from commands import alexnet
 from model_files import draw, random_model, save_model
 
@@ -59,7 +59,7 @@ def test_one_tower_is_its_half_of_the_kernels_on_the_scale_of_all(
 ) -> None:
     visualize_filters(weights="first", tower="2", output=Path("new/two.png"), no_terminal=True)
     out, err = capsys.readouterr()
-    assert "tower 2 of 2 · 12 kernels" in err
+    assert "tower 2 of 2 · 12 filters" in err
     assert "smooth 1, both towers) · 12 of 12 still noise: train longer · 0 dead" in out
     weight = random_model(SMALL).tensors["conv1.weight"]
     expected = filter_picture.draw_grid(weight[12:], np.full(12, np.abs(weight).max()), 6)
@@ -146,9 +146,9 @@ def test_the_suffix_asks_for_svg(run: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"unit": 3}, "--unit belongs to --layer"),
-        ({"data": "x"}, "--data belongs to --layer"),
-        ({"layer": "conv2", "sort": "chroma"}, "--sort is about kernels"),
+        ({"unit": 3}, "--unit needs --layer"),
+        ({"data": "x"}, "--data needs --layer"),
+        ({"layer": "conv2", "sort": "chroma"}, "--sort has no effect with --layer"),
         ({"layer": "conv2", "output": Path("f.svg")}, "not a .png file"),
         ({"output": Path("f.gif")}, "not a .png or .svg file"),
         ({"layer": "conv2", "unit": 64}, "conv2 has units 0 to 63"),
@@ -203,16 +203,16 @@ def test_a_page_shows_the_strongest_units_of_the_chosen_tower(
     assert highest == sorted(highest, reverse=True)
     visualize_filters(weights=str(path), layer="conv3", unit=7, data=str(prepared), output=tmp_path / "p.png")
     heading, line = capsys.readouterr().out.splitlines()
-    assert heading.split()[:2] == ["unit", "response"]
+    assert heading.split()[:2] == ["unit", "activation"]
     assert line.split()[:2] == ["unit", "7"]
-    assert line.index(f"{highest[[unit['unit'] for unit in units].index(7)]:.3g}") == heading.index("response")
+    assert line.index(f"{highest[[unit['unit'] for unit in units].index(7)]:.3g}") == heading.index("activation")
 
 
 def test_weights_that_are_no_numbers_are_an_error_and_draw_nothing(run: Path, recwarn: pytest.WarningsRecorder) -> None:
     model = random_model(SMALL)
     model.tensors["conv1.weight"][3, 0, 2] = np.nan
     path = save_model(model, run / "nan.safetensors")
-    with pytest.raises(WeightsError, match=r"conv1\.weight holds values that are no numbers") as caught:
+    with pytest.raises(WeightsError, match=r"conv1\.weight has values that are NaN") as caught:
         visualize_filters(weights=str(path), output=Path("nan.png"))
     assert "earlier checkpoint" in caught.value.hint
     assert not Path("nan.png").exists()
@@ -238,7 +238,7 @@ def test_a_picture_is_followed_through_all_layers(run: Path, capsys: pytest.Capt
     visualize_filters(weights="first", picture=picture, tower="2", quiet=True)
     assert (run / "figures/owl-layers-tower2.png").is_file()
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == [layer["layer"] for layer in result["layers"]] + ["answer"] * 5
+    assert [line.split()[0] for line in lines] == [layer["layer"] for layer in result["layers"]] + ["class"] * 5
     best = result["layers"][4]["strongest"][1]
     assert lines[4].endswith(f"strongest: tower 2 unit {best['unit']} ({best['response']:.3g})")
     assert f"{100 * result['layers'][4]['active']:.0f} % active" in lines[4]
@@ -269,14 +269,14 @@ def test_a_picture_is_turned_as_those_of_the_training_were(
         (["--picture", "none.jpg"], 3, "none.jpg does not exist"),
         (["--picture", "text.jpg"], 3, "text.jpg cannot be read"),
         (["--picture", "empty"], 3, "no image found: empty"),
-        (["--picture", "photos"], 2, "--picture photos: 2 pictures"),
-        (["--picture", "photos/*.png"], 2, "--picture photos/*.png: 2 pictures"),
+        (["--picture", "photos"], 2, "--picture photos: 2 images"),
+        (["--picture", "photos/*.png"], 2, "--picture photos/*.png: 2 images"),
         (["--picture", "photos/a.png", "photos/b.png"], 2, "photos/b.png"),
-        (["--picture", "photos/a.png", "-o", "photos/a.png"], 2, "is the picture itself"),
+        (["--picture", "photos/a.png", "-o", "photos/a.png"], 2, "is the image itself"),
         (["--picture", "photos/a.png", "-o", "a.svg"], 2, "not a .png file"),
         (["--picture", "photos/a.png", "--tower", "3"], 2, "this model has 2 towers"),
         *(
-            (["--picture", "photos/a.png", *option], 2, f"{option[0]} says nothing about --picture")
+            (["--picture", "photos/a.png", *option], 2, f"{option[0]} has no effect with --picture")
             for option in (
                 ("--layer", "conv5"),
                 ("--unit", "1"),

@@ -1,8 +1,8 @@
-"""The activations of one image in every layer, its most likely classes, and a page that shows both. No torch."""
+"""Compute and draw the activations of one image in every layer, and its most likely classes. No torch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -25,23 +25,23 @@ Array = npt.NDArray[np.float32]
 NONLINEAR: dict[str, Callable[[Array], Array]] = {
     "relu": lambda x: np.maximum(x, 0),
     "tanh": np.tanh,
-    "sigmoid": lambda x: (0.5 + 0.5 * np.tanh(0.5 * x)).astype(np.float32),  # where exp(-x) would overflow, too
+    "sigmoid": lambda x: (0.5 + 0.5 * np.tanh(0.5 * x)).astype(np.float32),  # exp(-x) could overflow
 }
 LOWEST_AND_REST = {"relu": (0.0, 0.0), "tanh": (-1.0, 0.0), "sigmoid": (0.0, 0.5)}
 
 
 @dataclass(frozen=True)
 class LayerActivations:
-    """Activations of a layer for one image, right after the nonlinearity: before normalization and pooling."""
+    """Activations of a layer for one image, after the nonlinearity, before normalization and pooling."""
 
     name: ConvLayer | FeatureLayer
     values: Array
-    """Maps x rows x columns, tower 1 first; layers 6 and 7: units, as the next layer sees them."""
+    """Maps x rows x columns, tower 1 first. In layers 6 and 7: units, as the next layer sees them."""
     towers: int
     lowest: float
-    """The lowest possible activation: 0, or with tanh as far below 0 as above."""
+    """The lowest possible activation: 0, or with tanh -1."""
     rest: float
-    """The activation for an input of zero: 0, or half of the maximum of a sigmoid."""
+    """The activation for an input of zero: 0, or with sigmoid 0.5."""
 
     @property
     def has_maps(self) -> bool:
@@ -49,21 +49,21 @@ class LayerActivations:
         return self.values.ndim == 3
 
     def unit_range(self, tower: int) -> range:
-        """The numbers of a tower's maps or units; towers count from 0."""
-        each = len(self.values) // self.towers
-        return range(tower * each, (tower + 1) * each)
+        """The indices of the maps or units of a tower; towers count from 0."""
+        count = len(self.values) // self.towers
+        return range(tower * count, (tower + 1) * count)
 
     def compute_peaks(self) -> Array:
-        """The highest activation of each map; of a unit its own."""
+        """The highest activation of each map or unit."""
         return self.values.max(axis=(1, 2)) if self.has_maps else self.values
 
     def compute_active_share(self, tower: int | None = None) -> float:
-        """The share of units, of a tower or of all, above rest; each position of a map counts as a unit."""
+        """The share of units, of one tower or of all, above `rest`. Each position of a map counts as a unit."""
         units = self.unit_range(tower) if tower is not None else range(len(self.values))
         return float(np.mean(self.values[units.start : units.stop] > self.rest))
 
     def sort_units(self, tower: int) -> list[int]:
-        """A tower's maps or units by their highest activation, highest first; equal ones in their order."""
+        """The maps or units of a tower, highest peak first. Equal ones keep their order."""
         units = self.unit_range(tower)
         order = np.argsort(-self.compute_peaks()[units.start : units.stop], kind="stable")
         return [units[i] for i in order.tolist()]
@@ -71,68 +71,61 @@ class LayerActivations:
 
 @dataclass(frozen=True)
 class Trace:
-    """One image on its way through the network."""
+    """The activations of one image in all layers, and its most likely classes."""
 
     seen: ImageArray
-    """uint8 S x S x 3: the center crop, 224 x 224 or 227 x 227."""
+    """The center crop, uint8 S x S x 3 with S = 224 or 227."""
     layers: tuple[LayerActivations, ...]
     top: tuple[Label, ...]
 
 
-def trace_image(model: Model, picture: ImageArray) -> Trace:
+def trace_image(model: Model, image: ImageArray) -> Trace:
     """Compute all layers for the center view of a decoded image, uint8 256 x 256 x 3.
 
     Raises:
-        WeightsError: what the network computes is no number.
+        WeightsError: an activation is NaN or infinite.
     """
-    layers = tuple(_trace_convolutions(model, picture))
-    six, _ = _trace_units(model, picture, "fc6")
-    seven, chances = _trace_units(model, picture, "fc7")
-    seen = make_views(picture, model.recipe.input_size, 1)[0].transpose(1, 2, 0)
-    return Trace(seen, (*layers, six, seven), rank_labels(chances, model.classes, TOP_CLASSES))
-
-
-def _trace_convolutions(model: Model, picture: ImageArray) -> Iterator[LayerActivations]:
     recipe = model.recipe
-    for layer in get_args(ConvLayer):
-        before = compute_activations(Session(model, fast_start=True, layer=layer), [picture])[0]
+    layers = []
+    for name in get_args(ConvLayer):
+        before = compute_activations(Session(model, fast_start=True, layer=name), [image])[0]
         values = NONLINEAR[recipe.activation](before)
-        yield LayerActivations(layer, values, recipe.towers, *LOWEST_AND_REST[recipe.activation])
+        layers.append(LayerActivations(name, values, recipe.towers, *LOWEST_AND_REST[recipe.activation]))
+    fc6, _ = _compute_units(model, image, "fc6")
+    fc7, probabilities = _compute_units(model, image, "fc7")
+    seen = make_views(image, recipe.input_size, 1)[0].transpose(1, 2, 0)
+    return Trace(seen, (*layers, fc6, fc7), rank_labels(probabilities, model.classes, TOP_CLASSES))
 
 
-def _trace_units(model: Model, picture: ImageArray, layer: FeatureLayer) -> tuple[LayerActivations, Array]:
-    """Layer 6 or 7, and the probabilities of the classes."""
+def _compute_units(model: Model, image: ImageArray, layer: FeatureLayer) -> tuple[LayerActivations, Array]:
+    """The activations of layer 6 or 7, and the class probabilities."""
     session, recipe = Session(model, fast_start=True, layer=layer), model.recipe
-    chances, units = (
-        values[0] for values in session.probabilities_and_activations(make_views(picture, session.recipe.input_size, 1))
+    probabilities, units = (
+        values[0] for values in session.probabilities_and_activations(make_views(image, session.recipe.input_size, 1))
     )
-    if not (np.isfinite(units).all() and np.isfinite(chances).all()):
-        raise WeightsError(f"{session.path}: what the network computes is no number", "its weights are damaged")
+    if not (np.isfinite(units).all() and np.isfinite(probabilities).all()):
+        raise WeightsError(f"{session.path}: the network's output is NaN or infinite", "its weights are damaged")
     factor = 1 if recipe.dropout_inverted else 1 - recipe.dropout
     lowest, rest = LOWEST_AND_REST[recipe.activation]
-    return LayerActivations(layer, units, recipe.towers, factor * lowest, factor * rest), chances
+    return LayerActivations(layer, units, recipe.towers, factor * lowest, factor * rest), probabilities
 
 
 def make_layer_records(trace: Trace, towers: list[int]) -> list[dict[str, Any]]:
-    """The layers for programs; the strongest unit of each of these towers, none where all are at rest."""
+    """Make the records of the layers for `--json`, with the strongest unit of each tower; None if none is active."""
     records = []
     for layer in trace.layers:
-        best = [(tower, layer.sort_units(tower)[0]) for tower in towers]
-        peaks = layer.compute_peaks()
+        peaks, strongest = layer.compute_peaks(), []
+        for tower in towers:
+            unit, active = layer.sort_units(tower)[0], layer.compute_active_share(tower)
+            strongest.append({
+                "tower": tower + 1, "unit": unit if active else None, "response": float(peaks[unit]), "active": active
+            })  # fmt: skip
         records.append({
             "layer": layer.name,
             "units": len(layer.values),
             "side": layer.values.shape[1] if layer.has_maps else None,
             "active": layer.compute_active_share(),
-            "strongest": [
-                {
-                    "tower": tower + 1,
-                    "unit": unit if layer.compute_active_share(tower) else None,
-                    "response": float(peaks[unit]),
-                    "active": layer.compute_active_share(tower),
-                }
-                for tower, unit in best
-            ],
+            "strongest": strongest,
         })  # fmt: skip
     return records
 
@@ -141,61 +134,60 @@ def make_layer_records(trace: Trace, towers: list[int]) -> list[dict[str, Any]]:
 
 Gray = npt.NDArray[np.uint8]
 
-WIDTH, MARGIN, LEFT = 1600, 24, 300  # pixels: of the page, around it, of the column with picture and answers
+WIDTH, MARGIN, LEFT = 1600, 24, 300  # pixels: page width, margin, width of the column with image and classes
 GUTTER, GAP = 32, 4  # between columns, between maps
-COLUMNS, ROWS = 16, 2  # maps in a row, of all towers together; rows of them
+COLUMNS, ROWS = 16, 2  # maps in a row (all towers together), rows of maps
 TILE = 70  # side of a map
-NUMBER, HEAD, STRIP = 19, 34, 68  # heights: of a map's number, of a layer's heading, of a strip of units
-LARGE, NORMAL, SMALL = 26, 19, 16  # heights of letters
+NUMBER, HEAD, STRIP = 19, 34, 68  # heights: number below a map, heading of a layer, strip of units
+LARGE, NORMAL, SMALL = 26, 19, 16  # letter heights
 FAINT, BAR, TRACK = (95, 95, 95), (36, 92, 150), (228, 232, 238)
-COLUMNS_TOP = MARGIN + 64  # where the columns begin
+COLUMNS_TOP = MARGIN + 64  # top of the columns
 
 
 def draw_trace(trace: Trace, towers: Sequence[int], name: str, caption: Sequence[str]) -> Image.Image:
-    """RGB, 1600 pixels wide: left the picture and its answers as figure 4 has them, right the layers from the top.
+    """Draw the page, RGB, 1600 pixels wide: image and classes on the left, the layers from top to bottom on the right.
 
-    `towers` are those to show, from 0; `caption` are lines about the network.
+    `towers` are indices from 0; `caption` says which network it is.
     """
     blocks = [
         HEAD + (_count_rows(layer, towers) * (TILE + NUMBER) if layer.has_maps else STRIP) for layer in trace.layers
     ]
     height = max(COLUMNS_TOP + HEAD + sum(blocks) + MARGIN, 940)
     page = _Page(Image.new("RGB", (WIDTH, height), PAGE))
-    page.text(MARGIN, MARGIN - 4, f"{name} on its way through the network", LARGE, WIDTH - 2 * MARGIN)
+    page.text(MARGIN, MARGIN - 4, f"{name}: activations in every layer", LARGE, WIDTH - 2 * MARGIN)
     page.text(MARGIN, MARGIN + 32, " · ".join(caption), NORMAL, WIDTH - 2 * MARGIN, FAINT)
     _draw_input(page, trace)
     left, width = MARGIN + LEFT + GUTTER, WIDTH - 2 * MARGIN - LEFT - GUTTER
-    each = (width - GUTTER * (len(towers) - 1)) // len(towers)
+    column = (width - GUTTER * (len(towers) - 1)) // len(towers)
+    lefts = [left + number * (column + GUTTER) for number in range(len(towers))]
+    for tower, x in zip(towers, lefts, strict=True):
+        page.text(x, COLUMNS_TOP, f"tower {tower + 1} of {trace.layers[0].towers}", LARGE, column)
     top = COLUMNS_TOP + HEAD
-    for number, tower in enumerate(towers):
-        heading = f"tower {tower + 1} of {trace.layers[0].towers}"
-        page.text(left + number * (each + GUTTER), COLUMNS_TOP, heading, LARGE, each)
     for layer, block in zip(trace.layers, blocks, strict=True):
         _draw_heading(page, layer, left, top, width)
-        for number, tower in enumerate(towers):
-            place = (left + number * (each + GUTTER), top + HEAD)
+        for tower, x in zip(towers, lefts, strict=True):
             if layer.has_maps:
-                _draw_maps(page, layer, tower, place, COLUMNS // len(towers))
+                _draw_maps(page, layer, tower, (x, top + HEAD), COLUMNS // len(towers))
             else:
-                page.image.paste(_draw_strip(layer, tower, each), place)
+                page.image.paste(_draw_strip(layer, tower, column), (x, top + HEAD))
         top += block
     return page.image
 
 
 def scale_to_gray(layer: LayerActivations) -> Gray:
-    """The values of a layer as grays, 0 to 255, all on one scale: white is the layer's strongest answer.
+    """Scale the activations of a layer to grays, 0 to 255, on one scale: white is the layer's highest activation.
 
-    Black is none; where units can answer below rest (tanh, sigmoid), that is mid-gray. A gray goes with the root of
-    an answer, or a single strong unit would leave all others in the dark.
+    Rest is black, or mid-gray if activations can be below rest (tanh, sigmoid). Grays follow the square root of the
+    activation, since otherwise one strong unit would leave all others dark.
     """
-    answer = layer.values - layer.rest
-    share = np.sign(answer) * np.sqrt(np.abs(answer) / (np.abs(answer).max() or 1))
+    offset = layer.values - layer.rest
+    share = np.sign(offset) * np.sqrt(np.abs(offset) / (np.abs(offset).max() or 1))
     grays: Gray = np.rint(255 * (share + 1) / 2 if layer.lowest < layer.rest else 255 * share).astype(np.uint8)
     return grays
 
 
 class _Page:
-    """An image to write on; text is cut where it would not fit."""
+    """An image to write on. Text that does not fit is cut."""
 
     def __init__(self, image: Image.Image) -> None:
         self.image, self.pen = image, ImageDraw.Draw(image)
@@ -208,11 +200,11 @@ class _Page:
 
 
 def _draw_input(page: _Page, trace: Trace) -> None:
-    """The picture, its answers below it as in figure 4 of the paper, and how to read the rest."""
+    """Draw the image, the most likely classes as in figure 4 of the paper, and the legend."""
     side = len(trace.seen)
-    picture = Image.fromarray(trace.seen).resize((LEFT, LEFT), Image.Resampling.LANCZOS)
-    page.image.paste(picture, (MARGIN, COLUMNS_TOP))
-    page.text(MARGIN, COLUMNS_TOP + LEFT + 6, f"what the network sees, {side} x {side}", SMALL, LEFT, FAINT)
+    image = Image.fromarray(trace.seen).resize((LEFT, LEFT), Image.Resampling.LANCZOS)
+    page.image.paste(image, (MARGIN, COLUMNS_TOP))
+    page.text(MARGIN, COLUMNS_TOP + LEFT + 6, f"input of the network, {side} x {side}", SMALL, LEFT, FAINT)
     top = COLUMNS_TOP + LEFT + 44
     for label in trace.top:
         _draw_class(page, label, top)
@@ -224,23 +216,23 @@ def _draw_input(page: _Page, trace: Trace) -> None:
 
 def _legend_lines(layer: LayerActivations) -> tuple[str, ...]:
     """How to read the maps, in lines that fit the column."""
-    nothing = "mid-gray none." if layer.lowest < layer.rest else "black none at all."
+    rest = "mid-gray is zero input." if layer.lowest < layer.rest else "black is zero."
     return (
-        "A square is a map: where in the",
-        "picture a unit answers, and how",
-        "strongly, right after the nonlinearity.",
-        "The strongest maps come first, the",
-        "unit's number below each. In fc6 and",
-        "fc7 every unit is a small square.",
+        "Each square is a feature map: where",
+        "in the image a unit is active, and how",
+        "strongly, after the nonlinearity. The",
+        "strongest maps come first, with the",
+        "number of the unit below. In fc6 and",
+        "fc7 each unit is a small square.",
         "",
-        "A layer has one scale: white is its",
-        f"highest answer, {nothing}",
-        "Grays go with the root of an answer.",
+        "Each layer has one scale: white is its",
+        f"highest activation, {rest}",
+        "Grays follow the square root.",
     )
 
 
 def _draw_class(page: _Page, label: Label, top: int) -> None:
-    """A class with its probability, and a bar."""
+    """Draw a class with its probability and a bar."""
     right = MARGIN + LEFT
     page.text(MARGIN, top, label.label, NORMAL, LEFT - 60)
     page.text(right, top, f"{100 * label.probability:.0f} %", NORMAL, 60, anchor="ra")
@@ -250,7 +242,7 @@ def _draw_class(page: _Page, label: Label, top: int) -> None:
 
 
 def _draw_heading(page: _Page, layer: LayerActivations, left: int, top: int, width: int) -> None:
-    """Name and size of a layer, the share of active units, the highest activation."""
+    """Write name and size of a layer, the share of active units and the highest activation."""
     count, *side = layer.values.shape
     size = f"{count:,} maps of {side[0]} x {side[1]}" if layer.has_maps else f"{count:,} units"
     active, highest = 100 * layer.compute_active_share(), float(layer.compute_peaks().max())
@@ -260,31 +252,31 @@ def _draw_heading(page: _Page, layer: LayerActivations, left: int, top: int, wid
 
 
 def _count_rows(layer: LayerActivations, towers: Sequence[int]) -> int:
-    """Rows of maps that a layer fills."""
+    """Number of rows of maps of a layer."""
     return min(ROWS, -(-len(layer.unit_range(towers[0])) // (COLUMNS // len(towers))))
 
 
-def _draw_maps(page: _Page, layer: LayerActivations, tower: int, place: tuple[int, int], columns: int) -> None:
-    """The strongest maps of a tower, below each the number of its unit."""
+def _draw_maps(page: _Page, layer: LayerActivations, tower: int, corner: tuple[int, int], columns: int) -> None:
+    """Draw the strongest maps of a tower, with the number of the unit below each."""
     grays = scale_to_gray(layer)
     for i, unit in enumerate(layer.sort_units(tower)[: columns * ROWS]):
-        left = place[0] + i % columns * (TILE + GAP)
-        top = place[1] + i // columns * (TILE + NUMBER)
+        left = corner[0] + i % columns * (TILE + GAP)
+        top = corner[1] + i // columns * (TILE + NUMBER)
         page.pen.rectangle((left - 1, top - 1, left + TILE, top + TILE), outline=TRACK)
         page.image.paste(_enlarge_map(grays[unit]), (left, top))
         page.text(left + TILE // 2, top + TILE + 1, str(unit), SMALL - 1, TILE, FAINT, anchor="ma")
 
 
 def _enlarge_map(pixels: Gray) -> Image.Image:
-    """A map as a square of TILE pixels, its own pixels all of one size: first more than enough, then averaged."""
+    """Enlarge a map to TILE x TILE pixels: enlarge by a whole number, then average, so that no pixel looks larger."""
     height, width = pixels.shape
-    times = -(-TILE // height)
-    large = Image.fromarray(pixels).resize((width * times, height * times), Image.Resampling.NEAREST)
+    factor = -(-TILE // height)
+    large = Image.fromarray(pixels).resize((width * factor, height * factor), Image.Resampling.NEAREST)
     return large.resize((TILE, TILE), Image.Resampling.BOX)
 
 
 def _draw_strip(layer: LayerActivations, tower: int, width: int) -> Image.Image:
-    """All units of a tower in their order, a square each, as large as the strip allows."""
+    """Draw all units of a tower in order as squares, as large as the strip allows."""
     units = layer.unit_range(tower)
     values = scale_to_gray(layer)[units.start : units.stop]
     cell = next(c for c in range(24, 0, -1) if -(-len(values) // (width // c)) * c <= STRIP - 8 or c == 1)

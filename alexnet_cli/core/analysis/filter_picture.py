@@ -1,4 +1,4 @@
-"""Figure 3 of the paper: kernels as tiles, all on one scale, with captions, as pixels or as SVG. No torch."""
+"""Draw first-layer filters as in figure 3 of the paper: tiles with captions, as pixels or as SVG. No torch."""
 
 from __future__ import annotations
 
@@ -17,38 +17,38 @@ if TYPE_CHECKING:
 Pixels = npt.NDArray[np.uint8]
 Limits = npt.NDArray[np.float32]
 Panels = Sequence[tuple[str, Pixels]]
-"""Captions, and the grids that belong to them."""
+"""Captions and grids."""
 
 ZERO = 128  # gray level of a weight of zero
 PAGE, INK = 255, 32
-WIDTH, LINE, LETTERS = 800, 26, 15  # pixels: of the picture, about; from caption to grid; of a letter's height
+WIDTH, LINE, LETTERS = 800, 26, 15  # pixels: approximate width of the figure, line height, letter height
 
 
 def count_columns(kernels: int) -> int:
-    """Kernels in a row: three rows as in figure 3 of the paper, 6 to 16 kernels wide."""
+    """Number of filters in a row: 6 to 16, for three rows as in figure 3 of the paper."""
     return min(kernels, 16, max(6, -(-kernels // 3)))
 
 
 def shared_limits(towers: Sequence[Kernels]) -> list[Limits]:
-    """The largest weight of all kernels, for each: one scale, so that faint kernels look faint."""
+    """The largest weight of all filters, repeated for each: one scale for all, so that faint filters look faint."""
     limit = max(float(np.abs(kernels).max()) for kernels in towers)
     return [np.full(len(kernels), limit, np.float32) for kernels in towers]
 
 
 def kernel_limits(towers: Sequence[Kernels]) -> list[Limits]:
-    """The largest weight of each kernel: a scale of its own, so that faint ones can be looked at."""
+    """The largest weight of each filter: a scale for each, so that faint filters can be seen."""
     return [np.abs(kernels).max(axis=(1, 2, 3)) for kernels in towers]
 
 
 def draw_grid(kernels: Kernels, limits: Limits, columns: int) -> Pixels:
-    """uint8 RGB, a pixel per weight: tiles in rows, a pixel of page between and around them.
+    """Draw filters as tiles, uint8 RGB, one pixel per weight, with margins of one pixel.
 
-    Zero is mid-gray, and +-`limits` (kernels,) are white and black.
+    Zero is mid-gray; +`limits` and -`limits`, one per filter, are white and black.
     """
     count, _, height, width = kernels.shape
     rows = -(-count // columns)
     page = np.full((rows * (height + 1) + 1, columns * (width + 1) + 1, 3), PAGE, np.uint8)
-    limit = np.where(limits > 0, limits, 1)[:, None, None, None]  # nothing but zeros is gray on any scale
+    limit = np.where(limits > 0, limits, 1)[:, None, None, None]  # a filter of zeros is gray
     tiles = np.rint(ZERO + 127 * kernels / limit).clip(0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
     for number, tile in enumerate(tiles):
         y, x = (number // columns) * (height + 1) + 1, (number % columns) * (width + 1) + 1
@@ -57,7 +57,7 @@ def draw_grid(kernels: Kernels, limits: Limits, columns: int) -> Pixels:
 
 
 def draw_figure(panels: Panels, title: str) -> Image.Image:
-    """The grids below each other, each with its caption, enlarged to about 800 pixels without smoothing."""
+    """Draw the grids below each other with their captions, enlarged to about 800 pixels without smoothing."""
     from PIL import Image, ImageDraw
 
     from alexnet_cli.core.drawing import load_font
@@ -81,7 +81,7 @@ def draw_figure(panels: Panels, title: str) -> Image.Image:
 
 
 def draw_svg(panels: Panels, title: str) -> str:
-    """The same as a drawing that can be enlarged at will: a square for each weight, captions as text."""
+    """Draw the same figure as SVG: a square for each weight, captions as text."""
     zoom, width, height = _measure_layout(panels)
     ink = f'fill="#{INK:02x}{INK:02x}{INK:02x}" font-family="sans-serif" font-size="{LETTERS}"'
     parts = [
@@ -101,17 +101,17 @@ def draw_svg(panels: Panels, title: str) -> str:
 
 
 def _draw_squares(pixels: Pixels) -> list[str]:
-    """A path for each color, of unit squares; the page is there already."""
-    places: dict[tuple[int, ...], list[str]] = {}
+    """A path of unit squares for each color except the background."""
+    squares: dict[tuple[int, ...], list[str]] = {}
     for y, row in enumerate(pixels.tolist()):
         for x, color in enumerate(row):
-            places.setdefault(tuple(color), []).append(f"M{x} {y}h1v1h-1z")
-    places.pop((PAGE, PAGE, PAGE), None)
-    return [f'<path fill="#{r:02x}{g:02x}{b:02x}" d="{"".join(d)}"/>' for (r, g, b), d in places.items()]
+            squares.setdefault(tuple(color), []).append(f"M{x} {y}h1v1h-1z")
+    squares.pop((PAGE, PAGE, PAGE), None)
+    return [f'<path fill="#{r:02x}{g:02x}{b:02x}" d="{"".join(d)}"/>' for (r, g, b), d in squares.items()]
 
 
 def _measure_layout(panels: Panels) -> tuple[int, int, int]:
-    """How much is enlarged, and the size of the whole: a line above each grid, two below the last."""
-    zoom = max(4, round(WIDTH / max(pixels.shape[1] for _, pixels in panels)))
-    width = zoom * max(pixels.shape[1] for _, pixels in panels)
-    return zoom, width, 2 * LINE + sum(zoom * pixels.shape[0] + LINE for _, pixels in panels)
+    """Zoom, width and height of the figure: a line above each grid, two lines below the last."""
+    widest = max(pixels.shape[1] for _, pixels in panels)
+    zoom = max(4, round(WIDTH / widest))
+    return zoom, zoom * widest, 2 * LINE + sum(zoom * pixels.shape[0] + LINE for _, pixels in panels)

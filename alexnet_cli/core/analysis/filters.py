@@ -1,9 +1,9 @@
-"""Section 6.1: the kernels that the two towers learned, as numbers. No torch.
+"""Measure the first-layer filters of the two towers (section 6.1 of the paper). No torch.
 
-The paper shows 96 kernels and says that one tower grows color-agnostic and the other color-specific ones,
-in every run. Here that is measured: the color share of each kernel, how well it tells the towers apart, how
-likely chance does as well, and which kernels are learned at all and which still the noise they started from.
-Kernels are float32 N x 3 x 11 x 11, RGB; everything else follows from such an array.
+The paper shows 96 filters and says that in every run one tower learns color-agnostic ones and the other
+color-specific ones. This module measures the color share of each filter, how well it separates the towers (AUC), how
+likely chance separates them as well (p-value), and which filters still look like their random initial values.
+Filters are float32 N x 3 x 11 x 11, RGB.
 """
 
 from __future__ import annotations
@@ -20,99 +20,97 @@ Vector = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
 
 PERMUTATIONS = 10_000
-DEAD = 0.1  # a kernel with less than this share of the median norm has not learned anything
-NOISE = 0.3  # smoothness below which a kernel counts as noise: white noise has 0, a grating over 0.8
+DEAD = 0.1  # a filter with less than this share of the median norm is dead
+NOISE = 0.3  # a filter with less smoothness is noise: white noise has 0, a grating over 0.8
 NORMAL_95 = 1.96
-SPECTRUM = 64  # kernels are padded to so many rows and columns: spectra have steps of 1/64 cycle a pixel
+SPECTRUM = 64  # filters are zero-padded to this side, so spectra have steps of 1/64 cycle per pixel
 
 
 @dataclass(frozen=True)
 class Tower:
-    """Measurements of a tower's kernels, each an array of (kernels,)."""
+    """Measurements of a tower's filters: arrays with a value for each."""
 
-    chroma: Vector  # color share: gray 0, chance 2/3, opponent colors 1
+    chroma: Vector  # color share: gray 0, noise 2/3, opponent colors 1
     norm: Vector
     smoothness: Vector  # correlation of neighboring weights: noise 0, smooth near 1
-    frequency: Vector  # of the strongest wave, cycles a pixel
-    orientation: Vector  # in which its stripes run, degrees from the rows, 0..180
+    frequency: Vector  # of the strongest wave, in cycles per pixel
+    orientation: Vector  # of its stripes, in degrees from the rows, 0..180
     selectivity: Vector  # for that orientation: a blob 0, a grating near 1
-    dead: Flags  # too faint to count
+    dead: Flags  # whether the norm is below DEAD
 
     @property
     def undertrained(self) -> Flags:
-        """Kernels that are not dead and look like the noise that they started from."""
+        """Filters that are not dead and still look like noise."""
         return ~self.dead & (self.smoothness < NOISE)
 
     def mean(self, values: Vector) -> float:
-        """The mean of one of these arrays, each kernel weighted by its norm."""
+        """The mean of one of these arrays, weighted by the norm of each filter."""
         return float(np.average(values, weights=self.norm)) if self.norm.any() else 0.0
 
 
 @dataclass(frozen=True)
 class Specialization:
-    """How the towers' kernels differ in color; `auc`, its interval and `p_value` are None without two towers."""
+    """How the towers' filters differ in color. `auc`, `interval` and `p_value` are None without two towers."""
 
     towers: tuple[Tower, ...]
-    auc: float | None  # chance that a kernel of the color tower has more color than one of the other, 0.5..1
-    interval: tuple[float, float] | None  # of 95 %: it holds 0.5 unless the towers differ
-    p_value: float | None  # share of random divisions into two towers that separate as well
-    smoothness: float  # of all kernels together, -1..1
+    auc: float | None  # probability that a filter of the color tower has more color than one of the other, 0.5..1
+    interval: tuple[float, float] | None  # 95 % interval of the AUC; includes 0.5 unless the towers differ
+    p_value: float | None  # share of random divisions into two towers with at least this separation
+    smoothness: float  # of all filters together, -1..1
 
     @property
     def means(self) -> tuple[float, ...]:
-        """Per tower the mean color share, each kernel weighted by its norm."""
+        """The mean color share of each tower, weighted by the norm of each filter."""
         return tuple(tower.mean(tower.chroma) for tower in self.towers)
 
     @property
     def dead(self) -> int:
-        """Kernels too faint to count; auc and p_value leave them out."""
+        """Number of dead filters, which `auc` and `p_value` leave out."""
         return sum(int(tower.dead.sum()) for tower in self.towers)
 
     @property
     def noisy(self) -> int:
-        """Kernels that look like the noise that they started from."""
+        """Number of filters that still look like noise."""
         return sum(int(tower.undertrained.sum()) for tower in self.towers)
 
     @property
     def undertrained(self) -> bool:
-        """Whether the kernels, all in all, look like that."""
+        """Whether all filters together still look like noise."""
         return self.smoothness < NOISE
 
 
 def split_towers(weight: Kernels, towers: int) -> tuple[Kernels, ...]:
-    """conv1's weights, tower by tower: the first half of the kernels is tower 1."""
+    """Split the weights of conv1 by tower; tower 1 comes first."""
     return tuple(np.split(weight, towers))
 
 
 def measure_specialization(towers: Sequence[Kernels], seed: int = 0) -> Specialization:
-    """Measure the kernels of one or two towers."""
-    dead = _find_dead(towers)
-    measured = tuple(_measure_tower(kernels, faint) for kernels, faint in zip(towers, dead, strict=True))
-    compared = [tower.chroma[~tower.dead] for tower in measured]
-    auc = chance = p_value = None
-    if len(compared) == 2 and all(len(c) for c in compared):
-        auc, p_value = compute_auc(compared[0], compared[1]), compute_p_value(compared[0], compared[1], seed)
-        chance = compute_auc_interval(auc, len(compared[0]), len(compared[1]))
-    return Specialization(measured, auc, chance, p_value, measure_smoothness(np.concatenate(towers)))
+    """Measure the filters of one or two towers."""
+    measured = tuple(_measure_tower(*tower) for tower in zip(towers, _find_dead(towers), strict=True))
+    alive = [tower.chroma[~tower.dead] for tower in measured]
+    auc = interval = p_value = None
+    if len(alive) == 2 and all(len(chroma) for chroma in alive):
+        auc, p_value = compute_auc(alive[0], alive[1]), compute_p_value(alive[0], alive[1], seed)
+        interval = compute_auc_interval(auc, len(alive[0]), len(alive[1]))
+    return Specialization(measured, auc, interval, p_value, measure_smoothness(np.concatenate(towers)))
 
 
 def summarize_epoch(weight: Kernels, towers: int) -> dict[str, float]:
-    """What `train` records of conv1 after each epoch: the area under the curve, and each tower's mean color share."""
+    """The measurements of conv1 that `train` records after each epoch: AUC and mean color share of each tower."""
     parts = split_towers(weight, towers)
-    chroma, dead = [measure_chroma(kernels) for kernels in parts], _find_dead(parts)
-    summary = {
-        f"chroma_tower{i + 1}": float(np.average(c, weights=np.sqrt(_compute_energy(kernels))))
-        for i, (c, kernels) in enumerate(zip(chroma, parts, strict=True))
-        if kernels.any()
-    }
-    compared = [c[~faint] for c, faint in zip(chroma, dead, strict=True)]
-    if towers == 2 and all(len(c) for c in compared):
-        summary["specialization"] = compute_auc(compared[0], compared[1])
+    summary, alive = {}, []
+    for number, (kernels, dead) in enumerate(zip(parts, _find_dead(parts), strict=True), 1):
+        chroma = measure_chroma(kernels)
+        alive.append(chroma[~dead])
+        if kernels.any():
+            summary[f"chroma_tower{number}"] = float(np.average(chroma, weights=np.sqrt(_compute_energy(kernels))))
+    if towers == 2 and all(len(chroma) for chroma in alive):
+        summary["specialization"] = compute_auc(alive[0], alive[1])
     return summary
 
 
 def make_record(measured: Specialization) -> dict[str, Any]:
-    """The measurements for `--json`."""
+    """Make the record of the measurements for `--json`."""
     towers = {f"tower{i + 1}": tower for i, tower in enumerate(measured.towers)}
     return {
         "chroma_fraction": dict(zip(towers, measured.means, strict=True)),
@@ -131,7 +129,7 @@ def make_record(measured: Specialization) -> dict[str, Any]:
 
 
 def _list_kernels(tower: Tower) -> list[dict[str, Any]]:
-    """The measurements of each kernel of a tower."""
+    """The measurements of a tower, filter by filter."""
     columns = {
         "chroma": tower.chroma, "norm": tower.norm, "smoothness": tower.smoothness, "frequency": tower.frequency,
         "orientation": tower.orientation, "selectivity": tower.selectivity, "dead": tower.dead,
@@ -142,10 +140,9 @@ def _list_kernels(tower: Tower) -> list[dict[str, Any]]:
 
 
 def measure_chroma(kernels: Kernels) -> Vector:
-    """(N,) share of each kernel's energy that is color: gray 0, independent random weights 2/3, opponent 1.
+    """Return the color share of each filter, (N,): gray 0, random weights 2/3, opponent colors 1, all zeros 0.
 
-    1 - sum_p (u . w_p)^2 / sum_p |w_p|^2 with u = (1, 1, 1) / sqrt(3), the gray axis of an orthonormal basis.
-    A kernel of zeros has no color: 0.
+    1 - sum_p (u . w_p)^2 / sum_p |w_p|^2 over the pixels p, with the gray axis u = (1, 1, 1) / sqrt(3).
     """
     energy = _compute_energy(kernels)
     gray = (kernels.astype(np.float64).sum(axis=1) ** 2).sum(axis=(1, 2)) / 3
@@ -154,16 +151,16 @@ def measure_chroma(kernels: Kernels) -> Vector:
 
 
 def compute_auc(first: Vector, second: Vector) -> float:
-    """Area under the ROC curve of two groups, the larger of both directions; ties count half."""
+    """Return the area under the ROC curve of two groups, the larger of both directions. Ties count half."""
     share = float(0.5 + 0.5 * np.sign(first[:, None] - second).mean())
     return max(share, 1 - share)
 
 
 def compute_auc_interval(auc: float, first: int, second: int) -> tuple[float, float]:
-    """The 95 % interval of an area under the curve of two groups of so many (Newcombe 2006, method 5).
+    """Return the 95 % interval of an AUC for groups of `first` and `second` values (Newcombe 2006, method 5).
 
-    All areas that lie within 1.96 of their own standard deviations from the one that was found. At 0.5 that deviation
-    is the Mann-Whitney statistic's; unlike others, the interval does not vanish where the groups are apart.
+    It holds all areas within 1.96 of their own standard deviations of `auc`. At 0.5 that is the deviation of the
+    Mann-Whitney statistic. Unlike other intervals it keeps a width if the groups are completely separate.
     """
     area = np.linspace(0, 1, 10_001)
     spread = area * (1 - area) / (first * second)
@@ -173,8 +170,8 @@ def compute_auc_interval(auc: float, first: int, second: int) -> tuple[float, fl
 
 
 def compute_p_value(first: Vector, second: Vector, seed: int = 0) -> float:
-    """Share of random divisions of all kernels into two such groups that separate at least as well."""
-    from scipy.stats import permutation_test, rankdata  # takes about a second
+    """Return the share of random divisions into groups of these sizes that separate at least as well."""
+    from scipy.stats import permutation_test, rankdata  # takes a second to import
 
     ranks = rankdata(np.concatenate([first, second]))
     middle = len(first) * (len(ranks) + 1) / 2
@@ -191,7 +188,7 @@ def compute_p_value(first: Vector, second: Vector, seed: int = 0) -> float:
 
 
 def measure_smoothness(kernels: Kernels) -> float:
-    """Correlation of weights one step apart, down and across, over all kernels: noise 0, smooth near 1."""
+    """Return the correlation of adjacent weights, down and across, over all filters: noise 0, smooth near 1."""
     products, energies = _correlate_neighbors(kernels)
     product = products.sum()
     energy = sum(float(np.sqrt(a.sum() * b.sum())) for a, b in energies)
@@ -199,7 +196,7 @@ def measure_smoothness(kernels: Kernels) -> float:
 
 
 def measure_kernel_smoothness(kernels: Kernels) -> Vector:
-    """(N,) the smoothness of each kernel by itself; 0 for a kernel of zeros."""
+    """Return the smoothness of each filter, (N,); 0 for a filter of zeros."""
     products, energies = _correlate_neighbors(kernels)
     energy = sum((np.sqrt(a * b) for a, b in energies), np.zeros(len(kernels)))
     result: Vector = np.divide(products, energy, out=np.zeros(len(kernels)), where=energy > 0)
@@ -207,7 +204,7 @@ def measure_kernel_smoothness(kernels: Kernels) -> Vector:
 
 
 def _correlate_neighbors(kernels: Kernels) -> tuple[Vector, list[tuple[Vector, Vector]]]:
-    """Per kernel: the sum of the products of neighbors, and down and across the energies of both."""
+    """Per filter: the sum of products of adjacent weights, and the energies of both, down and across."""
     w = kernels.astype(np.float64)
     pairs = [(w[..., 1:, :], w[..., :-1, :]), (w[..., :, 1:], w[..., :, :-1])]
     products = sum(((a * b).sum(axis=(1, 2, 3)) for a, b in pairs), np.zeros(len(w)))
@@ -215,8 +212,9 @@ def _correlate_neighbors(kernels: Kernels) -> tuple[Vector, list[tuple[Vector, V
 
 
 class Waves(NamedTuple):
-    """Per kernel (N,): `frequency` in cycles a pixel, `orientation` in degrees (0 along the rows, 90 along the
-    columns, 45 from lower left to upper right), `selectivity` 0..1.
+    """Of each filter (N,): `frequency` in cycles per pixel, `orientation` in degrees, `selectivity` 0..1.
+
+    Stripes along the rows have orientation 0, along the columns 90, from lower left to upper right 45.
     """
 
     frequency: Vector
@@ -225,9 +223,9 @@ class Waves(NamedTuple):
 
 
 def compute_power(kernels: Kernels) -> Vector:
-    """N x 3 x H x W -> N x 64 x 64: the energy of each wave, over all colors; [0, 0] is the mean.
+    """Return the energy of each wave, summed over colors: N x 3 x H x W -> N x 64 x 64; [0, 0] is the mean.
 
-    The sum over the colors does not change when colors are rotated: a red-green grating counts as much as a gray one.
+    The sum does not depend on the color axes: a red-green grating counts as much as a gray one.
     """
     spectrum = np.fft.fft2(kernels.astype(np.float64), s=(SPECTRUM, SPECTRUM))
     energy: Vector = (np.abs(spectrum) ** 2).sum(axis=1)
@@ -235,17 +233,17 @@ def compute_power(kernels: Kernels) -> Vector:
 
 
 def find_strongest_wave(kernels: Kernels) -> Waves:
-    """Frequency and orientation where the spectrum is highest, and how much of it agrees with one orientation.
+    """Find the strongest wave of each filter, and how selective the filter is for one orientation.
 
-    Selectivity is |sum P e^(2 i angle)| / sum P over all waves but the mean, one less the circular variance: 0 for a
-    round blob, near 1 for a grating. A kernel of zeros has 0 everywhere.
+    Selectivity is |sum P e^(2 i angle)| / sum P over all waves but the mean, which is 1 - the circular variance: 0 for
+    a round blob, near 1 for a grating. A filter of zeros has 0 everywhere.
     """
     energy = compute_power(kernels)
     steps = np.fft.fftfreq(SPECTRUM)
     down, across = np.meshgrid(steps, steps, indexing="ij")
     peak = energy.reshape(len(kernels), -1).argmax(axis=1)
     frequency = np.hypot(down, across).ravel()[peak]
-    orientation = np.degrees(np.arctan2(across, down)).ravel()[peak] % 180  # stripes run across their wave
+    orientation = np.degrees(np.arctan2(across, down)).ravel()[peak] % 180  # stripes are perpendicular to the wave
     energy[:, 0, 0] = 0
     total = energy.sum(axis=(1, 2))
     resultant = np.abs((energy * np.exp(2j * np.arctan2(down, across))).sum(axis=(1, 2)))

@@ -1,11 +1,11 @@
-"""Figure 4 (right) of the paper: the training images whose fc7 activations are nearest to those of an image. No torch.
+"""Find the training images nearest to an image by their fc7 activations (figure 4, right). No torch.
 
-The activations of a training set are computed once and stay as an index beside the network:
+The activations of the training set are computed once and kept as an index in the run:
 
 fc7.npy       float32 N x units (4096 at full width): one row per training image, in the order of the data set
-index.json    written last: the hashes of weights and data set; without it the index does not count
+index.json    hashes of weights and data set; written last, and the index is valid only with it
 
-float16 would take half the space, but numpy converts it so slowly that a search would take seven times as long.
+float16 would need half the space, but numpy converts it so slowly that a search takes seven times as long.
 """
 
 from __future__ import annotations
@@ -21,7 +21,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from alexnet_cli.core.analysis.units import compute_activations, iterate_activations, read_images, read_images_by_row
+from alexnet_cli.core.analysis.units import (
+    compute_activations,
+    iterate_activations,
+    read_images,
+    read_images_by_row,
+    spread_rows,
+)
 from alexnet_cli.core.data.classes import ClassName
 from alexnet_cli.core.data.images import ImageArray
 from alexnet_cli.core.data.shards import Dataset, Split
@@ -37,8 +43,8 @@ SCHEMA = "alexnet.neighbors/3"
 LAYER: FeatureLayer = "fc7"
 VECTORS, RECORD, LOCK = f"{LAYER}.npy", "index.json", ".lock"
 BLOCK = 2**22  # activations compared at once: 16 MB
-LARGEST = 1e12  # activation: the squared length of such a row still fits into float32
-QUERIES, NEAREST = 5, 6  # images in a report, neighbors of each: as in figure 4
+LARGEST = 1e12  # activation; the squared length of a row still fits float32
+QUERIES, NEAREST = 5, 6  # images in a report, neighbors of each, as in figure 4
 
 Vectors = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.int64]
@@ -55,10 +61,10 @@ class IndexSource:
 
 
 def index_folder(weights: Path, run: Path | None, dataset: Dataset) -> Path:
-    """The folder of a network's index: in its run, or beside its file.
+    """Return the folder of a network's index: in its run, or next to its file.
 
-    The best checkpoint of a run, or its ONNX file, with the run's own data set has `neighbors`. Other weights and
-    data sets get names of their own, so that they do not replace it: `neighbors-00000280`, `neighbors-NAME`.
+    `neighbors` is for the run's best checkpoint or ONNX file with the run's data set. Other weights and data sets get
+    their own folders, such as `neighbors-00000280` or `neighbors-NAME`.
     """
     if run is None:
         return weights.with_name(f"{weights.stem}.neighbors")
@@ -73,12 +79,12 @@ def index_folder(weights: Path, run: Path | None, dataset: Dataset) -> Path:
 
 
 def open_index(folder: Path, source: IndexSource) -> Vectors | None:
-    """The index in a folder, memory-mapped; None if there is none, or it has another source, or it is damaged."""
+    """Open an index as a memory map. Returns None if it is missing, damaged, or has another source."""
     try:
         if json.loads((folder / RECORD).read_text(encoding="utf-8")) != {"schema": SCHEMA, **asdict(source)}:
             return None
         vectors: Vectors = np.lib.format.open_memmap(folder / VECTORS, mode="r")
-    except Exception:  # numpy raises nearly anything for a damaged header; the index is computed again in any case
+    except Exception:  # numpy raises many types for a damaged header; the index is computed again
         return None
     is_whole = vectors.dtype == np.float32 and vectors.ndim == 2 and len(vectors) == source.images
     return vectors if is_whole else None
@@ -87,7 +93,7 @@ def open_index(folder: Path, source: IndexSource) -> Vectors | None:
 def write_index(
     folder: Path, source: IndexSource, split: Split, session: Session, advance: Callable[[int], None] = lambda n: None
 ) -> Vectors:
-    """Run a split through the network and write its index. The old index stays until the new one is complete.
+    """Run a split through the network and write its index. An old index stays until the new one is complete.
 
     Raises:
         StorageError: the folder cannot be written, or another process is writing it.
@@ -113,7 +119,7 @@ def write_index(
 
 
 def _write_vectors(path: Path, images: int, split: Split, session: Session, advance: Callable[[int], None]) -> None:
-    """Write batch by batch. Not through a memory map: on a full disk that would be a signal, not an error."""
+    """Write batch by batch, not through a memory map, which raises a signal instead of an error on a full disk."""
     with path.open("wb") as file:
         for rows, activations in iterate_activations(split, session):
             vectors = check_range(activations, session.path).astype("<f4")
@@ -125,25 +131,26 @@ def _write_vectors(path: Path, images: int, split: Split, session: Session, adva
 
 
 def check_range(activations: Vectors, path: Path) -> Vectors:
-    """The same activations. Raises WeightsError if their squares could overflow; `path` is for the message."""
+    """Return the activations. Raises WeightsError if their squares could overflow; `path` is for the message."""
     if (largest := float(np.abs(activations).max(initial=0))) > LARGEST:
         what = f"{path}: activations of {LAYER} reach {largest:.0e}, too large to compare"
-        raise WeightsError(what, "no trained network's do: look at its training")
+        raise WeightsError(what, "training probably diverged; use an earlier checkpoint")
     return activations
 
 
 def find_nearest(vectors: Vectors, queries: Vectors, k: int) -> tuple[Rows, Distances]:
-    """The `k` nearest of N x units to each of Q x units: rows, nearest first, and Euclidean distances, Q x k each.
+    """Find the `k` rows of `vectors` (N x units) nearest to each query (Q x units).
 
-    Exact, and equal distances are in the order of the rows. A float32 matrix product per block finds the candidates:
-    every row that could be among the nearest, given its rounding error. These are measured again in float64.
+    Returns row numbers, nearest first, and Euclidean distances, Q x k each. The search is exact; equal distances come
+    in row order. A float32 matrix product per block finds candidates, namely all rows that could be among the nearest
+    given its rounding error. Their distances are then computed in float64.
     """
     k, size = min(k, len(vectors)), max(1, BLOCK // max(1, vectors.shape[1]))
     rows, distances = np.empty((len(queries), 0), np.int64), np.empty((len(queries), 0))
     for first in range(0, len(vectors), size):
         block = vectors[first : first + size]
         squares = np.einsum("nu,nu->n", block, block)
-        halves = squares / 2 - (block @ queries.T).T  # half the squared distance, less |q|^2 / 2; this order is fast
+        halves = squares / 2 - (block @ queries.T).T  # half the squared distance - |q|^2 / 2; this order is fast
         kth = min(k, len(block)) - 1
         limits = np.partition(halves, kth, axis=1)[:, kth] + 2 * _bound_error(queries, float(squares.max()))
         nearest = [
@@ -158,18 +165,18 @@ def find_nearest(vectors: Vectors, queries: Vectors, k: int) -> tuple[Rows, Dist
 
 
 def _measure_candidates(block: Vectors, query: Vectors, candidates: Rows, k: int) -> tuple[Rows, Distances]:
-    """The nearest `k` of some rows of a block, and their distances in float64."""
+    """Return the nearest `k` of some rows of a block, and their distances in float64."""
     distances = np.sqrt(((block[candidates].astype(np.float64) - query) ** 2).sum(axis=1))
     best = np.argsort(distances, kind="stable")[:k]
     return candidates[best], distances[best]
 
 
 def _bound_error(queries: Vectors, largest_square: float) -> npt.NDArray[np.float64]:
-    """The largest error of |x|^2 / 2 - x.q in float32, for each query q and any x with at most this squared length.
+    """Return the largest float32 error of |x|^2 / 2 - x.q for each query q and any x of at most this squared length.
 
-    A float32 sum of n products is off by at most about n 2^-24 times the sum of their sizes (Higham, Accuracy and
-    Stability of Numerical Algorithms, section 3.1); for both sums that is at most (|x| + |q|)^2 / 2. Twice that allows
-    for the few other roundings, and 2^-126 for each product that underflows.
+    The error of a float32 sum of n products is at most about n 2^-24 times the sum of their sizes (Higham, Accuracy
+    and Stability of Numerical Algorithms, section 3.1), for both sums together at most (|x| + |q|)^2 / 2. Twice that
+    allows for the few other roundings, 2^-126 for each product that underflows.
     """
     lengths = np.linalg.norm(queries.astype(np.float64), axis=1) + np.sqrt(largest_square)
     bound: npt.NDArray[np.float64] = (queries.shape[1] + 4) * (2.0**-24 * lengths**2 + 2.0**-126)
@@ -179,17 +186,17 @@ def _bound_error(queries: Vectors, largest_square: float) -> npt.NDArray[np.floa
 def make_sheet_row(
     name: str, image: ImageArray, rows: Rows, distances: Distances, split: Split, classes: Sequence[ClassName]
 ) -> Row:
-    """A row of a contact sheet: the image, set apart, then its neighbors with distance and class."""
+    """Make a row of a contact sheet: the image, then its neighbors with distance and class."""
     images = read_images_by_row(split, rows)
     tiles = [
         Tile(images[row], f"{distance:.3g} {classes[split.labels[row]].name}")
         for row, distance in zip(rows.tolist(), distances.tolist(), strict=True)
     ]
-    return Row(name, [Tile(image), *tiles], apart=True)
+    return Row(name, [Tile(image), *tiles], is_first_apart=True)
 
 
 def make_records(rows: Rows, distances: Distances, split: Split, classes: Sequence[ClassName]) -> list[dict[str, Any]]:
-    """The neighbors for `--json`. `source` is the image's folder and name before it was prepared, as far as kept."""
+    """Make the records for `--json`. `source` is the image's folder and name before preparation, as far as kept."""
     records = []
     for rank, (row, distance) in enumerate(zip(rows.tolist(), distances.tolist(), strict=True), 1):
         label, key = int(split.labels[row]), split.key(row)
@@ -203,9 +210,9 @@ def make_records(rows: Rows, distances: Distances, split: Split, classes: Sequen
 
 @dataclass(frozen=True)
 class Neighborhood:
-    """A validation image, uint8 256 x 256 x 3, with its class, and its nearest training images.
+    """A validation image, uint8 256 x 256 x 3, its class, and its nearest training images.
 
-    `nearest` has image, class and distance of each. Classes are numbered as in the data set.
+    `nearest` has image, class and distance of each. Class numbers are those of the data set.
     """
 
     image: ImageArray
@@ -221,9 +228,9 @@ def find_neighborhoods(
     keep_index: bool,
     advance: Callable[[int], None] = lambda n: None,
 ) -> tuple[Neighborhood, ...]:
-    """The neighbors of a few validation images, spread evenly over the split; none if a split is empty.
+    """Find the neighbors of a few validation images, spread evenly over the split. Returns () if a split is empty.
 
-    Uses the index of `alexnet neighbors` if there is one. Otherwise computes it, and keeps it if `keep_index`.
+    Uses the index of `alexnet neighbors` if there is one. Otherwise computes one, and keeps it if `keep_index`.
 
     Raises:
         DataError, WeightsError, StorageError: as `write_index` and `read_images` do.
@@ -241,7 +248,7 @@ def find_neighborhoods(
             if not keep_index:
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             vectors = write_index(folder, source, train, session, advance)
-        queries = np.unique(np.linspace(0, len(val) - 1, min(QUERIES, len(val))).round().astype(np.int64)).tolist()
+        queries = spread_rows(len(val), QUERIES).tolist()
         images = list(read_images(val, queries))
         rows, distances = find_nearest(vectors, check_range(compute_activations(session, images), model.path), NEAREST)
     neighborhoods = []
@@ -252,9 +259,9 @@ def find_neighborhoods(
 
 
 def _choose_network(model: Model, sha256: str, run: Path | None) -> tuple[ModelSource, str]:
-    """The run's ONNX file if it was made from this model, since `alexnet neighbors` indexes that; else the model.
+    """Return the run's ONNX file if it was exported from this model, as `alexnet neighbors` does, else the model.
 
-    Returns it with its SHA-256.
+    The second value is its SHA-256.
     """
     exported = run / ONNX if run else None
     if exported and exported.is_file():

@@ -1,7 +1,7 @@
-"""Section 6.1: what excites the units of a layer most, over all images of a prepared split. No torch.
+"""Find the images of a split that most activate the units of a layer (section 6.1 of the paper). No torch.
 
-Activations are computed batch by batch in bounded memory. For each unit the images with the highest activation are
-kept, with the place in the image, and drawn as rows of a contact sheet.
+Activations are computed batch by batch, in bounded memory. Each unit keeps the images with its highest activations
+and the positions in its map. They become rows of a contact sheet.
 """
 
 from __future__ import annotations
@@ -26,60 +26,61 @@ from alexnet_cli.core.model.architecture import receptive_field
 from alexnet_cli.errors import DataError, WeightsError
 from alexnet_cli.recipe import Recipe
 
-BATCH = 32  # images in one pass of the network
-OUTSIDE = 128  # gray level beyond the border of the image
+BATCH = 32  # images per forward pass
+OUTSIDE = 128  # gray level outside the image
 
 Rows = npt.NDArray[np.int64]
 
 
 class ActivationBatch(NamedTuple):
-    """`values` float32 B x units, or B x maps x height x width, of the images in `rows`, int64 B."""
+    """Activations `values`, float32 B x units or B x maps x height x width, of the images in `rows`, int64 B."""
 
     rows: Rows
     values: npt.NDArray[np.float32]
 
 
 def read_images(split: Split, rows: Sequence[int]) -> Generator[ImageArray]:
-    """Images of a split, uint8 256 x 256 x 3, in the order of `rows`; decodes ahead.
+    """Yield images of a split, uint8 256 x 256 x 3, in the order of `rows`. Threads decode ahead.
 
     Raises:
-        DataError: an image is damaged; the message names it.
+        DataError: an image is damaged.
     """
     with closing(prefetch((bytes(split.jpeg(row)) for row in rows), 2 * BATCH, exif_rotate=False)) as decoded:
         for row, (_, image) in zip(rows, decoded, strict=True):
             if isinstance(image, str):
                 raise DataError(
-                    f"picture {split.key(row)} (row {row}) of split {split.name} cannot be decoded: {image}",
+                    f"image {split.key(row)} (row {row}) of split {split.name} cannot be decoded: {image}",
                     "the shard is damaged: prepare the data set again with --overwrite",
                 )
             yield image
 
 
 def spread_rows(rows: int, count: int) -> Rows:
-    """At most `count` of 0..rows-1, spread evenly, the first and the last included."""
-    return np.linspace(0, rows - 1, min(count, rows)).round().astype(np.int64)
+    """Return at most `count` row numbers, spread evenly from the first row to the last."""
+    spread: Rows = np.linspace(0, rows - 1, min(count, rows)).round().astype(np.int64)
+    return spread
 
 
 def read_images_by_row(split: Split, rows: Rows) -> dict[int, ImageArray]:
-    """The same images by row, each decoded once."""
-    distinct = np.unique(rows).tolist()
-    return dict(zip(distinct, read_images(split, distinct), strict=True))
+    """Return the images of these rows by row, each decoded once."""
+    unique = np.unique(rows).tolist()
+    return dict(zip(unique, read_images(split, unique), strict=True))
 
 
 def compute_activations(session: Session, images: Sequence[ImageArray]) -> npt.NDArray[np.float32]:
-    """Activations of the session's layer for the center view of each image, uint8 256 x 256 x 3.
+    """Return the activations of the session's layer for the center view of each image, uint8 256 x 256 x 3.
 
     Raises:
-        WeightsError: they are NaN or infinite.
+        WeightsError: activations are NaN or infinite.
     """
     values = session.activations(np.concatenate([make_views(image, session.recipe.input_size, 1) for image in images]))
     if not np.isfinite(values).all():
-        raise WeightsError(f"{session.path}: what the network computes is no number", "its weights are damaged")
+        raise WeightsError(f"{session.path}: the network's output is NaN or infinite", "its weights are damaged")
     return values
 
 
 def iterate_activations(split: Split, session: Session) -> Generator[ActivationBatch]:
-    """Activations of the session's layer for every image of a split, in order.
+    """Yield the activations of the session's layer for every image of a split, in order.
 
     Raises:
         DataError: an image is damaged.
@@ -94,48 +95,53 @@ def iterate_activations(split: Split, session: Session) -> Generator[ActivationB
 
 @dataclass(frozen=True)
 class TopActivations:
-    """For each of U units the `k` images with its highest activation, highest first; each image counts once."""
+    """For each of U units the `k` images with the highest activation, highest first. Each image counts once."""
 
     values: npt.NDArray[np.float32]
-    """U x k: of a convolution before its nonlinearity, of fc6 and fc7 as the next layer sees them."""
+    """U x k activations: before the nonlinearity in convolutions, as the next layer sees them in fc6 and fc7."""
     rows: Rows
     """U x k: rows of the images in the split."""
     positions: npt.NDArray[np.int64]
     """U x k x 2: row and column in the unit's map; 0, 0 in layers without maps."""
 
     def sort_units(self, units: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """These units by their highest activation, highest first; equal ones keep their order."""
+        """Sort these units by their highest activation, highest first. Equal ones keep their order."""
         order: npt.NDArray[np.int64] = units[np.argsort(-self.values[units, 0], kind="stable")]
         return order
 
 
 def find_top_activations(batches: Iterable[ActivationBatch], k: int) -> TopActivations | None:
-    """One pass over the activations, keeping `k` images per unit. None if there is no image."""
+    """Find the top `k` images of each unit in one pass. Returns None if there is no image."""
     best: TopActivations | None = None
     for rows, values in batches:
         new = _reduce_batch(rows, values)
-        parts = [best, new] if best else [new]
-        joined = [np.concatenate([getattr(p, key) for p in parts], axis=1) for key in ("values", "rows", "positions")]
-        order = np.argsort(-joined[0], axis=1, kind="stable")[:, :k]
+        if best:
+            new = TopActivations(
+                np.concatenate([best.values, new.values], axis=1),
+                np.concatenate([best.rows, new.rows], axis=1),
+                np.concatenate([best.positions, new.positions], axis=1),
+            )
+        order = np.argsort(-new.values, axis=1, kind="stable")[:, :k]
         best = TopActivations(
-            np.take_along_axis(joined[0], order, 1),
-            np.take_along_axis(joined[1], order, 1),
-            np.take_along_axis(joined[2], order[:, :, None], 1),
+            np.take_along_axis(new.values, order, 1),
+            np.take_along_axis(new.rows, order, 1),
+            np.take_along_axis(new.positions, order[:, :, None], 1),
         )
     return best
 
 
 def _reduce_batch(rows: Rows, values: npt.NDArray[np.float32]) -> TopActivations:
-    """Each unit's highest activation in every image of a batch, with its position."""
+    """Find the highest activation of each unit in every image of a batch, with its position."""
     width = values.shape[3] if values.ndim == 4 else 1
     maps = values.reshape(*values.shape[:2], -1)
-    places = maps.argmax(axis=2)
-    highest = np.take_along_axis(maps, places[:, :, None], axis=2)[:, :, 0].T
-    return TopActivations(highest, np.broadcast_to(rows, highest.shape), np.stack(np.divmod(places.T, width), axis=-1))
+    peaks = maps.argmax(axis=2)
+    highest = np.take_along_axis(maps, peaks[:, :, None], axis=2)[:, :, 0].T
+    positions = np.stack(np.divmod(peaks.T, width), axis=-1)
+    return TopActivations(highest, np.broadcast_to(rows, highest.shape), positions)
 
 
 def cut_receptive_field(image: ImageArray, recipe: Recipe, layer: str, position: tuple[int, int]) -> ImageArray:
-    """The receptive field of a position (row, column): S x S x 3, gray where it hangs over the border."""
+    """Cut out the receptive field of a position (row, column), S x S x 3; gray outside the image."""
     (top, bottom), (left, right) = (receptive_field(recipe, layer, p, clipped=False) for p in position)
     patch = np.full((bottom - top, right - left, 3), OUTSIDE, np.uint8)
     (y, y_end), (x, x_end) = (receptive_field(recipe, layer, p) for p in position)
@@ -146,7 +152,7 @@ def cut_receptive_field(image: ImageArray, recipe: Recipe, layer: str, position:
 def make_sheet_rows(
     top: TopActivations, units: Sequence[int], split: Split, classes: Sequence[ClassName], recipe: Recipe, layer: str
 ) -> list[Row]:
-    """A row of a contact sheet for each unit: the parts of images that excite it most, with activation and class."""
+    """Make a row of a contact sheet for each unit: its top patches, with activation and class."""
     sheet_rows = []
     for unit in units:
         images = read_images_by_row(split, top.rows[unit])
@@ -162,7 +168,7 @@ def make_sheet_rows(
 def make_records(
     top: TopActivations, units: Sequence[int], split: Split, classes: Sequence[ClassName], recipe: Recipe, layer: str
 ) -> list[dict[str, Any]]:
-    """The same for `--json`; `box` is left, top, right, bottom in the 256 x 256 image, the ends excluded."""
+    """Make the records for `--json`; `box` is left, top, right, bottom in the 256 x 256 image, ends excluded."""
     records = []
     for unit in units:
         patches = []

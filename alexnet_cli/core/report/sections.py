@@ -115,7 +115,7 @@ def describe_curves(report: Report, charts: Mapping[str, Chart]) -> Values:
     words += " Training curves are means over steps, with dropout and augmentation. Validation uses neither."
     heads: Row = (
         "Epoch", "Training loss", "Validation loss", "Training top-1", "Validation top-1", "Validation top-5",
-        "Learning rate", "Images/s", "Rate lowered",
+        "Learning rate", "Images/s", "Drops after",
     )  # fmt: skip
     rows = [
         (
@@ -124,7 +124,7 @@ def describe_curves(report: Report, charts: Mapping[str, Chart]) -> Values:
             _format_number(epoch, "train_top1_error", ".1%"), _format_number(epoch, "top1_error", ".1%"),
             _format_number(epoch, "top5_error", ".1%"),
             _format_number(epoch, "lr", ".3g"), _format_number(epoch, "images_per_second", ",.0f"),
-            "after this epoch" if epoch["epoch"] in history.drops else "",
+            "yes" if epoch["epoch"] in history.drops else "",
         )
         for epoch in history.epochs
     ]  # fmt: skip
