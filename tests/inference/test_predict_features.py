@@ -102,7 +102,7 @@ def test_the_command_writes_what_numpy_reads(tmp_path: Path, model_path: Path) -
     out = tmp_path / "f.npz"
     result = run(str(tmp_path / "album"), "-w", str(model_path), "--features", "fc7", "-o", str(out))
     assert isinstance(result.exception, PartialError)
-    assert "07.png: it is not a picture" in result.exception.what
+    assert "07.png: it is not an image" in result.exception.what
     assert f"warn    skipped {tmp_path}/album/07.png: " in result.stderr
     assert f"saved   {out} · fc7 of 34 images" in result.stderr
     assert result.stdout == ""

@@ -67,13 +67,13 @@ def packed(source: Path, output: Path) -> tuple[shards.Dataset, dict[str, str]]:
     ("content", "reason"),
     [
         (b"", "empty"),
-        (b"hello, this is text", "not a picture"),
+        (b"hello, this is text", "not an image"),
         (b"\xff\xd8\xff", "."),
         (picture(7)[:-80], "truncated"),
         (picture(7)[:30], "."),
         (bomb(), "decompression bomb|pixels"),
         (b"\x89PNG\r\n\x1a\n" + b"\0" * 40, "."),
-        (os.urandom(5000), "not a picture"),
+        (os.urandom(5000), "not an image"),
     ],
 )
 def test_files_that_are_no_pictures(source: Path, tmp_path: Path, content: bytes, reason: str) -> None:

@@ -1,7 +1,7 @@
-"""Pictures to pixels, as in section 2 of the paper: RGB, shorter side to 256, the middle 256x256. No torch.
+"""From image files to pixels, as in section 2 of the paper: RGB, shorter side to 256, the middle 256 x 256.
 
-This is the definition, with Pillow; `fast_images` is its fast twin for preparing, equal within one gray
-level. EXIF orientation is ignored, as it was in 2012; `upright` follows it where that is asked for.
+This is the reference, with Pillow and without torch; `fast_images` is what `alexnet prepare` uses, equal within one
+gray level. EXIF orientation is ignored, as in 2012, unless `apply_orientation` is called.
 """
 
 from __future__ import annotations
@@ -22,112 +22,93 @@ from PIL import Image, UnidentifiedImageError
 from alexnet_cli.errors import DataError
 from alexnet_cli.recipe import SIDE
 
-MAX_PIXELS = 89_478_485  # a quarter of a gigabyte as RGB, where Pillow begins to suspect a decompression bomb
-STRIP = 2**20  # pixels that are converted at once, so that a large picture is in memory as little as can be
-LARGE = 2**24  # pixels from which on the C library is told to give back what an image took
-MAX_ASPECT = 16  # of a picture longer than this many times its width only the middle is resized
+MAX_PIXELS = 89_478_485  # a quarter of a gigabyte as RGB; from here on Pillow warns of a decompression bomb
+MAX_SCANS = 100  # of a progressive JPEG, which has about ten; each scan costs a pass over all pixels
+MAX_ASPECT = 16  # only the middle of longer images is resized
+STRIP = 2**20  # pixels converted at once, which bounds the memory that a large image needs
+LARGE = 2**24  # pixels of an image after which the C library is told to return memory
 
 ImageArray = npt.NDArray[np.uint8]
 
-ORIENTATION = 0x0112  # the EXIF tag; 1 is upright
-TURNED: Mapping[int, Callable[[ImageArray], ImageArray]] = {
-    2: lambda p: p[:, ::-1],
-    3: lambda p: p[::-1, ::-1],
-    4: lambda p: p[::-1],
-    5: lambda p: p.transpose(1, 0, 2),
-    6: lambda p: p.transpose(1, 0, 2)[:, ::-1],
-    7: lambda p: p.transpose(1, 0, 2)[::-1, ::-1],
-    8: lambda p: p.transpose(1, 0, 2)[::-1],
+EXIF_ORIENTATION = 0x0112  # number of the EXIF tag
+TRANSFORMS: Mapping[int, Callable[[ImageArray], ImageArray]] = {
+    2: lambda rgb: rgb[:, ::-1],
+    3: lambda rgb: rgb[::-1, ::-1],
+    4: lambda rgb: rgb[::-1],
+    5: lambda rgb: rgb.transpose(1, 0, 2),
+    6: lambda rgb: rgb.transpose(1, 0, 2)[:, ::-1],
+    7: lambda rgb: rgb.transpose(1, 0, 2)[::-1, ::-1],
+    8: lambda rgb: rgb.transpose(1, 0, 2)[::-1],
 }
+"""What makes an image upright, by EXIF orientation; 1 is upright."""
 
-EXIF = (
-    b"Exif\0\0",
-    b"tiff:Orientation",
-)  # what a JPEG holds before its pixels where Pillow finds one; the latter is XMP's
-SCAN = b"\xff\xda"  # how a JPEG's pixels begin
+JPEG_START = b"\xff\xd8"
+JPEG_SCAN = b"\xff\xda"
+JPEG_ORIENTATION_MARKERS = (b"Exif\0\0", b"tiff:Orientation")  # EXIF and XMP
+JPEG_END = 0xD9
 
-# Not all that Pillow knows: PostScript in a file called .jpg would be run by Ghostscript.
+# Not every format of Pillow's: it would run Ghostscript for PostScript in a file called .jpg.
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
-
-BEGINNINGS = re.compile(
+SIGNATURES = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|BM....\0\0\0\0|RIFF....WEBP|II[*+]\0|MM\0[*+]|P[1-6]\s+(?:#|\d+\s+\d+\s)",
     re.DOTALL,
 )
-MOST_SCANS = (
-    100  # of a progressive JPEG, which has about ten; each costs a pass over all pixels, a few bytes long or not
-)
 
-_opening = threading.Lock()  # warnings.catch_warnings is not thread-safe
+_warnings_lock = threading.Lock()  # warnings.catch_warnings is not thread-safe
 
 
 def decode(data: bytes) -> ImageArray:
-    """The picture in a file's bytes as uint8 H x W x 3 RGB, whatever its real format and color mode.
+    """Decode an image file to uint8 H x W x 3 RGB, whatever its format and color mode.
 
-    Gray, palette, CMYK and 16-bit pictures are converted; alpha is dropped; of an animation the first
-    frame counts.
+    Gray, palette, CMYK and 16-bit images are converted. Alpha is dropped. An animation gives its first frame.
 
     Raises:
-        DataError: it is no picture, truncated, damaged or too large; `what` is the reason.
+        DataError: the file is no image, truncated, damaged or too large.
     """
-    with _reasons(data), _opened(data) as image:
+    with _open_image(data) as image:
         image.load()
-        return _rgb(image)
+        return _to_rgb(image)
 
 
 def read_size(data: bytes) -> tuple[int, int]:
-    """Height and width of the picture in a file's bytes, none of whose pixels are decoded; raises as `decode` does."""
-    with _reasons(data), _opened(data) as image:
+    """Height and width of an image file, without decoding its pixels. Raises DataError as `decode` does."""
+    with _open_image(data) as image:
         return image.height, image.width
 
 
 def is_image(data: bytes) -> bool:
-    """Whether a file's bytes begin as those of a known format do."""
-    return BEGINNINGS.match(data[:1024]) is not None
-
-
-@contextlib.contextmanager
-def _reasons(data: bytes) -> Iterator[None]:
-    """Every error inside becomes a DataError that says why the picture cannot be used."""
-    if not data:
-        raise DataError("the file is empty")
-    try:
-        yield
-    except UnidentifiedImageError as error:
-        start = data[:16].decode("ascii", errors="replace")
-        begins = f" (it begins with {start!r})" if start.isprintable() and start.isascii() else ""
-        raise DataError(f"it is not a picture of a known format{begins}") from error
-    except DataError:
-        raise
-    except Exception as error:  # Pillow's readers raise nearly anything on damaged files, struct.error included
-        raise DataError(f"it is damaged ({error or type(error).__name__})") from error
+    """Whether the bytes start like a file of a known image format."""
+    return SIGNATURES.match(data[:1024]) is not None
 
 
 def read_orientation(data: bytes) -> int:
-    """The EXIF orientation in a picture's file, 1 to 8: 1 is upright, and what damaged EXIF counts as.
+    """The EXIF orientation of an image file, 1 to 8; 1 (upright) without valid EXIF, and for TIFF.
 
-    So does a TIFF, which Pillow turns by itself.
+    Pillow applies the orientation of a TIFF by itself.
     """
-    if data[:2] == b"\xff\xd8" and not any(word in data[: data.find(SCAN)] for word in EXIF):
-        return 1  # a JPEG without any: most are, and Pillow takes its time
+    if data[:2] == JPEG_START:
+        header = data[: data.find(JPEG_SCAN)]
+        if not any(marker in header for marker in JPEG_ORIENTATION_MARKERS):
+            return 1  # most JPEGs; asking Pillow is slow
     try:
-        with _opened(data) as image:
-            found = image.getexif().get(ORIENTATION, 1)
-        return int(found) if found in TURNED and image.format != "TIFF" else 1
-    except Exception:  # Pillow's readers raise nearly anything
+        with _open_image(data) as image:
+            orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+            return int(orientation) if orientation in TRANSFORMS and image.format != "TIFF" else 1
+    except DataError:
         return 1
 
 
 def apply_orientation(rgb: ImageArray, data: bytes) -> ImageArray:
-    """The picture turned as the EXIF orientation in its file says: phones store some of theirs lying down."""
-    turn = TURNED.get(read_orientation(data))
-    return rgb if turn is None else np.ascontiguousarray(turn(rgb))
+    """Turn the decoded image as the EXIF orientation in its file says."""
+    transform = TRANSFORMS.get(read_orientation(data))
+    return rgb if transform is None else np.ascontiguousarray(transform(rgb))
 
 
 def resize_and_crop(rgb: ImageArray) -> ImageArray:
-    """Shorter side to 256 (antialiased bilinear), then the middle: uint8 H x W x 3 -> 256 x 256 x 3.
+    """Resize the shorter side to 256 (antialiased bilinear) and cut out the middle: H x W x 3 -> 256 x 256 x 3.
 
-    It is computed in float32 and rounded once. On uint8 Pillow and torch round after each of the two passes,
-    each in its own way, and would now and then be two gray levels apart.
+    Computes in float32 and rounds once. With uint8, Pillow and torch round after each of the two passes, each in its
+    own way, and can differ by two gray levels.
     """
     rgb = crop_long_side(rgb)
     height, width = scaled_size(*rgb.shape[:2])
@@ -142,106 +123,113 @@ def resize_and_crop(rgb: ImageArray) -> ImageArray:
 
 
 def scaled_size(height: int, width: int) -> tuple[int, int]:
-    """Height and width once the shorter side is 256; the longer one is rounded."""
+    """Height and width after scaling the shorter side to 256; the longer one is rounded."""
     shorter = min(height, width)
     return (SIDE * height + shorter // 2) // shorter, (SIDE * width + shorter // 2) // shorter
 
 
 def crop_center(rgb: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """The middle 256 x 256; an odd margin is smaller at the top and at the left (floor)."""
+    """The middle 256 x 256. An odd margin is smaller at the top and at the left."""
     top, left = (rgb.shape[0] - SIDE) // 2, (rgb.shape[1] - SIDE) // 2
     return np.ascontiguousarray(rgb[top : top + SIDE, left : left + SIDE])
 
 
 def crop_long_side(rgb: ImageArray) -> ImageArray:
-    """The middle of an extremely long picture, so that a strip of 1 x 1,000,000 needs no gigabytes."""
+    """The middle of an extremely long image: resizing a strip of 1 x 1,000,000 would need gigabytes."""
     height, width = rgb.shape[:2]
     longest = MAX_ASPECT * min(height, width)
     top, left = max(0, height - longest) // 2, max(0, width - longest) // 2
     return np.ascontiguousarray(rgb[top : top + longest, left : left + longest])
 
 
-def check_size(height: int, width: int) -> None:
-    """Refuse a picture whose pixels would fill the memory, before they are decoded.
-
-    Raises:
-        DataError: it has more than MAX_PIXELS.
-    """
-    if height * width > MAX_PIXELS:
-        raise DataError(f"it measures {width:,} x {height:,} pixels, more than {MAX_PIXELS:,}: a decompression bomb?")
-
-
-def check_scans(data: bytes) -> None:
-    """Refuse a JPEG of so many scans that decoding it would not end soon.
-
-    Raises:
-        DataError: it has more than MOST_SCANS.
-    """
-    if data[:2] != b"\xff\xd8" or data.count(b"\xff\xda") <= MOST_SCANS:
-        return
-    place, scans = 2, 0
-    while scans <= MOST_SCANS and (place := data.find(b"\xff", place)) >= 0 and place + 4 <= len(data):
-        marker = data[place + 1]
-        if marker == 0xD9:  # the end of the picture: what follows, such as a phone's film, is not decoded
-            return
-        scans += marker == 0xDA
-        stuffed = marker in (0x00, 0x01, 0xFF) or 0xD0 <= marker <= 0xD7
-        place += (1 if marker == 0xFF else 2) if stuffed else 2 + int.from_bytes(data[place + 2 : place + 4], "big")
-    if scans > MOST_SCANS:
-        raise DataError(f"it has more than {MOST_SCANS} scans: a decompression bomb?")
-
-
-def _opened(data: bytes) -> Image.Image:
-    check_scans(data)
-    with _opening, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the size is checked below; odd EXIF does not matter here
-        try:
+@contextlib.contextmanager
+def _open_image(data: bytes) -> Iterator[Image.Image]:
+    """Open an image file with Pillow. Every error inside the block becomes a DataError with the reason."""
+    if not data:
+        raise DataError("the file is empty")
+    _check_scans(data)
+    try:
+        with _warnings_lock, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the size is checked below; odd EXIF does not matter here
             image = Image.open(io.BytesIO(data), formats=FORMATS)
-        except Image.DecompressionBombError as error:
-            raise DataError(f"it is a decompression bomb: {error}") from error
-    check_size(image.height, image.width)
-    return image
+        with image:
+            if image.height * image.width > MAX_PIXELS:
+                size = f"{image.height:,} x {image.width:,} pixels"
+                raise DataError(f"it has {size}, more than {MAX_PIXELS:,}: a decompression bomb?")
+            yield image
+    except UnidentifiedImageError as error:
+        start = data[:16].decode("ascii", errors="replace")
+        begins = f" (it begins with {start!r})" if start.isprintable() and start.isascii() else ""
+        raise DataError(f"it is not an image of a known format{begins}") from error
+    except Image.DecompressionBombError as error:
+        raise DataError(f"it is a decompression bomb: {error}") from error
+    except DataError:
+        raise
+    except Exception as error:  # Pillow raises nearly anything on damaged files, struct.error included
+        raise DataError(f"it is damaged ({error or type(error).__name__})") from error
 
 
-def _rgb(image: Image.Image) -> ImageArray:
-    """A copy, because torch takes no read-only arrays."""
+def _check_scans(data: bytes) -> None:
+    """Raise DataError for a JPEG with so many scans that decoding would take minutes.
+
+    The markers are followed up to the end of the image: a phone may have appended a film, whose bytes mean nothing.
+    """
+    if data[:2] != JPEG_START or data.count(JPEG_SCAN) <= MAX_SCANS:
+        return
+    position, scans = 2, 0
+    while scans <= MAX_SCANS and (position := data.find(b"\xff", position)) >= 0 and position + 4 <= len(data):
+        marker = data[position + 1]
+        if marker == JPEG_END:
+            return
+        scans += marker == JPEG_SCAN[1]
+        if marker == 0xFF:  # padding
+            position += 1
+        elif marker in (0x00, 0x01) or 0xD0 <= marker <= 0xD7:  # markers without a length
+            position += 2
+        else:
+            position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+    if scans > MAX_SCANS:
+        raise DataError(f"it has more than {MAX_SCANS} scans: a decompression bomb?")
+
+
+def _to_rgb(image: Image.Image) -> ImageArray:
+    """The pixels as a writable H x W x 3 array: torch takes no read-only ones."""
     result = np.empty((image.height, image.width, 3), np.uint8)
     rows = max(1, STRIP // image.width)
     for top in range(0, image.height, rows):
         bottom = min(top + rows, image.height)
-        whole = rows >= image.height
-        result[top:bottom] = _eight_bits(image if whole else image.crop((0, top, image.width, bottom)))
+        is_whole = rows >= image.height
+        result[top:bottom] = _to_eight_bits(image if is_whole else image.crop((0, top, image.width, bottom)))
     return result
 
 
-def _eight_bits(image: Image.Image) -> ImageArray:
-    """H x W x 3, or H x W x 1 where all three are the same."""
-    if image.mode.startswith("I"):
-        # 16 bits a pixel (Pillow calls them I;16, I;16B or I): scaled, where Pillow's own conversion
-        # would clip.
+def _to_eight_bits(image: Image.Image) -> ImageArray:
+    """The pixels as uint8 H x W x 3, or H x W x 1 for 16-bit gray."""
+    if image.mode.startswith("I"):  # I;16, I;16B or I: scaled here, since Pillow's conversion would clip
         deep = np.asarray(image).clip(0, 65535).astype(np.uint32)
         deep *= 255
         deep += 32767
-        gray = (deep // 65535).astype(np.uint8)
-        return gray[:, :, None]
+        return (deep // 65535).astype(np.uint8)[:, :, None]
     if image.mode == "F":
         raise DataError("its pixels are floating-point numbers of unknown range")
     if image.mode in ("P", "PA"):
-        image = image.convert("RGBA")  # by way of RGBA, or Pillow warns about transparency given as bytes
+        image = image.convert("RGBA")  # converted directly, Pillow warns about transparency given as bytes
     return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 class PixelBudget:
-    """Bounds the decoded pixels of all threads: room for the largest image, or for many smaller ones."""
+    """Limits the decoded pixels held by all threads: one image of the largest size, or many smaller ones."""
 
-    def __init__(self, most: int = MAX_PIXELS) -> None:
-        self.most, self.used, self.changed = most, 0, threading.Condition()
+    def __init__(self, max_pixels: int = MAX_PIXELS) -> None:
+        self.max_pixels = max_pixels
+        self.used = 0
+        self.changed = threading.Condition()
 
     @contextlib.contextmanager
     def reserve(self, pixels: int) -> Iterator[None]:
-        """Wait for so much room and hold it inside the block; an image larger than all of it comes alone."""
+        """Wait for room and hold it inside the block. An image larger than the whole budget is decoded alone."""
         with self.changed:
-            self.changed.wait_for(lambda: self.used + pixels <= self.most or not self.used)
+            self.changed.wait_for(lambda: self.used + pixels <= self.max_pixels or not self.used)
             self.used += pixels
         try:
             yield
@@ -254,6 +242,6 @@ class PixelBudget:
 
 
 def _trim_heap() -> None:
-    """Let glibc return what is freed to the system; each thread would keep as much as its largest picture took."""
+    """Let glibc return freed memory: otherwise each thread keeps as much as its largest image took."""
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library, or no name for it
         ctypes.CDLL(None).malloc_trim(0)
