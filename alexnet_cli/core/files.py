@@ -1,4 +1,4 @@
-"""Files on disk: atomic writes, checksums, exclusive locks, links and bounded reads, on Linux, macOS and Windows."""
+"""Atomic writes, checksums, exclusive locks, links and bounded reads, on Linux, macOS and Windows."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from pathlib import Path
 
 from alexnet_cli.errors import AlexNetError, DataError
 
-LARGEST = 1 << 28  # bytes of a file that is read into memory, unless the caller allows fewer or more
-TEMPORARY = re.compile(r"\.(?P<name>.+)\.\d+\.tmp[^/]*")
-"""Names of temporary files. Only a killed process leaves one behind."""
+MAX_BYTES = 2**28  # of a file that is read into memory, unless the caller sets another limit
+TEMPORARY_NAME = re.compile(r"\.(?P<name>.+)\.\d+\.tmp[^/]*")
+"""Name of a temporary file, which only a killed process leaves behind; `name` is the file it was to replace."""
 
 
 @contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
-    """Give a temporary path to write to. It is synced and takes the place of `path` if the block ends well.
+    """Yield a temporary path to write to, which is synced and replaces `path` when the block ends without an error.
 
-    A reader, or a machine that loses power, finds the old file or the new one, never half of one.
+    Readers see the old file or the new one, never a part of it, even after a power failure.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
     try:
@@ -42,7 +42,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_chunks(path: Path, chunks: Iterable[bytes]) -> str:
-    """Write a file of several pieces atomically. Returns its sha256, hexadecimal."""
+    """Write a file atomically from pieces. Returns its SHA-256, hexadecimal."""
     digest = hashlib.sha256()
     with replace_file(path) as temporary, temporary.open("wb") as file:
         for chunk in chunks:
@@ -66,7 +66,7 @@ def write_and_verify(path: Path, content: bytes | memoryview) -> str:
 
 
 def replace_link(link: Path, target: Path) -> None:
-    """Make `link` a relative symbolic link to the folder `target`, atomically where the system can do that."""
+    """Make `link` a relative symbolic link to the folder `target`; atomically, except on Windows."""
     temporary = link.with_name(f".{link.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)
     try:
@@ -75,11 +75,11 @@ def replace_link(link: Path, target: Path) -> None:
         if sys.platform == "win32":
             import _winapi
 
-            _winapi.CreateJunction(str(target.resolve()), str(temporary))  # unlike a symbolic link, open to every user
+            _winapi.CreateJunction(str(target.resolve()), str(temporary))  # unlike symbolic links, needs no special rights
         else:
             raise
     if sys.platform == "win32":
-        link.unlink(missing_ok=True)  # Windows replaces no folder, and a link to one counts as one
+        link.unlink(missing_ok=True)  # Windows cannot replace a link to a folder
     temporary.replace(link)
 
 
@@ -90,7 +90,7 @@ def sync_file(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the renames in a folder durable. Windows has no such call and needs none."""
+    """Make renames in a folder durable. Windows needs no such call."""
     if sys.platform == "win32":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -110,7 +110,7 @@ def lock_file(path: Path, message: str, error: type[AlexNetError] = DataError) -
         AlexNetError: `error` with `message`, if another process holds the lock.
         OSError: the file cannot be created.
     """
-    from filelock import FileLock, Timeout  # a tenth of a second to import, for few commands
+    from filelock import FileLock, Timeout  # takes 0.1 s to import, and few commands need it
 
     lock = FileLock(path)
     try:
@@ -120,36 +120,32 @@ def lock_file(path: Path, message: str, error: type[AlexNetError] = DataError) -
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):  # Windows removes no file that is open
+        with contextlib.suppress(OSError):  # Windows cannot remove an open file
             path.unlink()
         lock.release()
 
 
 def hash_file(path: Path, algorithm: str = "sha256") -> str:
-    """Checksum of a file, hexadecimal: sha256, or another that hashlib knows. Raises OSError."""
+    """Checksum of a file, hexadecimal; `algorithm` is a name that hashlib knows. Raises OSError."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, algorithm).hexdigest()
 
 
-def read_file(path: Path, most: int = LARGEST) -> bytes:
-    """The bytes of a regular file; reading a pipe or a device could wait forever.
+def read_file(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
+    """Read a regular file. Pipes and devices are refused, since reading them could take forever.
 
     Raises:
-        DataError: it is no regular file, or has more than `most` bytes.
+        DataError: it is no regular file, or has more than `max_bytes`.
         OSError: it cannot be read.
     """
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise DataError("it is not a regular file")
-    check_bytes(status.st_size, most)
+    check_bytes(status.st_size, max_bytes)
     return path.read_bytes()
 
 
-def check_bytes(size: int, most: int = LARGEST) -> None:
-    """Refuse a file that would fill the memory, before it is read.
-
-    Raises:
-        DataError: it has more than `most` bytes.
-    """
-    if size > most:
-        raise DataError(f"it has {size:,} bytes, more than {most:,}")
+def check_bytes(size: int, max_bytes: int = MAX_BYTES) -> None:
+    """Raise DataError if a file of `size` bytes is too large to be read into memory."""
+    if size > max_bytes:
+        raise DataError(f"it has {size:,} bytes, more than {max_bytes:,}")

@@ -80,7 +80,7 @@ def prepare(
     if state == "finished":
         _report_finished(reporter, plan, strict=on_corrupt == "fail")
         return
-    needed, free = plan.bytes_needed(), plan.bytes_free()
+    needed, free = plan.estimate_bytes(), plan.free_bytes()
     sizes = f"about {format_size(needed)} needed, {format_size(free)} free"
     reporter.line("plan", f"shorter side to 256, middle 256x256, JPEG q{quality} → {plan.output}    {sizes}")
     if dry_run:
@@ -96,7 +96,7 @@ def prepare(
         return
     plan.check_space(needed)
     if state == "unfinished":
-        reporter.line("resume", f"an earlier run was interrupted; its {plan.shards_kept():,} finished shards are kept")
+        reporter.line("resume", f"an earlier run was interrupted; its {plan.count_finished_shards():,} finished shards are kept")
     if overwrite and plan.output.is_dir():
         reporter.line("note", f"{plan.output} is being replaced: what was there is gone from now on")
     seen, seconds = _pack(reporter, plan, workers or count_cores(), on_corrupt, overwrite)
@@ -133,7 +133,7 @@ def _pack(reporter: Reporter, plan: Plan, workers: int, on_corrupt: OnCorrupt, o
                             seen += step.images
                             bar.advance(step.images, f"{left_out:,} left out" if left_out else "")
     except (KeyboardInterrupt, Terminated) as stop:
-        kept = plan.shards_kept()
+        kept = plan.count_finished_shards()
         what = f"the {kept:,} finished shards stay in {plan.output}" if kept else "no shard was finished yet"
         again = "goes on where it stopped" if kept else "begins anew"
         without = " without --overwrite" if kept and overwrite else ""
@@ -279,7 +279,7 @@ def _report_turned(reporter: Reporter, dataset: Dataset) -> None:
 
 def _report_duplicates(reporter: Reporter, dataset: Dataset) -> None:
     """Equal pictures are worth a line, and a warning where they are in both splits, or under two labels."""
-    from alexnet_cli.core.data.statistics import spans
+    from alexnet_cli.core.data.statistics import has_several
 
     found = dataset.record["duplicates"]
     if found["groups"]:
@@ -290,7 +290,7 @@ def _report_duplicates(reporter: Reporter, dataset: Dataset) -> None:
         ("class", found["across_classes"], "in two classes", "one of the labels is wrong: keep the right one"),
     ):
         if count:
-            first = next(group for group in dataset.duplicates() if spans(group, key))
+            first = next(group for group in dataset.duplicates() if has_several(group, key))
             many = "1 picture is" if count == 1 else f"{count:,} pictures are"
             reporter.warn(
                 f"{many} {where}: {_describe_pair(first, key)}{' …' if count > 1 else ''}", f"{hint}; {listed}"

@@ -25,7 +25,7 @@ from alexnet_cli.core.data import fast_images, images, prepare, shards, sources
 from alexnet_cli.core.data.images import PixelBudget
 from alexnet_cli.core.data.plan import Plan
 from alexnet_cli.core.data.prepare import pack
-from alexnet_cli.core.data.shard_writer import tar_header
+from alexnet_cli.core.data.shard_writer import encode_tar_header
 from alexnet_cli.core.data.statistics import PixelSums
 from alexnet_cli.errors import DataError, StorageError, UsageError, VerificationError
 
@@ -134,7 +134,7 @@ def test_any_tar_reader_finds_the_same_pictures(folder: Path, prepared: Path) ->
 def test_headers_are_those_of_tarfile(name: str, size: int) -> None:
     expected = tarfile.TarInfo(name)
     expected.size = size
-    assert tar_header(name, size) == expected.tobuf(tarfile.USTAR_FORMAT)
+    assert encode_tar_header(name, size) == expected.tobuf(tarfile.USTAR_FORMAT)
 
 
 def test_statistics_are_those_of_the_pixels(folder: Path, prepared: Path) -> None:
@@ -163,7 +163,7 @@ def test_sums_are_exact_at_the_extreme() -> None:
         sums.add([np.full((256, 256, 3), 255, np.uint8)] * 257)
     assert (sums.products == 514 * 256 * 256 * 255 * 255).all()
     assert (sums.pixels == 514 * 255).all()
-    deviations, _ = sums.color_axes()
+    deviations, _ = sums.compute_color_axes()
     np.testing.assert_array_equal(deviations, 0)
 
 

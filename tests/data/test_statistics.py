@@ -8,16 +8,16 @@ from collections import defaultdict
 import numpy as np
 import pytest
 
-from alexnet_cli.core.data.shard_writer import npy_header
+from alexnet_cli.core.data.shard_writer import encode_npy_header
 from alexnet_cli.core.data.shards import ROW
-from alexnet_cli.core.data.statistics import IMAGE_FACT, LONGEST, ImageFacts, SourceStats, find_duplicates
+from alexnet_cli.core.data.statistics import IMAGE_FACT, MAX_SIDE, ImageFacts, SourceStats, find_duplicates
 
 
 def facts(rng: np.random.Generator, first: int, count: int) -> ImageFacts:
     """So few different digests that many pictures are equal; two of them differ in their last byte only."""
     found = np.zeros(count, IMAGE_FACT)
     found["row"] = np.arange(first, first + count)
-    found["width"], found["height"] = rng.integers(1, LONGEST + 1, (2, count))
+    found["width"], found["height"] = rng.integers(1, MAX_SIDE + 1, (2, count))
     digests = [bytes([n // 2, *range(14), n % 2]) for n in range(60)]
     found["orientation"] = rng.integers(1, 9, count)
     found["digest"] = [digests[n] for n in rng.integers(0, 60, count)]
@@ -39,7 +39,7 @@ def test_statistics_by_shards_are_those_of_the_whole(counts: tuple[int, ...]) ->
     for row, digest in zip(whole["row"].tolist(), whole["digest"].tolist(), strict=True):
         rows[digest].append(row)
     expected = sorted(group for group in rows.values() if len(group) > 1)
-    found = find_duplicates(stats.repeated(), {"train": iter(parts)}, lambda split, row: {"path": f"{split}/{row}"})
+    found = find_duplicates(stats.repeated_heads(), {"train": iter(parts)}, lambda split, row: {"path": f"{split}/{row}"})
     assert [[entry["path"] for entry in group] for group in found] == [
         [f"train/{row}" for row in group] for group in expected
     ]
@@ -50,4 +50,4 @@ def test_the_header_of_an_index_is_numpys(rows: int) -> None:
     index = np.random.default_rng(rows).integers(0, 1 << 31, rows).astype("<u4").astype(ROW)
     buffer = io.BytesIO()
     np.save(buffer, index)
-    assert npy_header(ROW, rows) + index.tobytes() == buffer.getvalue()
+    assert encode_npy_header(ROW, rows) + index.tobytes() == buffer.getvalue()

@@ -1,6 +1,6 @@
-"""What a preparation will do: source, output, settings, what is there already, the space it needs.
+"""What `alexnet prepare` is going to do: source, output, settings, what exists already, disk space.
 
-No torch, so that `alexnet prepare --dry-run` and a second `alexnet prepare` answer at once.
+No torch, so that `alexnet prepare --dry-run` and a second `alexnet prepare` start fast.
 """
 
 from __future__ import annotations
@@ -32,28 +32,29 @@ from alexnet_cli.core.data.shards import (
     index_name,
 )
 from alexnet_cli.core.data.sources import SourceDataset
-from alexnet_cli.core.files import TEMPORARY, replace_link
+from alexnet_cli.core.files import TEMPORARY_NAME, replace_link
 from alexnet_cli.errors import DataError, StorageError, UsageError
 
-QUALITY = 95  # of the JPEGs, as Krizhevsky's own preparation wrote
-SHARD_IMAGES = 4096  # pictures a shard, about 130 MB: lost work after a crash is seconds
-SIDECAR = 1_000_000  # bytes beside each shard while it is needed, and of the mean picture; somewhat less
-SAMPLE = 48  # pictures looked at to estimate the space
+QUALITY = 95  # of the JPEGs, as in Krizhevsky's own preparation
+SHARD_IMAGES = 4096  # images per shard, about 130 MB: a crash costs seconds of work
+IMAGE_OVERHEAD = 1536 + 512 + 20  # bytes: two tar headers with padding, the label's block, the index row
+SIDECAR_BYTES = 1_000_000  # at most, of a sidecar and of the mean image
+SAMPLE = 48  # images encoded to estimate the space
 PLAN = "plan.json"
 LOCK = ".lock"
-CLEARING = {"clearing": True}  # a plan that says: what is here is being removed
-BEGUN = (PARTIAL, LOCK)  # what a preparation makes before its plan
+CLEARING = {"clearing": True}  # a plan of this content means that an old data set is being deleted
 SHARD = re.compile(rf"(?:{'|'.join(SPLITS)})-\d{{6}}\.tar")
-FILES = (RECORD, MEAN, REJECTED, DAMAGED, DUPLICATES, *(index_name(split) for split in SPLITS))
-OURS = {*FILES, PARTIAL, LOCK}
-REPLACE = "--overwrite replaces it; -o DIR puts this one elsewhere"
+DATASET_FILES = {
+    RECORD, MEAN, REJECTED, DAMAGED, DUPLICATES, PARTIAL, LOCK, *(index_name(split) for split in SPLITS),
+}  # fmt: skip
+OTHER_FOLDER = "name another folder with -o"
 
 State = Literal["new", "unfinished", "finished"]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A source, the folder its prepared form goes to, and the settings that decide its bytes."""
+    """A source, the output folder, and the settings that decide the bytes of the prepared data set."""
 
     source: SourceDataset
     output: Path
@@ -63,7 +64,7 @@ class Plan:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """What must be the same for an output to be continued or to count as done."""
+        """The settings that an existing output must share to be continued or to count as finished."""
         return {
             "fingerprint": self.source.fingerprint(),
             "quality": self.quality,
@@ -72,10 +73,10 @@ class Plan:
         }
 
     def state(self, overwrite: bool = False) -> State:
-        """What is at the output: nothing (that will stay), part of this preparation, or all of it.
+        """Whether the output is new (or will be replaced), unfinished or finished.
 
         Raises:
-            UsageError: something else is there, or the output lies inside the source.
+            UsageError: it holds something else, or is inside the source.
         """
         self._check_output()
         if not self.output.exists():
@@ -83,39 +84,38 @@ class Plan:
         if not self.output.is_dir():
             raise UsageError(f"{self.output} is a file", "name a folder with -o")
         _check_files(self.output)
-        if overwrite or _settings(self.output / PARTIAL / PLAN) == CLEARING:
+        if overwrite or _read_settings(self.output / PARTIAL / PLAN) == CLEARING:
             return "new"
         if (self.output / RECORD).is_file():
             self._check_settings(self.output / RECORD, "holds another prepared data set")
             return "finished"
-        if self.shards_kept():
+        if self.count_finished_shards():
             self._check_settings(self.output / PARTIAL / PLAN, "holds an unfinished data set of another preparation")
             return "unfinished"
         return "new"
 
     def _check_output(self) -> None:
         if self.output.absolute() == (ROOT / LATEST).absolute():
-            raise UsageError(f"{self.output} is a pointer to another data set", "name a folder of its own with -o")
+            raise UsageError(f"{self.output} is a link to another data set", OTHER_FOLDER)
         try:
-            place = self.output.resolve()
-        except (OSError, RuntimeError) as error:  # a link that leads round in a circle
-            raise UsageError(f"{self.output} is no place to write to: {error}", "name another with -o") from error
-        if any(place.is_relative_to(folder) for folder in self._source_folders()):
+            resolved = self.output.resolve()
+        except (OSError, RuntimeError) as error:  # a link to itself
+            raise UsageError(f"{self.output} cannot be written: {error}", OTHER_FOLDER) from error
+        if any(resolved.is_relative_to(folder) for folder in self._source_folders()):
             raise UsageError(
-                f"{self.output} lies inside the source {self.source.path}, which is never written to",
-                "name another place with -o",
+                f"{self.output} is inside the source {self.source.path}, which is never written to", OTHER_FOLDER
             )
 
     def _source_folders(self) -> Iterator[Path]:
-        """The source, and where links in it lead, down to the folders of classes."""
+        """The source, and the targets of links in it, down to the class folders."""
         source = self.source.path
         yield source.resolve()
         for folder in (source, source / "train", source / "val"):
             if folder.is_dir():
                 yield from (entry.resolve() for entry in folder.iterdir() if entry.is_symlink() and entry.is_dir())
 
-    def bytes_needed(self) -> int:
-        """Bytes that the output will need, from a sample of the pictures packed in memory."""
+    def estimate_bytes(self) -> int:
+        """Size of the output in bytes, estimated from a sample of the images."""
         sizes = []
         for items in self.source.splits.values():
             for row in range(0, len(items), len(items) // SAMPLE + 1):
@@ -126,45 +126,41 @@ class Plan:
                 buffer = io.BytesIO()
                 Image.fromarray(rgb).save(buffer, "JPEG", quality=self.quality, subsampling="4:2:0")
                 sizes.append(buffer.tell())
-        total = sum(len(items) for items in self.source.splits.values())
-        beside = 1536 + 512 + 20  # two tar headers with padding, the label's block, the index row
+        images = sum(len(items) for items in self.source.splits.values())
         shards = sum(-(-len(items) // self.shard_images) for items in self.source.splits.values())
-        return int(total * (sum(sizes) / max(1, len(sizes)) + beside) + (shards + 1) * SIDECAR)
+        mean_size = sum(sizes) / max(1, len(sizes))
+        return int(images * (mean_size + IMAGE_OVERHEAD) + (shards + 1) * SIDECAR_BYTES)
 
-    def bytes_free(self) -> int:
-        """Bytes free where the output will be."""
-        there = self.output.absolute()
-        while not there.exists():
-            there = there.parent
-        return shutil.disk_usage(there).free
+    def free_bytes(self) -> int:
+        """Bytes free on the disk of the output."""
+        folder = self.output.absolute()
+        while not folder.exists():
+            folder = folder.parent
+        return shutil.disk_usage(folder).free
 
     def check_space(self, needed: int) -> None:
-        """Refuse early when the disk is too small; what an interrupted run left counts as done.
-
-        Raises:
-            StorageError: it is.
-        """
-        if needed - self._bytes_done() > self.bytes_free():
+        """Raise StorageError if the disk is too small for `needed` bytes, less those an interrupted run has written."""
+        if needed - self.finished_bytes() > self.free_bytes():
             raise StorageError(
-                f"about {format_size(needed)} needed in {self.output}, but {format_size(self.bytes_free())} free",
-                "name a larger disk with -o, or a lower --quality",
+                f"{self.output} needs about {format_size(needed)}, but only {format_size(self.free_bytes())} are free",
+                "choose a larger disk with -o, or a lower --quality",
             )
 
-    def bytes_missing(self) -> int:
-        """Bytes that are still to be written, about."""
-        return max(0, self.bytes_needed() - self._bytes_done())
+    def finished_bytes(self) -> int:
+        """Size of the shards that an interrupted run finished."""
+        return sum(file.stat().st_size for file in self._shards())
 
-    def shards_kept(self) -> int:
-        """How many shards an interrupted run has left finished."""
+    def count_finished_shards(self) -> int:
+        """Number of shards that an interrupted run finished."""
         return len(self._shards()) if (self.output / PARTIAL).is_dir() else 0
 
     def finalize(self) -> None:
-        """Once the set is valid: drop what was kept for resuming; let prepared/latest name it, if it lies there."""
+        """Delete what was kept for resuming, and point prepared/latest to the data set if it is under prepared/."""
         shutil.rmtree(self.output / PARTIAL, ignore_errors=True)
         link = ROOT / LATEST
-        with contextlib.suppress(OSError):  # a read-only place: the set is valid all the same
+        with contextlib.suppress(OSError):  # a read-only folder: the data set is valid all the same
             for file in self.output.iterdir():
-                if TEMPORARY.fullmatch(file.name):
+                if TEMPORARY_NAME.fullmatch(file.name):
                     file.unlink()
             if self.output.absolute().parent == ROOT.absolute() and (link.is_symlink() or not link.exists()):
                 replace_link(link, self.output)
@@ -172,69 +168,61 @@ class Plan:
     def _shards(self) -> list[Path]:
         return [file for file in self.output.iterdir() if SHARD.fullmatch(file.name)] if self.output.is_dir() else []
 
-    def _bytes_done(self) -> int:
-        return sum(file.stat().st_size for file in self._shards())
-
-    def _check_settings(self, record: Path, what: str) -> None:
-        there = _settings(record)
-        told = [
-            "other pictures or classes" if key == "fingerprint" else f"{key} {there.get(key)}, not {value}"
+    def _check_settings(self, record: Path, problem: str) -> None:
+        existing = _read_settings(record)
+        differences = [
+            "other images or classes" if key == "fingerprint" else f"{key} {existing.get(key)}, not {value}"
             for key, value in self.settings.items()
-            if there.get(key) != value
+            if existing.get(key) != value
         ]
-        if told:
-            raise UsageError(f"{self.output} {what}: {', '.join(told)}", REPLACE)
+        if differences:
+            hint = "use --overwrite to replace it, or -o DIR for another place"
+            raise UsageError(f"{self.output} {problem}: {', '.join(differences)}", hint)
 
 
 def default_output(source: Path) -> Path:
-    """prepared/NAME, NAME being that of the source folder.
-
-    Raises:
-        UsageError: it has none, being the root of the file system.
-    """
+    """prepared/NAME, where NAME is that of the source folder. UsageError for the root of the file system."""
     name = source.resolve().name
     if not name:
-        raise UsageError(f"{source} has no name to call the data set by", "say where to put it: -o DIR")
+        raise UsageError(f"the data set cannot be named after {source}", "name a folder with -o")
     return ROOT / name
 
 
 def _check_files(output: Path) -> None:
-    """Refuse a folder that holds anything but a prepared data set, finished or not, that this program wrote.
+    """Raise UsageError for a folder with anything but a prepared data set of this program, finished or not."""
+    partial = output / PARTIAL
+    if not _read_settings(output / RECORD) and not _read_settings(partial / PLAN):
+        others = [file for file in output.iterdir() if file.name not in (PARTIAL, LOCK)]
+        if partial.is_dir():  # a killed run may have left an unfinished plan
+            others += [file for file in partial.iterdir() if file.name == PLAN or _final_name(file) != PLAN]
+        if others:
+            raise UsageError(f"{output} is not empty and not a prepared data set", OTHER_FOLDER)
+    names = sorted(file.name for file in output.iterdir() if not _belongs_to_dataset(_final_name(file)))
+    if names:
+        raise UsageError(f"{output} holds {names[0]}, which is no part of a prepared data set", OTHER_FOLDER)
 
-    Raises:
-        UsageError: it holds somebody's files.
-    """
-    begun = output / PARTIAL
-    empty = not begun.is_dir() or all(file.name != PLAN and _final_name(file) == PLAN for file in begun.iterdir())
-    mine = _settings(output / RECORD) or _settings(begun / PLAN) or empty
-    if not mine or (empty and not _settings(output / RECORD) and any(e.name not in BEGUN for e in output.iterdir())):
-        raise UsageError(f"{output} is not empty and not a prepared data set", "name another folder with -o")
-    foreign = sorted(
-        file.name for file in output.iterdir() if _final_name(file) not in OURS and not SHARD.fullmatch(file.name)
-    )
-    if foreign:
-        raise UsageError(
-            f"{output} holds {foreign[0]}, which is no part of a prepared data set", "name another folder with -o"
-        )
+
+def _belongs_to_dataset(name: str) -> bool:
+    return name in DATASET_FILES or SHARD.fullmatch(name) is not None
 
 
 def _final_name(file: Path) -> str:
-    """The name of a file, or the one that a temporary file was to take when the program was killed."""
-    temporary = TEMPORARY.fullmatch(file.name)
+    """The name of a file; of a temporary file that a killed run left, the name it was meant to get."""
+    temporary = TEMPORARY_NAME.fullmatch(file.name)
     return temporary["name"] if temporary else file.name
 
 
-def _settings(record: Path) -> dict[str, Any]:
-    """What a data set was made with, by its dataset.json or its plan; nothing if it is not of this program."""
+def _read_settings(record: Path) -> dict[str, Any]:
+    """The settings in a dataset.json or plan.json; empty if it is missing or not of this program."""
     try:
-        found = json.loads(record.read_bytes())
+        content = json.loads(record.read_bytes())
         if record.name == RECORD:
-            found = found["settings"] if str(found["schema"]).startswith("alexnet.dataset/") else {}
+            content = content["settings"] if str(content["schema"]).startswith("alexnet.dataset/") else {}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
-    return found if isinstance(found, dict) and (found == CLEARING or "fingerprint" in found) else {}
+    return content if isinstance(content, dict) and (content == CLEARING or "fingerprint" in content) else {}
 
 
 def format_size(size: int) -> str:
-    """A size for people: "12 MB", "38.1 GB"."""
+    """A number of bytes as "1.2 MB", "12 MB" or "38.1 GB"."""
     return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.{0 if size >= 1e7 else 1}f} MB"

@@ -28,7 +28,7 @@ from alexnet_cli.core.data import fast_images, images
 from alexnet_cli.core.data.images import ImageArray, PixelBudget
 from alexnet_cli.core.data.plan import CLEARING, LOCK, PLAN, Plan, format_size
 from alexnet_cli.core.data.samples import ImageList, SourceImage
-from alexnet_cli.core.data.shard_writer import FinishedShard, ShardWriter, npy_bytes, npy_header, read_finished_shard
+from alexnet_cli.core.data.shard_writer import FinishedShard, ShardWriter, encode_npy, encode_npy_header, read_finished_shard
 from alexnet_cli.core.data.shards import (
     DAMAGED,
     DUPLICATES,
@@ -47,7 +47,7 @@ from alexnet_cli.core.data.statistics import (
     SourceStats,
     duplicate_summary,
     find_duplicates,
-    image_fact,
+    make_image_fact,
 )
 from alexnet_cli.core.files import lock_file, write_chunks
 from alexnet_cli.errors import AlexNetError, DataError, StorageError
@@ -261,7 +261,7 @@ def _read_image(row: int, item: SourceImage, plan: Plan, budget: PixelBudget) ->
         rgb, damage = fast_images.decode_with_damage(data)
         if plan.exif_rotate:
             rgb = images.apply_orientation(rgb, data)
-        return fast_images.resize_and_crop(rgb), image_fact(row, rgb, data, images.read_orientation(data)), damage
+        return fast_images.resize_and_crop(rgb), make_image_fact(row, rgb, data, images.read_orientation(data)), damage
 
 
 def _write_chunk(writer: ShardWriter, split: str, chunk: Chunk, packed: PackedChunk) -> list[dict[str, str]]:
@@ -304,7 +304,7 @@ def _write_dataset(plan: Plan, totals: Mapping[str, SplitTotals]) -> None:
         sums[index_name(name)] = write_chunks(plan.output / index_name(name), chunks)
     duplicates = _find_duplicates(plan, totals, stats)
     for file, data in {
-        MEAN: npy_bytes(totals["train"].sums.mean_image()),
+        MEAN: encode_npy(totals["train"].sums.mean_image()),
         DUPLICATES: _json_lines(duplicates),
         REJECTED: _json_lines(rejected),
         DAMAGED: _json_lines(damaged),
@@ -319,7 +319,7 @@ def _write_dataset(plan: Plan, totals: Mapping[str, SplitTotals]) -> None:
         "image": {"size": SIDE, "jpeg_quality": plan.quality, "exif_rotate": plan.exif_rotate},
         "source_sizes": stats.sizes(),
         "duplicates": duplicate_summary(duplicates),
-        **totals["train"].sums.record(),
+        **totals["train"].sums.to_record(),
         "rejected": len(rejected),
         "damaged": len(damaged),
         "turned": stats.turned,
@@ -344,7 +344,7 @@ def _index_chunks(
     plan: Plan, split: str, totals: SplitTotals, per_class: npt.NDArray[np.int64], stats: SourceStats
 ) -> Iterator[bytes]:
     """The bytes of a split's index, an .npy file of all rows; labels and facts are counted on the way."""
-    yield npy_header(ROW, totals.images)
+    yield encode_npy_header(ROW, totals.images)
     for shard in _read_shards(plan, split, totals):
         per_class += np.bincount(shard.rows["label"], minlength=len(per_class))
         stats.add(shard.facts)
@@ -366,7 +366,7 @@ def _find_duplicates(plan: Plan, totals: Mapping[str, SplitTotals], stats: Sourc
         return {"path": items.name(row), "class": plan.source.classes[items.labels[row]].name}
 
     facts = {name: (shard.facts for shard in _read_shards(plan, name, split)) for name, split in totals.items()}
-    return list(find_duplicates(stats.repeated(), facts, describe))
+    return list(find_duplicates(stats.repeated_heads(), facts, describe))
 
 
 def _json_lines(records: Sequence[Any]) -> bytes:
@@ -401,7 +401,7 @@ def _storage_errors(plan: Plan) -> Iterator[None]:
     except OSError as error:
         if error.errno in DISK_FULL:
             room = "free some space or choose another place; the same command then goes on where it stopped"
-            hint = f"about {format_size(plan.bytes_missing())} more needed: {room}"
+            hint = f"about {format_size(max(0, plan.estimate_bytes() - plan.finished_bytes()))} more needed: {room}"
         elif error.errno in NOT_WRITABLE:
             hint = "choose another place with -o, or see to its permissions"
         else:
