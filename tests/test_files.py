@@ -14,7 +14,7 @@ import pytest
 
 from alexnet_cli.core import files
 from alexnet_cli.core.files import (
-    TEMPORARY,
+    TEMPORARY_NAME,
     hash_file,
     lock_file,
     read_file,
@@ -67,10 +67,10 @@ def test_a_temporary_file_is_synced_before_it_takes_its_place(tmp_path: Path, mo
 def test_the_name_of_a_temporary_file_tells_which_it_replaces(tmp_path: Path) -> None:
     with replace_file(tmp_path / "dataset.json") as temporary:
         temporary.touch()
-        found = TEMPORARY.fullmatch(temporary.name)
+        found = TEMPORARY_NAME.fullmatch(temporary.name)
     assert found is not None
     assert found["name"] == "dataset.json"
-    assert TEMPORARY.fullmatch("dataset.json") is None
+    assert TEMPORARY_NAME.fullmatch("dataset.json") is None
 
 
 def test_a_link_is_relative_and_can_be_moved_to_another_folder(tmp_path: Path) -> None:
@@ -119,4 +119,4 @@ def test_what_is_not_read(tmp_path: Path) -> None:
         read_file(tmp_path / "file", 1000)
     assert len(read_file(tmp_path / "file")) == 1001
     with pytest.raises(DataError, match="more than"):
-        files.check_bytes(files.LARGEST + 1)
+        files.check_bytes(files.MAX_BYTES + 1)

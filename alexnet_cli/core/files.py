@@ -75,7 +75,8 @@ def replace_link(link: Path, target: Path) -> None:
         if sys.platform == "win32":
             import _winapi
 
-            _winapi.CreateJunction(str(target.resolve()), str(temporary))  # unlike symbolic links, needs no special rights
+            # unlike a symbolic link, a junction needs no special rights
+            _winapi.CreateJunction(str(target.resolve()), str(temporary))
         else:
             raise
     if sys.platform == "win32":

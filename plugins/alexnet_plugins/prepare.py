@@ -1,4 +1,4 @@
-"""`alexnet prepare`: recognize a data set and pack it once, into measured shards of 256x256 JPEGs."""
+"""`alexnet prepare`: detect the layout of a data set and pack it once into shards of 256x256 JPEGs."""
 
 from __future__ import annotations
 
@@ -31,11 +31,8 @@ CORRUPT = "Images that cannot be decoded: skip and list them, or fail at the fir
 EXIF = "Rotate images by their EXIF orientation (off in 2012)"
 VERIFY = "Check every checksum of this prepared data set, and exit"
 
-REJECTED_FILE = "rejected.jsonl"
-DUPLICATES_FILE = "duplicates.jsonl"
-DAMAGED_FILE = "damaged.jsonl"
-TOO_FEW = "each class needs at least two pictures, one of them to be kept for validation: add some, and --overwrite"
-SHOWN = 3  # images or classes that are named on the terminal
+TOO_FEW = "each class needs at least two images, one of them for validation: add some and use --overwrite"
+MAX_NAMED = 3  # images or classes that are named on the terminal
 
 OnCorrupt = Literal["skip", "fail"]
 
@@ -67,15 +64,15 @@ def prepare(
     reporter = Reporter("prepare", json=json, quiet=quiet)
     if check is not None:
         if source is not None:
-            raise UsageError(f"--verify {check} prepares nothing", f"leave {source} out")
+            raise UsageError("--verify checks a prepared data set and takes no SOURCE", f"omit {source}")
         _verify(reporter, check)
         return
     if source is None:
-        raise UsageError("no SOURCE to prepare", "name a folder of pictures, or --verify DIR")
+        raise UsageError("SOURCE is missing", "name a folder of images, or --verify DIR")
     with reporter.waiting("look", f"reading what is in {source}"):
-        found = detect_source(source, val_fraction)
-    _report_source(reporter, found)
-    plan = Plan(found, output or default_output(source), quality, exif_rotate=exif_rotate)
+        dataset = detect_source(source, val_fraction)
+    _report_source(reporter, dataset)
+    plan = Plan(dataset, output or default_output(source), quality, exif_rotate=exif_rotate)
     state = plan.state(overwrite)
     if state == "finished":
         _report_finished(reporter, plan, strict=on_corrupt == "fail")
@@ -86,65 +83,65 @@ def prepare(
     if dry_run:
         reporter.result({
             "output": str(plan.output),
-            "images": {name: len(items) for name, items in found.splits.items()},
-            "classes": len(found.classes),
+            "images": {name: len(items) for name, items in dataset.splits.items()},
+            "classes": len(dataset.classes),
             "dry_run": True,
-            "layout": found.layout,
+            "layout": dataset.layout,
             "bytes_needed": needed,
             "bytes_free": free,
         })  # fmt: skip
         return
     plan.check_space(needed)
     if state == "unfinished":
-        reporter.line("resume", f"an earlier run was interrupted; its {plan.count_finished_shards():,} finished shards are kept")
+        reporter.line("resume", f"keeping {plan.count_finished_shards():,} finished shards of an interrupted run")
     if overwrite and plan.output.is_dir():
-        reporter.line("note", f"{plan.output} is being replaced: what was there is gone from now on")
-    seen, seconds = _pack(reporter, plan, workers or count_cores(), on_corrupt, overwrite)
-    _report_prepared(reporter, plan.output, seen, seconds)
+        reporter.line("note", f"replacing {plan.output}")
+    packed, seconds = _pack(reporter, plan, workers or count_cores(), on_corrupt, overwrite)
+    _report_prepared(reporter, plan.output, packed, seconds)
 
 
-def _report_source(reporter: Reporter, found: SourceDataset) -> None:
-    """Say what was recognized, what was left out, and that training needs validation images."""
-    numbers = " · ".join(f"{name} {len(items):,}" for name, items in found.splits.items())
-    reporter.line("found", f"{numbers} images of {len(found.classes):,} classes    (layout: {found.layout})")
-    for note in found.notes:
+def _report_source(reporter: Reporter, dataset: SourceDataset) -> None:
+    """Print what was detected and left out, and warn if there are no validation images."""
+    numbers = " · ".join(f"{name} {len(items):,}" for name, items in dataset.splits.items())
+    reporter.line("found", f"{numbers} images of {len(dataset.classes):,} classes    (layout: {dataset.layout})")
+    for note in dataset.notes:
         reporter.line("note", note)
-    if not found.splits["val"]:
-        most = max(collections.Counter(found.splits["train"].labels).values(), default=0)
-        few = "--val-fraction 0.1 takes one picture of each class" if most > 1 else TOO_FEW
-        reporter.warn("no validation images, which training needs", few)
+    if not dataset.splits["val"]:
+        largest = max(collections.Counter(dataset.splits["train"].labels).values(), default=0)
+        hint = "--val-fraction 0.1 takes one image in ten of each class" if largest > 1 else TOO_FEW
+        reporter.warn("no validation images, which training needs", hint)
 
 
 def _pack(reporter: Reporter, plan: Plan, workers: int, on_corrupt: OnCorrupt, overwrite: bool) -> tuple[int, float]:
-    """Pack what is missing; returns how many pictures this run dealt with, and in how many seconds."""
+    """Pack what is missing. Returns the number of images processed in this run, and the seconds it took."""
     from alexnet_cli.core.data.prepare import pack
 
-    seen, start = 0, time.perf_counter()
+    processed, start = 0, time.perf_counter()
     try:
         with contextlib.closing(pack(plan, workers, on_corrupt, overwrite)) as steps:
-            for split, group in itertools.groupby(steps, key=lambda step: step.split):
+            for split, steps_of_split in itertools.groupby(steps, key=lambda step: step.split):
                 left_out = 0
                 with reporter.progress(split, total=len(plan.source.splits[split])) as bar:
-                    for step in group:
+                    for step in steps_of_split:
                         left_out += step.rejected
                         if step.kept:
                             bar.skip(step.images)
                         else:
-                            seen += step.images
+                            processed += step.images
                             bar.advance(step.images, f"{left_out:,} left out" if left_out else "")
     except (KeyboardInterrupt, Terminated) as stop:
-        kept = plan.count_finished_shards()
-        what = f"the {kept:,} finished shards stay in {plan.output}" if kept else "no shard was finished yet"
-        again = "goes on where it stopped" if kept else "begins anew"
-        without = " without --overwrite" if kept and overwrite else ""
-        raise Stopped(
-            f"interrupted: {what}", f"the same command{without} {again}", getattr(stop, "exit_code", 130)
-        ) from None
-    return seen, time.perf_counter() - start
+        finished = plan.count_finished_shards()
+        if finished:
+            what = f"interrupted: {finished:,} finished shards are kept in {plan.output}"
+            hint = f"run the same command again{' without --overwrite' if overwrite else ''} to continue"
+        else:
+            what, hint = "interrupted: no shard was finished yet", "run the same command again to start over"
+        raise Stopped(what, hint, getattr(stop, "exit_code", 130)) from None
+    return processed, time.perf_counter() - start
 
 
 def _verify(reporter: Reporter, folder: Path) -> None:
-    """Every file of a data set against its recorded sum; VerificationError names those that differ."""
+    """Compare every file of a data set with its checksum. VerificationError names those that differ."""
     from alexnet_cli.core.data.shards import find_dataset, list_checksums, open_dataset, verify_dataset
 
     dataset = open_dataset(find_dataset(str(folder)))
@@ -153,52 +150,50 @@ def _verify(reporter: Reporter, folder: Path) -> None:
         for _ in verify_dataset(dataset):
             bar.advance(1)
     reporter.result({"output": str(dataset.path), "files": len(files), "verified": True})
-    reporter.line("done", f"{dataset.path}: all {len(files)} files are as they were written")
+    reporter.line("done", f"{dataset.path}: all {len(files)} files match their checksums")
 
 
-def _report_prepared(reporter: Reporter, output: Path, seen: int, seconds: float) -> None:
-    """The data set is complete; this run saw so many pictures in so many seconds.
+def _report_prepared(reporter: Reporter, output: Path, processed: int, seconds: float) -> None:
+    """Print the result of a run that processed so many images in so many seconds.
 
     Raises:
-        PartialError: some were left out.
+        PartialError: images were left out.
     """
     from alexnet_cli.core.data.shards import open_dataset
 
     dataset = open_dataset(output)
-    for line in _describe_statistics(dataset):
-        reporter.line("stats", line)
-    _warn_empty_classes(reporter, dataset)
-    _report_turned(reporter, dataset)
+    _report_statistics(reporter, dataset)
+    _report_orientations(reporter, dataset)
     _report_duplicates(reporter, dataset)
     _report_damaged(reporter, dataset)
     _report_rejected(reporter, dataset)
-    images = sum(split["images"] for split in dataset.record["splits"].values())
-    total = images + dataset.record["rejected"]
-    part = "" if seen == total else f"{seen:,} in this run, "
-    speed = f"{images:,} images, {part}{seconds:.1f} s, {seen / seconds:,.0f} img/s"
+    images = _count_images(dataset)
+    part = "" if processed == images + dataset.record["rejected"] else f"{processed:,} in this run, "
+    speed = f"{images:,} images, {part}{seconds:.1f} s, {processed / seconds:,.0f} img/s"
     reporter.line("done", f"{output}  (dataset.json sha256 {dataset.hash[:12]}…)    {speed}")
-    _report_result(reporter, dataset, seconds, seen / seconds)
+    _report_result(reporter, dataset, seconds, processed / seconds)
     _raise_if_rejected(dataset)
 
 
 def _report_finished(reporter: Reporter, plan: Plan, strict: bool) -> None:
-    """Nothing is left to do: check that it is whole, and give the result again.
+    """Print the result of a data set that is already prepared, after checking that its files exist.
 
     Raises:
-        PartialError: pictures were left out, and `strict`; otherwise nothing fails this time, and that is a note.
+        DataError: a file is missing.
+        PartialError: images were left out, and `strict`.
     """
     from alexnet_cli.core.data.shards import list_checksums, open_dataset
 
     dataset = open_dataset(plan.output)
     for name in dataset.record["splits"]:
-        dataset.split(name)  # raises where files are missing
+        dataset.split(name)  # raises DataError if a shard is missing
     missing = [name for name in list_checksums(dataset.record) if not (plan.output / name).is_file()]
     if missing:
         raise DataError(f"{plan.output / missing[0]} is missing", "prepare the data set again with --overwrite")
     plan.finalize()
-    _report_turned(reporter, dataset)
+    _report_orientations(reporter, dataset)
     _report_rejected(reporter, dataset)
-    reporter.line("done", f"{plan.output} is there already, of this source and with these settings")
+    reporter.line("done", f"{plan.output} is already prepared from this source with these settings")
     _report_result(reporter, dataset, 0.0, None)
     try:
         _raise_if_rejected(dataset)
@@ -208,104 +203,103 @@ def _report_finished(reporter: Reporter, plan: Plan, strict: bool) -> None:
         reporter.line("note", error.what)
 
 
+def _count_images(dataset: Dataset) -> int:
+    return sum(split["images"] for split in dataset.record["splits"].values())
+
+
 def _report_result(reporter: Reporter, dataset: Dataset, seconds: float, rate: float | None) -> None:
     from alexnet_cli.core.devices import suggest_train_command
 
     images = {name: split["images"] for name, split in dataset.record["splits"].items()}
     if images.get("val"):
         reporter.line("next", f"{suggest_train_command()} --data {shlex.quote(str(dataset.path))}")
-    counts = {key: dataset.record.get(key, 0) for key in ("rejected", "damaged", "turned")}
-    found = {"classes": len(dataset.classes), **counts}
-    timing = {"seconds": seconds, "images_per_second": rate}
-    reporter.result({"output": str(dataset.path), "images": images, **found, **timing})
+    reporter.result({
+        "output": str(dataset.path),
+        "images": images,
+        "classes": len(dataset.classes),
+        **{key: dataset.record.get(key, 0) for key in ("rejected", "damaged", "turned")},
+        "seconds": seconds,
+        "images_per_second": rate,
+    })  # fmt: skip
 
 
 def _report_rejected(reporter: Reporter, dataset: Dataset) -> None:
-    refused = dataset.rejected()
-    for line in refused[:SHOWN]:
+    from alexnet_cli.core.data.shards import REJECTED
+
+    rejected = dataset.rejected()
+    for line in rejected[:MAX_NAMED]:
         reporter.warn(f"left out {line['path']}: {line['reason']}")
-    if len(refused) > SHOWN:
-        reporter.warn(f"left out {len(refused) - SHOWN:,} more: {dataset.path / REJECTED_FILE}")
+    if len(rejected) > MAX_NAMED:
+        reporter.warn(f"left out {len(rejected) - MAX_NAMED:,} more: {dataset.path / REJECTED}")
 
 
 def _raise_if_rejected(dataset: Dataset) -> None:
-    """The command ends with exit code 5 where pictures were left out."""
+    """Raise PartialError, which is exit code 5, if images were left out."""
+    from alexnet_cli.core.data.shards import REJECTED
+
     rejected = dataset.record["rejected"]
     if rejected:
-        total = rejected + sum(split["images"] for split in dataset.record["splits"].values())
         were = "was" if rejected == 1 else "were"
         raise PartialError(
-            f"{rejected:,} of {total:,} images {were} left out, as {dataset.path / REJECTED_FILE} lists",
-            "the data set is complete without them; --on-corrupt fail stops at the first instead",
+            f"{rejected:,} of {rejected + _count_images(dataset):,} images {were} left out: {dataset.path / REJECTED}",
+            "the data set can be used without them; use --on-corrupt fail to stop at the first instead",
         )
 
 
-def _describe_statistics(dataset: Dataset) -> list[str]:
+def _report_statistics(reporter: Reporter, dataset: Dataset) -> None:
     record = dataset.record
-    width, height = (_spread(record["source_sizes"][side]) for side in ("width", "height"))
+    width, height = (_format_range(record["source_sizes"][side]) for side in ("width", "height"))
     mean = " ".join(f"{value:.1f}" for value in dataset.mean_rgb)
-    per_class = f"{_spread(record['splits']['train']['images_per_class'])} training images per class"
-    return [
-        f"{len(dataset.classes):,} classes · {per_class} · mean RGB {mean} · mean image saved",
-        f"pictures were {width} pixels wide, {height} high",
-    ]
+    per_class = f"{_format_range(record['splits']['train']['images_per_class'])} training images per class"
+    reporter.line("stats", f"{len(dataset.classes):,} classes · {per_class} · mean RGB {mean} · mean image saved")
+    reporter.line("stats", f"source images: {width} pixels wide, {height} high")
+    empty = [entry["name"] for entry in record["classes"] if not entry["images"]["train"]]
+    if empty:
+        named = ", ".join(empty[:MAX_NAMED]) + (" …" if len(empty) > MAX_NAMED else "")
+        reporter.warn(f"no training images are left of {named}", "the network cannot learn these classes")
 
 
-def _spread(values: Mapping[str, float]) -> str:
+def _format_range(values: Mapping[str, float]) -> str:
     low, middle, high = (values[key] for key in ("min", "median", "max"))
     return f"{low:,}" if low == high else f"{low:,} to {high:,} (median {middle:,.0f})"
 
 
-def _warn_empty_classes(reporter: Reporter, dataset: Dataset) -> None:
-    empty = [entry["name"] for entry in dataset.record["classes"] if not entry["images"]["train"]]
-    if empty:
-        named = ", ".join(empty[:SHOWN]) + (" …" if len(empty) > SHOWN else "")
-        reporter.warn(f"no training images are left of {named}", "the network cannot learn what it never sees")
-
-
-def _report_turned(reporter: Reporter, dataset: Dataset) -> None:
-    """Phones store pictures lying on their side, and say in EXIF how they are to be turned."""
-    turned, of = dataset.record.get("turned", 0), sum(split["images"] for split in dataset.record["splits"].values())
-    if not turned:
-        return
-    were = f"{turned:,} of {of:,} pictures"
-    if dataset.record["image"]["exif_rotate"]:
-        reporter.line("note", f"{were} were turned, as EXIF says; predict does the same")
-        return
-    carry = "carries" if turned == 1 else "carry"
-    hint = "--exif-rotate --overwrite turns them, and those that predict sees"
-    reporter.warn(f"{were} {carry} an EXIF turn that is not followed", hint)
+def _report_orientations(reporter: Reporter, dataset: Dataset) -> None:
+    """Report images with an EXIF orientation: phones store photographs rotated."""
+    turned = dataset.record.get("turned", 0)
+    images = f"{turned:,} of {_count_images(dataset):,} images"
+    if turned and dataset.record["image"]["exif_rotate"]:
+        reporter.line("note", f"rotated {images} by their EXIF orientation; predict does the same")
+    elif turned:
+        hint = "use --exif-rotate --overwrite to rotate them; predict will then do the same"
+        reporter.warn(f"the EXIF orientation of {images} is ignored", hint)
 
 
 def _report_duplicates(reporter: Reporter, dataset: Dataset) -> None:
-    """Equal pictures are worth a line, and a warning where they are in both splits, or under two labels."""
+    """Report equal images, and warn about those in both splits or in several classes."""
+    from alexnet_cli.core.data.shards import DUPLICATES
     from alexnet_cli.core.data.statistics import has_several
 
-    found = dataset.record["duplicates"]
-    if found["groups"]:
-        reporter.line("note", f"{found['pictures']:,} pictures are copies of one another: {DUPLICATES_FILE}")
-    listed = f"{DUPLICATES_FILE} lists them all"
+    summary = dataset.record["duplicates"]
+    if summary["groups"]:
+        reporter.line("note", f"{summary['pictures']:,} images have identical copies: {DUPLICATES}")
     for key, count, where, hint in (
-        ("split", found["across_splits"], "in train and in val", "the validation error will look too good"),
-        ("class", found["across_classes"], "in two classes", "one of the labels is wrong: keep the right one"),
+        ("split", summary["across_splits"], "in train and in val", "the validation error will look too good"),
+        ("class", summary["across_classes"], "in two classes", "one of the labels is wrong: keep the right one"),
     ):
         if count:
-            first = next(group for group in dataset.duplicates() if has_several(group, key))
-            many = "1 picture is" if count == 1 else f"{count:,} pictures are"
-            reporter.warn(
-                f"{many} {where}: {_describe_pair(first, key)}{' …' if count > 1 else ''}", f"{hint}; {listed}"
-            )
-
-
-def _describe_pair(group: list[dict[str, str]], key: str) -> str:
-    """The first of equal pictures, and the first that differs from it in its split or class."""
-    other = next(entry for entry in group if entry[key] != group[0][key])
-    return f"{group[0]['path']} = {other['path']}"
+            group = next(group for group in dataset.duplicates() if has_several(group, key))
+            other = next(entry for entry in group if entry[key] != group[0][key])
+            example = f"{group[0]['path']} = {other['path']}{' …' if count > 1 else ''}"
+            images = "1 image is" if count == 1 else f"{count:,} images are"
+            reporter.warn(f"{images} {where}: {example}", f"{hint}; {DUPLICATES} lists them all")
 
 
 def _report_damaged(reporter: Reporter, dataset: Dataset) -> None:
-    """Pictures of which the decoder had to make up a part, though it went on to their end."""
-    found = dataset.record["damaged"]
-    if found:
-        are, they = ("picture is", "it") if found == 1 else ("pictures are", "they")
-        reporter.line("note", f"{found:,} {are} damaged, and packed as far as {they} can be decoded: {DAMAGED_FILE}")
+    """Report images that were decoded only in part."""
+    from alexnet_cli.core.data.shards import DAMAGED
+
+    count = dataset.record["damaged"]
+    if count:
+        images = "1 image is damaged and was" if count == 1 else f"{count:,} images are damaged and were"
+        reporter.line("note", f"{images} decoded in part: {DAMAGED}")

@@ -197,7 +197,7 @@ def test_threads_share_the_room_for_pixels(
         finally:
             decoding.discard(threading.get_ident())
 
-    monkeypatch.setattr(fast_images, "examined", counted)
+    monkeypatch.setattr(fast_images, "decode_with_damage", counted)
     monkeypatch.setattr(prepare, "PixelBudget", lambda: PixelBudget(5000))
     list(pack(plan(folder, tmp_path / "again"), 4))
     assert most == [1]
@@ -293,7 +293,7 @@ def test_nothing_but_bad_files(tmp_path: Path) -> None:
     for name in ("a/1.jpg", "a/2.jpg", "b/1.jpg"):
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "in" / name).write_bytes(b"text")
-    with pytest.raises(DataError, match="not one training picture"):
+    with pytest.raises(DataError, match="no training image"):
         list(pack(plan(tmp_path / "in", tmp_path / "out"), 2))
 
 
@@ -355,7 +355,7 @@ def test_a_picture_replaced_under_its_name_is_noticed(folder: Path, prepared: Pa
     list(pack(plan(source, output), 1))
     one, other = sorted(source.rglob("*.jpg"))[:2]
     one.write_bytes(other.read_bytes() + bytes(3))
-    with pytest.raises(UsageError, match="another prepared data set: other pictures or classes"):
+    with pytest.raises(UsageError, match="another prepared data set: other images or classes"):
         plan(source, output).state()
 
 
@@ -385,18 +385,18 @@ def test_full_disk(folder: Path, prepared: Path, tmp_path: Path, monkeypatch: py
         patch.setattr(os, "fsync", full)
         with pytest.raises(StorageError, match="No space left") as caught:
             list(pack(plan(folder, output), 2))
-    assert re.match(r"about [\d.]+ MB more needed: free some space", caught.value.hint)
+    assert re.match(r"free about [\d.]+ MB; the same command", caught.value.hint)
     assert not list((output / ".partial").glob("*.tar.tmp"))
     list(pack(plan(folder, output), 2))
     assert contents(output) == contents(prepared)
-    with pytest.raises(StorageError, match="needed in"):
+    with pytest.raises(StorageError, match="needs about"):
         plan(folder, output).check_space(10**18)
 
 
 def test_the_estimate_is_about_right(folder: Path, prepared: Path, tmp_path: Path) -> None:
     actual = sum(len(data) for name, data in contents(prepared).items() if name.endswith(".tar"))
     beside = sum(name.endswith(".tar") for name in contents(prepared)) + 1  # sidecars, and the mean picture
-    assert plan(folder, tmp_path / "out").bytes_needed() - beside * 1_000_000 == pytest.approx(actual, rel=0.25)
+    assert plan(folder, tmp_path / "out").estimate_bytes() - beside * 1_000_000 == pytest.approx(actual, rel=0.25)
 
 
 def read_all(path: Path) -> None:
@@ -443,7 +443,7 @@ def test_verify_names_all_that_is_damaged_up_to_ten(
     second, third = r"train-000003\.tar \(No such file or directory\)", r"mean\.npy \(sha256 \w{12}, recorded \w{12}\)"
     assert re.fullmatch(f"{re.escape(what)}{first}{second}, {third}", said())
     assert set(contents(output)) - set(right) == {"dataset.json", "train-000000.tar", "mean.npy"}
-    monkeypatch.setattr(shards, "NAMED", 2)
+    monkeypatch.setattr(shards, "MAX_NAMED", 2)
     assert re.fullmatch(f"{re.escape(what)}{first}{second} and 1 more", said())
 
 

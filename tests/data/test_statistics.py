@@ -39,7 +39,9 @@ def test_statistics_by_shards_are_those_of_the_whole(counts: tuple[int, ...]) ->
     for row, digest in zip(whole["row"].tolist(), whole["digest"].tolist(), strict=True):
         rows[digest].append(row)
     expected = sorted(group for group in rows.values() if len(group) > 1)
-    found = find_duplicates(stats.repeated_heads(), {"train": iter(parts)}, lambda split, row: {"path": f"{split}/{row}"})
+    found = find_duplicates(
+        stats.repeated_heads(), {"train": iter(parts)}, lambda split, row: {"path": f"{split}/{row}"}
+    )
     assert [[entry["path"] for entry in group] for group in found] == [
         [f"train/{row}" for row in group] for group in expected
     ]

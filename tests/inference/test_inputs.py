@@ -104,7 +104,7 @@ def test_paths_that_begin_as_pictures_do_are_paths(tmp_path: Path) -> None:
 
 
 def test_too_much_on_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inputs, "LARGEST", 1000)
+    monkeypatch.setattr(inputs, "MAX_BYTES", 1000)
     with pytest.raises(DataError, match="more than 1,000 bytes"):
         expand_inputs(["-"], io.BytesIO(b"y\n" * 600))
 

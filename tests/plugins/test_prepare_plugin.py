@@ -101,13 +101,13 @@ def test_a_second_run_finds_it_done(pets: Path, capsys: pytest.CaptureFixture[st
     assert run(pets) == 0
     first = Path("prepared/pets/dataset.json").stat().st_mtime_ns
     assert run(pets) == 0
-    assert "is there already" in capsys.readouterr().err
+    assert "prepared/pets is already prepared" in capsys.readouterr().err
     assert run(pets, "--json") == 0
     assert result(capsys)["images"] == {"train": 18, "val": 2}
     assert run(pets, "--quality", "50") == 2
     said = capsys.readouterr().err
     assert "holds another prepared data set: quality 95, not 50" in said
-    assert "hint: --overwrite replaces it" in said
+    assert "hint: use --overwrite to replace it" in said
     assert Path("prepared/pets/dataset.json").stat().st_mtime_ns == first
     assert run(pets, "--quality", "50", "--overwrite") == 0
     assert shards.open_dataset(Path("prepared/pets")).record["image"] == {
@@ -150,7 +150,7 @@ def test_a_jpeg_that_can_be_decoded_in_part_is_packed_and_told_of(
     (pets / "cats" / "3.jpg").write_bytes(good[: len(good) - 300] + b"\xff\xd9")
     assert run(pets) == 0
     said = capsys.readouterr().err
-    assert "note    1 picture is damaged, and packed as far as it can be decoded: damaged.jsonl" in said
+    assert "note    1 image is damaged and was decoded in part: damaged.jsonl" in said
     [line] = (Path("prepared/pets") / "damaged.jsonl").read_text().splitlines()
     assert json.loads(line)["path"] == "cats/3.jpg"
     assert run(pets, "--json") == 0
@@ -162,8 +162,8 @@ def test_a_jpeg_that_can_be_decoded_in_part_is_packed_and_told_of(
     [
         (["nowhere"], 3, "nowhere does not exist"),
         (["pets/cats"], 3, "pets/cats has 10 images, but no class folders"),
-        (["pets", "-o", "pets/out"], 2, "lies inside the source"),
-        (["pets", "-o", "pets/cats/1.jpg"], 2, "lies inside the source"),
+        (["pets", "-o", "pets/out"], 2, "is inside the source"),
+        (["pets", "-o", "pets/cats/1.jpg"], 2, "is inside the source"),
         (["pets", "-o", "."], 2, "not empty and not a prepared data set"),
         (["pets", "--quality", "101"], 2, "quality"),
         (["pets", "--val-fraction", "1"], 2, "val-fraction"),
@@ -196,7 +196,7 @@ def test_ctrl_c_keeps_what_is_finished(pets: Path, number: int, code: int) -> No
     assert process.returncode == code, said
     assert not list(Path("prepared").glob("pets/.partial/*.tar.tmp"))
     assert "error: interrupted: no shard was finished yet" in said
-    assert "hint: the same command begins anew" in said
+    assert "hint: run the same command again to start over" in said
     assert not Path("prepared/pets/dataset.json").exists()
     assert not Path("prepared/pets/.lock").exists()
 
@@ -233,9 +233,9 @@ def test_copies_are_told_and_leaks_are_warned_of(pets: Path, capsys: pytest.Capt
         (pets / twin).write_bytes((pets / "train" / "cats" / "1.jpg").read_bytes())
     assert run(pets, "-o", "leaky") == 0
     told = capsys.readouterr().err
-    assert "note    7 pictures are copies of one another: duplicates.jsonl" in told
-    assert "warn    1 picture is in train and in val: train/cats/2.jpg = val/cats/leak.jpg" in told
-    assert "warn    1 picture is in two classes: train/cats/1.jpg = train/dogs/other.jpg" in told
+    assert "note    7 images have identical copies: duplicates.jsonl" in told
+    assert "warn    1 image is in train and in val: train/cats/2.jpg = val/cats/leak.jpg" in told
+    assert "warn    1 image is in two classes: train/cats/1.jpg = train/dogs/other.jpg" in told
     dataset = shards.open_dataset(Path("leaky"))
     assert dataset.record["duplicates"] == {"groups": 3, "pictures": 7, "across_splits": 1, "across_classes": 1}
     assert [entry["class"] for entry in dataset.duplicates()[0]] == ["cats", "cats", "dogs"]
@@ -251,11 +251,15 @@ def test_without_validation_pictures_it_is_said_what_helps(pets: Path, capsys: p
         (single := Path("single") / one).mkdir(parents=True)
         (single / "1.jpg").write_bytes((pets / one / "1.jpg").read_bytes())
     for folder, arguments, helps in (
-        ("pets", ("--val-fraction", "0"), ("hint    --val-fraction 0.1 takes one", "--overwrite --val-fraction 0.1")),
+        (
+            "pets",
+            ("--val-fraction", "0"),
+            ("hint    --val-fraction 0.1 takes one", "--overwrite --val-fraction 0.1"),
+        ),
         (
             "single",
             (),
-            ("hint    each class needs at least two pictures", "hint: each class needs at least two pictures"),
+            ("hint    each class needs at least two images", "hint: each class needs at least two images"),
         ),
     ):
         assert run(folder, *arguments) == 0
@@ -298,10 +302,10 @@ def test_pictures_are_turned_if_asked(pets: Path, capsys: pytest.CaptureFixture[
     (pets / "dogs" / "0.jpg").write_bytes(jpeg((5, 6, 7)))
     assert run(pets) == 0
     said = capsys.readouterr().err
-    assert "warn    19 of 20 pictures carry an EXIF turn that is not followed" in said
-    assert "hint    --exif-rotate --overwrite turns them, and those that predict sees" in said
+    assert "warn    the EXIF orientation of 19 of 20 images is ignored" in said
+    assert "hint    use --exif-rotate --overwrite to rotate them" in said
     assert run(pets, "--exif-rotate", "-o", "turned") == 0
-    assert "note    19 of 20 pictures were turned, as EXIF says" in capsys.readouterr().err
+    assert "note    rotated 19 of 20 images by their EXIF orientation" in capsys.readouterr().err
     plain, turned = (np.load(f"{folder}/mean.npy") for folder in ("prepared/pets", "turned"))
     assert plain[0, 200, 50] > 200  # below, left: red
     assert plain[0, 50, 200] < 50
@@ -315,9 +319,9 @@ def test_pictures_are_turned_if_asked(pets: Path, capsys: pytest.CaptureFixture[
 def test_a_disk_that_is_too_small_is_said_before_starting(
     pets: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Plan, "bytes_free", lambda self: 1000)
+    monkeypatch.setattr(Plan, "free_bytes", lambda self: 1000)
     assert run(pets) == 7
-    assert "1 MB needed in prepared/pets, but" in capsys.readouterr().err
+    assert "prepared/pets needs about " in capsys.readouterr().err
     assert os.listdir() == ["pets"]
 
 
@@ -334,6 +338,6 @@ def test_a_disk_that_fills_up(pets: Path, capsys: pytest.CaptureFixture[str], mo
         assert run(pets) == 7
     said = capsys.readouterr().err
     assert "error: prepared/pets cannot be written: No space left on device" in said
-    assert "MB more needed: free some space" in said
+    assert "MB; the same command then continues where it stopped" in said
     assert run(pets) == 0
     assert len(shards.open_dataset(Path("prepared/pets")).split("train")) == 18

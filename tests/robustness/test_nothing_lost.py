@@ -185,7 +185,7 @@ def test_counts_that_do_not_add_up_fail(source: Path, tmp_path: Path, monkeypatc
     monkeypatch.setattr(
         ShardWriter, "add", lambda self, key, label, jpeg: None if "_3" in key else add(self, key, label, jpeg)
     )
-    with pytest.raises(AlexNetError, match="train: 6 packed and 0 refused of 8"):
+    with pytest.raises(AlexNetError, match="train: 6 packed and 0 left out of 8"):
         packed(source, tmp_path / "out")
     assert not (tmp_path / "out" / "dataset.json").exists()
 
@@ -200,6 +200,6 @@ def test_a_picture_that_vanishes_while_we_work_is_refused(source: Path, tmp_path
 
 
 def test_an_output_inside_its_source_is_refused(source: Path) -> None:
-    with pytest.raises(UsageError, match="lies inside the source"):
+    with pytest.raises(UsageError, match="is inside the source"):
         packed(source, source / "out")
     assert not (source / "out").exists()

@@ -126,10 +126,10 @@ class Plan:
                 buffer = io.BytesIO()
                 Image.fromarray(rgb).save(buffer, "JPEG", quality=self.quality, subsampling="4:2:0")
                 sizes.append(buffer.tell())
-        images = sum(len(items) for items in self.source.splits.values())
+        count = sum(len(items) for items in self.source.splits.values())
         shards = sum(-(-len(items) // self.shard_images) for items in self.source.splits.values())
         mean_size = sum(sizes) / max(1, len(sizes))
-        return int(images * (mean_size + IMAGE_OVERHEAD) + (shards + 1) * SIDECAR_BYTES)
+        return int(count * (mean_size + IMAGE_OVERHEAD) + (shards + 1) * SIDECAR_BYTES)
 
     def free_bytes(self) -> int:
         """Bytes free on the disk of the output."""

@@ -1,9 +1,8 @@
-"""From a source to a prepared data set: images go through threads and, in order, to shards; dataset.json comes last.
+"""Packs a source into a prepared data set: threads decode and resize, shards are written in order, dataset.json last.
 
-The images of a split go to shards in one shuffled order that depends on nothing but their number, as Krizhevsky
-shuffled once when he made his batches; a reader that takes a shard from front to back sees mixed classes. Where an
-image lands depends neither on the workers nor on the images refused before it, so that the result is the same byte for
-byte however often the work was interrupted.
+The images of a split are shuffled once, as Krizhevsky did for his batches, in an order that depends only on their
+number. The place of an image depends neither on the number of workers nor on images left out before it. So the result
+is the same byte for byte, however often the work was interrupted.
 """
 
 from __future__ import annotations
@@ -28,7 +27,13 @@ from alexnet_cli.core.data import fast_images, images
 from alexnet_cli.core.data.images import ImageArray, PixelBudget
 from alexnet_cli.core.data.plan import CLEARING, LOCK, PLAN, Plan, format_size
 from alexnet_cli.core.data.samples import ImageList, SourceImage
-from alexnet_cli.core.data.shard_writer import FinishedShard, ShardWriter, encode_npy, encode_npy_header, read_finished_shard
+from alexnet_cli.core.data.shard_writer import (
+    FinishedShard,
+    ShardWriter,
+    encode_npy,
+    encode_npy_header,
+    read_finished_shard,
+)
 from alexnet_cli.core.data.shards import (
     DAMAGED,
     DUPLICATES,
@@ -54,7 +59,7 @@ from alexnet_cli.errors import AlexNetError, DataError, StorageError
 from alexnet_cli.recipe import SIDE
 
 ORDER_SEED = 2012
-CHUNK = 16  # images a thread takes at once
+CHUNK = 16  # images that a thread processes at once
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -63,7 +68,7 @@ OnCorrupt = Literal["skip", "fail"]
 
 @dataclass(frozen=True)
 class Progress:
-    """Images of a split dealt with since the last one; an earlier run had finished the `kept` ones."""
+    """Images of a split processed since the last Progress; with `kept`, an earlier run had finished them."""
 
     split: str
     images: int
@@ -72,7 +77,7 @@ class Progress:
 
 
 class Chunk(NamedTuple):
-    """Images for one thread: their shard, rows in the split and keys, and whether the shard ends with them."""
+    """Images for one thread, with their shard, rows and keys; `last` if the shard ends with them."""
 
     shard: int
     rows: list[int]
@@ -82,20 +87,19 @@ class Chunk(NamedTuple):
 
 
 class PackedChunk(NamedTuple):
-    """What became of a chunk: for each image its JPEG, or the reason why it was refused; facts and sums of the others.
-
-    `damaged`: name and damage of images that could be decoded in part.
-    """
+    """A processed chunk."""
 
     jpegs: list[bytes | str]
+    """For each image its JPEG, or the reason why it was left out."""
     damaged: list[tuple[str, str]]
+    """Name and damage of images that were decoded in part."""
     facts: list[ImageFact]
     sums: PixelSums
 
 
 @dataclass
 class SplitTotals:
-    """What the finished shards of a split add up to. Their rows and facts stay in the sidecars."""
+    """Totals over the finished shards of a split. Their rows and facts stay in the sidecars."""
 
     shards: list[dict[str, Any]] = field(default_factory=list)
     sums: PixelSums = field(default_factory=PixelSums)
@@ -103,7 +107,7 @@ class SplitTotals:
     damaged: list[dict[str, str]] = field(default_factory=list)
 
     def add(self, shard: FinishedShard) -> None:
-        """Count the next shard."""
+        """Add the next shard."""
         self.shards.append(shard.entry)
         self.sums.merge(shard.sums)
         self.rejected += shard.rejected
@@ -111,19 +115,19 @@ class SplitTotals:
 
     @property
     def images(self) -> int:
-        """How many are packed."""
+        """Number of packed images."""
         return sum(shard["images"] for shard in self.shards)
 
 
 def pack(plan: Plan, workers: int, on_corrupt: OnCorrupt = "skip", overwrite: bool = False) -> Generator[Progress]:
-    """Prepare the data set, or what is missing of it; every Progress is a number of images further.
+    """Prepare the data set, or what is missing of it. Yields the progress.
 
     Raises:
-        UsageError: the output holds something else, or lies inside the source.
-        DataError: another command works on it, or an image is bad and `on_corrupt` is "fail".
-        StorageError: the disk is full or cannot be written; what was finished stays.
+        UsageError: the output holds something else, or is inside the source.
+        DataError: another command is preparing it, or an image is bad and `on_corrupt` is "fail".
+        StorageError: the disk is full or cannot be written; finished shards are kept.
     """
-    plan.state(overwrite)  # before anything is made or removed
+    plan.state(overwrite)  # raises before anything is created or deleted
     with _storage_errors(plan):
         plan.output.mkdir(parents=True, exist_ok=True)
         with lock_file(plan.output / LOCK, f"another command is preparing {plan.output}"):
@@ -145,8 +149,8 @@ def _pack_missing(plan: Plan, workers: int, on_corrupt: OnCorrupt) -> Iterator[P
                 yield from _pack_split(plan, split, totals[split], pool, workers, on_corrupt)
         _write_dataset(plan, totals)
     finally:
-        for left in partial.glob("*.tar.tmp"):  # a signal may come before a writer has its name
-            left.unlink(missing_ok=True)
+        for leftover in partial.glob("*.tar.tmp"):  # of a writer that a signal stopped in its constructor
+            leftover.unlink(missing_ok=True)
 
 
 def _pack_split(
@@ -166,7 +170,7 @@ def _pack_split(
 
     writer: ShardWriter | None = None
     finishing: deque[Future[FinishedShard]] = deque()
-    with ThreadPoolExecutor(1, thread_name_prefix="sync") as behind:  # a slow disk must not hold up the codec
+    with ThreadPoolExecutor(1, thread_name_prefix="sync") as finisher:  # a slow disk must not stop the decoding
         try:
             for chunk, packed in _map_in_order(pool, work, _chunks(plan, split, first), ahead=2 * workers + 2):
                 writer = writer or ShardWriter(plan.output, split, chunk.shard)
@@ -175,7 +179,7 @@ def _pack_split(
                 if chunk.last:
                     if finishing:
                         totals.add(finishing.popleft().result())
-                    finishing.append(behind.submit(writer.finish))
+                    finishing.append(finisher.submit(writer.finish))
                     writer = None
                 yield Progress(split, len(chunk.items), len(rejected))
             while finishing:
@@ -191,33 +195,33 @@ def _chunks(plan: Plan, split: str, first: int) -> Iterator[Chunk]:
     order = shuffled_rows(items, np.random.default_rng((ORDER_SEED, SPLITS.index(split))))
     for start in range(first * plan.shard_images, len(items), plan.shard_images):
         end = min(start + plan.shard_images, len(items))
-        for place in range(start, end, CHUNK):
-            places = range(place, min(place + CHUNK, end))
-            rows = [int(order[p]) for p in places]
-            chosen = [items[row] for row in rows]
-            keys = [_key(p, item.name) for p, item in zip(places, chosen, strict=True)]
-            yield Chunk(start // plan.shard_images, rows, keys, chosen, last=places.stop == end)
+        for first_position in range(start, end, CHUNK):
+            positions = range(first_position, min(first_position + CHUNK, end))
+            rows = [int(order[position]) for position in positions]
+            images_of_chunk = [items[row] for row in rows]
+            keys = [_make_key(position, image.name) for position, image in zip(positions, images_of_chunk, strict=True)]
+            yield Chunk(start // plan.shard_images, rows, keys, images_of_chunk, last=positions.stop == end)
 
 
 def shuffled_rows(items: ImageList, generator: np.random.Generator) -> npt.NDArray[np.int64]:
-    """A permutation of the rows; where blocks can only be read whole, of the blocks and within each."""
+    """A permutation of the rows. Where blocks can only be read whole: of the blocks, and of the rows within each."""
     order = generator.permutation(len(items))
     if items.blocks is None or not len(items):
         return order
     blocks = np.asarray(items.blocks)
-    places = generator.permutation(int(blocks.max()) + 1)[blocks]
-    return order[np.argsort(places[order], kind="stable")]
+    block_positions = generator.permutation(int(blocks.max()) + 1)[blocks]
+    return order[np.argsort(block_positions[order], kind="stable")]
 
 
-def _key(place: int, name: str) -> str:
-    """A member name without dots: unique by its number, and still telling which file it was."""
-    return f"{place:08d}_{re.sub('[^A-Za-z0-9_-]+', '_', PurePosixPath(name).stem)[:60]}"
+def _make_key(position: int, name: str) -> str:
+    """A unique member name without dots: a number and the name of the source file."""
+    return f"{position:08d}_{re.sub('[^A-Za-z0-9_-]+', '_', PurePosixPath(name).stem)[:60]}"
 
 
 def _map_in_order(
     pool: ThreadPoolExecutor, work: Callable[[Chunk], PackedChunk], chunks: Iterator[Chunk], ahead: int
 ) -> Iterator[tuple[Chunk, PackedChunk]]:
-    """Work on up to `ahead` chunks at once and give the results in their order."""
+    """Process up to `ahead` chunks at once. Yields the results in order."""
     running: deque[tuple[Chunk, Future[PackedChunk]]] = deque()
     try:
         for chunk in chunks:
@@ -234,7 +238,7 @@ def _map_in_order(
 
 
 def _pack_chunk(chunk: Chunk, plan: Plan, budget: PixelBudget, measure: bool) -> PackedChunk:
-    """Read, decode, resize and encode the images of a chunk; `measure`: add their pixels to the sums."""
+    """Read, decode, resize and encode the images of a chunk. With `measure`, sum their pixels."""
     packed, pixels = PackedChunk([], [], [], PixelSums()), []
     for row, item in zip(chunk.rows, chunk.items, strict=True):
         try:
@@ -254,7 +258,7 @@ def _pack_chunk(chunk: Chunk, plan: Plan, budget: PixelBudget, measure: bool) ->
 
 
 def _read_image(row: int, item: SourceImage, plan: Plan, budget: PixelBudget) -> tuple[ImageArray, ImageFact, str]:
-    """Uint8 256 x 256 x 3, its fact, and its damage. The full-size pixels are gone when this returns."""
+    """Read one image: uint8 256 x 256 x 3, its fact, and its damage. Frees the full-size pixels."""
     data = item.read()
     height, width = fast_images.read_size(data)
     with budget.reserve(height * width):
@@ -265,7 +269,7 @@ def _read_image(row: int, item: SourceImage, plan: Plan, budget: PixelBudget) ->
 
 
 def _write_chunk(writer: ShardWriter, split: str, chunk: Chunk, packed: PackedChunk) -> list[dict[str, str]]:
-    """Append a chunk to its shard; returns the images that were refused."""
+    """Append a chunk to its shard. Returns the images that were left out."""
     rejected = []
     for key, item, jpeg in zip(chunk.keys, chunk.items, packed.jpegs, strict=True):
         if isinstance(jpeg, str):
@@ -288,7 +292,7 @@ def _check_rejected(rejected: list[dict[str, str]], on_corrupt: OnCorrupt) -> No
 
 
 def _write_dataset(plan: Plan, totals: Mapping[str, SplitTotals]) -> None:
-    """Write everything but the shards; the data set is valid once this returns.
+    """Write everything but the shards. Afterwards the data set is valid.
 
     Raises:
         DataError: no training image could be decoded.
@@ -298,10 +302,10 @@ def _write_dataset(plan: Plan, totals: Mapping[str, SplitTotals]) -> None:
     damaged = [line for split in totals.values() for line in split.damaged]
     per_class = {name: np.zeros(len(plan.source.classes), np.int64) for name in totals}
     stats = SourceStats()
-    sums = {}
+    checksums = {}
     for name, split in totals.items():
         chunks = _index_chunks(plan, name, split, per_class[name], stats)
-        sums[index_name(name)] = write_chunks(plan.output / index_name(name), chunks)
+        checksums[index_name(name)] = write_chunks(plan.output / index_name(name), chunks)
     duplicates = _find_duplicates(plan, totals, stats)
     for file, data in {
         MEAN: encode_npy(totals["train"].sums.mean_image()),
@@ -309,7 +313,7 @@ def _write_dataset(plan: Plan, totals: Mapping[str, SplitTotals]) -> None:
         REJECTED: _json_lines(rejected),
         DAMAGED: _json_lines(damaged),
     }.items():
-        sums[file] = write_chunks(plan.output / file, [data])
+        checksums[file] = write_chunks(plan.output / file, [data])
     record = {
         "schema": SCHEMA,
         "name": plan.source.path.resolve().name,
@@ -323,7 +327,7 @@ def _write_dataset(plan: Plan, totals: Mapping[str, SplitTotals]) -> None:
         "rejected": len(rejected),
         "damaged": len(damaged),
         "turned": stats.turned,
-        "files": sums,
+        "files": checksums,
         "source": str(plan.source.path.resolve()),
         "settings": plan.settings,
         "version": __version__,
@@ -335,15 +339,17 @@ def _check_counts(plan: Plan, totals: Mapping[str, SplitTotals]) -> None:
     for name, items in plan.source.splits.items():
         packed, rejected = totals[name].images, len(totals[name].rejected)
         if packed + rejected != len(items):
-            raise AlexNetError(f"{name}: {packed} packed and {rejected} refused of {len(items)}")
+            raise AlexNetError(f"{name}: {packed} packed and {rejected} left out of {len(items)}")
     if not totals["train"].sums.images:
-        raise DataError(f"not one training picture of {plan.source.path} can be decoded", "is it a picture folder?")
+        raise DataError(
+            f"no training image of {plan.source.path} can be decoded", "check that it is a folder of images"
+        )
 
 
 def _index_chunks(
     plan: Plan, split: str, totals: SplitTotals, per_class: npt.NDArray[np.int64], stats: SourceStats
 ) -> Iterator[bytes]:
-    """The bytes of a split's index, an .npy file of all rows; labels and facts are counted on the way."""
+    """The bytes of a split's index, an .npy file. Also counts labels in `per_class` and facts in `stats`."""
     yield encode_npy_header(ROW, totals.images)
     for shard in _read_shards(plan, split, totals):
         per_class += np.bincount(shard.rows["label"], minlength=len(per_class))
@@ -352,11 +358,11 @@ def _index_chunks(
 
 
 def _read_shards(plan: Plan, split: str, totals: SplitTotals) -> Iterator[FinishedShard]:
-    """The finished shards of a split, read back one by one."""
+    """Read the finished shards of a split, one by one."""
     for number, entry in enumerate(totals.shards):
         shard = read_finished_shard(plan.output, split, number)
         if shard is None:
-            raise DataError(f"{plan.output / entry['file']} has vanished", "run the same command again")
+            raise DataError(f"{plan.output / entry['file']} has disappeared", "run the same command again")
         yield shard
 
 
@@ -395,22 +401,22 @@ def _split_entry(totals: SplitTotals, per_class: npt.NDArray[np.int64]) -> dict[
 
 @contextlib.contextmanager
 def _storage_errors(plan: Plan) -> Iterator[None]:
-    """A full or unwritable disk as an error for the user. Reading the source has its own handling."""
+    """Turn errors of a full or unwritable disk into StorageError. Errors of the source are handled elsewhere."""
     try:
         yield
     except OSError as error:
         if error.errno in DISK_FULL:
-            room = "free some space or choose another place; the same command then goes on where it stopped"
-            hint = f"about {format_size(max(0, plan.estimate_bytes() - plan.finished_bytes()))} more needed: {room}"
+            missing = format_size(max(0, plan.estimate_bytes() - plan.finished_bytes()))
+            hint = f"free about {missing}; the same command then continues where it stopped"
         elif error.errno in NOT_WRITABLE:
-            hint = "choose another place with -o, or see to its permissions"
+            hint = "choose another folder with -o, or check its permissions"
         else:
             raise
         raise StorageError(f"{plan.output} cannot be written: {error.strerror}", hint) from error
 
 
 def _clear(output: Path) -> None:
-    """Remove a prepared data set, finished or not, and nothing else. Interrupted, the next run goes on with it."""
+    """Delete a prepared data set, finished or not, and nothing else. If interrupted, the next run continues."""
     partial = output / PARTIAL
     partial.mkdir(exist_ok=True)
     write_chunks(partial / PLAN, [json.dumps(CLEARING).encode()])

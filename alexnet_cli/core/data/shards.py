@@ -1,10 +1,11 @@
-"""The prepared data set on disk: its format, finding it, opening it, verifying it (no torch).
+"""The prepared data set on disk: its format, finding it, opening it, verifying it. No torch.
 
-dataset.json                          makes the set valid; everything but the pixels
+dataset.json                          everything but the pixels; written last, it makes the data set valid
 train-000000.tar ... val-000000.tar   plain WebDataset shards: KEY.jpg (256x256) and KEY.cls (label)
-train.index.npy  val.index.npy        one row a picture: random access into the mapped shards
-mean.npy                              float32 3x256x256, RGB 0..255, mean picture of the training split
-rejected.jsonl  damaged.jsonl         one line a refused file, or one decoded in part: split, path, reason
+train.index.npy  val.index.npy        one row per image, for random access into the memory-mapped shards
+mean.npy                              float32 3x256x256, RGB 0..255: mean image of the training split
+rejected.jsonl  damaged.jsonl         one line per file left out, or decoded in part: split, path, reason
+duplicates.jsonl                      one line per group of equal files: split, path and class of each
 """
 
 from __future__ import annotations
@@ -29,20 +30,21 @@ from alexnet_cli.recipe import SIDE
 SCHEMA = "alexnet.dataset/1"
 SPLITS = ("train", "val")
 RECORD = "dataset.json"
-LARGEST_NUMBER = 1e6  # of a number about colors, which are 0..255
-LARGEST_RECORD = 2**24  # bytes; that of 20,000 classes and a thousand shards has two or three million
+MAX_COLOR = 1e6  # of the numbers in mean_rgb, color_std and color_axes; real ones are below 256
+MAX_RECORD_BYTES = 2**24  # 20,000 classes and a thousand shards need two or three million
 MEAN = "mean.npy"
 DUPLICATES = "duplicates.jsonl"
 REJECTED = "rejected.jsonl"
 DAMAGED = "damaged.jsonl"
+PREPARE_AGAIN = "prepare the data set again with --overwrite"
 ROOT = Path("prepared")  # where `alexnet prepare` puts data sets, under the current directory
 LATEST = "latest"
-PARTIAL = ".partial"  # what an unfinished preparation keeps between runs
-NAMED = 10  # damaged files that a message names, at most
+PARTIAL = ".partial"  # folder of an unfinished preparation
+MAX_NAMED = 10  # damaged files named in a message
 TAR_BLOCK = 512  # bytes; a member's header is the block before its data
 
 ROW = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("size", "<u4"), ("label", "<u4")])
-"""A picture's place: number of its shard, offset and size of the JPEG in it (bytes), index of its class."""
+"""A row of an index: number of the shard, offset and size of the JPEG in it (bytes), label."""
 
 
 def shard_name(split: str, number: int) -> str:
@@ -56,7 +58,7 @@ def index_name(split: str) -> str:
 
 
 class Split:
-    """The pictures of one split by row number. Shards are mapped on first use; threads may share it."""
+    """The images of one split, by row. Shards are memory-mapped on first use. Safe to share between threads."""
 
     def __init__(self, name: str, folder: Path, rows: npt.NDArray[np.void], files: tuple[str, ...]) -> None:
         self.name = name
@@ -70,19 +72,20 @@ class Split:
         return len(self.rows)
 
     def jpeg(self, row: int) -> memoryview:
-        """The JPEG bytes of a picture, a view into the mapped shard; DataError if it does not reach so far."""
-        place = self.rows[row]
-        shard, start = self._shard(int(place["shard"])), int(place["offset"])
-        end = start + int(place["size"])
+        """The JPEG bytes of an image, a view into the mapped shard. DataError if they lie outside of the shard."""
+        entry = self.rows[row]
+        shard = self._shard(int(entry["shard"]))
+        start = int(entry["offset"])
+        end = start + int(entry["size"])
         if start < TAR_BLOCK or end > len(shard):
             raise _damaged(self.folder / index_name(self.name), f"row {row} lies outside of its shard")
         return shard[start:end]
 
     def key(self, row: int) -> str:
-        """The picture's name in its shard: a number, then what the source called it."""
-        place = self.rows[row]
-        start = int(place["offset"]) - TAR_BLOCK
-        name = bytes(self._shard(int(place["shard"]))[start : start + 100]).rstrip(b"\0").decode("ascii", "replace")
+        """The name of an image in its shard: a number and the name of the source file."""
+        entry = self.rows[row]
+        start = int(entry["offset"]) - TAR_BLOCK
+        name = bytes(self._shard(int(entry["shard"]))[start : start + 100]).rstrip(b"\0").decode("ascii", "replace")
         return name.removesuffix(".jpg")
 
     def _shard(self, number: int) -> memoryview:
@@ -98,7 +101,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A valid prepared data set. `hash` is the sha256 of dataset.json, which holds all other sums."""
+    """A valid prepared data set. `hash` is the SHA-256 of dataset.json, which holds all other checksums."""
 
     path: Path
     name: str
@@ -111,38 +114,38 @@ class Dataset:
     color_axes: npt.NDArray[np.float32]
     """(3, 3): the principal axes of the training pixels as columns."""
     record: dict[str, Any]
-    """dataset.json as it is."""
+    """The content of dataset.json."""
 
     def mean_image(self) -> npt.NDArray[np.float32]:
-        """float32 3 x 256 x 256, RGB, 0..255: mean picture of the training split.
+        """float32 3 x 256 x 256, RGB, 0..255: mean image of the training split.
 
         Raises:
             DataError: the file is missing or damaged.
         """
-        mean = _array(self.path / MEAN)
+        mean = _map_array(self.path / MEAN)
         if mean.shape != (3, SIDE, SIDE) or mean.dtype != np.float32:
             raise _damaged(self.path / MEAN, f"it holds {mean.dtype} {mean.shape}")
         return np.array(mean)
 
     def rejected(self) -> list[dict[str, str]]:
-        """The refused files: split, path, reason."""
-        return self._lines(REJECTED)
+        """The files left out: split, path, reason."""
+        return self._read_lines(REJECTED)
 
     def duplicates(self) -> list[list[dict[str, str]]]:
-        """Groups of pictures whose files were equal byte for byte: split, path and class of each."""
-        return self._lines(DUPLICATES)
+        """Groups of images whose files were equal byte for byte: split, path and class of each."""
+        return self._read_lines(DUPLICATES)
 
-    def _lines(self, name: str) -> list[Any]:
+    def _read_lines(self, name: str) -> list[Any]:
         try:
             return [json.loads(line) for line in (self.path / name).read_text().splitlines()]
         except (OSError, ValueError, RecursionError) as error:
             raise _damaged(self.path / name, str(error)) from error
 
     def split(self, name: str) -> Split:
-        """The pictures of a split.
+        """Open a split.
 
         Raises:
-            DataError: there is no such split, or its index or a shard is missing or has another size.
+            DataError: there is no such split, or its index or a shard is missing or damaged.
         """
         if name not in self.record["splits"]:
             raise DataError(f"{self.path} has no split {name}", f"it has: {', '.join(self.record['splits'])}")
@@ -151,9 +154,9 @@ class Dataset:
             path = self.path / shard["file"]
             size = path.stat().st_size if path.is_file() else None
             if size != shard["bytes"]:
-                found = "it is missing" if size is None else f"{size:,} bytes instead of {shard['bytes']:,}"
-                raise _damaged(path, found)
-        rows = _array(self.path / index_name(name))
+                problem = "it is missing" if size is None else f"{size:,} bytes instead of {shard['bytes']:,}"
+                raise _damaged(path, problem)
+        rows = _map_array(self.path / index_name(name))
         if rows.dtype != ROW or rows.shape != (entry["images"],):
             raise _damaged(self.path / index_name(name), f"{rows.dtype} {rows.shape} for {entry['images']:,} images")
         if len(rows) and (rows["shard"].max() >= len(entry["shards"]) or rows["label"].max() >= len(self.classes)):
@@ -162,22 +165,24 @@ class Dataset:
 
 
 def open_dataset(path: Path) -> Dataset:
-    """Open a prepared data set; 1.28 million rows take milliseconds, pixels are touched on use only.
+    """Open a prepared data set. Reads no pixels: 1.28 million images take milliseconds.
 
     Raises:
-        DataError: it is missing, unfinished, damaged, or of a schema this version does not know.
+        DataError: it is missing, unfinished, damaged, or of an unknown schema.
     """
     try:
-        data = read_file(path / RECORD)
-    except (OSError, DataError) as error:
-        raise DataError(f"{path} is not a prepared data set (no readable {RECORD})", _advice(path)) from error
+        data = read_file(path / RECORD, MAX_RECORD_BYTES)
+    except OSError as error:
+        raise DataError(f"{path} is not a prepared data set (no readable {RECORD})", _suggest_fix(path)) from error
+    except DataError as error:
+        raise _damaged(path / RECORD, error.what) from error
     try:
-        if len(data) > LARGEST_RECORD:
-            raise ValueError(f"it has more than {LARGEST_RECORD:,} bytes")
         record = json.loads(data)
         if record["schema"] != SCHEMA:
             raise DataError(f"{path} has schema {record['schema']}, not {SCHEMA}", "prepare it again with this version")
         _check_record(record)
+        for key in ("std", "axes"):  # version 0.1.0 used the British spelling
+            record.setdefault(f"color_{key}", record.get(f"colour_{key}"))
         return Dataset(
             path=path,
             name=record["name"],
@@ -193,7 +198,7 @@ def open_dataset(path: Path) -> Dataset:
 
 
 def _check_record(record: dict[str, Any]) -> None:
-    """Raise ValueError or KeyError where dataset.json is not made as ours are: its files lie in its own folder."""
+    """Raise ValueError or KeyError for a dataset.json that names files of other folders, or has wrong counts."""
     for name in list_checksums(record):
         if not isinstance(name, str) or name in {"", ".", ".."} or Path(name).name != name:
             raise ValueError(f"{name!r} is no name of a file in this folder")
@@ -206,50 +211,49 @@ def _check_record(record: dict[str, Any]) -> None:
 
 
 def _numbers(record: dict[str, Any], key: str, *shape: int) -> npt.NDArray[np.float32]:
-    """Float32 numbers of that shape. Raises ValueError or TypeError for anything else."""
-    found = np.array(record[key], np.float64).reshape(shape)
-    if not (np.abs(found) < LARGEST_NUMBER).all():
+    """The float32 numbers of an entry, in that shape. Raises ValueError or TypeError for anything else."""
+    values = np.array(record[key], np.float64).reshape(shape)
+    if not (np.abs(values) < MAX_COLOR).all():
         raise ValueError(f"{key} is {record[key]!r}")
-    return found.astype(np.float32)
+    return values.astype(np.float32)
 
 
 def list_checksums(record: dict[str, Any]) -> dict[str, str]:
-    """The recorded sha256 of every file of a data set but dataset.json, by file name."""
+    """The recorded SHA-256 of every file of a data set except dataset.json, by file name."""
     shards = {s["file"]: s["sha256"] for split in record["splits"].values() for s in split["shards"]}
     others: dict[str, str] = record["files"]
     return shards | others
 
 
 def verify_dataset(dataset: Dataset) -> Iterator[str]:
-    """Read every file again and compare it with its recorded sum; yields the name of each file that is right.
+    """Compare every file with its recorded checksum. Yields the names of the intact files.
 
     Raises:
-        VerificationError: at the end, if files are missing or their bytes have changed; it names up to ten.
+        VerificationError: at the end, if files are missing or have changed; it names up to ten.
     """
-    sums, damaged = list_checksums(dataset.record), []
-    for name, expected in sums.items():
+    checksums = list_checksums(dataset.record)
+    damaged = []
+    for name, expected in checksums.items():
         try:
-            found = hash_file(dataset.path / name)
+            actual = hash_file(dataset.path / name)
         except OSError as error:
             damaged.append(f"{name} ({error.strerror})")
             continue
-        if found == expected:
+        if actual == expected:
             yield name
         else:
-            damaged.append(f"{name} (sha256 {found[:12]}, recorded {expected[:12]})")
+            damaged.append(f"{name} (sha256 {actual[:12]}, recorded {expected[:12]})")
     if damaged:
-        more = f" and {len(damaged) - NAMED:,} more" if len(damaged) > NAMED else ""
-        what = (
-            f"{len(damaged):,} of {len(sums):,} files in {dataset.path} {'is' if len(damaged) == 1 else 'are'} damaged"
-        )
-        hint = "prepare the data set again with --overwrite"
-        raise VerificationError(f"{what}: {', '.join(damaged[:NAMED])}{more}", hint)
+        more = f" and {len(damaged) - MAX_NAMED:,} more" if len(damaged) > MAX_NAMED else ""
+        are = "is" if len(damaged) == 1 else "are"
+        what = f"{len(damaged):,} of {len(checksums):,} files in {dataset.path} {are} damaged"
+        raise VerificationError(f"{what}: {', '.join(damaged[:MAX_NAMED])}{more}", PREPARE_AGAIN)
 
 
 def find_dataset(spec: str | None) -> Path:
-    """The prepared directory that `--data` means: a directory, or a name under prepared/.
+    """The folder of the data set that `--data` names: a folder, or a name under prepared/.
 
-    Without `spec`: ALEXNET_DATA, else the only set under prepared/, else the one prepared/latest points to.
+    Without `spec`: ALEXNET_DATA, else the only data set under prepared/, else the target of prepared/latest.
 
     Raises:
         DataError: there is no such data set.
@@ -260,42 +264,42 @@ def find_dataset(spec: str | None) -> Path:
         for path in (Path(spec), ROOT / spec):
             if (path / RECORD).is_file():
                 return path
-        listed = f"prepared here: {', '.join(known)}" if known and not Path(spec).is_dir() else _advice(Path(spec))
-        raise DataError(f"no prepared data set {spec}", listed)
+        is_known_place = Path(spec).is_dir() or not known
+        hint = _suggest_fix(Path(spec)) if is_known_place else f"prepared data sets: {', '.join(known)}"
+        raise DataError(f"no prepared data set {spec}", hint)
     if len(known) == 1:
         return ROOT / known[0]
     if (ROOT / LATEST / RECORD).is_file():
         return ROOT / Path(os.readlink(ROOT / LATEST)).name if (ROOT / LATEST).is_symlink() else ROOT / LATEST
     if known:
         raise DataError(f"several data sets under {ROOT}: {', '.join(known)}", f"choose one: --data {known[0]}")
-    raise DataError(f"no prepared data set under {ROOT.absolute()}", "make one: alexnet prepare SOURCE")
+    raise DataError(f"no prepared data set under {ROOT.absolute()}", "make one with alexnet prepare SOURCE")
 
 
 def list_datasets() -> list[str]:
-    """Of the data sets under prepared/."""
+    """Names of the data sets under prepared/, sorted."""
     if not ROOT.is_dir():
         return []
-    found = (path for path in ROOT.iterdir() if not path.is_symlink() and (path / RECORD).is_file())
-    return sorted(path.name for path in found)
+    return sorted(path.name for path in ROOT.iterdir() if not path.is_symlink() and (path / RECORD).is_file())
 
 
-def _array(path: Path) -> npt.NDArray[Any]:
-    """A mapped .npy file: however much it says that it holds, only what is there can be read."""
+def _map_array(path: Path) -> npt.NDArray[Any]:
+    """Map an .npy file into memory: a file that claims more than it holds is an error."""
     if not path.is_file():
-        raise _damaged(path, "it is missing, or no file")
+        raise _damaged(path, "it is missing or not a file")
     try:
         return np.lib.format.open_memmap(path, mode="r")
-    except Exception as error:  # the reader of its header raises nearly anything
+    except Exception as error:  # numpy raises nearly anything for a damaged header
         raise _damaged(path, str(error)) from error
 
 
-def _advice(path: Path) -> str:
+def _suggest_fix(path: Path) -> str:
     if (path / PARTIAL).is_dir():
-        return "its preparation was interrupted: run the same `alexnet prepare` command again to finish it"
+        return "the preparation was interrupted: run the same `alexnet prepare` command again to finish it"
     if path.is_dir():
-        return f"if it is a folder of pictures, prepare it first: alexnet prepare {path}"
-    return "make one: alexnet prepare SOURCE"
+        return f"if it is a folder of images, prepare it first: alexnet prepare {path}"
+    return "make one with alexnet prepare SOURCE"
 
 
-def _damaged(path: Path, found: str) -> DataError:
-    return DataError(f"{path} is damaged: {found}", "prepare the data set again with --overwrite")
+def _damaged(path: Path, problem: str) -> DataError:
+    return DataError(f"{path} is damaged: {problem}", PREPARE_AGAIN)

@@ -1,10 +1,10 @@
 """Statistics of a data set, collected while it is prepared. No torch.
 
 Of the training pixels: mean image, mean color, color axes (section 4.1 of the paper), before they become JPEG; the
-difference is far below one gray level. All sums are exact integers, so the order and the number of threads do not matter.
+difference is far below one gray level. All sums are exact integers, so order and number of threads do not matter.
 
-Of the source files: sizes, exact duplicates, EXIF orientations. The ImageFact of every packed image, 25 bytes, is in its
-shard's sidecar; they are never in memory together.
+Of the source files: sizes, exact duplicates, EXIF orientations. The ImageFact of every packed image, 25 bytes, is in
+its shard's sidecar; the facts of all images are never in memory together.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from alexnet_cli.core.data import images
 from alexnet_cli.core.data.folders import has_image_suffix, walk_files
 from alexnet_cli.core.data.images import ImageArray, PixelBudget
 from alexnet_cli.core.devices import count_cores
-from alexnet_cli.core.files import LARGEST, check_bytes, read_file
+from alexnet_cli.core.files import MAX_BYTES, read_file
 from alexnet_cli.core.runs.run import runs_root
 from alexnet_cli.errors import DataError
 
@@ -79,11 +79,9 @@ def _no_image_error(arguments: Sequence[str], paths: Sequence[str]) -> DataError
 
 
 def _expand_stdin(stdin: BinaryIO, run_images: list[str] | None) -> list[ImageInput]:
-    data = stdin.read(LARGEST + 1)
-    try:
-        check_bytes(len(data), LARGEST)
-    except DataError as error:
-        raise DataError(f"standard input has more than {LARGEST:,} bytes", "split the list into parts") from error
+    data = stdin.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise DataError(f"standard input has more than {MAX_BYTES:,} bytes", "split the list into parts")
     return [data] if images.is_image(data) else list(_expand_list(data, run_images))
 
 
