@@ -16,9 +16,10 @@ from alexnet_cli.core.export.export import synthetic_crops
 from alexnet_cli.core.inference import onnx_graph
 from alexnet_cli.core.inference.session import Session
 from alexnet_cli.recipe import CAFFE, PAPER, Recipe
-from alexnet_plugins.benchmark import images, inference
+from alexnet_plugins.benchmark import inference
 from alexnet_plugins.benchmark.command import Topic, benchmark
-from alexnet_plugins.benchmark.stopwatch import Contest, Times
+from alexnet_plugins.benchmark.sample_images import draw_jpeg
+from alexnet_plugins.benchmark.stock_network import GRAY
 from alexnet_plugins.benchmark.training import Conditions
 from model_files import random_model
 
@@ -47,27 +48,18 @@ def test_every_file_runs_and_stock_too(tmp_path: Path, monkeypatch: pytest.Monke
     for name in ("fp16", "int8"):
         np.testing.assert_allclose(answers[name], answers["fp32"], atol=0.05 * float(np.ptp(answers["fp32"])))
     assert np.abs(answers["bare"] - answers["fp32"]).max() > 1e-4
-    assert inference.run_stock(Conditions(SMALL, 2, 1, "cpu", 1), "contiguous", False) == 2
-
-
-def test_seconds_are_given_as_seconds() -> None:
-    times = Times(Contest("x", int, {"b": int}, unit="s"), [2.0, 4.0, 1.0], {"b": [0.5, 1.0, 0.5]})
-    found = times.as_dict()
-    assert (found["unit"], found["ours"], found["peers"]) == ("s", 0.5, {"b": 2.0})
-    assert found["spread"] == {"ours": [0.25, 1.0], "b": [1.0, 2.0]}
-    assert found["ratio"] == {"b": 4.0}  # ours is so many times as fast, whatever the unit
+    assert inference.run_stock(Conditions(SMALL, 2, 1, "cpu", 1), False, False) == 2
 
 
 def test_the_script_gives_the_answers_of_predict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch and torchvision as a user has them, against our file: same network, same picture."""
     monkeypatch.setattr(inference, "RECIPE", SMALL)
     random = replace(random_model(SMALL, 1000), recipe=SMALL)
-    random.tensors["mean"][:] = inference.GRAY
+    random.tensors["mean"][:] = GRAY
     monkeypatch.setattr(inference, "make_model", lambda recipe: random)
     picture = tmp_path / "a.jpg"
-    picture.write_bytes(images.picture(1))
-    script, weights = inference.write_script(tmp_path)
-    words = [sys.executable, script, weights, str(picture), *inference.script_arguments()]
+    picture.write_bytes(draw_jpeg(1))
+    words = [sys.executable, *inference.write_script(tmp_path), str(picture)]
     said = subprocess.run(words, capture_output=True, text=True, check=True, timeout=100).stdout.split()
     from alexnet_cli.core.inference.predict import predict
 

@@ -15,23 +15,21 @@ from alexnet_cli.errors import AlexNetError
 from alexnet_cli.recipe import PAPER
 from alexnet_plugins.benchmark import parallel
 from alexnet_plugins.benchmark.command import Topic, benchmark
-from alexnet_plugins.benchmark.parallel import (
+from alexnet_plugins.benchmark.parallel import Job, RankGroup, scale_to_batch
+from parallel_costs import (
     FLOAT,
     HALF,
-    WAYS,
-    RankTeam,
-    Task,
+    STRATEGIES,
     activation_bytes,
     bytes_table,
     count_parameters,
     expected_rate,
-    scale_to_batch,
     sent_bytes,
     speed_table,
 )
 
 SMALL = replace(PAPER, width=1 / 16)
-TASK = Task(SMALL, batch=4, steps=1, processes=2, threads=1, parallel="tower", gpus="none")
+JOB = Job(SMALL, batch=4, steps=1, processes=2, threads=1, parallel="tower", gpus="none")
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "parallel.md").read_text(encoding="utf-8")
 B = 128
 
@@ -74,7 +72,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     assert {"exchange for conv3 alone, there and back", "exchange for fc6 alone, there and back"} == set(
         found["seconds"]
     )
-    assert any("4 pictures a step" in note for note in found["notes"]), "of three, two processes make four"
+    assert any("4 images per step" in note for note in found["notes"]), "of three, two processes make four"
 
 
 @pytest.mark.parametrize(
@@ -83,8 +81,8 @@ def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
 def test_four_send_what_is_on_paper(way: Any) -> None:
     low = devices.has_cpu_bf16()
     recipe = replace(SMALL, precision="bf16" if low else "fp32")
-    with RankTeam(replace(TASK, recipe=recipe, batch=8, processes=4, parallel=way)) as team:
-        every = team.ask("sent")
+    with RankGroup(replace(JOB, recipe=recipe, batch=8, processes=4, parallel=way)) as group:
+        every = group.call("count_sent_bytes")
     assert all(sent == every[0] for sent in every)
     expected = sent_bytes(recipe, 8, 4, way, HALF if low else FLOAT)
     assert scale_to_batch(every[0], 1) == pytest.approx(expected, abs=3)  # rounded by parameter
@@ -96,15 +94,15 @@ def test_only_activations_grow_with_the_batch() -> None:
 
 
 def test_what_fails_in_a_process_is_told() -> None:
-    with RankTeam(replace(TASK, processes=3)) as team, pytest.raises(AlexNetError, match=r"rank \d of 3: .*3 is odd"):
-        team.run()
-    assert not any(process.is_alive() for process in team.processes)
-    with RankTeam(TASK) as team:
-        assert team.run() == 4
-        team.processes[1].kill()
-        with pytest.raises(AlexNetError, match=r"has died|rank 0 of 2"):
-            team.run()
-    assert not any(process.is_alive() for process in team.processes)
+    with RankGroup(replace(JOB, processes=3)) as group, pytest.raises(AlexNetError, match=r"rank \d of 3: .*3 is odd"):
+        group.run()
+    assert not any(process.is_alive() for process in group.processes)
+    with RankGroup(JOB) as group:
+        assert group.run() == 4
+        group.processes[1].kill()
+        with pytest.raises(AlexNetError, match=r"died|rank 0 of 2"):
+            group.run()
+    assert not any(process.is_alive() for process in group.processes)
 
 
 @pytest.mark.parametrize("table", [bytes_table(), speed_table(), speed_table(128)])
@@ -117,5 +115,5 @@ def test_the_page_holds_paper_against_measurement() -> None:
     for precision, size in (("fp32", FLOAT), ("bf16", HALF)):
         rate, exchange = (float(n) for n in re.findall(rf"{precision}:\s([\d.]+)\simg/s,\s([\d.]+)\sms", PAGE)[0])
         rows = dict(re.findall(rf"\| {precision} \| (\w+) \| [^|]*\| ([\d.]+) \|", PAGE))
-        expected = {way: f"{expected_rate(rate, exchange / 1000, way, size):.0f}" for way in WAYS}
+        expected = {way: f"{expected_rate(rate, exchange / 1000, way, size):.0f}" for way in STRATEGIES}
         assert rows == expected

@@ -6,7 +6,6 @@ import json
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
 
 import pytest
 import torch
@@ -19,27 +18,25 @@ from alexnet_cli.recipe import PAPER
 from alexnet_plugins.benchmark import training
 from alexnet_plugins.benchmark.command import Topic, benchmark
 from alexnet_plugins.benchmark.training import (
-    FORMATS,
     Conditions,
-    Contestants,
-    Layout,
-    arithmetic,
     build_ours,
     build_peer,
     build_stock,
-    compare_training,
-    count_operations,
+    count_training_flop,
+    feed_from_shards,
+    get_memory_format,
+    stock_arithmetic,
 )
 
 SMALL = replace(PAPER, width=1 / 16)
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
-def test_stock_is_the_same_network(layout: Layout) -> None:
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_stock_is_the_same_network(channels_last: bool) -> None:
     recipe = replace(PAPER, width=1 / 8, dropout_inverted=True)
     ours, images = Network(recipe, 30).eval(), torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(5))
     initialize(ours)
-    theirs = build_stock(recipe, 30).to(memory_format=FORMATS[layout]).eval()
+    theirs = build_stock(recipe, 30).to(memory_format=get_memory_format(channels_last)).eval()
     theirs.load_state_dict(ours.state_dict())
     # As strong as after learning, and differing from map to map, so that normalization and towers show.
     images, found = images * 60, []
@@ -57,30 +54,26 @@ def test_a_step_of_each_learns() -> None:
     conditions = Conditions(SMALL, 2, 3, "cpu", 1)
     for learner in (
         build_ours(conditions),
-        build_peer("stock", conditions, "contiguous"),
+        build_peer("stock", conditions, channels_last=False),
     ):
         before = {name: p.detach().clone() for name, p in learner.network.named_parameters()}
-        assert learner.run(lambda: arithmetic("cpu", bf16=False)) == 6
+        assert learner.run(lambda: stock_arithmetic("cpu", bf16=False)) == 6
         assert all(not torch.equal(p, before[name]) for name, p in learner.network.named_parameters())
 
 
 def test_operations_are_those_of_the_paper() -> None:
-    with torch.device("meta"):
-        network = Network(PAPER, 1000)
-    assert count_operations(network) == pytest.approx(4.35e9, rel=1e-3)
+    assert count_training_flop(PAPER) == pytest.approx(4.35e9, rel=1e-3)
 
 
-def test_ours_is_fed_from_shards_where_there_is_data(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ours_trains_from_shards(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "FED_BATCHES", 3)
     cpu, dataset = Placement(torch.device("cpu"), "CPU", "fp32"), open_dataset(prepared)
+    ours = build_ours(Conditions(SMALL, 32, 1, "cpu", 1))
+    before = ours.network.get_parameter("fc8.bias").detach().clone()
     with ExitStack() as stack:
-        field = Contestants(Conditions(SMALL, 32, 1, "cpu", 1), lambda: (dataset, "four colors"), stack)
-        before = field.ours.network.get_parameter("fc8.bias").detach().clone()
-        contest = field.contest(cpu, [])
-        run = contest.peers["ours, fed from shards"]
-        assert [run(), run()] == [96, 96]  # of 48 pictures
-    assert not torch.equal(field.ours.network.get_parameter("fc8.bias"), before)
-    assert "fed from shards: four colors" in contest.notes
+        run = feed_from_shards(ours, dataset, cpu, stack)
+        assert [run(), run()] == [96, 96]  # of 48 images
+    assert not torch.equal(ours.network.get_parameter("fc8.bias"), before)
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,16 +92,13 @@ def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
         assert line["hardware"]["workers"] == 1
         assert {"torch", "torchvision"} <= set(line["versions"])
         assert any("another, simpler network" in note for note in line["notes"])
-        assert any("2 pictures a step" in note for note in line["notes"])
+        assert any("2 images per step" in note for note in line["notes"])
 
 
-def test_without_bf16_it_is_left_out_and_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_bf16_a_note_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "RECIPE", SMALL)
     monkeypatch.setattr(placement, "has_cpu_bf16", lambda: False)
-    (only,) = compare_training("none", 2, 1, no_data)
-    assert only.name == "train fp32"
-    assert any("bf16 is left out" in note for note in only.notes)
-
-
-def no_data() -> NoReturn:
-    raise AssertionError("a CPU is not fed from shards")
+    benchmark(Topic.train, rounds=1, seconds=0.0, jobs=1, batch_size=2, gpus="none", json=True, quiet=True)
+    (record,) = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert record["name"] == "train fp32"
+    assert any("bf16 is left out" in note for note in record["notes"])

@@ -28,6 +28,7 @@ from alexnet_cli.core.evaluation.confusion_matrix import RIGHT, WRONG, draw_conf
 from alexnet_cli.core.evaluation.evaluate import HalvingClassifier
 from alexnet_cli.core.evaluation.results import find_published
 from alexnet_cli.core.inference import session
+from alexnet_cli.core.inference.predict import compute_probabilities
 from alexnet_cli.core.model import model_file
 from alexnet_cli.core.parallel import placement
 from alexnet_cli.errors import DataError, MissingError, StorageError, WeightsError
@@ -250,7 +251,7 @@ def test_memory_that_ends_halves_the_batch(runs: Path, monkeypatch: pytest.Monke
         return call
 
     monkeypatch.setattr(evaluating.TorchClassifier, "__call__", poor(evaluating.TorchClassifier.__call__))
-    monkeypatch.setattr("alexnet_cli.core.inference.predict.compute_probabilities", poor(results_of("probabilities")))
+    monkeypatch.setattr("alexnet_cli.core.inference.predict.compute_probabilities", poor(compute_probabilities))
     weights_of = str(runs / "alexnet.onnx") if kind == "onnx" else "one"
     result = run("-w", weights_of, "--json", "-b", "16")
     assert result.exception is None
@@ -260,12 +261,6 @@ def test_memory_that_ends_halves_the_batch(runs: Path, monkeypatch: pytest.Monke
     found = json.loads(result.stdout)
     assert found["top1_error"] == plain["top1_error"]
     assert found["loss"] == pytest.approx(plain["loss"], rel=1e-4)
-
-
-def results_of(name: str) -> Callable[..., Any]:
-    from alexnet_cli.core.inference import predict
-
-    return getattr(predict, name)  # type: ignore[no-any-return]
 
 
 def test_not_one_image_and_other_errors() -> None:

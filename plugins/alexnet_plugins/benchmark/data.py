@@ -1,164 +1,162 @@
-"""`alexnet benchmark prepare` and `load`: packing a folder of images, and turning 256 x 256 JPEGs into batches.
+"""`alexnet benchmark prepare` and `load`: packing a folder of images, and reading 256 x 256 JPEGs in batches.
 
-Packing writes shards durably and measures mean and color axes on the way; its peers write one file per image and no
-more. The loader yields uint8 batches, since cropping is part of the training step: the peers that only decode compare
-with it. ImageFolder with the usual transforms is what most people run.
+Our packing writes shards durably and measures mean and color axes; its peers only write one file per image. Our loader
+yields whole uint8 images, since cropping is part of the training step: compare it with the peers that only decode.
 """
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import itertools
 import multiprocessing
 import os
 import shutil
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from alexnet_plugins.benchmark.stopwatch import Contest, Pass, least_seconds
+from alexnet_cli.recipe import SIDE
+from alexnet_plugins.benchmark.sample_images import make_source_folder, open_or_make_dataset
+from alexnet_plugins.benchmark.timing import BenchmarkCase, BenchmarkOptions, Work, measure_least_seconds
 
 if TYPE_CHECKING:
     from alexnet_cli.core.data.shards import Split
 
-SIDE, QUALITY = 256, 95
+Item = TypeVar("Item")
+
+QUALITY = 95
 BATCH = 128
-IMAGES = 16 * BATCH  # a pass: enough that the first batch, which nothing hides, does not decide
-ILSVRC = 1_281_167  # rows of the training split
+IMAGES = 16 * BATCH  # per pass: enough that the first batch, which nothing hides, does not decide
+CHUNK = 16  # images that a worker takes at a time
+ILSVRC_IMAGES = 1_281_167  # training split
 
 
-@contextlib.contextmanager
-def compare_prepare(
-    source: Path, paths: list[Path], workers: int, scratch: Path, notes: list[str]
-) -> Iterator[Contest]:
-    """The contestants on the same files with the same workers; `source` holds them as a data set."""
-    with ExitStack() as stack:
-        # Processes that are started fresh: a forked one would inherit the locks of torch's threads.
-        context = multiprocessing.get_context("spawn")
-        processes = stack.enter_context(ProcessPoolExecutor(workers, context))
-        peers = {f"Pillow, {workers} processes": _write_files(resize_with_pillow, processes, paths, scratch / "pillow")}
-        missing = []
-        if importlib.util.find_spec("cv2"):
-            peers[f"OpenCV, {workers} processes"] = _write_files(
-                resize_with_opencv, processes, paths, scratch / "opencv"
-            )
-        else:
-            missing.append("OpenCV")
-        peers["limit: codec and resize alone"] = _convert_in_memory(paths, workers, stack)
-        yield Contest("prepare", _prepare(source, workers, scratch), peers, notes, missing)
+def compare_prepare(options: BenchmarkOptions) -> Generator[BenchmarkCase]:
+    """Yield the case of packing a folder: ours, Pillow, OpenCV, and the codec alone, on the same files."""
+    folder, paths, note = make_source_folder(options)
+    workers, scratch = options.workers, options.scratch
+    # Processes that are started, not forked: a forked one would inherit the locks of torch's threads.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context) as processes, ThreadPoolExecutor(workers) as threads:
+
+        def convert_with(resize: Callable[[Path, list[Path]], None], output: Path) -> int:
+            output.mkdir(exist_ok=True)
+            list(processes.map(partial(resize, output), _split(paths, CHUNK)))
+            return len(paths)
+
+        pillow = partial(convert_with, resize_with_pillow, scratch / "pillow")
+        peers: dict[str, Work] = {f"Pillow, {workers} processes": pillow}
+        has_opencv = importlib.util.find_spec("cv2") is not None
+        if has_opencv:
+            peers[f"OpenCV, {workers} processes"] = partial(convert_with, resize_with_opencv, scratch / "opencv")
+        peers["limit: codec and resize alone"] = _convert_in_memory(paths, threads)
+        missing = [] if has_opencv else ["OpenCV"]
+        yield BenchmarkCase("prepare", _pack(folder, workers, scratch / "ours"), peers, [note], missing)
 
 
-def _prepare(source: Path, workers: int, scratch: Path) -> Pass:
+def _split(items: list[Item], size: int) -> list[list[Item]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def _pack(folder: Path, workers: int, output: Path) -> Work:
     from alexnet_cli.core.data.plan import Plan
     from alexnet_cli.core.data.prepare import pack
     from alexnet_cli.core.data.sources import detect_source
 
-    numbers = itertools.count()
-
     def run() -> int:
-        output = scratch / f"ours{next(numbers)}"
-        images = sum(step.images for step in pack(Plan(detect_source(source), output, QUALITY), workers))
+        images = sum(step.images for step in pack(Plan(detect_source(folder), output, QUALITY), workers))
         shutil.rmtree(output)
         return images
 
     return run
 
 
-def _write_files(
-    work: Callable[[Path, list[Path]], None], processes: ProcessPoolExecutor, paths: list[Path], out: Path
-) -> Pass:
-    """One output file a picture; a process takes 16 at a time, as our threads do."""
-    out.mkdir(parents=True)
-    pieces = [paths[start : start + 16] for start in range(0, len(paths), 16)]
-
-    def run() -> int:
-        list(processes.map(partial(work, out), pieces))
-        return len(paths)
-
-    return run
-
-
-def resize_with_pillow(out: Path, paths: list[Path]) -> None:
-    """Open, resize the shorter side to 256, cut the middle, save."""
+def resize_with_pillow(output: Path, paths: list[Path]) -> None:
+    """Decode each image, resize the shorter side to 256, crop the center, save."""
     from PIL import Image
 
     for path in paths:
         with Image.open(path) as image:
             rgb = image.convert("RGB")
-        width, height = rgb.size
-        scale = SIDE / min(width, height)
-        wide, high = max(SIDE, round(width * scale)), max(SIDE, round(height * scale))
-        rgb = rgb.resize((wide, high), Image.Resampling.BILINEAR)
-        left, top = (wide - SIDE) // 2, (high - SIDE) // 2
-        rgb.crop((left, top, left + SIDE, top + SIDE)).save(out / path.name, "JPEG", quality=QUALITY)
+        width, height = _scale_to_side(*rgb.size)
+        rgb = rgb.resize((width, height), Image.Resampling.BILINEAR)
+        left, top = (width - SIDE) // 2, (height - SIDE) // 2
+        rgb.crop((left, top, left + SIDE, top + SIDE)).save(output / path.name, "JPEG", quality=QUALITY)
 
 
-def resize_with_opencv(out: Path, paths: list[Path]) -> None:
-    """The same with OpenCV; its averaging resize is the one that does not alias."""
+def resize_with_opencv(output: Path, paths: list[Path]) -> None:
+    """Do the same with OpenCV; INTER_AREA is its resize that does not alias."""
     import cv2
 
     cv2.setNumThreads(1)
     for path in paths:
         bgr: Any = cv2.imread(str(path), cv2.IMREAD_COLOR)
-        height, width = bgr.shape[:2]
-        scale = SIDE / min(width, height)
-        size = (max(SIDE, round(width * scale)), max(SIDE, round(height * scale)))
-        bgr = cv2.resize(bgr, size, interpolation=cv2.INTER_AREA)
-        left, top = (size[0] - SIDE) // 2, (size[1] - SIDE) // 2
-        middle = bgr[top : top + SIDE, left : left + SIDE]
-        cv2.imwrite(str(out / path.name), middle, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])
+        width, height = _scale_to_side(bgr.shape[1], bgr.shape[0])
+        bgr = cv2.resize(bgr, (width, height), interpolation=cv2.INTER_AREA)
+        left, top = (width - SIDE) // 2, (height - SIDE) // 2
+        crop = bgr[top : top + SIDE, left : left + SIDE]
+        cv2.imwrite(str(output / path.name), crop, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])
 
 
-def _convert_in_memory(paths: list[Path], workers: int, stack: ExitStack) -> Pass:
-    """Nothing but decode, resize, encode: bytes already in memory, results dropped."""
+def _scale_to_side(width: int, height: int) -> tuple[int, int]:
+    """Return the size with a shorter side of 256 pixels."""
+    scale = SIDE / min(width, height)
+    return max(SIDE, round(width * scale)), max(SIDE, round(height * scale))
+
+
+def _convert_in_memory(paths: list[Path], threads: ThreadPoolExecutor) -> Work:
+    """Only decode, resize and encode: bytes already in memory, results dropped."""
     from alexnet_cli.core.data import fast_images
 
     files = [path.read_bytes() for path in paths]
-    pool = stack.enter_context(ThreadPoolExecutor(workers))
 
-    def convert(piece: list[bytes]) -> None:
-        for data in piece:
-            fast_images.encode(fast_images.resize_and_crop(fast_images.decode(data)), QUALITY)
+    def convert(jpegs: list[bytes]) -> None:
+        for jpeg in jpegs:
+            fast_images.encode(fast_images.resize_and_crop(fast_images.decode(jpeg)), QUALITY)
 
     def run() -> int:
-        list(pool.map(convert, [files[start : start + 16] for start in range(0, len(files), 16)]))
+        list(threads.map(convert, _split(files, CHUNK)))
         return len(files)
 
     return run
 
 
-@contextlib.contextmanager
-def compare_load(split: Split, workers: int, scratch: Path, notes: list[str]) -> Iterator[Contest]:
-    """The contestants on the same files with the same workers, set up and in the end taken down."""
+def compare_load(options: BenchmarkOptions) -> Generator[BenchmarkCase]:
+    """Yield the case of loading: ours, ImageFolder with DataLoader, DALI, and the decoder alone, on the same files."""
+    from alexnet_cli.core.data.loader import Loader
+
+    dataset, note = open_or_make_dataset(options)
+    split, workers = dataset.split("train"), options.workers
     rows = np.resize(np.random.default_rng(0).permutation(len(split))[:IMAGES], IMAGES).astype(np.int64)
-    folder = _write_folder(split, rows, scratch / "folder")
-    with ExitStack() as stack:
-        peers = {
-            "ImageFolder + DataLoader": _load_image_folder(folder, workers, True),
-            "ImageFolder, decode only": _load_image_folder(folder, workers, False),
-        }
-        missing = []
-        if importlib.util.find_spec("nvidia.dali") if importlib.util.find_spec("nvidia") else None:
-            peers["DALI, decode only"] = _load_with_dali(folder, workers)
-        else:
-            missing.append("DALI")
-        peers["limit: decode alone"] = _decode_in_memory(split, rows, workers, stack)
-        ours = _load(split, rows, workers, stack)
-        note = "ours yields whole uint8 pictures; crops, flips and color are drawn in the training step"
-        yield Contest("load", ours, peers, (*notes, note), missing, measure_epoch(scratch))
+    batches = [rows[start : start + BATCH] for start in range(0, len(rows), BATCH)]
+    folder = _write_folder(split, rows, options.scratch / "folder")
+    peers = {
+        "ImageFolder + DataLoader": _load_image_folder(folder, workers, decode_only=False),
+        "ImageFolder, decode only": _load_image_folder(folder, workers, decode_only=True),
+    }
+    has_dali = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
+    if has_dali:
+        peers["DALI, decode only"] = _load_with_dali(folder, workers)
+    with ThreadPoolExecutor(workers) as threads, Loader(split, BATCH, workers) as loader:
+        peers["limit: decode alone"] = _decode_in_memory(split, rows, threads)
+        yield BenchmarkCase(
+            "load",
+            lambda: sum(len(batch.rows) for batch in loader.batches(batches)),
+            peers,
+            (note, "ours yields whole uint8 images; crops, flips and color belong to the training step"),
+            [] if has_dali else ["DALI"],
+            _measure_epoch(options.scratch),
+        )
 
 
 def _write_folder(split: Split, rows: npt.NDArray[np.int64], folder: Path) -> Path:
-    """The rows' JPEGs as FOLDER/CLASS/NUMBER.jpg; a row that comes again is a hard link."""
+    """Write the rows' JPEGs as FOLDER/CLASS/NUMBER.jpg; a repeated row is a hard link."""
     written: dict[int, Path] = {}
     for number, row in enumerate(rows.tolist()):
         path = folder / f"{split.labels[row]:04}" / f"{number:06}.jpg"
@@ -171,39 +169,23 @@ def _write_folder(split: Split, rows: npt.NDArray[np.int64], folder: Path) -> Pa
     return folder
 
 
-def _load(split: Split, rows: npt.NDArray[np.int64], workers: int, stack: ExitStack) -> Pass:
-    from alexnet_cli.core.data.loader import Loader
-
-    loader = stack.enter_context(Loader(split, BATCH, workers))
-    plan = [rows[start : start + BATCH] for start in range(0, len(rows), BATCH)]
-
-    def run() -> int:
-        return sum(len(batch.rows) for batch in loader.batches(plan))
-
-    return run
-
-
-def _load_image_folder(folder: Path, workers: int, usual: bool) -> Pass:
-    """Torchvision's ImageFolder and torch's DataLoader, its processes kept alive from pass to pass."""
+def _load_image_folder(folder: Path, workers: int, *, decode_only: bool) -> Work:
+    """Torchvision's ImageFolder and torch's DataLoader, whose processes stay alive between passes."""
     from torch.utils.data import DataLoader
     from torchvision import datasets, transforms
 
     steps: list[Any] = [transforms.PILToTensor()]
-    if usual:
+    if not decode_only:
         normalize = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
         steps = [transforms.RandomCrop(224), transforms.RandomHorizontalFlip(), transforms.ToTensor(), normalize]
     loader: DataLoader[Any] = DataLoader(
         datasets.ImageFolder(str(folder), transforms.Compose(steps)),
         batch_size=BATCH, shuffle=True, num_workers=workers, persistent_workers=True,
     )  # fmt: skip
-
-    def run() -> int:
-        return sum(len(images) for images, _ in loader)
-
-    return run
+    return lambda: sum(len(images) for images, _ in loader)
 
 
-def _load_with_dali(folder: Path, workers: int) -> Pass:
+def _load_with_dali(folder: Path, workers: int) -> Work:
     """NVIDIA DALI on the CPU."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -224,45 +206,44 @@ def _load_with_dali(folder: Path, workers: int) -> Pass:
     return run
 
 
-def _decode_in_memory(split: Split, rows: npt.NDArray[np.int64], workers: int, stack: ExitStack) -> Pass:
-    """Nothing but the codec: bytes already in memory, each thread decoding into one picture of its own."""
+def _decode_in_memory(split: Split, rows: npt.NDArray[np.int64], threads: ThreadPoolExecutor) -> Work:
+    """Only the codec: bytes already in memory, each thread decoding into a buffer of its own."""
     import simplejpeg
 
     jpegs = [bytes(split.jpeg(row)) for row in rows.tolist()]
-    pool = stack.enter_context(ThreadPoolExecutor(workers))
-    own = threading.local()
+    buffers = threading.local()
 
-    def decode(piece: list[bytes]) -> None:
-        if not hasattr(own, "pixels"):
-            own.pixels = np.empty((256, 256, 3), np.uint8)
-        for jpeg in piece:
-            simplejpeg.decode_jpeg(jpeg, "RGB", buffer=own.pixels)
+    def decode(chunk: list[bytes]) -> None:
+        if not hasattr(buffers, "pixels"):
+            buffers.pixels = np.empty((SIDE, SIDE, 3), np.uint8)
+        for jpeg in chunk:
+            simplejpeg.decode_jpeg(jpeg, "RGB", buffer=buffers.pixels)
 
     def run() -> int:
-        list(pool.map(decode, [jpegs[start : start + 32] for start in range(0, len(jpegs), 32)]))
+        list(threads.map(decode, _split(jpegs, 2 * CHUNK)))
         return len(jpegs)
 
     return run
 
 
-def measure_epoch(scratch: Path, rows: int = ILSVRC) -> dict[str, float]:
-    """Seconds to open an index of so many rows, and for each part of an epoch's order."""
+def _measure_epoch(scratch: Path) -> dict[str, float]:
+    """Return the seconds to open an index as large as ILSVRC's, and for each part of an epoch's order."""
     from alexnet_cli.core.data.augment import AugmentParams
     from alexnet_cli.core.data.classes import ClassName
     from alexnet_cli.core.data.loader import epoch_order, training_batches
     from alexnet_cli.core.data.shards import ROW, Dataset, index_name
     from alexnet_cli.recipe import PAPER
 
-    folder = scratch / "index"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder, rows = scratch / "index", ILSVRC_IMAGES
+    folder.mkdir()
     np.save(folder / index_name("train"), np.zeros(rows, ROW))
-    none = np.zeros(0, np.float32)
     (folder / "empty.tar").touch()
     record = {"splits": {"train": {"images": rows, "shards": [{"file": "empty.tar", "bytes": 0}]}}}
-    dataset = Dataset(folder, "index", "", (ClassName("any"),), none, none, none, record)
+    nothing = np.zeros(0, np.float32)
+    dataset = Dataset(folder, "index", "", (ClassName("any"),), nothing, nothing, nothing, record)
     return {
-        f"open an index of {rows:,} rows": least_seconds(lambda: dataset.split("train")),
-        "permutation of an epoch": least_seconds(lambda: epoch_order(rows, 0, 1)),
-        "permutation and batches": least_seconds(lambda: training_batches(rows, BATCH, 0, 1)),
-        "draws of an epoch": least_seconds(lambda: AugmentParams.draw(rows, PAPER, 1)),
+        f"open an index of {rows:,} rows": measure_least_seconds(lambda: dataset.split("train")),
+        "permutation of an epoch": measure_least_seconds(lambda: epoch_order(rows, 0, 1)),
+        "permutation and batches": measure_least_seconds(lambda: training_batches(rows, BATCH, 0, 1)),
+        "draws of an epoch": measure_least_seconds(lambda: AugmentParams.draw(rows, PAPER, 1)),
     }

@@ -1,16 +1,11 @@
-"""`alexnet benchmark parallel`: the same steps in one process and in several, and the bytes these exchange.
+"""`alexnet benchmark parallel`: the same steps in one process and in several, and the bytes that these exchange.
 
-Every contestant runs in processes of its own that are started once and wait for their turns. Their images are noise,
-decoded already; crops, color, exchange and update are what `alexnet train` does.
-
-The second half computes what a step costs over several devices, without running it; docs/parallel.md shows its tables.
-There a step is computing, plus exchanging activations, during which nothing else is done, plus that part of the
-exchange of gradients that outlasts the backward pass. Towers of more than two devices are replicas of pairs.
+Everything runs in processes that are started once and wait for their turn. Their images are noise, already decoded;
+augmentation, exchange and update are those of `alexnet train`.
 """
 
 from __future__ import annotations
 
-import math
 import multiprocessing
 import os
 import signal
@@ -18,7 +13,6 @@ from collections import Counter
 from collections.abc import Generator, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from multiprocessing.connection import Connection, wait
 from typing import Any, Literal
 
@@ -28,91 +22,87 @@ import torch
 from alexnet_cli.core import devices
 from alexnet_cli.core.data.augment import Augment
 from alexnet_cli.core.data.loader import Batch
-from alexnet_cli.core.model.architecture import layer_specs, layer_widths
+from alexnet_cli.core.model.architecture import layer_specs
 from alexnet_cli.core.parallel import placement
 from alexnet_cli.core.parallel.launch import rank_variables, start_store
 from alexnet_cli.core.parallel.process_group import join_process_group, read_rank_info
 from alexnet_cli.core.training.trainer import Trainer
 from alexnet_cli.errors import AlexNetError, MissingError
 from alexnet_cli.recipe import PAPER, SIDE, Recipe
-from alexnet_plugins.benchmark.stopwatch import Contest, least_seconds
-from alexnet_plugins.benchmark.training import CLASSES, RATE, wait_for_device
+from alexnet_plugins.benchmark.timing import BenchmarkCase, BenchmarkOptions, measure_least_seconds
+from alexnet_plugins.benchmark.training import CLASSES, RATE, STEPS_ON_GPU, wait_for_device
 
-Way = Literal["tower", "data", "hybrid"]
-WAYS: tuple[Way, ...] = ("tower", "data", "hybrid")
+Strategy = Literal["tower", "data", "hybrid"]
 RECIPE = PAPER
-BATCH, STEPS_ON_GPU = 64, 20
+BATCH = 64
 END_SECONDS = 10.0  # for processes to end
-POOLED = {"conv3": 13 * 13, "fc6": 6 * 6}  # pixels of the maps that towers share before these layers
-COUNTS = (2, 4, 8, 16, 32, 64)  # devices, in the tables
-FLOAT, HALF = 4, 2  # bytes
-CONVOLUTIONS = ("conv1", "conv2", "conv3", "conv4", "conv5")
-LAYERS = (*CONVOLUTIONS, "fc6", "fc7", "fc8")
-FLOP = 4.35e9  # to train on an image, as `alexnet benchmark train` counts
+BEFORE_EXCHANGE = {"conv3": "conv2", "fc6": "conv5"}  # layers whose pooled maps the towers share for the next layer
 
 
 @dataclass(frozen=True)
-class Task:
-    """What processes do together: `processes` of them train on `batch` pictures a step, `steps` steps a pass."""
+class Job:
+    """What a group of processes does together: `steps` steps per pass, `batch` images per step over all of them."""
 
     recipe: Recipe
     batch: int
     steps: int
     processes: int
     threads: int
-    """Of each process, where it computes on the CPU."""
-    parallel: Way
+    """Of each process on a CPU."""
+    parallel: Strategy
     gpus: str
 
 
-def compare_parallel(gpus: str | None, batch: int | None, workers: int) -> Generator[Contest]:
-    """One in float32, then one in bf16 where the device has it; on the CPU unless `gpus` names several."""
-    count = placement.count_processes(gpus, None)
-    on_gpus = count > 1
-    count = max(2, count)
-    batch = -(-(batch or BATCH) // count) * count  # a share that comes out even is exact when scaled
-    chosen = placement.local_gpus(gpus)
-    ids = ",".join(map(str, chosen)) if on_gpus else "none"
-    task = Task(RECIPE, batch, STEPS_ON_GPU if on_gpus else 1, count, max(1, workers // count), "tower", ids)
-    yield from _contest(task, "fp32", workers)
-    if (
-        all(gpu.has_bf16 for gpu in devices.visible_gpus() if gpu.index in chosen)
-        if on_gpus
-        else devices.has_cpu_bf16()
-    ):
-        yield from _contest(task, "bf16", workers)
+def compare_parallel(options: BenchmarkOptions) -> Generator[BenchmarkCase]:
+    """Yield a case in float32, and one in bf16 if the devices have it; on the CPU unless --gpus names several."""
+    workers = options.workers
+    gpu_count = placement.count_processes(options.gpus, None)
+    on_gpus = gpu_count > 1
+    count = max(2, gpu_count)
+    batch = -(-(options.batch_size or BATCH) // count) * count  # equal shares make scaled byte counts exact
+    gpu_ids = placement.local_gpus(options.gpus)
+    gpus = ",".join(map(str, gpu_ids)) if on_gpus else "none"
+    job = Job(RECIPE, batch, STEPS_ON_GPU if on_gpus else 1, count, max(1, workers // count), "tower", gpus)
+    yield from _compare_strategies(job, "fp32", workers)
+    if on_gpus:
+        has_bf16 = all(gpu.has_bf16 for gpu in devices.visible_gpus() if gpu.index in gpu_ids)
+    else:
+        has_bf16 = devices.has_cpu_bf16()
+    if has_bf16:
+        yield from _compare_strategies(job, "bf16", workers)
 
 
-def _contest(task: Task, precision: Literal["fp32", "bf16"], workers: int) -> Generator[Contest]:
-    task = replace(task, recipe=replace(task.recipe, precision=precision))
-    on_gpus = task.gpus != "none"
-    where = f"GPUs {task.gpus}" if on_gpus else f"on the CPU, threads in each: {task.threads} (--gpus 0,1: on GPUs)"
-    alone = replace(task, processes=1, threads=workers, gpus=task.gpus.partition(",")[0])
-    name = "one process" if on_gpus else f"one process, {workers} threads"
+def _compare_strategies(job: Job, precision: Literal["fp32", "bf16"], workers: int) -> Generator[BenchmarkCase]:
+    job = replace(job, recipe=replace(job.recipe, precision=precision))
+    on_gpus = job.gpus != "none"
+    where = f"GPUs {job.gpus}" if on_gpus else f"on the CPU, {job.threads} threads each (--gpus 0,1: on GPUs)"
+    single = replace(job, processes=1, threads=workers, gpus=job.gpus.partition(",")[0])
     with ExitStack() as stack:
         towers, one, data, hybrid = (
-            stack.enter_context(RankTeam(each))
-            for each in (task, alone, replace(task, parallel="data"), replace(task, parallel="hybrid"))
+            stack.enter_context(RankGroup(each))
+            for each in (job, single, replace(job, parallel="data"), replace(job, parallel="hybrid"))
         )
-        peers = {name: one.run, "data": data.run, "hybrid": hybrid.run}
-        scaled = partial(scale_to_batch, factor=task.recipe.batch_size / task.batch)
-        sent = {name: scaled(team.ask("sent")[0]) for name, team in
-                {"ours": towers, "data": data, "hybrid": hybrid}.items()}  # fmt: skip
-        notes = [
-            f"ours: a tower in each of {task.processes} processes; {where}",
-            f"{task.batch} pictures a step: noise, in memory as it comes from the loader",
-            f"sent: by each process in a step of {task.recipe.batch_size} pictures, counted in a step of {task.batch}; "
-            "gradients do not grow with the batch, the rest in proportion",
-        ]
-        exchanges = {
-            f"exchange for {layer} alone, there and back": max(towers.ask("exchange", layer))
-            for layer in ("conv3", "fc6")
+        factor = job.recipe.batch_size / job.batch
+        sent_bytes = {
+            name: scale_to_batch(group.call("count_sent_bytes")[0], factor)
+            for name, group in {"ours": towers, "data": data, "hybrid": hybrid}.items()
         }
-        yield Contest(f"parallel {precision}", towers.run, peers, notes, extra=exchanges, sent=sent)
+        exchanges = {
+            f"exchange for {layer} alone, there and back": max(towers.call("measure_exchange", layer))
+            for layer in BEFORE_EXCHANGE
+        }
+        notes = [
+            f"ours: a tower in each of {job.processes} processes; {where}",
+            f"{job.batch} images per step: noise, in memory as it comes from the loader",
+            f"sent: by each process in a step of {job.recipe.batch_size} images, computed from a step of {job.batch}",
+        ]
+        name = "one process" if on_gpus else f"one process, {workers} threads"
+        peers = {name: one.run, "data": data.run, "hybrid": hybrid.run}
+        yield BenchmarkCase(f"parallel {precision}", towers.run, peers, notes, seconds=exchanges, sent_bytes=sent_bytes)
 
 
 def scale_to_batch(sent: Mapping[str, int], factor: float) -> dict[str, float]:
-    """Bytes by layer, for `factor` times as many pictures."""
+    """Return bytes by layer for a batch `factor` times as large; gradients do not grow with the batch."""
     layers: Counter[str] = Counter()
     for what, size in sorted(sent.items()):
         layer, _, kind = what.partition(" ")
@@ -120,24 +110,25 @@ def scale_to_batch(sent: Mapping[str, int], factor: float) -> dict[str, float]:
     return dict(layers)
 
 
-class RankTeam:
-    """Processes that train together, each of which does what it is asked when all are."""
+class RankGroup:
+    """Processes that train together. Each runs a method of `RankStep` when all are asked to."""
 
-    def __init__(self, task: Task) -> None:
-        self.task, self.store = task, start_store()
-        # Not forked from this one, whose settings they would inherit, but from one that has only loaded the code.
+    def __init__(self, job: Job) -> None:
+        self.job, self.store = job, start_store()
+        # Forked from a server that has only loaded the code: this process has settings that they must not inherit.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["alexnet_plugins.benchmark.parallel", "torch._dynamo"])  # which replicas import
+        context.set_forkserver_preload(["alexnet_plugins.benchmark.parallel", "torch._dynamo"])  # DDP imports dynamo
         self.pipes, self.processes = [], []
-        for rank in range(task.processes):
-            ours, theirs = context.Pipe()
-            numbered = rank_variables(rank, task.processes, self.store.port)
-            self.pipes.append(ours)
-            self.processes.append(context.Process(target=serve, args=(task, numbered, theirs), daemon=True))
-            self.processes[-1].start()
-            theirs.close()
+        for rank in range(job.processes):
+            pipe, child_pipe = context.Pipe()
+            variables = rank_variables(rank, job.processes, self.store.port)
+            process = context.Process(target=serve_rank, args=(job, variables, child_pipe), daemon=True)
+            process.start()
+            child_pipe.close()
+            self.pipes.append(pipe)
+            self.processes.append(process)
 
-    def __enter__(self) -> RankTeam:
+    def __enter__(self) -> RankGroup:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -148,252 +139,102 @@ class RankTeam:
             process.kill()
 
     def run(self) -> int:
-        """A pass of all. Returns how many pictures that were."""
-        self.ask("run")
-        return self.task.steps * self.task.batch
+        """Run a pass in all processes. Returns the number of images."""
+        self.call("run")
+        return self.job.steps * self.job.batch
 
-    def ask(self, method: str, *arguments: str) -> list[Any]:
-        """What a method of `RankStep` gives in every rank.
+    def call(self, method: str, *arguments: str) -> list[Any]:
+        """Return what a method of `RankStep` returns in every rank.
 
         Raises:
-            AlexNetError: a process has failed or died; the others may wait for it and are not waited for.
+            AlexNetError: a process failed or died; the others, which may wait for it, are not waited for.
         """
         answers: dict[Connection, Any] = {}
         try:
             for pipe in self.pipes:
                 pipe.send((method, arguments))
-            while waiting := [pipe for pipe in self.pipes if pipe not in answers]:
-                ready = wait(waiting)
-                for pipe in (pipe for pipe in waiting if pipe in ready):
+            while pending := [pipe for pipe in self.pipes if pipe not in answers]:
+                ready = wait(pending)
+                for pipe in (pipe for pipe in pending if pipe in ready):
                     answers[pipe] = pipe.recv()
-                    if isinstance(answers[pipe], Failure):
-                        raise AlexNetError(answers[pipe].what)
+                    if isinstance(answers[pipe], RankFailure):
+                        raise AlexNetError(answers[pipe].message)
         except (EOFError, OSError) as error:
-            what = f"a process of {self.task.processes} that train together has died"
-            raise MissingError(what, "if memory ran out, a smaller batch needs less: -b 16") from error
+            what = f"one of {self.job.processes} processes that train together died"
+            raise MissingError(what, "if memory ran out, use a smaller batch: -b 16") from error
         return [answers[pipe] for pipe in self.pipes]
 
 
 @dataclass(frozen=True)
-class Failure:
-    """What went wrong in a rank."""
+class RankFailure:
+    """The error of a rank."""
 
-    what: str
+    message: str
 
 
-def serve(task: Task, numbered: dict[str, str], pipe: Connection) -> None:
-    """Be a rank: do what is asked until nobody asks any more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # who started us ends us
-    os.environ.update(numbered)
-    recipe = task.recipe
+def serve_rank(job: Job, variables: dict[str, str], pipe: Connection) -> None:
+    """Be a rank: run the methods that the pipe names until it is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its ranks
+    os.environ.update(variables)
+    recipe = job.recipe
     try:
-        with join_process_group(read_rank_info(), placement.choose_backend(task.gpus)) as ranks:
-            placed = placement.place_ranks(ranks, task.gpus, recipe.precision, task.parallel, recipe.towers)
-            if placed.device.type == "cpu":
-                torch.set_num_threads(task.threads)
-            step = RankStep(recipe, task.batch, task.steps, placed)
-            while (asked := _next(pipe)) is not None:
-                method, arguments = asked
-                pipe.send(getattr(step, method)(*arguments))
-    except Exception as error:  # whatever it is, it is told where somebody listens
+        with join_process_group(read_rank_info(), placement.choose_backend(job.gpus)) as ranks:
+            rank_placement = placement.place_ranks(ranks, job.gpus, recipe.precision, job.parallel, recipe.towers)
+            if rank_placement.device.type == "cpu":
+                torch.set_num_threads(job.threads)
+            step = RankStep(recipe, job.batch, job.steps, rank_placement)
+            with suppress(EOFError):
+                while True:
+                    method, arguments = pipe.recv()
+                    pipe.send(getattr(step, method)(*arguments))
+    except Exception as error:
         with suppress(OSError):
-            pipe.send(Failure(f"rank {numbered['RANK']} of {task.processes}: {error or type(error).__name__}"))
-
-
-def _next(pipe: Connection) -> Any:
-    try:
-        return pipe.recv()
-    except EOFError:
-        return None
+            pipe.send(RankFailure(f"rank {variables['RANK']} of {job.processes}: {error or type(error).__name__}"))
 
 
 class RankStep:
-    """One rank's part of the steps."""
+    """The training steps of one rank."""
 
-    def __init__(self, recipe: Recipe, images: int, steps: int, placed: placement.Placement) -> None:
-        """Of a batch of so many images over all ranks; `steps` steps are a pass."""
-        ranks, device = placed.ranks, placed.device
-        self.images, self.steps, self.placed = images, steps, placed
-        generator, share = np.random.default_rng(0), ranks.batch_slice(images)
-        pictures = generator.integers(0, 256, (images, SIDE, SIDE, 3), np.uint8)[share]
-        labels = generator.integers(0, CLASSES, images)[share]
-        rows = np.arange(images)[share]
-        self.batch = Batch(torch.from_numpy(pictures).to(device), torch.from_numpy(labels), rows)
-        mean = np.full((3, SIDE, SIDE), 128, np.float32)
-        pixels = Augment(recipe, mean, np.ones(3, np.float32), np.eye(3, dtype=np.float32), device, placed.dtype)
-        recipe = replace(recipe, batch_size=images, learning_rate=RATE)
-        self.trainer = Trainer(recipe, CLASSES, images, pixels, placed)
+    def __init__(self, recipe: Recipe, batch: int, steps: int, rank_placement: placement.Placement) -> None:
+        """`batch` is the number of images over all ranks; a pass has `steps` steps."""
+        ranks, device = rank_placement.ranks, rank_placement.device
+        self.batch_size, self.steps, self.placement = batch, steps, rank_placement
+        generator, share = np.random.default_rng(0), ranks.batch_slice(batch)
+        images = generator.integers(0, 256, (batch, SIDE, SIDE, 3), np.uint8)[share]
+        labels = generator.integers(0, CLASSES, batch)[share]
+        self.batch = Batch(torch.from_numpy(images).to(device), torch.from_numpy(labels), np.arange(batch)[share])
+        mean, axes = np.full((3, SIDE, SIDE), 128, np.float32), np.eye(3, dtype=np.float32)
+        augment = Augment(recipe, mean, np.ones(3, np.float32), axes, device, rank_placement.dtype)
+        recipe = replace(recipe, batch_size=batch, learning_rate=RATE)
+        self.trainer = Trainer(recipe, CLASSES, batch, augment, rank_placement)
         self.trainer.begin_epoch()
 
     def run(self) -> None:
-        """A pass; the device is done with it when this returns."""
+        """Run a pass and wait for the device."""
         for _ in range(self.steps):
             self.trainer.step(self.batch)
-        wait_for_device(str(self.placed.device))
+        wait_for_device(str(self.placement.device))
 
-    def sent(self) -> dict[str, int]:
-        """The bytes that this rank sends in a step, by what for."""
-        traffic = self.placed.ranks.traffic
+    def count_sent_bytes(self) -> dict[str, int]:
+        """Return the bytes that this rank sends in a step, by purpose."""
+        traffic = self.placement.ranks.traffic
         traffic.clear()
         self.trainer.step(self.batch)
         return dict(traffic)
 
-    def exchange(self, layer: str) -> float:
-        """Seconds that it takes to share what comes before a layer, and to send back its gradient."""
-        network, side = self.trainer.network, int(POOLED[layer] ** 0.5)
-        before = {"conv3": "conv2", "fc6": "conv5"}[layer]
+    def measure_exchange(self, layer: str) -> float:
+        """Return the seconds to share the maps before a layer and to send back their gradient."""
+        network, before = self.trainer.network, BEFORE_EXCHANGE[layer]
+        side = next(spec.pooled_side or spec.side for spec in layer_specs(RECIPE, CLASSES) if spec.name == before)
         channels = network.get_submodule(before).get_parameter("bias").numel()
-        dtype = torch.bfloat16 if self.placed.precision == "bf16" else torch.float32
-        own = torch.zeros(self.images, channels, side, side, dtype=dtype, device=self.placed.device)
-        own = own.contiguous(memory_format=torch.channels_last).requires_grad_()
+        dtype = torch.bfloat16 if self.placement.precision == "bf16" else torch.float32
+        maps = torch.zeros(self.batch_size, channels, side, side, dtype=dtype, device=self.placement.device)
+        maps = maps.contiguous(memory_format=torch.channels_last).requires_grad_()
 
-        def both_ways() -> None:
-            shared = network.towers.share(own, layer)
+        def exchange() -> None:
+            shared = network.towers.share(maps, layer)
             shared.backward(shared.detach())
-            wait_for_device(str(self.placed.device))
+            wait_for_device(str(self.placement.device))
 
-        both_ways()
-        return least_seconds(both_ways, 5)
-
-
-@dataclass(frozen=True)
-class Link:
-    """What lies between devices: bytes a second that each sends while it receives as many, seconds before the first."""
-
-    name: str
-    bandwidth: float
-    latency: float
-
-
-@dataclass(frozen=True)
-class Device:
-    """Floating-point operations a second that it keeps up, and seconds a step that it takes besides.
-
-    A CPU moves what it sends itself, and does not compute meanwhile.
-    """
-
-    speed: float
-    besides: float
-    overlaps: bool = True
-
-
-LINKS = (Link("NVLink", 200e9, 10e-6), Link("PCIe 4", 20e9, 15e-6), Link("Ethernet, 25 Gbit/s", 2.8e9, 50e-6))
-GPU = Device(50e12, 1e-3)
-
-
-def count_parameters(recipe: Recipe) -> dict[str, int]:
-    """Layer -> parameters of the whole network."""
-    return {spec.name: spec.parameters for spec in layer_specs(recipe, CLASSES)}
-
-
-def activation_bytes(recipe: Recipe, batch: int, devices: int, way: Way, size: int = FLOAT) -> dict[str, float]:
-    """Layer -> bytes that each device sends of what the network computes, forward and back; `size` is of a number.
-
-    The logits and their gradients are float32 in any case.
-    """
-    c = {layer: recipe.towers * n for layer, n in layer_widths(recipe).items()}
-    if way == "tower":
-        images = batch / (devices / 2)  # of a pair
-        halves = {"conv3": 13 * 13 * c["conv2"] / 2, "fc6": 6 * 6 * c["conv5"] / 2, "fc7": c["fc6"] / 2}
-        return {layer: 2 * images * n * size for layer, n in halves.items()} | {"fc8": images * CLASSES * FLOAT}
-    if way == "hybrid":
-        others, images = devices - 1, batch / devices  # of one
-        return {
-            "fc6": 2 * others * images * 6 * 6 * c["conv5"] * size,
-            "fc7": 2 * others * batch * c["fc6"] / devices * size,
-            "fc8": others / devices * 2 * batch * CLASSES * FLOAT + others * images * CLASSES * FLOAT,
-        }
-    return {}
-
-
-def gradient_bytes(recipe: Recipe, devices: int, way: Way, size: int = FLOAT) -> dict[str, float]:
-    """Layer -> bytes of gradients that each device sends, around a ring; `size` is of a number."""
-    counts = count_parameters(recipe)
-    replicas, split = (devices // 2, 2) if way == "tower" else (devices, 1)
-    kept = CONVOLUTIONS if way == "hybrid" else tuple(counts)
-    ring = 2 * (replicas - 1) / replicas
-    sent = {layer: ring * counts[layer] / split * size for layer in kept}
-    if way == "tower":
-        sent["fc8"] += ring * CLASSES / 2 * size  # both towers hold the whole bias
-    return sent if ring else {}
-
-
-def sent_bytes(recipe: Recipe, batch: int, devices: int, way: Way, size: int = FLOAT) -> dict[str, float]:
-    """Layer -> bytes that each device sends in a step; activations have `size` bytes, gradients are float32."""
-    found = Counter(activation_bytes(recipe, batch, devices, way, size))
-    for layer, count in gradient_bytes(recipe, devices, way).items():
-        found[layer] += count  # type: ignore[assignment]  # counts of bytes need not be whole
-    return dict(found)
-
-
-def count_messages(devices: int, way: Way) -> tuple[int, int]:
-    """How many messages follow one another, of activations and of gradients; each exchange goes along a tree.
-
-    The gradients of a layer go together.
-    """
-    deep = math.ceil(math.log2(devices))
-    if way == "tower":  # fc8 is a sum, which goes up the tree and down
-        return 3 * 2 + 2, len(LAYERS) * 2 * (deep - 1)
-    if way == "hybrid":  # two to say how many images each has; fc6 and fc7 both ways; the sum; the logits' gradient
-        return (2 + 4 + 2 + 1) * deep, len(CONVOLUTIONS) * 2 * deep
-    return 0, len(LAYERS) * 2 * deep
-
-
-def step_seconds(
-    device: Device, link: Link, batch: int, devices: int, way: Way, size: int = HALF, gradient_size: int = FLOAT
-) -> float:
-    """Seconds of a step of recipe `paper` on a batch over all devices."""
-    computing = batch * FLOP / device.speed / devices
-    waiting = sum(activation_bytes(PAPER, batch, devices, way, size).values()) / link.bandwidth
-    behind = sum(gradient_bytes(PAPER, devices, way, gradient_size).values()) / link.bandwidth
-    before, after = (count * link.latency for count in count_messages(devices, way))
-    backward = computing * 2 / 3
-    late = max(0.0, behind + after - backward) if device.overlaps else behind + after
-    return device.besides + computing + waiting + before + late
-
-
-def step_seconds_alone(device: Device, batch: int) -> float:
-    """Seconds of a step on one device."""
-    return device.besides + batch * FLOP / device.speed
-
-
-def expected_rate(rate: float, exchange: float, way: Way, size: int, batch: int = 64) -> float:
-    """Images per second to expect of two processes on the CPU that computes `rate` of them in one process.
-
-    `exchange` is the seconds that it takes to send what conv3 needs, there and back, which tells the bandwidth.
-    """
-    link = Link("between processes", activation_bytes(PAPER, batch, 2, "tower", size)["conv3"] / exchange, 0.0)
-    return batch / step_seconds(Device(rate / 2 * FLOP, 0.0, overlaps=False), link, batch, 2, way, size)
-
-
-def bytes_table(batch: int = PAPER.batch_size) -> str:
-    """MB that each device sends in a step of recipe `paper` in float32, by layer, as Markdown."""
-    columns = {f"{way}, {n}": sent_bytes(PAPER, batch, n, way) for n in (2, 8, 64) for way in WAYS}
-    rows = [
-        [layer, *(f"{found[layer] / 1e6:.2f}" if layer in found else "" for found in columns.values())]
-        for layer in LAYERS
-    ]
-    rows.append(["all", *(f"{sum(found.values()) / 1e6:.1f}" for found in columns.values())])
-    low = [sum(sent_bytes(PAPER, batch, n, way, HALF).values()) / 1e6 for n in (2, 8, 64) for way in WAYS]
-    rows.append(["all, bf16", *(f"{total:.1f}" for total in low)])
-    return _markdown(["MB", *columns], rows)
-
-
-def speed_table(each: int | None = None) -> str:
-    """How many times as fast as one device, on each link, as Markdown; `each`: images of a device, else 128 in all."""
-    rows = []
-    for link in LINKS:
-        for way, gradient_size, name in [*((way, FLOAT, way) for way in WAYS), ("data", HALF, "data, `--compress`")]:
-            cells = []
-            for count in COUNTS:
-                images = each * count if each else PAPER.batch_size
-                many = step_seconds(GPU, link, images, count, way, HALF, gradient_size)
-                cells.append(f"{step_seconds_alone(GPU, PAPER.batch_size) * images / PAPER.batch_size / many:.1f}")
-            rows.append([link.name, name, *cells])
-    return _markdown(["link", "way", *(str(n) for n in COUNTS)], rows)
-
-
-def _markdown(head: list[str], rows: list[list[str]]) -> str:
-    """A table as text."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |".replace("  ", " ") for line in lines)
+        exchange()
+        return measure_least_seconds(exchange, 5)

@@ -1,13 +1,12 @@
-"""`alexnet benchmark train`: our training step, the same network built from torch's own parts, and torchvision's.
+"""`alexnet benchmark train`: our training step, the same network from PyTorch's own layers, and torchvision's AlexNet.
 
-A step is forward, loss, backward and update, on noise that is on the device already, so that nothing but the network
-counts. The peers run in a process of their own, with threads and memory as any script has them: keeping freed memory
-is a good part of what ours gains on a CPU, and holds for a whole process.
+A step is forward, loss, backward and update, on noise that is already on the device, so that only the network counts.
+The peers run in a process of their own, with threads and memory as in a user's script: on a CPU, much of our gain is
+that freed memory is kept, which holds for a whole process.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Generator
@@ -23,114 +22,36 @@ from torch.nn import functional
 
 from alexnet_cli.core.data.augment import Augment, AugmentParams
 from alexnet_cli.core.data.loader import Loader
-from alexnet_cli.core.model.architecture import EDGE_PADDING, layer_widths
+from alexnet_cli.core.model.architecture import layer_specs
 from alexnet_cli.core.model.network import Network, initialize, parameters_by_name
 from alexnet_cli.core.parallel.placement import Placement, place
 from alexnet_cli.core.training.optim import PaperSGD
 from alexnet_cli.recipe import PAPER, Recipe
-from alexnet_plugins.benchmark.stopwatch import Contest, Pass, fresh_process
+from alexnet_plugins.benchmark.sample_images import open_or_make_dataset
+from alexnet_plugins.benchmark.stock_network import build_stock_network
+from alexnet_plugins.benchmark.timing import BenchmarkCase, BenchmarkOptions, Work, start_script_process
 
 if TYPE_CHECKING:
     from alexnet_cli.core.data.shards import Dataset
 
 RECIPE = PAPER
 BATCH, BATCH_ON_GPU = 64, 128
-STEPS_ON_GPU = 20  # a pass: to wait for the device after every step would undo what overlaps
-FED_BATCHES = 64  # a pass of the loader: enough that the first batch, which nothing hides, does not decide
+STEPS_ON_GPU = 20  # per pass: waiting for the device after every step would undo what overlaps
+FED_BATCHES = 64  # per pass of the loader: enough that the first batch, which nothing hides, does not decide
 CLASSES = 1000
-RATE = 1e-4  # small: what is learned from noise should not run away, and takes as long
-MAPS = {"conv1": 55 * 55, "conv2": 27 * 27} | dict.fromkeys(("conv3", "conv4", "conv5"), 13 * 13)  # pixels of each
+RATE = 1e-4  # small, so that weights trained on noise stay finite
+NOTES = (
+    "stock and torchvision's run in a process of their own, with memory as in a user's script",
+    "torchvision's AlexNet is another, simpler network: one tower, fewer maps, no normalization",
+)
 
-Kind = Literal["stock", "torchvision"]
-Layout = Literal["contiguous", "channels-last"]
+NetworkKind = Literal["stock", "torchvision"]
 Arithmetic = Callable[[], AbstractContextManager[object]]
-FORMATS: dict[Layout, torch.memory_format] = {
-    "contiguous": torch.contiguous_format,
-    "channels-last": torch.channels_last,
-}
-
-Data = Callable[[], tuple["Dataset", str]]
-
-
-def compare_training(gpus: str | None, batch: int | None, workers: int, data: Data) -> Generator[Contest]:
-    """One in float32, then one in bf16, where the CPU has it. `data` is asked for where there is a GPU to feed."""
-    torch.set_num_threads(workers)
-    placement = place(gpus, "fp32")
-    on_gpu = placement.device.type == "cuda"
-    batch = batch or (BATCH_ON_GPU if on_gpu else BATCH)
-    conditions = Conditions(RECIPE, batch, STEPS_ON_GPU if on_gpu else 1, str(placement.device), workers)
-    notes = [f"{placement.name}, {batch} pictures a step: noise, already on the device"]
-    low = place(gpus, "bf16")
-    if low.precision != "bf16":
-        notes.append(f"this {'GPU' if on_gpu else 'CPU'} has no bf16 arithmetic: bf16 is left out")
-    with ExitStack() as stack:
-        field = Contestants(conditions, data if on_gpu else None, stack)
-        yield field.contest(placement, notes)
-        if low.precision == "bf16":
-            yield field.contest(low, notes)
-
-
-class Contestants:
-    """The networks that compete, built once; both contests train the same ones further."""
-
-    def __init__(self, conditions: Conditions, data: Data | None, stack: ExitStack) -> None:
-        self.conditions, self.stack = conditions, stack
-        self.process = stack.enter_context(fresh_process())
-        self.ours, self.bound = build_ours(conditions), build_ours(conditions, norm=False)
-        self.kept = None if data else build_peer("stock", conditions, "contiguous")
-        self.data = data() if data else None
-
-    def contest(self, placement: Placement, notes: list[str]) -> Contest:
-        """Everything in the placement's arithmetic, and stock in float32 in any case."""
-        low = placement.precision == "bf16"
-        peers = {"stock: contiguous, float32": self._apart("stock", "contiguous", bf16=False)}
-        if self.kept:
-            peers["the same, memory kept as ours"] = partial(self.kept.run, nullcontext)
-        if low:
-            peers["stock: channels-last, bf16"] = self._apart("stock", "channels-last", bf16=True)
-        peers["limit: ours without normalization"] = partial(self.bound.run, placement.precision_context)
-        peers["torchvision's AlexNet"] = self._apart("torchvision", "channels-last", bf16=low)
-        notes = [
-            *notes,
-            "stock and torchvision's run in a process of their own, with memory as any script has it",
-            "torchvision's AlexNet is another, simpler network: one tower, fewer maps, no normalization",
-        ]
-        if self.data:
-            dataset, note = self.data
-            peers["ours, fed from shards"] = feed_from_shards(self.ours, dataset, placement, self.stack)
-            notes.append(f"fed from shards: {note}")
-        return Contest(
-            f"train {placement.precision}", partial(self.ours.run, placement.precision_context), peers, notes,
-            operations=count_operations(self.ours.network),
-        )  # fmt: skip
-
-    def _apart(self, kind: Kind, layout: Layout, *, bf16: bool) -> Pass:
-        return lambda: self.process.submit(run_peer, kind, self.conditions, layout, bf16).result()
-
-
-def feed_from_shards(learner: Learner, dataset: Dataset, placement: Placement, stack: ExitStack) -> Pass:
-    """Ours from the loader on: decoding, the bus, crops and color on the device, the step."""
-    conditions, split = learner.conditions, dataset.split("train")
-    recipe, device, count = conditions.recipe, placement.device, FED_BATCHES * conditions.batch
-    loader = stack.enter_context(Loader(split, conditions.batch, conditions.threads, device))
-    colors = dataset.mean_image(), dataset.color_std, dataset.color_axes
-    pixels = Augment(recipe, *colors, device, placement.dtype)
-    draws = AugmentParams.draw(len(split), recipe, 1)
-    plan = np.split(np.resize(np.random.default_rng(0).permutation(len(split)), count), FED_BATCHES)
-
-    def run() -> int:
-        for batch in loader.batches(plan):
-            views = pixels.training_views(batch.images, batch.rows, draws, 1)
-            learner.step(views, batch.labels.to(device, non_blocking=True), placement.precision_context)
-        wait_for_device(conditions.device)
-        return count
-
-    return run
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """Under which every contestant trains: what network, images a step, steps a pass, where."""
+    """What all networks train with: recipe, images per step, steps per pass, device, CPU threads."""
 
     recipe: Recipe
     batch: int
@@ -139,88 +60,99 @@ class Conditions:
     threads: int
 
 
-class Learner:
-    """A network that learns, and a batch of noise in the layout that it likes."""
+def compare_training(options: BenchmarkOptions) -> Generator[BenchmarkCase]:
+    """Yield a case in float32, and one in bf16 if the device has it. Both train the same networks further."""
+    torch.set_num_threads(options.workers)
+    placements = [place(options.gpus, "fp32"), place(options.gpus, "bf16")]
+    on_gpu = placements[0].device.type == "cuda"
+    batch = options.batch_size or (BATCH_ON_GPU if on_gpu else BATCH)
+    device = str(placements[0].device)
+    conditions = Conditions(RECIPE, batch, STEPS_ON_GPU if on_gpu else 1, device, options.workers)
+    notes = [f"{placements[0].name}, {batch} images per step: noise, already on the device", *NOTES]
+    if placements[1].precision != "bf16":
+        placements.pop()
+        notes.append(f"this {'GPU' if on_gpu else 'CPU'} has no bf16 arithmetic: bf16 is left out")
+    ours, without_norm = build_ours(conditions), build_ours(conditions, norm=False)
+    with start_script_process() as process, ExitStack() as stack:
+
+        def run_apart(kind: NetworkKind, *, channels_last: bool, bf16: bool) -> Work:
+            return lambda: process.submit(run_peer, kind, conditions, channels_last, bf16).result()
+
+        peers = {"stock: contiguous, float32": run_apart("stock", channels_last=False, bf16=False)}
+        if not on_gpu:
+            kept = build_peer("stock", conditions, channels_last=False)
+            peers["the same, memory kept as ours"] = partial(kept.run, nullcontext)
+        dataset = open_or_make_dataset(options) if on_gpu else None
+        for placement in placements:
+            bf16 = placement.precision == "bf16"
+            others = {"stock: channels-last, bf16": run_apart("stock", channels_last=True, bf16=True)} if bf16 else {}
+            others["limit: ours without normalization"] = partial(without_norm.run, placement.precision_context)
+            others["torchvision's AlexNet"] = run_apart("torchvision", channels_last=True, bf16=bf16)
+            if dataset:
+                others["ours, fed from shards"] = feed_from_shards(ours, dataset[0], placement, stack)
+            yield BenchmarkCase(
+                f"train {placement.precision}", partial(ours.run, placement.precision_context), peers | others,
+                [*notes, *([f"fed from shards: {dataset[1]}"] if dataset else [])],
+                flop_per_image=count_training_flop(conditions.recipe),
+            )  # fmt: skip
+
+
+class NoiseTrainer:
+    """A network, its optimizer, and the batch of noise that it trains on."""
 
     def __init__(
-        self,
-        conditions: Conditions,
-        network: nn.Module,
-        forget: Callable[[], None],
-        update: Callable[[], None],
-        layout: Layout = "channels-last",
+        self, conditions: Conditions, network: nn.Module, optimizer_step: Callable[[], None], *, channels_last: bool
     ) -> None:
-        """`forget` drops the gradients, `update` takes the step."""
-        self.network, self.forget, self.update, self.conditions = network, forget, update, conditions
+        self.conditions, self.network, self.optimizer_step = conditions, network, optimizer_step
         size, generator = conditions.recipe.input_size, torch.Generator().manual_seed(0)
         images = torch.randint(-128, 128, (conditions.batch, 3, size, size), generator=generator).float()
         labels = torch.randint(CLASSES, (conditions.batch,), generator=generator)
-        self.images = images.to(conditions.device, memory_format=FORMATS[layout])
+        self.images = images.to(conditions.device, memory_format=get_memory_format(channels_last))
         self.labels = labels.to(conditions.device)
 
     def step(self, images: Tensor, labels: Tensor, arithmetic: Arithmetic) -> None:
-        """One step of gradient descent; whoever waits for the next turn holds no gradients."""
+        """Take one step; gradients are freed at its end, so that other networks have the memory."""
         with arithmetic():
             logits = self.network(images)
         functional.cross_entropy(logits.float(), labels).backward()
-        self.update()
-        self.forget()
+        self.optimizer_step()
+        self.network.zero_grad()
 
     def run(self, arithmetic: Arithmetic) -> int:
-        """A pass over the noise; the device is done with it when this returns."""
+        """Train on the noise and wait for the device. Returns the number of images."""
         for _ in range(self.conditions.steps):
             self.step(self.images, self.labels, arithmetic)
         wait_for_device(self.conditions.device)
         return self.conditions.steps * len(self.labels)
 
 
-def wait_for_device(device: str) -> None:
-    """Wait for what the device still has to do."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
-
-
-def arithmetic(device: str, *, bf16: bool) -> AbstractContextManager[object]:
-    """As a script has it: float32, or torch's automatic mixed precision."""
-    return torch.autocast(device.split(":")[0], torch.bfloat16) if bf16 else contextlib.nullcontext()
-
-
-def build_ours(conditions: Conditions, *, norm: bool = True) -> Learner:
-    """Our network and update rule; without response normalization it is the bound."""
+def build_ours(conditions: Conditions, *, norm: bool = True) -> NoiseTrainer:
+    """Return our network and optimizer, with or without response normalization."""
     recipe = conditions.recipe if norm else replace(conditions.recipe, lrn="none")
     network = Network(recipe, CLASSES)
     initialize(network)
     network.to(conditions.device)
-    optimizer, count = PaperSGD(parameters_by_name(network), recipe), itertools.count(1)
+    optimizer, steps = PaperSGD(parameters_by_name(network), recipe), itertools.count(1)
 
-    def update() -> None:
+    def optimizer_step() -> None:
         optimizer.step(RATE, 1)
-        network.draw_dropout(next(count))
+        network.draw_dropout(next(steps))
 
-    return Learner(conditions, network, network.zero_grad, update)
+    return NoiseTrainer(conditions, network, optimizer_step, channels_last=True)
 
 
-def build_peer(kind: Kind, conditions: Conditions, layout: Layout) -> Learner:
-    """A network as others have it, with torch's SGD."""
-    network = build_stock(conditions.recipe, CLASSES) if kind == "stock" else _build_torchvision()
-    network.to(conditions.device).to(memory_format=FORMATS[layout])
+def build_peer(kind: NetworkKind, conditions: Conditions, *, channels_last: bool) -> NoiseTrainer:
+    """Return a network from PyTorch's own layers, or torchvision's, with PyTorch's SGD."""
     recipe = conditions.recipe
+    network = build_stock(recipe, CLASSES) if kind == "stock" else _build_torchvision()
+    network.to(conditions.device).to(memory_format=get_memory_format(channels_last))
     sgd = torch.optim.SGD(network.parameters(), RATE, recipe.momentum, weight_decay=recipe.weight_decay)
-    return Learner(conditions, network, sgd.zero_grad, sgd.step, layout)
+    return NoiseTrainer(conditions, network, sgd.step, channels_last=channels_last)
 
 
-def run_peer(kind: Kind, conditions: Conditions, layout: Layout, bf16: bool) -> int:
-    """A pass of a network as others have it, for a process that does nothing else; built in its first pass."""
-    learner = _cached_peer(kind, conditions, layout)
-    return learner.run(functools.partial(arithmetic, conditions.device, bf16=bf16))
-
-
-@functools.cache
-def _cached_peer(kind: Kind, conditions: Conditions, layout: Layout) -> Learner:
-    torch.set_num_threads(conditions.threads)
-    torch.backends.cudnn.benchmark = True
-    torch.backends.cudnn.allow_tf32 = False  # float32 is to mean the same as in ours
-    return build_peer(kind, conditions, layout)
+def build_stock(recipe: Recipe, classes: int) -> nn.Sequential:
+    """Return the network of recipe `paper`, at the recipe's width, from PyTorch's own layers."""
+    return build_stock_network([spec.biases for spec in layer_specs(recipe, classes)])
 
 
 def _build_torchvision() -> nn.Module:
@@ -230,66 +162,61 @@ def _build_torchvision() -> nn.Module:
     return network
 
 
-def build_stock(recipe: Recipe, classes: int) -> nn.Sequential:
-    """The network of recipe `paper` or `fast`, at any width, from torch's parts; its parameters are named as ours.
-
-    Dropout is torch's, which rescales in training: equal to ours where the recipe says `dropout_inverted`.
-    """
-    c = {layer: recipe.towers * n for layer, n in layer_widths(recipe).items()}
-    own = recipe.towers
-    parts: list[tuple[str, nn.Module]] = [
-        ("pad", nn.ZeroPad2d((0, EDGE_PADDING, 0, EDGE_PADDING))),
-        ("conv1", nn.Conv2d(3, c["conv1"], 11, stride=4)),
-        *_stage(recipe, 1),
-        ("conv2", nn.Conv2d(c["conv1"], c["conv2"], 5, padding=2, groups=own)),
-        *_stage(recipe, 2),
-        ("conv3", nn.Conv2d(c["conv2"], c["conv3"], 3, padding=1)),
-        ("relu3", nn.ReLU(inplace=True)),
-        ("conv4", nn.Conv2d(c["conv3"], c["conv4"], 3, padding=1, groups=own)),
-        ("relu4", nn.ReLU(inplace=True)),
-        ("conv5", nn.Conv2d(c["conv4"], c["conv5"], 3, padding=1, groups=own)),
-        ("relu5", nn.ReLU(inplace=True)),
-        ("pool5", nn.MaxPool2d(3, 2)),
-        ("flat", nn.Flatten()),
-        ("fc6", nn.Linear(c["conv5"] * 6 * 6, c["fc6"])),
-        ("relu6", nn.ReLU(inplace=True)),
-        ("drop6", nn.Dropout(recipe.dropout)),
-        ("fc7", nn.Linear(c["fc6"], c["fc7"])),
-        ("relu7", nn.ReLU(inplace=True)),
-        ("drop7", nn.Dropout(recipe.dropout)),
-        ("fc8", nn.Linear(c["fc7"], classes)),
-    ]
-    network = nn.Sequential()
-    for name, part in parts:
-        network.add_module(name, part)
-    return network
+def run_peer(kind: NetworkKind, conditions: Conditions, channels_last: bool, bf16: bool) -> int:
+    """Run a pass of a peer in this process, which does nothing else; the first pass builds it."""
+    trainer = _get_peer(kind, conditions, channels_last)
+    return trainer.run(partial(stock_arithmetic, conditions.device, bf16=bf16))
 
 
-def _stage(recipe: Recipe, number: int) -> list[tuple[str, nn.Module]]:
-    """What follows convolutions 1 and 2."""
-    return [
-        (f"relu{number}", nn.ReLU(inplace=True)),
-        (f"norm{number}", TowerNorm(recipe)),
-        (f"pool{number}", nn.MaxPool2d(3, 2)),
-    ]
+@functools.cache
+def _get_peer(kind: NetworkKind, conditions: Conditions, channels_last: bool) -> NoiseTrainer:
+    set_script_defaults(conditions.threads)
+    return build_peer(kind, conditions, channels_last=channels_last)
 
 
-class TowerNorm(nn.LocalResponseNorm):
-    """Torch's response normalization inside each tower: towers become images."""
-
-    def __init__(self, recipe: Recipe) -> None:
-        # Torch divides alpha by the number of maps in the sum, the paper does not.
-        alpha = recipe.lrn_alpha * recipe.input_divisor**2 * recipe.lrn_size
-        super().__init__(recipe.lrn_size, alpha, recipe.lrn_beta, recipe.lrn_k)
-        self.towers = recipe.towers
-
-    def forward(self, x: Tensor) -> Tensor:
-        """N x C x H x W -> the same shape."""
-        n, c, h, w = x.shape
-        return super().forward(x.reshape(n * self.towers, c // self.towers, h, w)).reshape(n, c, h, w)
+def set_script_defaults(threads: int) -> None:
+    """Set up PyTorch as a careful script does; float32 means the same as in ours."""
+    torch.set_num_threads(threads)
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = False
 
 
-def count_operations(network: nn.Module) -> float:
-    """Floating-point operations to train on one image: two a multiply-add, forward and twice that backward."""
-    weights = {name.removesuffix(".weight"): p.numel() for name, p in network.named_parameters() if p.dim() > 1}
-    return 3.0 * 2 * sum(count * MAPS.get(layer, 1) for layer, count in weights.items())
+def stock_arithmetic(device: str, *, bf16: bool) -> AbstractContextManager[object]:
+    """Return the arithmetic of a script: float32, or PyTorch's automatic mixed precision."""
+    return torch.autocast(device.split(":")[0], torch.bfloat16) if bf16 else nullcontext()
+
+
+def feed_from_shards(trainer: NoiseTrainer, dataset: Dataset, placement: Placement, stack: ExitStack) -> Work:
+    """Train from the loader on: decoding, copying, crops and color on the device, and the step."""
+    conditions, split, device = trainer.conditions, dataset.split("train"), placement.device
+    count = FED_BATCHES * conditions.batch
+    loader = stack.enter_context(Loader(split, conditions.batch, conditions.threads, device))
+    colors = dataset.mean_image(), dataset.color_std, dataset.color_axes
+    augment = Augment(conditions.recipe, *colors, device, placement.dtype)
+    params = AugmentParams.draw(len(split), conditions.recipe, 1)
+    batches = np.split(np.resize(np.random.default_rng(0).permutation(len(split)), count), FED_BATCHES)
+
+    def run() -> int:
+        for batch in loader.batches(batches):
+            views = augment.training_views(batch.images, batch.rows, params, 1)
+            trainer.step(views, batch.labels.to(device, non_blocking=True), placement.precision_context)
+        wait_for_device(conditions.device)
+        return count
+
+    return run
+
+
+def get_memory_format(channels_last: bool) -> torch.memory_format:
+    """Return the layout of a batch of images and of the weights of convolutions."""
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def wait_for_device(device: str) -> None:
+    """Wait until a GPU has finished its work."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+
+
+def count_training_flop(recipe: Recipe) -> float:
+    """Return the floating-point operations to train on one image: forward, and twice that backward."""
+    return 3.0 * 2 * sum(spec.multiplications for spec in layer_specs(recipe, CLASSES))

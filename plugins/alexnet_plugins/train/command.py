@@ -10,7 +10,18 @@ import typer
 
 from alexnet_cli import recipe_io
 from alexnet_cli.console import Reporter
-from alexnet_cli.options import DataOption, DevicesOption, JobsOption, JsonFlag, Parallel, Precision, QuietFlag
+from alexnet_cli.options import (
+    DataOption,
+    DevicesOption,
+    JobsOption,
+    JsonFlag,
+    Parallel,
+    Precision,
+    QuietFlag,
+    SettingsOption,
+    complete_recipe,
+    complete_weights,
+)
 from alexnet_plugins.train.display import finish, record_errors, run_loop, show_heading, show_start
 from alexnet_plugins.train.setup import (
     check_data,
@@ -35,13 +46,8 @@ FROM_RECIPE = "[default: the recipe's]"
 
 def train(
     data: DataOption = None,
-    recipe: Annotated[str | None, typer.Option("--recipe", help=RECIPE_HELP)] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="KEY=VALUE", help="Change a value of the recipe; --print-config lists all (repeatable)"
-        ),
-    ] = None,
+    recipe: Annotated[str | None, typer.Option("--recipe", help=RECIPE_HELP, autocompletion=complete_recipe)] = None,
+    settings: SettingsOption = None,
     epochs: Annotated[
         int | None, typer.Option(min=1, help=f"Maximum number of passes over the training set {FROM_RECIPE}")
     ] = None,
@@ -86,7 +92,11 @@ def train(
     ] = None,
     init_from: Annotated[
         str | None,
-        typer.Option(metavar="W", help="Start from these weights (as for -w); layers that do not fit start at random"),
+        typer.Option(
+            metavar="W",
+            autocompletion=complete_weights,
+            help="Start from these weights (as for -w); layers that do not fit start at random",
+        ),
     ] = None,
     freeze: Annotated[Frozen | None, typer.Option(help="Layers to freeze: conv (layers 1 to 5) or none")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the run [default: date, time and recipe]")] = None,
