@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import typer
 
-import foreign_files
+import weights_files
 from alexnet_cli import cli, entry_points, errors, recipe, recipe_io
 from alexnet_cli.core import signals
 from documents import (
@@ -199,7 +199,7 @@ def home(pictures: Path, tmp_path: Path) -> Path:
     for name in ("pictures", "somewhere"):
         shutil.copytree(pictures / "val" / "red", tmp_path / name)
     shutil.copy(pictures / "val" / "blue" / "00.jpg", tmp_path / "cat.jpg")
-    weights = foreign_files.caffemodel(foreign_files.tensors(classes=1000), 2, "relu-norm-pool")
+    weights = weights_files.caffemodel(weights_files.tensors(classes=1000), 2, "relu-norm-pool")
     (tmp_path / "bvlc_alexnet.caffemodel").write_bytes(weights)
     return tmp_path
 

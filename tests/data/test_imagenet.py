@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pytest
 from scipy.io import savemat
 
-import imagenet_files as made
+import imagenet_files
 from alexnet_cli.core.data import classes, images, prepare
 from alexnet_cli.core.data.classes import ClassName
 from alexnet_cli.core.data.devkit import read_devkit
@@ -28,20 +28,24 @@ from imagenet_files import NAMES, VAL, val_name
 
 Maker = Callable[[Path, Mapping[str, bytes], Mapping[str, bytes]], None]
 LAYOUTS: dict[Maker, str] = {
-    made.archives: "ILSVRC2012_img_train.tar (a tar of WNID.tar), ILSVRC2012_img_val.tar, "
+    imagenet_files.write_archives: "ILSVRC2012_img_train.tar (a tar of WNID.tar), ILSVRC2012_img_val.tar, "
     "classes from ILSVRC2012_devkit_t12.tar.gz",
-    made.unpacked_once: "train/WNID.tar, flat val/, classes from ILSVRC2012_devkit_t12.tar.gz",
-    made.archive_and_folders: "ILSVRC2012_img_train.tar (a tar of WNID.tar) and val/WNID",
-    made.flat: "train/WNID, flat val/, classes from ILSVRC2012_devkit_t12",
-    made.kaggle: "Kaggle, ILSVRC/Data/CLS-LOC/train/WNID, flat val/, classes from LOC_val_solution.csv",
-    made.torchvision: "train/CLASS and val/CLASS",
-    made.tiny: "Tiny ImageNet: train/WNID/images, val/val_annotations.txt",
+    imagenet_files.write_unpacked_once: "train/WNID.tar, flat val/, classes from ILSVRC2012_devkit_t12.tar.gz",
+    imagenet_files.write_archive_and_folders: "ILSVRC2012_img_train.tar (a tar of WNID.tar) and val/WNID",
+    imagenet_files.write_flat: "train/WNID, flat val/, classes from ILSVRC2012_devkit_t12",
+    imagenet_files.write_kaggle: "Kaggle, ILSVRC/Data/CLS-LOC/train/WNID, flat val/, classes from LOC_val_solution.csv",
+    imagenet_files.write_torchvision: "train/CLASS and val/CLASS",
+    imagenet_files.write_tiny: "Tiny ImageNet: train/WNID/images, val/val_annotations.txt",
 }
 
 
 @pytest.fixture(params=["drawn", "real"])
 def image_set(request: pytest.FixtureRequest) -> tuple[dict[str, bytes], dict[str, bytes]]:
-    return made.drawn() if request.param == "drawn" else made.real(request.getfixturevalue("samples"))
+    return (
+        imagenet_files.drawn_images()
+        if request.param == "drawn"
+        else imagenet_files.real_images(request.getfixturevalue("samples"))
+    )
 
 
 def prepared(source: SourceDataset, output: Path, shard_images: int = SHARD_IMAGES) -> Dataset:
@@ -58,24 +62,24 @@ def by_file(split: Split) -> Iterator[tuple[str, int, npt.NDArray[np.uint8]]]:
 
 def check(dataset: Dataset, train: Mapping[str, bytes], val: Mapping[str, bytes]) -> None:
     """Every image is there once, with its class, and looks as it did."""
-    wnids = sorted(made.CLASSES)
+    wnids = sorted(imagenet_files.CLASSES)
     expected = {
         "train": {Path(name).stem: (wnids.index(name.split("/")[0]), data) for name, data in train.items()},
         "val": {Path(n).stem: (wnids.index(w), val[n]) for w, n in zip(VAL, sorted(val), strict=True)},
     }
     assert dataset.classes == NAMES
     for name, expected_images in expected.items():
-        found = {stem: (label, pixels) for stem, label, pixels in by_file(dataset.split(name))}
-        assert len(dataset.split(name)) == len(found) == len(expected_images)
+        packed = {stem: (label, pixels) for stem, label, pixels in by_file(dataset.split(name))}
+        assert len(dataset.split(name)) == len(packed) == len(expected_images)
         for stem, (label, data) in expected_images.items():
-            assert found[stem][0] == label, stem
+            assert packed[stem][0] == label, stem
             whole = images.resize_and_crop(images.decode(data)).astype(np.float64)
-            assert np.abs(found[stem][1] - whole).mean() < 5, stem
+            assert np.abs(packed[stem][1] - whole).mean() < 5, stem
 
 
 @pytest.mark.parametrize("maker", LAYOUTS, ids=lambda maker: maker.__name__)
 def test_each_layout(maker: Maker, image_set: tuple[dict[str, bytes], dict[str, bytes]], tmp_path: Path) -> None:
-    maker(made.fresh(tmp_path / "in"), *image_set)
+    maker(imagenet_files.empty_folder(tmp_path / "in"), *image_set)
     before = {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in (tmp_path / "in").rglob("*")}
     source = detect_source(tmp_path / "in")
     assert source.layout == LAYOUTS[maker]
@@ -86,7 +90,7 @@ def test_each_layout(maker: Maker, image_set: tuple[dict[str, bytes], dict[str, 
 
 
 def test_archives_are_continued_to_the_same_bytes(tmp_path: Path) -> None:
-    made.archives(made.fresh(tmp_path / "in"), *made.drawn())
+    imagenet_files.write_archives(imagenet_files.empty_folder(tmp_path / "in"), *imagenet_files.drawn_images())
     whole = prepared(detect_source(tmp_path / "in"), tmp_path / "whole", shard_images=4)
     plan = Plan(detect_source(tmp_path / "in"), tmp_path / "cut", shard_images=4)
     steps = prepare.pack(plan, workers=1)
@@ -101,7 +105,7 @@ def test_archives_are_continued_to_the_same_bytes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("place", [".", "ILSVRC", "ILSVRC/Data/CLS-LOC"])
 def test_kaggle_from_each_of_its_folders(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made.kaggle(tmp_path, *made.drawn())
+    imagenet_files.write_kaggle(tmp_path, *imagenet_files.drawn_images())
     monkeypatch.chdir(tmp_path / place)
     for path in (Path(), tmp_path / place):
         source = detect_source(path)
@@ -115,8 +119,8 @@ def test_kaggle_from_each_of_its_folders(place: str, tmp_path: Path, monkeypatch
 
 
 def test_kaggle_sorted_by_hand(tmp_path: Path) -> None:
-    train, val = made.drawn()
-    made.kaggle(tmp_path, train, val)
+    train, val = imagenet_files.drawn_images()
+    imagenet_files.write_kaggle(tmp_path, train, val)
     place = tmp_path / "ILSVRC" / "Data" / "CLS-LOC" / "val"
     for wnid, name in zip(VAL, sorted(val), strict=True):
         (place / wnid).mkdir(exist_ok=True)
@@ -125,8 +129,8 @@ def test_kaggle_sorted_by_hand(tmp_path: Path) -> None:
 
 
 def test_training_archive_alone(tmp_path: Path) -> None:
-    train, _ = made.drawn()
-    made.train_archive(tmp_path / "ILSVRC2012_img_train.tar", train)
+    train, _ = imagenet_files.drawn_images()
+    imagenet_files.write_train_archive(tmp_path / "ILSVRC2012_img_train.tar", train)
     source = detect_source(tmp_path)
     assert [len(items) for items in source.splits.values()] == [8, 4]
     assert source.notes[0].startswith("ILSVRC2012_img_val.tar is missing")
@@ -139,73 +143,77 @@ def test_training_archive_alone(tmp_path: Path) -> None:
     assert sorted(item.label for item in third.splits["val"]) == [0, 1, 2, 3]
     names = sorted(item.name for split in third.splits.values() for item in split)
     assert names == sorted(f"ILSVRC2012_img_train.tar/{name}" for name in train)
-    made.devkit(tmp_path)
+    imagenet_files.write_devkit(tmp_path)
     assert detect_source(tmp_path).classes == NAMES
 
 
 def test_fractions_are_refused_where_there_is_a_validation_split(tmp_path: Path) -> None:
-    made.archives(tmp_path, *made.drawn())
+    imagenet_files.write_archives(tmp_path, *imagenet_files.drawn_images())
     with pytest.raises(UsageError, match="validation split of its own"):
         detect_source(tmp_path, 0.1)
 
 
 def test_a_count_that_differs_from_the_ground_truth(tmp_path: Path) -> None:
-    train, val = made.drawn()
-    made.archives(tmp_path, train, val)
-    made.devkit(tmp_path, truth=(*VAL, VAL[0]))
+    train, val = imagenet_files.drawn_images()
+    imagenet_files.write_archives(tmp_path, train, val)
+    imagenet_files.write_devkit(tmp_path, truth=(*VAL, VAL[0]))
     with pytest.raises(DataError, match=r"5 images, but .*devkit.* labels of 6: ILSVRC2012_val_00000006 is missing"):
         detect_source(tmp_path)
-    made.devkit(tmp_path, truth=VAL[:4])
+    imagenet_files.write_devkit(tmp_path, truth=VAL[:4])
     with pytest.raises(DataError, match=r"none for .*val_00000005"):
         detect_source(tmp_path)
-    made.devkit(tmp_path)
+    imagenet_files.write_devkit(tmp_path)
     with tarfile.open(tmp_path / "ILSVRC2012_img_val.tar", "a") as archive:
         archive.addfile(tarfile.TarInfo(val_name(2)))
     with pytest.raises(DataError, match="val_00000002 twice"):
         detect_source(tmp_path)
-    for maker in (made.kaggle, made.flat):
-        maker(made.fresh(tmp_path), train, dict(list(val.items())[:-1]))
+    for maker in (imagenet_files.write_kaggle, imagenet_files.write_flat):
+        maker(imagenet_files.empty_folder(tmp_path), train, dict(list(val.items())[:-1]))
         with pytest.raises(DataError, match=r"4 images, but .* labels of 5: ILSVRC2012_val_00000005"):
             detect_source(tmp_path)
 
 
 def test_truncated_archives(tmp_path: Path) -> None:
-    train, val = made.drawn()
+    train, val = imagenet_files.drawn_images()
     for name in ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"):
-        made.archives(made.fresh(tmp_path), train, val)
+        imagenet_files.write_archives(imagenet_files.empty_folder(tmp_path), train, val)
         for size in (0.6, 0.1):
             os.truncate(tmp_path / name, int((tmp_path / name).stat().st_size * size))
             with pytest.raises(DataError, match=name.replace(".", r"\.")) as caught:
                 detect_source(tmp_path)
             assert caught.value.hint
     inner = {"n01440764.tar": b"", "n02012849.tar": b"x" * 700}
-    made.tar(made.fresh(tmp_path) / "ILSVRC2012_img_train.tar", inner)
+    imagenet_files.write_tar(imagenet_files.empty_folder(tmp_path) / "ILSVRC2012_img_train.tar", inner)
     with pytest.raises(DataError, match=r"n01440764\.tar\) is truncated"):
         detect_source(tmp_path)
 
 
 def test_parts_that_are_missing(tmp_path: Path) -> None:
-    train, val = made.drawn()
-    made.archives(tmp_path, train, val)
+    train, val = imagenet_files.drawn_images()
+    imagenet_files.write_archives(tmp_path, train, val)
     (tmp_path / "ILSVRC2012_devkit_t12.tar.gz").unlink()
     with pytest.raises(DataError, match="has no ILSVRC2012_devkit_t12"):
         detect_source(tmp_path)
-    made.tar(tmp_path / "ILSVRC2012_devkit_t12.tar.gz", {"ILSVRC2012_devkit_t12/readme.txt": b"."}, "w:gz")
+    imagenet_files.write_tar(
+        tmp_path / "ILSVRC2012_devkit_t12.tar.gz", {"ILSVRC2012_devkit_t12/readme.txt": b"."}, "w:gz"
+    )
     with pytest.raises(DataError, match="has no data/meta"):
         detect_source(tmp_path)
-    made.devkit(tmp_path)
+    imagenet_files.write_devkit(tmp_path)
     (tmp_path / "ILSVRC2012_img_train.tar").unlink()
     with pytest.raises(DataError, match=r"no ILSVRC2012_img_train\.tar and no train/"):
         detect_source(tmp_path)
-    made.train_archive(tmp_path / "ILSVRC2012_img_train.tar", {n: d for n, d in train.items() if "n0312" not in n})
+    imagenet_files.write_train_archive(
+        tmp_path / "ILSVRC2012_img_train.tar", {n: d for n, d in train.items() if "n0312" not in n}
+    )
     with pytest.raises(DataError, match="of class n03126707, but the training split has no images of it"):
         detect_source(tmp_path)
 
 
 def test_a_class_that_is_still_packed_next_to_folders(tmp_path: Path) -> None:
-    train, val = made.drawn()
-    made.flat(tmp_path, train, val)
-    (packed,) = made.class_archives(tmp_path / "train", {"n07000000/a.jpg": b"."})
+    train, val = imagenet_files.drawn_images()
+    imagenet_files.write_flat(tmp_path, train, val)
+    (packed,) = imagenet_files.write_class_archives(tmp_path / "train", {"n07000000/a.jpg": b"."})
     with pytest.raises(DataError, match=r"n07000000\.tar is still packed"):
         detect_source(tmp_path)
     packed.rename(packed.with_name("backup.tar"))  # not named like a class: ignored
@@ -213,22 +221,25 @@ def test_a_class_that_is_still_packed_next_to_folders(tmp_path: Path) -> None:
 
 
 def test_hostile_archives_touch_nothing_outside(tmp_path: Path) -> None:
-    train, _ = made.drawn()
+    train, _ = imagenet_files.drawn_images()
     secret = tmp_path / "secret.JPEG"
-    secret.write_bytes(made.jpeg(0, 0))
-    inside = made.fresh(tmp_path / "in")
-    bad = {f"n01440764/{name}": made.jpeg(1, 1) for name in ("../../../../evil.JPEG", str(tmp_path / "evil.JPEG"))}
+    secret.write_bytes(imagenet_files.jpeg(0, 0))
+    inside = imagenet_files.empty_folder(tmp_path / "in")
+    bad = {
+        f"n01440764/{name}": imagenet_files.jpeg(1, 1)
+        for name in ("../../../../evil.JPEG", str(tmp_path / "evil.JPEG"))
+    }
     inner = {}
-    for wnid in made.CLASSES:
+    for wnid in imagenet_files.CLASSES:
         files = {name.partition("/")[2]: data for name, data in {**train, **bad}.items() if name.startswith(wnid)}
-        path = made.tar(inside / "x.tar", files)
+        path = imagenet_files.write_tar(inside / "x.tar", files)
         with tarfile.open(path, "a") as archive:
             link = tarfile.TarInfo("link.JPEG")
             link.type, link.linkname = tarfile.SYMTYPE, str(secret)
             archive.addfile(link)
         inner[f"{wnid}.tar"] = path.read_bytes()
         path.unlink()
-    made.tar(inside / "ILSVRC2012_img_train.tar", inner)
+    imagenet_files.write_tar(inside / "ILSVRC2012_img_train.tar", inner)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     dataset = prepared(detect_source(inside, 0.0), tmp_path / "out")
     after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -237,16 +248,16 @@ def test_hostile_archives_touch_nothing_outside(tmp_path: Path) -> None:
     reasons = sorted(line["reason"] for line in dataset.rejected())
     assert reasons == ["it is a link or a device, not a file"] * 4 + ["its name leads out of the archive"] * 2
     for bad_class in ("../n09.tar", "/n09.tar"):
-        made.tar(inside / "ILSVRC2012_img_train.tar", {**inner, bad_class: inner["n01440764.tar"]})
+        imagenet_files.write_tar(inside / "ILSVRC2012_img_train.tar", {**inner, bad_class: inner["n01440764.tar"]})
         with pytest.raises(DataError, match="leads out"):
             detect_source(inside)
-    made.tar(inside / "ILSVRC2012_img_train.tar", {**inner, "loose.JPEG": b""})
+    imagenet_files.write_tar(inside / "ILSVRC2012_img_train.tar", {**inner, "loose.JPEG": b""})
     with pytest.raises(DataError, match=r"not in a WNID\.tar"):
         detect_source(inside)
 
 
 def test_a_link_in_the_devkit_is_not_followed(tmp_path: Path) -> None:
-    kit = made.devkit(tmp_path / "a", packed=False)
+    kit = imagenet_files.write_devkit(tmp_path / "a", packed=False)
     with tarfile.open(tmp_path / "kit.tar.gz", "w:gz") as archive:
         for name in ("meta.mat", "ILSVRC2012_validation_ground_truth.txt"):
             link = tarfile.TarInfo(f"kit/data/{name}")
@@ -258,7 +269,7 @@ def test_a_link_in_the_devkit_is_not_followed(tmp_path: Path) -> None:
 
 
 def test_the_devkit_says_ids_not_the_sorted_order(tmp_path: Path) -> None:
-    kit = read_devkit(made.devkit(tmp_path))
+    kit = read_devkit(imagenet_files.write_devkit(tmp_path))
     assert kit.words["n02123045"] == "tabby, tabby cat"
     assert "n00001740" not in kit.words
     assert [kit.truth[f"ILSVRC2012_val_{i:08d}"] for i in range(1, 6)] == list(VAL)
@@ -266,7 +277,7 @@ def test_the_devkit_says_ids_not_the_sorted_order(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("how", ["cut short", "text", "without synsets", "numbers"])
 def test_a_devkit_with_a_damaged_table(how: str, tmp_path: Path) -> None:
-    kit = made.devkit(tmp_path, packed=False)
+    kit = imagenet_files.write_devkit(tmp_path, packed=False)
     meta, other = kit / "data" / "meta.mat", io.BytesIO()
     savemat(other, {"classes" if how == "without synsets" else "synsets": np.arange(3.0)})
     contents = {"cut short": meta.read_bytes()[:300], "text": b"tench\n" * 100}

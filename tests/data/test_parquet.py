@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import imagenet_files as made
+import imagenet_files
 from alexnet_cli.core.data import images, prepare
 from alexnet_cli.core.data.classes import ClassName
 from alexnet_cli.core.data.plan import Plan
@@ -21,7 +21,7 @@ from alexnet_cli.core.data.sources import detect_source
 from alexnet_cli.errors import DataError, MissingError
 from imagenet_files import NAMES, VAL
 
-WNIDS = sorted(made.CLASSES)
+WNIDS = sorted(imagenet_files.CLASSES)
 WITH_CHECKSUMS: dict[str, Any] = {
     "use_dictionary": False,
     "write_page_checksum": True,
@@ -31,7 +31,7 @@ WITH_CHECKSUMS: dict[str, Any] = {
 Row = tuple[bytes | None, str | None, int | None]
 
 
-def shard(path: Path, rows: Sequence[Row], names: Sequence[str] | None, group: int = 3, **options: Any) -> Path:
+def write_shard(path: Path, rows: Sequence[Row], names: Sequence[str] | None, group: int = 3, **options: Any) -> Path:
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     image = pa.array(
         [{"bytes": data, "path": name} for data, name, _ in rows],
@@ -46,21 +46,21 @@ def shard(path: Path, rows: Sequence[Row], names: Sequence[str] | None, group: i
     return path
 
 
-def written(root: Path, train: Mapping[str, bytes], val: Mapping[str, bytes], paths: bool = True) -> None:
-    """Two files of training pictures in mixed order, one of validation pictures, one without labels."""
-    words = [made.CLASSES[wnid][0] for wnid in WNIDS]
+def write_shards(root: Path, train: Mapping[str, bytes], val: Mapping[str, bytes], paths: bool = True) -> None:
+    """Write two files of training images in mixed order, one of validation images, one without labels."""
+    words = [imagenet_files.CLASSES[wnid][0] for wnid in WNIDS]
     rows: list[Row] = [
         (data, name.split("/")[1] if paths else None, WNIDS.index(name.split("/")[0]))
         for name, data in sorted(train.items(), key=lambda pair: pair[0][::-1])
     ]
-    shard(root / "train-00000-of-00002.parquet", rows[:7], words)
-    shard(root / "train-00001-of-00002.parquet", rows[7:], words)
-    theirs: list[Row] = [
+    write_shard(root / "train-00000-of-00002.parquet", rows[:7], words)
+    write_shard(root / "train-00001-of-00002.parquet", rows[7:], words)
+    val_rows: list[Row] = [
         (val[name], name.replace(".", f"_{wnid}.") if paths else None, WNIDS.index(wnid))
         for wnid, name in zip(VAL, sorted(val), strict=True)
     ]
-    shard(root / "validation-00000-of-00001.parquet", theirs, words)
-    shard(root / "test-00000-of-00001.parquet", [(made.jpeg(0, 0), "t.JPEG", -1)], words)
+    write_shard(root / "validation-00000-of-00001.parquet", val_rows, words)
+    write_shard(root / "test-00000-of-00001.parquet", [(imagenet_files.jpeg(0, 0), "t.JPEG", -1)], words)
 
 
 def prepared(root: Path, output: Path, val_fraction: float | None = None) -> Dataset:
@@ -72,8 +72,12 @@ def prepared(root: Path, output: Path, val_fraction: float | None = None) -> Dat
 @pytest.mark.parametrize("kind", ["drawn", "real"])
 @pytest.mark.parametrize("folder", [".", "data"])
 def test_images_labels_and_names(kind: str, folder: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    train, val = made.drawn() if kind == "drawn" else made.real(request.getfixturevalue("samples"))
-    written(tmp_path / "in" / folder, train, val)
+    train, val = (
+        imagenet_files.drawn_images()
+        if kind == "drawn"
+        else imagenet_files.real_images(request.getfixturevalue("samples"))
+    )
+    write_shards(tmp_path / "in" / folder, train, val)
     dataset = prepared(tmp_path / "in", tmp_path / "out")
     assert dataset.record["layout"] == "Hugging Face parquet: 2 train and 1 validation files"
     assert dataset.classes == NAMES
@@ -95,7 +99,7 @@ def test_images_labels_and_names(kind: str, folder: str, tmp_path: Path, request
 
 
 def test_row_groups_stay_together(tmp_path: Path) -> None:
-    written(tmp_path, *made.drawn())
+    write_shards(tmp_path, *imagenet_files.drawn_images())
     items = detect_source(tmp_path).splits["train"]
     order = prepare.shuffled_rows(items, np.random.default_rng(1))
     assert sorted(order) == list(range(12))
@@ -110,36 +114,36 @@ def test_row_groups_stay_together(tmp_path: Path) -> None:
 
 
 def test_without_names_and_without_a_validation_split(tmp_path: Path) -> None:
-    rows: list[Row] = [(made.jpeg(i % 2, i), None, i % 2) for i in range(10)]
-    shard(tmp_path / "train.parquet", rows, None)
+    rows: list[Row] = [(imagenet_files.jpeg(i % 2, i), None, i % 2) for i in range(10)]
+    write_shard(tmp_path / "train.parquet", rows, None)
     source = detect_source(tmp_path, 0.2)
     assert source.classes == (ClassName("0"), ClassName("1"))
     assert "numbered" in source.notes[0]
     assert [len(items) for items in source.splits.values()] == [8, 2]
     assert [len(items) for items in detect_source(tmp_path).splits.values()] == [8, 2]  # one in ten, but at least one
     assert not len(detect_source(tmp_path, 0.0).splits["val"])
-    shard(tmp_path / "train.parquet", rows, ["n01440764", "n02012849"])
+    write_shard(tmp_path / "train.parquet", rows, ["n01440764", "n02012849"])
     (tmp_path / "words.txt").write_text("n01440764\ttench, Tinca tinca\n")
     assert detect_source(tmp_path).classes[0].wnid == "n01440764"
 
 
 def test_rows_that_cannot_be_used(tmp_path: Path) -> None:
-    rows: list[Row] = [(made.jpeg(i % 2, i), "../../x.jpg", i % 2) for i in range(6)]
-    shard(tmp_path / "in" / "train-0.parquet", [*rows, (None, "none.jpg", 1), (b"no picture", None, 0)], ["a", "b"])
+    rows: list[Row] = [(imagenet_files.jpeg(i % 2, i), "../../x.jpg", i % 2) for i in range(6)]
+    write_shard(tmp_path / "in" / "train-0.parquet", [*rows, (None, "none.jpg", 1), (b"no image", None, 0)], ["a", "b"])
     dataset = prepared(tmp_path / "in", tmp_path / "out", 0.0)
     assert len(dataset.split("train")) == 6
     refused = {line["path"].rpartition("_")[2]: line["reason"] for line in dataset.rejected()}
     assert refused["none.jpg"] == "the row has no bytes"
     assert len(refused) == 2
     for label in (None, -1, 2):
-        shard(tmp_path / "in" / "train-1.parquet", [(made.jpeg(0, 1), None, label)], ["a", "b"])
+        write_shard(tmp_path / "in" / "train-1.parquet", [(imagenet_files.jpeg(0, 1), None, label)], ["a", "b"])
         with pytest.raises(DataError, match=f"label {-1 if label is None else label}, but there are 2 classes"):
             detect_source(tmp_path / "in")
 
 
 def test_damaged_files(tmp_path: Path) -> None:
-    rows: list[Row] = [(made.jpeg(i % 2, i), None, i % 2) for i in range(6)]
-    path = shard(tmp_path / "in" / "train-0.parquet", rows, ["a", "b"], **WITH_CHECKSUMS)
+    rows: list[Row] = [(imagenet_files.jpeg(i % 2, i), None, i % 2) for i in range(6)]
+    path = write_shard(tmp_path / "in" / "train-0.parquet", rows, ["a", "b"], **WITH_CHECKSUMS)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match=r"train-0\.parquet is damaged or truncated"):

@@ -89,10 +89,10 @@ def test_hostile_members_are_listed_and_refused(tmp_path: Path) -> None:
             archive.addfile(entry)
         archive.addfile(tarfile.TarInfo("last.jpg"))
     before = sorted(tmp_path.rglob("*"))
-    found = list_archive(path)
-    assert len(found) == 4 + len(kinds) + 1
+    images = list_archive(path)
+    assert len(images) == 4 + len(kinds) + 1
     good = {"..dots..jpg": b"new", "last.jpg": b""}
-    for item in found:
+    for item in images:
         if item.name in good:
             assert item.read() == good[item.name]
         else:

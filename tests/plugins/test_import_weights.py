@@ -14,7 +14,7 @@ import pytest
 from typer import Typer
 from typer.testing import CliRunner, Result
 
-import foreign_files as files
+import weights_files as files
 from alexnet_cli.core.data import images
 from alexnet_cli.core.data.classes import ilsvrc_classes
 from alexnet_cli.core.data.views import make_views
@@ -23,7 +23,7 @@ from alexnet_cli.core.inference.torch_session import TorchSession
 from alexnet_cli.core.model import model_file
 from alexnet_cli.errors import UsageError, WeightsError
 from alexnet_cli.recipe import PAPER
-from imagenet_files import CLASSES, devkit
+from imagenet_files import CLASSES, write_devkit
 from literal_network import convolved, pooled
 from model_files import draw
 
@@ -41,16 +41,16 @@ def run(*words: str) -> Result:
     return CliRunner().invoke(app, list(words))
 
 
-def imported(content: bytes, *words: str, name: str = "theirs.bin") -> tuple[model_file.Model, dict[str, Any]]:
+def import_bytes(content: bytes, *words: str, name: str = "network.bin") -> tuple[model_file.Model, dict[str, Any]]:
     """Import these bytes; returns the model file and the JSON result."""
     Path(name).write_bytes(content)
-    result = run(name, "-o", "ours.safetensors", "--json", *words)
+    result = run(name, "-o", "imported.safetensors", "--json", *words)
     if result.exception:
         raise result.exception
-    return model_file.read_model(Path("ours.safetensors")), json.loads(result.stdout)
+    return model_file.read_model(Path("imported.safetensors")), json.loads(result.stdout)
 
 
-def agrees(model: model_file.Model, rgb: npt.NDArray[np.uint8], expected: npt.NDArray[np.float64]) -> None:
+def check_scores(model: model_file.Model, rgb: npt.NDArray[np.uint8], expected: npt.NDArray[np.float64]) -> None:
     """Check that both engines give the expected scores, and that these are no constant."""
     assert np.ptp(expected) > 0.5
     for session in (Session(model, provider="cpu"), TorchSession(model, "cpu")):
@@ -60,83 +60,83 @@ def agrees(model: model_file.Model, rgb: npt.NDArray[np.uint8], expected: npt.ND
 @pytest.mark.parametrize("order", ["relu-norm-pool", "relu-pool-norm"])
 @pytest.mark.parametrize("version", [2, 1])
 def test_caffe_in_every_version_of_its_format(version: int, order: str) -> None:
-    theirs, rgb = files.tensors(), files.picture(227)
-    model, said = imported(files.caffemodel(theirs, version, order))
-    assert said["orders"] == [order, order]
-    assert said["width"] == 1 / 16
+    weights, rgb = files.tensors(), files.random_image(227)
+    model, report = import_bytes(files.caffemodel(weights, version, order))
+    assert report["orders"] == [order, order]
+    assert report["width"] == 1 / 16
     assert model.recipe.lrn_k == 1
-    agrees(model, rgb, files.caffe_forward(theirs, rgb[::-1], order=order))
+    check_scores(model, rgb, files.caffe_forward(weights, rgb[::-1], order=order))
 
 
 def test_caffe_forward_differs_for_each_wrong_reading() -> None:
     """The comparison above can fail: each wrong reading of the file gives other scores."""
-    theirs, bgr = files.tensors(), files.picture(227)
-    right = files.caffe_forward(theirs, bgr)
+    weights, bgr = files.tensors(), files.random_image(227)
+    right = files.caffe_forward(weights, bgr)
     for wrong in (
-        files.caffe_forward(theirs, bgr[::-1]),
-        files.caffe_forward(theirs, bgr, order="relu-pool-norm"),
-        files.caffe_forward(theirs, bgr, k=2.0),
-        files.caffe_forward(theirs, bgr, mean_bgr=files.MEAN_BGR[::-1]),
+        files.caffe_forward(weights, bgr[::-1]),
+        files.caffe_forward(weights, bgr, order="relu-pool-norm"),
+        files.caffe_forward(weights, bgr, k=2.0),
+        files.caffe_forward(weights, bgr, mean_bgr=files.MEAN_BGR[::-1]),
     ):
         assert np.abs(wrong - right).max() > 5e-3 * np.abs(right).max()
 
 
 def test_k_of_response_normalization_comes_from_the_file() -> None:
-    theirs, rgb = files.tensors(1), files.picture(227)
-    model, _ = imported(files.caffemodel(theirs, 1, k=2.0))
+    weights, rgb = files.tensors(1), files.random_image(227)
+    model, _ = import_bytes(files.caffemodel(weights, 1, k=2.0))
     assert (model.recipe.lrn_k, model.recipe.lrn_alpha) == (2, 1e-4)
-    agrees(model, rgb, files.caffe_forward(theirs, rgb[::-1], k=2.0))
+    check_scores(model, rgb, files.caffe_forward(weights, rgb[::-1], k=2.0))
 
 
 def test_weights_without_layers_need_the_order_option() -> None:
-    theirs, rgb = files.tensors(), files.picture(227)
-    model, said = imported(files.caffemodel(theirs, bare=True))
-    assert any("is assumed" in note for note in said["notes"])
-    agrees(model, rgb, files.caffe_forward(theirs, rgb[::-1]))
-    model, said = imported(files.caffemodel(theirs, bare=True), "--order", "relu-pool-norm")
-    assert not any("is assumed" in note for note in said["notes"])
-    agrees(model, rgb, files.caffe_forward(theirs, rgb[::-1], order="relu-pool-norm"))
-    model, _ = imported(files.caffemodel(theirs, bare=True, name="CaffeNet"))
+    weights, rgb = files.tensors(), files.random_image(227)
+    model, report = import_bytes(files.caffemodel(weights, bare=True))
+    assert any("is assumed" in note for note in report["notes"])
+    check_scores(model, rgb, files.caffe_forward(weights, rgb[::-1]))
+    model, report = import_bytes(files.caffemodel(weights, bare=True), "--order", "relu-pool-norm")
+    assert not any("is assumed" in note for note in report["notes"])
+    check_scores(model, rgb, files.caffe_forward(weights, rgb[::-1], order="relu-pool-norm"))
+    model, _ = import_bytes(files.caffemodel(weights, bare=True, name="CaffeNet"))
     assert model.recipe.stage1_order == "relu-pool-norm"
     with pytest.raises(UsageError, match="the file itself shows"):
-        imported(files.caffemodel(theirs), "--order", "relu-pool-norm")
+        import_bytes(files.caffemodel(weights), "--order", "relu-pool-norm")
 
 
 @pytest.mark.parametrize("form", ["binaryproto", "npy"])
 def test_caffe_subtracts_its_mean_image_at_the_crop(form: str) -> None:
-    theirs, rgb = files.tensors(), files.picture(227)
+    weights, rgb = files.tensors(), files.random_image(227)
     mean = np.random.default_rng(5).uniform(60, 180, (3, 256, 256)).astype(np.float32)  # blue first
     if form == "npy":
         np.save("mean.npy", mean.astype(np.float64))
     else:
         Path("mean.binaryproto").write_bytes(files.blob(mean[None], legacy=True))
-    model, said = imported(files.caffemodel(theirs), "--mean", f"mean.{form}")
+    model, report = import_bytes(files.caffemodel(weights), "--mean", f"mean.{form}")
     assert model.recipe.mean == "image-at-crop"
-    assert not any("mean color" in note for note in said["notes"])
-    agrees(model, rgb, files.caffe_forward(theirs, rgb[::-1], mean[:, 14:241, 14:241]))
+    assert not any("mean color" in note for note in report["notes"])
+    check_scores(model, rgb, files.caffe_forward(weights, rgb[::-1], mean[:, 14:241, 14:241]))
 
 
 @pytest.mark.parametrize(("raw", "trans"), [(True, True), (False, False)])
 def test_the_model_zoo_has_a_grid_of_54(raw: bool, trans: bool) -> None:
     import onnxruntime
 
-    theirs, rgb = files.tensors(), files.picture(224)
-    content = files.onnx_model(theirs, raw=raw, trans=trans)
+    weights, rgb = files.tensors(), files.random_image(224)
+    content = files.onnx_model(weights, raw=raw, trans=trans)
     x = rgb[::-1].astype(np.float64) - np.array(files.MEAN_BGR)[:, None, None]
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     (probabilities,) = session.run(None, {"data_0": x[None].astype(np.float32)})
-    model, _ = imported(content, name="theirs.onnx")
+    model, _ = import_bytes(content, name="network.onnx")
     assert not model.recipe.edge_padding
-    expected = files.caffe_forward(theirs, rgb[::-1])  # 224 pixels unpadded: floor gives 54, ceil then 27
-    agrees(model, rgb, expected)
+    expected = files.caffe_forward(weights, rgb[::-1])  # 224 pixels unpadded: floor gives 54, ceil then 27
+    check_scores(model, rgb, expected)
     np.testing.assert_allclose(Session(model, provider="cpu").probabilities(rgb[None]), probabilities, atol=2e-5)
 
 
 def test_onnx_with_227_pixels_is_recognized_by_its_content() -> None:
-    theirs, rgb = files.tensors(), files.picture(227)
-    model, _ = imported(files.onnx_model(theirs, side=227), name="theirs.bin")
+    weights, rgb = files.tensors(), files.random_image(227)
+    model, _ = import_bytes(files.onnx_model(weights, side=227), name="network.bin")
     assert model.recipe.input_size == 227
-    agrees(model, rgb, files.caffe_forward(theirs, rgb[::-1]))
+    check_scores(model, rgb, files.caffe_forward(weights, rgb[::-1]))
 
 
 KEYS = {
@@ -147,14 +147,14 @@ KEYS = {
 PLACES = {"conv1": 0, "conv2": 4, "conv3": 8, "conv4": 10, "conv5": 12, "fc6": 1, "fc7": 4, "fc8": 16}
 
 
-def state_dict(theirs: files.Tensors, keys: str) -> dict[str, npt.NDArray[np.float32]]:
+def state_dict(weights: files.Tensors, keys: str) -> dict[str, npt.NDArray[np.float32]]:
     """Named in another order than the layers': the names decide."""
-    found: dict[str, npt.NDArray[np.float32]] = {}
-    for layer in sorted(theirs, reverse=True):
+    named: dict[str, npt.NDArray[np.float32]] = {}
+    for layer in sorted(weights, reverse=True):
         part = "features" if layer.startswith("conv") else "classifier"
         name = keys.format(layer=layer, part=part, place=PLACES[layer])
-        found |= {f"{name}.bias": theirs[layer][1], f"{name}.weight": theirs[layer][0]}
-    return found
+        named |= {f"{name}.bias": weights[layer][1], f"{name}.weight": weights[layer][0]}
+    return named
 
 
 @pytest.mark.parametrize("keys", KEYS)
@@ -163,8 +163,8 @@ def test_bare_tensors(form: str, keys: str) -> None:
     import torch
     from safetensors.numpy import save_file
 
-    theirs, rgb = files.tensors(), files.picture(227)
-    named = state_dict(theirs, KEYS[keys])
+    weights, rgb = files.tensors(), files.random_image(227)
+    named = state_dict(weights, KEYS[keys])
     path = Path("saved")
     if form == "safetensors":
         save_file({name.removeprefix("module._orig_mod."): value for name, value in named.items()}, path)
@@ -172,40 +172,40 @@ def test_bare_tensors(form: str, keys: str) -> None:
         content: Any = {name: torch.from_numpy(value) for name, value in named.items()}
         content = {"epoch": 3, "state_dict": content, "best": torch.tensor(0.5)} if keys == "wrapped" else content
         torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
-    model, said = imported(path.read_bytes(), "--recipe", "caffe")
-    assert "the file has only tensors" in said["notes"][0]
+    model, report = import_bytes(path.read_bytes(), "--recipe", "caffe")
+    assert "the file has only tensors" in report["notes"][0]
     x = rgb - np.array(files.MEAN_BGR)[::-1, None, None]
-    agrees(model, rgb, files.caffe_forward(theirs, x, mean_bgr=(0, 0, 0)))
+    check_scores(model, rgb, files.caffe_forward(weights, x, mean_bgr=(0, 0, 0)))
 
 
 def test_bare_tensors_of_a_network_fed_as_torchvision_does() -> None:
     import torch
 
-    theirs, rgb = files.tensors(), files.picture(224)
-    theirs["conv1"] = (theirs["conv1"][0] * 60, theirs["conv1"][1])
-    torch.save({name: torch.from_numpy(v) for name, v in state_dict(theirs, "{layer}").items()}, "theirs.pth")
-    model, _ = imported(Path("theirs.pth").read_bytes(), "--pixels", "imagenet")
+    weights, rgb = files.tensors(), files.random_image(224)
+    weights["conv1"] = (weights["conv1"][0] * 60, weights["conv1"][1])
+    torch.save({name: torch.from_numpy(v) for name, v in state_dict(weights, "{layer}").items()}, "network.pth")
+    model, _ = import_bytes(Path("network.pth").read_bytes(), "--pixels", "imagenet")
     mean, std = (np.array(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     x = np.pad((rgb / 255 - mean) / std, ((0, 0), (0, 3), (0, 3)))
     for layer in ("conv1", "conv2", "conv3", "conv4", "conv5"):
-        weight, bias = (value.astype(np.float64) for value in theirs[layer])
+        weight, bias = (value.astype(np.float64) for value in weights[layer])
         pad, groups = files.PADS.get(layer, 0), files.GROUPS[layer]
         x = np.maximum(convolved(x, weight, bias, files.STRIDES.get(layer, 1), pad, groups), 0)
         if layer in ("conv1", "conv2"):  # recipe paper: each tower by itself, k = 2, alpha for every term
             x = np.concatenate([files.normalized(half, 1e-4, 2.0) for half in np.split(x, 2)])
         if layer in ("conv1", "conv2", "conv5"):
             x = pooled(x, 3)
-    agrees(model, rgb, files.connected(theirs, x.reshape(-1), 0.5))
+    check_scores(model, rgb, files.connected(weights, x.reshape(-1), 0.5))
 
 
 def test_half_precision() -> None:
     import torch
 
-    theirs = files.tensors()
+    weights = files.tensors()
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
-        named = {n: torch.from_numpy(v).to(dtype) for n, v in state_dict(theirs, "{layer}").items()}
-        torch.save(named, "theirs.pth")
-        model, _ = imported(Path("theirs.pth").read_bytes())
+        named = {n: torch.from_numpy(v).to(dtype) for n, v in state_dict(weights, "{layer}").items()}
+        torch.save(named, "network.pth")
+        model, _ = import_bytes(Path("network.pth").read_bytes())
         np.testing.assert_array_equal(model.tensors["conv2.weight"], named["conv2.weight"].float().numpy())
 
 
@@ -215,11 +215,11 @@ def test_an_archive_that_another_program_packed_again() -> None:
     import torch
 
     named = {n: torch.from_numpy(v) for n, v in state_dict(files.tensors(), "{layer}").items()}
-    torch.save(named, "theirs.pth")
-    with zipfile.ZipFile("theirs.pth") as theirs, zipfile.ZipFile("again.pth", "w", zipfile.ZIP_DEFLATED) as again:
-        for entry in theirs.infolist():
-            again.writestr(entry.filename, theirs.read(entry))
-    model, _ = imported(Path("again.pth").read_bytes())
+    torch.save(named, "network.pth")
+    with zipfile.ZipFile("network.pth") as original, zipfile.ZipFile("again.pth", "w", zipfile.ZIP_DEFLATED) as again:
+        for entry in original.infolist():
+            again.writestr(entry.filename, original.read(entry))
+    model, _ = import_bytes(Path("again.pth").read_bytes())
     for name, value in named.items():
         np.testing.assert_array_equal(model.tensors[name], value.numpy())
 
@@ -227,12 +227,12 @@ def test_an_archive_that_another_program_packed_again() -> None:
 def test_a_transposed_tensor() -> None:
     import torch
 
-    theirs = files.tensors()
-    named = {n: torch.from_numpy(v) for n, v in state_dict(theirs, "{layer}").items()}
+    weights = files.tensors()
+    named = {n: torch.from_numpy(v) for n, v in state_dict(weights, "{layer}").items()}
     named["fc7.weight"] = named["fc7.weight"].T.contiguous().T
-    torch.save(named, "theirs.pth")
-    model, _ = imported(Path("theirs.pth").read_bytes())
-    np.testing.assert_array_equal(model.tensors["fc7.weight"], theirs["fc7"][0])
+    torch.save(named, "network.pth")
+    model, _ = import_bytes(Path("network.pth").read_bytes())
+    np.testing.assert_array_equal(model.tensors["fc7.weight"], weights["fc7"][0])
 
 
 def test_every_command_uses_the_imported_run(tmp_path: Path) -> None:
@@ -241,16 +241,16 @@ def test_every_command_uses_the_imported_run(tmp_path: Path) -> None:
     from alexnet_plugins.predict import predict
     from alexnet_plugins.visualize.command import visualize_filters
 
-    theirs = files.tensors()
-    theirs["fc8"] = (theirs["fc8"][0] / np.float32(500), theirs["fc8"][1])  # so that no probability is 0
-    Path("my net.caffemodel").write_bytes(files.caffemodel(theirs, 1))
+    weights = files.tensors()
+    weights["fc8"] = (weights["fc8"][0] / np.float32(500), weights["fc8"][1])  # so that no probability is 0
+    Path("my net.caffemodel").write_bytes(files.caffemodel(weights, 1))
     Path("names.txt").write_text("\n".join(f"n{i:08d} kind {i}, a thing" for i in range(10)))
-    said = run("my net.caffemodel", "--classes", "names.txt", "--json")
-    assert said.exception is None
-    assert json.loads(said.stdout)["path"] == "runs/my_net/model.safetensors"
+    report = run("my net.caffemodel", "--classes", "names.txt", "--json")
+    assert report.exception is None
+    assert json.loads(report.stdout)["path"] == "runs/my_net/model.safetensors"
     cat = draw(tmp_path / "cat.png", 3)
     crop = make_views(images.resize_and_crop(images.decode(Path(cat).read_bytes())), 227, 1)
-    scores = files.caffe_forward(theirs, crop[0, ::-1])
+    scores = files.caffe_forward(weights, crop[0, ::-1])
     app = Typer()
     for command in (predict, export, visualize_filters):
         app.command()(command)
@@ -279,20 +279,20 @@ def test_fine_tuning_and_evaluating_start_from_it(prepared: Path) -> None:
     from alexnet_plugins.evaluate import evaluate
     from alexnet_plugins.train.command import train
 
-    Path("theirs.caffemodel").write_bytes(files.caffemodel(files.tensors(classes=4), 2))
+    Path("network.caffemodel").write_bytes(files.caffemodel(files.tensors(classes=4), 2))
     Path("names.txt").write_text("red\nyellow\nblue\ngreen\n")
-    assert run("theirs.caffemodel", "--classes", "names.txt").exception is None
+    assert run("network.caffemodel", "--classes", "names.txt").exception is None
     app = Typer()
     for command in (evaluate, train):
         app.command()(command)
-    result = CliRunner().invoke(app, ["evaluate", "-w", "theirs", "--data", str(prepared), "--json"])
+    result = CliRunner().invoke(app, ["evaluate", "-w", "network", "--data", str(prepared), "--json"])
     assert result.exception is None
     assert json.loads(result.stdout)["images"] == 20
     words = ["--data", str(prepared), "--gpus", "none", "--json", "--max-steps", "1", "-b", "16"]
-    result = CliRunner().invoke(app, ["train", "--init-from", "theirs", *words])
+    result = CliRunner().invoke(app, ["train", "--init-from", "network", *words])
     assert result.exception is None
-    assert "taken over" in result.stderr or "conv1" in result.stderr
-    resumed = CliRunner().invoke(app, ["train", "--resume", "theirs", *words])
+    assert "conv1" in result.stderr
+    resumed = CliRunner().invoke(app, ["train", "--resume", "network", *words])
     assert isinstance(resumed.exception, UsageError)
     assert "imported, not trained" in resumed.exception.what
 
@@ -303,18 +303,18 @@ def test_a_thousand_classes_are_known_by_wnid() -> None:
     assert names[281] == ("tabby", "n02123045")
     assert names[134] == ("crane bird", "n02012849")
     assert names[517] == ("crane", "n03126707")
-    model, said = imported(files.caffemodel(files.tensors(classes=1000)))
+    model, report = import_bytes(files.caffemodel(files.tensors(classes=1000)))
     assert model.classes[281] == ("tabby", "n02123045")
-    assert any("assumed to be ILSVRC's" in note for note in said["notes"])
+    assert any("assumed to be ILSVRC's" in note for note in report["notes"])
 
 
 def test_classes_by_wnid_and_by_the_development_kit(tmp_path: Path) -> None:
     wnids = [wnid or "" for _, wnid in ilsvrc_classes()][::-1]
     Path("ids.txt").write_text("\n".join(wnids))
-    model, _ = imported(files.caffemodel(files.tensors(classes=1000)), "--classes", "ids.txt")
+    model, _ = import_bytes(files.caffemodel(files.tensors(classes=1000)), "--classes", "ids.txt")
     assert model.classes[999] == ("tench", "n01440764")
     content = files.caffemodel(files.tensors(classes=len(CLASSES)))
-    model, _ = imported(content, "--classes", str(devkit(tmp_path)))
+    model, _ = import_bytes(content, "--classes", str(write_devkit(tmp_path)))
     by_id = sorted(CLASSES, key=lambda wnid: CLASSES[wnid][1])
     assert [c.wnid for c in model.classes] == by_id != sorted(by_id)
 
@@ -323,13 +323,13 @@ def test_lists_of_classes_that_cannot_be_right() -> None:
     content = files.caffemodel(files.tensors())
     Path("few.txt").write_text("a\nb\n")
     with pytest.raises(WeightsError, match="lists 2 classes, the network has 10"):
-        imported(content, "--classes", "few.txt")
+        import_bytes(content, "--classes", "few.txt")
     Path("twice.txt").write_text("a\n" * 10)
     with pytest.raises(WeightsError, match="twice"):
-        imported(content, "--classes", "twice.txt")
+        import_bytes(content, "--classes", "twice.txt")
     os.mkfifo("pipe.txt")  # reading it would wait forever
     with pytest.raises(WeightsError, match="not a regular file"):
-        imported(content, "--classes", "pipe.txt")
+        import_bytes(content, "--classes", "pipe.txt")
 
 
 def test_torchvisions_network_is_refused() -> None:
@@ -341,7 +341,7 @@ def test_torchvisions_network_is_refused() -> None:
     # The matrices make up 234 of 244 MB and do not matter here.
     torch.save({n: torch.zeros(s if len(s) != 2 else (8, 8)) for n, s in shapes.items()}, "alexnet.pth")
     with pytest.raises(WeightsError, match="another network of the same name: Krizhevsky's of 2014") as caught:
-        imported(Path("alexnet.pth").read_bytes())
+        import_bytes(Path("alexnet.pth").read_bytes())
     assert caught.value.exit_code == 3
 
 
@@ -358,26 +358,26 @@ def test_torchvisions_network_is_refused() -> None:
     ],
 )
 def test_the_first_layer_that_differs_is_named(layer: str, shape: tuple[int, ...], says: str) -> None:
-    theirs = files.tensors()
-    theirs[layer] = (np.ones(shape, np.float32), np.ones(shape[0], np.float32))
+    weights = files.tensors()
+    weights[layer] = (np.ones(shape, np.float32), np.ones(shape[0], np.float32))
     with pytest.raises(WeightsError, match=says):
-        imported(files.caffemodel(theirs, bare=True))
+        import_bytes(files.caffemodel(weights, bare=True))
 
 
 def test_a_single_tower_nan_and_unknown_layers() -> None:
-    theirs = files.tensors()
-    theirs["conv2"] = (np.ones((16, 6, 5, 5), np.float32), theirs["conv2"][1])
+    weights = files.tensors()
+    weights["conv2"] = (np.ones((16, 6, 5, 5), np.float32), weights["conv2"][1])
     with pytest.raises(WeightsError, match=r"conv5 has .* so there is one tower"):
-        imported(files.caffemodel(theirs, bare=True))
-    theirs = files.tensors()
-    theirs["fc6"][1][7] = np.nan
+        import_bytes(files.caffemodel(weights, bare=True))
+    weights = files.tensors()
+    weights["fc6"][1][7] = np.nan
     with pytest.raises(WeightsError, match=r"fc6\.bias has NaN or infinite values"):
-        imported(files.caffemodel(theirs))
+        import_bytes(files.caffemodel(weights))
     content = files.caffemodel(files.tensors()) + files.inside(
         100, files.inside(1, "bn") + files.inside(2, "BatchNorm")
     )
     with pytest.raises(WeightsError, match="layer bn is of type BatchNorm"):
-        imported(content)
+        import_bytes(content)
 
 
 def test_output_names() -> None:
@@ -408,7 +408,7 @@ def test_output_names() -> None:
 )
 def test_files_given_by_mistake_are_named_in_the_message(start: bytes, what: str) -> None:
     with pytest.raises(WeightsError, match=f"a.onnx has no weights.*: it is {what}"):
-        imported(start + bytes(100), name="a.onnx")
+        import_bytes(start + bytes(100), name="a.onnx")
 
 
 def test_an_address_must_be_downloaded_first() -> None:
@@ -424,11 +424,11 @@ def test_published_files_are_known_by_their_sum(monkeypatch: pytest.MonkeyPatch)
 
     assert convert.PUBLISHED["9116a64c0fbe4459d18f4bb6b56d647b63920377"].startswith("bvlc_alexnet")
     content = files.caffemodel(files.tensors())
-    _, said = imported(content)
-    assert said["published"] is None
-    assert said["sha1"] == hashlib.sha1(content).hexdigest()
-    monkeypatch.setattr(convert, "PUBLISHED", {said["sha1"]: "the very file"})
-    assert imported(content)[1]["published"] == "the very file"
+    _, report = import_bytes(content)
+    assert report["published"] is None
+    assert report["sha1"] == hashlib.sha1(content).hexdigest()
+    monkeypatch.setattr(convert, "PUBLISHED", {report["sha1"]: "the very file"})
+    assert import_bytes(content)[1]["published"] == "the very file"
 
 
 def test_the_one_tower_network_of_the_footnote(tmp_path: Path) -> None:
@@ -438,6 +438,6 @@ def test_the_one_tower_network_of_the_footnote(tmp_path: Path) -> None:
 
     model = random_model(replace(PAPER, towers=1, width=1 / 16))
     save_file({n: v for n, v in model.tensors.items() if n != "mean"}, tmp_path / "one.bin")
-    ours, said = imported((tmp_path / "one.bin").read_bytes())
-    assert (said["towers"], said["width"]) == (1, 1 / 16)
-    np.testing.assert_array_equal(ours.tensors["fc6.weight"], model.tensors["fc6.weight"])
+    imported, report = import_bytes((tmp_path / "one.bin").read_bytes())
+    assert (report["towers"], report["width"]) == (1, 1 / 16)
+    np.testing.assert_array_equal(imported.tensors["fc6.weight"], model.tensors["fc6.weight"])

@@ -9,32 +9,34 @@ from typing import Any
 import numpy as np
 import pytest
 
-import foreign_files as files
+import weights_files as files
 from commands import alexnet
 
-WIDER = 4  # times the kernels of foreign_files: 12 a tower, a quarter of the paper's
+WIDER = 4  # times the kernels of weights_files: 12 a tower, a quarter of the paper's
 TOWER = WIDER * files.C["conv1"] // 2
 
 
 @pytest.fixture
 def layers() -> dict[str, tuple[files.Floats, files.Floats]]:
     """A network of a quarter of the width; but for layer 1, whose kernels a test gives, all weights are one value."""
-    made = {}
+    layers = {}
     for layer, (first, *rest) in files.SHAPES.items():
         seen = [n * (WIDER if i == 0 and layer != "conv1" else 1) for i, n in enumerate(rest)]
         count = first if layer == "fc8" else first * WIDER
-        made[layer] = (np.full((count, *seen), 0.01, np.float32), np.zeros(count, np.float32))
-    return made
+        layers[layer] = (np.full((count, *seen), 0.01, np.float32), np.zeros(count, np.float32))
+    return layers
 
 
-def measured(layers: dict[str, tuple[files.Floats, files.Floats]], kernels: files.Floats, home: Path) -> dict[str, Any]:
+def measure_towers(
+    layers: dict[str, tuple[files.Floats, files.Floats]], kernels: files.Floats, home: Path
+) -> dict[str, Any]:
     """Import a Caffe network (BGR) with this first layer; returns the JSON of `visualize-filters`."""
     layers["conv1"] = (kernels, layers["conv1"][1])
-    (home / "theirs.caffemodel").write_bytes(files.caffemodel(layers, 2))
-    assert alexnet("import-weights", "theirs.caffemodel", "-q", folder=home).returncode == 0
-    said = alexnet("visualize-filters", "-w", "theirs", "--json", folder=home)
-    assert said.returncode == 0, said.stderr
-    return dict(json.loads(said.stdout))
+    (home / "network.caffemodel").write_bytes(files.caffemodel(layers, 2))
+    assert alexnet("import-weights", "network.caffemodel", "-q", folder=home).returncode == 0
+    result = alexnet("visualize-filters", "-w", "network", "--json", folder=home)
+    assert result.returncode == 0, result.stderr
+    return dict(json.loads(result.stdout))
 
 
 def noise(count: int, seed: int) -> files.Floats:
@@ -44,12 +46,12 @@ def noise(count: int, seed: int) -> files.Floats:
 def test_random_kernels_have_two_thirds_color_and_equal_towers(
     layers: dict[str, tuple[files.Floats, files.Floats]], tmp_path: Path
 ) -> None:
-    found = measured(layers, noise(2 * TOWER, 1), tmp_path)
-    low, high = found["auc_interval"]
-    assert low <= 0.5 <= found["auc"] <= high
-    assert found["p_value"] > 0.05
-    assert list(found["chroma_fraction"].values()) == pytest.approx([2 / 3] * 2, abs=0.03)
-    assert found["undertrained"]
+    summary = measure_towers(layers, noise(2 * TOWER, 1), tmp_path)
+    low, high = summary["auc_interval"]
+    assert low <= 0.5 <= summary["auc"] <= high
+    assert summary["p_value"] > 0.05
+    assert list(summary["chroma_fraction"].values()) == pytest.approx([2 / 3] * 2, abs=0.03)
+    assert summary["undertrained"]
 
 
 @pytest.mark.parametrize("color_tower", [1, 2])
@@ -63,11 +65,11 @@ def test_a_planted_color_tower_is_found(
     gray = stripes * np.ones((3, 1, 1), np.float32)
     color = stripes * np.array([-1, 0, 1], np.float32)[:, None, None]
     planted = [gray, color] if color_tower == 2 else [color, gray]
-    found = measured(layers, np.concatenate(planted) + 0.05 * noise(2 * TOWER, 2), tmp_path)
-    assert found["auc"] == 1
-    assert found["auc_interval"][0] > 0.5
-    assert found["p_value"] < 0.001
-    chroma = found["chroma_fraction"]
+    summary = measure_towers(layers, np.concatenate(planted) + 0.05 * noise(2 * TOWER, 2), tmp_path)
+    assert summary["auc"] == 1
+    assert summary["auc_interval"][0] > 0.5
+    assert summary["p_value"] < 0.001
+    chroma = summary["chroma_fraction"]
     assert chroma[f"tower{color_tower}"] > 0.95
     assert chroma[f"tower{3 - color_tower}"] < 0.05
-    assert not found["undertrained"]
+    assert not summary["undertrained"]

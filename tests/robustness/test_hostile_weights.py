@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.numpy import save
 
-import foreign_files as files
+import weights_files as files
 from alexnet_cli.errors import AlexNetError, WeightsError
 from alexnet_cli.recipe import PAPER
 from alexnet_plugins.import_weights import convert
@@ -25,7 +25,7 @@ from alexnet_plugins.import_weights import convert
 Content = bytes | Callable[[], bytes]
 
 
-def attempt(path: Path) -> AlexNetError | None:
+def try_import(path: Path) -> AlexNetError | None:
     """Import a file; returns the error, or None. Any other exception fails the test."""
     caught: AlexNetError | None = None
     try:
@@ -67,10 +67,10 @@ SOUND: dict[str, bytes] = {
 def test_valid_files_are_read_and_damaged_ones_refused(kind: str, tmp_path: Path) -> None:
     path, sound = tmp_path / "file.bin", SOUND[kind]
     path.write_bytes(sound)
-    assert attempt(path) is None
+    assert try_import(path) is None
     for damaged in (sound[: len(sound) // 2], sound[:40], sound[:20] + b"\xff" * 9 + sound[29:]):
         path.write_bytes(damaged)
-        assert isinstance(attempt(path), WeightsError)
+        assert isinstance(try_import(path), WeightsError)
 
 
 # Pickles that call os.system: each would create the file `executed`.
@@ -97,7 +97,7 @@ def test_nothing_in_a_pickle_runs(where: str, tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "file.pth"
     path.write_bytes(ATTACKS[where])
-    assert attempt(path) is not None
+    assert try_import(path) is not None
     assert os.listdir(tmp_path) == ["file.pth"]
     with pytest.raises(WeightsError):
         convert.read_mean(path, bgr=True)
@@ -120,8 +120,8 @@ def zipped(members: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> 
 
 def tensor(offset: bytes, size: bytes, stride: bytes) -> bytes:
     """PyTorch's archive with one tensor, its place given as pickled, in a storage of eight floats."""
-    made = b"ctorch._utils\n_rebuild_tensor_v2\n((U\x07storagectorch\nFloatStorage\nU\x010U\x03cpuK\x08"
-    code = b"\x80\x02}X\x01\x00\x00\x00w" + made + b"tQ" + offset + size + stride + b"\x89NtRs."
+    rebuild = b"ctorch._utils\n_rebuild_tensor_v2\n((U\x07storagectorch\nFloatStorage\nU\x010U\x03cpuK\x08"
+    code = b"\x80\x02}X\x01\x00\x00\x00w" + rebuild + b"tQ" + offset + size + stride + b"\x89NtRs."
     return zipped({"a/data.pkl": code, "a/version": b"3\n", "a/data/0": bytes(32)})
 
 
@@ -207,14 +207,14 @@ def test_lies(lie: str, tmp_path: Path) -> None:
     content = LIES[lie]
     path = tmp_path / "file.bin"
     path.write_bytes(content() if callable(content) else content)
-    assert isinstance(attempt(path), WeightsError)
+    assert isinstance(try_import(path), WeightsError)
 
 
 def test_more_than_two_gigabytes_are_not_read(tmp_path: Path) -> None:
     path = tmp_path / "file.caffemodel"
     path.write_bytes(files.inside(1, "AlexNet"))
     os.truncate(path, (1 << 31) + 1)  # a sparse file
-    error = attempt(path)
+    error = try_import(path)
     assert error is not None
     assert "larger than 2 GB" in error.what
 
@@ -256,6 +256,6 @@ def test_a_valid_mean_file(field: int, kind: str, tmp_path: Path) -> None:
 def test_folders_pipes_and_devices(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path, tmp_path / "pipe", tmp_path / "nowhere", Path("/dev/zero")):
-        assert isinstance(attempt(path), WeightsError)
+        assert isinstance(try_import(path), WeightsError)
         with pytest.raises(WeightsError):
             convert.read_mean(path, bgr=False)

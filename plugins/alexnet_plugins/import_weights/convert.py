@@ -203,7 +203,7 @@ def fit_recipe(network: ImportedNetwork) -> Recipe:
 
 def _flatten(network: ImportedNetwork) -> dict[str, Array]:
     """Return the tensors by name, conv1.weight to fc8.bias."""
-    tensors = {}
+    tensors: dict[str, Array] = {}
     for layer, (weight, bias) in network.layers.items():
         tensors |= {f"{layer}.weight": weight, f"{layer}.bias": bias}
     return tensors

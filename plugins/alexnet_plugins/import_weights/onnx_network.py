@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from onnx import TensorProto, numpy_helper
 
 from alexnet_cli.core.model.architecture import CONV_LAYERS, POOL_STRIDE, layer_specs
 from alexnet_cli.errors import WeightsError
-from alexnet_cli.recipe import CAFFE
 from alexnet_plugins.import_weights import imported
 from alexnet_plugins.import_weights.imported import CAFFE_MEAN, Array, ImportedNetwork, corrupt, unsupported
 
@@ -128,8 +127,6 @@ def _input_side(graph: onnx.GraphProto, nodes: Sequence[Node]) -> int:
 
 def _check_geometry(path: Path, side: int, convolutions: Sequence[Node], pools: Sequence[Node]) -> dict[str, Any]:
     """Return the recipe values of the input's size and padding. Raises WeightsError if a layer's geometry differs."""
-    if side not in (224, 227):
-        raise unsupported(path, f"it takes images of {side} pixels, this network 224 or 227")
     end_padding = 0  # of layer 1, on the right and below
     for layer, node in zip(CONV_LAYERS, convolutions, strict=True):
         pads, strides = node.integers("pads", [0] * 4), node.integers("strides", [1, 1])
@@ -138,8 +135,8 @@ def _check_geometry(path: Path, side: int, convolutions: Sequence[Node], pools: 
         if len(set(pads)) != 1 or len(set(strides)) != 1 or node.integers("dilations", [1, 1]) != [1, 1]:
             raise unsupported(path, f"{layer} has padding {pads}, strides {strides}, or dilations")
         imported.check_geometry(path, layer, strides[0], pads[0])
-    recipe = replace(CAFFE, input_size=side, edge_padding=side != 224 or end_padding > 0)
-    specs = layer_specs(recipe, 1000)
+    values = {"input_size": side, "edge_padding": side != 224 or end_padding > 0}
+    specs = layer_specs(imported.build_recipe(path, values), 1000)
     if end_padding != specs[0].padding[1]:
         raise unsupported(path, f"conv1 has padding {end_padding} on the right, in this network {specs[0].padding[1]}")
     for spec, node in zip((spec for spec in specs if spec.pooled_side), pools, strict=False):
@@ -151,7 +148,7 @@ def _check_geometry(path: Path, side: int, convolutions: Sequence[Node], pools: 
         if not is_ours or pooled_side != spec.pooled_side:
             what = f"pooling after {spec.name} has kernel {kernel}, strides {strides}, padding {pads}"
             raise unsupported(path, f"{what}; this network turns {spec.side} pixels into {spec.pooled_side}")
-    return {"input_size": side, "edge_padding": recipe.edge_padding}
+    return values
 
 
 def _norm_settings(node: Node) -> dict[str, Any]:
