@@ -132,7 +132,7 @@ def test_a_picture_s_view_does_not_depend_on_its_batch() -> None:
 
 def test_the_color_shift_has_the_deviations_of_the_paper() -> None:
     draws = AugmentParams.draw(100_000, PAPER, 1)
-    shift = pixels(PAPER)._shift(draws.color, 1)
+    shift = pixels(PAPER)._compute_color_shift(draws.color, 1)
     assert shift is not None
     expected = AXES @ np.diag((0.1 * STD) ** 2) @ AXES.T  # covariance of sum over axes of N(0, 0.1) x deviation
     np.testing.assert_allclose(np.cov(shift.T), expected, atol=0.02 * float(expected.max()))

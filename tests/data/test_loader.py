@@ -213,7 +213,7 @@ def test_left_early_it_holds_what_it_gave_out(prepared: Path, monkeypatch: pytes
         steps = kept.batches(plan)
         first = next(steps).images.clone()
         steps.close()
-        assert kept.held.sum() == 8
+        assert kept.is_cached.sum() == 8
         decoded = counted(loader, monkeypatch)
         np.testing.assert_array_equal(next(kept.batches(plan[:1])).images.numpy(), first.numpy())
         assert decoded == []
@@ -242,7 +242,7 @@ def test_where_it_is_used(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> No
         assert cache_decoded(loader, "auto") is loader  # a quarter is for it at most
         assert isinstance(cache_decoded(loader, "device"), CachedLoader)
         monkeypatch.setattr(loader_module, "_free_bytes", lambda device: 48 * loader_module.IMAGE_BYTES - 1)
-        with pytest.raises(MissingError, match="--cache device: 48 decoded pictures"):
+        with pytest.raises(MissingError, match="--cache device: 48 decoded images"):
             cache_decoded(loader, "device")
         monkeypatch.setattr(loader_module, "_free_bytes", lambda device: None)
         assert cache_decoded(loader, "auto") is loader

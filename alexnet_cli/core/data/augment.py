@@ -1,8 +1,8 @@
-"""From decoded pictures to the network's input, on the device and a batch at a time (sections 2 and 4.1).
+"""From decoded images to the network's input, batch by batch on the device (sections 2 and 4.1 of the paper).
 
-Training takes a random crop, perhaps mirrored, and shifts its color along the principal axes of RGB; testing takes
-the center, or ten views: four corners and center and their mirrors. What is drawn for a picture depends on the seed,
-the epoch and the picture's row in the data set, never on who loads it.
+Training: a random crop, mirrored with probability 0.5, its color shifted along the principal axes of RGB. Testing: the
+center, or ten views (four corners, center, and their mirrors). The random draws of an image depend on the seed, the
+epoch and the image's row, not on the process that loads it.
 """
 
 from __future__ import annotations
@@ -15,22 +15,25 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from alexnet_cli.core.data.views import view_offsets
 from alexnet_cli.recipe import SIDE, Recipe
 
 
 @dataclass(frozen=True)
 class AugmentParams:
-    """The random draws of one epoch, by row: offsets N x 2 (down, right), flips N, color N x 3 (standard normal)."""
+    """The random draws of one epoch, by row of the training set."""
 
     offsets: npt.NDArray[np.int64]
+    """N x 2: top and left of the crop."""
     flips: npt.NDArray[np.bool_]
     color: npt.NDArray[np.float32]
+    """N x 3, standard normal."""
 
     @classmethod
     def draw(cls, rows: int, recipe: Recipe, epoch: int, order: npt.NDArray[np.int64] | None = None) -> AugmentParams:
-        """Draw for every row of the training set; `epoch` counts from 1. What the recipe switches off is neutral.
+        """Draw for every row of the training set. `epoch` counts from 1. The recipe can switch off crops and flips.
 
-        `order` is the order of the epoch, in which `crop_group` rows, one after the other, share crop and reflection.
+        `order` is the order of the epoch: each `crop_group` successive rows share offset and flip.
         """
         generator = np.random.default_rng((recipe.seed, epoch, 0xA06))
         offsets = generator.integers(0, SIDE - recipe.input_size + 1, (rows, 2))
@@ -47,7 +50,10 @@ class AugmentParams:
 
 
 class Augment:
-    """Turns uint8 N x 256 x 256 x 3 into the network's N x 3 x S x S (channels-last memory), computed in float32."""
+    """Turns uint8 N x 256 x 256 x 3 into the network's input, N x 3 x S x S in channels-last memory.
+
+    Computes in float32.
+    """
 
     def __init__(
         self,
@@ -58,58 +64,61 @@ class Augment:
         device: torch.device,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        """`mean_image` 3 x 256 x 256; `color_axes` 3 x 3, axes in columns, with deviations `color_std`, 0..255.
+        """`mean_image` is 3 x 256 x 256, `color_axes` 3 x 3 (axes in columns), `color_std` (3,) in 0..255.
 
-        `dtype` of the views: where layer 1 computes in bfloat16, it would convert them, a whole batch in memory.
+        `dtype` is that of the result: bfloat16 saves memory if the first layer would convert the batch anyway.
         """
-        self.recipe, self.device, self.size, self.dtype = recipe, device, recipe.input_size, dtype
+        self.recipe = recipe
+        self.device = device
+        self.size = recipe.input_size
+        self.dtype = dtype
         mean = torch.from_numpy(np.ascontiguousarray(mean_image.transpose(1, 2, 0)))
         if recipe.mean == "rgb":
             mean = mean.mean((0, 1)).expand(SIDE, SIDE, 3)
         self.mean = mean.contiguous().to(device)
-        low = (SIDE - self.size) // 2
-        self.center = low
+        self.center = (SIDE - self.size) // 2
         self.mean_at_crop = recipe.mean == "image-at-crop"
-        self.central_mean = self.mean[low : low + self.size, low : low + self.size].contiguous()
+        middle = slice(self.center, self.center + self.size)
+        self.central_mean = self.mean[middle, middle].contiguous()
         axes = color_axes * color_std if color_axes is not None and color_std is not None else np.zeros((3, 3))
-        self.axes = np.asarray(axes, dtype=np.float32)
+        self.scaled_axes = np.asarray(axes, dtype=np.float32)
 
     def training_views(self, images: Tensor, rows: npt.NDArray[np.int64], draws: AugmentParams, epoch: int) -> Tensor:
-        """The views of a training batch, `rows` saying which row each image is."""
-        shift = self._shift(draws.color[rows], epoch)
-        return self._views(images, draws.offsets[rows], draws.flips[rows], shift)
+        """Random views of a training batch; `rows` are the rows of the images."""
+        shift = self._compute_color_shift(draws.color[rows], epoch)
+        return self._make_views(images, draws.offsets[rows], draws.flips[rows], shift)
 
     def center_view(self, images: Tensor) -> Tensor:
-        """The center of every image."""
+        """The center of each image."""
         n = len(images)
-        return self._views(images, np.full((n, 2), self.center), np.zeros(n, bool), None)
+        return self._make_views(images, np.full((n, 2), self.center), np.zeros(n, bool), None)
 
     def ten_views(self, images: Tensor) -> Iterator[Tensor]:
-        """Ten batches: top left, top right, bottom left, bottom right, center; then their mirrors (section 4.1)."""
-        n, edge = len(images), SIDE - self.size
+        """Ten batches: top left, top right, bottom left, bottom right, center, then their mirrors (section 4.1)."""
+        n = len(images)
         images = images.to(self.device)  # once, not for every view
         for flip in (False, True):
-            for corner in ((0, 0), (0, edge), (edge, 0), (edge, edge), (self.center, self.center)):
-                yield self._views(images, np.full((n, 2), corner), np.full(n, flip), None)
+            for offset in view_offsets(self.size, 10):
+                yield self._make_views(images, np.full((n, 2), offset), np.full(n, flip), None)
 
-    def _shift(self, normals: npt.NDArray[np.float32], epoch: int) -> npt.NDArray[np.float32] | None:
-        """N x 3: what section 4.1 adds to every pixel, sum over axes of deviation times a draw from N(0, 0.1)."""
+    def _compute_color_shift(self, normals: npt.NDArray[np.float32], epoch: int) -> npt.NDArray[np.float32] | None:
+        """N x 3: what section 4.1 adds to each pixel, the sum over the axes of std times a draw from N(0, 0.1)."""
         recipe = self.recipe
         if recipe.color_shift == 0 or (recipe.color_shift_epochs and epoch > recipe.color_shift_epochs):
             return None
-        shift: npt.NDArray[np.float32] = np.float32(recipe.color_shift) * (normals @ self.axes.T)
+        shift: npt.NDArray[np.float32] = np.float32(recipe.color_shift) * (normals @ self.scaled_axes.T)
         return shift
 
-    def _views(
+    def _make_views(
         self,
         images: Tensor,
         offsets: npt.NDArray[np.int64],
         flips: npt.NDArray[np.bool_],
         shift: npt.NDArray[np.float32] | None,
     ) -> Tensor:
-        images = images.to(self.device)  # waits, since the loader fills this buffer again before long
-        make = self.crop_in_loop if self.device.type == "cpu" else self.crop_by_index
-        return make(images, offsets, flips, shift).permute(0, 3, 1, 2)
+        images = images.to(self.device)  # not asynchronous: the loader reuses this buffer
+        crop = self.crop_in_loop if self.device.type == "cpu" else self.crop_by_index
+        return crop(images, offsets, flips, shift).permute(0, 3, 1, 2)
 
     def crop_by_index(
         self,
@@ -118,17 +127,17 @@ class Augment:
         flips: npt.NDArray[np.bool_],
         shift: npt.NDArray[np.float32] | None,
     ) -> Tensor:
-        """Views as one gather of pixels: uint8 N x 256 x 256 x 3 -> N x S x S x 3; `shift` is N x 3.
+        """Make views with one gather of pixels: uint8 N x 256 x 256 x 3 -> N x S x S x 3; `shift` is N x 3.
 
-        What crosses the bus is a few bytes an image: of more than 64 kB the host would wait for the device.
+        Copies only a few bytes per image to the device: beyond 64 kB the host would wait for it.
         """
         device = images.device
-        start = torch.from_numpy(offsets).to(device, non_blocking=True)
+        starts = torch.from_numpy(offsets).to(device, non_blocking=True)
         mirrored = torch.from_numpy(flips).to(device, non_blocking=True)
         step = torch.arange(self.size, device=device)
-        down = start[:, 0, None] + step
-        right = start[:, 1, None] + torch.where(mirrored[:, None], self.size - 1 - step, step)
-        pixel = down[:, :, None] * SIDE + right[:, None, :]  # one index: a GPU writes out each that it is given
+        y = starts[:, 0, None] + step
+        x = starts[:, 1, None] + torch.where(mirrored[:, None], self.size - 1 - step, step)
+        pixel = y[:, :, None] * SIDE + x[:, None, :]  # one flat index: a GPU would materialize each of two
         mean = self.mean.flatten(0, 1)[pixel] if self.mean_at_crop else self.central_mean
         pixel += torch.arange(len(images), device=device)[:, None, None] * SIDE**2
         out = images.flatten(0, 2)[pixel].float()
@@ -144,7 +153,7 @@ class Augment:
         flips: npt.NDArray[np.bool_],
         shift: npt.NDArray[np.float32] | None,
     ) -> Tensor:
-        """The same, image by image: on a CPU a strided copy beats a gather, and the rest is done in the cache."""
+        """Make the same views image by image: on a CPU, strided copies are faster than a gather."""
         out = torch.empty(len(images), self.size, self.size, 3, dtype=self.dtype)
         view = torch.empty(self.size, self.size, 3)
         rows = None if shift is None else torch.from_numpy(np.tile(shift, self.size))
@@ -158,9 +167,9 @@ class Augment:
         return out
 
     def _normalize(self, out: Tensor, mean: Tensor, shift: Tensor | None) -> Tensor:
-        """In place: less the mean, plus the color shift, over the divisor.
+        """Subtract the mean, add the color shift and divide, in place.
 
-        `shift` is written out along a row of pixels: adding three numbers at a time is slow on a CPU.
+        `shift` is repeated along a row of pixels: adding three numbers at a time is slow on a CPU.
         """
         out -= mean
         divisor = self.recipe.input_divisor

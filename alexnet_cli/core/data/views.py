@@ -1,4 +1,4 @@
-"""Test-time views of a picture (section 4.1): the center, or corners, center and their mirrors. No torch."""
+"""Test-time views of an image (section 4.1 of the paper): the center, or ten views. No torch: `predict` uses it."""
 
 from __future__ import annotations
 
@@ -12,24 +12,26 @@ from alexnet_cli.recipe import SIDE
 T = TypeVar("T", bound=np.generic)
 
 
-def make_views(picture: npt.NDArray[np.uint8], side: int, count: int) -> npt.NDArray[np.uint8]:
-    """uint8 256 x 256 x 3 -> count x 3 x side x side. 1: the center; 10: corners, center, their mirrors."""
-    return _cut(np.ascontiguousarray(picture.transpose(2, 0, 1)), side, count)
+def view_offsets(side: int, count: int) -> list[tuple[int, int]]:
+    """Top and left of each view of `side` pixels, without mirrors: the center, or for 10 views corners and center."""
+    edge = SIDE - side
+    center = (edge // 2, edge // 2)
+    return [center] if count == 1 else [(0, 0), (0, edge), (edge, 0), (edge, edge), center]
+
+
+def make_views(image: npt.NDArray[np.uint8], side: int, count: int) -> npt.NDArray[np.uint8]:
+    """Cut 1 view (the center) or 10 (corners, center, their mirrors): 256 x 256 x 3 -> count x 3 x side x side."""
+    return _cut_views(np.ascontiguousarray(image.transpose(2, 0, 1)), side, count)
 
 
 def mean_correction(mean: npt.NDArray[np.float32], side: int, count: int) -> npt.NDArray[np.float32]:
-    """float32 3 x 256 x 256 -> count x 3 x side x side: what to add if the recipe's mean is at the crop.
+    """What to add to views if the recipe subtracts the mean at the crop: 3 x 256 x 256 -> count x 3 x side x side.
 
-    Such a network was trained less the mean under the crop, mirrored with it; its graph subtracts the center.
+    The exported graph always subtracts the center of the mean image.
     """
-    parts = _cut(mean, side, count)
-    return _cut(mean, side, 1) - parts
+    return _cut_views(mean, side, 1) - _cut_views(mean, side, count)
 
 
-def _cut(planes: npt.NDArray[T], side: int, count: int) -> npt.NDArray[T]:
-    edge, middle = SIDE - side, (SIDE - side) // 2
-    corners = [(middle, middle)]
-    if count == 10:
-        corners = [(0, 0), (0, edge), (edge, 0), (edge, edge), (middle, middle)]
-    plain = np.stack([planes[:, y : y + side, x : x + side] for y, x in corners])
-    return plain if count == 1 else np.concatenate([plain, plain[..., ::-1]])
+def _cut_views(planes: npt.NDArray[T], side: int, count: int) -> npt.NDArray[T]:
+    views = np.stack([planes[:, y : y + side, x : x + side] for y, x in view_offsets(side, count)])
+    return views if count == 1 else np.concatenate([views, views[..., ::-1]])
