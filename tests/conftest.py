@@ -1,4 +1,4 @@
-"""What tests share: real pictures where they are at hand, and a small prepared set made from drawn ones."""
+"""Fixtures of all tests: real images if they are available, and a small prepared data set of drawn ones."""
 
 from __future__ import annotations
 
@@ -23,22 +23,23 @@ from documents import fields_of_json
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
-def _unpacked(archive: str, inside: str, into: Path) -> Path:
+def _unpack(archive: str, name: str, folder: Path) -> Path:
+    """Unpack an archive of real images and return the folder `name` in it; skip the test without the archive."""
     if not (REAL / archive).is_file():
-        pytest.skip(f"real pictures ({archive}) are not at hand")
+        pytest.skip(f"{archive} is not available")
     with tarfile.open(REAL / archive) as tar:
-        tar.extractall(into, filter="data")
-    return into / inside
+        tar.extractall(folder, filter="data")
+    return folder / name
 
 
-os.environ["OMP_NUM_THREADS"] = "1"  # of what tests start: threads that spin for each other slow small tensors
-torch.set_num_threads(1)  # and of this process, which has imported torch by now: sums are the same then, to the bit
+os.environ["OMP_NUM_THREADS"] = "1"  # of child processes: threads that wait for each other slow small tensors
+torch.set_num_threads(1)  # of this process, so that sums are the same to the bit
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Hide the GPUs from all tests but those that are marked for one: the others know what a CPU does, to the bit.
+    """Hide the GPUs from tests without the mark `gpu`, which expect a CPU's results to the bit.
 
-    A shell that starts the tests with `&` has them, and what they start, ignore Ctrl-C, which some of them are about.
+    Undo that a shell lets background jobs ignore Ctrl-C, which some tests send.
     """
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -48,26 +49,26 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """500 ImageNet pictures, one folder per class."""
-    return _unpacked("imagenet-samples.tar", "imagenet-samples", tmp_path_factory.mktemp("samples"))
+    """Return a folder of 500 ImageNet images, one folder per class."""
+    return _unpack("imagenet-samples.tar", "imagenet-samples", tmp_path_factory.mktemp("samples"))
 
 
 @pytest.fixture(scope="session")
 def tiny10(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten classes of Tiny ImageNet: train/WNID, val/WNID, words.txt."""
-    return _unpacked("tiny-imagenet-10.tar.gz", "tiny-imagenet-10", tmp_path_factory.mktemp("tiny10"))
+    """Return ten classes of Tiny ImageNet: train/WNID, val/WNID, words.txt."""
+    return _unpack("tiny-imagenet-10.tar.gz", "tiny-imagenet-10", tmp_path_factory.mktemp("tiny10"))
 
 
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests see none of the user's settings."""
+    """Hide the user's environment variables."""
     for name in ("ALEXNET_DATA", "ALEXNET_RUNS_DIR", "ALEXNET_PLUGINS", "NO_COLOR", "FORCE_COLOR"):
         monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture
 def own_runs_and_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Runs in a folder of their own; what `place` sets for the whole process is put back."""
+    """Put runs into the test's folder, and restore what `place` sets for the whole process."""
     import torch
 
     monkeypatch.setenv("ALEXNET_RUNS_DIR", str(tmp_path / "runs"))
@@ -81,17 +82,17 @@ JSON_FIELDS = fields_of_json()
 
 
 @pytest.fixture(autouse=True)
-def _json_is_as_documented(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever a test has a command say with --json has the fields that the README lists."""
-    tell = Reporter.result
+def _check_documented_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that every JSON result of a test has the fields that docs/json.md lists."""
+    original = Reporter.result
 
-    def checked(self: Reporter, record: Mapping[str, Any]) -> None:
+    def check(self: Reporter, record: Mapping[str, Any]) -> None:
         kinds = JSON_FIELDS.get(self.command, [])
         if self.json and kinds:
             assert any(always <= set(record) <= all_ for always, all_ in kinds), (self.command, sorted(record))
-        tell(self, record)
+        original(self, record)
 
-    monkeypatch.setattr(Reporter, "result", checked)
+    monkeypatch.setattr(Reporter, "result", check)
 
 
 COLORS = {"blue": (40, 60, 200), "green": (50, 170, 60), "red": (200, 50, 40), "yellow": (220, 200, 60)}
@@ -99,7 +100,7 @@ COLORS = {"blue": (40, 60, 200), "green": (50, 170, 60), "red": (200, 50, 40), "
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four classes told apart by color, as JPEGs in train/CLASS and val/CLASS: 12 and 5 of each, noisy."""
+    """Return a folder of noisy JPEGs of four classes (colors), 12 in train/CLASS and 5 in val/CLASS."""
     folder, generator = tmp_path_factory.mktemp("pictures"), np.random.default_rng(3)
     for split, count in (("train", 12), ("val", 5)):
         for name, color in COLORS.items():
@@ -113,7 +114,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def prepared(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same, prepared."""
+    """Return the same images as a prepared data set."""
     output = tmp_path_factory.mktemp("prepared") / "colors"
     for _ in pack(Plan(detect_source(pictures), output, 95), workers=2):
         pass

@@ -1,4 +1,4 @@
-"""Recipes: the paper's numbers, what the others change, TOML there and back, and refusals that help."""
+"""Recipes: the paper's numbers, the other recipes, TOML files, --set, and the errors with their hints."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import pytest
 
 from alexnet_cli import recipe as recipes
 from alexnet_cli import recipe_io
+from alexnet_cli.core.runs.run import Run
 from alexnet_cli.errors import RecipeError
 from alexnet_cli.recipe import CAFFE, FAST, KRIZHEVSKY, PAPER, RECIPES, TINY, Recipe, format_toml
 
 
 def changes(recipe: Recipe, base: Recipe = PAPER) -> dict[str, object]:
-    """What a recipe has that its base has not."""
+    """Return the values in which a recipe differs from its base."""
     old = asdict(base)
     return {key: value for key, value in asdict(recipe).items() if value != old[key] and key != "name"}
 
@@ -56,7 +57,7 @@ def test_tiny_is_fast_but_narrow_and_fast_is_the_same_network() -> None:
 
 
 @pytest.mark.parametrize("name", list(RECIPES))
-def test_toml_there_and_back(name: str, tmp_path: Path) -> None:
+def test_toml_round_trip(name: str, tmp_path: Path) -> None:
     file = tmp_path / "recipe.toml"
     file.write_text(RECIPES[name].to_toml(), encoding="utf-8")
     assert recipe_io.load_recipe(str(file)) == RECIPES[name] == recipe_io.load_recipe(name)
@@ -88,11 +89,13 @@ def test_a_file_has_a_name_of_its_own_and_a_base(tmp_path: Path) -> None:
         ('name = "fast"\nbase = "caffe"', "name = 'fast' is another recipe than base = 'caffe'", "a name of its own"),
         ('name = []\nbase = "caffe"', "name = []", "name"),
         ("crops = False", "is not TOML", "true and false in small letters"),
+        ("colour_shift = 0.1", "no key is called colour_shift", "did you mean color_shift?"),
+        ("colour_shift_epochs = 67", "no key is called colour_shift_epochs", "did you mean color_shift_epochs?"),
         ('crops = "no"', "crops = 'no' should be true or false", "such as crops = false"),
         ('towers = "two"', "towers = 'two' should be a whole number", "such as towers = 2"),
     ],
 )
-def test_files_that_are_wrong(text: str, what: str, hint: str, tmp_path: Path) -> None:
+def test_invalid_files_are_refused_with_a_hint(text: str, what: str, hint: str, tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
     file.write_text(text, encoding="utf-8")
     with pytest.raises(RecipeError) as caught:
@@ -101,19 +104,19 @@ def test_files_that_are_wrong(text: str, what: str, hint: str, tmp_path: Path) -
     assert hint in caught.value.hint
 
 
-def test_closest_goes_by_name_and_else_by_values() -> None:
+def test_the_closest_recipe_has_the_same_name_or_most_values() -> None:
     assert recipes.find_closest_recipe(replace(TINY, name="paper")) is PAPER
     assert recipes.find_closest_recipe(replace(CAFFE, name="mine", epochs=3, seed=5)) is CAFFE
 
 
 @pytest.mark.parametrize("name", list(RECIPES))
-def test_values_are_spelled_as_toml_reads_them(name: str) -> None:
+def test_values_are_formatted_as_toml(name: str) -> None:
     lines = [f"{key} = {format_toml(value)}" for key, value in asdict(RECIPES[name]).items()]
     assert recipe_io.recipe_from_dict(tomllib.loads("\n".join(lines))) == RECIPES[name]
     assert all("\n" not in line for line in lines)
 
 
-def test_every_field_says_what_it_is_and_where_it_comes_from() -> None:
+def test_every_field_has_a_meaning_and_a_source() -> None:
     for field in fields(Recipe):
         about, source = recipes.describe_setting(field.name)
         assert about
@@ -133,7 +136,7 @@ def test_keys_with_few_values_list_them() -> None:
      ('lrn="none"', "lrn", "none"), ("drop_epochs=[3, 5]", "drop_epochs", (3, 5)),
      ("learning_rate=1e-3", "learning_rate", 0.001)],
 )  # fmt: skip
-def test_settings_as_typed(setting: str, key: str, value: object) -> None:
+def test_settings_of_the_command_line(setting: str, key: str, value: object) -> None:
     assert getattr(recipe_io.apply_changes(PAPER, recipe_io.parse_settings([setting])), key) == value
 
 
@@ -161,7 +164,7 @@ def test_settings_as_typed(setting: str, key: str, value: object) -> None:
         ("seed=99999999999999999999", "out of range", "at most"),
     ],
 )
-def test_refusals_help(setting: str, what: str, hint: str) -> None:
+def test_invalid_settings_are_refused_with_a_hint(setting: str, what: str, hint: str) -> None:
     with pytest.raises(RecipeError) as caught:
         recipe_io.apply_changes(PAPER, recipe_io.parse_settings([setting]))
     assert what in caught.value.what
@@ -177,3 +180,11 @@ def test_unknown_recipes_and_broken_files(tmp_path: Path) -> None:
     file.write_text("dropout = = 1", encoding="utf-8")
     with pytest.raises(RecipeError, match="is not TOML"):
         recipe_io.load_recipe(str(file))
+
+
+def test_a_run_of_0_1_0_is_refused_with_the_new_key(tmp_path: Path) -> None:
+    old = PAPER.to_toml().replace("color_shift", "colour_shift")
+    (tmp_path / "recipe.toml").write_text(old, encoding="utf-8")
+    with pytest.raises(RecipeError, match=r"recipe\.toml: no key is called colour_shift") as caught:
+        Run(tmp_path).recipe  # noqa: B018 - reads the file
+    assert caught.value.hint == "did you mean color_shift?"

@@ -1,4 +1,4 @@
-"""The demo's pictures, and how it treats folders, failures and the environment."""
+"""`alexnet demo`: the images it draws, its folder, failures and the environment."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_distance_fields_enclose_the_area_of_their_shape(shape: str, area: float
 
 
 @pytest.mark.parametrize("name", images.CLASSES)
-def test_pictures_have_their_color_in_the_center_square_and_nowhere_near_all_over(name: str) -> None:
+def test_images_have_their_color_in_the_center_square_and_nowhere_near_all_over(name: str) -> None:
     hue = images.HUES[name.split("-")[0]]
     for seed in range(3):
         image = images.draw_image(name, np.random.default_rng(seed))
@@ -87,14 +87,14 @@ def test_rgb_is_the_color_wheel() -> None:
         assert images._hsv_to_rgb(hue, saturation, value) == pytest.approx(expected, abs=1e-6)
 
 
-def test_the_pictures_shown_are_among_those_drawn() -> None:
+def test_the_classified_images_are_drawn() -> None:
     for name, number in (shown.split("/") for shown in CLASSIFIED):
         assert name in images.CLASSES
         assert 0 <= int(number.removesuffix(".jpg")) < 25
 
 
-def test_the_story_is_the_six_commands_in_order() -> None:
-    names = ["prepare", "train", "evaluate", "predict", "visualize-filters", "export"]
+def test_the_commands_are_those_of_the_mission_and_the_report() -> None:
+    names = ["prepare", "train", "evaluate", "predict", "visualize-filters", "export", "report"]
     assert [words[0] for words in COMMANDS] == names
 
 
@@ -110,7 +110,7 @@ def test_a_second_demo_replaces_only_what_the_first_made(tmp_path: Path) -> None
     assert left == [MARKER, "mine.txt", "prepared", "runs", "runs/mine"]
 
 
-def test_links_are_taken_away_and_what_they_point_to_stays(tmp_path: Path) -> None:
+def test_links_are_removed_but_not_their_targets(tmp_path: Path) -> None:
     folder, data = _make_folder(tmp_path / "demo"), tmp_path / "data"
     data.mkdir()
     (data / "picture.jpg").write_text("keep")
@@ -122,7 +122,7 @@ def test_links_are_taken_away_and_what_they_point_to_stays(tmp_path: Path) -> No
 
 def test_a_folder_that_no_demo_made_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
-    with pytest.raises(UsageError, match="not from a demo"):
+    with pytest.raises(UsageError, match="did not make it"):
         _make_folder(tmp_path)
     assert (tmp_path / "runs").is_dir()
     (tmp_path / "file").touch()
@@ -138,20 +138,19 @@ def test_a_command_that_fails_ends_the_demo_with_its_exit_code(
     assert caught.value.exit_code == 3
     out, err = capfd.readouterr()
     assert out == ""
-    assert "error:" not in err, "it is told once, by the demo"
+    assert "error:" not in err, "the demo reports it, once"
     assert "nowhere does not exist" in caught.value.what
 
 
-def test_what_stopped_in_training_goes_on_with_one_hint(tmp_path: Path) -> None:
-    """A run that was stopped leaves its own hint, which holds in the demo's folder alone."""
+def test_a_stopped_training_has_a_hint_that_works_outside_the_folder(tmp_path: Path) -> None:
     left = tmp_path / "error.json"
-    told = {"what": "stopped (Ctrl-C) at step 3", "hint": "alexnet train --resume demo", "code": 130}
-    left.write_text(json.dumps({"alexnet": told}))
+    record = {"what": "stopped (Ctrl-C) at step 3", "hint": "alexnet train --resume demo", "code": 130}
+    left.write_text(json.dumps({"alexnet": record}))
     error = CommandRunner(tmp_path, json=False, quiet=False)._read_error(("train",), 130, left)
     assert (error.exit_code, error.hint) == (130, f"cd {tmp_path} && alexnet train --resume demo")
     assert error.what == "the demo stopped in `alexnet train`: stopped (Ctrl-C) at step 3"
     error = CommandRunner(tmp_path, json=False, quiet=False)._read_error(("train",), -9, left)
-    assert (error.exit_code, error.hint) == (137, f"run the command alone: cd {tmp_path}")
+    assert (error.exit_code, error.hint) == (137, f"run the command by itself: cd {tmp_path}")
 
 
 def test_commands_run_in_the_folder_without_the_users_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

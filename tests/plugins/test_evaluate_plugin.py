@@ -352,7 +352,7 @@ def test_an_onnx_file_runs_on_the_gpu_that_was_named(
     opened: list[dict[str, Any]] = []
 
     class Opened:
-        device, fallback, classes, recipe, about = "cuda", "", (), PAPER, {}  # type: ignore[var-annotated]
+        device, fallback_reason, classes, recipe, info = "cuda", "", (), PAPER, {}  # type: ignore[var-annotated]
 
         def __init__(self, path: Path, **asked: Any) -> None:
             opened.append(asked)

@@ -1,4 +1,4 @@
-"""`alexnet demo`: run the six main commands on a small data set it draws, and show each command line."""
+"""`alexnet demo`: run the main commands on a small drawn data set, and show each command line."""
 
 from __future__ import annotations
 
@@ -34,13 +34,14 @@ COMMANDS = (
     ("predict", *(f"pictures/val/{name}" for name in CLASSIFIED)),
     ("visualize-filters",),
     ("export",),
+    ("report",),
 )
 NEXT = "alexnet prepare YOUR_FOLDER && alexnet train --recipe tiny"
 
 
 @dataclass(frozen=True)
 class CommandRunner:
-    """Runs commands in the demo's folder."""
+    """Runs `alexnet` commands in the demo's folder."""
 
     folder: Path
     json: bool
@@ -60,21 +61,21 @@ class CommandRunner:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         child = subprocess.Popen(command, cwd=self.folder, env=environment, stdout=output)
-        before = signal.signal(signal.SIGTERM, lambda number, frame: child.terminate())
+        previous_handler = signal.signal(signal.SIGTERM, lambda number, frame: child.terminate())
         try:
             code = _wait(child)
         finally:
-            signal.signal(signal.SIGTERM, before)
+            signal.signal(signal.SIGTERM, previous_handler)
         if code:
             raise self._read_error(words, code, error_file)
 
     def _read_error(self, words: tuple[str, ...], code: int, error_file: Path) -> AlexNetError:
-        """Return the error that the command wrote to the file, with a hint that works outside of the folder."""
+        """Return the error that the command wrote to the file, with a hint that works outside the folder."""
         change_folder = f"cd {shlex.quote(str(self.folder))}"
-        what, hint = f"ended with exit code {code}", f"run the command alone: {change_folder}"
+        what, hint = f"exit code {code}", f"run the command by itself: {change_folder}"
         with suppress(OSError, ValueError, KeyError):
-            written = jsonlib.loads(error_file.read_text(encoding="utf-8"))["alexnet"]
-            what, hint = written["what"], written["hint"]
+            record = jsonlib.loads(error_file.read_text(encoding="utf-8"))["alexnet"]
+            what, hint = record["what"], record["hint"]
             if hint.startswith("alexnet "):
                 hint = f"{change_folder} && {hint}"
             error_file.unlink()
@@ -128,9 +129,11 @@ def _make_folder(folder: Path) -> Path:
     """Create the demo's folder with its marker, and remove what an earlier demo made there, but nothing else."""
     try:
         if folder.exists() and not folder.is_dir():
-            raise UsageError(f"{folder} is not a folder", "choose another one with -o")
+            raise UsageError(f"{folder} is not a folder", "choose another folder with -o")
         if folder.exists() and any(folder.iterdir()) and not (folder / MARKER).is_file():
-            raise UsageError(f"{folder} is not empty, and not from a demo", "choose another folder with -o")
+            raise UsageError(
+                f"{folder} is not empty, and `alexnet demo` did not make it", "choose another folder with -o"
+            )
         for name in OUTPUTS:
             path = folder / name
             if path.is_symlink():
@@ -145,7 +148,7 @@ def _make_folder(folder: Path) -> Path:
 
 
 def _report(reporter: Reporter, folder: Path, seconds: float) -> None:
-    """Show the error reached, the files, and the next command."""
+    """Show the final error, the files, and the next command."""
     run = folder / "runs" / "demo"
     files = {
         "evaluation": run / "eval" / "val-1.json",
@@ -160,7 +163,7 @@ def _report(reporter: Reporter, folder: Path, seconds: float) -> None:
     })  # fmt: skip
     reporter.show(
         f"\nDone in {int(seconds) // 60} min {int(seconds) % 60} s: "
-        f"top-1 error {result['top1_error']:.1%} on {result['images']} images it was not trained on."
+        f"top-1 error {result['top1_error']:.1%} on {result['images']} validation images."
     )
     width = max(map(len, files))
     for name, path in files.items():
