@@ -373,8 +373,8 @@ def test_a_single_tower_nan_and_unknown_layers() -> None:
     weights["fc6"][1][7] = np.nan
     with pytest.raises(WeightsError, match=r"fc6\.bias has NaN or infinite values"):
         import_bytes(files.caffemodel(weights))
-    content = files.caffemodel(files.tensors()) + files.inside(
-        100, files.inside(1, "bn") + files.inside(2, "BatchNorm")
+    content = files.caffemodel(files.tensors()) + files.bytes_field(
+        100, files.bytes_field(1, "bn") + files.bytes_field(2, "BatchNorm")
     )
     with pytest.raises(WeightsError, match="layer bn is of type BatchNorm"):
         import_bytes(content)

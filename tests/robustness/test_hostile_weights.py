@@ -135,9 +135,9 @@ def caffe_with(blob: bytes) -> bytes:
     for layer, (weight, bias) in files.tensors().items():
         kind = "Convolution" if layer.startswith("conv") else "InnerProduct"
         extra = blob if layer == "conv1" else b""
-        blobs = files.inside(7, files.blob(weight, legacy=False) + extra)
-        blobs += files.inside(7, files.blob(bias, legacy=False))
-        out += files.inside(100, files.inside(1, layer) + files.inside(2, kind) + blobs)
+        blobs = files.bytes_field(7, files.blob(weight, legacy=False) + extra)
+        blobs += files.bytes_field(7, files.blob(bias, legacy=False))
+        out += files.bytes_field(100, files.bytes_field(1, layer) + files.bytes_field(2, kind) + blobs)
     return out
 
 
@@ -163,16 +163,18 @@ LIES: dict[str, Content] = {
     "noise": b"\xd1\x07" * 200,
     # protocol buffers
     "a length without end": b"\xa2\x06" + HUGE + b"x",
-    "a layer of nothing": files.inside(100, b"") * 5,
-    "a layer inside a layer, as in 2013": files.inside(2, files.inside(1, b"x") + files.inside(4, "conv1")),
-    "a shape of more numbers than there are": lambda: caffe_with(files.inside(7, files.inside(1, b"\x02"))),
-    "a negative dimension": lambda: caffe_with(files.inside(7, files.inside(1, HUGE + b"\x01"))),
-    "seven bytes of floats": lambda: caffe_with(files.inside(5, b"seven b")),
+    "a layer of nothing": files.bytes_field(100, b"") * 5,
+    "a layer inside a layer, as in 2013": files.bytes_field(
+        2, files.bytes_field(1, b"x") + files.bytes_field(4, "conv1")
+    ),
+    "a shape of more numbers than there are": lambda: caffe_with(files.bytes_field(7, files.bytes_field(1, b"\x02"))),
+    "a negative dimension": lambda: caffe_with(files.bytes_field(7, files.bytes_field(1, HUGE + b"\x01"))),
+    "seven bytes of floats": lambda: caffe_with(files.bytes_field(5, b"seven b")),
     "a size of normalization that is even": lambda: files.caffemodel(files.tensors()).replace(
-        files.integer(1, 5) + files.single(2, 1e-4), files.integer(1, 4) + files.single(2, 1e-4)
+        files.integer_field(1, 5) + files.float_field(2, 1e-4), files.integer_field(1, 4) + files.float_field(2, 1e-4)
     ),
     "alpha that is no number": lambda: files.caffemodel(files.tensors()).replace(
-        files.single(2, 1e-4), files.single(2, float("nan"))
+        files.float_field(2, 1e-4), files.float_field(2, float("nan"))
     ),
     # ONNX
     "weights in another file": lambda: onnx_with(put_outside),
@@ -212,7 +214,7 @@ def test_lies(lie: str, tmp_path: Path) -> None:
 
 def test_more_than_two_gigabytes_are_not_read(tmp_path: Path) -> None:
     path = tmp_path / "file.caffemodel"
-    path.write_bytes(files.inside(1, "AlexNet"))
+    path.write_bytes(files.bytes_field(1, "AlexNet"))
     os.truncate(path, (1 << 31) + 1)  # a sparse file
     error = try_import(path)
     assert error is not None
@@ -230,10 +232,10 @@ MEANS: dict[str, bytes] = {
     "an array of objects": npy("(3,)", "|O"),
     "another size": npy("(1,)"),
     "code in the header": b"\x93NUMPY\x01\x00\x1e\x00__import__('os').abort()      \n",
-    "a blob with too little": files.inside(7, files.inside(1, b"\x03\x80\x02\x80\x02"))
-    + files.floats(5, np.ones(3, "f4")),
-    "negative colors": files.floats(5, np.full(3, -1, "f4")) + files.integer(2, 3),
-    "no numbers": files.floats(5, np.full(3, np.nan, "f4")) + files.integer(2, 3),
+    "a blob with too little": files.bytes_field(7, files.bytes_field(1, b"\x03\x80\x02\x80\x02"))
+    + files.floats_field(5, np.ones(3, "f4")),
+    "negative colors": files.floats_field(5, np.full(3, -1, "f4")) + files.integer_field(2, 3),
+    "no numbers": files.floats_field(5, np.full(3, np.nan, "f4")) + files.integer_field(2, 3),
 }
 
 
@@ -248,7 +250,7 @@ def test_invalid_mean_files(lie: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("field", "kind"), [(5, "<f4"), (8, "<f8")])
 def test_a_valid_mean_file(field: int, kind: str, tmp_path: Path) -> None:
     path = tmp_path / "mean"
-    path.write_bytes(files.inside(field, np.array(files.MEAN_BGR, kind).tobytes()) + files.integer(2, 3))
+    path.write_bytes(files.bytes_field(field, np.array(files.MEAN_BGR, kind).tobytes()) + files.integer_field(2, 3))
     mean = convert.read_mean(path, bgr=True)
     np.testing.assert_allclose(mean[:, 7, 9], files.MEAN_BGR[::-1], rtol=1e-6)
 

@@ -98,7 +98,8 @@ def detect_source(path: Path, val_fraction: float | None = None) -> SourceDatase
         fraction = DEFAULT_VAL_FRACTION if val_fraction is None else val_fraction
         splits = _split_by_name(detected.train, len(classes), fraction)
         if len(splits["val"]):
-            notes = (*notes, _describe_split(splits["val"], len(detected.train), len(classes)))
+            kept = f"{len(splits['val']):,} of {len(detected.train):,} images are kept for validation"
+            notes = (*notes, f"the source has no validation split: {kept}")
     return SourceDataset(path, detected.layout, classes, splits, notes)
 
 
@@ -115,16 +116,6 @@ def _find_words(path: Path, detected: DetectedLayout) -> tuple[Mapping[str, str]
     if unnamed := len(wnids) - len(words):
         notes.append(f"{unnamed:,} {total} have only a wnid; name them in words.txt, one wnid<TAB>name per line")
     return words, tuple(notes)
-
-
-def _describe_split(val: ImageList, total: int, classes: int) -> str:
-    """Return a note on the validation split: with few images its share is not the fraction that was asked for."""
-    counts = Counter(val.labels)
-    per_class = [counts[label] for label in range(classes)]
-    low, high = min(per_class), max(per_class)
-    spread = f"{low:,}" if low == high else f"{low:,} to {high:,}"
-    kept = f"{len(val):,} of {total:,} images are kept for validation ({spread} of each class)"
-    return f"the source has no validation split: {kept}"
 
 
 def _split_by_name(images: ImageList, classes: int, fraction: float) -> dict[str, ImageList]:

@@ -226,7 +226,7 @@ def name_outputs(count: int, class_list: Path | None) -> tuple[list[ClassName], 
         return classes, str(class_list)
     if count == 1000:
         return ilsvrc_classes(), "ILSVRC 2012, in the order of wnids"
-    return [ClassName(f"class {i}") for i in range(count)], "numbers: names unknown"
+    return [ClassName(f"class {i}") for i in range(count)], "numbers (names unknown)"
 
 
 def _read_class_list(path: Path) -> list[ClassName]:

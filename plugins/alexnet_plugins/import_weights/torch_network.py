@@ -29,7 +29,6 @@ from alexnet_plugins.import_weights.imported import (
 )
 
 WRAPPERS = ("state_dict", "model_state_dict", "model")  # keys of the state dict in checkpoints
-BATCH_NORM = ("running_mean", "running_var")
 STATE_DICT_HINT = "save the state dict alone: torch.save(network.state_dict(), FILE)"
 
 
@@ -93,9 +92,6 @@ def _convert(
     path: Path, file_format: str, tensors: Mapping[str, Array], recipe: Recipe, pixels: ChannelOrder
 ) -> ImportedNetwork:
     """Assign named tensors to the eight layers. Raises WeightsError if they are not those of this network."""
-    for name in tensors:
-        if name.endswith(BATCH_NORM):
-            raise unsupported(path, f"{name} belongs to batch normalization, which this network does not have")
     weights: dict[int, list[str]] = {4: [], 2: []}  # names by number of axes
     for name in sorted((name for name in tensors if name.endswith(".weight")), key=_natural_key):
         if tensors[name].ndim not in weights:
