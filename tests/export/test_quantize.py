@@ -18,9 +18,10 @@ from alexnet_cli.core.export.export import AccuracyComparison, compare_accuracy,
 from alexnet_cli.core.export.quantize import activation_scale, quantize_weights
 from alexnet_cli.core.inference import onnx_graph
 from alexnet_cli.core.inference.session import Session
+from alexnet_cli.core.model.architecture import layer_specs
 from alexnet_cli.recipe import CAFFE, KRIZHEVSKY, PAPER, Recipe
 from literal_network import VARIANTS, convolved
-from model_files import ONE_TOWER, TWO_TOWERS, random_model
+from model_files import random_model
 
 
 def int8(recipe: Recipe, crops: npt.NDArray[np.uint8], path: Path) -> tuple[onnx.ModelProto, Session, Session]:
@@ -139,15 +140,13 @@ def test_codes_are_the_nearest_and_zero_is_exact() -> None:
 @pytest.mark.parametrize("recipe", [PAPER, KRIZHEVSKY, CAFFE, replace(PAPER, towers=1)])
 def test_the_whole_network_takes_at_most_62_megabytes(recipe: Recipe, tmp_path: Path) -> None:
     """Counted from the widths: a byte a weight, and what a channel costs, measured on a narrow network."""
-    per_tower = TWO_TOWERS if recipe.towers == 2 else ONE_TOWER
 
     def counts(width: float, classes: int) -> tuple[int, int, int]:
         """Weights, output channels, entries of the bands of normalization."""
-        c = [recipe.towers * max(1, round(n * width)) for n in per_tower]
-        t = 1 if recipe.lrn_joint else recipe.towers
-        seen = [3 * 121, c[0] // recipe.towers * 25, c[1] * 9, c[2] // recipe.towers * 9, c[3] // recipe.towers * 9]
-        weights = sum(a * b for a, b in zip(c, [*seen, c[4] * 36, c[5]], strict=True)) + classes * c[6]
-        return weights, sum(c) + classes, (c[0] // t) ** 2 + (c[1] // t) ** 2
+        specs = layer_specs(replace(recipe, width=width), classes)
+        normalized_together = 1 if recipe.lrn_joint else recipe.towers
+        bands = [(spec.biases // normalized_together) ** 2 for spec in specs[:2]]
+        return sum(spec.weights for spec in specs), sum(spec.biases for spec in specs), sum(bands)
 
     proto, _, _ = int8(replace(recipe, width=1 / 16), synthetic_crops(recipe.input_size, 2), tmp_path / "a.onnx")
     weights, channels, band = counts(1 / 16, 10)

@@ -1,4 +1,4 @@
-"""What only a GPU shows, piece by piece: kernels, views, masks, loader, cache, against the same on the CPU."""
+"""Parts on a GPU against the same on the CPU: kernels, views, dropout masks, loader, cache, sessions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from alexnet_cli.core.inference.torch_session import TorchSession
 from alexnet_cli.core.model import layers, response_norm, triton_kernels
 from alexnet_cli.core.training.loop import DataTimer
 from alexnet_cli.recipe import CAFFE, KRIZHEVSKY, PAPER, TINY, Recipe
-from gpu_cases import GPU, several
+from gpu_cases import GPU, needs_two_gpus
 from model_files import random_model
 
 pytestmark = gpu_cases.MARKS
@@ -35,15 +35,15 @@ def test_the_kernels_run_here() -> None:
     assert try_gpu(0) == ""
 
 
-@pytest.mark.parametrize("device", ["cuda:0", pytest.param("cuda:1", marks=several)])
-def test_the_update_is_one_kernel_and_the_same(device: str) -> None:
+@pytest.mark.parametrize("device", ["cuda:0", pytest.param("cuda:1", marks=needs_two_gpus)])
+def test_the_update_kernel_equals_the_definition(device: str) -> None:
     kernel_cases.check_update(device)
 
 
-@pytest.mark.parametrize("device", ["cuda:0", pytest.param("cuda:1", marks=several)])
+@pytest.mark.parametrize("device", ["cuda:0", pytest.param("cuda:1", marks=needs_two_gpus)])
 @pytest.mark.parametrize("case", kernel_cases.CASES, ids=str)
-def test_the_kernels_equal_the_definition(case: kernel_cases.Case, device: str) -> None:
-    """On the second GPU too, while the first is the current one."""
+def test_the_norm_kernels_equal_the_definition(case: kernel_cases.Case, device: str) -> None:
+    """Also on a second GPU, while the first is the current one."""
     kernel_cases.check(case, device)
 
 
@@ -51,19 +51,19 @@ def test_the_kernels_take_any_layout() -> None:
     kernel_cases.check_layouts("cuda")
 
 
-def test_the_kernels_keep_what_is_no_number() -> None:
+def test_the_kernels_keep_nan() -> None:
     kernel_cases.check_not_a_number("cuda")
 
 
-@pytest.mark.filterwarnings("ignore")  # torch's own check reads gradients that are not kept
-def test_the_kernels_are_what_torch_was_told() -> None:
+@pytest.mark.filterwarnings("ignore")  # torch's check reads gradients that are not retained
+def test_the_kernels_are_valid_torch_operators() -> None:
     kernel_cases.check_operator("cuda")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("maps", [96, 256])
-def test_as_many_values_as_in_training(maps: int, dtype: torch.dtype) -> None:
-    """Many programs of the kernel, the last of them not full, against the composed form on the same device."""
+def test_the_kernels_on_batches_of_training_size(maps: int, dtype: torch.dtype) -> None:
+    """Many programs of the kernel, the last one not full, against the plain form on the same device."""
     x = torch.randn(67, maps, 27, 27, device=GPU) * 60
     x = x.to(dtype).contiguous(memory_format=torch.channels_last)
     quick, slow = x.clone().requires_grad_(), x.float().clone().requires_grad_()
@@ -78,8 +78,8 @@ def test_as_many_values_as_in_training(maps: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(("images", "gigabytes"), [(1024, 4), (7400, 20)])
-def test_more_bytes_and_more_values_than_32_bits_count(images: int, gigabytes: int) -> None:
-    """Layer 1 of so many images: 0.3 thousand million values, then 2.15, which is more than 2^31."""
+def test_more_values_than_32_bits_count(images: int, gigabytes: int) -> None:
+    """Layer 1 of many images: 0.3e9 values, then 2.15e9, which is more than 2^31."""
     torch.cuda.empty_cache()
     if torch.cuda.mem_get_info(GPU)[0] < gigabytes << 30:
         pytest.skip(f"less than {gigabytes} GB free")
@@ -96,7 +96,7 @@ def test_more_bytes_and_more_values_than_32_bits_count(images: int, gigabytes: i
     kernel_cases.close(found, last.grad)
 
 
-def test_masks_are_the_same_bits_everywhere() -> None:
+def test_dropout_masks_equal_those_of_the_cpu() -> None:
     for key, first_row, first_unit in ((12345678901234567, 0, 0), (2**63 + 5, 77, 2048)):
         start = layers.dropout_state(key, first_row)
         here, there = (layers.hash_uniform(start.to(device), 130, 300, first_unit) for device in ("cpu", GPU))
@@ -104,7 +104,7 @@ def test_masks_are_the_same_bits_everywhere() -> None:
 
 
 @pytest.mark.parametrize("recipe", [PAPER, KRIZHEVSKY, CAFFE, TINY, replace(PAPER, mean="rgb")])
-def test_views_are_those_of_the_cpu(recipe: Recipe) -> None:
+def test_views_equal_those_of_the_cpu(recipe: Recipe) -> None:
     images = torch.from_numpy(RNG.integers(0, 256, (5, 256, 256, 3), dtype=np.uint8))
     mean, axes = RNG.uniform(90, 140, (3, 256, 256)).astype(np.float32), np.linalg.qr(RNG.normal(size=(3, 3)))[0]
     rows, draws = np.array([3, 0, 8, 7, 2]), AugmentParams.draw(9, recipe, 1)
@@ -121,8 +121,8 @@ def test_views_are_those_of_the_cpu(recipe: Recipe) -> None:
 
 
 @pytest.mark.parametrize("batch_size", [4, 7])
-def test_pinned_buffers_bring_the_same_bytes(prepared: Path, batch_size: int) -> None:
-    """While the device is kept busy, so that a copy or a buffer used too early would show."""
+def test_pinned_buffers_hold_the_same_bytes(prepared: Path, batch_size: int) -> None:
+    """While the device is busy, so that a buffer reused too early would show."""
     split = open_dataset(prepared).split("train")
     busy = torch.randn(2048, 2048, device=GPU)
     plan, copies = all_batches(len(split), batch_size) * 4, []
@@ -148,8 +148,8 @@ def test_the_cache_on_the_device_equals_the_loader(prepared: Path) -> None:
                 np.testing.assert_array_equal(a.labels.numpy(), b.labels.numpy())
 
 
-def test_the_wait_for_data_is_that_of_the_device() -> None:
-    """A tenth of a second of the host's goes by while the GPU works, and another while it has nothing to do."""
+def test_data_wait_is_measured_on_the_device() -> None:
+    """The host waits 0.1 s while the GPU works, and again while it is idle; only the second counts."""
     cycles = 2_000_000_000  # about a second
     waited = []
     for work in (cycles, 0):
@@ -164,7 +164,7 @@ def test_the_wait_for_data_is_that_of_the_device() -> None:
     assert 0.09 < waited[1] < 0.5
 
 
-def test_onnx_runtime_gives_the_same_on_the_gpu() -> None:
+def test_onnx_runtime_equals_the_cpu() -> None:
     if (state := check_onnx_providers().get("CUDAExecutionProvider")) != "ok":
         pytest.skip(f"ONNX Runtime has no CUDA here: {state}")
     model = random_model(replace(PAPER, width=1 / 8))
@@ -177,7 +177,7 @@ def test_onnx_runtime_gives_the_same_on_the_gpu() -> None:
     assert Session(model, fast_start=True).device == "cpu"
 
 
-def test_torch_gives_the_same_on_the_gpu() -> None:
+def test_torch_session_equals_the_cpu() -> None:
     """In float32, not in TF32."""
     model = random_model(replace(PAPER, width=1 / 8))
     crops = RNG.integers(0, 256, (5, 3, 224, 224), dtype=np.uint8)

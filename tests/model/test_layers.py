@@ -1,4 +1,4 @@
-"""Pooling against a literal loop; dropout's masks: their share, their independence of placement, both scalings."""
+"""Pooling against a plain loop; dropout: keep rate, scaling, masks that do not depend on the placement."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from alexnet_cli.recipe import PAPER
 
 
 @pytest.mark.parametrize(("size", "side"), [(3, 55), (3, 27), (3, 13), (2, 55), (2, 26), (2, 11)])
-def test_pooling_equals_a_literal_loop(size: int, side: int) -> None:
+def test_pooling_equals_a_plain_loop(size: int, side: int) -> None:
     x = torch.randn(1, 2, side, side, generator=torch.Generator().manual_seed(0))
     values, steps = x.numpy(), -(-(side - size) // 2) + 1
     expected = np.array(
@@ -44,7 +44,7 @@ def test_hash_is_uniform_and_uncorrelated() -> None:
     assert abs((centered * other).mean().item()) < limit
 
 
-def test_masks_are_slices_of_one_whole() -> None:
+def test_a_part_of_a_mask_equals_that_part_of_the_whole() -> None:
     whole = hash_uniform(dropout_state(99, first_row=0), 8, 20, first_unit=0)
     part = hash_uniform(dropout_state(99, first_row=5), 3, 10, first_unit=10)
     torch.testing.assert_close(part, whole[5:, 10:], rtol=0, atol=0)
@@ -62,7 +62,7 @@ def test_dropout_keeps_the_expectation(inverted: bool) -> None:
     assert sorted(set(train.flatten().tolist())) == pytest.approx([0.0, 1 / 0.7 if inverted else 1.0])
 
 
-def test_layers_and_steps_have_masks_of_their_own() -> None:
+def test_masks_differ_between_layers_and_steps() -> None:
     """No row of one mask is a row of another, whatever the shift: half of all units must differ everywhere."""
     x = torch.ones(128, 512)
     masks = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
 
 import numpy as np
 import pytest
@@ -12,25 +11,16 @@ from torch.nn import functional
 
 from alexnet_cli.core.model import response_norm
 from alexnet_cli.core.model.architecture import EDGE_PADDING, layer_widths
-from alexnet_cli.core.model.layers import OverlappingPooling, within_map
+from alexnet_cli.core.model.layers import within_map
 from alexnet_cli.core.model.network import Network, initialize, pad_right_and_bottom, parameters_by_name
 from alexnet_cli.core.model.towers import TowerGroup
-from alexnet_cli.recipe import CAFFE, FAST, KRIZHEVSKY, PAPER, RECIPES, Recipe
+from alexnet_cli.recipe import FAST, PAPER, RECIPES
 
 SMALL = replace(PAPER, width=1 / 16)
 
 
 def count(network: torch.nn.Module) -> int:
     return sum(p.numel() for p in network.parameters())
-
-
-@pytest.mark.parametrize(
-    ("recipe", "parameters"),
-    [(PAPER, 60_965_224), (CAFFE, 60_965_224), (KRIZHEVSKY, 60_965_224), (replace(PAPER, towers=1), 59_798_312)],
-)
-def test_parameter_counts(recipe: Recipe, parameters: int) -> None:
-    with torch.device("meta"):
-        assert count(Network(recipe, 1000)) == parameters
 
 
 def test_parameters_by_layer() -> None:
@@ -51,18 +41,6 @@ def test_one_tower_of_two_holds_its_half() -> None:
     assert sizes == [17_472, 153_728, 442_560, 331_968, 221_312, 18_876_416, 8_390_656]
 
 
-@pytest.mark.parametrize("size", [224, 227])
-@pytest.mark.parametrize("pool", [3, 2])
-def test_map_sizes(size: Literal[224, 227], pool: int) -> None:
-    network = Network(replace(SMALL, input_size=size, pool_size=pool), 10)
-    seen: list[int] = []
-    for name, module in network.named_modules():
-        if name.startswith("conv") or isinstance(module, OverlappingPooling):
-            module.register_forward_hook(lambda _m, _i, out: seen.append(out.shape[-1]))
-    network(torch.zeros(1, 3, size, size))
-    assert seen == ([55, 27, 27, 13, 13, 13, 13, 6] if pool == 3 else [55, 28, 26, 13, 13, 13, 11, 6])
-
-
 def test_the_padding_is_on_the_right_and_below() -> None:
     """A bright last column or row reaches the last of the 55 windows, as if the input went on with zeros."""
     network = Network(replace(SMALL, lrn="none", stage1_order="relu-norm-pool"), 10)
@@ -78,21 +56,21 @@ def test_the_padding_is_on_the_right_and_below() -> None:
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_padding_in_one_copy_is_padding(bf16: bool) -> None:
+def test_padding_equals_functional_pad(bf16: bool) -> None:
     x = torch.randn(2, 3, 224, 224, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        ours = pad_right_and_bottom(x)
-    usual = functional.pad(x, (0, EDGE_PADDING, 0, EDGE_PADDING)).to(torch.bfloat16 if bf16 else torch.float32)
-    assert ours.dtype == usual.dtype
-    assert ours.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(ours, usual)
-    (gradient,) = torch.autograd.grad(ours.float().square().sum(), x)
-    (expected,) = torch.autograd.grad(usual.float().square().sum(), x)
+        fast = pad_right_and_bottom(x)
+    reference = functional.pad(x, (0, EDGE_PADDING, 0, EDGE_PADDING)).to(torch.bfloat16 if bf16 else torch.float32)
+    assert fast.dtype == reference.dtype
+    assert fast.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(fast, reference)
+    (gradient,) = torch.autograd.grad(fast.float().square().sum(), x)
+    (expected,) = torch.autograd.grad(reference.float().square().sum(), x)
     assert torch.equal(gradient, expected)
 
 
-def test_padding_leaves_float64_alone_and_works_where_nothing_is_computed() -> None:
-    """As `functional.pad` and autocast do: autocast knows no device `meta`, and casts no float64."""
+def test_padding_keeps_float64_and_works_on_device_meta() -> None:
+    """Autocast does not know device `meta`, and does not cast float64."""
     x = torch.randn(2, 3, 224, 224, dtype=torch.float64)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(pad_right_and_bottom(x), functional.pad(x, (0, EDGE_PADDING, 0, EDGE_PADDING)))
@@ -104,7 +82,7 @@ def test_padding_leaves_float64_alone_and_works_where_nothing_is_computed() -> N
 @pytest.mark.parametrize("order", ["relu-norm-pool", "norm-pool-relu", "relu-pool-norm"])
 @pytest.mark.parametrize("change", [{}, {"activation": "tanh"}, {"lrn": "within-map"}, {"lrn": "none"}])
 def test_a_stage_does_what_its_order_says(order: str, change: dict[str, str]) -> None:
-    """Also where activation and normalization are one step."""
+    """Also if activation and normalization are fused."""
     recipe = replace(SMALL, stage1_order=order, **change)  # type: ignore[arg-type]
     network = Network(recipe, 10)
     x = torch.randn(2, 6, 55, 55, generator=torch.Generator().manual_seed(0)) * 60

@@ -1,4 +1,4 @@
-"""Section 3.3 against a literal loop and against torch's own operator, in values and gradients."""
+"""Response normalization against plain loops and torch's operator, in values and gradients."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from alexnet_cli.core.model.layers import within_map
 K, ALPHA, BETA = 2.0, 5e-4, 0.75
 
 
-def literal(x: np.ndarray, size: int, towers: int, beta: float = BETA) -> np.ndarray:
+def loop_norm(x: np.ndarray, size: int, towers: int, beta: float = BETA) -> np.ndarray:
     """The formula of the paper, four nested loops and a tower's edges."""
     n, c, h, w = x.shape
     per, out = c // towers, np.empty_like(x)
@@ -29,7 +29,7 @@ def literal(x: np.ndarray, size: int, towers: int, beta: float = BETA) -> np.nda
 
 
 def activations(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Of the size that makes normalization act: 0..255 inputs give some tens after layer 1."""
+    """Random values, large enough that normalization matters: inputs of 0..255 give about 60 after layer 1."""
     return (torch.randn(*shape, generator=torch.Generator().manual_seed(1)) * 60).to(dtype)
 
 
@@ -41,30 +41,30 @@ def test_equals_the_formula(function: object, size: int, towers: int, beta: floa
     x = activations(2, 12, 3, 4)
     assert callable(function)
     out = function(x, size, K, ALPHA, beta, towers)
-    np.testing.assert_allclose(out.numpy(), literal(x.double().numpy(), size, towers, beta), rtol=1e-5)
+    np.testing.assert_allclose(out.numpy(), loop_norm(x.double().numpy(), size, towers, beta), rtol=1e-5)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("shape", [(4, 96, 7, 5), (3, 10, 1, 1), (1, 6, 55, 55)])
 def test_fast_equals_plain_in_values_and_gradients(layout: torch.memory_format, shape: tuple[int, ...]) -> None:
-    slow = activations(*shape).contiguous(memory_format=layout).requires_grad_()
-    quick = slow.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    plain = activations(*shape).contiguous(memory_format=layout).requires_grad_()
+    fast = plain.detach().clone(memory_format=torch.preserve_format).requires_grad_()
     grad = activations(*shape).flip(0)
-    expected = response_norm.normalize_plain(slow, 5, K, ALPHA, BETA, 2)
-    out = response_norm.normalize_fast(quick, 5, K, ALPHA, BETA, 2)
+    expected = response_norm.normalize_plain(plain, 5, K, ALPHA, BETA, 2)
+    out = response_norm.normalize_fast(fast, 5, K, ALPHA, BETA, 2)
     expected.backward(grad)
     out.backward(grad)
     torch.testing.assert_close(out, expected)
-    torch.testing.assert_close(quick.grad, slow.grad)
+    torch.testing.assert_close(fast.grad, plain.grad)
 
 
 @pytest.mark.parametrize("function", [response_norm.normalize_plain, response_norm.normalize_fast])
-def test_joined_relu_equals_relu_and_then_the_formula(function: object) -> None:
+def test_fused_relu_equals_relu_and_then_the_formula(function: object) -> None:
     x = activations(2, 12, 3, 4).requires_grad_()
     assert callable(function)
     out = function(x * 1, 5, K, ALPHA, BETA, 2, relu=True)  # times 1: `fast` may overwrite what it is given
     rectified = np.maximum(x.detach().double().numpy(), 0)
-    np.testing.assert_allclose(out.detach().numpy(), literal(rectified, 5, 2), rtol=1e-5)
+    np.testing.assert_allclose(out.detach().numpy(), loop_norm(rectified, 5, 2), rtol=1e-5)
     grad = activations(2, 12, 3, 4).flip(0)
     out.backward(grad)
     after = torch.from_numpy(rectified).float().requires_grad_()
@@ -100,14 +100,14 @@ def test_bf16_is_normalized_in_float32() -> None:
     torch.testing.assert_close(out, response_norm.normalize_plain(x.float(), 5, K, ALPHA, BETA, 2).to(torch.bfloat16))
 
 
-def test_stock_operator_agrees_where_conventions_do() -> None:
+def test_equals_torchs_operator_for_one_tower() -> None:
     """torch divides alpha by the size: its 5e-4 is the paper's 1e-4."""
     x = activations(2, 12, 4, 4)
     stock = torch.nn.LocalResponseNorm(5, alpha=5e-4, beta=0.75, k=2.0)
     torch.testing.assert_close(response_norm.normalize_fast(x, 5, 2.0, 1e-4, 0.75, 1), stock(x))
 
 
-def test_of_no_image_nothing() -> None:
+def test_an_empty_batch() -> None:
     empty = torch.empty(0, 8, 5, 5)
     settings = (5, 2.0, 1e-4, 0.75, 2)
     torch.testing.assert_close(
@@ -126,7 +126,7 @@ def test_towers_never_see_each_other() -> None:
     assert changed == [46, 47]  # only the maps whose window reaches over the edge
 
 
-def test_within_map_equals_a_literal_window() -> None:
+def test_within_map_equals_a_plain_loop() -> None:
     x = activations(1, 2, 6, 7).double().numpy()
     expected = np.empty_like(x)
     for channel in range(2):

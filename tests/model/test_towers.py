@@ -1,4 +1,4 @@
-"""What crosses between towers arrives as it was sent, in any arithmetic."""
+"""Exchange between towers: values and gradients, in float32 and bf16."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 from alexnet_cli.core.model.towers import HybridGather
 from alexnet_cli.core.parallel.placement import place_ranks
 from alexnet_cli.core.parallel.process_group import join_process_group, read_rank_info
-from rank_cases import processes
+from rank_cases import run_ranks
 
 
-def meet(dtype: torch.dtype) -> None:
-    """Share one's channels with the other tower, and get back the sum of what both say of them."""
+def share_with_the_other_tower(dtype: torch.dtype) -> None:
+    """One of two ranks: share channels with the other tower; the backward pass sums the gradients of both."""
     with ExitStack() as stack:
         ranks = stack.enter_context(join_process_group(read_rank_info(), "gloo"))
         towers = place_ranks(ranks, "none", "fp32", "tower", 2).ranks.towers
@@ -31,18 +31,18 @@ def meet(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_both_ways(dtype: torch.dtype) -> None:
-    processes(2, meet, dtype)
+def test_share_and_its_gradient(dtype: torch.dtype) -> None:
+    run_ranks(2, share_with_the_other_tower, dtype)
 
 
-def test_how_many_images_each_has_is_told_without_the_gpu() -> None:
-    """Tensors of a GPU would have to be waited for, twice in every step."""
-    told: list[torch.Tensor] = []
+def test_batch_sizes_are_exchanged_from_the_cpu() -> None:
+    """A tensor on a GPU would make the process wait for it, twice in every step."""
+    sent: list[torch.Tensor] = []
 
     class Columns:
-        def all_gather(self, mine: torch.Tensor) -> torch.Tensor:
-            told.append(mine)
-            return torch.stack([mine, mine + 1])
+        def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+            sent.append(tensor)
+            return torch.stack([tensor, tensor + 1])
 
     assert HybridGather(cast(Any, Columns()))._batch_sizes(torch.empty(3, 2, device="meta")) == [3, 4]
-    assert [mine.device.type for mine in told] == ["cpu"]
+    assert [tensor.device.type for tensor in sent] == ["cpu"]

@@ -1,4 +1,4 @@
-"""The GPU kernels where there is no GPU: run by Triton's interpreter, and compiled for GPUs that are not here."""
+"""The GPU kernels without a GPU: run by Triton's interpreter, and compiled for several GPUs."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 
 
 @needs_triton
-def test_interpreted_they_equal_the_definition() -> None:
-    """In a process of its own: Triton chooses between interpreter and compiler when it is imported."""
+def test_interpreted_kernels_equal_the_definition() -> None:
+    """In another process, since Triton chooses between interpreter and compiler when it is imported."""
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     program = Path(kernel_cases.__file__)
     done = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True, timeout=300)
@@ -34,10 +34,10 @@ def test_interpreted_they_equal_the_definition() -> None:
 @needs_triton
 @pytest.mark.parametrize("capability", [75, 80, 90, 100])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_they_compile_for_gpus_that_are_not_here(
+def test_norm_kernels_compile_for_all_gpus(
     capability: int, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Which the interpreter does not show: it takes Python that the compiler refuses."""
+    """The interpreter accepts Python that the compiler refuses."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -58,7 +58,7 @@ def test_they_compile_for_gpus_that_are_not_here(
 
 @needs_triton
 @pytest.mark.parametrize("capability", [75, 90])
-def test_the_update_compiles_for_gpus_that_are_not_here(
+def test_the_update_kernel_compiles_for_all_gpus(
     capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import triton
@@ -74,8 +74,8 @@ def test_the_update_compiles_for_gpus_that_are_not_here(
     assert (compiled.asm["ttgir"].count("tt.load"), compiled.asm["ttgir"].count("tt.store")) == (3, 2)
 
 
-class Pretended:
-    """A driver of Triton's for a GPU that is not here: it compiles kernels, and notes what would be launched."""
+class FakeDriver:
+    """A Triton driver without a GPU: it compiles kernels and records their launches."""
 
     def __init__(self) -> None:
         self.launched: list[tuple[str, tuple[int, ...], list[Any]]] = []
@@ -109,7 +109,7 @@ class Pretended:
 
 
 @pytest.fixture
-def pretended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pretended]:
+def fake_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDriver]:
     from triton.runtime import driver
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
@@ -118,34 +118,34 @@ def pretended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Prete
         triton_kernels._norm_backward_kernel,
         triton_kernels._update_kernel,
     )
-    monkeypatch.setattr(driver, "_active", made := Pretended())
-    yield made
+    monkeypatch.setattr(driver, "_active", driver_double := FakeDriver())
+    yield driver_double
     for kernel in kernels:
-        kernel.device_caches.clear()  # of what was compiled for nobody
+        kernel.device_caches.clear()  # forget what the fake driver compiled
 
 
 @needs_triton
-def test_they_are_launched_with_what_they_take(pretended: Pretended) -> None:
-    """The way from a call to a launch, which neither the interpreter nor the compiler alone goes."""
+def test_launch_arguments(fake_driver: FakeDriver) -> None:
+    """Covers the path from a call to a launch, which the interpreter and the compiler skip."""
     x = torch.empty(64, 96, 55, 55, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
     for values in (x, x[:0]):
         triton_kernels.response_norm_forward(values, 5, 2.0, 1e-4, 0.75, 2, True)
         triton_kernels.response_norm_backward(values, values, 5, 2.0, 1e-4, 0.75, 2, True)
     weight, velocity, gradient = ([torch.empty(96, 3, 11, 11)] for _ in range(3))
     triton_kernels.fused_update(weight, velocity, gradient, 0.9, 0.01, 0.0005)
-    found = [(name, grid[0], given[-1]) for name, grid, given in pretended.launched]
+    found = [(name, grid[0], given[-1]) for name, grid, given in fake_driver.launched]
     block, programs = triton_kernels.NORM_BLOCK, x.numel() // triton_kernels.NORM_BLOCK
     assert found == [
         ("_norm_forward_kernel", programs, block), ("_norm_backward_kernel", programs, block),
         ("_norm_forward_kernel", 1, block), ("_norm_backward_kernel", 1, block),
         ("_update_kernel", 35, triton_kernels.UPDATE_BLOCK),
     ]  # fmt: skip
-    counts = [next(value for value in given if type(value) is int) for _, _, given in pretended.launched]
+    counts = [next(value for value in given if type(value) is int) for _, _, given in fake_driver.launched]
     assert counts == [x.numel(), x.numel(), 0, 0, 96 * 3 * 11 * 11]
 
 
-def test_without_triton_they_can_be_imported_and_say_so() -> None:
-    """Nor does the training import the compiler, which takes a second."""
+def test_without_triton_the_reason_is_given() -> None:
+    """The training does not import torch's compiler either, which takes a second."""
     code = (
         "import sys; sys.modules['triton'] = None\n"
         "import alexnet_cli.core.training.loop; assert 'torch._dynamo' not in sys.modules\n"
@@ -156,28 +156,28 @@ def test_without_triton_they_can_be_imported_and_say_so() -> None:
 
 
 @pytest.mark.parametrize(("reason", "used"), [("", True), ("Failed to find C compiler.", False)])
-def test_who_normalizes_on_a_gpu(reason: str, used: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors without values stand for those on a GPU."""
+def test_the_kernel_is_used_on_a_gpu_if_it_works(reason: str, used: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With fake tensors in the place of those on a GPU."""
     monkeypatch.setattr(triton_kernels, "unavailable_reason", lambda index: reason)
-    taken: list[tuple[object, ...]] = []
+    calls: list[tuple[object, ...]] = []
     fused = triton_kernels.fused_response_norm
 
-    def noted(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
-        taken.append(arguments)
+    def count_call(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        calls.append(arguments)
         return fused(x, *arguments)
 
-    monkeypatch.setattr(triton_kernels, "fused_response_norm", noted)
+    monkeypatch.setattr(triton_kernels, "fused_response_norm", count_call)
     with FakeTensorMode():
         x = torch.empty(2, 8, 3, 5, device="cuda").contiguous(memory_format=torch.channels_last)
         out = response_norm.normalize_fast(x, 5, 2.0, 1e-4, 0.75, 2, True)
     assert (out.shape, out.device.type, out.stride()) == (x.shape, "cuda", x.stride())
-    assert taken == ([(5, 2.0, 1e-4, 0.75, 2, True)] if used else [])
+    assert calls == ([(5, 2.0, 1e-4, 0.75, 2, True)] if used else [])
 
 
-def test_a_gpu_that_cannot_run_them_is_told_about(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_note_tells_that_the_kernels_do_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(placement, "visible_gpus", lambda: [Gpu(0, "H100", 80 << 30, "9.0")])
     monkeypatch.setattr(placement, "try_gpu", lambda index: "")
-    for switch in ("benchmark", "allow_tf32"):  # to be put back afterwards
+    for switch in ("benchmark", "allow_tf32"):  # restored after the test
         monkeypatch.setattr(torch.backends.cudnn, switch, getattr(torch.backends.cudnn, switch))
     monkeypatch.setattr(triton_kernels, "unavailable_reason", lambda index: "Failed to find C compiler.")
     chosen = placement.place("0", "fp32")

@@ -1,4 +1,4 @@
-"""One command as several processes: how it ends, whatever ends it. Nothing is left behind."""
+"""One command in several processes: every way it can end, with no process left behind."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ SMALL = ("--recipe", "paper", "--set", "width=0.03125", "-b", "8", "--gpus", "no
 
 @dataclass
 class Command:
-    """A training in processes of its own; `runs` is where its runs are."""
+    """A running `alexnet train`; its runs are in `runs`."""
 
     process: subprocess.Popen[str]
     runs: Path
 
     def ranks(self) -> list[int]:
-        """The processes it has started."""
+        """Process ids of the ranks."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
         return [int(number) for number in children.read_text().split()]
 
-    def saved(self, name: str = "r", step: int = 1) -> None:
+    def wait_for_checkpoint(self, name: str = "r", step: int = 1) -> None:
         """Wait for a checkpoint of that step or later."""
         deadline = time.monotonic() + SECONDS
         last = self.runs / name / "checkpoints" / "last"
@@ -44,8 +44,8 @@ class Command:
             assert time.monotonic() < deadline
             time.sleep(0.05)
 
-    def end(self) -> tuple[int, str, str]:
-        """Exit code, stdout and stderr."""
+    def wait(self) -> tuple[int, str, str]:
+        """Wait for the end: exit code, stdout and stderr."""
         out, err = self.process.communicate(timeout=SECONDS)
         return self.process.returncode, out, err
 
@@ -64,16 +64,16 @@ def start(prepared: Path, tmp_path: Path) -> Iterator[Any]:
 
     yield command
     for one in started:
-        one.process.terminate()  # by which launchers end what they have started, too
+        one.process.terminate()  # on which launchers stop their ranks, too
         one.process.communicate(timeout=SECONDS)
 
 
-Said = Callable[..., tuple[int, str, str]]
+RunCommand = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def said(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Said:
-    """What a command says that starts no process: exit code, stdout and stderr."""
+def run_command(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunCommand:
+    """Run a command that must fail before it starts ranks: exit code, stdout and stderr."""
     monkeypatch.setenv("ALEXNET_RUNS_DIR", str(tmp_path / "runs"))
     monkeypatch.setattr(launch, "launch", None)
 
@@ -84,8 +84,8 @@ def said(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sai
     return command
 
 
-def gone(numbers: list[int]) -> bool:
-    """Whether all these processes are gone, or will be as soon as somebody asks how they ended."""
+def all_ended(numbers: list[int]) -> bool:
+    """Whether all these processes end within 20 s (zombies count as ended)."""
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
         stats = [Path(f"/proc/{number}/stat") for number in numbers]
@@ -96,68 +96,68 @@ def gone(numbers: list[int]) -> bool:
     return False
 
 
-def test_a_killed_rank_ends_all(start: Any) -> None:
+def test_a_killed_rank_stops_all_ranks(start: Any) -> None:
     command = start("--processes", "2")
-    command.saved()
+    command.wait_for_checkpoint()
     ranks, killed = command.ranks(), time.monotonic()
     os.kill(ranks[1], signal.SIGKILL)
-    code, _, err = command.end()
+    code, _, err = command.wait()
     assert time.monotonic() - killed < 30
     assert code == 4
     assert err.count("error: ") == 1
     assert "error: rank 1 was killed by SIGKILL" in err
     assert "Traceback" not in err
-    assert gone(ranks)
+    assert all_ended(ranks)
     assert (command.runs / "r" / "checkpoints" / "last" / "meta.json").is_file()
     assert json.loads((command.runs / "r" / "run.json").read_text())["placement"] == {
         "tower 1": "CPU process 0", "tower 2": "CPU process 1",
     }  # fmt: skip
 
 
-def test_a_wrong_word_is_told_once(said: Said) -> None:
-    code, out, err = said("--processes", "2", "--set", "widht=1")
+def test_a_usage_error_is_printed_once(run_command: RunCommand) -> None:
+    code, out, err = run_command("--processes", "2", "--set", "widht=1")
     assert (code, out) == (2, "")
     assert err == "error: recipe: no key is called widht\nhint: did you mean width?\n"
 
 
-def test_three_are_no_pairs(said: Said) -> None:
-    code, out, err = said("--processes", "3", "--parallel", "tower")
+def test_tower_parallel_refuses_three_processes(run_command: RunCommand) -> None:
+    code, out, err = run_command("--processes", "3", "--parallel", "tower")
     assert (code, out) == (2, "")
     assert err.count("\n") == 2
     assert "two towers on two devices: the number of devices is odd (3)" in err
 
 
-def test_processes_are_for_the_cpu(said: Said) -> None:
-    code, _, err = said("--gpus", "0", "--processes", "2")
+def test_processes_option_is_for_the_cpu(run_command: RunCommand) -> None:
+    code, _, err = run_command("--gpus", "0", "--processes", "2")
     assert code == 2
     assert "--gpus 0,1 starts one process per GPU" in err
 
 
-def test_processes_are_the_launchers_affair_where_there_is_one(said: Said, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_option_is_refused_under_a_launcher(run_command: RunCommand, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
-    code, _, err = said("--processes", "2")
+    code, _, err = run_command("--processes", "2")
     assert code == 2
     assert "error: --processes 2: a launcher has started this process as rank 0 of 1\nhint: remove --processes" in err
 
 
-def test_gpus_that_are_not_there(said: Said) -> None:
-    code, _, err = said("--gpus", "98,99")
+def test_missing_gpus_are_an_error(run_command: RunCommand) -> None:
+    code, _, err = run_command("--gpus", "98,99")
     assert code == 4
     assert "error: --gpus 98,99: GPUs available here: " in err
     assert "--gpus none uses the CPU" in err
 
 
 @pytest.mark.slow
-def test_sigterm_reaches_all_and_saves_once(start: Any) -> None:
+def test_sigterm_stops_all_ranks_and_saves_once(start: Any) -> None:
     command = start("--processes", "2", "--json")
-    command.saved()
+    command.wait_for_checkpoint()
     ranks = command.ranks()
     command.process.send_signal(signal.SIGTERM)
-    code, out, err = command.end()
+    code, out, err = command.wait()
     assert code == 143
     assert err.count("error: stopped (SIGTERM)") == 1
-    assert gone(ranks)
+    assert all_ended(ranks)
     lines = [json.loads(line) for line in out.splitlines()]
     assert lines[-1]["event"] == "end"
     assert [line["event"] for line in lines].count("start") == 1, "only rank 0 speaks"
@@ -167,53 +167,53 @@ def test_sigterm_reaches_all_and_saves_once(start: Any) -> None:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGUSR1, 143), (signal.SIGHUP, 129)])
 def test_other_signals(start: Any, number: signal.Signals, code: int) -> None:
     command = start("--processes", "2")
-    command.saved()
+    command.wait_for_checkpoint()
     ranks = command.ranks()
     command.process.send_signal(number)
-    found, _, err = command.end()
+    found, _, err = command.wait()
     assert found == code
     assert err.count("checkpoint saved in") == 1
-    assert gone(ranks)
+    assert all_ended(ranks)
 
 
 @pytest.mark.slow
-def test_a_second_ctrl_c_ends_at_once(start: Any) -> None:
+def test_a_second_ctrl_c_stops_at_once(start: Any) -> None:
     command = start("--processes", "2")
-    command.saved()
+    command.wait_for_checkpoint()
     ranks = command.ranks()
     command.process.send_signal(signal.SIGINT)
     time.sleep(0.05)
     command.process.send_signal(signal.SIGINT)
-    code, _, err = command.end()
+    code, _, err = command.wait()
     assert code == 130
     assert err.count("error: stopped") == 1
-    assert gone(ranks)
+    assert all_ended(ranks)
 
 
 @pytest.mark.slow
-def test_a_signal_before_anything_is_there(start: Any) -> None:
+def test_a_signal_during_startup(start: Any) -> None:
     command = start("--processes", "2")
     while len(command.ranks()) < 2:
         time.sleep(0.01)
     command.process.send_signal(signal.SIGTERM)
-    code, _, err = command.end()
+    code, _, err = command.wait()
     assert (code, err) == (143, "error: stopped by SIGTERM\n")
 
 
 @pytest.mark.slow
-def test_modules_of_the_user_are_not_ours(start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_modules_of_the_user_are_not_imported(start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "typer.py").write_text("raise SystemExit(9)")
     monkeypatch.chdir(tmp_path)
     root = Path(__file__).resolve().parents[2]
     path = {"PYTHONPATH": f"{root}{os.pathsep}{root / 'plugins'}"}
-    code, _, err = start("--processes", "2", "--resume", "none", before=("-P",), settings=path).end()
+    code, _, err = start("--processes", "2", "--resume", "none", before=("-P",), settings=path).wait()
     assert code == 2
     assert "error: no run is called none" in err
 
 
 @pytest.mark.slow
-def test_time_is_up(start: Any) -> None:
-    code, _, err = start("--processes", "2", "--max-time", "2s").end()
+def test_max_time_stops_all_ranks(start: Any) -> None:
+    code, _, err = start("--processes", "2", "--max-time", "2s").wait()
     assert code == 75
     assert "stopped (time is up)" in err
 
@@ -222,25 +222,25 @@ def test_time_is_up(start: Any) -> None:
 @pytest.mark.parametrize("processes", ["2", "4"])
 def test_a_rank_that_hangs_is_named(start: Any, processes: str) -> None:
     command = start("--processes", processes, settings={"ALEXNET_TIMEOUT": "5"})
-    command.saved()
+    command.wait_for_checkpoint()
     ranks = command.ranks()
     os.kill(ranks[-1], signal.SIGSTOP)
-    code, _, err = command.end()
+    code, _, err = command.wait()
     assert code == 4
     assert err.count("error: ") == 1
     assert re.search(
         rf"error: rank \d (timed out|lost its connection) in .*: rank {len(ranks) - 1} did not arrive\n", err
     )
-    assert gone(ranks)
+    assert all_ended(ranks)
 
 
 @pytest.mark.slow
 def test_ranks_save_and_end_when_their_launcher_is_killed(start: Any) -> None:
     command = start("--processes", "2")
-    command.saved()
+    command.wait_for_checkpoint()
     ranks = command.ranks()
     command.process.kill()
-    assert gone(ranks)
+    assert all_ended(ranks)
     assert json.loads((command.runs / "r" / "run.json").read_text())["reason"] == "SIGTERM"
 
 
@@ -248,9 +248,9 @@ def test_ranks_save_and_end_when_their_launcher_is_killed(start: Any) -> None:
 def test_torchrun_starts_again_and_the_run_goes_on(start: Any) -> None:
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "2")
     command = start("--resume", "auto", "--epochs", "12", before=torchrun)
-    command.saved(step=12)
+    command.wait_for_checkpoint(step=12)
     os.kill(command.ranks()[1], signal.SIGKILL)
-    code, _, err = command.end()
+    code, _, err = command.wait()
     assert code == 0, err
     about = json.loads((command.runs / "r" / "run.json").read_text())
     assert about["status"] == "finished"

@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-import torch
 import torch.distributed as dist
 
 from alexnet_cli.core.data.loader import training_batches
@@ -27,7 +26,7 @@ from alexnet_cli.core.parallel.process_group import (
 from alexnet_cli.core.training.fine_tuning import freeze
 from alexnet_cli.errors import UsageError
 from alexnet_cli.recipe import CAFFE, PAPER, Recipe
-from rank_cases import PLACES, exchange, processes, result
+from rank_cases import PLACES, train_in_ranks
 
 SMALL = replace(PAPER, width=1 / 16, batch_size=11, epochs=3)  # 11 divides by no number of replicas
 JOINT = replace(CAFFE, width=1 / 16, batch_size=12, epochs=3, color_shift=0.1)
@@ -37,16 +36,16 @@ Results = Callable[..., Any]
 
 @pytest.fixture(scope="module")
 def results(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """What a recipe comes to in a place; each found once."""
-    found: dict[tuple[str, str], Any] = {}
+    """Train a recipe in a place; each pair runs once."""
+    cache: dict[tuple[str, str], Any] = {}
 
-    def of(place: str, recipe: Recipe = SMALL) -> Any:
-        if (place, recipe.name) not in found:
+    def train(place: str, recipe: Recipe = SMALL) -> Any:
+        if (place, recipe.name) not in cache:
             folder = tmp_path_factory.mktemp("run") / "r"
-            found[place, recipe.name] = result(place, recipe, prepared, folder, TEN) | {"folder": folder}
-        return found[place, recipe.name]
+            cache[place, recipe.name] = train_in_ranks(place, recipe, prepared, folder, TEN) | {"folder": folder}
+        return cache[place, recipe.name]
 
-    return of
+    return train
 
 
 TABLE = [
@@ -56,7 +55,7 @@ TABLE = [
 
 
 @pytest.mark.parametrize(("place", "recipe"), TABLE)
-def test_the_numbers_are_those_of_one_process(results: Results, place: str, recipe: Recipe) -> None:
+def test_placement_does_not_change_the_numbers(results: Results, place: str, recipe: Recipe) -> None:
     one, here = results("one", recipe), results(place, recipe)
     np.testing.assert_allclose(here["logits"], one["logits"], rtol=0, atol=1e-6)
     gradients = [key for key in one if key.startswith("gradient")]
@@ -73,20 +72,20 @@ def test_the_numbers_are_those_of_one_process(results: Results, place: str, reci
         np.testing.assert_allclose(here[key], one[key], rtol=0, atol=1e-6, err_msg=key)
 
 
-ELSEWHERE = [("towers", "one"), ("one", "data x towers"), ("data", "towers")]
+MOVES = [("towers", "one"), ("one", "data x towers"), ("data", "towers")]
 
 
-@pytest.mark.parametrize(("begun", "then"), ELSEWHERE)
-def test_a_run_goes_on_elsewhere(results: Results, prepared: Path, tmp_path: Path, begun: str, then: str) -> None:
-    result(begun, SMALL, prepared, tmp_path / "begun", 6)
+@pytest.mark.parametrize(("before", "after"), MOVES)
+def test_a_run_resumes_elsewhere(results: Results, prepared: Path, tmp_path: Path, before: str, after: str) -> None:
+    train_in_ranks(before, SMALL, prepared, tmp_path / "before", 6)
     whole = results("one")
-    rest = result(then, SMALL, prepared, tmp_path / "then", TEN, tmp_path / "begun" / "checkpoints" / "last")
+    rest = train_in_ranks(after, SMALL, prepared, tmp_path / "after", TEN, tmp_path / "before" / "checkpoints" / "last")
     np.testing.assert_allclose(rest["losses"], whole["losses"][6:], rtol=1e-5)
     np.testing.assert_allclose(rest["weight fc8.weight"], whole["weight fc8.weight"], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7])
-def test_shares_make_the_batches(ranks: int) -> None:
+def test_batch_slices_make_up_the_batch(ranks: int) -> None:
     whole = training_batches(100, 13, 5, 2)
     shares = [training_batches(100, 13, 5, 2, 0, rank, ranks) for rank in range(ranks)]
     for step, batch in enumerate(whole):
@@ -96,7 +95,7 @@ def test_shares_make_the_batches(ranks: int) -> None:
             np.testing.assert_array_equal(batch[part], shares[rank][step])
 
 
-def test_where_no_replica_learns_none_is_made() -> None:
+def test_ddp_is_skipped_without_trainable_replicas() -> None:
     frozen = replace(SMALL, frozen="conv")
     columns, everyone = TowerGroup(2, 1), cast(dist.ProcessGroup, object())
     network = Network(frozen, 4, columns=columns)
@@ -104,12 +103,7 @@ def test_where_no_replica_learns_none_is_made() -> None:
     assert wrap_ddp(network, ProcessMesh(0, 2, 0, 2, columns=columns, group=everyone), compress=False) is network
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_what_is_shared_is_what_all_have(dtype: torch.dtype) -> None:
-    processes(2, exchange, dtype)
-
-
-def test_counts_add_up() -> None:
+def test_evaluations_are_summed_over_ranks() -> None:
     first, second = Evaluation.empty(3), Evaluation.empty(3)
     first.add(np.eye(3, dtype=np.float32), np.array([0, 1, 1]))
     second.add(np.eye(3, dtype=np.float32)[:1], np.array([2]))
@@ -126,21 +120,21 @@ def test_counts_add_up() -> None:
         (2, "auto", 1, (2, 1)), (2, "data", 2, (2, 1)), (4, "hybrid", 2, (4, 1)), (64, "tower", 2, (32, 2)),
     ],
 )  # fmt: skip
-def test_arrangements(size: int, parallel: Any, towers: int, expected: tuple[int, int]) -> None:
+def test_mesh_shape(size: int, parallel: Any, towers: int, expected: tuple[int, int]) -> None:
     assert mesh_shape(size, parallel, towers) == expected
 
 
 @pytest.mark.parametrize(("size", "towers", "reason"), [(3, 2, r"odd \(3\)"), (2, 1, "one tower")])
-def test_towers_need_pairs(size: int, towers: int, reason: str) -> None:
+def test_tower_parallel_needs_pairs(size: int, towers: int, reason: str) -> None:
     with pytest.raises(UsageError, match=reason):
         mesh_shape(size, "tower", towers)
 
 
-def test_the_numbers_of_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rank_info_of_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert read_rank_info() is None
     for name, value in {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1"}.items():
         monkeypatch.setenv(name, value)
-    assert read_rank_info() is None, "a batch script is no step of its own"
+    assert read_rank_info() is None, "a batch script is not a rank"
     monkeypatch.setenv("SLURM_STEP_ID", "0")
     monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "4")
     found = read_rank_info()
@@ -156,8 +150,8 @@ def test_the_numbers_of_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
         read_rank_info()
 
 
-@pytest.mark.parametrize("asked", ["soon", "0", "nan", "1e99"])
-def test_a_patience_that_is_none_is_a_message(monkeypatch: pytest.MonkeyPatch, asked: str) -> None:
-    monkeypatch.setenv("ALEXNET_TIMEOUT", asked)
-    with pytest.raises(UsageError, match=f"ALEXNET_TIMEOUT={asked}"), join_process_group(RankInfo(0, 2, 0, 2), "gloo"):
+@pytest.mark.parametrize("text", ["soon", "0", "nan", "1e99"])
+def test_an_invalid_timeout_is_refused(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("ALEXNET_TIMEOUT", text)
+    with pytest.raises(UsageError, match=f"ALEXNET_TIMEOUT={text}"), join_process_group(RankInfo(0, 2, 0, 2), "gloo"):
         pass

@@ -1,4 +1,4 @@
-"""Which device computes, and with what arithmetic, where the GPUs are made up."""
+"""Which device and precision each process gets; the GPUs are fake."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("own_runs_and_settings")
 
 @pytest.fixture(autouse=True)
 def _gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two GPUs, of which everything can be said but to compute."""
+    """Two fake GPUs, which work but cannot compute."""
     monkeypatch.setattr(placement, "visible_gpus", lambda: [T4, H100])
     monkeypatch.setattr(placement, "try_gpu", lambda index: "")
     monkeypatch.setattr(triton_kernels, "unavailable_reason", lambda index: "")
@@ -39,15 +39,15 @@ def tf32() -> tuple[bool, bool]:
     [("1", "bf16", "bf16", 0), ("1", "tf32", "tf32", 0), ("1", "fp32", "fp32", 0),
      ("0", "bf16", "fp32", 1), ("0", "tf32", "fp32", 0)],
 )  # fmt: skip
-def test_arithmetic_is_what_the_gpu_has(gpu: str, asked: str, precision: str, notes: int) -> None:
+def test_precision_is_what_the_gpu_supports(gpu: str, asked: str, precision: str, notes: int) -> None:
     placed = place(gpu, asked)
     assert (placed.device, placed.precision) == (torch.device("cuda", int(gpu)), precision)
     assert len(placed.notes) == notes
     assert tf32() == (precision != "fp32",) * 2
 
 
-def test_float32_stays_float32_beside_what_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    """TF32 is a switch of the process: each placement sets it when it computes."""
+def test_each_placement_sets_tf32_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TF32 is a setting of the process, which each placement sets when it computes."""
     monkeypatch.setattr(torch, "autocast", lambda *_: None)
     low, high = place("1", "bf16"), place("1", "fp32")
     for placed, allowed in ((low, True), (high, False), (low, True)):
@@ -55,22 +55,22 @@ def test_float32_stays_float32_beside_what_is_not(monkeypatch: pytest.MonkeyPatc
         assert tf32() == (allowed, allowed)
 
 
-def test_a_gpu_that_cannot_compute_is_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_cannot_compute_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(placement, "try_gpu", lambda index: "CUDA error: no kernel image is available")
-    with pytest.raises(MissingError, match="GPU 0 T4 cannot be used: CUDA error: no kernel image") as told:
+    with pytest.raises(MissingError, match="GPU 0 T4 cannot be used: CUDA error: no kernel image") as caught:
         place(None, "fp32")
-    assert "--gpus none" in told.value.hint
+    assert "--gpus none" in caught.value.hint
 
 
-def test_one_of_several() -> None:
+def test_single_gpu() -> None:
     assert [single_gpu(gpus) for gpus in (None, "1", "all", "none")] == [0, 1, 0, None]
     with pytest.raises(UsageError, match="one device"):
         single_gpu("0,1")
 
 
 @pytest.fixture
-def among(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """Where this process, the second of two, is placed; `other` says what the first one told."""
+def place_second(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Place this process, the second of two; `other` is what the first one reports."""
 
     def placed(gpus: str | None, seen: list[Gpu], other: tuple[str, str, str], precision: str = "bf16") -> Any:
         monkeypatch.setattr(placement, "read_rank_info", lambda: RankInfo(1, 2, 1, 2))
@@ -82,26 +82,26 @@ def among(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     return placed
 
 
-def test_each_process_has_its_own(among: Callable[..., Any]) -> None:
-    found = among("0,1", [T4, H100], ("GPU 0 T4", "bf16", "GPU-a"))
+def test_each_process_gets_its_own_gpu(place_second: Callable[..., Any]) -> None:
+    found = place_second("0,1", [T4, H100], ("GPU 0 T4", "bf16", "GPU-a"))
     assert (found.device, found.precision) == (torch.device("cuda", 1), "bf16")
     assert found.names == ("GPU 0 T4", "GPU 1 H100")
     alone = replace(H100, index=0)  # all that a launcher lets it see, as with Slurm's --gpus-per-task=1
-    assert among(None, [alone], ("GPU 0 H100", "bf16", "GPU-a")).device == torch.device("cuda", 0)
+    assert place_second(None, [alone], ("GPU 0 H100", "bf16", "GPU-a")).device == torch.device("cuda", 0)
 
 
-def test_two_that_see_the_same_gpu_are_told(among: Callable[..., Any]) -> None:
-    with pytest.raises(MissingError, match="2 processes need a GPU each, but only 1 found") as told:
-        among(None, [T4], ("GPU 0 T4", "fp32", "GPU-a"))
-    assert "--gpus 0,0" in told.value.hint
-    assert among("0,0", [T4], ("GPU 0 T4", "fp32", "GPU-a")).device == torch.device("cuda", 0)
+def test_two_processes_on_one_gpu_must_ask_for_it(place_second: Callable[..., Any]) -> None:
+    with pytest.raises(MissingError, match="2 processes need a GPU each, but only 1 found") as caught:
+        place_second(None, [T4], ("GPU 0 T4", "fp32", "GPU-a"))
+    assert "--gpus 0,0" in caught.value.hint
+    assert place_second("0,0", [T4], ("GPU 0 T4", "fp32", "GPU-a")).device == torch.device("cuda", 0)
     with pytest.raises(MissingError, match="names 1 for 2 or more processes"):
-        among("0", [T4], ("GPU 0 T4", "fp32", "GPU-a"))
+        place_second("0", [T4], ("GPU 0 T4", "fp32", "GPU-a"))
 
 
-def test_all_compute_in_what_each_can(among: Callable[..., Any]) -> None:
-    """Or what towers send each other would be read as something else."""
-    found = among("0,1", [T4, H100], ("GPU 0 T4", "fp32", "GPU-a"))
+def test_all_ranks_use_a_precision_that_each_supports(place_second: Callable[..., Any]) -> None:
+    """Towers must send each other the same dtype."""
+    found = place_second("0,1", [T4, H100], ("GPU 0 T4", "fp32", "GPU-a"))
     assert found.precision == "fp32"
     assert "not every device supports bf16" in found.notes[-1]
     found.precision_context()
