@@ -28,7 +28,7 @@ from alexnet_cli.core.runs.run import Run
 from alexnet_cli.errors import DataError, PartialError, UsageError, WeightsError
 from alexnet_cli.recipe import PAPER
 from model_files import random_model, save_model
-from report_cases import HOSTILE, NAMES, RECIPE, Page, hostile_data, make_run, report, told
+from report_cases import HOSTILE, NAMES, RECIPE, Page, hostile_data, make_run, read_result, report
 from trainings import new_loop
 
 
@@ -46,7 +46,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 def shown(tmp_path_factory: pytest.TempPathFactory, data: Dataset) -> Run:
     """A run with its report."""
     run = make_run(tmp_path_factory.mktemp("runs"), data)
-    assert told(report("-w", str(run.path), "--json", "-q"))["path"] == str(run.path / "report.html")
+    assert read_result(report("-w", str(run.path), "--json", "-q"))["path"] == str(run.path / "report.html")
     return run
 
 
@@ -161,7 +161,7 @@ def test_it_has_every_section_and_a_table_of_contents(shown: Run) -> None:
 
 def test_the_same_run_gives_the_same_bytes(shown: Run, copy: Run, tmp_path: Path) -> None:
     for name in ("one.html", "two.html"):
-        assert told(report("-w", str(copy.path), "-o", str(tmp_path / name), "--json", "-q"))["charts"] is True
+        assert read_result(report("-w", str(copy.path), "-o", str(tmp_path / name), "--json", "-q"))["charts"] is True
     assert (tmp_path / "one.html").read_bytes() == (tmp_path / "two.html").read_bytes()
     assert (tmp_path / "one.html").stat().st_size < 1e6
 
@@ -172,12 +172,12 @@ def test_what_is_there_is_used_if_it_is_of_these_weights(copy: Run) -> None:
     assert said["weights_sha256"]
     for sha, loss in ((said["weights_sha256"], "4.321"), ("0" * 64, f"{said['loss']:.3f}")):
         file.write_text(json.dumps(said | {"loss": 4.321, "weights_sha256": sha}))
-        told(report("-w", str(copy.path), "--json", "-q"))
+        read_result(report("-w", str(copy.path), "--json", "-q"))
         page = Page(copy.path / "report.html")
         assert page.tables["Errors with their 95 % intervals"][1][-1] == loss
     assert index.stat().st_mtime_ns == made
     file.write_text("{")
-    assert told(report("-w", str(copy.path), "--json", "-q"))["top1_error"] == said["top1_error"]
+    assert read_result(report("-w", str(copy.path), "--json", "-q"))["top1_error"] == said["top1_error"]
 
 
 def test_another_checkpoint_has_a_page_of_its_own(copy: Run) -> None:
@@ -188,7 +188,7 @@ def test_another_checkpoint_has_a_page_of_its_own(copy: Run) -> None:
     save_model(
         replace(random_model(RECIPE, len(NAMES), seed=7), classes=read(copy).classes), other / "model.safetensors"
     )
-    found = told(report("-w", str(other), "--json", "-q"))
+    found = read_result(report("-w", str(other), "--json", "-q"))
     assert found["path"] == str(copy.path / "report-00000099.html")
     assert found["top1_error"] is not None
     assert {path: path.read_bytes() for path in before} == before
@@ -207,7 +207,7 @@ def test_drops_are_marked_after_the_epochs_that_the_schedule_has(prepared: Path,
     history = read_history(run.records(), recipe)
     assert history.drops == (1, 3)
     drawn = draw_charts(history)["loss"]
-    assert drawn.caption.endswith("the learning rate drops after epoch 1, 3.")
+    assert drawn.caption.endswith("the learning rate drops after epochs 1, 3.")
     lines = re.findall(
         r'd="M ([\d.]+) [\d.]+ *\nL ([\d.]+) [\d.]+ *\n" clip-path="[^"]*" style="[^"]*#555555', drawn.svg
     )
@@ -247,16 +247,16 @@ def test_without_the_plotting_library_tables_stand_in(copy: Run, monkeypatch: py
 def test_a_run_whose_data_are_gone(copy: Run, data: Dataset) -> None:
     shutil.rmtree(copy.path / "eval")
     copy.update({"data_path": "/nowhere/at/all"})
-    notes = {s["id"]: s["note"] for s in told(report("-w", str(copy.path), "--json", "-q"))["sections"]}
+    notes = {s["id"]: s["note"] for s in read_result(report("-w", str(copy.path), "--json", "-q"))["sections"]}
     assert notes["results"].startswith(f"Missing: the data set {data.name} cannot be opened: /nowhere/at/all is not a ")
     assert {notes["results"]} == {notes["examples"], notes["neighbors"]}.union({notes["results"]})
     assert notes["filters"] is notes["curves"] is None
-    assert told(report("-w", str(copy.path), "--json", "-q", "--data", str(data.path)))["top1_error"] is not None
+    assert read_result(report("-w", str(copy.path), "--json", "-q", "--data", str(data.path)))["top1_error"] is not None
 
 
 def test_other_data_than_the_runs_are_said(copy: Run, prepared: Path) -> None:
     copy.update({"data_path": str(prepared)})
-    notes = {s["id"]: s["note"] for s in told(report("-w", str(copy.path), "--json", "-q"))["sections"]}
+    notes = {s["id"]: s["note"] for s in read_result(report("-w", str(copy.path), "--json", "-q"))["sections"]}
     assert "the run was trained on another data set than" in notes["results"]
     result = report("-w", str(copy.path), "--data", str(prepared))
     assert isinstance(result.exception, PartialError)
@@ -269,7 +269,7 @@ def test_a_page_names_the_data_that_it_measured_on(copy: Run, data: Dataset, tmp
     shutil.copytree(data.path, other)
     (other / "dataset.json").write_text(json.dumps(data.record | {"name": "other"}))
     index = (copy.path / "neighbors" / "index.json").read_bytes()
-    assert told(report("-w", str(copy.path), "--data", str(other), "--json", "-q"))["data"] == str(other)
+    assert read_result(report("-w", str(copy.path), "--data", str(other), "--json", "-q"))["data"] == str(other)
     text = Page(copy.path / "report.html").all_text
     assert "on the 12 validation images of other, center view" in text
     assert f"Data set{data.name}" in text
@@ -338,7 +338,7 @@ def test_a_network_that_broke_down_has_what_can_be_said(
 @pytest.mark.parametrize("status", ["running", "failed", "interrupted"])
 def test_a_run_before_its_first_checkpoint(tmp_path: Path, data: Dataset, status: str) -> None:
     run = make_run(tmp_path, data, epochs=0, status=status)
-    found = told(report("-w", str(run.path), "--json", "-q"))
+    found = read_result(report("-w", str(run.path), "--json", "-q"))
     assert (found["weights"], found["top1_error"]) == (None, None)
     notes = {s["id"]: s["note"] for s in found["sections"]}
     assert notes["curves"] == "No step has been recorded yet."
@@ -358,7 +358,7 @@ def test_an_imported_network_has_no_training_to_tell_of(
     monkeypatch.chdir(tmp_path)
     run = Run.create("caffe", RECIPE, {"status": "finished", "imported": {"file": "x.caffemodel", "format": "Caffe"}})
     save_model(replace(random_model(RECIPE, len(NAMES)), classes=data.classes), run.path / "model.safetensors")
-    found = told(report("-w", "caffe", "--json", "-q"))
+    found = read_result(report("-w", "caffe", "--json", "-q"))
     sections = ["network", "recipe", "filters", "results", "examples", "neighbors", "origin"]
     assert [s["id"] for s in found["sections"]] == sections
     assert "no prepared data set under prepared; name one with alexnet report --data D" in found["sections"][3]["note"]
@@ -373,14 +373,18 @@ def test_a_data_set_that_merely_lies_about_is_no_failure(
     monkeypatch.chdir(tmp_path)
     shutil.copytree(prepared, "prepared/colors")
     save_model(random_model(RECIPE), Path("net.safetensors"))
-    assert "unknown to the network" in told(report("-w", "net.safetensors", "--json", "-q"))["sections"][3]["note"]
+    assert (
+        "unknown to the network" in read_result(report("-w", "net.safetensors", "--json", "-q"))["sections"][3]["note"]
+    )
 
 
 def test_a_model_file_of_no_run(tmp_path: Path, data: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     one = replace(RECIPE, towers=1)
     save_model(replace(random_model(one, len(NAMES)), classes=data.classes), Path("net.safetensors"))
-    assert told(report("-w", "net.safetensors", "--data", str(data.path), "--json", "-q"))["path"] == "report.html"
+    assert (
+        read_result(report("-w", "net.safetensors", "--data", str(data.path), "--json", "-q"))["path"] == "report.html"
+    )
     assert "no two towers to compare" in Page(Path("report.html")).all_text
     assert not Path("eval").exists()
 

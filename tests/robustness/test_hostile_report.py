@@ -23,7 +23,7 @@ from alexnet_cli.core.report.page import render_page
 from alexnet_cli.core.runs.run import Run
 from alexnet_cli.errors import DataError, StorageError, UsageError, WeightsError
 from model_files import random_model, save_model
-from report_cases import NAMES, RECIPE, Page, hostile_data, make_run, report, told
+from report_cases import NAMES, RECIPE, Page, hostile_data, make_run, read_result, report
 
 HUGE = int("9" * 400)
 
@@ -37,7 +37,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 def shown(tmp_path_factory: pytest.TempPathFactory, data: Dataset) -> Run:
     """A run with its report."""
     run = make_run(tmp_path_factory.mktemp("runs"), data)
-    told(report("-w", str(run.path), "--json", "-q"))
+    read_result(report("-w", str(run.path), "--json", "-q"))
     return run
 
 
@@ -79,7 +79,7 @@ def test_records_that_say_odd_things(copy: Run) -> None:
             for event in ("start", "step", "validation"):
                 keys = ("epoch", "step", "steps_per_epoch", "loss", "lr", "top1_error", "train_loss", "chroma_tower1")
                 file.write(json.dumps({"event": event, **dict.fromkeys(keys, value)}) + "\n")
-    assert told(report("-w", str(copy.path), "--json", "-q"))["sections"][2]["note"] is None
+    assert read_result(report("-w", str(copy.path), "--json", "-q"))["sections"][2]["note"] is None
 
 
 def ending(top5: str, text: str) -> str:
@@ -114,7 +114,7 @@ def test_they_are_made_anew(copy: Run) -> None:
     path = copy.path / "eval" / "val-1_per_class.csv"
     text = path.read_text(encoding="utf-8")
     path.write_text(text.replace("\n0,", "\n-1,", 1), encoding="utf-8")
-    told(report("-w", str(copy.path), "--json", "-q"))
+    read_result(report("-w", str(copy.path), "--json", "-q"))
     assert path.read_text(encoding="utf-8") == text
 
 
@@ -134,7 +134,7 @@ def test_a_checkpoint_or_a_recipe_is_needed(tmp_path: Path, data: Dataset) -> No
     assert (error.exit_code, error.hint) == (3, "put recipe.toml back into its folder")
     run = make_run(tmp_path, data, "other", epochs=1)
     (run.path / "recipe.toml").write_text("= 5")
-    assert told(report("-w", str(run.path), "--json", "-q"))["top1_error"] is not None, "its checkpoint has one"
+    assert read_result(report("-w", str(run.path), "--json", "-q"))["top1_error"] is not None, "its checkpoint has one"
 
 
 def test_a_run_that_cannot_be_written_to(copy: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,7 +205,7 @@ def test_a_checkpoint_that_is_dropped_after_it_was_read(
     path, move = moving
     expected = hash_file(path)
     monkeypatch.setattr(collect, "read_model", lambda real: (model_file.read_model(real), move())[0])
-    found = told(report("-w", str(path.parents[2]), "--json", "-q"))
+    found = read_result(report("-w", str(path.parents[2]), "--json", "-q"))
     assert found["path"] == str(path.parents[2] / "report.html")
     assert [s["note"] for s in found["sections"] if s["id"] in collect.PARTS] == [None] * 3
     assert expected not in (path.parents[2] / "eval" / "val-1.json").read_text(), "it stands for another by now"

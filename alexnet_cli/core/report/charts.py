@@ -61,11 +61,11 @@ class Line(NamedTuple):
 def draw_charts(history: History, few_classes: bool = False) -> dict[str, Chart]:
     """Draw `loss`, `errors`, `rate` and `towers`, if they have data. With few classes the top-5 error is left out."""
     errors = [
-        Line("top-1, training", history.step_curve("top1_error"), has_markers=False),
-        Line("top-1, validation", history.epoch_curve("top1_error")),
+        Line("training top-1", history.step_curve("top1_error"), has_markers=False),
+        Line("validation top-1", history.epoch_curve("top1_error")),
     ]
     if not few_classes:
-        errors.append(Line("top-5, validation", history.epoch_curve("top5_error")))
+        errors.append(Line("validation top-5", history.epoch_curve("top5_error")))
     loss = [
         Line("training", history.step_curve("loss"), has_markers=False),
         Line("validation", history.epoch_curve("loss")),
@@ -130,21 +130,23 @@ def _draw_curves(
         if len(shown) > 1 or history.drops:
             axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.46, -0.17), ncols=2)
 
-    caption = f"{title}: {'; '.join(_describe_line(line, factor, '%' if is_percent else '') for line in shown)}."
+    unit_text = "%" if is_percent else ""
+    points = [(f"{line.name} " if len(shown) > 1 else "") + _describe_line(line, factor, unit_text) for line in shown]
+    caption = f"{title}: {'; '.join(points)}."
     if history.drops:
-        caption += f" Dotted: the learning rate drops after epoch {', '.join(map(str, history.drops))}."
+        caption += f" Dotted: the learning rate drops after {history.drops_text}."
     return Chart(render_svg(draw), f"{title} over the epochs", caption)
 
 
 def _describe_line(line: Line, factor: float, unit: str) -> str:
-    """For example "validation falls from 2.3 to 0.6, lowest 0.5"."""
+    """For example "falls from 2.3 to 0.6, lowest 0.5"."""
     first, last = line.points[0][1], line.points[-1][1]
     lowest = min(value for _, value in line.points)
     start, end = f"{factor * first:.3g}{unit}", f"{factor * last:.3g}{unit}"
     if start == end:
-        text = f"{line.name} {'stays at' if len(line.points) > 1 else 'is'} {end}"
+        text = f"{'stays at' if len(line.points) > 1 else 'is'} {end}"
     else:
-        text = f"{line.name} {'falls' if last < first else 'rises'} from {start} to {end}"
+        text = f"{'falls' if last < first else 'rises'} from {start} to {end}"
     return text + (f", lowest {factor * lowest:.3g}{unit}" if lowest < min(first, last) else "")
 
 
@@ -194,7 +196,7 @@ def draw_network(recipe: Recipe, specs: Sequence[LayerSpec]) -> Chart:
             above = boxes
 
     if towers > 1:
-        caption = "Each layer reads its own tower. Dotted arrows: layers that also read the other tower."
+        caption = "Each layer reads its own tower. Dashed arrows: the layers that also read the other tower."
     else:
         caption = "The network has a single tower, from the image to the classes."
     return Chart(render_svg(draw, 6.0, 0), _describe_network(specs, towers, side), caption)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ from alexnet_cli.core.report.history import History, read_history
 from alexnet_cli.core.runs.resolve import is_best, shorten_path
 from alexnet_cli.core.runs.run import Run
 from alexnet_cli.errors import AlexNetError, DataError, RecipeError, StorageError, WeightsError
-from alexnet_cli.recipe import PAPER, Recipe, describe_setting
+from alexnet_cli.recipe import PAPER, Recipe
 
 FEW_CLASSES = 5  # with so few classes every answer is in the top 5
 BATCH = 128
@@ -61,17 +61,6 @@ OutputOf = npt.NDArray[np.int64] | None
 """The network's output for each class of the data set, or None where both are numbered alike."""
 Results = tuple[tuple[Mapping[str, Any], Evaluation], ...]
 """Totals and counts of an evaluation, one pair for each number of views."""
-
-
-@dataclass(frozen=True)
-class RecipeValue:
-    """A value of the recipe, the paper's value, what the setting means, and where the paper gives it."""
-
-    key: str
-    value: Any
-    paper: Any
-    about: str
-    source: str
 
 
 @dataclass(frozen=True)
@@ -133,13 +122,6 @@ class Report:
     towers: tuple[Kernels, ...] = ()
     specialization: Specialization | None = None
     measurements: Measurements = field(default_factory=Measurements)
-
-    @property
-    def values(self) -> list[RecipeValue]:
-        """Every setting of the recipe except its name."""
-        paper, settings = asdict(PAPER), asdict(self.recipe)
-        settings.pop("name")
-        return [RecipeValue(key, value, paper[key], *describe_setting(key)) for key, value in settings.items()]
 
     @property
     def parameters(self) -> int | None:

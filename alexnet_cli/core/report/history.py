@@ -79,6 +79,11 @@ class History:
         return window.step / (self.steps_per_epoch or 1)
 
     @property
+    def drops_text(self) -> str:
+        """The epochs with a drop in words: "epoch 20", or "epochs 20, 40"."""
+        return f"epoch{'s' if len(self.drops) > 1 else ''} {', '.join(map(str, self.drops))}"
+
+    @property
     def begun(self) -> int:
         """The epoch of the last step; 0 if unknown."""
         return math.ceil(self._epochs_at(self.windows[-1])) if self.windows and self.steps_per_epoch else 0

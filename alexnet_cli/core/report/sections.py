@@ -9,6 +9,7 @@ import base64
 import io
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -22,9 +23,9 @@ from alexnet_cli.core.evaluation.confusion_matrix import draw_confusion_matrix
 from alexnet_cli.core.evaluation.evaluate import Evaluation
 from alexnet_cli.core.model.architecture import LayerSpec, describe_kernel, describe_step, layer_specs
 from alexnet_cli.core.report.charts import Chart, draw_network
-from alexnet_cli.core.report.collect import Example, RecipeValue, Report, make_names_unique
+from alexnet_cli.core.report.collect import Example, Report, make_names_unique
 from alexnet_cli.core.report.history import get_number
-from alexnet_cli.recipe import Recipe
+from alexnet_cli.recipe import PAPER, Recipe, describe_setting
 
 Row = tuple[Any, ...]
 Values = dict[str, Any]
@@ -80,21 +81,22 @@ def _layer_row(recipe: Recipe, spec: LayerSpec) -> Row:
 
 def compare_recipe(report: Report) -> Values:
     """The settings of the recipe and the paper's values for them."""
-    values = report.values
-    changed = [_recipe_row(v) for v in values if v.value != v.paper]
-    same = [_recipe_row(v) for v in values if v.value == v.paper]
+    paper, about = asdict(PAPER), {}
+    changed, same = list[Row](), list[Row]()
+    for key, value in asdict(report.recipe).items():
+        if key == "name":
+            continue
+        about[key], source = describe_setting(key)
+        place = f"section {source}" if source[:1].isdigit() else SOURCES[source]
+        rows = same if value == paper[key] else changed
+        rows.append((key, _format_value(value), _format_value(paper[key]), place))
     words = (
-        f"Recipe {report.recipe.name}: {len(same)} of {len(values)} settings have the paper's value. One value here "
-        "called the paper's is a correction without which the network does not start to learn: initial weights of "
+        f"Recipe {report.recipe.name}: {len(same)} of {len(about)} settings have the paper's value. The paper's "
+        "values include one correction, without which the network does not start to learn: the initial weights of "
         "layers 3 to 5 have a standard deviation of 0.03, as in the authors' code."
     )
     heads = ("Setting", "This recipe", "Paper", "Source")
-    return {"words": words, "heads": heads, "changed": changed, "same": same, "about": {v.key: v.about for v in values}}
-
-
-def _recipe_row(value: RecipeValue) -> Row:
-    source = f"section {value.source}" if value.source[:1].isdigit() else SOURCES[value.source]
-    return value.key, _format_value(value.value), _format_value(value.paper), source
+    return {"words": words, "heads": heads, "changed": changed, "same": same, "about": about}
 
 
 def _format_value(value: Any) -> str:
@@ -109,9 +111,9 @@ def describe_curves(report: Report, charts: Mapping[str, Chart]) -> Values:
     if report.recipe.schedule == "one-cycle":
         words = "The learning rate follows one cycle and changes at every step."
     elif history.drops:
-        words = f"The learning rate was lowered after epoch {', '.join(map(str, history.drops))} (dotted lines)."
+        words = f"The learning rate drops after {history.drops_text} (dotted lines)."
     else:
-        words = "The learning rate has not been lowered yet."
+        words = "The learning rate has not dropped yet."
     words += " Training curves are means over steps, with dropout and augmentation. Validation uses neither."
     heads: Row = (
         "Epoch", "Training loss", "Validation loss", "Training top-1", "Validation top-1", "Validation top-5",
