@@ -136,6 +136,6 @@ def test_it_prints_whole_figures_and_no_navigation(page: Page, pages: dict[str, 
     assert page.evaluate(cut) == []
     assert page.evaluate("document.documentElement.scrollWidth") == 680
     assert page.get_by_text("Loss (nats per image) and error").is_visible(), "what is folded is printed"
-    assert not page.get_by_text("Settings with the paper's value").is_visible(), "but for what is as ever"
+    assert not page.get_by_text("Settings with the paper's value", exact=True).is_visible(), "but for what is as ever"
     content = page.pdf(path=str(tmp_path / "report.pdf"), format="A4")
     assert content.startswith(b"%PDF")
