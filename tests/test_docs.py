@@ -65,10 +65,10 @@ def test_the_json_of_every_command_is_described() -> None:
 
 
 def test_the_columns_of_metrics_csv_are_those_in_the_table() -> None:
-    from alexnet_cli.core.runs.records import COLUMNS
+    from alexnet_cli.core.runs.records import CSV_COLUMNS
 
     cells = [row[0] for row in find_table("column of `metrics.csv`")]
-    assert re.findall(r"`(\w+)`", " ".join(cells)) == list(COLUMNS)
+    assert re.findall(r"`(\w+)`", " ".join(cells)) == list(CSV_COLUMNS)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

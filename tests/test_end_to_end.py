@@ -139,12 +139,12 @@ def test_max_time_and_resume(home: Path) -> None:
     finished = lines(run("train", "--resume", "timed", "--json", "-q"))
     assert finished[-1]["reason"] == "finished"
     refused = run("train", "--resume", "timed", "--epochs", "4", code=2)
-    assert "which changes every later learning rate: --set epochs=4" in refused.stderr
+    assert "force it (this changes every later learning rate): --set epochs=4" in refused.stderr
     longer = lines(run("train", "--resume", "timed", "--set", "epochs=4", "--json", "-q"))
     assert longer[0]["step"] == 9
     assert longer[-1]["step"] == 12
     refused = run("train", "--resume", "timed", "--lr", "0.5", code=2)
-    assert "timed was trained with another recipe: learning_rate = 0.5 instead of 0.03\n" in refused.stderr
+    assert "the recipe differs from that of run timed: learning_rate = 0.5 instead of 0.03\n" in refused.stderr
     auto = lines(run("train", *QUICK, "--epochs", "4", "--resume", "auto", "--name", "timed", "--json", "-q"))
     assert [record["event"] for record in auto] == ["start", "end"]
 
@@ -152,22 +152,22 @@ def test_max_time_and_resume(home: Path) -> None:
 def test_max_steps_counts_from_the_start_and_says_the_way_on(home: Path) -> None:
     run = run_in(home)
     first = run("train", *QUICK, "--epochs", "5", "--name", "steps", "--max-steps", "2")
-    assert "stopped runs/steps · by --max-steps at step 2 of 15\nnext    alexnet train --resume steps" in first.stderr
+    assert "stopped runs/steps · at step 2 of 15 (--max-steps)\nnext    alexnet evaluate; to continue: " in first.stderr
     assert "done" not in first.stderr
     again = run("train", "--resume", "steps", "--max-steps", "2")
-    assert "note    --max-steps 2 counts from the start of the run, and 2 are done" in again.stderr
+    assert "note    nothing to train: the run has done 2 steps, as many as --max-steps" in again.stderr
     before = (home / "runs" / "steps" / "run.json").read_bytes()
     refused = run("train", "--resume", "steps", "--max-steps", "1", code=2)
     assert refused.stderr == (
-        "error: --max-steps 1 counts from the run's start, and steps has done 2\n"
-        "hint: --max-steps 3 does 1 more; without it, the run goes to its end\n"
+        "error: --max-steps 1 counts from the start of the run, and steps has done 2 steps\n"
+        "hint: to train 1 more: --max-steps 3\n"
     )
     assert (home / "runs" / "steps" / "run.json").read_bytes() == before
     shutil.rmtree(home / "runs" / "steps" / "checkpoints")  # as if killed before there was one
     (home / "runs" / "steps" / "checkpoints").mkdir()
     (home / "runs" / "steps" / "metrics.jsonl").unlink()
-    anew = run("train", "--resume", "steps", "--max-steps", "1")
-    assert "resumed from the start: no checkpoint had been saved yet" in anew.stderr
+    again = run("train", "--resume", "steps", "--max-steps", "1")
+    assert "resumed from the start: no checkpoint had been saved yet" in again.stderr
 
 
 def test_a_run_that_failed_says_why_before_it_fails_again(home: Path) -> None:

@@ -158,7 +158,7 @@ def test_commands_run_in_the_folder_without_the_users_settings(tmp_path: Path, m
     with pytest.raises(AlexNetError) as caught:
         CommandRunner(tmp_path, json=False, quiet=False).run(("visualize-filters",))
     assert caught.value.exit_code == 3
-    assert "there is no run yet in" in caught.value.what
+    assert "there is no run in" in caught.value.what
 
 
 @pytest.mark.slow

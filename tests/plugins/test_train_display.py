@@ -109,7 +109,7 @@ def test_without_a_terminal_there_is_a_line_every_half_minute(
         (
             PAPER,
             34_000,
-            "9h26m on this CPU; --recipe tiny (a quarter of the width, 15 epochs) is far quicker",
+            "9h26m on this CPU; --recipe tiny (a quarter of the width, 15 epochs) is much faster",
         ),
         (PAPER, 3_000, "50m0s on this CPU"),
         (TINY, 34_000, "9h26m on this CPU"),
@@ -131,7 +131,7 @@ def test_what_was_changed_is_in_the_heading(training: TrainingLoop, capsys: pyte
     show_heading(Reporter("train"), training)
     *_, named, changed = capsys.readouterr().err.splitlines()
     assert named.startswith("recipe  mine · batch 16 ")
-    assert changed == "changed width 0.015625 instead of 0.25 · dropout 0.1 instead of 0.2 · the rest as in recipe tiny"
+    assert changed == "changed width 0.015625 instead of 0.25 · dropout 0.1 instead of 0.2 · otherwise as recipe tiny"
     training.trainer.recipe = TINY
     show_heading(Reporter("train"), training)
     assert capsys.readouterr().err.splitlines()[-1].startswith("recipe  tiny ")
@@ -141,5 +141,5 @@ def test_a_finished_run_counts_nothing(training: TrainingLoop, capsys: pytest.Ca
     reporter = Reporter("train")
     with reporter.progress("train", total=0) as bar:
         show_records(reporter, training, bar, 0, iter([Record("start", 16, training.trainer.total_steps)]))
-    told = "this run has finished all its 15 epochs; to continue: alexnet train --resume r --set epochs=30"
+    told = "this run has finished its 15 epochs; to train longer: alexnet train --resume r --set epochs=30"
     assert capsys.readouterr().err == f"note    {told}\n"

@@ -140,5 +140,5 @@ def test_a_folder_deleted_meanwhile_is_exit_code_7(prepared: Path, tmp_path: Pat
     assert "error: runs/killed cannot be written: No such file" in errors or "checkpoint of step" in errors
     assert (
         errors.splitlines()[-1]
-        == "hint: the folder of the run was deleted or renamed: start a new run, or --resume its new name"
+        == "hint: the run folder was deleted or renamed: start a new run, or give its new name to --resume"
     )

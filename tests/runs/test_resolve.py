@@ -1,4 +1,4 @@
-"""What opened weights are: epoch, best or last, of a run that has ended or not."""
+"""What `-w` means, and how the weights it means are described."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_run_that_has_not_finished_is_said_to_be_so(run: Run, status: str) -> 
     run.update({"status": status})
     weights = run.checkpoints / "best" / "model.safetensors"
     assert describe_unfinished_run(weights) == (
-        "the run has not finished: epoch 3 of 15 so far; alexnet train --resume a goes on"
+        "the run has not finished: epoch 3 of 15 so far; to continue: alexnet train --resume a"
     )
     run.log({"event": "validation", "epoch": None})
     run.log({"event": "validation", "epoch": "4"})

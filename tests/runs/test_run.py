@@ -46,13 +46,13 @@ def test_a_new_run_has_its_recipe_and_is_the_latest() -> None:
 
 @pytest.mark.parametrize("name", ["", "..", "a/b", "latest", "two\nlines", "\udcff", "x" * 201])
 def test_names_that_would_lead_elsewhere_or_cannot_be_read(name: str) -> None:
-    with pytest.raises(UsageError, match="cannot be the name of a folder"):
+    with pytest.raises(UsageError, match="is not a plain folder name"):
         Run.create(name, PAPER, {})
 
 
 def test_a_name_that_is_taken_is_not_overwritten() -> None:
     Run.create("mine", PAPER, {})
-    with pytest.raises(UsageError, match="exists already") as caught:
+    with pytest.raises(UsageError, match="already exists") as caught:
         Run.create("mine", TINY, {})
     assert "--resume mine" in caught.value.hint
     assert Run.open("mine").recipe == PAPER
@@ -83,7 +83,7 @@ def test_what_a_run_left_that_was_killed_while_it_was_made_is_taken_up() -> None
     for name in ("notes.txt", "checkpoints/00000003"):
         folder = Path("runs") / f"mine-{len(name)}"
         (folder / name).mkdir(parents=True)
-        with pytest.raises(UsageError, match="exists already"):
+        with pytest.raises(UsageError, match="already exists"):
             Run.create(folder.name, TINY, {})
 
 
@@ -133,17 +133,17 @@ def test_what_w_means() -> None:
 @pytest.mark.parametrize(
     ("about", "what", "hint"),
     [
-        ({}, "runs/r holds no checkpoint yet", "let it train until the first one is saved"),
-        ({"status": "interrupted"}, "runs/r holds no checkpoint yet", "the run was stopped; alexnet train --resume r"),
+        ({}, "runs/r has no checkpoint yet", "wait until the first one is saved"),
+        ({"status": "interrupted"}, "runs/r has no checkpoint yet", "the run was stopped; alexnet train --resume r"),
         (
-            {"status": "failed", "reason": "error", "error": "the loss became nan", "hint": "start anew"},
-            "runs/r has no checkpoint, since the run failed: the loss became nan",
-            "start anew",
+            {"status": "failed", "reason": "error", "error": "the loss became nan", "hint": "train again"},
+            "runs/r has no checkpoint because the run failed: the loss became nan",
+            "train again",
         ),
         (
             {"status": "failed", "error": [1]},
-            "runs/r holds no checkpoint yet",
-            "the run failed; alexnet train --resume",
+            "runs/r has no checkpoint yet",
+            "the run failed; start it again: alexnet train --resume",
         ),
     ],
 )
@@ -156,21 +156,21 @@ def test_a_run_without_a_checkpoint_says_why(about: dict[str, Any], what: str, h
 
 
 def test_what_w_cannot_be() -> None:
-    with pytest.raises(WeightsError, match=f"there is no run yet in {Path.cwd()}/runs to take weights from") as caught:
+    with pytest.raises(WeightsError, match=f"there is no run in {Path.cwd()}/runs") as caught:
         find_weights(None)
     assert caught.value.hint == f"train one first: {devices.suggest_train_command()}"
     Run.create("r", PAPER, {})
     (Path("runs") / "latest").unlink()
-    with pytest.raises(WeightsError, match="there is no newest run in") as caught:
+    with pytest.raises(WeightsError, match="there is no latest run in") as caught:
         find_weights(None)
-    assert caught.value.hint == "there are: r"
-    with pytest.raises(WeightsError, match="is called nothing") as caught:
+    assert caught.value.hint == "existing runs: r"
+    with pytest.raises(WeightsError, match="there is no run, folder or file named nothing") as caught:
         find_weights("nothing")
-    assert "there are: r" in caught.value.hint
+    assert "existing runs: r" in caught.value.hint
     Path("a.pth").write_bytes(b"x")
     with pytest.raises(WeightsError, match=r"not a .safetensors file") as caught:
         find_weights("a.pth")
-    assert caught.value.hint.endswith("weights of another program: alexnet import-weights")
+    assert caught.value.hint.endswith("to convert weights of another program: alexnet import-weights")
     for onnx, way in ((Path("runs/r/alexnet.onnx"), ".safetensors file: -w r"), (Path("b.onnx"), ".safetensors file")):
         onnx.write_bytes(b"x")
         with pytest.raises(WeightsError, match=r"not a .safetensors file") as caught:
@@ -181,7 +181,7 @@ def test_what_w_cannot_be() -> None:
 def test_going_on_refuses_what_would_change_the_result() -> None:
     run = Run.create("r", TINY, {})
     with pytest.raises(
-        UsageError, match="one-cycle schedule of r is planned for 15 epochs, not 99"
+        UsageError, match="one-cycle schedule of run r is planned for 15 epochs, not 99"
     ):  # every rate of the cycle would be another
         resume.check_recipe(run, replace(TINY, epochs=99), set())
     assert resume.check_recipe(run, replace(TINY, epochs=99), {"epochs"}).epochs == 99
@@ -189,7 +189,7 @@ def test_going_on_refuses_what_would_change_the_result() -> None:
         resume.check_recipe(run, replace(TINY, batch_size=32), {"batch_size"})
     assert run.recipe == TINY, "nothing is written before the run has really gone on"
     with pytest.raises(
-        UsageError, match=r"^r was trained with another recipe: learning_rate = 0.5 instead of 0.03$"
+        UsageError, match=r"^the recipe differs from that of run r: learning_rate = 0.5 instead of 0.03$"
     ) as caught:
         resume.check_recipe(run, replace(run.recipe, learning_rate=0.5), set())
     assert caught.value.hint == "remove it, or force it: --set learning_rate=0.5"
@@ -200,7 +200,7 @@ def test_going_on_refuses_what_would_change_the_result() -> None:
     with pytest.raises(UsageError, match="makes another network"):
         resume.check_recipe(run, replace(TINY, width=0.5), {"width"})
     paper = Run.create("p", PAPER, {})
-    with pytest.raises(UsageError, match=r"^width = 0.25 makes another network than that of p, which has 1.0$"):
+    with pytest.raises(UsageError, match=r"^width = 0.25 makes another network than that of run p \(width = 1.0\)$"):
         resume.check_recipe(paper, TINY, set())  # not a word of a cycle that it does not have
 
 
@@ -209,23 +209,23 @@ def test_going_on_by_another_recipe_is_met_with_leaving_it_out() -> None:
         Run.create(base.name, base, {})
     tiny, paper = (Run.open(name) for name in ("tiny", "paper"))
     for run, recipe, what, hint in (
-        (tiny, FAST, "width = 1.0 makes another network than that of tiny", "; or start a new run"),
-        (paper, CAFFE, "batch_size = 256, but paper counts", "; or start a new run: --init-from paper"),
+        (tiny, FAST, "width = 1.0 makes another network than that of run tiny", ", or start a new run"),
+        (paper, CAFFE, "batch_size = 256, but run paper counts", ", or start a new run: --init-from paper"),
         (
             paper,
             KRIZHEVSKY,
-            "paper was trained with another recipe: name = krizhevsky instead of ",
-            "; --set KEY=VALUE ",
+            "the recipe differs from that of run paper: name = krizhevsky instead of ",
+            "; to change a value from here on: --set KEY=VALUE",
         ),
     ):
         with pytest.raises(UsageError, match=f"^{what}") as caught:
             resume.check_recipe(run, recipe, set(), vars(recipe))
-        assert caught.value.hint.startswith(f"remove --recipe: {run.name} has its own{hint}")
+        assert caught.value.hint.startswith(f"remove --recipe ({run.name} has its own){hint}")
     rest = len(compare_recipes(KRIZHEVSKY, PAPER)) - 1 - 4  # epochs are free, and four are shown
     assert caught.value.what.endswith(f", and {rest} more")
     for epoch in range(1, 41):
         paper.log({"event": "validation", "epoch": epoch, "step": epoch})
-    with pytest.raises(UsageError, match=r"^paper was trained with another recipe"):
+    with pytest.raises(UsageError, match=r"^the recipe differs from that of run paper"):
         resume.check_recipe(
             paper, replace(KRIZHEVSKY, epochs=20), set()
         )  # not a word of the epochs, which are the least
@@ -234,13 +234,13 @@ def test_going_on_by_another_recipe_is_met_with_leaving_it_out() -> None:
 def test_a_value_of_a_recipe_is_met_with_leaving_it_out_also_by_one_name() -> None:
     Run.create("older", replace(TINY, momentum=0.8), {})
     for words, what, hint in (
-        ((), "momentum = 0.9 instead of 0.8", "remove --recipe: older has its own, or force it"),
+        ((), "momentum = 0.9 instead of 0.8", "remove --recipe (older has its own), or force it"),
         (("--set", "momentum=0.8", "--epochs", "9"), "planned for 15 epochs, not 9", "remove it, or force it"),
         (("--set", "momentum=0.8", "--lr", "0.5"), "learning_rate = 0.5 instead of 0.03", "remove it, or force it"),
         (
             ("--set", "momentum=0.8", "--set", "width=0.5"),
             "width = 0.5 makes another network",
-            "remove it; or start a new run",
+            "remove it, or start a new run",
         ),
     ):
         refused = alexnet("train", "--resume", "older", "--recipe", "tiny", *words)
@@ -283,7 +283,7 @@ def test_changes_that_never_were_are_not_told(told: Any) -> None:
 def test_what_is_left_of_a_deleted_folder_is_no_run() -> None:
     run = Run.create("r", PAPER, {})
     (run.path / "run.json").unlink()
-    with pytest.raises(StorageError, match=r"run\.json is gone"):
+    with pytest.raises(StorageError, match=r"run\.json is missing"):
         run.update({"status": "finished"})
     assert not (run.path / "run.json").exists()
 
@@ -304,7 +304,7 @@ def test_more_epochs_may_follow_but_not_fewer_than_are_done() -> None:
     for epoch in (1, 2, 3):
         run.log({"event": "validation", "epoch": epoch, "step": 10 * epoch})
     assert resume.check_recipe(run, replace(PAPER, epochs=3), set()).epochs == 3
-    with pytest.raises(UsageError, match="epochs = 2, but r has done 3"):
+    with pytest.raises(UsageError, match="epochs = 2, but run r has done 3"):
         resume.check_recipe(run, replace(PAPER, epochs=2), {"epochs"})
 
 
@@ -337,9 +337,9 @@ def test_which_run_auto_goes_on_with() -> None:
     run.update({"status": "finished"})
     assert resume.find_run_to_resume("auto", None) is None
     assert resume.find_run_to_resume("slurm", "slurm") is not None
-    with pytest.raises(UsageError, match="continues run slurm"):
+    with pytest.raises(UsageError, match="--resume slurm and --name mine are different runs"):
         resume.find_run_to_resume("slurm", "mine")
-    with pytest.raises(UsageError, match="no run is called other"):
+    with pytest.raises(UsageError, match="there is no run other in"):
         resume.find_run_to_resume("other", None)
 
 
@@ -356,7 +356,7 @@ def test_no_lengths_of_time(text: str) -> None:
         signals.parse_duration(text)
 
 
-def test_two_commands_on_one_run() -> None:
+def test_two_commands_cannot_train_one_run() -> None:
     run = Run.create("r", PAPER, {})
     with run.locked(), pytest.raises(DataError, match="another command is training"), run.locked():
         pass
@@ -397,7 +397,7 @@ def test_a_run_that_was_likely_meant_is_named() -> None:
         for look in (find_weights, Run.open):
             with pytest.raises((WeightsError, UsageError)) as caught:
                 look(typed)
-            assert caught.value.hint.startswith(f"did you mean {meant}? there are: ")
+            assert caught.value.hint.startswith(f"did you mean {meant}? existing runs: ")
     with pytest.raises(WeightsError) as caught:
         find_weights("another")
-    assert caught.value.hint.startswith("there are: ")
+    assert caught.value.hint.startswith("existing runs: ")

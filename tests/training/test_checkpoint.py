@@ -154,7 +154,7 @@ def test_what_is_damaged_and_newer_is_not_kept(start: Start) -> None:
     found, damaged = checkpoint.find_newest(again.run)
     assert [path.name for path in (found, *damaged) if path] == ["00000008", "00000010"]
     check_max_steps(again.run, 8)  # --max-steps goes by what the run goes on from
-    with pytest.raises(UsageError, match=r"--max-steps 7 counts from the run's start, and .* has done 8"):
+    with pytest.raises(UsageError, match=r"--max-steps 7 counts from the start of the run, and .* has done 8 steps"):
         check_max_steps(again.run, 7)
     list(again.fit(found, max_steps=9))
     assert steps(again.run) == [6, 8, 9]

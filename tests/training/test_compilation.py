@@ -61,7 +61,7 @@ def losses(prepared: Path, name: str, *, compile: bool) -> tuple[list[float], Tr
     )
     training.trainer.begin_epoch()
     with Loader(data.split("train"), 8, 1) as loader:
-        batches = loader.batches(training_batches(training.trainer.rows, 8, 0, 1)[:3])
+        batches = loader.batches(training_batches(training.trainer.train_images, 8, 0, 1)[:3])
         return [training.trainer.step(batch).loss.item() for batch in batches], training
 
 
@@ -72,7 +72,7 @@ def test_three_steps_give_the_same_losses_and_names(
     expected, eager = losses(prepared, "eager", compile=False)
     assert not graphs
     found, training = losses(prepared, "compiled", compile=True)
-    assert len(graphs) == 3  # before, between and after the normalizations, and none anew at the second step
+    assert len(graphs) == 3  # before, between and after the normalizations, and none at the second step
     assert found == pytest.approx(expected, rel=1e-5)
     network = training.trainer.network
     assert [n for n, _ in parameters_by_name(network)] == [n for n, _ in network.named_parameters()]
@@ -92,7 +92,7 @@ def test_a_run_goes_on_from_one_that_was_not_compiled(
     assert graphs
 
 
-def test_compiled_dropout_draws_anew_at_every_step(graphs: list[torch.fx.GraphModule]) -> None:
+def test_compiled_dropout_draws_a_new_mask_at_every_step(graphs: list[torch.fx.GraphModule]) -> None:
     x, masks = torch.ones(16, 64), []
     layer, again = Dropout(PAPER, salt=6).train(), Dropout(PAPER, salt=6).train()
     quick = torch.compile(layer, dynamic=False, fullgraph=True)
@@ -150,7 +150,7 @@ def test_what_cannot_be_compiled_is_a_message(tmp_path: Path, monkeypatch: pytes
     from alexnet_cli.core.training.trainer import compile_network
 
     quick = compile_network(Network(SMALL, 10), CPU, 2)
-    with pytest.raises(MissingError, match=r"--compile: torch.compile fails here: .*C\+\+ compiler"):
+    with pytest.raises(MissingError, match=r"--compile: torch.compile failed: .*C\+\+ compiler"):
         quick(torch.zeros(2, 3, 224, 224))
 
 

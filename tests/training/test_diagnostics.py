@@ -95,15 +95,15 @@ def test_classes_that_nothing_is_validated_on(prepared: Path, monkeypatch: pytes
 def test_a_rate_far_from_the_batchs(recipe: Recipe, lr: float, batch: int, far: bool) -> None:
     told = list(diagnostics.check_rate(replace(recipe, learning_rate=lr, batch_size=batch), batch, False))
     assert len(told) == far
-    assert all(f"rate {lr:g} is far from what batch {batch} asks for" in str(record.text) for record in told)
+    assert all(f"learning rate {lr:g} is unusual for batch size {batch}: " in str(record.text) for record in told)
 
 
 def test_a_rate_that_rounds_alike_at_both_ends_is_one_number() -> None:
     (told,) = diagnostics.check_rate(replace(TINY, learning_rate=3.0, batch_size=65), 65, False)
-    assert str(told.text).endswith("recipe tiny has 0.03 at 64, which makes 0.03")
+    assert str(told.text).endswith("recipe tiny has 0.03 for 64, which scales to 0.03")
     (told,) = diagnostics.check_rate(replace(TINY, learning_rate=3.0), 64, False)
-    assert str(told.text).endswith("recipe tiny has 0.03 at 64")
-    assert told.hint == "--lr 0.03"
+    assert str(told.text).endswith("recipe tiny has 0.03 for 64")
+    assert told.hint == "try --lr 0.03"
 
 
 @pytest.mark.parametrize(
@@ -129,8 +129,8 @@ def test_a_rate_that_rounds_alike_at_both_ends_is_one_number() -> None:
 )
 def test_epochs_that_others_were_counted_for(recipe: Recipe, epochs: int, told: str, settings: str) -> None:
     said = [(record.text, record.hint) for record in diagnostics.check_epochs(replace(recipe, epochs=epochs))]
-    made = "made for the 91 of recipe krizhevsky"
-    assert said == ([(f"epochs = {epochs} with {told}, {made}", f"in proportion: {settings}")] if told else [])
+    meant = f"is meant for the 91 epochs of recipe krizhevsky, not for {epochs}"
+    assert said == ([(f"{told} {meant}", f"scaled to {epochs} epochs: {settings}")] if told else [])
 
 
 @pytest.mark.parametrize(("pictures", "said"), [([89, 0, 9, 50], False), ([100, 0, 10, 50], True), ([7], False)])
@@ -139,7 +139,7 @@ def test_classes_that_are_far_from_equal_are_named(pictures: list[int], said: bo
     assert (told is not None) == said
     if told:
         assert told[0] == "the classes are very unequal: 100 training images of cat, 10 of emu"
-        assert told[1].startswith("always answering cat errs in only 37.5% of them: add images of rare classes")
+        assert told[1].startswith("always answering cat has an error of only 37.5%: add images of rare classes")
 
 
 def test_a_loss_that_only_knows_how_frequent_the_classes_are() -> None:
@@ -151,17 +151,17 @@ def test_a_loss_that_only_knows_how_frequent_the_classes_are() -> None:
         told = [watch.update(Record("step", 1, 100 + i, loss=loss)) for i, loss in enumerate(losses)]
         assert any(told) == said
         if said:
-            assert str(told[0] and told[0].text).endswith("than guessing (the same answer for every image = 0.199)")
+            assert str(told[0] and told[0].text).endswith("than guessing (the class frequencies give 0.199)")
 
 
 @pytest.mark.parametrize(
     ("pictures", "steps", "way"),
     [
         ([77, 77], 8, "8 steps may be too few: train again with --epochs 75"),
-        ([70, 7], 400, "add images of rare classes, or leave common ones out"),
+        ([70, 7], 400, "add images of rare classes, or leave out images of common ones"),
         ([7, 3], 1, "each step uses all 10 images: train again with -b 1"),
         ([77, 77], 1, "1 step may be too few: train again with --epochs 600"),
-        ([77, 77], 400, "check the labels; if they are right, try a learning rate other than 0.03 (--lr)"),
+        ([77, 77], 400, "check the labels; if they are right, try another learning rate than 0.03 (--lr)"),
     ],
 )
 def test_the_way_on_of_a_training_that_learned_nothing(pictures: list[int], steps: int, way: str) -> None:
@@ -173,19 +173,19 @@ def test_a_batch_is_no_larger_than_the_training_set(prepared: Path) -> None:
     data = open_dataset(prepared)
     assert said(replace(PAPER, batch_size=4096), data) == []
     (told,) = diagnostics.check_settings(replace(PAPER, batch_size=4096, learning_rate=0.32), data)
-    assert "what batch 48 asks for" in str(told.text)
+    assert "unusual for batch size 48" in str(told.text)
     assert str(told.hint).endswith("--lr 0.0037")
 
 
 def test_fine_tuning_may_be_slow_and_frozen_layers_should_be_of_somebody(prepared: Path) -> None:
     data, slow = open_dataset(prepared), replace(PAPER, learning_rate=1e-4, frozen="conv")
     assert list(diagnostics.check_settings(slow, data, {})) == []
-    assert [text.split(" is ")[0] for text in said(slow, data)] == [
-        "rate 0.0001", "layers 1 to 5 are frozen at random values",
+    assert [text.split(" is unusual")[0] for text in said(slow, data)] == [
+        "learning rate 0.0001", "conv1 to conv5 are frozen at random weights",
     ]  # fmt: skip
     (told,) = diagnostics.check_settings(slow, data, {"lrn_k": (2.0, 1.0), "lrn_joint": (False, True)})
-    assert str(told.text).endswith(": lrn_k = 2.0 here, 1.0 there, lrn_joint = False here, True there")
-    assert told.hint == "remove --recipe, or give --set lrn_k=1.0 --set lrn_joint=true"
+    assert str(told.text).endswith(": lrn_k = 1.0 (here 2.0), lrn_joint = true (here false)")
+    assert told.hint == "to use these, remove --recipe or add --set lrn_k=1.0 --set lrn_joint=true"
 
 
 @pytest.mark.parametrize(("steps", "patience"), [(3, 20), (48, 48), (1248, 124), (3510, 351), (900_000, 2000)])
@@ -249,8 +249,8 @@ def test_the_command_says_it_before_the_first_step(
     out, err = capsys.readouterr()
     assert err.count("warn    ") == 3
     assert (
-        "warn    rate 3 is far from what batch 16 asks for: recipe tiny has 0.03 at 64, which makes 0.0075 to 0.015"
-        in err
+        "warn    learning rate 3 is unusual for batch size 16: "
+        "recipe tiny has 0.03 for 64, which scales to 0.0075 to 0.015" in err
     )
     assert "--lr 0.0075" in err
     events = [json.loads(line)["event"] for line in out.splitlines()]

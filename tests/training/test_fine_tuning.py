@@ -1,4 +1,4 @@
-"""Starting from other weights: what is taken over, what starts afresh, what stays frozen, what a run remembers."""
+"""Fine-tuning: which layers are loaded, initialized or frozen, and what run.json says about it."""
 
 from __future__ import annotations
 
@@ -64,30 +64,30 @@ def test_all_but_the_classes_is_taken_over(start: Callable[..., TrainingLoop]) -
         expected = model.tensors[name] if not name.startswith("fc8") else tensors(fresh)[name]
         np.testing.assert_array_equal(found[name], expected)
     assert training.transfer is not None
-    assert training.transfer.afresh == {"fc8": "4 classes here, 10 there, different ones"}
+    assert training.transfer.initialized == {"fc8": "the data set has 4 other classes than the weights (10)"}
     record = next(iter(training.fit()))
     assert record.loaded == [name for name in PARAMETERS if not name.startswith("fc8")]
-    assert record.afresh == ["fc8.weight", "fc8.bias"]
+    assert record.initialized == ["fc8.weight", "fc8.bias"]
 
 
 def test_the_same_classes_are_taken_over_too_but_not_as_many_others() -> None:
     model = random_model(SMALL)
-    assert fine_tuning.match_layers("x", model, SMALL, model.classes).afresh == {}
+    assert fine_tuning.match_layers("x", model, SMALL, model.classes).initialized == {}
     others = [ClassName(f"other {i}") for i in range(10)]
-    assert list(fine_tuning.match_layers("x", model, SMALL, others).afresh) == ["fc8"]
-    assert list(fine_tuning.match_layers("x", model, SMALL, model.classes[::-1]).afresh) == ["fc8"]
+    assert list(fine_tuning.match_layers("x", model, SMALL, others).initialized) == ["fc8"]
+    assert list(fine_tuning.match_layers("x", model, SMALL, model.classes[::-1]).initialized) == ["fc8"]
 
 
-def test_a_layer_of_another_shape_starts_afresh() -> None:
+def test_a_layer_of_another_shape_starts_at_random() -> None:
     model = random_model(SMALL)
     odd = replace(model, tensors={**model.tensors, "fc6.weight": np.zeros((256, 9), np.float32)})
     transfer = fine_tuning.match_layers("x", odd, SMALL, model.classes)
-    assert dict(transfer.afresh) == {"fc6": "256x576 here, 256x9 there"}
-    assert transfer.tensors()["loaded"] == [name for name in PARAMETERS if not name.startswith("fc6")]
+    assert dict(transfer.initialized) == {"fc6": "shape 256x576, in the weights 256x9"}
+    assert transfer.parameters()["loaded"] == [name for name in PARAMETERS if not name.startswith("fc6")]
 
 
 def test_where_nothing_fits_the_first_layer_is_named() -> None:
-    with pytest.raises(WeightsError, match=r"the first, conv1, is 12x3x11x11 here, 6x3x11x11 there") as caught:
+    with pytest.raises(WeightsError, match=r"not even conv1 \(shape 12x3x11x11, in the weights 6x3x11x11\)") as caught:
         fine_tuning.match_layers("x", random_model(SMALL), replace(SMALL, width=1 / 8), random_model(SMALL).classes)
     assert "--set width=0.0625 --set towers=2" in caught.value.hint
 
@@ -95,10 +95,10 @@ def test_where_nothing_fits_the_first_layer_is_named() -> None:
 def test_weights_that_are_no_numbers_are_named() -> None:
     model = random_model(SMALL)
     model.tensors["conv3.weight"][1, 0, 2, 2] = np.nan
-    with pytest.raises(WeightsError, match=r"random: conv3\.weight holds NaN or infinite values"):
+    with pytest.raises(WeightsError, match=r"random: conv3\.weight has NaN or infinite values"):
         fine_tuning.match_layers("x", model, SMALL, model.classes)
     model.tensors["conv3.weight"][1, 0, 2, 2] = 0
-    model.tensors["fc8.bias"][0] = np.inf  # of a layer that starts afresh
+    model.tensors["fc8.bias"][0] = np.inf  # of a layer that is not loaded
     assert fine_tuning.match_layers("x", model, SMALL, model.classes[::-1]).loaded[-1] == "fc7"
     with pytest.raises(WeightsError, match=r"fc8\.bias"):
         fine_tuning.match_layers("x", model, SMALL, model.classes)
@@ -107,10 +107,10 @@ def test_weights_that_are_no_numbers_are_named() -> None:
 def test_a_recipe_under_which_the_weights_mean_something_else_is_told() -> None:
     model = random_model(SMALL)
     transfer = fine_tuning.match_layers("x", model, SMALL, model.classes)
-    assert transfer.different(replace(SMALL, epochs=3, learning_rate=1, dropout=0)) == {}
+    assert transfer.compare_recipe(replace(SMALL, epochs=3, learning_rate=1, dropout=0)) == {}
     halved = replace(SMALL, dropout_inverted=False, dropout=0.0, input_size=227, mean="rgb")
-    assert set(transfer.different(halved)) == {"dropout_inverted", "dropout", "input_size", "mean"}
-    assert transfer.different(replace(SMALL, input_divisor=1.0, lrn_k=1.0)) == {
+    assert set(transfer.compare_recipe(halved)) == {"dropout_inverted", "dropout", "input_size", "mean"}
+    assert transfer.compare_recipe(replace(SMALL, input_divisor=1.0, lrn_k=1.0)) == {
         "input_divisor": (1.0, 64.0),
         "lrn_k": (1.0, 2.0),
     }
@@ -183,7 +183,7 @@ def test_a_run_cannot_be_gone_on_with_from_elsewhere(
         fine_tuning.load_source(str(other), Run.create("plain", SMALL, {}))
     assert fine_tuning.load_source(None, Run(tmp_path / "runs" / "plain")) is None
     assert fine_tuning.load_source(None, None) is None
-    with pytest.raises(WeightsError, match="is called nowhere"):
+    with pytest.raises(WeightsError, match="there is no run, folder or file named nowhere"):
         fine_tuning.load_source("nowhere", None)
 
 
@@ -193,22 +193,23 @@ def test_the_command(
     monkeypatch.setenv("ALEXNET_RUNS_DIR", str(tmp_path / "runs"))
     train(str(prepared), init_from=str(other), freeze="conv", name="tuned", max_steps=2, jobs=1, json=True)
     out, err = capsys.readouterr()
-    assert "loaded  conv1, conv2, conv3, conv4, conv5, fc6, fc7\nafresh  fc8: 4 classes here, 10 there" in err
+    assert "loaded  conv1, conv2, conv3, conv4, conv5, fc6, fc7\nrandom  fc8: the data set has 4 other classes" in err
     assert "warn" not in err
     run = Run(tmp_path / "runs" / "tuned")
     assert run.recipe == replace(SMALL, frozen="conv")  # without --recipe, that of the weights
     assert run.about["init_from"]["weights"] == str(other)
-    assert run.about["init_from"]["afresh"] == ["fc8.weight", "fc8.bias"]
+    assert run.about["init_from"]["initialized"] == ["fc8.weight", "fc8.bias"]
     begin, *_, end = (json.loads(line) for line in out.splitlines())
-    assert (begin["event"], begin["path"], begin["afresh"]) == ("start", str(run.path), ["fc8.weight", "fc8.bias"])
+    assert (begin["event"], begin["path"], begin["initialized"]) == ("start", str(run.path), ["fc8.weight", "fc8.bias"])
     assert (end["event"], end["path"]) == ("end", str(run.path))
     train(str(prepared), init_from=str(other), resume="auto", name="tuned", max_steps=3, jobs=1, quiet=True)
     assert run.records()[-1]["step"] == 3
     settings = ["width=0.0625", "lrn_joint=true"]
     train(str(prepared), "paper", settings, init_from=str(other), name="odd", max_steps=1, batch_size=16, jobs=1)
     err = capsys.readouterr().err
-    assert "warn    the weights were trained with another recipe: lrn_joint = True here, False there" in err
-    assert "--set lrn_joint=false --set dropout_inverted=true --set input_divisor=64.0" in err
+    assert "warn    the weights were trained with other settings: " in err
+    assert "lrn_joint = false (here true)" in err
+    assert all(f"--set {text}" in err for text in ("lrn_joint=false", "dropout_inverted=true", "input_divisor=64.0"))
 
 
 def test_what_does_not_fit_leaves_no_run(

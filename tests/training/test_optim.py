@@ -77,7 +77,7 @@ def test_layer_1_is_frozen_decay_and_all() -> None:
 
 def test_fixed_schedule_of_the_authors() -> None:
     schedule = Schedule(KRIZHEVSKY, steps_per_epoch=10)
-    rates = {epoch: schedule.rate((epoch - 1) * 10) for epoch in (1, 25, 26, 51, 52, 79, 80, 91)}
+    rates = {epoch: schedule.learning_rate((epoch - 1) * 10) for epoch in (1, 25, 26, 51, 52, 79, 80, 91)}
     assert rates == pytest.approx(
         {1: 1e-2, 25: 1e-2, 26: 1e-3, 51: 1e-3, 52: 1e-4, 79: 1e-4, 80: 1e-5, 91: 1e-5}, rel=1e-9
     )
@@ -88,12 +88,12 @@ def test_plateau_drops_three_times_then_ends() -> None:
     schedule = Schedule(recipe, steps_per_epoch=5)
     rates, errors = [], [0.9, 0.8, 0.7, 0.7, 0.71, 0.6, 0.65, 0.6, 0.7, 0.7, 0.7, 0.7, 0.1]
     for error in errors:
-        if schedule.over:
+        if schedule.is_finished:
             break
-        rates.append(schedule.rate(0))
+        rates.append(schedule.learning_rate(0))
         schedule.observe(error)
     assert rates == pytest.approx([1e-2] * 5 + [1e-3] * 3 + [1e-4] * 2 + [1e-5] * 2)
-    assert schedule.over
+    assert schedule.is_finished
     assert schedule.best_error == 0.6
 
 
@@ -104,16 +104,16 @@ def test_schedule_goes_on_from_its_state() -> None:
     second = Schedule(PAPER, 5)
     second.restore(first.state())
     assert second == first
-    assert second.rate(0) == pytest.approx(1e-3)
+    assert second.learning_rate(0) == pytest.approx(1e-3)
 
 
 def test_one_cycle_rises_falls_and_never_jumps() -> None:
     schedule = Schedule(replace(FAST, epochs=10, learning_rate=1.0), steps_per_epoch=100)
-    rates = [schedule.rate(step) for step in range(1001)]
+    rates = [schedule.learning_rate(step) for step in range(1001)]
     peak = rates.index(max(rates))
     assert max(rates) == pytest.approx(1.0, abs=1e-3)
     assert rates[:peak] == sorted(rates[:peak])
     assert rates[peak:] == sorted(rates[peak:], reverse=True)
     assert max(abs(b - a) for a, b in pairwise(rates)) < 0.02
     assert 0 < rates[-1] < 0.01
-    assert math.isfinite(schedule.rate(5000))
+    assert math.isfinite(schedule.learning_rate(5000))

@@ -75,7 +75,7 @@ def test_the_gradient_is_that_of_the_mean_loss_over_the_batch(start: Start) -> N
     """Against torch's own derivative of the mean, without dropout, whose masks depend on the place in the batch."""
     training = start(5, replace(RECIPE, dropout=0, label_smoothing=0))
     seen: dict[str, Any] = {}
-    original = training.trainer.augment.train
+    original = training.trainer.augment.training_views
 
     def views(*arguments: Any) -> torch.Tensor:
         made = original(*arguments)
@@ -83,7 +83,7 @@ def test_the_gradient_is_that_of_the_mean_loss_over_the_batch(start: Start) -> N
         seen.setdefault("rows", []).extend(arguments[1].tolist())
         return made
 
-    training.trainer.augment.train = views  # type: ignore[assignment, method-assign]
+    training.trainer.augment.training_views = views  # type: ignore[assignment, method-assign]
     training.trainer.optimizer.step = lambda *_: None  # type: ignore[method-assign]
     list(training.fit(max_steps=1))
     assert [len(part) for part in seen["views"][:4]] == [5, 5, 5, 1]
@@ -121,7 +121,7 @@ def test_a_gpu_that_is_too_small_gets_smaller_pieces(start: Start) -> None:
     assert memory.sizes[:7] == [16, 8, 8, 4, 4, 4, 4]  # whole; halves, the second of which fails; quarters
     warnings = [r for r in records if r.event == "warning"]
     assert [r.step for r in warnings] == [1]
-    assert "computing 4 images at a time" in str(warnings[0].text)
+    assert "computed 4 images at a time" in str(warnings[0].text)
     assert "--micro-batch 4" in str(warnings[0].hint)
     assert difference(whole, small) < 1e-6
 
@@ -130,7 +130,7 @@ def test_a_gpu_that_cannot_hold_one_image(start: Start) -> None:
     training = start()
     before = [w.clone() for w in weights(training)]
     training.trainer.network.forward = SmallMemory(training.trainer.network, fits=0)  # type: ignore[method-assign]
-    with pytest.raises(MissingError, match="one image at a time"):
+    with pytest.raises(MissingError, match="with a single image"):
         list(training.fit())
     assert all(torch.equal(a, b) for a, b in zip(before, weights(training), strict=True))
 

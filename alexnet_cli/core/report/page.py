@@ -22,7 +22,7 @@ from alexnet_cli.core.report import sections
 from alexnet_cli.core.report.charts import INSTALL_HINT, can_draw, draw_charts
 from alexnet_cli.core.report.collect import Report, make_names_unique
 from alexnet_cli.core.report.history import get_number
-from alexnet_cli.core.runs.records import failure
+from alexnet_cli.core.runs.records import get_failure
 from alexnet_cli.core.runs.resolve import shorten_path
 from alexnet_cli.errors import DataError, StorageError, UsageError
 
@@ -191,7 +191,7 @@ def _name_data(name: Any) -> str:
 def _list_remarks(report: Report) -> list[str]:
     """What the reader should know first: that the run is not finished, or the page not complete."""
     about, failed = report.about, report.measurements.failed
-    error, hint = failure(about)
+    error, hint = get_failure(about)
     status = STATUS.get(str(about.get("status")), "").format(
         reason=about.get("reason", "reason unknown"),
         name=shlex.quote(report.name),

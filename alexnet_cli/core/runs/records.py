@@ -1,4 +1,4 @@
-"""What a training run tells: its records, and the sums that they are made from. No torch."""
+"""The records of a training run (metrics.jsonl, metrics.csv) and the sums that they are made from. No torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from alexnet_cli.core.files import read_file
 from alexnet_cli.errors import DataError
 
 Event = Literal["start", "step", "validation", "checkpoint", "warning", "end"]
-COLUMNS = (
+CSV_COLUMNS = (
     "epoch", "step", "lr", "train_loss", "train_top1_error", "loss", "top1_error", "top5_error", "images_per_second",
     "specialization", "chroma_tower1", "chroma_tower2",
 )  # fmt: skip
@@ -24,7 +24,10 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Record:
-    """What happened: a line of metrics.jsonl. Epochs count from 1; `step` is the steps done; errors are shares."""
+    """One event: a line of metrics.jsonl. `epoch` counts from 1, `step` is the number of steps done, errors are 0..1.
+
+    `data_wait` is the share of the time spent waiting for images; `loaded` and `initialized` are names of parameters.
+    """
 
     event: Event
     epoch: int
@@ -48,19 +51,19 @@ class Record:
     best: bool | None = None
     path: str | None = None
     loaded: list[str] | None = None
-    afresh: list[str] | None = None
+    initialized: list[str] | None = None
     text: str | None = None
     hint: str | None = None
     reason: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields that say something."""
+        """The fields that have a value."""
         return {key: value for key, value in asdict(self).items() if value is not None}
 
 
 @dataclass
 class RunningMetrics:
-    """Sums over training images; `seconds` and `waited` (for data) are wall time."""
+    """Sums over training images. `seconds` is wall time, `waited` the part of it spent waiting for data."""
 
     images: int = 0
     loss: float = 0.0
@@ -70,18 +73,18 @@ class RunningMetrics:
     waited: float = 0.0
 
     def add(self, other: RunningMetrics) -> None:
-        """Add the sums of another."""
+        """Add the sums of `other` to these."""
         for name, value in asdict(other).items():
             setattr(self, name, getattr(self, name) + value)
 
     @property
-    def rate(self) -> float:
-        """Images per second."""
+    def images_per_second(self) -> float:
+        """Training speed; 0 before the first step."""
         return self.images / self.seconds if self.seconds else 0.0
 
 
-def append(path: Path, record: Mapping[str, Any]) -> None:
-    """Add a line to a metrics.jsonl, after the end of one that a full disk has cut short. Raises OSError."""
+def append_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Add a line to metrics.jsonl; a last line cut short by a full disk is ended first. Raises OSError."""
     line = json.dumps(dict(record), separators=(",", ":")) + "\n"
     with path.open("ab+") as file:
         if file.tell():
@@ -91,62 +94,61 @@ def append(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, none if it is not there; what is no record, such as a line cut short, is left out.
+    """Read metrics.jsonl, without lines that are no JSON object. A missing file has no records.
 
     Raises:
-        DataError: it is larger than any training's, or no regular file.
+        DataError: the file is too large or not a regular file.
     """
     try:
         content = read_file(path) if path.exists() else b""
     except DataError as error:
         raise DataError(f"{path} cannot be read: {error}", "move it away") from error
-    found = []
+    records = []
     for line in content.decode("utf-8", "replace").splitlines():
         with suppress(ValueError, TypeError, RecursionError):
-            found.append(dict(json.loads(line)))
-    return found
+            records.append(dict(json.loads(line)))
+    return records
 
 
-def until(records: Iterable[Mapping[str, Any]], step: int, epoch: int) -> list[Mapping[str, Any]]:
-    """Those that stay when a training goes on after `step`, in `epoch`, whose validation may have been cut short."""
-    kept = [r for r in records if count(r, "step") <= step and r.get("event") != "end"]
-    return [r for r in kept if r.get("event") != "validation" or count(r, "epoch") < epoch]
+def drop_later_records(records: Iterable[Mapping[str, Any]], step: int, epoch: int) -> list[Mapping[str, Any]]:
+    """The records to keep when a training resumes after `step` in `epoch`, which will be validated again."""
+    kept = [r for r in records if get_int(r, "step") <= step and r.get("event") != "end"]
+    return [r for r in kept if r.get("event") != "validation" or get_int(r, "epoch") < epoch]
 
 
-def failure(about: Mapping[str, Any]) -> tuple[str, str]:
-    """Why a run failed, and what to do about it, as its run.json has them; empty where it did not fail or say why."""
-    found = [about.get(key) if about.get("status") == "failed" else None for key in ("error", "hint")]
-    what, hint = (value if isinstance(value, str) else "" for value in found)
+def get_failure(about: Mapping[str, Any]) -> tuple[str, str]:
+    """Error and hint of a failed run, from its run.json; both are empty if it did not fail or has no message."""
+    if about.get("status") != "failed":
+        return "", ""
+    what, hint = (value if isinstance(value, str) else "" for value in (about.get("error"), about.get("hint")))
     return what, hint
 
 
-def unsaved(path: Path, about: Mapping[str, Any], name: str) -> tuple[str, str]:
-    """What to say where a run of that name has no checkpoint, and what to do about it."""
-    what, hint = failure(about)
-    if what:
-        return f"{path} has no checkpoint, since the run failed: {what}", hint
-    going_on = f"alexnet train --resume {name}"
-    ways = {"failed": f"the run failed; {going_on} begins it anew", "interrupted": f"the run was stopped; {going_on}"}
-    return f"{path} holds no checkpoint yet", ways.get(
-        str(about.get("status")), "let it train until the first one is saved"
-    )
+def explain_missing_checkpoint(path: Path, about: Mapping[str, Any], name: str) -> tuple[str, str]:
+    """Error and hint for a run that has no checkpoint. `name` is quoted for a shell."""
+    error, hint = get_failure(about)
+    if error:
+        return f"{path} has no checkpoint because the run failed: {error}", hint
+    resume = f"alexnet train --resume {name}"
+    hints = {"failed": f"the run failed; start it again: {resume}", "interrupted": f"the run was stopped; {resume}"}
+    return f"{path} has no checkpoint yet", hints.get(str(about.get("status")), "wait until the first one is saved")
 
 
 def epochs_done(records: Iterable[Mapping[str, Any]]) -> int:
-    """How many epochs have been validated."""
-    return max((count(r, "epoch") for r in records if r.get("event") == "validation"), default=0)
+    """The number of epochs that have been validated."""
+    return max((get_int(r, "epoch") for r in records if r.get("event") == "validation"), default=0)
 
 
-def count(record: Mapping[str, Any], key: str) -> int:
-    """A whole number out of a record, or 0 where it has none: a file can hold anything."""
+def get_int(record: Mapping[str, Any], key: str) -> int:
+    """An integer of a record read from a file; 0 if it is missing or something else."""
     value = record.get(key)
     return value if type(value) is int else 0
 
 
-def table(records: Iterable[Mapping[str, Any]]) -> str:
-    """What metrics.csv holds: a row per epoch."""
+def format_csv(records: Iterable[Mapping[str, Any]]) -> str:
+    """The text of metrics.csv: one row per epoch."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore")
+    writer = csv.DictWriter(text, CSV_COLUMNS, extrasaction="ignore")
     writer.writeheader()
     writer.writerows(r for r in records if r.get("event") == "validation")
     return text.getvalue()

@@ -1,9 +1,9 @@
-"""The run directory: what a training run writes. No torch.
+"""The run directory: what a training writes. No torch.
 
 runs/NAME/run.json            status, command line, versions, devices, data set, seed
           recipe.toml         the resolved recipe; `alexnet train --recipe` repeats the run with it
-          metrics.jsonl       every record, appended;  metrics.csv: one row per epoch
-          checkpoints/STEP/   one checkpoint each;  checkpoints/last, checkpoints/best replace_link to two of them
+          metrics.jsonl       one record per line, appended;  metrics.csv: one row per epoch
+          checkpoints/STEP/   one checkpoint each;  checkpoints/last, checkpoints/best link to two of them
           alexnet.onnx        the trained network, ready for `alexnet predict`
 runs/latest                   points to the newest run
 """
@@ -23,15 +23,15 @@ from typing import Any
 
 from alexnet_cli.core.devices import suggest_train_command
 from alexnet_cli.core.files import lock_file, read_file, replace_link, write_text
-from alexnet_cli.core.runs.records import Record, append, count, read_records, table, until
+from alexnet_cli.core.runs.records import Record, append_record, drop_later_records, format_csv, get_int, read_records
 from alexnet_cli.errors import DataError, StorageError, UsageError, format_error
 from alexnet_cli.recipe import Recipe
 from alexnet_cli.recipe_io import load_recipe
 
 MODEL, ONNX = "model.safetensors", "alexnet.onnx"
 RUNNING = {"status": "running", "reason": None, "error": None, "hint": None}
-"""Entries of run.json while a run goes on."""
-LARGEST = 2**24  # bytes of run.json and of meta.json, which have some thousands
+"""Entries of run.json while a training runs."""
+LARGEST_JSON = 2**24  # bytes of run.json and meta.json, which have some thousands
 
 
 def runs_root() -> Path:
@@ -51,12 +51,12 @@ class Run:
         """Create the directory of a new run in `root` (default: `runs_root()`) and point `latest` to it.
 
         Raises:
-            UsageError: a run of that name is there already, or it is no plain name.
-            StorageError: the directory cannot be made.
+            UsageError: the name is taken, or is not a plain folder name.
+            StorageError: the directory cannot be created.
         """
-        if name is not None and not is_plain(name):
+        if name is not None and not is_plain_name(name):
             raise UsageError(
-                f"--name {name!r} cannot be the name of a folder", "use letters, digits, '-' and '_', at most 200"
+                f"--name {name!r} is not a plain folder name", "use at most 200 letters, digits, '-' and '_'"
             )
         root = root or runs_root()
         stem = name or f"{time.strftime('%Y-%m-%d_%H%M%S')}_{recipe.name}"
@@ -72,22 +72,24 @@ class Run:
             replace_link(root / "latest", path)
         except FileExistsError as error:
             hint = f"continue it with --resume {shlex.quote(str(name))}, choose another --name, or delete the folder"
-            raise UsageError(f"a run called {name} exists already: {path}", hint) from error
+            raise UsageError(f"{path} already exists", hint) from error
         except OSError as error:
-            raise StorageError(f"cannot write {path}: {error.strerror}", "set ALEXNET_RUNS_DIR elsewhere") from error
+            raise StorageError(
+                f"cannot write {path}: {error.strerror}", "set ALEXNET_RUNS_DIR to a folder that can be written"
+            ) from error
         return cls(path)
 
     @classmethod
     def open(cls, name: str) -> Run:
-        """The run of that name, directory or `latest`; UsageError where there is none."""
+        """The run with this name or path, or `latest`. Raises UsageError if there is none."""
         for path in (runs_root() / name, Path(name)):
             if (path / "run.json").is_file():
                 return cls(follow_latest(path))
-        raise UsageError(f"no run is called {name} in {runs_root()}", list_runs(name))
+        raise UsageError(f"there is no run {name} in {runs_root()}", list_runs(name))
 
     @property
     def name(self) -> str:
-        """Its name for -w and --resume, such as NAME or ABLATION/CELL."""
+        """The name to give to -w and --resume, such as NAME or ABLATION/CELL."""
         path, root = self.path.resolve(), runs_root().resolve()
         return str(path.relative_to(root)) if path.is_relative_to(root) else path.name
 
@@ -103,20 +105,20 @@ class Run:
 
     @property
     def recipe(self) -> Recipe:
-        """The recipe that the run was started with."""
+        """The recipe in recipe.toml."""
         return load_recipe(str(self.path / "recipe.toml"))
 
     @property
     def about(self) -> dict[str, Any]:
         """The content of run.json. Raises DataError if it cannot be read."""
         try:
-            return dict(json.loads(read_file(self.path / "run.json", LARGEST)))
+            return dict(json.loads(read_file(self.path / "run.json", LARGEST_JSON)))
         except (OSError, ValueError, TypeError, RecursionError, DataError) as error:
             raise DataError(f"{self.path / 'run.json'} cannot be read: {error}", "start a new run") from error
 
     @contextmanager
     def storing(self) -> Iterator[None]:
-        """While inside: an OSError becomes a StorageError with a hint how to continue."""
+        """Turn an OSError inside the block into a StorageError that says how to continue."""
         try:
             yield
         except OSError as error:
@@ -125,36 +127,37 @@ class Run:
             ) from error
 
     def storage_hint(self) -> str:
-        """What to do after a disk error; it depends on what is left of the run."""
+        """What to do after a disk error, depending on what is left of the run."""
         last = self.checkpoints / "last"
         if not self.path.is_dir():
-            return "the folder of the run was deleted or renamed: start a new run, or --resume its new name"
-        due = any(record.get("event") == "checkpoint" for record in self.records())
-        none = "its checkpoints are gone" if due else "no checkpoint was due yet"
-        saved = f"last good checkpoint: {last.resolve()}" if last.exists() else none
+            return "the run folder was deleted or renamed: start a new run, or give its new name to --resume"
+        if last.exists():
+            saved = f"last good checkpoint: {last.resolve()}"
+        elif any(record.get("event") == "checkpoint" for record in self.records()):
+            saved = "its checkpoints are missing"
+        else:
+            saved = "no checkpoint was saved yet"
         return f"{saved}; free some space or make it writable, then: alexnet train --resume {self.quoted}"
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Lock the run for this process; the kernel releases it however the process ends.
+        """Lock the run for this process. The kernel releases the lock, however the process ends.
 
         Raises:
             DataError: another command is training it.
         """
-        if not self.writes:
-            yield
-            return
         with ExitStack() as stack:
-            with self.storing():
-                stack.enter_context(lock_file(self.path / ".lock", f"another command is training {self.path}"))
+            if self.writes:
+                with self.storing():
+                    stack.enter_context(lock_file(self.path / ".lock", f"another command is training {self.path}"))
             yield
 
     def update(self, about: Mapping[str, Any]) -> None:
-        """Change some entries of run.json. Raises StorageError if the file is gone."""
+        """Change some entries of run.json. Raises StorageError if the file is missing."""
         if not self.writes:
             return
         if not (self.path / "run.json").exists():
-            raise StorageError(f"{self.path / 'run.json'} is gone", self.storage_hint())
+            raise StorageError(f"{self.path / 'run.json'} is missing", self.storage_hint())
         with self.storing():
             write_text(self.path / "run.json", json.dumps({**self.about, **about}, indent=2) + "\n")
 
@@ -162,42 +165,43 @@ class Run:
         """Append a record to metrics.jsonl."""
         if self.writes:
             with self.storing():
-                append(self.path / "metrics.jsonl", record)
+                append_record(self.path / "metrics.jsonl", record)
 
     def records(self) -> list[dict[str, Any]]:
-        """The records of metrics.jsonl, without a last line cut short by a crash."""
+        """The records of metrics.jsonl; a last line cut short by a crash is left out."""
         return read_records(self.path / "metrics.jsonl")
 
     def begin(self, recipe: Recipe, step: int, epoch: int) -> None:
-        """Prepare to continue after `step` of `epoch`: delete later records and the ONNX file."""
+        """Prepare to train on from `step` in `epoch`: write the recipe, delete later records and the ONNX file."""
         if not self.writes:
             return
-        kept = [json.dumps(r, separators=(",", ":")) + "\n" for r in until(self.records(), step, epoch)]
+        kept = drop_later_records(self.records(), step, epoch)
+        lines = [json.dumps(record, separators=(",", ":")) + "\n" for record in kept]
         with self.storing():
             for file in (self.path / ONNX, *self.path.glob(f".{Path(ONNX).stem}.*.tmp.onnx")):
                 file.unlink(missing_ok=True)
             write_text(self.path / "recipe.toml", recipe.to_toml())
-            write_text(self.path / "metrics.jsonl", "".join(kept))
+            write_text(self.path / "metrics.jsonl", "".join(lines))
         self.write_csv()
 
     def write_csv(self) -> None:
         """Write metrics.csv from the records: one row per epoch."""
-        if not self.writes:
-            return
-        with self.storing():
-            write_text(self.path / "metrics.csv", table(self.records()))
+        if self.writes:
+            with self.storing():
+                write_text(self.path / "metrics.csv", format_csv(self.records()))
 
 
-def is_plain(name: str) -> bool:
-    """Whether a name can be that of a folder on any disk and be shown in a message."""
-    odd = {"", ".", "..", "latest"}
-    return name not in odd and Path(name).name == name and name.isprintable() and len(os.fsencode(name)) <= 200
+def is_plain_name(name: str) -> bool:
+    """Whether a run may have this name: a printable folder name without a path."""
+    reserved = {"", ".", "..", "latest"}
+    return name not in reserved and Path(name).name == name and name.isprintable() and len(os.fsencode(name)) <= 200
 
 
 def _is_abandoned(path: Path) -> bool:
-    """Whether a folder was left by a run that was killed while it was being created."""
-    own = path.is_dir() and not path.is_symlink() and not any((path / "checkpoints").glob("*"))
-    return own and all(
+    """Whether `path` was left by a run that was killed while it was being created, and holds nothing else."""
+    if not path.is_dir() or path.is_symlink() or any((path / "checkpoints").glob("*")):
+        return False
+    return all(
         entry.name in {"checkpoints", "recipe.toml", ".lock"}
         or re.fullmatch(r"\.(recipe\.toml|run\.json)\..*tmp(\.\w+)?", entry.name)
         for entry in path.iterdir()
@@ -205,26 +209,27 @@ def _is_abandoned(path: Path) -> bool:
 
 
 def list_runs(typed: str = "") -> str:
-    """A hint that lists the newest runs, beginning with the one that `typed` probably means."""
+    """A hint that lists the newest runs, after the one that `typed` probably means."""
     from difflib import get_close_matches
 
     names = sorted(p.parent.name for p in runs_root().glob("*/run.json") if p.parent.name != "latest")
     if not names:
         return f"train one first: {suggest_train_command()}"
     near = [name for name in names if name.endswith(f"_{typed}")][-1:] or get_close_matches(typed, names, 1)
+    guess = f"did you mean {near[0]}? " if near else ""
     more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
-    return f"{f'did you mean {near[0]}? ' if near else ''}there are: {', '.join(names[-5:])}{more}"
+    return f"{guess}existing runs: {', '.join(names[-5:])}{more}"
 
 
 def follow_latest(path: Path) -> Path:
-    """The run that a link such as runs/latest points to now."""
+    """The folder that a link such as runs/latest points to; other paths are returned unchanged."""
     return path.parent / os.readlink(path) if path.is_symlink() else path
 
 
 def record_failure(run: Run, error: BaseException, reason: str = "error", status: str = "failed") -> Record | None:
-    """Write an error's message and hint to run.json and as the last record, as far as the disk allows.
+    """Write an error's message and hint to run.json and to a last record, as far as the disk allows.
 
-    Returns that record; None if the run is not running, or its records have an end already.
+    Returns that record; None if the run is not running or already has an end record.
     """
     what, hint, _ = format_error(error)
     try:
@@ -238,7 +243,7 @@ def record_failure(run: Run, error: BaseException, reason: str = "error", status
     last = records[-1] if records else {}
     if last.get("event") == "end":
         return None
-    epoch, step = max(1, count(last, "epoch")), count(last, "step")
+    epoch, step = max(1, get_int(last, "epoch")), get_int(last, "step")
     end = Record("end", epoch, step, path=str(run.path), reason=reason, text=what, hint=hint or None)
     with suppress(StorageError):
         run.log(end.as_dict())

@@ -1,4 +1,4 @@
-"""Checkpoints: the whole network in one file, and what is needed to continue as if nothing had happened.
+"""Checkpoints: the network in one file, and the state from which training continues bit by bit as if uninterrupted.
 
 checkpoints/STEP/model.safetensors      the network in the one-device layout, with recipe, classes and mean image
                  optimizer.safetensors  the velocity of every parameter
@@ -25,7 +25,7 @@ from torch import Tensor
 from alexnet_cli.core.files import hash_file, read_file, replace_link, sync_folder, write_and_verify, write_text
 from alexnet_cli.core.model import model_file
 from alexnet_cli.core.model.network import Network, parameters_by_name
-from alexnet_cli.core.runs.run import LARGEST, MODEL, Run
+from alexnet_cli.core.runs.run import LARGEST_JSON, MODEL, Run
 from alexnet_cli.core.training.optim import PaperSGD
 from alexnet_cli.errors import DataError, StorageError, WeightsError
 
@@ -33,12 +33,12 @@ SCHEMA = "alexnet.checkpoint/2"
 OPTIMIZER, META = "optimizer.safetensors", "meta.json"
 OLD_STATE = "state.pt"  # of version 0.1.0
 CHECKPOINT_FOLDER = re.compile(r"\d{8,}|\.\d{8,}\.(tmp|old)")  # complete, being written, being replaced
-DAMAGED = "--resume continues from the newest checkpoint that is complete"
+DAMAGED = "alexnet train --resume RUN continues from the newest complete checkpoint"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint read from disk. `velocity` is by parameter name; `position` holds JSON values."""
+    """A checkpoint read from disk. `velocity` is by parameter name; `position` has step, epoch, schedule, metrics."""
 
     model: model_file.Model
     velocity: Mapping[str, Tensor]
@@ -51,14 +51,13 @@ def save(
     tensors: Mapping[str, Tensor],
     velocity: Mapping[str, Tensor],
     position: Mapping[str, Any],
-    mean: Tensor,
     metadata: Mapping[str, str],
     best: bool,
     keep: int = 1,
 ) -> Path:
-    """Write a checkpoint of the whole network (tensors on the CPU), completely or not at all.
+    """Write a checkpoint, completely or not at all. All tensors are on the CPU; `tensors` includes the mean image.
 
-    Then replace_link `last` (and `best`) to it, and delete all but the newest `keep` and the best.
+    Then link `last` (and `best`) to it, and delete all but the newest `keep` checkpoints and the best.
 
     Raises:
         StorageError: the disk is full, cannot be written or reads back wrong data; the checkpoint before is intact.
@@ -68,31 +67,31 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
         _check_space(run.checkpoints, 4 * sum(t.numel() for t in (*tensors.values(), *velocity.values())))
         temporary.mkdir()
-        model = safetensors.torch.save({**tensors, "mean": mean.contiguous()}, metadata=dict(metadata))
+        model = safetensors.torch.save(dict(tensors), metadata=dict(metadata))
         sums = {MODEL: write_and_verify(temporary / MODEL, model)}
-        del model  # a quarter of a gigabyte
-        packed = {name: value.contiguous() for name, value in velocity.items()}
-        sums[OPTIMIZER] = write_and_verify(temporary / OPTIMIZER, safetensors.torch.save(packed))
+        del model  # 250 MB
+        contiguous = {name: value.contiguous() for name, value in velocity.items()}
+        sums[OPTIMIZER] = write_and_verify(temporary / OPTIMIZER, safetensors.torch.save(contiguous))
         meta = {"schema": SCHEMA, "step": step, "best": best, "sha256": sums, "position": dict(position)}
         write_text(temporary / META, json.dumps(meta, indent=2, allow_nan=False) + "\n")
         sync_folder(temporary)
         _replace(temporary, final)
-        _point(final, best)
+        _link(final, best)
         _delete_old(run.checkpoints, step, keep)
     except (OSError, SafetensorError, RuntimeError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        what = f"checkpoint of step {step} cannot be written to {run.checkpoints}: {error}"
+        what = f"the checkpoint of step {step} cannot be written to {run.checkpoints}: {error}"
         raise StorageError(what, run.storage_hint()) from error
     return final
 
 
 def find_newest(run: Run) -> tuple[Path | None, list[Path]]:
-    """The newest complete checkpoint (None before the first), and newer ones that are damaged.
+    """The newest complete checkpoint (None before the first), and damaged ones that are newer.
 
-    Finishes what a crash left half done: folders being renamed, and the links `last` and `best`.
+    Repairs what a crash left: a folder that was being replaced, and the links `last` and `best`.
 
     Raises:
-        WeightsError: there were checkpoints and none is complete, or the newest is of version 0.1.0.
+        WeightsError: no checkpoint is complete though one was saved, or the newest is of version 0.1.0.
         StorageError: the links cannot be written.
     """
     for old in run.checkpoints.glob(".*.old"):
@@ -110,16 +109,16 @@ def find_newest(run: Run) -> tuple[Path | None, list[Path]]:
             damaged.append(folder)
         else:
             with run.storing():
-                _point(folder, best)
+                _link(folder, best)
             return folder, damaged
     if damaged or any(record.get("event") == "checkpoint" for record in run.records()):
-        what = f"{run.path} has no complete checkpoint left" + (f": {damaged[0]} is damaged" if damaged else "")
+        what = f"{run.path} has no complete checkpoint" + (f": {damaged[0]} is damaged" if damaged else "")
         raise WeightsError(what, "restore one from a backup, or start a new run")
     return None, []
 
 
 def find_step_beyond(run: Run, step: int) -> int | None:
-    """The step of the newest complete checkpoint, if it is later than `step`."""
+    """The step of the newest complete checkpoint if it is later than `step`, otherwise None."""
     for folder in _list_folders(run):
         if int(folder.name) <= step:
             return None
@@ -133,7 +132,7 @@ def load(directory: Path) -> Checkpoint:
     """Read a checkpoint and verify its checksums.
 
     Raises:
-        WeightsError: it is incomplete, damaged, of version 0.1.0, or something else.
+        WeightsError: it is incomplete, damaged, of version 0.1.0 or not a checkpoint.
     """
     meta = _read_meta(directory)
     path = directory / OPTIMIZER
@@ -151,7 +150,7 @@ def restore(network: Network, optimizer: PaperSGD, saved: Checkpoint) -> None:
     """Copy the saved weights and velocity into a network and its optimizer.
 
     Raises:
-        WeightsError: they belong to another network.
+        WeightsError: a shape differs.
     """
     for name, parameter in parameters_by_name(network):
         for tensor in (torch.from_numpy(saved.model.tensors[name]), saved.velocity.get(name)):
@@ -163,7 +162,7 @@ def restore(network: Network, optimizer: PaperSGD, saved: Checkpoint) -> None:
                 there, here = "missing" if tensor is None else tuple(tensor.shape), tuple(parameter.shape)
                 raise WeightsError(
                     f"{saved.model.path.parent} does not fit this network: {name} is {there}, not {here}",
-                    "start a new run from its weights with --init-from",
+                    f"start a new run from its weights: --init-from {saved.model.path.parent}",
                 )
     with torch.no_grad():
         for name, parameter in parameters_by_name(network):
@@ -178,11 +177,11 @@ def _list_folders(run: Run) -> list[Path]:
 
 
 def _read_meta(directory: Path) -> dict[str, Any]:
-    """meta.json of a complete checkpoint whose files have the recorded checksums; WeightsError otherwise."""
+    """Read meta.json and compare the checksums of the files. Raises WeightsError if the checkpoint is incomplete."""
     if (directory / OLD_STATE).is_file():
         raise _old_version(directory)
     try:
-        meta = json.loads(read_file(directory / META, LARGEST))
+        meta = json.loads(read_file(directory / META, LARGEST_JSON))
         sums = {name: hash_file(directory / name) for name in (MODEL, OPTIMIZER)}
     except (OSError, ValueError, RecursionError, DataError) as error:
         raise WeightsError(f"{directory} is not a complete checkpoint: {error}", DAMAGED) from error
@@ -191,7 +190,7 @@ def _read_meta(directory: Path) -> dict[str, Any]:
     if not isinstance(meta.get("position"), dict):
         raise WeightsError(f"{directory / META} has no position", DAMAGED)
     if directory.name.isdigit() and meta.get("step") != int(directory.name):
-        raise WeightsError(f"{directory} holds step {meta.get('step')}, unlike its name", DAMAGED)
+        raise WeightsError(f"{directory} holds step {meta.get('step')}: it was renamed", DAMAGED)
     return {"best": False, **meta}
 
 
@@ -202,8 +201,8 @@ def _old_version(directory: Path) -> WeightsError:
     )
 
 
-def _point(checkpoint: Path, best: bool) -> None:
-    """Make `last` replace_link to a checkpoint, and `best` too if it is the best."""
+def _link(checkpoint: Path, best: bool) -> None:
+    """Make `last` a link to a checkpoint, and `best` too if it is the best."""
     for name in ("last", "best") if best else ("last",):
         replace_link(checkpoint.parent / name, checkpoint)
     sync_folder(checkpoint.parent)
@@ -211,11 +210,11 @@ def _point(checkpoint: Path, best: bool) -> None:
 
 def _check_space(folder: Path, needed: int) -> None:
     if shutil.disk_usage(folder).free < needed + (1 << 20):
-        raise OSError(errno.ENOSPC, f"{needed / 1e6:,.0f} MB needed, the disk is full")
+        raise OSError(errno.ENOSPC, f"the disk is full ({needed / 1e6:,.0f} MB needed)")
 
 
 def _replace(temporary: Path, final: Path) -> None:
-    """Rename into place. A checkpoint of the same step is renamed first; `find_newest` brings it back after a crash."""
+    """Rename into place. A checkpoint of the same step is renamed first; after a crash, `find_newest` restores it."""
     old = final.with_name(f".{final.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
@@ -226,7 +225,7 @@ def _replace(temporary: Path, final: Path) -> None:
 
 
 def _delete_old(folder: Path, step: int, keep: int) -> None:
-    """Delete what is neither the best nor among the newest `keep` up to `step`."""
+    """Delete all checkpoints but the best and the newest `keep` up to `step`."""
     steps = sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit() and int(path.name) <= step)
     names = [f"{number:08d}" for number in steps[-keep:]] + ["last", "best"]
     kept = {(folder / name).resolve() for name in names}

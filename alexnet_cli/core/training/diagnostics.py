@@ -1,4 +1,4 @@
-"""Warnings and remedies: odd settings before the first step, a loss that does not fall, NaN and infinity."""
+"""Warnings of a training: unusual settings, a loss that does not fall, a loss that is NaN or infinite."""
 
 from __future__ import annotations
 
@@ -25,104 +25,102 @@ from alexnet_cli.core.training.optim import PaperSGD, Schedule
 from alexnet_cli.core.training.trainer import Trainer
 from alexnet_cli.recipe import Recipe, find_closest_recipe, format_set_option, format_toml
 
-ODD_RATE_FACTOR = 4  # a learning rate this many times off what the batch size suggests is worth a warning
+UNUSUAL_RATE_FACTOR = 4  # warn of a learning rate this many times above or below what the batch size suggests
 PLATEAU_TOLERANCE = 0.02  # a loss within this share of the loss of guessing is a plateau
-PLATEAU_RECORDS = (
-    10  # whose mean must be on the plateau too: a batch may by chance hold few images of the commonest class
-)
-UNEQUAL_FACTOR = 10  # with this many times more images in the commonest class, the rarest is hardly learned
-LEAST_STEPS = 20  # before which no network has learned anything
-FEW_STEPS = 100  # after which hardly any network has learned anything
-ENOUGH_STEPS = 300  # after which a small one has
+PLATEAU_RECORDS = 10  # the mean of so many losses must be on the plateau too: one batch may differ by chance
+IMBALANCE_FACTOR = 10  # warn if the commonest class has this many times the images of the rarest
+LEAST_STEPS = 20  # no network has learned anything before
+FEW_STEPS = 100  # hardly any network has learned anything before
+ENOUGH_STEPS = 300  # a small network has learned something after
 EPOCHS_TOLERANCE = 0.1  # a number of epochs within this share of the recipe's needs no other drop epochs
 SHOWN_NAMES = 5
-LOST_FACTOR = 10  # a validation loss this many times that of guessing: overfitted networks stay below
-EVEN_OUT = "add images of rare classes, or leave common ones out"
+DIVERGENCE_FACTOR = 10  # a validation loss this many times that of guessing; overfitted networks stay below
+BALANCE_HINT = "add images of rare classes, or leave out images of common ones"
 
 
 def check_settings(
-    recipe: Recipe, data: Dataset, different: Mapping[str, tuple[Any, Any]] | None = None
+    recipe: Recipe, data: Dataset, differences: Mapping[str, tuple[Any, Any]] | None = None
 ) -> Iterator[Record]:
     """Warnings about recipe and data before the first step.
 
-    `different` holds the recipe keys whose values differ from those of the loaded weights, as (here, there); None if no
-    weights were loaded.
+    `differences` are the recipe keys whose values differ from those of the loaded weights: (here, in the weights).
+    None means that no weights were loaded.
     """
     yield from check_empty_classes(data)
-    pictures = baselines.count_images(data.split("train").labels, len(data.classes))
-    if far := describe_imbalance([name.name for name in data.classes], pictures):
-        yield _warning(*far)
-    leaks = data.record.get("duplicates", {}).get("across_splits", 0)
-    if leaks:
+    counts = baselines.count_images(data.split("train").labels, len(data.classes))
+    if imbalance := describe_imbalance([name.name for name in data.classes], counts):
+        yield _warning(*imbalance)
+    if leaks := data.record.get("duplicates", {}).get("across_splits", 0):
         yield _warning(
             f"{leaks:,} {'image is' if leaks == 1 else 'images are'} in both train and val",
             f"the validation error will look too good; {data.path / DUPLICATES} lists them",
         )
-    yield from check_rate(recipe, min(recipe.batch_size, len(data.split("train"))), different is not None)
+    yield from check_rate(recipe, min(recipe.batch_size, len(data.split("train"))), differences is not None)
     yield from check_epochs(recipe)
-    if recipe.frozen != "none" and different is None:
-        yield _warning("layers 1 to 5 are frozen at random values", "--init-from W starts from trained ones")
-    if different:
-        listed = ", ".join(f"{key} = {here} here, {there} there" for key, (here, there) in different.items())
-        settings = " ".join(format_set_option(key, there) for key, (_, there) in different.items())
+    if recipe.frozen != "none" and differences is None:
+        yield _warning("conv1 to conv5 are frozen at random weights", "load trained weights with --init-from")
+    if differences:
+        values = ", ".join(
+            f"{key} = {format_toml(theirs)} (here {format_toml(here)})" for key, (here, theirs) in differences.items()
+        )
+        settings = " ".join(format_set_option(key, theirs) for key, (_, theirs) in differences.items())
         yield _warning(
-            f"the weights were trained with another recipe: {listed}", f"remove --recipe, or give {settings}"
+            f"the weights were trained with other settings: {values}",
+            f"to use these, remove --recipe or add {settings}",
         )
 
 
 def check_empty_classes(data: Dataset) -> Iterator[Record]:
-    """A warning for each split that lacks images of some class."""
-    means = {
-        "train": ("training", "the network cannot learn them: their images in val count as errors"),
-        "val": ("validation", "the validation error says nothing about them"),
+    """A warning for each split in which some class has no image."""
+    consequences = {
+        "train": ("training", "the network cannot learn them; their validation images count as errors"),
+        "val": ("validation", "the validation error does not cover them"),
     }
-    for split, (kind, meaning) in means.items():
+    for split, (kind, consequence) in consequences.items():
         counts = baselines.count_images(data.split(split).labels, len(data.classes))
         empty = [name.name for name, count in zip(data.classes, counts, strict=True) if not count]
         if empty:
             names = ", ".join(empty[:SHOWN_NAMES]) + (" …" if len(empty) > SHOWN_NAMES else "")
             have = "has" if len(empty) == 1 else "have"
             what = f"{len(empty):,} of {len(data.classes):,} classes {have} no {kind} image: {names}"
-            yield _warning(what, meaning)
+            yield _warning(what, consequence)
 
 
-def describe_imbalance(names: Sequence[str], pictures: ClassCounts) -> tuple[str, str] | None:
-    """Warning and hint if the commonest class has UNEQUAL_FACTOR times the images of the rarest (empty ones aside)."""
-    most, least = int(pictures.argmax()), int(np.where(pictures, pictures, pictures.max() + 1).argmin())
-    if pictures[most] < UNEQUAL_FACTOR * pictures[least]:
+def describe_imbalance(names: Sequence[str], counts: ClassCounts) -> tuple[str, str] | None:
+    """Warning and hint if the largest class has IMBALANCE_FACTOR times the images of the smallest that is not empty."""
+    most, least = int(counts.argmax()), int(np.where(counts, counts, counts.max() + 1).argmin())
+    if counts[most] < IMBALANCE_FACTOR * counts[least]:
         return None
-    counts = f"{pictures[most]:,} training images of {names[most]}, {pictures[least]:,} of {names[least]}"
-    error = f"always answering {names[most]} errs in only {baselines.majority_error(pictures):.1%} of them"
-    return f"the classes are very unequal: {counts}", f"{error}: {EVEN_OUT}"
+    sizes = f"{counts[most]:,} training images of {names[most]}, {counts[least]:,} of {names[least]}"
+    error = f"always answering {names[most]} has an error of only {baselines.majority_error(counts):.1%}"
+    return f"the classes are very unequal: {sizes}", f"{error}: {BALANCE_HINT}"
 
 
 def check_rate(recipe: Recipe, batch: int, fine_tuning: bool) -> Iterator[Record]:
-    """Warn of an unusual learning rate. A batch k times as large takes sqrt(k) to k times the rate (Krizhevsky 2014).
+    """Warn of an unusual learning rate: for k times the batch size, sqrt(k) to k times the rate is usual.
 
-    `batch` is the number of images in a step; fine-tuning may use a lower rate.
+    The rule is that of Krizhevsky (2014). `batch` is the number of images per step; fine-tuning may use lower rates.
     """
     named = find_closest_recipe(recipe)
     if (recipe.learning_rate, recipe.batch_size) == (named.learning_rate, named.batch_size):
         return
     k = batch / named.batch_size
     low, high = sorted((named.learning_rate * math.sqrt(k), named.learning_rate * k))
-    if recipe.learning_rate > ODD_RATE_FACTOR * high or (
-        recipe.learning_rate < low / ODD_RATE_FACTOR and not fine_tuning
-    ):
-        asked = " to ".join(dict.fromkeys((f"{low:.2g}", f"{high:.2g}")))  # one number where both round to it
-        has = f"recipe {named.name} has {named.learning_rate:g} at {named.batch_size}"
-        why = f"{has}, which makes {asked}" if k != 1 else has
-        rule = "a batch k times as large takes sqrt(k) to k times the rate: " if k != 1 else ""
+    is_too_low = recipe.learning_rate < low / UNUSUAL_RATE_FACTOR and not fine_tuning
+    if recipe.learning_rate > UNUSUAL_RATE_FACTOR * high or is_too_low:
+        reason = f"recipe {named.name} has {named.learning_rate:g} for {named.batch_size}"
+        if k != 1:
+            reason += ", which scales to " + " to ".join(dict.fromkeys((f"{low:.2g}", f"{high:.2g}")))
         yield _warning(
-            f"rate {recipe.learning_rate:g} is far from what batch {batch} asks for: {why}",
-            f"{rule}--lr {named.learning_rate * k:.2g}",
+            f"learning rate {recipe.learning_rate:g} is unusual for batch size {batch}: {reason}",
+            f"try --lr {named.learning_rate * k:.2g}",
         )
 
 
 def check_epochs(recipe: Recipe) -> Iterator[Record]:
-    """Warn if `epochs` was changed, but not what the recipe does after some epochs (rate drops, freezing layer 1).
+    """Warn if `epochs` was changed without the epochs at which the recipe drops the rate or freezes layer 1.
 
-    In a shorter training only the rate drops matter.
+    In a shorter training only the drops of the rate matter.
     """
     named = find_closest_recipe(recipe)
     keys = ["drop_epochs"] if recipe.schedule == "fixed" else []
@@ -133,85 +131,84 @@ def check_epochs(recipe: Recipe) -> Iterator[Record]:
     if not kept or abs(recipe.epochs / named.epochs - 1) < EPOCHS_TOLERANCE:
         return
 
-    def scaled(epoch: int) -> int:
-        return max(1, round(epoch * recipe.epochs / named.epochs))
+    def scale(value: Any) -> Any:
+        """An epoch or several, in proportion; drops that no epoch would follow are left out."""
+        if isinstance(value, int):
+            return max(1, round(value * recipe.epochs / named.epochs))
+        return sorted({epoch for epoch in map(scale, value) if epoch < recipe.epochs})
 
-    listed = ", ".join(f"{key} = {format_toml(value)}" for key, value in kept.items())
-    ours = {k: scaled(v) if isinstance(v, int) else _within(map(scaled, v), recipe.epochs) for k, v in kept.items()}
+    values = ", ".join(f"{key} = {format_toml(value)}" for key, value in kept.items())
+    options = " ".join(format_set_option(key, scale(value)) for key, value in kept.items())
     yield _warning(
-        f"epochs = {recipe.epochs} with {listed}, made for the {named.epochs} of recipe {named.name}",
-        f"in proportion: {' '.join(format_set_option(key, value) for key, value in ours.items())}",
+        f"{values} is meant for the {named.epochs} epochs of recipe {named.name}, not for {recipe.epochs}",
+        f"scaled to {recipe.epochs} epochs: {options}",
     )
-
-
-def _within(drops: Iterable[int], epochs: int) -> list[int]:
-    """Drops that another epoch follows, each once."""
-    return sorted({drop for drop in drops if drop < epochs})
 
 
 @dataclass
 class LossPlateauCheck:
-    """Warns once if the loss is no better than guessing after `patience` steps. `pictures` counts images per class."""
+    """Warns once if the loss is no better than guessing after `patience` steps. `counts` is images per class."""
 
     recipe: Recipe
-    pictures: ClassCounts
+    counts: ClassCounts
     patience: int
-    warned: bool = False
-    recent: deque[float] = field(default_factory=lambda: deque(maxlen=PLATEAU_RECORDS))
+    has_warned: bool = False
+    recent_losses: deque[float] = field(default_factory=lambda: deque(maxlen=PLATEAU_RECORDS))
 
     @classmethod
-    def for_training(cls, recipe: Recipe, pictures: ClassCounts, steps: int) -> LossPlateauCheck:
-        """A check with a patience of a tenth of all `steps`, between 100 and 2,000.
+    def for_training(cls, recipe: Recipe, counts: ClassCounts, steps: int) -> LossPlateauCheck:
+        """A check after a tenth of all `steps`, but not before step 100 or after step 2,000.
 
-        A training of less than 100 steps is checked at its last step; one of less than 20 is not.
+        A training of less than 100 steps is checked at its last step, one of less than 20 never.
         """
-        return cls(recipe, pictures, min(2000, max(LEAST_STEPS, min(FEW_STEPS, steps), steps // 10)))
+        return cls(recipe, counts, min(2000, max(LEAST_STEPS, min(FEW_STEPS, steps), steps // 10)))
 
     @cached_property
     def flat_loss(self) -> float:
-        """Loss of always giving the class frequencies as the answer."""
-        return baselines.constant_loss(self.pictures, self.recipe.label_smoothing)
+        """The loss of predicting the class frequencies for every image."""
+        return baselines.constant_loss(self.counts, self.recipe.label_smoothing)
 
     def update(self, record: Record) -> Record | None:
-        """Take in a record. Returns the warning if it is due."""
+        """Check a new record. Returns the warning if it is due."""
         if record.event != "step" or record.loss is None:
             return None
-        self.recent.append(record.loss)
-        if self.warned or record.step < self.patience or np.count_nonzero(self.pictures) == 1:
+        self.recent_losses.append(record.loss)
+        if self.has_warned or record.step < self.patience or np.count_nonzero(self.counts) == 1:
             return None
-        loss, classes = self.flat_loss, len(self.pictures)
-        if min(record.loss, sum(self.recent) / len(self.recent)) < (1 - PLATEAU_TOLERANCE) * loss:
+        mean = sum(self.recent_losses) / len(self.recent_losses)
+        if min(record.loss, mean) < (1 - PLATEAU_TOLERANCE) * self.flat_loss:
             return None
-        self.warned = True
-        what = f"the loss is still {record.loss:.3f} at step {record.step:,}, no better than guessing"
-        equal = math.isclose(loss, math.log(classes), rel_tol=1e-9)
-        source = f"ln {classes}" if equal else "the same answer for every image"
-        return _warning(f"{what} ({source} = {loss:.3f})", suggest_fix(self.recipe), record)
+        self.has_warned = True
+        classes = len(self.counts)
+        is_balanced = math.isclose(self.flat_loss, math.log(classes), rel_tol=1e-9)
+        source = f"ln {classes} = " if is_balanced else "the class frequencies give "
+        text = f"the loss is still {record.loss:.3f} at step {record.step:,}, no better than guessing"
+        return _warning(f"{text} ({source}{self.flat_loss:.3f})", suggest_fix(self.recipe), record)
 
 
 def suggest_fix(recipe: Recipe) -> str:
-    """Hint for a network that does not start to learn."""
+    """The hint for a network that does not start to learn."""
     if recipe.init == "gaussian" and recipe.conv345_std < 0.03:
         return "train again with larger initial weights, as in the authors' code: --set conv345_std=0.03"
     if recipe.init == "gaussian" and recipe.bias > 0.1:
         return "train again with smaller initial biases, as in Caffe: --set bias=0.1; or use --recipe fast"
-    return f"check the labels; if they are right, try a learning rate other than {recipe.learning_rate:g} (--lr)"
+    return f"check the labels; if they are right, try another learning rate than {recipe.learning_rate:g} (--lr)"
 
 
-def next_command(recipe: Recipe, pictures: ClassCounts, steps: int, epochs: int) -> str:
-    """Hint after a training of `steps` steps and `epochs` epochs whose best error does not beat guessing."""
-    if recipe.batch_size > (rows := int(pictures.sum())):
-        return f"each step uses all {rows:,} images: train again with -b {max(1, rows // 10)}"
+def next_command(recipe: Recipe, counts: ClassCounts, steps: int, epochs: int) -> str:
+    """The hint after a training of `steps` steps in `epochs` epochs whose best error does not beat guessing."""
+    if recipe.batch_size > (images := int(counts.sum())):
+        return f"each step uses all {images:,} images: train again with -b {max(1, images // 10)}"
     if steps < FEW_STEPS:
         enough = math.ceil(ENOUGH_STEPS * epochs / max(1, steps))
         return f"{steps:,} step{'' if steps == 1 else 's'} may be too few: train again with --epochs {enough:,}"
-    return EVEN_OUT if describe_imbalance([""] * len(pictures), pictures) else suggest_fix(recipe)
+    return BALANCE_HINT if describe_imbalance([""] * len(counts), counts) else suggest_fix(recipe)
 
 
 def check_one_sided(confusion: npt.NDArray[np.int64], names: Sequence[str], at: Record) -> Record | None:
-    """Warning, at the end of training, if the network gives almost the same answer for every image."""
-    said = baselines.describe_one_sided(confusion, names) if at.step >= LEAST_STEPS else ""
-    return _warning(said, baselines.ONE_SIDED_HINT, at) if said else None
+    """A warning at the end of training if the network gives almost the same answer for every image."""
+    text = baselines.describe_one_sided(confusion, names) if at.step >= LEAST_STEPS else ""
+    return _warning(text, baselines.ONE_SIDED_HINT, at) if text else None
 
 
 def _warning(text: str, hint: str, at: Record | None = None) -> Record:
@@ -221,34 +218,34 @@ def _warning(text: str, hint: str, at: Record | None = None) -> Record:
 def find_nonfinite_weights(network: Network) -> str:
     """Where NaN or infinite weights began, such as "the weights of conv3"; "" if all are finite.
 
-    A gradient that overflows spoils its layer and those before it, so the last spoiled layer was the first. If every
-    layer is spoiled, as after an update with the gradient of a NaN loss, the origin is unknown.
+    A gradient that overflows also spoils all layers before it, so the last spoiled layer is the origin. After a NaN
+    loss all layers are spoiled, and the origin is unknown.
     """
-    layers = [
-        layer
-        for layer in LAYERS
-        if not all(bool(torch.isfinite(p).all()) for p in network.get_submodule(layer).parameters())
-    ]
+
+    def is_finite(layer: str) -> bool:
+        return all(bool(torch.isfinite(p).all()) for p in network.get_submodule(layer).parameters())
+
+    layers = [layer for layer in LAYERS if not is_finite(layer)]
     if len(layers) == len(LAYERS):
-        return "every layer"
+        return "the weights of all layers"
     return f"the weights of {layers[-1]}" if layers else ""
 
 
 def find_nonfinite_output(trainer: Trainer, batch: Batch) -> str:
     """The first layer whose output for this batch is NaN or infinite, or whose weights are; "" if unknown."""
-    network, ranks, found = trainer.network, trainer.placement.ranks, list[str]()
-    spoiled = find_nonfinite_weights(network)
-    if spoiled or ranks.columns:  # a forward pass then needs all ranks, and others may have finite losses
-        return spoiled
+    network, ranks, layers = trainer.network, trainer.placement.ranks, list[str]()
+    weights = find_nonfinite_weights(network)
+    if weights or ranks.columns:  # with columns, a forward pass needs all ranks, and others may have finite losses
+        return weights
 
-    def watch(layer: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def look(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def make_hook(layer: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
             if not bool(torch.isfinite(output).all()):
-                found.append(layer)
+                layers.append(layer)
 
-        return look
+        return hook
 
-    handles = [network.get_submodule(layer).register_forward_hook(watch(layer)) for layer in LAYERS[:-1]]
+    handles = [network.get_submodule(layer).register_forward_hook(make_hook(layer)) for layer in LAYERS[:-1]]
     try:
         for first in range(0, len(batch.rows), trainer.micro_batch):
             part = slice(first, first + trainer.micro_batch)
@@ -257,44 +254,42 @@ def find_nonfinite_output(trainer: Trainer, batch: Batch) -> str:
                 network(
                     trainer.augment.training_views(batch.images[part], batch.rows[part], trainer.draws, trainer.epoch)
                 )
-            if found:
+            if layers:
                 break
     finally:
         for handle in handles:
             handle.remove()
-    return f"the outputs of {found[0] if found else LAYERS[-1]}"
+    return f"the outputs of {layers[0] if layers else LAYERS[-1]}"
 
 
 def describe_divergence(records: Iterable[Mapping[str, Any]], classes: int) -> str:
-    """How the last validation shows a network that diverged, far worse than guessing; "" if it did not."""
+    """The last validation loss if it is far worse than that of guessing, as of a diverged network; otherwise ""."""
     losses = [r.get("loss") for r in records if r.get("event") == "validation"]
     guessing = math.log(max(2, classes))
-    if not losses or not isinstance(losses[-1], float) or losses[-1] <= LOST_FACTOR * guessing:
+    if not losses or not isinstance(losses[-1], float) or losses[-1] <= DIVERGENCE_FACTOR * guessing:
         return ""
-    return f"its validation loss is {losses[-1]:.3g}, guessing has {guessing:.3g}"
+    return f"validation loss {losses[-1]:.3g}, guessing {guessing:.3g}"
 
 
 def suggest_rate(
     optimizer: PaperSGD, schedule: Schedule, step: int, epoch: int, resume: str, diverged: bool = False
 ) -> str:
-    """Hint when the loss of `step` (from 1) is NaN: a tenth of the highest rate so far, or the recipe's own if lower.
+    """The hint for a NaN loss at `step` (from 1): a tenth of the highest rate so far, or the recipe's own if lower.
 
-    `resume` says how to continue from a checkpoint, if there is one. If the network had `diverged` before, the current
-    rate is not the cause.
+    `resume` is the command that continues from a checkpoint, "" without one. If the network had `diverged` before, the
+    current rate is not the cause.
     """
-    last_update = step - 2  # before that loss, counted from 0
-    rate = schedule.rate(max(0, last_update))
+    last_update = step - 2  # the update before that loss, counted from 0
+    rate = schedule.learning_rate(max(0, last_update))
     if last_update < 0 or rate == 0:
-        return (
-            "the learning rate is not the cause before the first update: check initial weights, normalization and input"
-        )
-    bias, _ = optimizer.rate_and_decay("fc8.bias", rate, epoch)
+        return "no weight was updated yet: check the initial weights, the normalization and the images"
+    bias_rate, _ = optimizer.rate_and_decay("fc8.bias", rate, epoch)
     named = find_closest_recipe(schedule.recipe)
     if diverged and rate <= named.learning_rate:
-        return f"start a new run with --set learning_rate={named.learning_rate:.3g}"
+        return f"train again with --set learning_rate={named.learning_rate:.3g}"
     lower = schedule.highest_rate(last_update) / 10
     if named.learning_rate < 10 * lower:
         lower = min(lower, named.learning_rate)
     option = f"--set learning_rate={lower:.3g}"
-    rates = f"the rate was {rate:.2g}" + (f", that of biases {bias:.2g}" if bias != rate else "")
-    return f"{rates}; train again with {option}" + (f"{resume} {option}" if resume else "")
+    rates = f"the learning rate was {rate:.2g}" + (f" ({bias_rate:.2g} for biases)" if bias_rate != rate else "")
+    return f"{rates}; train again with {option}" + (f", or continue: {resume} {option}" if resume else "")

@@ -1,7 +1,6 @@
-"""Starting from another network's weights: layers with the same shapes are copied, the others keep random values.
+"""Fine-tuning: copy layers of the same shape from other weights; the others keep their random initial values.
 
-The mean image is that of the new training set: the layers expect inputs around zero, and zero padding stands for the
-mean.
+The mean image is that of the new training set, because the layers expect inputs around zero.
 """
 
 from __future__ import annotations
@@ -23,19 +22,19 @@ from alexnet_cli.core.model.network import Network
 from alexnet_cli.core.runs.resolve import find_weights
 from alexnet_cli.core.runs.run import Run
 from alexnet_cli.errors import UsageError, WeightsError
-from alexnet_cli.recipe import Recipe
+from alexnet_cli.recipe import Recipe, compare_recipes
 
 FROZEN = {"none": (), "conv": ("conv1", "conv2", "conv3", "conv4", "conv5")}
-SEMANTIC_KEYS = (  # recipe keys that change what a trained weight computes
+SEMANTIC_KEYS = {  # recipe keys that change what a trained weight computes
     "activation", "lrn", "lrn_size", "lrn_k", "lrn_alpha", "lrn_beta", "lrn_alpha_divided", "lrn_joint",
     "within_norm_2", "stage1_order", "stage2_order", "pool_size", "dropout_inverted", "input_divisor",
     "edge_padding", "input_size", "mean",
-)  # fmt: skip
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Transfer:
-    """The `loaded` layers, and the others (`afresh`) with the reason why they start from random values.
+    """The `loaded` layers of `model`, and the `initialized` ones, each with the reason why it starts at random.
 
     `spec` is the value of --init-from; empty if a run starts a second time.
     """
@@ -43,37 +42,35 @@ class Transfer:
     spec: str
     model: Model
     loaded: tuple[str, ...]
-    afresh: Mapping[str, str]
+    initialized: Mapping[str, str]
 
     @torch.no_grad()
     def apply(self, network: Network) -> Transfer:
-        """Copy the loaded layers into a network. Returns the same without the tensors, to free their memory."""
-        for name in _tensors(self.loaded):
+        """Copy the loaded layers into a network. Returns a copy without the tensors, to free their memory."""
+        for name in _parameters(self.loaded):
             network.get_parameter(name).copy_(network.slice_own(name, torch.from_numpy(self.model.tensors[name])))
         return replace(self, model=replace(self.model, tensors={}))
 
-    def tensors(self) -> dict[str, list[str]]:
-        """Names of the tensors that are loaded and of those that are not."""
-        return {"loaded": _tensors(self.loaded), "afresh": _tensors(tuple(self.afresh))}
+    def parameters(self) -> dict[str, list[str]]:
+        """Names of the parameters that are loaded and of those that are initialized."""
+        return {"loaded": _parameters(self.loaded), "initialized": _parameters(tuple(self.initialized))}
 
     def about(self) -> dict[str, Any]:
         """The entry in run.json, from which the run can start a second time."""
         path = self.model.path.absolute()
-        return {"weights": self.spec, "path": str(path), "sha256": hash_file(path), **self.tensors()}
+        return {"weights": self.spec, "path": str(path), "sha256": hash_file(path), **self.parameters()}
 
-    def different(self, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
-        """Recipe keys that change what the loaded weights mean: key -> (value here, value there)."""
-        keys = (
-            SEMANTIC_KEYS if recipe.dropout_inverted else (*SEMANTIC_KEYS, "dropout")
-        )  # scales activations at test time
-        values = {key: (getattr(recipe, key), getattr(self.model.recipe, key)) for key in keys}
-        return {key: (here, there) for key, (here, there) in values.items() if here != there}
+    def compare_recipe(self, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
+        """Keys of `recipe` that change what the loaded weights compute: key -> (value here, value of the weights)."""
+        differences = compare_recipes(recipe, self.model.recipe)
+        keys = SEMANTIC_KEYS if recipe.dropout_inverted else {*SEMANTIC_KEYS, "dropout"}  # scales activations in tests
+        return {key: values for key, values in differences.items() if key in keys}
 
 
 def load_source(spec: str | None, run: Run | None) -> Model | None:
-    """The network to start from: that of `spec` (as for -w), or the one that a run without checkpoint started from.
+    """Read the weights to start from: those of `spec` (as for -w), or those of a run without a checkpoint.
 
-    None if there is nothing to load: no `spec`, or a run that has checkpoints of its own.
+    Returns None without `spec`, or if the run has checkpoints of its own.
 
     Raises:
         UsageError: the run was started from other weights than `spec`.
@@ -81,59 +78,62 @@ def load_source(spec: str | None, run: Run | None) -> Model | None:
     """
     if run is None:
         return model_file.read_model(find_weights(spec)) if spec is not None else None
-    started = run.about.get("init_from")
-    if spec is not None and (started is None or started["weights"] != spec):
-        how = f"from {started['weights']}" if started else "without --init-from"
+    origin = run.about.get("init_from")
+    if spec is not None and (origin is None or origin["weights"] != spec):
+        how = f"from {origin['weights']}" if origin else "without --init-from"
         raise UsageError(
             f"--init-from {spec}: run {run.path.name} was started {how}",
-            "remove it, or start a run with another --name",
+            "remove --init-from, or start a new run with another --name",
         )
-    if started is None or any(run.checkpoints.glob("*/meta.json")):
+    if origin is None or any(run.checkpoints.glob("*/meta.json")):
         return None
-    path = Path(started["path"])
-    if path.is_file() and hash_file(path) != started["sha256"]:
-        raise WeightsError(f"{path} has changed since the run started", "start a run with another --name")
+    path = Path(origin["path"])
+    if path.is_file() and hash_file(path) != origin["sha256"]:
+        raise WeightsError(f"{path} has changed since the run started", "start a new run with another --name")
     return model_file.read_model(path)
 
 
 def match_layers(spec: str | None, model: Model, recipe: Recipe, classes: Sequence[ClassName]) -> Transfer:
-    """Find the layers of `model` whose weights and biases have the shapes of the network of `recipe`.
+    """Find the layers of `model` whose parameters have the shapes of the network of `recipe`.
 
     The last layer fits only if the classes are the same, in the same order.
 
     Raises:
-        WeightsError: no layer fits, or one that fits holds NaN or infinite values.
+        WeightsError: no layer fits, or a layer that fits has NaN or infinite values.
     """
     with torch.device("meta"):
         network = Network(recipe, len(classes))
-    loaded, afresh = [], {}
+    loaded, initialized = [], {}
     for layer in LAYERS:
-        pairs = [(tuple(network.get_parameter(name).shape), model.tensors[name].shape) for name in _tensors([layer])]
+        names = _parameters([layer])
+        pairs = [(tuple(network.get_parameter(name).shape), model.tensors[name].shape) for name in names]
         if layer == "fc8" and list(model.classes) != list(classes):
-            afresh[layer] = f"{len(classes):,} classes here, {len(model.classes):,} there, different ones"
+            initialized[layer] = (
+                f"the data set has {len(classes):,} other classes than the weights ({len(model.classes):,})"
+            )
         elif any(here != there for here, there in pairs):
             here, there = ("x".join(str(n) for n in shape) for shape in pairs[0])
-            afresh[layer] = f"{here} here, {there} there"
+            initialized[layer] = f"shape {here}, in the weights {there}"
         else:
             loaded.append(layer)
     if not loaded:
         settings = f"--set width={model.recipe.width:g} --set towers={model.recipe.towers}"
         raise WeightsError(
-            f"no layer of {model.path} fits this network; the first, {LAYERS[0]}, is {afresh[LAYERS[0]]}",
+            f"no layer of {model.path} fits this network, not even {LAYERS[0]} ({initialized[LAYERS[0]]})",
             f"remove --recipe to use the recipe of the weights, or give {settings}",
         )
-    for name in _tensors(loaded):
+    for name in _parameters(loaded):
         if not np.isfinite(model.tensors[name]).all():
-            what = f"{model.path}: {name} holds NaN or infinite values"
-            raise WeightsError(what, "training diverged before it was saved: use an earlier checkpoint")
-    return Transfer(spec or "", model, tuple(loaded), afresh)
+            what = f"{model.path}: {name} has NaN or infinite values"
+            raise WeightsError(what, "the training that saved it had diverged: use an earlier checkpoint")
+    return Transfer(spec or "", model, tuple(loaded), initialized)
 
 
 def freeze(network: Network, recipe: Recipe) -> None:
-    """Switch off gradients of the layers that the recipe freezes, so that they are never updated."""
+    """Switch off the gradients of the layers that the recipe freezes; they are never updated."""
     for layer in FROZEN[recipe.frozen]:
         network.get_submodule(layer).requires_grad_(False)
 
 
-def _tensors(layers: Sequence[str]) -> list[str]:
+def _parameters(layers: Sequence[str]) -> list[str]:
     return [f"{layer}.{part}" for layer in layers for part in ("weight", "bias")]

@@ -1,4 +1,4 @@
-"""The training loop (section 5): epochs, validation, checkpoints and the records of all that."""
+"""The training loop (section 5): epochs, validation, checkpoints and records."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from alexnet_cli.errors import VerificationError, WeightsError
 
 
 class DataTimer:
-    """Sums up the time spent inside its `with` blocks; on a GPU, only the time in which the device was idle.
+    """Sums up the time spent in its `with` blocks, that is waiting for data; on a GPU, only while the GPU was idle.
 
-    A GPU works through its queue while the host waits for the next batch. Each block puts two events into that queue,
-    and the time between them is the wait.
+    A GPU works through its queue while the host waits for the next batch. Each block puts two events into that queue;
+    the time between them is the wait.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -50,7 +50,7 @@ class DataTimer:
             self._events.append((self._began, self._record_event()))
 
     def read(self) -> float:
-        """Seconds since the last call. On a GPU, the recorded work must be done."""
+        """Seconds of waiting since the last call. On a GPU, all queued work must be done."""
         milliseconds = float(sum(before.elapsed_time(after) for before, after in self._events))
         seconds = self._seconds + milliseconds / 1000
         self._seconds = 0.0
@@ -65,7 +65,7 @@ class DataTimer:
 
 @dataclass
 class TrainingLoop:
-    """Trains, validates and saves one run; `fit` does all of it. `keep` is the number of newest checkpoints kept."""
+    """Trains, validates and saves one run. `keep` is the number of newest checkpoints to keep."""
 
     trainer: Trainer
     data: Dataset
@@ -75,7 +75,7 @@ class TrainingLoop:
     keep: int = 1
     transfer: Transfer | None = None
     epoch_metrics: RunningMetrics = field(default_factory=RunningMetrics)
-    """Sums over the current epoch."""
+    """Sums over the current epoch so far."""
     saved_step: int = 0
 
     def fit(
@@ -86,11 +86,11 @@ class TrainingLoop:
         stop: Callable[[], str | None] = lambda: None,
         save_every: int = sys.maxsize,
     ) -> Iterator[Record]:
-        """Train, yielding a record of each event; each is in the run's metrics.jsonl when it is yielded.
+        """Train, and yield a record of each event when it has been written to metrics.jsonl.
 
-        Saves a checkpoint after each epoch and each `save_every` steps. Ends when the recipe says so, after `max_steps`
-        steps, or when `stop()` returns a reason; in each case a checkpoint has been saved and the last record's reason
-        is "finished", "max-steps" or the one returned.
+        Saves a checkpoint after each epoch and each `save_every` steps. Ends with the last epoch ("finished"), after
+        `max_steps` steps ("max-steps"), or when `stop()` returns a reason; the last record has that reason, and a
+        checkpoint has been saved by then.
 
         Raises:
             VerificationError: the loss is NaN or infinite.
@@ -100,47 +100,65 @@ class TrainingLoop:
         stop = trainer.placement.ranks.agree_on_stop(stop, list(EXIT_CODES))
         metrics = self.restore(resume_from) if resume_from else {}
         self.run.begin(recipe, trainer.steps_done, trainer.epoch)
-        yield self._log(self._start_record())
-        if trainer.steps_done == 0:
-            different = self.transfer.different(recipe) if self.transfer else None
-            for warning in diagnostics.check_settings(recipe, self.data, different):
-                yield self._log(warning)
-        reason, best_counts = None, None
+        yield from self._log_start()
         split = self.data.split("train")
         class_counts = count_images(split.labels, len(self.data.classes))
         plateau = diagnostics.LossPlateauCheck.for_training(recipe, class_counts, trainer.total_steps)
-        with Loader(split, trainer.rank_images, self.threads, trainer.placement.device) as decoding:
-            loader = cache_decoded(decoding, self.cache, trainer.placement.processes_per_device)
-            while reason is None and trainer.epoch <= recipe.epochs and not trainer.schedule.over:
+        reason, best_evaluation = None, None
+        with Loader(split, trainer.rank_images, self.threads, trainer.placement.device) as decoder:
+            loader = cache_decoded(decoder, self.cache, trainer.placement.processes_per_device)
+            while reason is None and trainer.epoch <= recipe.epochs and not trainer.schedule.is_finished:
                 for record in self._train_epoch(loader, record_every, save_every, stop, max_steps):
                     reason = record.reason
                     if reason is None:
                         yield self._log(record)
-                    if plateau_warning := plateau.update(record):
-                        yield self._log(plateau_warning)
-                    left = trainer.last_step_of_epoch - record.step
-                    if record.event == "step" and record.step % save_every == 0 and left > 0:
+                    if warning := plateau.update(record):
+                        yield self._log(warning)
+                    is_due = record.event == "step" and record.step % save_every == 0
+                    if is_due and record.step < trainer.last_step_of_epoch:
                         yield self._save(metrics)
-                if trainer.steps_done < trainer.last_step_of_epoch or (counts := self.validate(stop)) is None:
+                is_complete = trainer.steps_done == trainer.last_step_of_epoch
+                evaluation = self.validate(stop) if is_complete else None
+                if evaluation is None:
                     reason = reason or stop()
                     break
-                validation, best = self._summarize_epoch(counts)
-                best_counts = counts if best else best_counts
-                metrics = {key: validation[key] for key in ("top1_error", "top5_error", "loss")}
-                yield self._log(Record("validation", trainer.epoch, trainer.steps_done, best=best, **validation))
+                fields, is_best = self._summarize_epoch(evaluation)
+                best_evaluation = evaluation if is_best else best_evaluation
+                metrics = {key: fields[key] for key in ("top1_error", "top5_error", "loss")}
+                yield self._log(Record("validation", trainer.epoch, trainer.steps_done, best=is_best, **fields))
                 self.run.write_csv()
                 trainer.epoch, self.epoch_metrics = trainer.epoch + 1, RunningMetrics()
-                yield self._save(metrics, best)
+                yield self._save(metrics, is_best)
         if trainer.steps_done > trainer.first_step_of_epoch and trainer.steps_done != self.saved_step:
             yield self._save(metrics)
-        lowest = trainer.schedule.best_error if trainer.schedule.best_error <= 1 else None
+        yield from self._log_end(reason, best_evaluation)
+
+    def _log_start(self) -> Iterator[Record]:
+        """Log the start record and, in a new training, warnings about recipe and data."""
+        trainer, data = self.trainer, self.data
+        parameters: dict[str, Any] = self.transfer.parameters() if self.transfer else {}
+        yield self._log(
+            Record(
+                "start", trainer.epoch, trainer.steps_done, data=str(data.path), recipe=trainer.recipe.name,
+                classes=len(data.classes), epochs=trainer.recipe.epochs,
+                steps_per_epoch=trainer.schedule.steps_per_epoch, path=str(self.run.path), **parameters,
+            )
+        )  # fmt: skip
+        if trainer.steps_done == 0:
+            differences = self.transfer.compare_recipe(trainer.recipe) if self.transfer else None
+            for warning in diagnostics.check_settings(trainer.recipe, data, differences):
+                yield self._log(warning)
+
+    def _log_end(self, reason: str | None, best: Evaluation | None) -> Iterator[Record]:
+        """Log the end record, after a warning if the `best` network gives nearly the same answer for every image."""
+        trainer, lowest = self.trainer, self.trainer.schedule.best_error
         end = Record(
-            "end", trainer.epochs_begun, trainer.steps_done, top1_error=lowest, path=str(self.run.path),
-            reason=reason or "finished",
+            "end", trainer.epochs_begun, trainer.steps_done, top1_error=lowest if lowest <= 1 else None,
+            path=str(self.run.path), reason=reason or "finished",
         )  # fmt: skip
         names = [name.name for name in self.data.classes]
-        if best_counts and not reason and (one_sided := diagnostics.check_one_sided(best_counts.confusion, names, end)):
-            yield self._log(one_sided)
+        if best and not reason and (warning := diagnostics.check_one_sided(best.confusion, names, end)):
+            yield self._log(warning)
         yield self._log(end)
 
     def _train_epoch(
@@ -151,15 +169,14 @@ class TrainingLoop:
         stop: Callable[[], str | None],
         max_steps: int | None,
     ) -> Iterator[Record]:
-        """Steps to the end of the epoch, with a record every so many; the last has a reason if training must stop."""
+        """Train to the end of the epoch; the last record has a reason if training must stop before."""
         trainer, recipe, ranks = self.trainer, self.trainer.recipe, self.trainer.placement.ranks
         trainer.begin_epoch()
         first = trainer.steps_done - trainer.first_step_of_epoch
-        batches = loader.batches(
-            training_batches(
-                trainer.rows, recipe.batch_size, recipe.seed, trainer.epoch, first, ranks.replica, ranks.replicas
-            )
+        plan = training_batches(
+            trainer.train_images, recipe.batch_size, recipe.seed, trainer.epoch, first, ranks.replica, ranks.replicas
         )
+        batches = loader.batches(plan)
         timer, started = DataTimer(trainer.placement.device), time.perf_counter()
         pending: list[StepMetrics] = []  # steps whose losses are still on the device
         while True:
@@ -168,40 +185,40 @@ class TrainingLoop:
                 if reason is None and max_steps is not None and trainer.steps_done >= max_steps:
                     reason = "max-steps"
                 batch = None if reason else next(batches, None)
-            failed = None
+            error: VerificationError | None = None
             if batch is not None:
                 micro_batch = trainer.micro_batch
                 try:
                     pending.append(trainer.step(batch))
-                except NonFiniteLoss as error:
-                    where = diagnostics.find_nonfinite_output(trainer, batch)
-                    failed = self.nonfinite_error(error.loss, trainer.steps_done + 1, where)
+                except NonFiniteLoss as nonfinite:
+                    layer = diagnostics.find_nonfinite_output(trainer, batch)
+                    error = self.nonfinite_error(nonfinite.loss, trainer.steps_done + 1, layer)
+                    if ranks.group is not None:  # replicas with a finite loss would wait for this one
+                        raise error from nonfinite
                 if trainer.micro_batch < micro_batch:
                     yield self._micro_batch_warning()
-            if failed and ranks.group is not None:  # other replicas may have finite losses and would wait for this one
-                raise failed
-            due = any(trainer.steps_done % every == 0 for every in (record_every, save_every))
-            if pending and (batch is None or failed or due):
+            is_due = any(trainer.steps_done % every == 0 for every in (record_every, save_every))
+            if pending and (batch is None or error or is_due):
                 step = trainer.steps_done - len(pending)
-                recent, late = self._collect(pending)
-                failed = late or failed
+                recent, late_error = self._collect(pending)
+                error = late_error or error
                 recent.seconds, recent.waited = time.perf_counter() - started, timer.read()
                 self.epoch_metrics.add(recent)
                 if recent.images:
                     yield self._step_record(recent, step + recent.images // trainer.batch_size)
                 started, pending = time.perf_counter(), []
-            if failed:
-                raise failed
+            if error:
+                raise error
             if batch is None:
                 if reason:
                     yield Record("end", trainer.epoch, trainer.steps_done, reason=reason)
                 return
 
     def _collect(self, pending: list[StepMetrics]) -> tuple[RunningMetrics, VerificationError | None]:
-        """Sums over the pending steps of all ranks, up to the first whose loss is not finite, and its error."""
+        """Sum the pending steps over all ranks, up to the first loss that is not finite; also return its error."""
         trainer, recent = self.trainer, RunningMetrics()
-        own = [[float(m.loss), float(m.errors), float(m.top5_errors)] for m in pending]
-        totals = trainer.placement.ranks.sum_over_replicas(np.array(own))
+        rank_metrics = [[float(m.loss), float(m.errors), float(m.top5_errors)] for m in pending]
+        totals = trainer.placement.ranks.sum_over_replicas(np.array(rank_metrics))
         for step, total in enumerate(totals, trainer.steps_done - len(pending) + 1):
             loss, errors, top5_errors = (float(value) for value in total)
             if not math.isfinite(loss):
@@ -212,20 +229,20 @@ class TrainingLoop:
         return recent, None
 
     def validate(self, stop: Callable[[], str | None] = lambda: None) -> Evaluation | None:
-        """Errors of the center view over the validation split; None if `stop()` returned a reason meanwhile."""
+        """Evaluate the center crop of all validation images. Returns None if `stop()` returned a reason meanwhile."""
         placement, split, size = self.trainer.placement, self.data.split("val"), self.trainer.micro_batch
         ranks = placement.ranks
         classify = TorchClassifier(self.trainer.network, self.trainer.augment, placement)
-        counts = Evaluation.empty(len(self.data.classes))
+        evaluation = Evaluation.empty(len(self.data.classes))
         plan = [rows[ranks.batch_slice(len(rows))] for rows in all_batches(len(split), size * ranks.replicas)]
         with ranks.name_errors("validating"), Loader(split, size, self.threads, placement.device) as loader:
-            for _ in evaluate(classify, loader.batches(plan), counts):
+            for _ in evaluate(classify, loader.batches(plan), evaluation):
                 if stop():
                     return None
-        return counts.sum_over_ranks(ranks.sum_over_replicas)
+        return evaluation.sum_over_ranks(ranks.sum_over_replicas)
 
     def save(self, metrics: dict[str, Any], best: bool) -> Path:
-        """Write a checkpoint of this moment. Returns its folder."""
+        """Write a checkpoint of the current state. Returns its folder."""
         trainer = self.trainer
         position = {
             "step": trainer.steps_done, "epoch": trainer.epoch, "schedule": trainer.schedule.state(),
@@ -236,17 +253,15 @@ class TrainingLoop:
             "epoch": trainer.epochs_begun, "step": trainer.steps_done, "metrics": metrics,
             "exif_rotate": self.data.record["image"].get("exif_rotate", False),
         }  # fmt: skip
-        text = model_file.format_metadata(trainer.recipe, self.data.classes, info)
+        metadata = model_file.format_metadata(trainer.recipe, self.data.classes, info)
         mean = self.data.mean_image()
         if trainer.recipe.mean == "rgb":
             mean = np.broadcast_to(mean.mean((1, 2), keepdims=True), mean.shape)
-        mean_image = torch.from_numpy(np.ascontiguousarray(mean, dtype=np.float32))
-        tensors, velocity = trainer.gather_state()
+        weights, velocity = trainer.gather_state()
         path = None
         if trainer.placement.ranks.is_main:
-            path = checkpoint.save(
-                self.run, trainer.steps_done, tensors, velocity, position, mean_image, text, best, self.keep
-            )
+            tensors = {**weights, "mean": torch.from_numpy(np.ascontiguousarray(mean, dtype=np.float32))}
+            path = checkpoint.save(self.run, trainer.steps_done, tensors, velocity, position, metadata, best, self.keep)
         self.saved_step = trainer.steps_done
         return Path(trainer.placement.ranks.broadcast(str(path), "saving"))
 
@@ -260,31 +275,31 @@ class TrainingLoop:
             self.epoch_metrics = RunningMetrics(**saved.position["epoch_metrics"])
             metrics = dict(saved.position["metrics"])
         except (KeyError, TypeError, ValueError) as error:
-            what = f"{directory} does not say how far training was: {error}"
+            what = f"{directory / checkpoint.META} has an invalid position: {error}"
             raise WeightsError(what, checkpoint.DAMAGED) from error
         self.saved_step = trainer.steps_done
         return metrics
 
     def nonfinite_error(self, loss: float, step: int, where: str) -> VerificationError:
-        """The error for a loss that is NaN or infinite at `step` (from 1); `where` is the first place that is."""
+        """The error for a loss that is NaN or infinite at `step` (from 1), caused by `where`."""
         trainer, last = self.trainer, self.run.checkpoints / "last"
         saved, resume = "", ""
-        diverged = diagnostics.describe_divergence(self.run.records(), len(self.data.classes))
-        if last.exists() and diverged:
-            saved = f"the last checkpoint had diverged already ({diverged}); "
+        divergence = diagnostics.describe_divergence(self.run.records(), len(self.data.classes))
+        if last.exists() and divergence:
+            saved = f"the last checkpoint had already diverged ({divergence}); "
         elif last.exists():
             saved = f"last good checkpoint: {last.resolve()}; "
-            resume = f", or continue from it: alexnet train --resume {self.run.quoted}"
+            resume = f"alexnet train --resume {self.run.quoted}"
         rate = diagnostics.suggest_rate(
-            trainer.optimizer, trainer.schedule, step, trainer.epoch, resume, bool(diverged)
+            trainer.optimizer, trainer.schedule, step, trainer.epoch, resume, bool(divergence)
         )
-        place = f", first in {where}" if where else ""
+        place = f": {where} are not finite" if where else ""
         return VerificationError(
             f"the loss became {loss} at step {step:,} (epoch {trainer.epoch}){place}", saved + rate
         )
 
     def _check_finite(self, loss: float) -> None:
-        """Raise VerificationError if the loss or a weight is NaN or infinite, before they are shown or saved."""
+        """Raise VerificationError if the loss or a weight is NaN or infinite."""
         where = diagnostics.find_nonfinite_weights(self.trainer.network)
         if where or not math.isfinite(loss):
             raise self.nonfinite_error(loss, self.trainer.steps_done, where)
@@ -294,50 +309,41 @@ class TrainingLoop:
         return record
 
     def _save(self, metrics: dict[str, Any], best: bool = False) -> Record:
-        """Save a checkpoint and log it, but never one of a network with NaN weights."""
+        """Save a checkpoint and log it, unless the loss or a weight is NaN."""
         self._check_finite(self.epoch_metrics.loss)
         path = self.save(metrics, best)
         trainer = self.trainer
         return self._log(Record("checkpoint", trainer.epochs_begun, trainer.steps_done, path=str(path), best=best))
 
-    def _start_record(self) -> Record:
-        trainer, data = self.trainer, self.data
-        tensors = self.transfer.tensors() if self.transfer else {}
-        return Record(
-            "start", trainer.epoch, trainer.steps_done, data=str(data.path), recipe=trainer.recipe.name,
-            classes=len(data.classes), epochs=trainer.recipe.epochs, steps_per_epoch=trainer.schedule.steps_per_epoch,
-            path=str(self.run.path), loaded=tensors.get("loaded"), afresh=tensors.get("afresh"),
-        )  # fmt: skip
-
     def _micro_batch_warning(self) -> Record:
         size = self.trainer.micro_batch
-        text = f"the GPU's memory is too small for the whole batch: computing {size} images at a time"
-        hint = f"the results do not change; --micro-batch {size} starts that way"
+        text = f"out of GPU memory: from now on, each batch is computed {size} images at a time"
+        hint = f"the results do not change; next time, start with --micro-batch {size}"
         return Record("warning", self.trainer.epoch, self.trainer.steps_done, text=text, hint=hint)
 
     def _step_record(self, recent: RunningMetrics, step: int) -> Record:
         return Record(
             "step", self.trainer.epoch, step, loss=recent.loss / recent.images,
-            lr=self.trainer.schedule.rate(step - 1), top1_error=recent.errors / recent.images,
+            lr=self.trainer.schedule.learning_rate(step - 1), top1_error=recent.errors / recent.images,
             top5_error=recent.top5_errors / recent.images,
-            images_per_second=recent.rate, data_wait=recent.waited / recent.seconds,
+            images_per_second=recent.images_per_second, data_wait=recent.waited / recent.seconds,
         )  # fmt: skip
 
-    def _summarize_epoch(self, counts: Evaluation) -> tuple[dict[str, Any], bool]:
-        """The fields of an epoch's validation record, and whether its error is the lowest so far."""
+    def _summarize_epoch(self, evaluation: Evaluation) -> tuple[dict[str, Any], bool]:
+        """The fields of an epoch's validation record, and whether its top-1 error is the lowest so far."""
         trainer, metrics = self.trainer, self.epoch_metrics
-        rate = trainer.schedule.rate(trainer.steps_done - 1)
-        self._check_finite(counts.loss)
-        best = trainer.schedule.observe(counts.top1_error)
+        rate = trainer.schedule.learning_rate(trainer.steps_done - 1)
+        self._check_finite(evaluation.loss)
+        is_best = trainer.schedule.observe(evaluation.top1_error)
         fields = {
-            "loss": counts.loss, "top1_error": counts.top1_error, "top5_error": counts.top5_error, "lr": rate,
+            "loss": evaluation.loss, "top1_error": evaluation.top1_error, "top5_error": evaluation.top5_error,
             "train_loss": metrics.loss / metrics.images, "train_top1_error": metrics.errors / metrics.images,
-            "images_per_second": metrics.rate,
+            "lr": rate, "images_per_second": metrics.images_per_second,
         }  # fmt: skip
-        return fields | self._measure_specialization(), best
+        return fields | self._measure_specialization(), is_best
 
     def _measure_specialization(self) -> dict[str, float]:
-        """How much the towers' first-layer filters differ in color (section 6.1), on the rank that writes the run."""
+        """How strongly the first-layer filters of the towers differ in color (section 6.1); {} on most ranks."""
         ranks, network = self.trainer.placement.ranks, self.trainer.network
         if not ranks.is_collecting:
             return {}

@@ -20,7 +20,7 @@ class PaperSGD:
     """v <- momentum * v - decay * rate * w - rate * gradient;  w <- w + v.
 
     The rate is inside the velocity, unlike in torch.optim.SGD: after a drop the old velocity decays with the momentum.
-    Weights and biases may have different rates and decay; layer 1 may be slowed and frozen, as in the authors' code.
+    Weights and biases may have different rates and decay. Layer 1 may be slowed and frozen, as in the authors' code.
     """
 
     def __init__(self, parameters: Iterable[tuple[str, Tensor]], recipe: Recipe) -> None:
@@ -31,33 +31,32 @@ class PaperSGD:
 
     @torch.no_grad()
     def step(self, rate: float, epoch: int) -> None:
-        """Take one step; `epoch` counts from 1. A parameter with rate 0 does not change, not even by decay."""
+        """Update all parameters that have a gradient. `epoch` counts from 1; a rate of 0 also switches off decay."""
         groups: dict[tuple[float, float], list[str]] = {}
         for name, parameter in self.parameters.items():
             if parameter.grad is not None:
                 groups.setdefault(self.rate_and_decay(name, rate, epoch), []).append(name)
-        for (own_rate, decay), names in groups.items():
-            if own_rate == 0:
+        for (group_rate, decay), names in groups.items():
+            if group_rate == 0:
                 continue
             weights = [self.parameters[name] for name in names]
             velocity = [self.velocity[name] for name in names]
             gradients = [w.grad for w in weights if w.grad is not None]
-            self.update(weights, velocity, gradients, self.recipe.momentum, own_rate, decay)
+            self.update(weights, velocity, gradients, self.recipe.momentum, group_rate, decay)
 
     def rate_and_decay(self, name: str, rate: float, epoch: int) -> tuple[float, float]:
-        """Rate and weight decay of one parameter when the network's rate is `rate`."""
+        """Learning rate and weight decay of one parameter in an epoch; `rate` is the rate of the schedule."""
         recipe = self.recipe
         decay = recipe.weight_decay
         if name.endswith(".bias"):
             rate = (rate if recipe.bias_rate_drops else recipe.learning_rate) * recipe.bias_rate
             decay = recipe.weight_decay if recipe.bias_decay else 0.0
-        slow = recipe.conv1_slow_epoch and epoch > recipe.conv1_slow_epoch
-        if name == "conv1.weight" and slow:
+        if name == "conv1.weight" and recipe.conv1_slow_epoch and epoch > recipe.conv1_slow_epoch:
             rate /= 10
         return (rate if self.is_learning(name, epoch) else 0.0), decay
 
     def is_learning(self, name: str, epoch: int) -> bool:
-        """Whether a parameter changes in an epoch: the recipe may freeze layer 1 after some epoch."""
+        """Whether a parameter changes in an epoch: a recipe may freeze layer 1 after some epoch."""
         freeze = self.recipe.conv1_freeze_epoch
         return not (name.startswith("conv1.") and freeze and epoch > freeze)
 
@@ -71,7 +70,7 @@ def update(
     rate: float,
     decay: float,
 ) -> None:
-    """Apply the rule in place to parameters that share rate and decay."""
+    """Update in place weights and velocity of parameters that share rate and decay."""
     torch._foreach_mul_(velocity, momentum)
     torch._foreach_add_(velocity, gradients, alpha=-rate)
     if decay:
@@ -80,7 +79,7 @@ def update(
 
 
 def _choose_update(devices: Collection[torch.device]) -> Callable[..., None]:
-    """The fused Triton kernel if all parameters are on one GPU that can run it, otherwise `update`."""
+    """The fused Triton kernel if one GPU holds all parameters and can run it, otherwise `update`."""
     (device, *others) = devices
     if others or device.type != "cuda":
         return update
@@ -91,7 +90,10 @@ def _choose_update(devices: Collection[torch.device]) -> Callable[..., None]:
 
 @dataclass
 class Schedule:
-    """The learning rate at every step. `plateau` follows the validation error and decides when training ends."""
+    """The learning rate of each step: `plateau` (section 5), `fixed` (the authors' code) or `one-cycle`.
+
+    `plateau` divides the rate by 10 when the validation error stops falling, and ends the training after the last drop.
+    """
 
     recipe: Recipe
     steps_per_epoch: int
@@ -99,7 +101,7 @@ class Schedule:
     best_error: float = math.inf
     epochs_since_best: int = 0
 
-    def rate(self, step: int) -> float:
+    def learning_rate(self, step: int) -> float:
         """Learning rate of step `step`, counted from 0."""
         recipe = self.recipe
         if recipe.schedule == "plateau":
@@ -110,9 +112,9 @@ class Schedule:
         return recipe.learning_rate * _one_cycle(step / (self.steps_per_epoch * recipe.epochs))
 
     def highest_rate(self, step: int) -> float:
-        """Highest rate of the steps up to `step`, counted from 0."""
+        """Highest learning rate of the steps up to `step`, counted from 0."""
         recipe, rising = self.recipe, WARM_UP_SHARE * self.steps_per_epoch * self.recipe.epochs
-        return self.rate(step) if recipe.schedule == "one-cycle" and step < rising else recipe.learning_rate
+        return self.learning_rate(step) if recipe.schedule == "one-cycle" and step < rising else recipe.learning_rate
 
     def observe(self, error: float) -> bool:
         """Take in an epoch's validation error. Returns whether it is the lowest so far."""
@@ -125,23 +127,23 @@ class Schedule:
         return False
 
     @property
-    def over(self) -> bool:
-        """Whether the error has stopped falling after the last drop (the paper ended after three)."""
+    def is_finished(self) -> bool:
+        """Whether the error has stopped falling after the last drop of the rate (the paper dropped it three times)."""
         return self.recipe.schedule == "plateau" and self.drops > self.recipe.plateau_drops
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, as JSON values."""
+        """The state to keep in a checkpoint, as JSON values."""
         best = self.best_error if math.isfinite(self.best_error) else None
         return {"drops": self.drops, "best_error": best, "epochs_since_best": self.epochs_since_best}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue from a checkpoint's state. Raises KeyError, TypeError or ValueError if it is not one."""
+        """Continue from the state in a checkpoint. Raises KeyError, TypeError or ValueError if it is invalid."""
         self.drops, self.epochs_since_best = int(state["drops"]), int(state["epochs_since_best"])
         self.best_error = math.inf if state["best_error"] is None else float(state["best_error"])
 
 
 def _one_cycle(done: float) -> float:
-    """Share of the peak rate when `done` of all steps are done: up in a cosine, down in a longer one."""
+    """Rate relative to the highest one when the share `done` of all steps is done: half a cosine up, half one down."""
     if done < WARM_UP_SHARE:
         return FIRST_RATE + (1 - FIRST_RATE) * (1 - math.cos(math.pi * done / WARM_UP_SHARE)) / 2
     left = (1 + math.cos(math.pi * min(1.0, (done - WARM_UP_SHARE) / (1 - WARM_UP_SHARE)))) / 2

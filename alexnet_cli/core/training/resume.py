@@ -1,4 +1,4 @@
-"""Resuming a run: which one, with which recipe, and what changed. No torch."""
+"""Resuming a run: find it, check the recipe against its own, and list the changes. No torch."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from alexnet_cli.core.runs.run import Run
 from alexnet_cli.errors import UsageError
 from alexnet_cli.recipe import Recipe, compare_recipes, format_set_option
 
-SHAPE = {"towers", "width"}  # recipe keys that make a network of another shape
+SHAPE_KEYS = {"towers", "width"}  # recipe keys that change the shape of the network
 
 
 def find_run_to_resume(resume: str | None, name: str | None) -> Run | None:
     """The run to resume, or None to start a new one.
 
-    `resume` is a run or "auto", which means the run called `name`, otherwise the newest if it is not finished.
+    `resume` is a run or "auto": the run `name` if that is given, otherwise the newest one unless it has finished.
     """
     if resume is None:
         return None
     if resume != "auto":
         run = Run.open(resume)
         if name not in (None, run.path.name):
-            raise UsageError(f"--resume {resume} continues run {run.path.name}", f"remove --name {name}")
+            raise UsageError(f"--resume {resume} and --name {name} are different runs", f"remove --name {name}")
         return _check_trained(run)
     try:
         run = Run.open(name or "latest")
@@ -34,7 +34,7 @@ def find_run_to_resume(resume: str | None, name: str | None) -> Run | None:
 
 
 def _check_trained(run: Run) -> Run:
-    """The run, unless its weights were imported: then there is no training to resume."""
+    """The run. Raises UsageError if its weights were imported: then there is no training to resume."""
     if "imported" in run.about:
         name = run.path.name
         raise UsageError(f"{name} was imported, not trained", f"start from its weights: --init-from {run.quoted}")
@@ -42,84 +42,86 @@ def _check_trained(run: Run) -> Run:
 
 
 def check_recipe(run: Run, wanted: Recipe, forced: Collection[str], from_file: Collection[str] = ()) -> Recipe:
-    """The recipe to resume with; keys in `forced` may differ from the run's, and there may be more epochs.
+    """The recipe to resume with. It may have more epochs than the run's recipe, and other values of `forced` keys.
 
-    `from_file` are the keys whose values came from --recipe; the hint then is to remove that option.
+    `from_file` are the keys whose values came from --recipe; if one is refused, the hint is to remove that option.
 
     Raises:
         UsageError: another key differs and would change the result.
     """
     saved, name = run.recipe, run.path.name
-    differing = compare_recipes(wanted, saved)
+    differences = compare_recipes(wanted, saved)
 
     def remove_option(*keys: str) -> str:
-        return f"remove --recipe: {name} has its own" if set(keys) & set(from_file) else "remove it"
+        return f"remove --recipe ({name} has its own)" if set(keys) & set(from_file) else "remove it"
 
-    for key in sorted(SHAPE & set(differing)):
-        here, there = differing[key]
-        what = f"{key} = {here} makes another network than that of {name}, which has {there}"
-        raise UsageError(what, f"{remove_option(key)}; or start a new run")
-    if "batch_size" in differing:
-        here, there = differing["batch_size"]
-        what = f"batch_size = {here}, but {name} counts its steps in batches of {there}"
-        raise UsageError(what, f"{remove_option('batch_size')}; or start a new run: --init-from {run.quoted}")
-    # A one-cycle schedule is planned to its end: another number of epochs changes every learning rate.
+    for key in sorted(SHAPE_KEYS & set(differences)):
+        here, there = differences[key]
+        what = f"{key} = {here} makes another network than that of run {name} ({key} = {there})"
+        raise UsageError(what, f"{remove_option(key)}, or start a new run")
+    if "batch_size" in differences:
+        here, there = differences["batch_size"]
+        what = f"batch_size = {here}, but run {name} counts its steps in batches of {there}"
+        raise UsageError(what, f"{remove_option('batch_size')}, or start a new run: --init-from {run.quoted}")
+    # In a one-cycle schedule, another number of epochs changes every learning rate.
     planned = wanted.schedule == saved.schedule == "one-cycle"
-    refused = [key for key in differing if key not in forced and (planned or key != "epochs")]
+    refused = [key for key in differences if key not in forced and (planned or key != "epochs")]
     listed = ", ".join(
-        f"{key} = {here} instead of {there}" for key, (here, there) in differing.items() if key in refused[:4]
+        f"{key} = {here} instead of {there}" for key, (here, there) in differences.items() if key in refused[:4]
     )
     if len(refused) > 1:
         more = f", and {len(refused) - 4} more" if len(refused) > 4 else ""
-        what = f"{name} was trained with another recipe: {listed}{more}"
-        raise UsageError(what, f"{remove_option(*refused)}; --set KEY=VALUE changes a value from here on")
+        what = f"the recipe differs from that of run {name}: {listed}{more}"
+        raise UsageError(what, f"{remove_option(*refused)}; to change a value from here on: --set KEY=VALUE")
     done = epochs_done(run.records())
     if wanted.epochs < done:
         least = format_set_option("epochs", done) if planned else f"--epochs {done}"
-        raise UsageError(f"epochs = {wanted.epochs}, but {name} has done {done}", f"{least} or more")
+        raise UsageError(f"epochs = {wanted.epochs}, but run {name} has done {done}", f"{least} or more")
     if refused == ["epochs"]:
-        what = f"the one-cycle schedule of {name} is planned for {saved.epochs} epochs, not {wanted.epochs}"
-        force = f"force it, which changes every later learning rate: --set epochs={wanted.epochs}"
+        what = f"the one-cycle schedule of run {name} is planned for {saved.epochs} epochs, not {wanted.epochs}"
+        force = f"force it (this changes every later learning rate): --set epochs={wanted.epochs}"
         raise UsageError(what, f"{remove_option('epochs')}, or {force}")
     if refused:
         force = f"force it: {format_set_option(refused[0], getattr(wanted, refused[0]))}"
-        raise UsageError(f"{name} was trained with another recipe: {listed}", f"{remove_option(*refused)}, or {force}")
+        raise UsageError(
+            f"the recipe differs from that of run {name}: {listed}", f"{remove_option(*refused)}, or {force}"
+        )
     return wanted
 
 
 def list_changes(run: Run, recipe: Recipe, step: int) -> list[dict[str, Any]]:
-    """Recipe changes up to `step`, and those that `recipe` makes there: the new value of "changed" in run.json.
+    """The recipe changes in run.json up to `step`, and those that `recipe` makes there: the new value of "changed".
 
-    Each has the `step` after which it holds, the `key`, and its values before (`was`) and after (`is`). Changes in
-    run.json that did not reach recipe.toml are dropped: a run can be killed between the two writes. Changes after
-    `step` are moved to it, and changes that held for no step are dropped.
+    Each change has the `step` after which it holds, the `key`, and the values before (`was`) and after (`is`). Changes
+    that are not in recipe.toml are dropped: a run can be killed between the two writes. Changes after `step` are moved
+    to it, and changes that held for no step are dropped.
     """
     saved, changes = run.recipe, []
     recorded = run.about.get("changed")
     known = [c for c in recorded if _is_change(c)] if isinstance(recorded, list) else []
     new = compare_recipes(recipe, saved)
     for key in dict.fromkeys([*(c["key"] for c in known), *new]):
-        own = [c for c in known if c["key"] == key]
-        while own and own[-1]["is"] != _to_json(getattr(saved, key)):
-            own.pop()
+        changes_of_key = [c for c in known if c["key"] == key]
+        while changes_of_key and changes_of_key[-1]["is"] != _to_json(getattr(saved, key)):
+            changes_of_key.pop()
         if key in new:
-            own.append({"step": step, "key": key, "was": _to_json(new[key][1]), "is": _to_json(new[key][0])})
+            changes_of_key.append({"step": step, "key": key, "was": _to_json(new[key][1]), "is": _to_json(new[key][0])})
         kept: dict[int, dict[str, Any]] = {}
-        for change in own:
+        for change in changes_of_key:
             at = min(change["step"], step)
             kept[at] = {**change, "step": at, "was": kept.get(at, change)["was"]}
         changes += [c for at, c in kept.items() if at and c["was"] != c["is"]]
     return sorted(changes, key=lambda change: int(change["step"]))
 
 
-def _is_change(found: Any) -> bool:
+def _is_change(value: Any) -> bool:
     """Whether a value from run.json is a change as `list_changes` returns them."""
     return (
-        isinstance(found, dict) and set(found) == {"step", "key", "was", "is"}
-        and type(found["step"]) is int and found["key"] in {field.name for field in fields(Recipe)}
+        isinstance(value, dict) and set(value) == {"step", "key", "was", "is"}
+        and type(value["step"]) is int and value["key"] in {field.name for field in fields(Recipe)}
     )  # fmt: skip
 
 
 def _to_json(value: Any) -> Any:
-    """A recipe value as JSON reads it back."""
+    """The value as it is after writing and reading JSON."""
     return list(value) if isinstance(value, tuple) else value

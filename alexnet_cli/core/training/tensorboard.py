@@ -1,4 +1,4 @@
-"""Writes a run's numbers for TensorBoard to runs/NAME/tensorboard; needs the extra `tensorboard`."""
+"""Write a run's metrics for TensorBoard to runs/NAME/tensorboard; needs the extra `tensorboard`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def check_installed() -> None:
 
 
 def write_scalars(run: Run, records: Iterator[Record]) -> Iterator[Record]:
-    """Pass the records on and write their numbers; steps after that of the first record are overwritten.
+    """Write the metrics of each record and pass it on. Points after the step of the first record are overwritten.
 
     Raises:
         StorageError: the files cannot be written.

@@ -23,7 +23,7 @@ from alexnet_cli import __version__
 from alexnet_cli.core.data.shards import Dataset
 from alexnet_cli.core.parallel.placement import Placement
 from alexnet_cli.core.runs.records import Record
-from alexnet_cli.core.runs.run import RUNNING, Run, is_plain, record_failure, runs_root
+from alexnet_cli.core.runs.run import RUNNING, Run, is_plain_name, record_failure, runs_root
 from alexnet_cli.core.training.checkpoint import find_newest
 from alexnet_cli.core.training.loop import TrainingLoop
 from alexnet_cli.core.training.trainer import Trainer
@@ -137,7 +137,7 @@ class AblationStudy:
             DataError: a split has no images.
         """
         folder = runs_root() / name
-        if not is_plain(name):
+        if not is_plain_name(name):
             raise UsageError(f"--name {name!r} is not a plain name", "use letters, digits, '-' and '_'")
         if (folder / "run.json").exists():
             raise UsageError(f"{folder} is a run, not an ablation", "choose another --name")

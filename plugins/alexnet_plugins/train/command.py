@@ -22,7 +22,7 @@ from alexnet_cli.options import (
     complete_recipe,
     complete_weights,
 )
-from alexnet_plugins.train.display import finish, record_errors, run_loop, show_heading, show_start
+from alexnet_plugins.train.display import finish, record_errors, run_loop, show_heading, show_start, show_unused_options
 from alexnet_plugins.train.setup import (
     check_data,
     check_max_steps,
@@ -209,11 +209,7 @@ def train(
         show_heading(reporter, loop)
         if data_note:
             reporter.line("note", data_note)
-        if parallel != "auto" and ranks.size == 1:
-            reporter.line("note", f"--parallel {parallel} has no effect on one device; --gpus names more")
-        if micro_batch and micro_batch > trainer.rank_images:
-            images = trainer.rank_images
-            reporter.line("note", f"--micro-batch {micro_batch} has no effect: a step computes {images} images")
+        show_unused_options(reporter, trainer, parallel, micro_batch)
         start, damaged = find_start(loop)
         show_start(reporter, loop, start, damaged, max_steps)
         reason = run_loop(

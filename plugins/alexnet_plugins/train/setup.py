@@ -1,4 +1,4 @@
-"""What `alexnet train` starts from: recipe, run, data and devices; and --print-config."""
+"""Set up a training: choose and check recipe, run, data and devices; show --print-config."""
 
 from __future__ import annotations
 
@@ -41,21 +41,21 @@ if TYPE_CHECKING:
     from alexnet_cli.core.training.loop import TrainingLoop
 
 
-LINEAGE = {  # for each named recipe: who changed it from which other one, latest first
+LINEAGE = {  # named recipe -> (source of a change, recipe with it, recipe without it), latest change first
     "krizhevsky": (("code", KRIZHEVSKY, PAPER),),
     "caffe": (("Caffe", CAFFE, PAPER),),
     "fast": (("fast", FAST, PAPER),),
     "tiny": (("tiny", TINY, FAST), ("fast", FAST, PAPER)),
 }
 LEGEND = """\
-value    as TOML spells it, for a recipe file; --set KEY=VALUE changes one, without quotes
-from     paper; code (the authors' own); Caffe; recipe fast or tiny; --set; option; a file, a run or other weights
-section  of the paper, or code: what only the authors' code says
+value    in TOML, as in a recipe file; to change one: --set KEY=VALUE (without quotes)
+from     paper, code (the authors' code), Caffe, recipe fast or tiny, --set, option, or a file, run or weights
+section  of the paper; code: only the authors' code has the value
 -        no source: the paper has no such value"""
 
 
 def load_base_recipe(name: str | None, run: Run | None, initial: Model | None) -> tuple[Recipe, dict[str, str]]:
-    """The recipe that --set and options change, and the source of each of its values."""
+    """The recipe before --set and options, and the source of each of its values."""
     if name is None and run:
         return run.recipe, dict.fromkeys(vars(run.recipe), run.path.name)
     if name is None and initial:
@@ -65,13 +65,13 @@ def load_base_recipe(name: str | None, run: Run | None, initial: Model | None) -
 
 
 def merge_saved_options(run: Run | None, typed: dict[str, Any]) -> dict[str, Any]:
-    """Options that a resumed run remembers, such as --save-every; those `typed` now win."""
-    remembered = run.about if run else {}
-    return {key: remembered.get(key) if value is None else value for key, value in typed.items()}
+    """Options that a run remembers, such as --save-every. Those `typed` now override the saved ones."""
+    saved = run.about if run else {}
+    return {key: saved.get(key) if value is None else value for key, value in typed.items()}
 
 
 def find_run(ranks: ProcessMesh, resume: str | None, name: str | None) -> Run | None:
-    """The run to resume, or None to start a new one. Rank 0 decides, since it may create what others would find."""
+    """The run to resume, or None to start a new one. Rank 0 decides: other ranks might find the run it creates."""
     from alexnet_cli.core.runs.run import Run
     from alexnet_cli.core.training.resume import find_run_to_resume
 
@@ -81,7 +81,7 @@ def find_run(ranks: ProcessMesh, resume: str | None, name: str | None) -> Run | 
 
 
 def choose_data(data: str | None, run: Run | None) -> tuple[Path, str]:
-    """The prepared data set to train on, and a note if it is one of several and none was named."""
+    """The prepared data set to train on, and a note if there are several and none was named."""
     from alexnet_cli.core.data.shards import find_dataset, list_datasets
 
     spec = data or (run.about.get("data_path") if run else None)
@@ -90,35 +90,36 @@ def choose_data(data: str | None, run: Run | None) -> tuple[Path, str]:
     if spec or os.environ.get("ALEXNET_DATA") or not others:
         return path, ""
     listed = f"{', '.join(others[:SHOWN_NAMES])}{' …' if len(others) > SHOWN_NAMES else ''}"
-    return path, f"{path} is the newest prepared data set; --data chooses another: {listed}"
+    return path, f"{path} is the newest prepared data set; --data selects another: {listed}"
 
 
 def check_max_steps(run: Run, max_steps: int | None) -> None:
-    """Raise UsageError if a run has done more steps than --max-steps already."""
+    """Raise UsageError if a run has already done more steps than --max-steps."""
     from alexnet_cli.core.training.checkpoint import find_step_beyond
 
     if max_steps and (done := find_step_beyond(run, max_steps)):
-        what = f"--max-steps {max_steps:,} counts from the run's start, and {run.name} has done {done:,}"
-        raise UsageError(
-            what, f"--max-steps {done + max_steps} does {max_steps:,} more; without it, the run goes to its end"
-        )
+        what = f"--max-steps {max_steps:,} counts from the start of the run, and {run.name} has done {done:,} steps"
+        raise UsageError(what, f"to train {max_steps:,} more: --max-steps {done + max_steps}")
 
 
 def check_data(data: Dataset, run: Run | None) -> None:
     """Raise DataError if the data cannot be trained on, before a run is created."""
     if run and run.about.get("data_hash") != data.hash:
-        raise DataError(f"run {run.path.name} was not trained on {data.path}", "--data names its own")
+        own_data = f"its data set was {run.about.get('data_path')}"
+        raise DataError(
+            f"run {run.path.name} was not trained on {data.path}", f"{own_data}; give that, or start a new run"
+        )
     for split in ("train", "val"):
         if not len(data.split(split)):
-            most = max(Counter(data.split("train").labels.tolist()).values(), default=0)
-            again = f"prepare it again with --overwrite{' --val-fraction 0.1' if most > 1 else ''}"
-            few = "" if most > 1 else "each class needs at least two images, one of them for validation: "
-            raise DataError(f"{data.path}: split {split} holds no images", few + again)
+            hint = "prepare it again with --overwrite --val-fraction 0.1"
+            if max(Counter(data.split("train").labels.tolist()).values(), default=0) < 2:
+                hint = "prepare it again with --overwrite and at least two images per class, one for validation"
+            raise DataError(f"{data.path}: split {split} has no images", hint)
     data.mean_image()  # raises DataError if it is damaged
 
 
 def find_start(loop: TrainingLoop) -> tuple[Path | None, list[Path]]:
-    """The checkpoint to continue from and newer damaged ones. Rank 0 decides, and repairs what a crash left."""
+    """The checkpoint to continue from, and damaged newer ones. Rank 0 looks, and repairs what a crash left."""
     from alexnet_cli.core.training.checkpoint import find_newest
 
     newest = find_newest(loop.run) if loop.run.writes else None
@@ -126,18 +127,19 @@ def find_start(loop: TrainingLoop) -> tuple[Path | None, list[Path]]:
 
 
 def check_placement(placement: Placement, recipe: Recipe, rows: int, micro_batch: int | None, compile: bool) -> None:
-    """Raise UsageError for options that several devices cannot run."""
+    """Raise UsageError for options that do not work on these devices."""
     ranks, batch = placement.ranks, min(recipe.batch_size, rows)
     if ranks.size > 1 and compile:
         raise UsageError("--compile works on one device only", "remove it, or train on one device")
     if batch < ranks.replicas:
-        raise UsageError(f"a batch of {batch} images cannot be split over {ranks.replicas} replicas", "use a larger -b")
+        raise UsageError(f"a batch of {batch} images cannot be split over {ranks.replicas} replicas", "increase -b")
     if ranks.columns and micro_batch:
-        raise UsageError("--parallel hybrid computes whole batches", "remove --micro-batch, or use --parallel data")
+        raise UsageError("--micro-batch does not work with --parallel hybrid", "remove it, or use --parallel data")
     units = recipe.towers * layer_widths(recipe)["fc6"]
     if ranks.columns and units % ranks.size:
         raise UsageError(
-            f"{units:,} units of layer 6 cannot be split over {ranks.size} devices", "use another number of devices"
+            f"the {units:,} units of fc6 cannot be split evenly over {ranks.size} devices",
+            "use another number of devices",
         )
 
 
@@ -150,7 +152,7 @@ def open_run(
     transfer: Transfer | None,
     saved_options: dict[str, Any],
 ) -> Run:
-    """The resumed run, or a new one created by rank 0; run.json then describes this training."""
+    """The resumed run, or a new one created by rank 0. Writes the description of this training to run.json."""
     from alexnet_cli.core.runs.run import Run
 
     about, ranks = _describe_training(placement, data, recipe), placement.ranks
@@ -159,7 +161,7 @@ def open_run(
         return run
     origin = {"init_from": transfer.about()} if transfer else {}
     created = Run.create(name, recipe, about | origin | saved_options) if ranks.is_main else None
-    return Run(Path(ranks.broadcast(str(created.path) if created else "", "making the run")), writes=ranks.is_main)
+    return Run(Path(ranks.broadcast(str(created.path) if created else "", "creating the run")), writes=ranks.is_main)
 
 
 def _describe_training(placement: Placement, data: Dataset, recipe: Recipe) -> dict[str, Any]:
@@ -182,25 +184,23 @@ def _describe_training(placement: Placement, data: Dataset, recipe: Recipe) -> d
 
 
 def find_sources(name_or_file: str) -> dict[str, str]:
-    """The source of each recipe value: the file that lists it, or who introduced it."""
+    """The source of each recipe value: the file that sets it, or the recipe, code or paper that introduced it."""
     base, values = read_recipe(name_or_file)
     return {key: _find_source(key, base) for key in vars(base)} | dict.fromkeys(values, name_or_file)
 
 
 def _find_source(key: str, named: Recipe) -> str:
-    for who, recipe, before in LINEAGE.get(named.name, ()):
-        is_changed = getattr(recipe, key) != getattr(before, key)
-        if is_changed or (who, key) == (
-            "Caffe",
-            "epochs",
-        ):  # its 450,000 steps of 256 images happen to be 90 epochs too
-            return who
+    if (named.name, key) == ("caffe", "epochs"):  # 450,000 steps of 256 images happen to be the paper's 90 epochs
+        return "Caffe"
+    for source, recipe, before in LINEAGE.get(named.name, ()):
+        if getattr(recipe, key) != getattr(before, key):
+            return source
     source = describe_setting(key)[1]
     return "paper" if source[0].isdigit() else source
 
 
 def show_config(reporter: Reporter, recipe: Recipe, sources: Mapping[str, str]) -> None:
-    """Show every recipe value, its source and the paper's value; values that differ from the paper come last."""
+    """Show every recipe value and its source; values that differ from the paper come last, with the paper's."""
     paper = asdict(PAPER) | PAPER_TEXT_VALUES
     rows: list[dict[str, Any]] = []
     for key, value in asdict(recipe).items():
@@ -211,7 +211,7 @@ def show_config(reporter: Reporter, recipe: Recipe, sources: Mapping[str, str]) 
     changed = [row for row in rows if row["value"] != row["paper"]]
     columns = ["value", "from", "section", "meaning"]
     _show_table(
-        reporter, f"recipe {recipe.name}: as in the paper", columns, [row for row in rows if row not in changed]
+        reporter, f"recipe {recipe.name}: same as the paper", columns, [row for row in rows if row not in changed]
     )
     if changed:
         _show_table(
