@@ -69,7 +69,7 @@ def test_a_second_interrupt_ends_the_waiting_and_no_more(
     training = trained(1)
     monkeypatch.setattr("alexnet_cli.core.report.charts.render_svg", impatient)
     write_report(Reporter("train"), training)
-    assert capsys.readouterr().err.startswith("warn    no report was written: interrupted\nhint    write it with: alexnet report -w ")
+    assert capsys.readouterr().err.startswith("warn    no report was written: interrupted\nhint    write it with: ")
     assert not (training.run.path / "report.html").exists()
 
 
