@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from alexnet_cli.core.files import (
     read_file,
     replace_file,
     replace_link,
+    write_and_verify,
     write_chunks,
     write_text,
 )
@@ -51,7 +53,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
     assert os.listdir(tmp_path) == ["file.json"]
 
 
-def test_a_temporary_file_is_synced_before_it_takes_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_synced_before_it_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, synced = tmp_path / "file", os.fsync
     done: list[str] = []
 
@@ -64,7 +66,7 @@ def test_a_temporary_file_is_synced_before_it_takes_its_place(tmp_path: Path, mo
     assert done == ["before the rename", "after the rename"]  # the file, then its folder
 
 
-def test_the_name_of_a_temporary_file_tells_which_it_replaces(tmp_path: Path) -> None:
+def test_names_of_temporary_files(tmp_path: Path) -> None:
     with replace_file(tmp_path / "dataset.json") as temporary:
         temporary.touch()
         found = TEMPORARY_NAME.fullmatch(temporary.name)
@@ -73,7 +75,7 @@ def test_the_name_of_a_temporary_file_tells_which_it_replaces(tmp_path: Path) ->
     assert TEMPORARY_NAME.fullmatch("dataset.json") is None
 
 
-def test_a_link_is_relative_and_can_be_moved_to_another_folder(tmp_path: Path) -> None:
+def test_replace_link(tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         replace_link(tmp_path / "latest", tmp_path / name)
@@ -81,7 +83,7 @@ def test_a_link_is_relative_and_can_be_moved_to_another_folder(tmp_path: Path) -
     assert sorted(os.listdir(tmp_path)) == ["latest", "one", "two"]
 
 
-def test_a_lock_is_for_one_process_and_ends_with_it(tmp_path: Path) -> None:
+def test_a_lock_belongs_to_one_process_and_ends_with_it(tmp_path: Path) -> None:
     path = tmp_path / ".lock"
     command = [sys.executable, "-c", HOLD, str(path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
@@ -98,19 +100,19 @@ def test_a_lock_is_for_one_process_and_ends_with_it(tmp_path: Path) -> None:
     assert not path.exists()
 
 
-def test_a_lock_that_cannot_be_made_is_an_error_of_the_disk(tmp_path: Path) -> None:
+def test_a_lock_that_cannot_be_created(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"), lock_file(tmp_path / "file" / ".lock", "busy"):
         pass
 
 
-def test_checksums(tmp_path: Path) -> None:
+def test_hash_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"abc")
     assert hash_file(tmp_path / "file").startswith("ba7816bf")
     assert hash_file(tmp_path / "file", "sha1").startswith("a9993e36")
 
 
-def test_what_is_not_read(tmp_path: Path) -> None:
+def test_read_file_refuses_pipes_and_large_files(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "file").write_bytes(bytes(1001))
     with pytest.raises(DataError, match="not a regular file"):
@@ -120,3 +122,18 @@ def test_what_is_not_read(tmp_path: Path) -> None:
     assert len(read_file(tmp_path / "file")) == 1001
     with pytest.raises(DataError, match="more than"):
         files.check_bytes(files.MAX_BYTES + 1)
+
+
+def test_a_file_that_reads_back_differently_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert write_and_verify(tmp_path / "file", b"abc") == hash_file(tmp_path / "file")
+    monkeypatch.setattr(files, "hash_file", lambda path: "0" * 64)
+    with pytest.raises(OSError, match="file does not read back as written"):
+        write_and_verify(tmp_path / "file", b"abc")
+
+
+def test_no_other_module_syncs_hashes_or_locks_files() -> None:
+    root = Path(__file__).parents[1]
+    modules = [*(root / "alexnet_cli").rglob("*.py"), *(root / "plugins").rglob("*.py")]
+    pattern = re.compile(r"os\.(fsync|replace|rename)\b|file_digest|fcntl|filelock")
+    names = [path.name for path in modules if pattern.search(path.read_text(encoding="utf-8"))]
+    assert names == ["files.py"]

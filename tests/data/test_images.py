@@ -55,7 +55,7 @@ PICTURES = {
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", PICTURES)
-def test_every_kind_becomes_what_pillow_makes_of_it(engine: object, name: str) -> None:
+def test_decoding_equals_pillow(engine: object, name: str) -> None:
     decoded = engine.decode(PICTURES[name])  # type: ignore[attr-defined]
     picture = Image.open(io.BytesIO(PICTURES[name]))
     expected = np.asarray((picture.convert("RGBA") if picture.mode == "P" else picture).convert("RGB"))
@@ -65,7 +65,7 @@ def test_every_kind_becomes_what_pillow_makes_of_it(engine: object, name: str) -
 
 
 @pytest.mark.parametrize("name", PICTURES)
-def test_a_large_picture_is_converted_a_strip_at_a_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_strips_do_not_change_the_pixels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = images.decode(PICTURES[name])
     monkeypatch.setattr(images, "STRIP", 7 * 90)
     np.testing.assert_array_equal(images.decode(PICTURES[name]), whole)
@@ -98,12 +98,12 @@ def test_sixteen_bits_are_scaled_not_clipped(
         (saved(Image.new("F", (8, 8)), "TIFF"), "floating-point"),
     ],
 )
-def test_bad_files_say_why(engine: object, data: bytes, reason: str) -> None:
+def test_reasons_of_bad_files(engine: object, data: bytes, reason: str) -> None:
     with pytest.raises(DataError, match=reason):
         engine.decode(data)  # type: ignore[attr-defined]
 
 
-def test_what_is_wrong_with_a_jpeg_that_can_be_decoded_is_told() -> None:
+def test_damage_of_a_decodable_jpeg_is_reported() -> None:
     cut = PICTURES["rgb.jpg"][:-200] + b"\xff\xd9"
     rgb, wrong = fast_images.decode_with_damage(cut)
     assert wrong == "Corrupt JPEG data: premature end of data segment"
@@ -112,7 +112,7 @@ def test_what_is_wrong_with_a_jpeg_that_can_be_decoded_is_told() -> None:
 
 
 @pytest.mark.parametrize("name", PICTURES)
-def test_sizes_are_told_without_decoding(name: str) -> None:
+def test_read_size(name: str) -> None:
     assert (
         fast_images.read_size(PICTURES[name])
         == images.read_size(PICTURES[name])
@@ -130,7 +130,7 @@ def test_orientation_is_ignored(engine: object) -> None:
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_turning_is_what_pillow_does(kind: str, orientation: int) -> None:
+def test_apply_orientation_equals_pillow(kind: str, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = saved(scene(90, 60), kind, exif=exif)
@@ -140,7 +140,7 @@ def test_turning_is_what_pillow_does(kind: str, orientation: int) -> None:
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("orientation", [0, 1, 3, 6, 9])
-def test_orientation_is_told_without_pixels(kind: str, orientation: int) -> None:
+def test_read_orientation(kind: str, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     assert images.read_orientation(saved(scene(90, 60), kind, exif=exif)) == (orientation if 1 < orientation < 9 else 1)
@@ -193,7 +193,7 @@ def test_resizing_is_the_antialiased_triangle_filter(engine: object, length: int
     assert np.abs(result - triangle_filter(line, 256)).max() <= 1.0
 
 
-def test_encoding_keeps_the_picture() -> None:
+def test_encoding_keeps_the_image() -> None:
     rgb = images.resize_and_crop(np.asarray(scene(40, 30)))
     again = images.decode(fast_images.encode(rgb, 95))
     assert np.abs(again.astype(int) - rgb).mean() < 3
@@ -203,7 +203,7 @@ def test_encoding_keeps_the_picture() -> None:
 
 
 @pytest.mark.parametrize("every", [10, pytest.param(1, marks=pytest.mark.slow)])
-def test_engines_agree_on_real_pictures(samples: Path, every: int) -> None:
+def test_engines_agree_on_real_images(samples: Path, every: int) -> None:
     files = sorted(samples.glob("*/*.JPEG"))
     assert len(files) == 500
     for file in files[::every]:

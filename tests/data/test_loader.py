@@ -1,4 +1,4 @@
-"""The loader: every row exactly once, independent of threads and ranks; damage has a name.
+"""The loader: every row once, whatever the threads and ranks; errors name the image.
 
 The cache changes no bit of any batch or of any weight, and after the first epoch nothing is decoded.
 """
@@ -59,16 +59,16 @@ def test_position_within_an_epoch_is_exact() -> None:
         np.testing.assert_array_equal(a, b)
 
 
-def test_a_set_smaller_than_a_batch_is_one_batch() -> None:
+def test_a_data_set_smaller_than_a_batch_is_one_batch() -> None:
     assert [len(batch) for batch in training_batches(5, 128, 0, 1)] == [5]
 
 
-def test_every_validation_row_once_also_when_it_does_not_divide() -> None:
+def test_all_batches_visit_every_row_once() -> None:
     assert np.concatenate(all_batches(103, 16)).tolist() == list(range(103))
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_batches_hold_the_pictures_of_their_rows(prepared: Path, threads: int) -> None:
+def test_batches_hold_the_images_of_their_rows(prepared: Path, threads: int) -> None:
     split = open_dataset(prepared).split("train")
     plan = training_batches(len(split), 7, 0, 1)
     with Loader(split, 7, threads) as loader:
@@ -82,7 +82,7 @@ def test_batches_hold_the_pictures_of_their_rows(prepared: Path, threads: int) -
     assert seen == 6 * 7
 
 
-def test_leaving_early_and_starting_again(prepared: Path) -> None:
+def test_batches_can_be_abandoned_and_started_again(prepared: Path) -> None:
     split = open_dataset(prepared).split("train")
     with Loader(split, 4, 2) as loader:
         for batches_taken, batch in enumerate(loader.batches(all_batches(len(split), 4))):
@@ -93,7 +93,7 @@ def test_leaving_early_and_starting_again(prepared: Path) -> None:
         np.testing.assert_array_equal(first.numpy(), again.images.numpy())
 
 
-def test_a_damaged_picture_is_named(prepared: Path, tmp_path: Path) -> None:
+def test_the_message_names_a_damaged_image(prepared: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(prepared, copy)
     dataset = open_dataset(copy)
@@ -124,7 +124,7 @@ def test_after_damage_the_loader_still_works(prepared: Path, monkeypatch: pytest
                 np.testing.assert_array_equal(image, simplejpeg.decode_jpeg(bytes(original(int(row))), "RGB"))
 
 
-def test_a_picture_of_another_size_is_named(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_of_another_size_is_refused(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     split = open_dataset(prepared).split("train")
     small = memoryview(simplejpeg.encode_jpeg(np.zeros((100, 256, 3), np.uint8)))
     monkeypatch.setattr(split, "jpeg", lambda row: small)
@@ -132,7 +132,7 @@ def test_a_picture_of_another_size_is_named(prepared: Path, monkeypatch: pytest.
         next(loader.batches(all_batches(8, 8)))
 
 
-def test_an_early_leaver_s_threads_do_not_write_into_the_next_batches(prepared: Path) -> None:
+def test_abandoned_batches_do_not_write_into_the_next_ones(prepared: Path) -> None:
     split = open_dataset(prepared).split("train")
     truth = [simplejpeg.decode_jpeg(bytes(split.jpeg(row)), "RGB") for row in range(len(split))]
     with Loader(split, 8, 3) as loader:
@@ -145,7 +145,7 @@ def test_an_early_leaver_s_threads_do_not_write_into_the_next_batches(prepared: 
                     np.testing.assert_array_equal(image, truth[row])
 
 
-def test_a_set_as_large_as_imagenet_opens_at_once(tmp_path: Path) -> None:
+def test_a_data_set_as_large_as_imagenet_opens_fast(tmp_path: Path) -> None:
     rows, none = 1_281_167, np.zeros(0, np.float32)
     table = np.zeros(rows, ROW)
     table["label"] = np.arange(rows) % 1000
@@ -154,12 +154,12 @@ def test_a_set_as_large_as_imagenet_opens_at_once(tmp_path: Path) -> None:
     record = {"splits": {"train": {"images": rows, "shards": [{"file": "empty.tar", "bytes": 0}]}}}
     dataset = Dataset(tmp_path, "", "", (ClassName("any"),) * 1000, none, none, none, record)
     assert dataset.split("train").labels[1_000_999] == 999
-    assert shortest(lambda: dataset.split("train")) < 0.2
-    assert shortest(lambda: training_batches(rows, 128, 0, 1)) < 0.1
+    assert shortest_time(lambda: dataset.split("train")) < 0.2
+    assert shortest_time(lambda: training_batches(rows, 128, 0, 1)) < 0.1
 
 
 @pytest.mark.parametrize(("field", "value"), [("shard", 99), ("label", 4_000_000_000)])
-def test_an_index_that_leads_nowhere_is_named(prepared: Path, tmp_path: Path, field: str, value: int) -> None:
+def test_an_index_with_wrong_rows_is_refused(prepared: Path, tmp_path: Path, field: str, value: int) -> None:
     shutil.copytree(prepared, tmp_path / "copy")
     file = tmp_path / "copy" / index_name("train")
     rows = np.load(file)
@@ -169,18 +169,18 @@ def test_an_index_that_leads_nowhere_is_named(prepared: Path, tmp_path: Path, fi
         open_dataset(tmp_path / "copy").split("train")
 
 
-def shortest(work: Callable[[], object]) -> float:
-    """Seconds of processor of the fastest of five, which a busy machine does not change much."""
-    found = []
+def shortest_time(work: Callable[[], object]) -> float:
+    """Least CPU time of five runs, in seconds."""
+    seconds = []
     for _ in range(5):
         start = time.process_time()
         work()
-        found.append(time.process_time() - start)
-    return min(found)
+        seconds.append(time.process_time() - start)
+    return min(seconds)
 
 
-def counted(loader: Loader, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The rows that are decoded from now on."""
+def record_decoded_rows(loader: Loader, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that collects the rows decoded from now on."""
     seen: list[int] = []
     original = loader.split.jpeg
 
@@ -192,10 +192,12 @@ def counted(loader: Loader, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
-def test_the_same_batches_and_each_picture_is_decoded_once(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_batches_are_equal_and_each_image_is_decoded_once(
+    prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     split = open_dataset(prepared).split("train")
     with Loader(split, 7, 2) as plain, Loader(open_dataset(prepared).split("train"), 7, 2) as under:
-        decoded, kept = counted(under, monkeypatch), CachedLoader(under)
+        decoded, kept = record_decoded_rows(under, monkeypatch), CachedLoader(under)
         for epoch in (1, 2, 3):  # six of seven, six rows left over each time: the second epoch lacks some
             plan = training_batches(len(split), 7, 0, epoch)
             for a, b, rows in zip(plain.batches(plan), kept.batches(plan), plan, strict=True):
@@ -205,7 +207,7 @@ def test_the_same_batches_and_each_picture_is_decoded_once(prepared: Path, monke
     assert len(decoded) == len(set(decoded))
 
 
-def test_left_early_it_holds_what_it_gave_out(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_abandoned_batches_stay_cached(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     split = open_dataset(prepared).split("train")
     plan = training_batches(len(split), 8, 0, 1)
     with Loader(split, 8, 2) as loader:
@@ -214,12 +216,14 @@ def test_left_early_it_holds_what_it_gave_out(prepared: Path, monkeypatch: pytes
         first = next(steps).images.clone()
         steps.close()
         assert kept.is_cached.sum() == 8
-        decoded = counted(loader, monkeypatch)
+        decoded = record_decoded_rows(loader, monkeypatch)
         np.testing.assert_array_equal(next(kept.batches(plan[:1])).images.numpy(), first.numpy())
         assert decoded == []
 
 
-def test_training_ends_with_the_same_weights(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_with_a_cache_gives_the_same_weights(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("ALEXNET_RUNS_DIR", str(tmp_path))
     recipe = replace(TINY, width=1 / 16, batch_size=14, epochs=2, precision="fp32")
     place, weights = Placement(torch.device("cpu"), "CPU", "fp32"), []
@@ -232,7 +236,7 @@ def test_training_ends_with_the_same_weights(prepared: Path, tmp_path: Path, mon
         assert torch.equal(a, b)
 
 
-def test_where_it_is_used(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_when_the_cache_is_used(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Loader(open_dataset(prepared).split("train"), 8, 1) as loader:
         assert cache_decoded(loader, "none") is loader
         assert isinstance(cache_decoded(loader, "auto"), CachedLoader)
@@ -249,7 +253,7 @@ def test_where_it_is_used(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> No
         assert isinstance(cache_decoded(loader, "device"), CachedLoader)
 
 
-def test_what_torch_keeps_of_a_gpu_for_itself_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_cached_by_torch_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
     free = {True: 5_000, False: 9_000}  # while torch keeps what an earlier training has left, and afterwards
     kept = [True]
     monkeypatch.setattr(torch.cuda, "empty_cache", kept.clear)
@@ -257,7 +261,7 @@ def test_what_torch_keeps_of_a_gpu_for_itself_is_free(monkeypatch: pytest.Monkey
     assert loader_module._free_bytes(torch.device("cuda", 0)) == 9_000
 
 
-def test_a_container_may_have_less_memory_than_its_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_available_memory_in_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limit, used = tmp_path / "memory.max", tmp_path / "memory.current"
     monkeypatch.setattr(devices, "CONTAINER_MEMORY", ((str(limit), str(used)),))
     whole = devices.available_memory()

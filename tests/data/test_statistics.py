@@ -1,16 +1,15 @@
-"""Statistics that come a shard at a time against numpy over everything at once."""
+"""Statistics of a data set, collected shard by shard, against numpy over everything at once."""
 
 from __future__ import annotations
 
-import io
 from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from alexnet_cli.core.data.shard_writer import encode_npy_header
-from alexnet_cli.core.data.shards import ROW
-from alexnet_cli.core.data.statistics import IMAGE_FACT, MAX_SIDE, ImageFacts, SourceStats, find_duplicates
+from alexnet_cli.core.data import fast_images, shards
+from alexnet_cli.core.data.statistics import IMAGE_FACT, MAX_SIDE, ImageFacts, PixelSums, SourceStats, find_duplicates
 
 
 def facts(rng: np.random.Generator, first: int, count: int) -> ImageFacts:
@@ -25,7 +24,7 @@ def facts(rng: np.random.Generator, first: int, count: int) -> ImageFacts:
 
 
 @pytest.mark.parametrize("counts", [(1,), (2,), (40, 1, 60), (7, 30, 8, 6)])
-def test_statistics_by_shards_are_those_of_the_whole(counts: tuple[int, ...]) -> None:
+def test_source_statistics_equal_numpy(counts: tuple[int, ...]) -> None:
     rng = np.random.default_rng(sum(counts))
     parts = [facts(rng, sum(counts[:i]), count) for i, count in enumerate(counts)]
     stats = SourceStats()
@@ -47,9 +46,40 @@ def test_statistics_by_shards_are_those_of_the_whole(counts: tuple[int, ...]) ->
     ]
 
 
-@pytest.mark.parametrize("rows", [0, 1, 12_345])
-def test_the_header_of_an_index_is_numpys(rows: int) -> None:
-    index = np.random.default_rng(rows).integers(0, 1 << 31, rows).astype("<u4").astype(ROW)
-    buffer = io.BytesIO()
-    np.save(buffer, index)
-    assert encode_npy_header(ROW, rows) + index.tobytes() == buffer.getvalue()
+def test_color_statistics_equal_numpy(shapes: Path, packed_shapes: Path) -> None:
+    files = [
+        file for file in sorted((shapes / "train").rglob("*.jpg")) if file.name not in ("star 07.jpg", "circle 03.jpg")
+    ]
+    pixels = np.stack([fast_images.resize_and_crop(fast_images.decode(file.read_bytes())) for file in files])
+    dataset = shards.open_dataset(packed_shapes)
+    np.testing.assert_allclose(dataset.mean_image(), pixels.mean(0).transpose(2, 0, 1), rtol=1e-6)
+    flat = pixels.reshape(-1, 3).astype(np.float64)
+    np.testing.assert_allclose(dataset.mean_rgb, flat.mean(0), rtol=1e-6)
+    covariance = np.cov(flat.T, bias=True)
+    assert (np.diff(dataset.color_std) > 0).all()
+    axes = dataset.color_axes.astype(np.float64)
+    np.testing.assert_allclose(axes.T @ axes, np.eye(3), atol=1e-6)
+    np.testing.assert_allclose(covariance @ axes, axes * dataset.color_std**2, rtol=1e-4, atol=1e-2)
+    # The stored JPEGs are what training sees: nearly the same.
+    split = dataset.split("train")
+    stored = np.stack([fast_images.decode(bytes(split.jpeg(row))) for row in range(len(split))])
+    assert np.abs(stored.mean((0, 1, 2)) - dataset.mean_rgb).max() < 0.5
+
+
+def test_pixel_sums_of_white_images_are_exact() -> None:
+    sums = PixelSums()
+    for _ in range(2):
+        sums.add([np.full((256, 256, 3), 255, np.uint8)] * 257)
+    assert (sums.products == 514 * 256 * 256 * 255 * 255).all()
+    assert (sums.pixels == 514 * 255).all()
+    deviations, _ = sums.compute_color_axes()
+    np.testing.assert_array_equal(deviations, 0)
+
+
+def test_pixel_sums_equal_integer_sums() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (5, 256, 256, 3)).astype(np.uint8)
+    sums = PixelSums()
+    sums.add(list(noise))
+    flat = noise.reshape(-1, 3).astype(np.int64)
+    np.testing.assert_array_equal(sums.products, flat.T @ flat)
+    np.testing.assert_array_equal(sums.pixels, noise.sum(0, dtype=np.int64))

@@ -51,9 +51,7 @@ def result(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     return dict(record)
 
 
-def test_from_a_folder_to_a_data_set(
-    pets: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prepare_a_folder(pets: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # the next step depends on the machine
     before = {path: path.stat().st_mtime_ns for path in pets.rglob("*")}
     assert run(pets) == 0
@@ -84,7 +82,7 @@ def test_from_a_folder_to_a_data_set(
     assert {path: path.stat().st_mtime_ns for path in pets.rglob("*")} == before
 
 
-def test_the_result_as_json(pets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json(pets: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(pets, "-o", "out", "--json", "-q", "--val-fraction", "0.3") == 0
     said = capsys.readouterr()
     assert not said.err
@@ -97,7 +95,7 @@ def test_the_result_as_json(pets: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert not Path("prepared").exists(), "latest is for what lies under prepared/"
 
 
-def test_a_second_run_finds_it_done(pets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_run_does_nothing(pets: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(pets) == 0
     first = Path("prepared/pets/dataset.json").stat().st_mtime_ns
     assert run(pets) == 0
@@ -142,9 +140,7 @@ def test_bad_images_are_named(pets: Path, capsys: pytest.CaptureFixture[str]) ->
     assert run(pets, "--on-corrupt", "fail", "-o", "strict") == 0
 
 
-def test_a_jpeg_that_can_be_decoded_in_part_is_packed_and_told_of(
-    pets: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_jpeg_decoded_in_part_is_packed_and_reported(pets: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Cut, and ended as a JPEG is: Pillow says nothing of it."""
     good = jpeg((7, 8, 9), (400, 300))
     (pets / "cats" / "3.jpg").write_bytes(good[: len(good) - 300] + b"\xff\xd9")
@@ -169,7 +165,7 @@ def test_a_jpeg_that_can_be_decoded_in_part_is_packed_and_told_of(
         (["pets", "--val-fraction", "1"], 2, "val-fraction"),
     ],
 )
-def test_refusals(
+def test_refused_arguments(
     pets: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, message: str
 ) -> None:
     assert run(*arguments) == code
@@ -182,7 +178,7 @@ def test_refusals(
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
 )
-def test_ctrl_c_keeps_what_is_finished(pets: Path, number: int, code: int) -> None:
+def test_ctrl_c(pets: Path, number: int, code: int) -> None:
     (pets / "cats" / "big.jpg").write_bytes(jpeg((9, 99, 199), (500, 400)))
     for i in range(2000):
         (pets / "cats" / f"big{i}.jpg").hardlink_to(pets / "cats" / "big.jpg")
@@ -206,7 +202,7 @@ def test_a_real_data_set(tiny10: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "train 5,000 · val 500 images of 10 classes" in capsys.readouterr().err
 
 
-def test_a_picture_left_out_is_no_failure_of_a_second_run(pets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_run_succeeds_despite_rejected_images(pets: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`prepare && train` stops the first time, so that the warning is read, and goes on from then on."""
     (pets / "cats" / "bad.jpg").write_bytes(b"")
     assert run(pets) == 5
@@ -219,7 +215,7 @@ def test_a_picture_left_out_is_no_failure_of_a_second_run(pets: Path, capsys: py
     assert run(pets, "--on-corrupt", "fail") == 5
 
 
-def test_copies_are_told_and_leaks_are_warned_of(pets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_duplicates_and_leaks_are_reported(pets: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(pets) == 0
     capsys.readouterr()
     for split in ("train", "val"):
@@ -246,7 +242,7 @@ def test_copies_are_told_and_leaks_are_warned_of(pets: Path, capsys: pytest.Capt
     ]
 
 
-def test_without_validation_pictures_it_is_said_what_helps(pets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_hints_without_validation_images(pets: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for one in ("cats", "dogs"):
         (single := Path("single") / one).mkdir(parents=True)
         (single / "1.jpg").write_bytes((pets / one / "1.jpg").read_bytes())
@@ -290,7 +286,7 @@ def test_verify(pets: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run() == 2
 
 
-def test_pictures_are_turned_if_asked(pets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_exif_rotate(pets: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Lying on its side in the file, red above blue once it is turned."""
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -316,7 +312,7 @@ def test_pictures_are_turned_if_asked(pets: Path, capsys: pytest.CaptureFixture[
     assert run(pets, "--exif-rotate") == 2, "another set of settings"
 
 
-def test_a_disk_that_is_too_small_is_said_before_starting(
+def test_a_disk_that_is_too_small(
     pets: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Plan, "free_bytes", lambda self: 1000)
@@ -325,7 +321,7 @@ def test_a_disk_that_is_too_small_is_said_before_starting(
     assert os.listdir() == ["pets"]
 
 
-def test_a_disk_that_fills_up(pets: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk(pets: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     synced = os.fsync
 
     def full(descriptor: int) -> None:
