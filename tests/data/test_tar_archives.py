@@ -65,6 +65,16 @@ def test_sizes_in_other_notations(tmp_path: Path) -> None:
         list(scan_members(tmp_path / "a.tar"))
 
 
+def test_a_name_of_exabytes(tmp_path: Path) -> None:
+    header = bytearray(tarfile.TarInfo("a.jpg").tobuf(tarfile.GNU_FORMAT))
+    header[124:136] = b"\x80" + (1 << 62).to_bytes(11, "big")
+    header[156:157] = tarfile.GNUTYPE_LONGNAME
+    header[148:156] = b"%06o\0 " % (sum(header) - sum(header[148:156]) + 8 * 32)
+    (tmp_path / "a.tar").write_bytes(bytes(header) + bytes(2048))
+    with pytest.raises(DataError, match="is damaged"):
+        list(scan_members(tmp_path / "a.tar"))
+
+
 def test_an_archive_in_an_archive(tmp_path: Path) -> None:
     inner = tar(tmp_path / "n1.tar", {"1.jpg": b"first", "2.jpg": b"second"})
     outer = tar(tmp_path / "train.tar", {"n0.txt": b"?", "n1.tar": inner.read_bytes()})

@@ -98,8 +98,8 @@ def scan_members(archive: Path, outer: Member | None = None) -> Iterator[Member]
                 _check_end(file, tar.offset, end, where)
     except tarfile.TarError as error:
         raise DataError(f"{where} is not a tar archive, or is truncated: {error}", DAMAGED_HINT) from error
-    except (ValueError, OverflowError, RecursionError) as error:
-        raise DataError(f"{where} is damaged: {error}", DAMAGED_HINT) from error
+    except (ValueError, OverflowError, RecursionError, MemoryError) as error:  # a header with an absurd size
+        raise DataError(f"{where} is damaged: {error or 'a header has an absurd size'}", DAMAGED_HINT) from error
     except OSError as error:
         raise DataError(f"{where} cannot be read: {error.strerror or error}", "check its permissions") from error
 
