@@ -98,7 +98,7 @@ def test_file_is_valid_onnx_and_describes_itself(tmp_path: Path) -> None:
     session = Session(tmp_path / "a.onnx", provider="cpu")
     assert session.classes == model.classes
     assert (session.recipe, session.recipe.input_size, session.device) == (model.recipe, 227, "cpu")
-    assert session.metadata.metrics == {"top1_error": 0.4}
+    assert session.info["metrics"] == {"top1_error": 0.4}
 
 
 def test_classes_without_wnid_come_back_without(tmp_path: Path) -> None:

@@ -29,7 +29,6 @@ class OnnxMetadata:
     recipe: Recipe
     sha256: str
     """Checksum of the file that the weights came from, or empty."""
-    metrics: Mapping[str, Any]
     exif_rotate: bool
     precision: str
     """fp32, fp16 or int8."""
@@ -85,7 +84,6 @@ def parse_metadata(path: Path, text: Mapping[str, str]) -> OnnxMetadata:
             classes=parse_classes(names, wnids or [None] * len(names)),
             recipe=recipe,
             sha256=text["alexnet.sha256"],
-            metrics=dict(json.loads(text["metrics"])),
             exif_rotate=steps["exif_rotate"],
             precision=text["alexnet.precision"],
             measured=dict(json.loads(text["alexnet.measured"])),

@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -28,45 +28,17 @@ from alexnet_cli.core.data.images import ImageArray
 from alexnet_cli.core.data.views import make_views, mean_correction
 from alexnet_cli.core.files import replace_file
 from alexnet_cli.core.inference.inputs import ImageInput, prefetch
-from alexnet_cli.core.inference.session import Crops, FeatureLayer, Session
+from alexnet_cli.core.inference.session import FeatureLayer, Session
 from alexnet_cli.errors import StorageError, UsageError, WeightsError
-from alexnet_cli.recipe import Recipe
 
 BATCH = 32  # views in one pass of the network
 FAST_START_VIEWS = 32  # up to so many views, a session opened with `fast_start` is done sooner
 
 Array = npt.NDArray[np.float32]
+if TYPE_CHECKING:
+    from alexnet_cli.core.inference.torch_session import TorchSession
 
-
-class Classifier(Protocol):
-    """A network that classifies crops: `session.Session` or `torch_session.TorchSession`."""
-
-    path: Path
-    device: str
-    fallback_reason: str
-    info: Mapping[str, Any]
-    """How the weights were made: run, epoch, step."""
-
-    @property
-    def classes(self) -> tuple[ClassName, ...]:
-        """The classes, in the order of the outputs."""
-
-    @property
-    def exif_rotate(self) -> bool:
-        """Whether images are rotated as their EXIF orientation says."""
-
-    @property
-    def recipe(self) -> Recipe:
-        """The recipe of the network."""
-
-    def mean(self) -> Array:
-        """Return the mean image, float32 3 x 256 x 256."""
-
-    def probabilities(self, crops: Crops) -> Array:
-        """N x 3 x S x S, RGB, 0..255 -> N x classes."""
-
-    def probabilities_and_activations(self, crops: Crops) -> tuple[Array, Array]:
-        """N x classes, and N x units of the layer that the network was opened with."""
+    Classifier = Session | TorchSession
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from alexnet_cli.core.data.classes import ClassName
 from alexnet_cli.core.devices import count_cores, has_gpu, int8_saturates, preload_cuda
 from alexnet_cli.core.inference import onnx_metadata
 from alexnet_cli.core.model import model_file
@@ -47,9 +46,16 @@ ConvLayer = Literal["conv1", "conv2", "conv3", "conv4", "conv5"]
 
 
 class Session:
-    """A network that classifies crops. `device` is where it runs: "cpu" or "cuda".
+    """A network that classifies crops.
 
-    `fallback_reason` says why a GPU that is there is not used; empty otherwise.
+    Attributes:
+        classes: in the order of the outputs.
+        recipe: of the network.
+        info: how the weights were made (run, epoch, step).
+        exif_rotate: whether images are rotated as their EXIF orientation says.
+        metadata: the rest of the file's metadata.
+        device: where it runs, "cpu" or "cuda".
+        fallback_reason: why a GPU that is there is not used; empty otherwise.
     """
 
     def __init__(
@@ -92,7 +98,8 @@ class Session:
             reason = self.fallback_reason or "no NVIDIA GPU, or ONNX Runtime was built without CUDA"
             raise MissingError(f"ONNX Runtime cannot use the GPU: {reason}", "see `alexnet doctor`")
         self.metadata = _read_metadata(self.path, self._session, layer)
-        self.info = self.metadata.info
+        self.classes, self.recipe, self.info = self.metadata.classes, self.metadata.recipe, self.metadata.info
+        self.exif_rotate = self.metadata.exif_rotate
 
     def _open(self, content: bytes, providers: list[Any], threads: int, fast_start: bool) -> tuple[Any, list[Any]]:
         """Return the ONNX Runtime session, and the values that must live as long as it does."""
@@ -116,21 +123,6 @@ class Session:
         except Exception as error:
             what = f"{self.path} cannot be opened: {_format_runtime_error(error)}"
             raise WeightsError(what, "the file is corrupt; export it again") from error
-
-    @property
-    def classes(self) -> tuple[ClassName, ...]:
-        """The classes, in the order of the outputs."""
-        return self.metadata.classes
-
-    @property
-    def exif_rotate(self) -> bool:
-        """Whether images are rotated as their EXIF orientation says."""
-        return self.metadata.exif_rotate
-
-    @property
-    def recipe(self) -> Recipe:
-        """The recipe of the network."""
-        return self.metadata.recipe
 
     def mean(self) -> Array:
         """Return the mean image, float32 3 x 256 x 256. Raises WeightsError if the file has none."""

@@ -8,21 +8,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from alexnet_cli.core.data.classes import ClassName
 from alexnet_cli.core.devices import try_gpu, visible_gpus
 from alexnet_cli.core.inference.session import Crops, FeatureLayer
 from alexnet_cli.core.model import model_file
 from alexnet_cli.core.model.network import network_from_model
-from alexnet_cli.recipe import SIDE, Recipe
+from alexnet_cli.recipe import SIDE
 
 Array = npt.NDArray[np.float32]
 
 
 class TorchSession:
-    """A network that classifies crops, on the GPU if there is one.
-
-    `fallback_reason` says why a GPU that is there is not used; empty otherwise.
-    """
+    """A network that classifies crops, on the GPU if there is one. Attributes are those of `session.Session`."""
 
     def __init__(
         self, source: Path | model_file.Model, device: str | None = None, layer: FeatureLayer | None = None
@@ -30,7 +26,8 @@ class TorchSession:
         """Open a model file or a model in memory. Raises WeightsError if the file cannot be used."""
         self.layer = layer
         self.model = model_file.read_model(source) if isinstance(source, Path) else source
-        self.path, self.info = self.model.path, self.model.info
+        self.path, self.info, self.exif_rotate = self.model.path, self.model.info, self.model.exif_rotate
+        self.classes, self.recipe = self.model.classes, self.model.recipe
         has_gpu = device is None and bool(visible_gpus())
         self.fallback_reason = try_gpu(0) if has_gpu else ""
         self.device = device or ("cuda" if has_gpu and not self.fallback_reason else "cpu")
@@ -43,21 +40,6 @@ class TorchSession:
         if self.recipe.mean == "rgb":
             mean = self.model.mean.mean((1, 2), keepdims=True, dtype=np.float64).astype(np.float32)
         self._mean = torch.tensor(mean, device=self.device)
-
-    @property
-    def classes(self) -> tuple[ClassName, ...]:
-        """The classes, in the order of the outputs."""
-        return self.model.classes
-
-    @property
-    def exif_rotate(self) -> bool:
-        """Whether images are rotated as their EXIF orientation says."""
-        return self.model.exif_rotate
-
-    @property
-    def recipe(self) -> Recipe:
-        """The recipe of the network."""
-        return self.model.recipe
 
     def mean(self) -> Array:
         """Return the mean image, float32 3 x 256 x 256."""
