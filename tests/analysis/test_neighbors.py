@@ -20,7 +20,7 @@ from alexnet_cli.core.files import hash_file
 from alexnet_cli.core.inference.session import Session
 from alexnet_cli.errors import StorageError, WeightsError
 from alexnet_cli.recipe import PAPER
-from hostile import generated
+from hostile import repeatable
 from model_files import random_model, save_model
 
 
@@ -65,7 +65,7 @@ def test_rows_that_float32_cannot_order_are_ordered() -> None:
 @given(
     st.sampled_from([1.0, 1e12, 1e-18, 1e-38, 1e-44]), st.integers(0, 2**32 - 1), st.integers(0, 40), st.integers(1, 50)
 )
-@generated(80)
+@repeatable(80)
 def test_the_search_is_exact_whatever_the_numbers(scale: float, seed: int, count: int, k: int) -> None:
     """Of any size and either sign; with rows of zeros, equal rows, and rows that are a last bit away from a query."""
     rng = np.random.default_rng(seed)

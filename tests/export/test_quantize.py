@@ -20,7 +20,7 @@ from alexnet_cli.core.inference import onnx_graph
 from alexnet_cli.core.inference.session import Session
 from alexnet_cli.core.model.architecture import layer_specs
 from alexnet_cli.recipe import CAFFE, KRIZHEVSKY, PAPER, Recipe
-from literal_network import VARIANTS, convolved
+from literal_network import VARIANTS, convolve
 from model_files import random_model
 
 
@@ -108,7 +108,7 @@ def test_a_layer_is_what_whole_numbers_give(tmp_path: Path) -> None:
     np.testing.assert_array_equal(entered, np.rint(centered / scale + zero).clip(0, 255))
     codes = constant["conv1.weight.codes"].astype(np.float64)
     shifted = np.pad(entered[1].astype(np.float64) - zero, ((0, 0), (0, 3), (0, 3)))
-    sums = convolved(shifted, codes, constant["conv1.bias.codes"].astype(np.float64), 4, 0, 1)
+    sums = convolve(shifted, codes, constant["conv1.bias.codes"].astype(np.float64), 4, 0, 1)
     units = (scale * constant["conv1.weight.scale"] / constant["conv1.relu.scale"]).astype(np.float64)
     expected = np.rint(sums * units[:, None, None]).clip(0, 255)
     assert 0.1 < (expected > 0).mean() < 0.95

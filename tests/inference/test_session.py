@@ -17,7 +17,7 @@ from alexnet_cli.core.inference import onnx_graph, session
 from alexnet_cli.core.inference.session import Session
 from alexnet_cli.errors import WeightsError
 from alexnet_cli.recipe import PAPER, Recipe
-from hostile import MUTATIONS, bounded, generated, mutated, told
+from hostile import MUTATIONS, corrupt, limit_time_and_memory, repeatable, result_or_message
 from model_files import random_model, save_onnx
 
 NARROW = replace(PAPER, width=1 / 64)
@@ -168,7 +168,7 @@ def test_a_file_larger_than_protobuf_allows(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 @given(mutations=MUTATIONS)
-@generated(15)
+@repeatable(15)
 def test_damaged_files_are_refused_or_answer(
     tmp_path_factory: pytest.TempPathFactory,
     files: dict[str, Path],
@@ -177,10 +177,10 @@ def test_damaged_files_are_refused_or_answer(
 ) -> None:
     """Damage where the graph is described, at the beginning: an error, or probabilities of the file's classes."""
     path = tmp_path_factory.getbasetemp() / "damaged.onnx"
-    path.write_bytes(mutated(files[precision].read_bytes(), mutations, 3000))
-    with bounded():
-        opened = told(lambda: Session(path, provider="cpu", fast_start=True))
+    path.write_bytes(corrupt(files[precision].read_bytes(), mutations, 3000))
+    with limit_time_and_memory():
+        opened = result_or_message(lambda: Session(path, provider="cpu", fast_start=True))
         if not isinstance(opened, str):
             crops = np.zeros((1, 3, opened.recipe.input_size, opened.recipe.input_size), np.float32)
-            chances = told(lambda: opened.probabilities(crops))
+            chances = result_or_message(lambda: opened.probabilities(crops))
             assert isinstance(chances, str) or chances.shape == (1, len(opened.classes))

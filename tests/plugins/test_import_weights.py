@@ -24,7 +24,7 @@ from alexnet_cli.core.model import model_file
 from alexnet_cli.errors import UsageError, WeightsError
 from alexnet_cli.recipe import PAPER
 from imagenet_files import CLASSES, write_devkit
-from literal_network import convolved, pooled
+from literal_network import convolve, max_pool
 from model_files import draw
 
 
@@ -190,11 +190,11 @@ def test_bare_tensors_of_a_network_fed_as_torchvision_does() -> None:
     for layer in ("conv1", "conv2", "conv3", "conv4", "conv5"):
         weight, bias = (value.astype(np.float64) for value in weights[layer])
         pad, groups = files.PADS.get(layer, 0), files.GROUPS[layer]
-        x = np.maximum(convolved(x, weight, bias, files.STRIDES.get(layer, 1), pad, groups), 0)
+        x = np.maximum(convolve(x, weight, bias, files.STRIDES.get(layer, 1), pad, groups), 0)
         if layer in ("conv1", "conv2"):  # recipe paper: each tower by itself, k = 2, alpha for every term
             x = np.concatenate([files.normalized(half, 1e-4, 2.0) for half in np.split(x, 2)])
         if layer in ("conv1", "conv2", "conv5"):
-            x = pooled(x, 3)
+            x = max_pool(x, 3)
     check_scores(model, rgb, files.connected(weights, x.reshape(-1), 0.5))
 
 

@@ -24,7 +24,7 @@ from alexnet_cli.core.data import images
 from alexnet_cli.core.data.images import PixelBudget
 from alexnet_cli.core.inference.inputs import expand_inputs, load_image, prefetch
 from alexnet_cli.recipe import PAPER
-from hostile import MUTATIONS, bounded, generated, mutated, told
+from hostile import MUTATIONS, corrupt, limit_time_and_memory, repeatable, result_or_message
 from model_files import draw, random_model, save_model
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (40, 60, 4), dtype=np.uint8)
@@ -59,20 +59,20 @@ def answered(data: bytes) -> str:
 
 @pytest.fixture(autouse=True)
 def _bounded() -> Iterator[None]:
-    with bounded():
+    with limit_time_and_memory():
         yield
 
 
 @given(st.sampled_from(sorted(KINDS)), MUTATIONS)
-@generated(80)
+@repeatable(80)
 def test_damaged_pictures(kind: str, mutations: list[tuple[str, int, bytes]]) -> None:
-    answered(mutated(WHOLE[kind], mutations))
+    answered(corrupt(WHOLE[kind], mutations))
 
 
 @given(st.sampled_from(sorted(KINDS)), MUTATIONS)
-@generated(60)
+@repeatable(60)
 def test_damaged_beginnings(kind: str, mutations: list[tuple[str, int, bytes]]) -> None:
-    answered(mutated(WHOLE[kind], mutations, within=60))
+    answered(corrupt(WHOLE[kind], mutations, within=60))
 
 
 def test_whole_ones_are_answered() -> None:
@@ -142,7 +142,7 @@ def test_a_film_after_a_picture_is_no_bomb() -> None:
 
 
 @given(st.lists(st.binary(min_size=1, max_size=60), min_size=1, max_size=4), st.booleans())
-@generated(40)
+@repeatable(40)
 def test_names_of_any_bytes(tmp_path_factory: pytest.TempPathFactory, names: list[bytes], listed: bool) -> None:
     folder = tmp_path_factory.mktemp("names")
     kept = set()
@@ -151,7 +151,8 @@ def test_names_of_any_bytes(tmp_path_factory: pytest.TempPathFactory, names: lis
         (Path(os.fsdecode(os.fsencode(folder) + b"/" + plain))).write_bytes(WHOLE["png"])
         kept |= {plain} if not plain.startswith(b".") or listed else set()
     whole = b"".join(os.fsencode(folder) + b"/" + name + b"\0" for name in sorted(kept))
-    found = told(lambda: expand_inputs(["-"], io.BytesIO(whole)) if listed else expand_inputs([str(folder)]))
+    arguments, stdin = (["-"], io.BytesIO(whole)) if listed else ([str(folder)], None)
+    found = result_or_message(lambda: expand_inputs(arguments, stdin))
     if isinstance(found, str):
         assert not kept
         return
@@ -160,11 +161,11 @@ def test_names_of_any_bytes(tmp_path_factory: pytest.TempPathFactory, names: lis
 
 
 @given(st.lists(st.binary(max_size=300) | st.sampled_from([b"/dev/zero", b"/proc/self/mem", b"x" * 5000, b"\0", b"*"])))
-@generated(50)
+@repeatable(50)
 def test_lists_of_junk(tmp_path_factory: pytest.TempPathFactory, lines: list[bytes]) -> None:
     folder = tmp_path_factory.mktemp("list")
     (folder / "list").write_bytes(b"\n".join([*lines, os.fsencode(folder) + b"/list"]))
-    found = told(lambda: expand_inputs([f"@{folder}/list"]))
+    found = result_or_message(lambda: expand_inputs([f"@{folder}/list"]))
     if isinstance(found, list):
         assert all(isinstance(picture, str) and picture for _, picture in prefetch(found, 4, False))
 
