@@ -1,4 +1,4 @@
-"""What is written on pictures can be read in more than English."""
+"""Text on figures is readable in more than English."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a picture excites: the same numbers as the network itself in PyTorch, and a page that shows them."""
+"""Activations of one image: equal to those in PyTorch, and drawn on a page."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_every_layer_is_what_the_network_makes_of_the_center_crop(recipe: Recipe
     assert [label.probability for label in found.top] == pytest.approx(np.sort(chances)[::-1][:5].tolist(), rel=1e-3)
 
 
-def test_weights_that_are_no_numbers_are_an_error_whichever_layer_they_are_in() -> None:
+def test_nan_weights_in_any_layer_are_an_error() -> None:
     for name in ("conv4.bias", "fc7.bias", "fc8.bias"):
         model = random_model(replace(PAPER, width=1 / 32))
         model.tensors[name][0] = np.nan

@@ -1,4 +1,4 @@
-"""What units answer, and what excites them most: against the network in PyTorch and a search through all answers."""
+"""Activations of units and their top images, compared with PyTorch and with a sort of all activations."""
 
 from __future__ import annotations
 
@@ -9,10 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from alexnet_cli.core.analysis.units import ActivationBatch, find_top_activations, iterate_activations, read_images
+from alexnet_cli.core.analysis.units import (
+    ActivationBatch,
+    cut_receptive_field,
+    find_top_activations,
+    iterate_activations,
+    read_images,
+)
 from alexnet_cli.core.data import images
 from alexnet_cli.core.data.shards import Split, open_dataset
 from alexnet_cli.core.inference.session import ConvLayer, FeatureLayer, Session
+from alexnet_cli.core.model.architecture import receptive_field
 from alexnet_cli.core.model.model_file import Model
 from alexnet_cli.core.model.network import network_from_model
 from alexnet_cli.errors import DataError, WeightsError
@@ -119,3 +126,13 @@ def test_layers_without_maps_have_one_place_and_no_pictures_give_nothing() -> No
     assert (found.rows == np.argsort(-values, axis=0)[:2].T).all()
     assert not found.positions.any()
     assert find_top_activations([], 3) is None
+
+
+def test_a_patch_is_gray_outside_the_image() -> None:
+    image = np.random.default_rng(0).integers(0, 100, (256, 256, 3), dtype=np.uint8)
+    (top, bottom), (left, right) = (receptive_field(PAPER, "conv3", p, clipped=False) for p in (0, 6))
+    patch = cut_receptive_field(image, PAPER, "conv3", (0, 6))
+    assert patch.shape == (99, 99, 3)
+    assert top < 16 < bottom < 240
+    assert (patch[: 16 - top] == 128).all()
+    assert (patch[16 - top :] == image[16:bottom, left:right]).all()

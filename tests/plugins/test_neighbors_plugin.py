@@ -72,7 +72,7 @@ def test_neighbors_are_those_of_all_distances_and_the_picture_itself_comes_first
     assert Path("net.neighbors/fc7.npy").is_file()
 
 
-def test_the_index_is_made_once_and_anew_for_other_weights(network: Path, prepared: Path) -> None:
+def test_the_index_is_computed_once_and_again_for_other_weights(network: Path, prepared: Path) -> None:
     picture = draw(Path("p.png"), 1)
     words = (picture, "-w", str(network), "--data", str(prepared))
     result = run(*words)
@@ -122,7 +122,7 @@ def test_an_older_checkpoint_and_another_data_set_leave_the_run_its_own_index(
     assert asked("runs/r/checkpoints/00000001") == "neighbors-00000001"
 
 
-def test_pictures_that_cannot_be_read_are_told_and_the_others_go_on(network: Path, prepared: Path) -> None:
+def test_unreadable_images_are_reported_and_the_others_searched(network: Path, prepared: Path) -> None:
     Path("no.jpg").write_bytes(b"nothing")
     result = run("no.jpg", draw(Path("p.png"), 1), "-w", str(network), "--data", str(prepared), "--json")
     assert isinstance(result.exception, PartialError)

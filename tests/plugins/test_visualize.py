@@ -1,4 +1,4 @@
-"""`alexnet visualize-filters`: which towers, where the picture goes, what is said about it."""
+"""`alexnet visualize-filters`: towers, output files, measurements, errors."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_one_tower_is_its_half_of_the_kernels_on_the_scale_of_all(
         (1, "2", "1 tower (1)"),
     ],
 )
-def test_a_tower_that_is_not_there_is_a_usage_error(towers: int, tower: str, said: str, tmp_path: Path) -> None:
+def test_an_unknown_tower_is_a_usage_error(towers: int, tower: str, said: str, tmp_path: Path) -> None:
     path = save_model(random_model(replace(SMALL, towers=towers)), tmp_path / "m.safetensors")
     with pytest.raises(UsageError, match=f"--tower {tower}: this model has ") as caught:
         visualize_filters(weights=str(path), tower=tower)
@@ -155,7 +155,7 @@ def test_the_suffix_asks_for_svg(run: Path) -> None:
         ({"layer": "conv2", "unit": 40, "tower": "1"}, "--unit 40 is in tower 2"),
     ],
 )
-def test_options_that_say_nothing_are_refused(run: Path, options: dict[str, object], said: str) -> None:
+def test_options_without_effect_are_refused(run: Path, options: dict[str, object], said: str) -> None:
     with pytest.raises(UsageError) as caught:
         visualize_filters(weights="first", **options)  # type: ignore[arg-type]
     assert said in caught.value.what
@@ -208,7 +208,7 @@ def test_a_page_shows_the_strongest_units_of_the_chosen_tower(
     assert line.index(f"{highest[[unit['unit'] for unit in units].index(7)]:.3g}") == heading.index("activation")
 
 
-def test_weights_that_are_no_numbers_are_an_error_and_draw_nothing(run: Path, recwarn: pytest.WarningsRecorder) -> None:
+def test_nan_weights_are_an_error_and_draw_nothing(run: Path, recwarn: pytest.WarningsRecorder) -> None:
     model = random_model(SMALL)
     model.tensors["conv1.weight"][3, 0, 2] = np.nan
     path = save_model(model, run / "nan.safetensors")
@@ -287,7 +287,7 @@ def test_a_picture_is_turned_as_those_of_the_training_were(
         ),
     ],
 )
-def test_what_is_no_picture_ends_in_two_lines(run: Path, words: list[str], code: int, said: str) -> None:
+def test_errors_of_picture_are_two_lines(run: Path, words: list[str], code: int, said: str) -> None:
     for name in "ab":
         draw(Path(f"photos/{name}.png"), 3, (30, 20))
     Path("empty").mkdir()

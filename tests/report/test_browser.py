@@ -1,4 +1,4 @@
-"""The report in a real browser: nothing in its console, nothing on the wire, usable with a keyboard, on paper too."""
+"""The report in a real browser: no console message, no request, usable with a keyboard and on paper."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`alexnet report`: the page says what metrics.csv and eval/ say, and what is missing."""
+"""`alexnet report`: the page agrees with metrics.csv and eval/, and names what is missing."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def copy(shown: Run, tmp_path: Path) -> Run:
     return Run(tmp_path / "copy")
 
 
-def test_the_page_says_what_the_files_say(shown: Run) -> None:
+def test_tables_agree_with_metrics_csv_and_eval(shown: Run) -> None:
     page = Page(shown.path / "report.html")
     with (shown.path / "metrics.csv").open(newline="") as file:
         epochs = list(csv.DictReader(file))
@@ -92,7 +92,7 @@ def test_the_page_says_what_the_files_say(shown: Run) -> None:
     assert ("This is no better than guessing" in page.all_text) == (high >= 5 / 6)
 
 
-def test_the_recipe_stands_beside_the_papers(shown: Run) -> None:
+def test_the_recipe_is_compared_with_the_paper(shown: Run) -> None:
     page = Page(shown.path / "report.html")
     differ = {row[0].split()[0]: row[1:3] for row in page.tables["Settings that differ from the paper"][1:]}
     assert differ == {
@@ -103,7 +103,7 @@ def test_the_recipe_stands_beside_the_papers(shown: Run) -> None:
     assert len(differ) + len(same) == len(PAPER.__dataclass_fields__) - 1  # all but the name
 
 
-def test_the_network_adds_up(shown: Run) -> None:
+def test_parameter_counts_are_those_of_the_weights(shown: Run) -> None:
     """The drawing and the table are of the weights that are there."""
     page, tensors = Page(shown.path / "report.html"), read(shown).tensors
     heads, *rows = page.tables["Layers with weights, and the steps after each"]
@@ -119,7 +119,7 @@ def test_the_network_adds_up(shown: Run) -> None:
     ]
 
 
-def test_names_of_classes_stay_text(shown: Run) -> None:
+def test_class_names_are_escaped(shown: Run) -> None:
     page = Page(shown.path / "report.html")
     assert not page.tags & {"script", "iframe", "object", "link", "svg", "base", "form"}
     for image in page.images:
@@ -166,7 +166,7 @@ def test_the_same_run_gives_the_same_bytes(shown: Run, copy: Run, tmp_path: Path
     assert (tmp_path / "one.html").stat().st_size < 1e6
 
 
-def test_what_is_there_is_used_if_it_is_of_these_weights(copy: Run) -> None:
+def test_saved_results_are_used_if_they_belong_to_the_weights(copy: Run) -> None:
     file, index = copy.path / "eval" / "val-1.json", copy.path / "neighbors" / "fc7.npy"
     said, made = json.loads(file.read_text()), index.stat().st_mtime_ns
     assert said["weights_sha256"]
@@ -231,7 +231,7 @@ def test_time_and_speed_are_those_of_the_steps(shown: Run) -> None:
     assert read_history(broken, RECIPE).seconds is None
 
 
-def test_without_the_plotting_library_tables_stand_in(copy: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_matplotlib_there_are_tables(copy: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("alexnet_cli.core.report.page.can_draw", lambda: False)
     monkeypatch.setattr("alexnet_cli.core.report.charts.can_draw", lambda: False)
     result = report("-w", str(copy.path))
@@ -244,7 +244,7 @@ def test_without_the_plotting_library_tables_stand_in(copy: Run, monkeypatch: py
     assert (copy.path / "report.html").read_text().count("<details open>") == 2
 
 
-def test_a_run_whose_data_are_gone(copy: Run, data: Dataset) -> None:
+def test_a_run_whose_data_set_is_gone(copy: Run, data: Dataset) -> None:
     shutil.rmtree(copy.path / "eval")
     copy.update({"data_path": "/nowhere/at/all"})
     notes = {s["id"]: s["note"] for s in read_result(report("-w", str(copy.path), "--json", "-q"))["sections"]}
@@ -254,7 +254,7 @@ def test_a_run_whose_data_are_gone(copy: Run, data: Dataset) -> None:
     assert read_result(report("-w", str(copy.path), "--json", "-q", "--data", str(data.path)))["top1_error"] is not None
 
 
-def test_other_data_than_the_runs_are_said(copy: Run, prepared: Path) -> None:
+def test_another_data_set_than_the_runs_is_named(copy: Run, prepared: Path) -> None:
     copy.update({"data_path": str(prepared)})
     notes = {s["id"]: s["note"] for s in read_result(report("-w", str(copy.path), "--json", "-q"))["sections"]}
     assert "the run was trained on another data set than" in notes["results"]
@@ -264,7 +264,7 @@ def test_other_data_than_the_runs_are_said(copy: Run, prepared: Path) -> None:
     assert isinstance(report("-w", str(copy.path), "--data", "nowhere").exception, DataError)
 
 
-def test_a_page_names_the_data_that_it_measured_on(copy: Run, data: Dataset, tmp_path: Path) -> None:
+def test_the_page_names_the_data_set_it_measured_on(copy: Run, data: Dataset, tmp_path: Path) -> None:
     other = tmp_path / "prepared" / "other"
     shutil.copytree(data.path, other)
     (other / "dataset.json").write_text(json.dumps(data.record | {"name": "other"}))
@@ -286,7 +286,7 @@ def test_epochs_may_have_been_added_since_the_best_checkpoint(copy: Run, tmp_pat
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_it_says_what_to_type_to_make_the_run_again(copy: Run, tmp_path: Path) -> None:
+def test_the_page_has_the_command_that_repeats_the_run(copy: Run, tmp_path: Path) -> None:
     first, then = ["alexnet", "train", "--name", "my run"], ["alexnet", "train", "--resume", "my run"]
     for path, words, shown in (
         ("/x/prepared/pets", first, "alexnet train --name 'my run' --data pets"),
@@ -300,7 +300,7 @@ def test_it_says_what_to_type_to_make_the_run_again(copy: Run, tmp_path: Path) -
         assert rows[1:3] == [["Command", shown], ["Then", "alexnet train --resume 'my run'"]]
 
 
-def test_a_damaged_picture_spares_the_rest(copy: Run, data: Dataset, tmp_path: Path) -> None:
+def test_a_damaged_image_leaves_the_other_sections(copy: Run, data: Dataset, tmp_path: Path) -> None:
     shutil.copytree(data.path, tmp_path / "damaged")
     shard = tmp_path / "damaged" / "val-000000.tar"
     content = bytearray(shard.read_bytes())
@@ -321,7 +321,7 @@ def test_a_damaged_picture_spares_the_rest(copy: Run, data: Dataset, tmp_path: P
     ],
 )
 @pytest.mark.filterwarnings("error")
-def test_a_network_that_broke_down_has_what_can_be_said(
+def test_nan_weights_leave_the_other_sections(
     copy: Run, undrawn: None, layer: str, factor: float, absent: set[str]
 ) -> None:
     model = read(copy)
@@ -352,7 +352,7 @@ def test_a_run_before_its_first_checkpoint(tmp_path: Path, data: Dataset, status
     assert said[status] in Page(run.path / "report.html").all_text
 
 
-def test_an_imported_network_has_no_training_to_tell_of(
+def test_an_imported_network_has_no_training_sections(
     tmp_path: Path, data: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -367,7 +367,7 @@ def test_an_imported_network_has_no_training_to_tell_of(
     assert [image["alt"] for image in page.images if "filters of tower" in (image["alt"] or "")]
 
 
-def test_a_data_set_that_merely_lies_about_is_no_failure(
+def test_an_unrelated_data_set_nearby_is_no_error(
     tmp_path: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -378,7 +378,7 @@ def test_a_data_set_that_merely_lies_about_is_no_failure(
     )
 
 
-def test_a_model_file_of_no_run(tmp_path: Path, data: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_file_outside_a_run(tmp_path: Path, data: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     one = replace(RECIPE, towers=1)
     save_model(replace(random_model(one, len(NAMES)), classes=data.classes), Path("net.safetensors"))
@@ -389,7 +389,7 @@ def test_a_model_file_of_no_run(tmp_path: Path, data: Dataset, monkeypatch: pyte
     assert not Path("eval").exists()
 
 
-def test_mistakes(copy: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_usage_errors(copy: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert isinstance(report("-w", "nothing").exception, WeightsError)
     assert isinstance(report().exception, WeightsError)
@@ -407,7 +407,7 @@ def page_of(path: Path, classes: Sequence[ClassName], confusion: Sequence[Sequen
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_classes_of_one_name_are_told_apart(tmp_path: Path) -> None:
+def test_classes_with_the_same_name_get_their_wnid(tmp_path: Path) -> None:
     classes = [ClassName("crane", "n1"), ClassName("crane", "n2"), ClassName("dog", "n3")]
     page = page_of(tmp_path / "page.html", classes, [[5, 0, 3], [2, 5, 0], [0, 1, 9]])
     assert page.tables["All classes, lowest error first"] == [  # once, and of three no top-5
@@ -421,7 +421,7 @@ def test_classes_of_one_name_are_told_apart(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_a_class_that_is_never_right_is_not_among_the_best(tmp_path: Path) -> None:
+def test_a_class_without_correct_images_is_not_among_the_best(tmp_path: Path) -> None:
     shifted = np.roll(np.eye(24, dtype=int), 1, axis=1)
     shifted[:2] = np.eye(24, dtype=int)[:2]
     page = page_of(tmp_path / "page.html", [ClassName(f"class {i}") for i in range(24)], shifted.tolist())
@@ -447,7 +447,7 @@ def test_one_class_is_not_both_the_best_and_the_worst(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_names_are_shown_as_far_as_they_can_be(tmp_path: Path) -> None:
+def test_invisible_characters_become_question_marks(tmp_path: Path) -> None:
     names = ["\u6771\u3000\u4eac\u00a0", "\U0001f469\u200d\U0001f52c", "a\u202eb\u2067c", "\x07\ud800\x85"]
     page = page_of(tmp_path / "page.html", [ClassName(name) for name in names], np.eye(4, dtype=int).tolist())
     caption = "Confusion matrix in images: rows are true classes, columns predicted classes"

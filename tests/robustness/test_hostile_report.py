@@ -1,4 +1,4 @@
-"""A report on what is damaged, tampered with, read-only or changing: a page all the same, or a message."""
+"""Reports of damaged, tampered, read-only or changing runs: a page, or a clear error."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def copy(shown: Run, tmp_path: Path) -> Run:
 
 
 @pytest.mark.parametrize("value", [5, [], {"a": [1]}, HUGE, "\0", [[["y"]]]])
-def test_a_run_that_says_odd_things_of_itself(
+def test_run_json_with_values_of_wrong_types(
     tmp_path: Path, data: Dataset, value: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("alexnet_cli.core.report.page.can_draw", lambda: False)
@@ -72,7 +72,7 @@ def test_a_run_without_the_name_of_its_data(tmp_path: Path, data: Dataset) -> No
     assert "the data set nowhere cannot be opened: /nowhere is not a prepared data set" in str(find_run_data(run, None))
 
 
-def test_records_that_say_odd_things(copy: Run) -> None:
+def test_records_with_values_of_wrong_types(copy: Run) -> None:
     odd: tuple[Any, ...] = (None, HUGE, 1e38, -1, "x", [])
     with (copy.path / "metrics.jsonl").open("a") as file:
         for value in odd:
@@ -101,7 +101,7 @@ def ending(top5: str, text: str) -> str:
         *(("val-1_per_class.csv", partial(ending, top5)) for top5 in ("2.5", "-1", "nan")),
     ],
 )  # fmt: skip
-def test_results_that_contradict_themselves_are_none(copy: Run, file: str, change: Callable[[str], str]) -> None:
+def test_inconsistent_results_are_not_used(copy: Run, file: str, change: Callable[[str], str]) -> None:
     path = copy.path / "eval" / file
     text = path.read_text(encoding="utf-8")
     assert change(text) != text
@@ -110,7 +110,7 @@ def test_results_that_contradict_themselves_are_none(copy: Run, file: str, chang
     assert results.read_results(path.parent, "val-1", len(NAMES), {}) is None
 
 
-def test_they_are_made_anew(copy: Run) -> None:
+def test_inconsistent_results_are_computed_again(copy: Run) -> None:
     path = copy.path / "eval" / "val-1_per_class.csv"
     text = path.read_text(encoding="utf-8")
     path.write_text(text.replace("\n0,", "\n-1,", 1), encoding="utf-8")
@@ -118,7 +118,7 @@ def test_they_are_made_anew(copy: Run) -> None:
     assert path.read_text(encoding="utf-8") == text
 
 
-def test_files_that_no_training_writes_are_not_read(copy: Run) -> None:
+def test_huge_files_are_refused(copy: Run) -> None:
     for name, size in (("metrics.jsonl", 2**28 + 1), ("run.json", 2**24 + 1)):
         os.truncate(copy.path / name, size)
         error = report("-w", str(copy.path)).exception
@@ -151,7 +151,7 @@ def test_a_run_that_cannot_be_written_to(copy: Run, tmp_path: Path, monkeypatch:
     assert sorted(copy.path.rglob("*")) == before
 
 
-def test_a_disk_that_is_full_spares_the_page(copy: Run, tmp_path: Path) -> None:
+def test_a_failing_eval_folder_leaves_the_page(copy: Run, tmp_path: Path) -> None:
     shutil.rmtree(copy.path / "eval")
     (copy.path / "eval").write_text("in the way")
     result = report("-w", str(copy.path), "-o", str(tmp_path / "page.html"))
@@ -159,7 +159,7 @@ def test_a_disk_that_is_full_spares_the_page(copy: Run, tmp_path: Path) -> None:
     assert result.stderr.count(f"the computed results are only on the page: cannot write to {copy.path / 'eval'}") == 1
 
 
-def test_where_the_page_goes_is_looked_at_first(copy: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_output_is_checked_before_computing(copy: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def compute(*_: Any) -> None:
         raise AssertionError("it began")
 

@@ -1,14 +1,12 @@
-"""Receptive fields: against a network that is shown pictures which differ in one row alone."""
+"""Receptive fields, compared with the rows of the image that change the output of a real network."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
-from alexnet_cli.core.analysis import units
 from alexnet_cli.core.model.architecture import receptive_field
 from alexnet_cli.core.model.network import Network, network_from_model
 from alexnet_cli.recipe import CAFFE, KRIZHEVSKY, PAPER, Recipe
@@ -25,7 +23,7 @@ RECIPES = {
 
 
 def positive(recipe: Recipe) -> Network:
-    """A network whose units all fire, so that whatever is in a field can be noticed."""
+    """A network with positive weights only, so that every input in a receptive field changes the output."""
     network = network_from_model(random_model(replace(recipe, width=1 / 32, lrn_alpha=0.1, input_divisor=1.0))).double()
     with torch.no_grad():
         for parameter in network.parameters():
@@ -34,7 +32,7 @@ def positive(recipe: Recipe) -> Network:
 
 
 def seen(recipe: Recipe, layer: str, places: list[int], rows: list[int]) -> list[set[int]]:
-    """For each place down the middle of a layer's map, which of these rows of the crop change what it answers."""
+    """For each place in the middle column of a layer's map: those of `rows` of the crop that change its activation."""
     network, maps = positive(recipe), []
     getattr(network, layer).register_forward_hook(lambda _m, _i, output: maps.append(output.clone()))
     generator, side = torch.Generator().manual_seed(0), recipe.input_size
@@ -54,7 +52,7 @@ def seen(recipe: Recipe, layer: str, places: list[int], rows: list[int]) -> list
 
 
 def around(recipe: Recipe, layer: str, places: list[int]) -> tuple[list[set[int]], list[int]]:
-    """The rows of the crop that each place's field is said to have, and those to try: on both sides of every end."""
+    """The rows in the receptive field of each place, and rows to try: on both sides of every end."""
     low, side = (256 - recipe.input_size) // 2, recipe.input_size
     ends = [receptive_field(recipe, layer, place) for place in places]
     fields = [set(range(first - low, end - low)) for first, end in ends]
@@ -84,13 +82,3 @@ def test_sizes_are_those_that_the_kernels_and_strides_of_the_paper_give() -> Non
         first, end = receptive_field(PAPER, layer, 6, clipped=False)
         sizes.append(end - first)
     assert sizes == [11, 19 + 4 * 8, 19 + 4 * 8 + 2 * 8 + 2 * 16, 131, 163]
-
-
-def test_a_patch_is_its_part_of_the_picture_and_gray_beside_it() -> None:
-    picture = np.random.default_rng(0).integers(0, 100, (256, 256, 3), dtype=np.uint8)
-    (top, bottom), (left, right) = (receptive_field(PAPER, "conv3", p, clipped=False) for p in (0, 6))
-    patch = units.cut_receptive_field(picture, PAPER, "conv3", (0, 6))
-    assert patch.shape == (99, 99, 3)
-    assert top < 16 < bottom < 240
-    assert (patch[: 16 - top] == 128).all()
-    assert (patch[16 - top :] == picture[16:bottom, left:right]).all()
