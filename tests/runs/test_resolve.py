@@ -1,22 +1,137 @@
-"""What `-w` means, and how the weights it means are described."""
+"""What `-w` means, and how the weights are described."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from alexnet_cli.core import devices
 from alexnet_cli.core.files import replace_link
-from alexnet_cli.core.runs.resolve import describe_unfinished_run, describe_weights, is_best
+from alexnet_cli.core.runs.resolve import (
+    describe_unfinished_run,
+    describe_weights,
+    find_run_folder,
+    find_weights,
+    is_best,
+)
 from alexnet_cli.core.runs.run import Run
-from alexnet_cli.recipe import TINY
+from alexnet_cli.errors import UsageError, WeightsError
+from alexnet_cli.recipe import PAPER, TINY
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def checkpoint(run: Run, step: int, *pointers: str) -> Path:
+    folder = run.checkpoints / f"{step:08d}"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"x")
+    for name in pointers:
+        replace_link(run.checkpoints / name, folder)
+    return folder
+
+
+def test_find_weights() -> None:
+    run = Run.create("r", PAPER, {})
+    with pytest.raises(WeightsError, match="no checkpoint yet"):
+        find_weights("r")
+    first = checkpoint(run, 10, "last")
+    assert find_weights("r").resolve() == (first / "model.safetensors").resolve()
+    second = checkpoint(run, 20, "last")
+    replace_link(run.checkpoints / "best", first)
+    for spec in (None, "r", "runs/r", str(run.path.resolve())):
+        assert find_weights(spec).resolve() == (first / "model.safetensors").resolve(), spec
+    for spec in ("runs/r/checkpoints/last", str(second), str(second / "model.safetensors")):
+        assert find_weights(spec).resolve() == (second / "model.safetensors").resolve(), spec
+    Path("r").mkdir()  # a folder of that name does not hide the run
+    assert find_weights("r").resolve() == (first / "model.safetensors").resolve()
+    both = (".onnx", ".safetensors")
+    assert find_weights("r", both).name == "model.safetensors"
+    (run.path / "alexnet.onnx").write_bytes(b"x")
+    assert find_weights("r", both) == run.path / "alexnet.onnx"
+    assert find_run_folder(find_weights("r")) == run.path
+    assert find_run_folder(Path("elsewhere/model.onnx")) is None
+
+
+@pytest.mark.parametrize(
+    ("about", "what", "hint"),
+    [
+        ({}, "runs/r has no checkpoint yet", "wait until the first one is saved"),
+        ({"status": "interrupted"}, "runs/r has no checkpoint yet", "the run was stopped; alexnet train --resume r"),
+        (
+            {"status": "failed", "reason": "error", "error": "the loss became nan", "hint": "train again"},
+            "runs/r has no checkpoint because the run failed: the loss became nan",
+            "train again",
+        ),
+        (
+            {"status": "failed", "error": [1]},
+            "runs/r has no checkpoint yet",
+            "the run failed; start it again: alexnet train --resume",
+        ),
+    ],
+)
+def test_a_run_without_a_checkpoint_says_why(about: dict[str, Any], what: str, hint: str) -> None:
+    Run.create("r", PAPER, about)
+    with pytest.raises(WeightsError) as caught:
+        find_weights("r")
+    assert caught.value.what == what
+    assert caught.value.hint.startswith(hint)
+
+
+def test_find_weights_errors() -> None:
+    with pytest.raises(WeightsError, match=f"there is no run in {Path.cwd()}/runs") as caught:
+        find_weights(None)
+    assert caught.value.hint == f"train one first: {devices.suggest_train_command()}"
+    Run.create("r", PAPER, {})
+    (Path("runs") / "latest").unlink()
+    with pytest.raises(WeightsError, match="there is no latest run in") as caught:
+        find_weights(None)
+    assert caught.value.hint == "existing runs: r"
+    with pytest.raises(WeightsError, match="there is no run, folder or file named nothing") as caught:
+        find_weights("nothing")
+    assert "existing runs: r" in caught.value.hint
+    Path("a.pth").write_bytes(b"x")
+    with pytest.raises(WeightsError, match=r"not a .safetensors file") as caught:
+        find_weights("a.pth")
+    assert caught.value.hint.endswith("to convert weights of another program: alexnet import-weights")
+    for onnx, way in ((Path("runs/r/alexnet.onnx"), ".safetensors file: -w r"), (Path("b.onnx"), ".safetensors file")):
+        onnx.write_bytes(b"x")
+        with pytest.raises(WeightsError, match=r"not a .safetensors file") as caught:
+            find_weights(str(onnx))
+        assert caught.value.hint.endswith(way)
+
+
+def test_latest_resolves_to_the_run_itself() -> None:
+    """So that results land in it even if another run becomes the newest meanwhile."""
+    run = Run.create("r", PAPER, {})
+    checkpoint(run, 1, "last")
+    assert find_run_folder(find_weights(None)) == run.path
+    for spec in ("", "."):
+        with pytest.raises(WeightsError):
+            find_weights(spec)
+
+
+def test_hints_guess_the_run_that_was_meant() -> None:
+    for name in ("2026-01-02_030405_paper", "2026-01-03_030405_paper", "mine"):
+        Run.create(name, PAPER, {})
+    for typed, meant in (("mien", "mine"), ("paper", "2026-01-03_030405_paper")):
+        for look in (find_weights, Run.open):
+            with pytest.raises((WeightsError, UsageError)) as caught:
+                look(typed)
+            assert caught.value.hint.startswith(f"did you mean {meant}? existing runs: ")
+    with pytest.raises(WeightsError) as caught:
+        find_weights("another")
+    assert caught.value.hint.startswith("existing runs: ")
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+def run() -> Run:
     """A run of three epochs of ten steps; the second was the best."""
-    monkeypatch.chdir(tmp_path)
     made = Run.create("a", TINY, {})
     for step, pointer in ((20, "best"), (30, "last")):
         folder = made.checkpoints / f"{step:08}"
@@ -28,7 +143,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     return made
 
 
-def test_a_file_of_a_run_is_its_best_or_its_last_or_neither(run: Run) -> None:
+def test_describe_weights(run: Run) -> None:
     onnx = Path("runs/a/alexnet.onnx")
     assert describe_weights(onnx, {"epoch": 2, "step": 20, "run": "a"}) == "runs/a/alexnet.onnx · epoch 2 (best)"
     assert describe_weights(onnx, {"epoch": 3, "step": 30}) == "runs/a/alexnet.onnx · epoch 3 (last)"
@@ -38,7 +153,7 @@ def test_a_file_of_a_run_is_its_best_or_its_last_or_neither(run: Run) -> None:
     assert describe_weights(Path("b.onnx"), {"epoch": 2, "step": 20, "run": "a"}) == "b.onnx · run a · epoch 2"
 
 
-def test_which_checkpoint_a_run_stands_for(run: Run) -> None:
+def test_is_best(run: Run) -> None:
     for name, best in (("best", True), ("00000020", True), ("last", False), ("00000030", False)):
         assert is_best(run.checkpoints / name / "model.safetensors") is best, name
     Path("elsewhere.safetensors").write_bytes(b"")
@@ -48,7 +163,7 @@ def test_which_checkpoint_a_run_stands_for(run: Run) -> None:
 
 
 @pytest.mark.parametrize("status", ["running", "interrupted", "failed"])
-def test_a_run_that_has_not_finished_is_said_to_be_so(run: Run, status: str) -> None:
+def test_describe_unfinished_run(run: Run, status: str) -> None:
     run.update({"status": status})
     weights = run.checkpoints / "best" / "model.safetensors"
     assert describe_unfinished_run(weights) == (
@@ -61,7 +176,7 @@ def test_a_run_that_has_not_finished_is_said_to_be_so(run: Run, status: str) -> 
     assert not describe_unfinished_run(weights)
 
 
-def test_what_is_no_run_of_training_says_nothing(run: Run) -> None:
+def test_describe_unfinished_run_without_a_run(run: Run) -> None:
     assert not describe_unfinished_run(Path("elsewhere.safetensors"))
     (run.path / "run.json").write_text(json.dumps({"imported": {}}))
     assert not describe_unfinished_run(run.path / "model.safetensors")

@@ -1,4 +1,4 @@
-"""The loop: it learns, it repeats, and stopped at any step it goes on to the very same weights."""
+"""The training loop: learning, reproducibility, resuming, errors and the data timer."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import csv
 import math
 import re
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
@@ -23,7 +24,7 @@ from alexnet_cli.core.runs.records import Record
 from alexnet_cli.core.runs.resolve import find_weights
 from alexnet_cli.core.runs.run import Run
 from alexnet_cli.core.training import checkpoint, diagnostics
-from alexnet_cli.core.training.loop import TrainingLoop
+from alexnet_cli.core.training.loop import DataTimer, TrainingLoop
 from alexnet_cli.core.training.optim import PaperSGD, Schedule
 from alexnet_cli.core.training.trainer import Trainer
 from alexnet_cli.errors import StorageError, VerificationError, WeightsError
@@ -67,7 +68,7 @@ def test_it_learns_four_colors(start: Start) -> None:
     assert validation[-1].train_loss < first.loss / 1.5
 
 
-def test_records_tell_the_story_and_are_on_disk(start: Start) -> None:
+def test_records_and_metrics_csv(start: Start) -> None:
     training = start()
     records = list(training.fit(record_every=2))
     assert [r.event for r in records] == (
@@ -81,7 +82,7 @@ def test_records_tell_the_story_and_are_on_disk(start: Start) -> None:
     assert rows[0].startswith("epoch,step,lr")
 
 
-def test_each_epoch_tells_how_far_the_towers_specialize(start: Start) -> None:
+def test_each_epoch_records_the_specialization_of_the_towers(start: Start) -> None:
     training = start()
     told = [record for record in training.fit() if record.event == "validation"]
     weight = training.trainer.network.conv1.weight.detach().numpy()
@@ -107,7 +108,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_does_not(start: Start)
 
 
 @pytest.mark.parametrize("recipe", [SMALL, replace(PAPER, width=1 / 16, batch_size=16, epochs=3, conv345_std=0.1)])
-def test_interrupted_anywhere_it_ends_with_the_very_same_weights(start: Start, recipe: Recipe) -> None:
+def test_a_resumed_run_ends_with_the_same_weights(start: Start, recipe: Recipe) -> None:
     whole = start(recipe)
     list(whole.fit())
     training, resume, ends = start(recipe), None, []
@@ -152,14 +153,14 @@ def test_plateau_ends_training_by_itself(start: Start) -> None:
     assert records[-1].reason == "finished"
 
 
-def test_a_loss_that_is_no_number_stops_with_the_step(start: Start) -> None:
+def test_a_nan_loss_stops_training(start: Start) -> None:
     training = start(replace(SMALL, learning_rate=1e12, epochs=5))
     with pytest.raises(VerificationError, match=r"loss became (nan|inf) at step \d+") as caught:
         list(training.fit())
     assert caught.value.hint == "the learning rate was 4e+10; train again with --set learning_rate=0.03"
 
 
-def test_a_checkpoint_of_a_network_that_is_lost_is_not_called_good(start: Start) -> None:
+def test_a_diverged_checkpoint_is_not_called_good(start: Start) -> None:
     training = start(replace(SMALL, epochs=5))
     list(training.fit(max_steps=training.trainer.schedule.steps_per_epoch))
     assert diagnostics.describe_divergence(training.run.records(), 4) == ""
@@ -196,7 +197,7 @@ def test_a_checkpoint_of_a_network_that_is_lost_is_not_called_good(start: Start)
         (replace(PAPER, learning_rate=0.0), 9, "no weight was updated yet"),
     ],
 )
-def test_the_remedy_names_the_rate_in_force(recipe: Recipe, step: int, told: str) -> None:
+def test_the_hint_names_the_current_rate(recipe: Recipe, step: int, told: str) -> None:
     schedule, optimizer = Schedule(recipe, 10), PaperSGD([("fc8.bias", torch.zeros(1))], recipe)
     assert diagnostics.suggest_rate(optimizer, schedule, step, -(-step // 10), "").startswith(told)
     going_on = diagnostics.suggest_rate(optimizer, schedule, step, -(-step // 10), "R")
@@ -248,7 +249,7 @@ def test_a_gradient_that_overflows_is_named_by_its_layer(start: Start) -> None:
         list(training.fit())
 
 
-def test_where_losses_are_looked_at_later_the_step_is_still_the_first_bad_one(
+def test_a_late_check_still_names_the_first_bad_step(
     start: Start,
 ) -> None:
     """As on a GPU, which is not waited for at every step."""
@@ -295,7 +296,7 @@ def test_a_damaged_checkpoint_is_a_message(start: Start, name: str, damage: str)
     assert str(last) in caught.value.what
 
 
-def test_a_network_that_broke_is_never_saved(start: Start) -> None:
+def test_a_network_with_nan_weights_is_never_saved(start: Start) -> None:
     """Also when it breaks in the last step of an epoch, whose own loss was still good."""
     training = start(replace(SMALL, batch_size=48, epochs=3, learning_rate=1e20))
     with pytest.raises(VerificationError):
@@ -304,7 +305,7 @@ def test_a_network_that_broke_is_never_saved(start: Start) -> None:
     assert "NaN" not in (training.run.path / "metrics.jsonl").read_text()
 
 
-def test_the_newest_whole_checkpoint_is_gone_on_from(start: Start) -> None:
+def test_the_newest_complete_checkpoint_is_found(start: Start) -> None:
     training = start(replace(SMALL, epochs=2))
     list(training.fit())
     other = training.run.checkpoints / "00000003"
@@ -331,7 +332,7 @@ def test_only_last_and_best_are_kept(start: Start) -> None:
     assert folders == {Path(str(best)).name, "00000012"}
 
 
-def test_what_somebody_puts_beside_the_checkpoints_stays(start: Start) -> None:
+def test_other_files_among_the_checkpoints_are_kept(start: Start) -> None:
     training = start()
     (training.run.checkpoints / "backup").mkdir()
     (training.run.checkpoints / "backup" / "notes").touch()
@@ -362,3 +363,40 @@ def test_a_checkpoint_of_another_network_or_place_is_a_message(start: Start) -> 
 def test_records_name_their_fields() -> None:
     record = Record("step", 1, 2, loss=0.5)
     assert record.as_dict() == {"event": "step", "epoch": 1, "step": 2, "loss": 0.5}
+
+
+def test_data_timer_on_a_cpu() -> None:
+    timer, started = DataTimer(torch.device("cpu")), time.perf_counter()
+    for _ in range(2):
+        with timer:
+            time.sleep(0.02)
+    time.sleep(0.03)
+    assert 0.04 <= timer.read() <= time.perf_counter() - started - 0.03
+    assert timer.read() == 0
+
+
+def test_data_timer_on_a_gpu_counts_idle_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three batches: the first two come while the device still works; before the third it is idle."""
+    host, device = [0.0], [0.0]  # milliseconds: where the host is, and when the device will be done
+
+    class Event:
+        def __init__(self, *, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self, stream: object) -> None:
+            assert stream == "the stream of cuda:1"
+            device[0] = self.at = max(host[0], device[0])
+
+        def elapsed_time(self, later: Event) -> float:
+            return later.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda place: f"the stream of {place}")
+    timer = DataTimer(torch.device("cuda", 1))
+    device[0] = 10.0
+    for until, work in ((4.0, 10.0), (15.0, 10.0), (37.0, 10.0)):
+        with timer:
+            host[0] = until
+        device[0] += work
+    assert timer.read() == pytest.approx(0.007)
+    assert timer.read() == 0
