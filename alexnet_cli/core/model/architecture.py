@@ -74,7 +74,7 @@ class LayerSpec:
 
     @property
     def biases(self) -> int:
-        """Number of biases, which is that of all maps (units)."""
+        """Number of biases: one per map (unit), both towers together."""
         return self.maps * self.towers
 
     @property
@@ -97,7 +97,7 @@ def layer_widths(recipe: Recipe) -> dict[str, int]:
 def layer_specs(recipe: Recipe, classes: int) -> tuple[LayerSpec, ...]:
     """The eight layers of the network of a recipe, in order."""
     widths, specs = layer_widths(recipe), list[LayerSpec]()
-    channels, side = 3, int(recipe.input_size)  # what the next layer takes: channels per tower, side of their maps
+    channels, side = 3, int(recipe.input_size)  # input of the next layer: channels per tower, side of the maps
     for layer in LAYERS:
         sees_both = recipe.towers > 1 and layer in SEE_BOTH_TOWERS
         inputs = channels * (recipe.towers if sees_both else 1)
@@ -123,7 +123,7 @@ def layer_specs(recipe: Recipe, classes: int) -> tuple[LayerSpec, ...]:
 
 
 def _padding(recipe: Recipe, layer: str) -> tuple[int, int]:
-    """Zeros before and after the maps that a convolution takes."""
+    """Zeros before and after the input maps of a convolution."""
     if layer == "conv1":
         return 0, EDGE_PADDING if recipe.input_size == 224 and recipe.edge_padding else 0
     # 2 x 2 pooling leaves larger maps: layers 2 and 5 pad one less, so that layer 6 sees 6 x 6 either way.
@@ -210,11 +210,10 @@ def sliding_windows(recipe: Recipe, layer: str) -> list[Window]:
 
 
 def receptive_field(recipe: Recipe, layer: str, place: int, clipped: bool = True) -> tuple[int, int]:
-    """First pixel and the one after the last, along one axis of the 256 x 256 image, that reach a place of a map.
+    """The pixels that a place in a map sees, along one axis of the 256 x 256 image: the first, and one past the last.
 
-    `place` is the row or column in the map of the center crop; 0 in layers 6 and 7, which have no maps. Padding is no
-    image, so a field ends at the border of the map that is padded and at that of the crop; not `clipped`, it is as
-    large as that of every other place.
+    `place` is the row or column in the map of the center crop; 0 in layers 6 and 7, which have no maps. The field is
+    clipped at padding and at the border of the crop, unless `clipped` is false.
     """
     first, end = place, place + 1
     for window in reversed(sliding_windows(recipe, layer)):

@@ -17,7 +17,7 @@ from alexnet_cli.core.model.architecture import POOL_STRIDE, WITHIN_NORM_ALPHA, 
 from alexnet_cli.recipe import Recipe
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": torch.relu_,  # in place: the input is a convolution's output, which nobody else needs
+    "relu": torch.relu_,  # in place: the output of the convolution is not used elsewhere
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
 }
@@ -31,9 +31,7 @@ class ResponseNorm(nn.Module):
 
     def __init__(self, recipe: Recipe, towers: int, *, relu: bool = False) -> None:
         super().__init__()
-        self.function = (
-            response_norm.normalize_fast
-        )  # an attribute, so that torch.compile can be told to leave it alone
+        self.function = response_norm.normalize_fast  # an attribute, so that `torch.compile` can skip it
         self.relu = relu
         self.kind, self.size, self.k, self.beta = recipe.lrn, recipe.lrn_size, recipe.lrn_k, recipe.lrn_beta
         self.towers = 1 if recipe.lrn_joint else towers
@@ -90,29 +88,24 @@ class OverlappingPooling(nn.MaxPool2d):
 
 
 class Dropout(nn.Module):
-    """Dropout of layers 6 and 7 (section 4.2). At test time all units are used, times 1 - p (unscaled if inverted).
+    """Dropout of layers 6 and 7 (section 4.2). In evaluation all units are used, times 1 - p (unscaled if inverted).
 
-    A mask depends on the seed, the step, the image's place in the whole batch and the unit's place in the whole layer,
-    so every placement draws the same one. `draw` sets the state of a step; it is a tensor, so that compiled code reads
-    it at every step.
+    A mask depends on the seed, the step, the index of the image in the whole batch and of the unit in the whole layer,
+    so it is the same in every placement. `draw` sets the state of a step, a tensor that compiled code reads each time.
     """
 
     state: Tensor
 
     def __init__(self, recipe: Recipe, salt: int, first_unit: int = 0) -> None:
         super().__init__()
-        self.p, self.inverted, self.salt, self.first_unit = (
-            recipe.dropout,
-            recipe.dropout_inverted,
-            salt,
-            first_unit,
-        )
+        self.p, self.inverted = recipe.dropout, recipe.dropout_inverted
+        self.salt, self.first_unit = salt, first_unit
         # Each rank has its own state: DDP must not broadcast buffers.
         self.register_buffer("state", torch.zeros(3, dtype=torch.int32), persistent=False)
 
     def draw(self, seed: int, step: int, first_row: int = 0) -> None:
-        """Set the masks of a step, for images from `first_row` of the whole batch on."""
-        # Keys of adjacent steps must have nothing in common, or their masks are shifted copies of each other.
+        """Set the masks of a step. `first_row` is the index of the first image in the whole batch."""
+        # A hash, since with similar keys the masks of adjacent steps would be shifted copies of each other.
         digest = hashlib.blake2b(f"{seed} {step} {self.salt}".encode(), digest_size=8).digest()
         self.state.copy_(dropout_state(int.from_bytes(digest, "little"), first_row), non_blocking=True)
 
@@ -132,7 +125,7 @@ def dropout_state(key: int, first_row: int) -> Tensor:
 
 
 def hash_uniform(state: Tensor, rows: int, units: int, first_unit: int) -> Tensor:
-    """Float32 rows x units, uniform in [0, 1): integer hashes, which are the same on every device."""
+    """Uniform float32 in [0, 1), rows x units, from integer hashes, which are the same on every device."""
     low, high, first_row = state
     row = torch.arange(rows, device=state.device, dtype=torch.int32).unsqueeze(1) + first_row
     unit = torch.arange(first_unit, first_unit + units, device=state.device, dtype=torch.int32)

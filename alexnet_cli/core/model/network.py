@@ -1,8 +1,8 @@
-"""The network (sections 3.2 and 3.5): eight layers in two towers, and one table of initial values (section 5).
+"""The network (sections 3.2 and 3.5): eight layers in two towers, and its initial values (section 5).
 
 Geometry comes from `architecture.layer_specs`, per tower; a process that holds `held` towers multiplies maps by it, and
 layers that see only their own tower are grouped convolutions with `held` groups. The same class is the whole network
-on one device, one tower of two, and the convolutions with some of the columns of layers 6 to 8.
+on one device, one tower of two, or all convolutions with some of the units of layers 6 to 8 (hybrid).
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Local response normalization (section 3.3) across adjacent maps: the plain definition and the fast one.
+"""Local response normalization (section 3.3) across adjacent maps: the definition, and a fast form.
 
     y_i = x_i / (k + alpha * S_i) ** beta,   S_i = sum of x_j ** 2 over the `size` maps around i, inside its tower
 
-PyTorch's operator costs more than all convolutions together. The fast one has a backward written by hand that keeps
+PyTorch's operator takes longer than all convolutions together. The fast form has its own backward pass, which keeps
 only the input, and works on a block of images at a time so that intermediate results stay in the cache. With
-channels-last memory the sum over maps is a sum of shifted rows; zeros between towers keep the sums apart. On a GPU it
-is a Triton kernel.
+channels-last memory the sum over maps is a sum of shifted rows; zeros between towers separate the sums. On a GPU it is
+a Triton kernel.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CPU_BLOCK = 1_000_000  # values per block: fewer cost calls, more leave the cache
+CPU_BLOCK = 1_000_000  # values per block: smaller blocks cost more calls, larger ones do not fit the cache
 
 
 def normalize_plain(
@@ -42,7 +42,7 @@ def normalize_fast(
     if x.device.type == "cuda":
         from alexnet_cli.core.model import triton_kernels
 
-        # Under torch.compile no trial is needed: it requires what the kernel requires.
+        # torch.compile needs Triton and a C compiler itself.
         if torch.compiler.is_compiling() or not triton_kernels.unavailable_reason(x.device.index):
             return triton_kernels.fused_response_norm(x, size, k, alpha, beta, towers, relu)
     out: Tensor = _AcrossMaps.apply(x, size, k, alpha, beta, towers, relu)

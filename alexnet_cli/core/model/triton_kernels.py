@@ -15,7 +15,7 @@ from torch import Tensor
 try:
     import triton
     from triton import language as tl
-except ImportError:  # some systems have none, and without a GPU nobody needs it
+except ImportError:  # not on every system; needed only on a GPU
     triton = None
 
 NORM_BLOCK = 256  # values per program of 128 threads: at two bytes each, a warp reads one cache line
@@ -24,15 +24,15 @@ UPDATE_BLOCK = 1024  # values per program of 128 threads: each thread reads 16 b
 _jit: Callable[[Any], Any] = triton.jit if triton else lambda function: function
 
 
-# Response normalization. Every lane makes one value and reads the maps around it itself: they are its neighbors' own
-# values, so that each comes from memory once and from the cache after that. Values are taken in the order they have in
-# memory, where the next map is `inner` values on: 1 if channels-last, height x width if contiguous. Any number of maps
-# will do. Backward keeps x alone and makes the denominators again.
+# Response normalization. Each lane computes one value and reads the maps around it, which neighboring lanes read too:
+# each value comes from memory once, then from the cache. Values are taken in memory order, in which the next map is
+# `inner` values further: 1 if channels-last, height x width if contiguous. Any number of maps works. The backward pass
+# keeps only x and computes the denominators again.
 
 
 @_jit
 def _here(inner: tl.tensor, maps: tl.constexpr, block: tl.constexpr) -> Any:
-    """The places in memory of a program's values, and the map of its tower that each belongs to."""
+    """Memory offsets of a program's values, and the index of the map within its tower that each belongs to."""
     here = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     return here, (here // inner % maps).to(tl.int32)
 
@@ -42,7 +42,7 @@ def _near(
     x: tl.tensor, here: tl.tensor, map_: tl.tensor, count: tl.tensor, inner: tl.tensor,
     shift: tl.constexpr, maps: tl.constexpr, relu: tl.constexpr,
 ) -> Any:  # fmt: skip
-    """The values `shift` maps further on as float32, rectified if asked; zeros beyond the edge of the tower."""
+    """Load the values `shift` maps further as float32, after ReLU if `relu`; zeros beyond the edge of the tower."""
     inside = (here < count) & (map_ + shift >= 0) & (map_ + shift < maps)
     values = tl.load(x + here + shift * inner, inside, 0.0).to(tl.float32)
     if relu:
@@ -57,7 +57,7 @@ def _powers(base: tl.tensor, beta: tl.constexpr) -> Any:
         root = tl.rsqrt(base)
         power = root * tl.sqrt(root)
         return power, power * root * root
-    else:  # noqa: RET505 - Triton compiles both ways out of a branch only if it is one
+    else:  # noqa: RET505 - Triton needs the `else` to compile both returns
         log = tl.log2(base)
         return tl.exp2(-beta * log), tl.exp2(-(beta + 1) * log)
 
@@ -84,7 +84,7 @@ def _norm_backward_kernel(
 ) -> None:  # fmt: skip
     """dL/dx = g * D^-beta - 2 alpha beta x * sum over the window of g * x * D^(-beta - 1).
 
-    What is read more than once here is read once by the compiled kernel.
+    The compiler merges repeated loads.
     """
     here, map_ = _here(inner, maps, block)
     direct, indirect = tl.zeros([block], tl.float32), tl.zeros([block], tl.float32)
@@ -119,7 +119,7 @@ def response_norm_forward(x: Tensor, size: int, k: float, alpha: float, beta: fl
 def response_norm_backward(
     x: Tensor, grad: Tensor, size: int, k: float, alpha: float, beta: float, towers: int, relu: bool
 ) -> Tensor:
-    """The gradient for x, in x's memory format, from that for the result, in any."""
+    """The gradient of x, in x's memory format; `grad` is the gradient of the output, in any format."""
     x, inner = _in_order(x)
     grad = grad.contiguous(memory_format=torch.channels_last if inner == 1 else torch.contiguous_format)
     out = torch.empty_like(x)
@@ -131,19 +131,19 @@ def response_norm_backward(
 
 
 def _programs(x: Tensor) -> tuple[int]:
-    """How many programs make x's values; at least one, since a GPU takes no fewer: of a batch it may have no image."""
+    """Number of programs for x's values; at least one, since a GPU cannot launch none for an empty batch."""
     return (max(1, -(-x.numel() // NORM_BLOCK)),)
 
 
 def _in_order(x: Tensor) -> tuple[Tensor, int]:
-    """x with its values side by side in memory, and how many values the next map is on."""
+    """Return x dense in memory, and the distance between adjacent maps in values."""
     if x.is_contiguous(memory_format=torch.channels_last):
         return x, 1
     return x.contiguous(), x.shape[2] * x.shape[3]
 
 
 def _like_x(x: Tensor, *_: object) -> Tensor:
-    """The result without its values, for torch.compile."""
+    """A tensor like the output, without values, for torch.compile."""
     return torch.empty_like(_in_order(x)[0])
 
 
@@ -157,14 +157,14 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return dx, *(None for _ in ctx.settings)
 
 
-# Registered with torch, so that torch.compile takes each as one step and does not look inside.
+# Registered with torch, so that torch.compile treats each as one operator.
 _SETTINGS = "int size, float k, float alpha, float beta, int towers, bool relu"
 for _name, _inputs, _function in (
     ("alexnet::response_norm", "Tensor x", response_norm_forward),
     ("alexnet::response_norm_backward", "Tensor x, Tensor grad", response_norm_backward),
 ):
     torch.library.define(_name, f"({_inputs}, {_SETTINGS}) -> Tensor")
-    torch.library.impl(_name, ("cpu", "cuda"), _function)  # cpu: Triton's interpreter, which the tests use
+    torch.library.impl(_name, ("cpu", "cuda"), _function)  # cpu: for tests with Triton's interpreter
     torch.library.register_fake(_name, _like_x)
 torch.library.register_autograd("alexnet::response_norm", _differentiate, setup_context=_keep)
 
@@ -182,7 +182,7 @@ def _update_kernel(
     weight: tl.tensor, velocity: tl.tensor, gradient: tl.tensor, count: tl.tensor,
     momentum: tl.tensor, rate: tl.tensor, pull: tl.tensor, block: tl.constexpr,
 ) -> None:  # fmt: skip
-    """`pull` is what the decay takes off a weight in one step."""
+    """`pull` is the weight decay times the learning rate."""
     here = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     inside = here < count
     w = tl.load(weight + here, inside, 0.0)
@@ -204,8 +204,8 @@ def fused_update(
 ) -> None:
     """The paper's update, in place and in one pass; the twin of `optim.update`.
 
-    Float32 tensors of any shape that lie densely in memory; each velocity has the strides of its weight.
-    The rule by itself is four passes over weights, velocity and gradient.
+    Tensors are float32 and dense in memory; each velocity has the strides of its weight. The plain form makes four
+    passes over weights, velocity and gradient.
     """
     for w, v, g in zip(weights, velocity, gradients, strict=True):
         if g.stride() != w.stride():
@@ -218,7 +218,7 @@ def fused_update(
 
 @functools.cache
 def unavailable_reason(index: int) -> str:
-    """Why the kernels cannot run on this GPU (no Triton, no C compiler, too old), or "" if they can; tried once."""
+    """Why the kernels cannot run on this GPU (no Triton, no C compiler, too old), or "". Tries once per process."""
     if triton is None:
         return "Triton is not installed"
     device = torch.device("cuda", index)
@@ -230,6 +230,6 @@ def unavailable_reason(index: int) -> str:
         weight, velocity, gradient = ([torch.ones(3, device=device)] for _ in range(3))
         fused_update(weight, velocity, gradient, 0.9, 0.01, 0.0005)
         weight[0].sum().item()
-    except Exception as error:  # Triton's, the C compiler's and the driver's have no other base in common
+    except Exception as error:  # errors of Triton, the C compiler and the driver share no other base class
         return (str(error) or type(error).__name__).partition("\n")[0]
     return ""
