@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,16 +25,29 @@ from alexnet_cli.options import (
 )
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    from torch import Tensor
+
     from alexnet_cli.core.data.classes import ClassName
     from alexnet_cli.core.data.shards import Split
     from alexnet_cli.core.evaluation.evaluate import Classify, Evaluation
     from alexnet_cli.recipe import Recipe
 
-    LoadedModel = tuple[Classify, Sequence[ClassName], Recipe, str, Mapping[str, Any]]
-    """Classifier, classes, recipe, device in words, metadata."""
-
 DEFAULT_BATCH_SIZE = 128
 MOST_LISTED = 10  # classes and pairs of classes, but at most half of the classes
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A network ready to classify. `device` is for people, `info` is the metadata of its file."""
+
+    path: Path
+    classify: Classify
+    classes: Sequence[ClassName]
+    recipe: Recipe
+    device: str
+    info: Mapping[str, Any]
 
 
 def evaluate(
@@ -76,23 +90,23 @@ def evaluate(
     if not len(images):
         raise DataError(f"{dataset.path}: split {split} has no images", "prepare it again with --val-fraction 0.1")
     backend = "onnx" if path.suffix == ".onnx" else "torch"
-    load = _load_onnx if backend == "onnx" else _load_torch
-    classify, classes, recipe, place, about = load(path, views, gpus)
+    model = _load_onnx(path, views, gpus) if backend == "onnx" else _load_torch(path, views, gpus)
+    classes = model.classes
     output_of = match_classes(classes, dataset.classes, path)
-    reporter.line("weights", describe_weights(path, about))
+    reporter.line("weights", describe_weights(path, model.info))
     if remark := describe_unfinished_run(path):
         reporter.line("note", remark)
     reporter.line("data", f"{dataset.path} · {split} · {len(images):,} images, each counted once")
-    reporter.line("mode", f"{results.PROTOCOL[views]} · {backend} · {place}")
+    reporter.line("mode", f"{results.PROTOCOL[views]} · {backend} · {model.device}")
     if len(dataset.classes) < len(classes):
-        known = f"{len(dataset.classes):,} of the {len(classes):,} classes of the network"
-        reporter.line("note", f"the data set has {known}; any other answer counts as wrong")
+        share = f"{len(dataset.classes):,} of the network's {len(classes):,} classes"
+        reporter.line("note", f"the data set has {share}; predictions of the other classes count as errors")
     run = find_run_folder(path)
     folder = output or (run / "eval" if run else None)
     if folder:
         results.make_folder(folder)
-    counts = _count_images(reporter, path, images, classify, classes, output_of, batch_size, jobs, predictions)
-    published = results.find_published(recipe, dataset.classes)
+    counts = _count_images(reporter, model, images, output_of, batch_size, jobs, predictions)
+    published = results.find_published(model.recipe, dataset.classes)
     totals = results.summarize(counts, views, backend, published)
     totals |= results.describe_source(split, path, hash_file(path), dataset)
     _report(reporter, counts, classes, totals)
@@ -100,50 +114,49 @@ def evaluate(
         reporter.show(f"known   {results.format_published(published, views, counts.images)}")
     _report_worst(reporter, counts, classes)
     if (split, views, backend) == ("val", 1, "torch") and is_training_data(path, dataset):
-        _explain_difference(reporter, about, run, counts.top1_error)
+        _explain_difference(reporter, model.info, run, counts.top1_error)
     if folder:
         stem = results.make_file_stem(split, views, path, dataset)
         files = results.write_results(folder, stem, counts, classes, totals)
         reporter.line("files", f"{files[0].parent}: {', '.join(file.name for file in files)}")
     else:
-        reporter.line("files", "none: the weights are not in a run; use -o DIR to write per-class errors")
+        reporter.line("files", "none, because the weights are not in a run; use -o DIR to write per-class errors")
     reporter.line("next", f"alexnet predict IMAGE{f' -w {shlex.quote(weights)}' if weights else ''}")
 
 
 def _count_images(
     reporter: Reporter,
-    path: Path,
+    model: LoadedModel,
     images: Split,
-    classify: Classify,
-    classes: Sequence[ClassName],
     output_of: Any,
     batch_size: int | None,
     jobs: int | None,
     predictions: Path | None,
 ) -> Evaluation:
-    """Classify every image of the split once, and write the predictions file if there is one."""
+    """Classify every image of the split once, and write the file of --predictions."""
     from alexnet_cli.core.data import loader as loading
     from alexnet_cli.core.evaluation import results
     from alexnet_cli.core.evaluation.evaluate import Evaluation, HalvingClassifier
-    from alexnet_cli.core.evaluation.evaluate import evaluate as run
+    from alexnet_cli.core.evaluation.evaluate import evaluate as evaluate_batches
     from alexnet_cli.core.parallel.placement import choose_decode_threads
 
-    counts, size = Evaluation.empty(len(classes)), min(batch_size or DEFAULT_BATCH_SIZE, len(images))
+    counts = Evaluation.empty(len(model.classes))
+    size = min(batch_size or DEFAULT_BATCH_SIZE, len(images))
     classify = HalvingClassifier(
-        classify, lambda n: reporter.warn(f"out of memory: using a batch size of {n}", f"start with -b {n}")
+        model.classify, lambda n: reporter.warn(f"out of memory: using a batch size of {n}", f"start with -b {n}")
     )
     with contextlib.ExitStack() as stack:
         out = stack.enter_context(_open_predictions(predictions)) if predictions else None
         loader = stack.enter_context(loading.Loader(images, size, choose_decode_threads(jobs)))
         bar = stack.enter_context(reporter.progress(images.name, total=len(images)))
         batches = loader.batches(loading.all_batches(len(images), size))
-        for batch, top, probabilities in run(classify, batches, counts, output_of):
-            counts.check_finite(path)
+        for batch, top, probabilities in evaluate_batches(classify, batches, counts, output_of):
+            counts.check_finite(model.path)
             bar.advance(len(batch.rows))
             if out:
                 labels = batch.labels.numpy() if output_of is None else output_of[batch.labels.numpy()]
                 keys = [images.key(int(row)) for row in batch.rows]
-                out.writelines(results.format_predictions(keys, labels, top, probabilities, classes))
+                out.writelines(results.format_predictions(keys, labels, top, probabilities, model.classes))
     assert counts.images == len(images), "every image is counted once"
     return counts
 
@@ -157,10 +170,10 @@ def _load_torch(path: Path, views: int, gpus: str | None) -> LoadedModel:
     from alexnet_cli.core.parallel.placement import place
 
     model, placement = read_model(path), place(gpus, "fp32")
-    pixels = Augment(model.recipe, model.mean, None, None, placement.device)
+    augment = Augment(model.recipe, model.mean, None, None, placement.device)
     network = network_from_model(model).to(placement.device)
-    classify = TorchClassifier(network, pixels, placement, views)
-    return classify, model.classes, model.recipe, f"{placement.name} · fp32", model.info
+    classify = TorchClassifier(network, augment, placement, views)
+    return LoadedModel(path, classify, model.classes, model.recipe, f"{placement.name} · fp32", model.info)
 
 
 def _load_onnx(path: Path, views: int, gpus: str | None) -> LoadedModel:
@@ -171,9 +184,12 @@ def _load_onnx(path: Path, views: int, gpus: str | None) -> LoadedModel:
 
     gpu = None if gpus is None else single_gpu(gpus)
     session = Session(path, provider="auto" if gpus is None else "cpu" if gpu is None else "cuda", gpu=gpu or 0)
-    place = f"{session.device}, since {session.fallback_reason}" if session.fallback_reason else session.device
-    classify = lambda images: compute_probabilities(images.numpy(), session, views)  # noqa: E731 - typed by LoadedModel
-    return classify, session.classes, session.recipe, place, session.info
+    device = f"{session.device}, since {session.fallback_reason}" if session.fallback_reason else session.device
+
+    def classify(images: Tensor) -> npt.NDArray[np.float32]:
+        return compute_probabilities(images.numpy(), session, views)
+
+    return LoadedModel(path, classify, session.classes, session.recipe, device, session.info)
 
 
 def _report(reporter: Reporter, counts: Evaluation, classes: Sequence[ClassName], totals: dict[str, Any]) -> None:
@@ -184,8 +200,8 @@ def _report(reporter: Reporter, counts: Evaluation, classes: Sequence[ClassName]
     for k, error in ((1, counts.top1_error), (5, counts.top5_error)):
         if k < len(classes):
             low, high = baselines.wilson_interval(error, counts.images)
-            guess = baselines.format_baselines(totals["chance_error"], totals["commonest_error"])
-            prefix = f"{guess}; " if k == 1 else ""
+            guessing = baselines.format_baselines(totals["chance_error"], totals["commonest_error"])
+            prefix = f"{guessing}; " if k == 1 else ""
             reporter.show(
                 f"top-{k}   error {error:.1%}   ({prefix}95 % interval {low:.1%} to {high:.1%}; {1 - error:.1%} right)"
             )
@@ -214,13 +230,14 @@ def _report_worst(reporter: Reporter, counts: Evaluation, classes: Sequence[Clas
             reporter.show(make_printable(f"{'' if number else label:<8}{left:<{width}}   {right}"))
 
 
-def _explain_difference(reporter: Reporter, about: Mapping[str, Any], run: Path | None, error: float) -> None:
-    """Say why training recorded another error for these weights, if it validated in another precision."""
+def _explain_difference(reporter: Reporter, info: Mapping[str, Any], run: Path | None, error: float) -> None:
+    """Explain why training recorded another error for these weights, if it validated in another precision."""
     from alexnet_cli.core.runs.run import Run
 
-    metrics, trained = about.get("metrics"), Run(run).about if run else {}
+    metrics = info.get("metrics")
     recorded = metrics.get("top1_error") if isinstance(metrics, Mapping) else None
-    precision = [trained, *trained.get("resumed", [])][-1].get("precision", "fp32")
+    run_info = Run(run).about if run else {}
+    precision = [run_info, *run_info.get("resumed", [])][-1].get("precision", "fp32")
     if isinstance(recorded, float) and precision != "fp32" and f"{recorded:.1%}" != f"{error:.1%}":
         reporter.line("note", f"training recorded {recorded:.1%} for these weights in {precision}; this is fp32")
 

@@ -22,10 +22,10 @@ def test_who_always_answers_the_commonest_class() -> None:
     labels = np.array([0] * 80 + [1] * 15 + [2] * 5)
     always = baselines.majority_error(baselines.count_images(labels, 3))
     assert always == pytest.approx(np.mean(labels != 0))
-    assert baselines.format_baselines(2 / 3, always) == "guessing: 66.7%, always the commonest class: 20.0%"
+    assert baselines.format_baselines(2 / 3, always) == "guessing: 66.7%, always the most frequent class: 20.0%"
     totals = {"chance_error": 2 / 3, "commonest_error": always}
     assert baselines.describe_totals(totals | {"top1_error_interval": (0.1, 0.3)}) == (
-        "no better than always answering the commonest class: the 95 % interval reaches 20.0%"
+        "no better than always predicting the most frequent class: the 95 % interval reaches 20.0%"
     )
     assert baselines.describe_totals(totals | {"top1_error_interval": (0.1, 0.19)}) == ""
     assert baselines.describe_no_better(0.5, 0.0, 1.0) == "", (
@@ -68,8 +68,8 @@ def test_the_lowest_of_many_guesses_is_no_achievement() -> None:
 @pytest.mark.parametrize(
     ("confusion", "said"),
     [
-        ([[50, 0, 0], [9, 1, 0], [5, 0, 0]], "98.5% of the answers are a, but only 76.9% of the images"),
-        ([[0, 0, 10], [0, 0, 10], [0, 0, 0]], "100.0% of the answers are c, but only 0.0% of the images"),
+        ([[50, 0, 0], [9, 1, 0], [5, 0, 0]], "98.5% of the predictions are a, but only 76.9% of the images"),
+        ([[0, 0, 10], [0, 0, 10], [0, 0, 0]], "100.0% of the predictions are c, but only 0.0% of the images"),
         ([[50, 0, 0], [8, 2, 0], [5, 0, 0]], ""),
         ([[900, 0, 0], [2, 8, 0], [2, 0, 8]], ""),  # nearly all answers are right
         ([[50, 0, 0], [0, 0, 0], [0, 0, 0]], ""),  # nothing else to be seen

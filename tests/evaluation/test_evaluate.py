@@ -66,7 +66,7 @@ def test_ten_views_average_probabilities_not_logits() -> None:
     ten = classifier(10)
     ten.network.eval()
     with torch.no_grad():
-        each = [torch.softmax(ten.network(view), 1).numpy() for view in ten.pixels.ten_views(images)]
+        each = [torch.softmax(ten.network(view), 1).numpy() for view in ten.augment.ten_views(images)]
     np.testing.assert_allclose(ten(images), np.mean(each, axis=0), atol=1e-6)
     np.testing.assert_allclose(ten(images).sum(1), 1, atol=1e-5)
     assert not np.allclose(ten(images), classifier(1)(images), atol=1e-6)

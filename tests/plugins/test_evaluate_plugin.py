@@ -207,8 +207,8 @@ def test_a_subset_is_a_note_and_an_unknown_class_an_error(runs: Path, prepared: 
     assert result.exception is None
     assert "taken for violet\\x1b" in result.stdout
     assert "\x1b" not in result.stdout + result.stderr
-    assert "4 of the 5 classes" in result.stderr
-    assert "warn    100.0% of the answers are violet\\x1b[2J, but only 0.0% of the images" in result.stderr
+    assert "4 of the network's 5 classes" in result.stderr
+    assert "warn    100.0% of the predictions are violet\\x1b[2J, but only 0.0% of the images" in result.stderr
     fewer = named(classes[1:], tmp_path / "fewer.safetensors")
     error = run("-w", str(fewer), "--data", str(prepared)).exception
     assert isinstance(error, DataError)

@@ -41,7 +41,7 @@ def test_of_several_prepared_sets_the_newest_is_named_and_the_others(
     (tmp_path / "prepared" / "latest").symlink_to("b")
     assert choose_data(None, None) == (
         Path("prepared/b"),
-        "prepared/b is the newest prepared data set; --data selects another: a",
+        "prepared/b is the newest prepared data set; --data chooses another: a",
     )
     assert choose_data("a", None) == (Path("prepared/a"), "")
     run = Run.create("r", TINY, {"data_path": str(prepared)})
@@ -76,7 +76,7 @@ def test_a_network_that_answers_one_class_is_told_when_training_ends() -> None:
     told = diagnostics.check_one_sided(np.array([[50, 0], [50, 0]]), ("cat", "dog"), end)
     assert told is not None
     assert (told.event, told.epoch, told.step) == ("warning", 3, 30)
-    assert str(told.text).startswith("100.0% of the answers are cat, but only 50.0% of the images")
+    assert str(told.text).startswith("100.0% of the predictions are cat, but only 50.0% of the images")
     assert diagnostics.check_one_sided(np.array([[5, 0], [0, 5]]), ("cat", "dog"), end) is None
     assert diagnostics.check_one_sided(np.array([[50, 0], [50, 0]]), ("cat", "dog"), replace(end, step=19)) is None
 

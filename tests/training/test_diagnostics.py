@@ -235,7 +235,7 @@ def test_the_papers_letter_stays_at_guessing_and_training_says_so(
     )
     warnings = [record for record in training.fit() if record.event == "warning"]
     assert [(record.epoch, record.step) for record in warnings] == [(9, 100), (9, 108)]
-    assert "% of the answers are " in str(warnings[1].text)
+    assert "% of the predictions are " in str(warnings[1].text)
     assert "no better than guessing (ln 4 = 1.386)" in str(warnings[0].text)
     assert training.run.records().count(warnings[0].as_dict()) == 1
 

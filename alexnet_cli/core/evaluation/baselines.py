@@ -15,7 +15,7 @@ ClassCounts = npt.NDArray[np.int64]
 
 FEWEST_OTHERS = 10  # images of other classes; fewer say nothing about a one-sided network
 ONE_SIDED_SHARE = 0.9  # a network is one-sided if it takes this share of the images of other classes for one class
-ONE_SIDED_HINT = "train it longer, or with a more equal number of images per class"
+ONE_SIDED_HINT = "train it longer, or with about as many images in each class"
 
 
 def count_images(labels: npt.NDArray[np.int64], classes: int) -> ClassCounts:
@@ -29,12 +29,12 @@ def guessing_error(classes: int) -> float:
 
 
 def majority_error(counts: ClassCounts) -> float:
-    """Return the top-1 error of always answering the commonest class."""
+    """Return the top-1 error of always predicting the most frequent class."""
     return 1 - int(counts.max()) / int(counts.sum())
 
 
 def constant_loss(counts: ClassCounts, smoothing: float = 0.0) -> float:
-    """Return the lowest loss, in nats, of one answer for all images: ln(classes) if the classes are equal."""
+    """Return the lowest loss, in nats, of one prediction for all images: ln(classes) if the classes are equal."""
     total = int(counts.sum())
     shares = [(1 - smoothing) * count / total + smoothing / len(counts) for count in counts.tolist()]
     return -math.fsum(share * math.log(share) for share in shares if share)
@@ -55,7 +55,7 @@ def bound_lowest_error(error: float, images: int, epochs: int) -> float:
 def format_baselines(guessing: float, majority: float) -> str:
     """Return both errors in words; the second only if the classes are unequal."""
     text = f"guessing: {guessing:.1%}"
-    return text if f"{majority:.1%}" == f"{guessing:.1%}" else f"{text}, always the commonest class: {majority:.1%}"
+    return text if f"{majority:.1%}" == f"{guessing:.1%}" else f"{text}, always the most frequent class: {majority:.1%}"
 
 
 def describe_no_better(guessing: float, majority: float, upper: float) -> str:
@@ -63,7 +63,7 @@ def describe_no_better(guessing: float, majority: float, upper: float) -> str:
     if upper < majority or not majority:
         return ""
     is_equal = f"{majority:.1%}" == f"{guessing:.1%}"
-    return f"no better than {'guessing' if is_equal else 'always answering the commonest class'}"
+    return f"no better than {'guessing' if is_equal else 'always predicting the most frequent class'}"
 
 
 def describe_totals(totals: Mapping[str, Any]) -> str:
@@ -86,6 +86,6 @@ def describe_one_sided(confusion: npt.NDArray[np.int64], names: Sequence[str]) -
         return ""
     share, true = predicted[favorite] / images, actual[favorite] / images
     return (
-        f"{share:.1%} of the answers are {names[favorite]}, but only {true:.1%} of the images: "
+        f"{share:.1%} of the predictions are {names[favorite]}, but only {true:.1%} of the images: "
         "the network hardly distinguishes classes"
     )

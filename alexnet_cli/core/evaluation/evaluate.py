@@ -52,10 +52,10 @@ class Evaluation:
         if not math.isfinite(self.loss_sum):
             raise WeightsError(f"{path}: the network's output is NaN", "its weights are corrupt")
 
-    def sum_over_ranks(self, total: Callable[[npt.NDArray[Any]], npt.NDArray[Any]]) -> Evaluation:
-        """Return the counts of all ranks; `total` sums an array over them."""
-        loss = float(total(np.array([self.loss_sum]))[0])
-        return Evaluation(total(self.confusion), total(self.top5_hits), loss)
+    def sum_over_ranks(self, all_reduce: Callable[[npt.NDArray[Any]], npt.NDArray[Any]]) -> Evaluation:
+        """Return the counts of all ranks; `all_reduce` sums an array over them."""
+        loss_sum = float(all_reduce(np.array([self.loss_sum]))[0])
+        return Evaluation(all_reduce(self.confusion), all_reduce(self.top5_hits), loss_sum)
 
     @property
     def images(self) -> int:
@@ -88,10 +88,10 @@ def rank_classes(probabilities: npt.NDArray[np.float32], k: int) -> npt.NDArray[
 class TorchClassifier:
     """A network as a function from images to probabilities, averaged over `views` views (section 4.1)."""
 
-    def __init__(self, network: Network, pixels: Augment, placement: Placement, views: int = 1) -> None:
+    def __init__(self, network: Network, augment: Augment, placement: Placement, views: int = 1) -> None:
         if views not in (1, 10):
             raise UsageError(f"--views {views} is not supported", "use 1 (center view) or 10 (the paper's ten views)")
-        self.network, self.pixels, self.placement, self.views = network, pixels, placement, views
+        self.network, self.augment, self.placement, self.views = network, augment, placement, views
 
     def __call__(self, images: Tensor) -> npt.NDArray[np.float32]:
         """Return float32 B x classes for uint8 B x 256 x 256 x 3."""
@@ -100,7 +100,7 @@ class TorchClassifier:
         try:
             with torch.inference_mode(), self.placement.precision_context():
                 views: Iterable[Tensor] = (
-                    [self.pixels.center_view(images)] if self.views == 1 else self.pixels.ten_views(images)
+                    [self.augment.center_view(images)] if self.views == 1 else self.augment.ten_views(images)
                 )
                 total = sum(torch.softmax(self.network(view).float(), 1) for view in views)
                 assert isinstance(total, Tensor)
