@@ -1,4 +1,4 @@
-"""An exported file is one that was compared with PyTorch; anything else leaves nothing behind."""
+"""A file is kept only if it agrees with PyTorch; otherwise nothing is left behind."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_verification_counts_as_by_hand() -> None:
     assert not result.passed
 
 
-def test_not_a_number_never_passes() -> None:
+def test_nan_never_passes() -> None:
     crops = np.zeros((1, 3, 2, 2), np.uint8)
     good, bad = np.zeros((1, 2), np.float32), np.full((1, 2), np.nan, np.float32)
     assert verify(lambda _: good, lambda _: good, crops).passed
@@ -104,7 +104,7 @@ def test_not_a_number_never_passes() -> None:
     assert not verify(lambda _: bad, lambda _: bad, crops).passed
 
 
-def test_a_network_that_computes_no_number_is_the_networks_fault(tmp_path: Path) -> None:
+def test_a_network_that_computes_nan_is_refused(tmp_path: Path) -> None:
     model = random_model(SMALL)
     model.tensors["fc8.bias"][0] = np.nan
     with pytest.raises(WeightsError, match="computes NaN"):
@@ -136,7 +136,7 @@ def test_a_place_that_cannot_be_written_is_a_storage_error(tmp_path: Path) -> No
     assert os.listdir(tmp_path) == []
 
 
-def test_drawn_crops_are_the_same_every_time_and_varied() -> None:
+def test_synthetic_crops_are_the_same_every_time_and_varied() -> None:
     crops = synthetic_crops(227, 12)
     np.testing.assert_array_equal(crops, synthetic_crops(227, 12))
     assert crops.shape == (12, 3, 227, 227)
@@ -225,7 +225,7 @@ def test_command_refuses_a_name_that_is_no_onnx_file(tmp_path: Path) -> None:
     assert not (tmp_path / "out.bin").exists()
 
 
-def test_command_compares_on_validation_pictures_of_the_prepared_set(
+def test_command_compares_on_validation_images_of_the_prepared_set(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

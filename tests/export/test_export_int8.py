@@ -1,4 +1,4 @@
-"""`alexnet export --precision`: what loses too much is refused, what is kept says what was measured."""
+"""`alexnet export --precision`: a file that loses too much is refused; a kept one records the measurement."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ Crops = npt.NDArray[np.uint8]
 COLORS = ("blue", "green", "red", "yellow")
 
 
-def four(path: Path) -> Path:
+def save_color_model(path: Path) -> Path:
     """A model file for the four colors."""
     model = random_model(SMALL, 4)
     return save_model(replace(model, classes=tuple(ClassName(name) for name in COLORS)), path)
 
 
-def right(model: Model, crops: Crops) -> list[tuple[Crops, npt.NDArray[np.int64]]]:
-    """Labels that float32 gets right, one and all."""
+def label_by_float32(model: Model, crops: Crops) -> list[tuple[Crops, npt.NDArray[np.int64]]]:
+    """Return labels that float32 always predicts."""
     return [(crops, Session(model, provider="cpu").logits(crops).argmax(1))]
 
 
@@ -50,11 +50,11 @@ def test_what_loses_too_much_is_refused_unless_forced(tmp_path: Path, monkeypatc
         lambda proto, c: {n: (a, b * coarse.get(n, 1)) for n, (a, b) in ranges(proto, c).items()},
     )  # fmt: skip
     with pytest.raises(VerificationError, match="points of top-1 accuracy") as caught:
-        exporting.export_int8(model, path, crops, (crops, right(model, crops)))
+        exporting.export_int8(model, path, crops, (crops, label_by_float32(model, crops)))
     assert caught.value.exit_code == 6
     assert path.read_bytes() == b"the one from before"
     assert [p.name for p in tmp_path.iterdir()] == ["a.onnx"]
-    check = exporting.export_int8(model, path, crops, (crops, right(model, crops)), force=True)
+    check = exporting.export_int8(model, path, crops, (crops, label_by_float32(model, crops)), force=True)
     assert check.accuracy.float32 == 1
     assert check.accuracy.lost > exporting.MAX_LOSS
     measured = Session(path, provider="cpu").metadata.measured
@@ -62,21 +62,23 @@ def test_what_loses_too_much_is_refused_unless_forced(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("found", "refused"),
+    ("accuracy", "refused"),
     [
-        (AccuracyComparison(75, 26, 1, 0), False),  # one picture of 75 is 1.3 points
+        (AccuracyComparison(75, 26, 1, 0), False),  # one image of 75 is 1.3 points
         (AccuracyComparison(75, 25, 2, 0), True),
         (AccuracyComparison(500, 300, 6, 1), False),  # one point
         (AccuracyComparison(500, 300, 6, 0), True),
     ],
 )
-def test_a_single_picture_refuses_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: AccuracyComparison, refused: bool
+def test_a_single_image_refuses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accuracy: AccuracyComparison, refused: bool
 ) -> None:
     model, crops, path = random_model(SMALL), synthetic_crops(224, 2), tmp_path / "a.onnx"
-    monkeypatch.setattr(exporting, "compare_accuracy", lambda *_: found)
+    monkeypatch.setattr(exporting, "compare_accuracy", lambda *_: accuracy)
     if refused:
-        with pytest.raises(VerificationError, match=rf"on {found.images} images .* 95 % interval of the loss [-+]\d"):
+        with pytest.raises(
+            VerificationError, match=rf"on {accuracy.images} images .* 95 % interval of the loss [-+]\d"
+        ):
             exporting.export_int8(model, path, crops, (crops, []))
     else:
         exporting.export_int8(model, path, crops, (crops, []))
@@ -85,17 +87,17 @@ def test_a_single_picture_refuses_nothing(
 
 def test_a_good_file_says_what_was_measured(tmp_path: Path) -> None:
     model, crops, path = random_model(SMALL), synthetic_crops(224, 24), tmp_path / "a.onnx"
-    check = exporting.export_int8(model, path, crops, (crops, right(model, crops)))
+    check = exporting.export_int8(model, path, crops, (crops, label_by_float32(model, crops)))
     session = Session(path, provider="cpu")
     assert session.metadata.precision == "int8"
     assert session.metadata.measured["calibration_images"] == 24
     assert session.metadata.measured["accuracy"]["images"] == 24
-    found = verify(Session(model, provider="cpu").logits, session.logits, crops)
-    assert check.against_torch.max_abs_difference == pytest.approx(found.max_abs_difference, rel=1e-2)
+    accuracy = verify(Session(model, provider="cpu").logits, session.logits, crops)
+    assert check.against_torch.max_abs_difference == pytest.approx(accuracy.max_abs_difference, rel=1e-2)
     assert session.classes == model.classes
 
 
-def test_pictures_to_judge_on_are_all_or_evenly_spaced(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_to_measure_on_are_all_or_evenly_spaced(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     split = open_dataset(prepared).split("val")
     assert evenly_spaced(split, 100) == list(range(20))
     assert evenly_spaced(split, 3) == [0, 9, 19]
@@ -118,7 +120,7 @@ def test_the_command_calibrates_measures_and_tells(
     tmp_path: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    four(tmp_path / "m.safetensors")
+    save_color_model(tmp_path / "m.safetensors")
     result = run("-w", "m.safetensors", "--data", str(prepared), "--precision", "int8", "--force", "--json")
     assert result.exception is None
     record = json.loads(result.stdout)
@@ -139,9 +141,9 @@ def test_the_command_calibrates_measures_and_tells(
     assert (record["accuracy"], record["images"]) == (None, 0)
 
 
-def test_the_command_in_half(tmp_path: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_in_float16(tmp_path: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    four(tmp_path / "m.safetensors")
+    save_color_model(tmp_path / "m.safetensors")
     result = run("-w", "m.safetensors", "--data", str(prepared), "--precision", "fp16", "--json", "-q")
     assert result.exception is None
     record = json.loads(result.stdout)
@@ -150,9 +152,9 @@ def test_the_command_in_half(tmp_path: Path, prepared: Path, monkeypatch: pytest
     assert (info.precision, info.measured["images"]) == ("fp16", 20)
 
 
-def test_what_makes_no_sense_is_refused(tmp_path: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_that_do_not_fit_are_refused(tmp_path: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    four(tmp_path / "m.safetensors")
+    save_color_model(tmp_path / "m.safetensors")
     save_model(random_model(SMALL, 4), tmp_path / "other.safetensors")
     int8 = ("--precision", "int8")
     assert isinstance(run("-w", "m.safetensors", "--calibrate", str(prepared)).exception, UsageError)

@@ -1,4 +1,4 @@
-"""What people type after `predict`: lists, standard input, odd names, folders that cannot be listed, memory."""
+"""The arguments of `predict`: lists, standard input, odd names, folders that cannot be listed, memory."""
 
 from __future__ import annotations
 
@@ -37,24 +37,22 @@ def test_a_file_that_begins_with_an_at_sign_is_that_file(tmp_path: Path, monkeyp
     assert expand_inputs(["@one.png"]) == ["@one.png"]
 
 
-def test_what_was_drawn_for_runs_is_left_out_unless_it_is_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_images_drawn_for_runs_are_skipped_unless_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     photo, drawn = draw(Path("photos/cat.png"), 0), draw(Path("runs/a/figures/conv1.png"), 1)
-    ours: list[str] = []
-    assert expand_inputs(["."], None, ours) == ["./photos/cat.png", "./runs/a/figures/conv1.png"]  # no run of ours
+    run_images: list[str] = []
+    assert expand_inputs(["."], None, run_images) == ["./photos/cat.png", "./runs/a/figures/conv1.png"]  # not a run yet
     Path("runs/a/run.json").write_text("{}")
-    assert expand_inputs(["."], None, ours) == ["./photos/cat.png"]
-    assert ours == ["./runs/a/figures/conv1.png"]
+    assert expand_inputs(["."], None, run_images) == ["./photos/cat.png"]
+    assert run_images == ["./runs/a/figures/conv1.png"]
     assert expand_inputs([str(tmp_path), "photos"], None, []) == [f"{tmp_path}/photos/cat.png", photo]
     for asked in ("runs", "runs/a", drawn, "runs/a/figures/*.png"):
-        assert expand_inputs([asked], None, ours) == [drawn]
+        assert expand_inputs([asked], None, run_images) == [drawn]
     assert expand_inputs(["."]) == ["./photos/cat.png", "./runs/a/figures/conv1.png"]
-    assert len(ours) == 1
+    assert len(run_images) == 1
 
 
-def test_nothing_to_classify_is_said_as_it_is(tmp_path: Path) -> None:
+def test_messages_when_there_is_no_image(tmp_path: Path) -> None:
     (tmp_path / "empty").write_text("\n")
     for typed, stdin, words in (
         (["-"], b"", "no image found: standard input is empty"),
@@ -87,16 +85,16 @@ def test_names_that_end_with_a_zero_byte_can_hold_anything(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM"])
-def test_standard_input_can_be_a_picture_of_every_format(kind: str) -> None:
+def test_standard_input_can_be_an_image_of_any_format(kind: str) -> None:
     buffer = io.BytesIO()
     Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3)).save(buffer, kind)
     assert expand_inputs(["-"], io.BytesIO(buffer.getvalue())) == [buffer.getvalue()]
-    [(name, picture)] = prefetch([buffer.getvalue()], 4, False)
+    [(name, image)] = prefetch([buffer.getvalue()], 4, False)
     assert name == "-"
-    np.testing.assert_array_equal(picture, images.resize_and_crop(images.decode(buffer.getvalue())))
+    np.testing.assert_array_equal(image, images.resize_and_crop(images.decode(buffer.getvalue())))
 
 
-def test_paths_that_begin_as_pictures_do_are_paths(tmp_path: Path) -> None:
+def test_paths_that_begin_like_image_files_are_paths(tmp_path: Path) -> None:
     names = [draw(tmp_path / name, 0) for name in ("BMW 12.png", "P6 1.png", "GIF8.png", "RIFF.png", "II*.png")]
     for name in names:
         relative = os.path.basename(name).encode()
@@ -109,7 +107,7 @@ def test_too_much_on_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
         expand_inputs(["-"], io.BytesIO(b"y\n" * 600))
 
 
-def test_a_folder_that_cannot_be_listed_loses_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_listed_keeps_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("a/1.png", "b/2.png", "c/3.png"):
         draw(tmp_path / name, 0)
     real = os.scandir
@@ -123,13 +121,13 @@ def test_a_folder_that_cannot_be_listed_loses_no_others(tmp_path: Path, monkeypa
     assert expand_inputs([str(tmp_path)]) == [f"{tmp_path}/a/1.png", f"{tmp_path}/c/3.png", f"{tmp_path}/b"]
 
 
-def test_pipes_and_devices_are_not_waited_for(tmp_path: Path) -> None:
+def test_pipes_and_devices_are_not_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jpg")
     assert load_image(str(tmp_path / "pipe.jpg"), False, PixelBudget()) == "it is not a regular file"
     assert load_image("/dev/zero", False, PixelBudget()) == "it is not a regular file"
 
 
-def test_room_is_shared_by_pixels_and_the_largest_waits_until_it_is_alone() -> None:
+def test_the_pixel_budget_is_shared_and_the_largest_image_waits_until_it_is_alone() -> None:
     budget, most, at_once, lock = PixelBudget(100), [0], [0], threading.Lock()
 
     def work(pixels: int) -> None:

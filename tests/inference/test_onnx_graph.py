@@ -1,4 +1,4 @@
-"""The ONNX graph against a literal numpy forward pass, for every switch; and what it says of itself."""
+"""The ONNX graph against a literal numpy forward pass, for every switch; and its metadata."""
 
 from __future__ import annotations
 
@@ -82,14 +82,14 @@ def test_file_is_valid_onnx_and_describes_itself(tmp_path: Path) -> None:
     save_onnx(replace(model, path=tmp_path / "w.safetensors"), tmp_path / "a.onnx")
     onnx.checker.check_model(str(tmp_path / "a.onnx"), full_check=True)
     proto = onnx.load(tmp_path / "a.onnx")
-    said = {entry.key: entry.value for entry in proto.metadata_props}
-    assert json.loads(said["names"]) == [c.name for c in model.classes]
-    assert json.loads(said["wnids"]) == [c.wnid for c in model.classes]
-    assert json.loads(said["preprocess"])["crop"] == 227
-    assert json.loads(said["recipe"])["lrn_joint"] is True
-    assert json.loads(said["metrics"]) == {"top1_error": 0.4}
-    assert said["alexnet.sha256"] == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    assert said["Image.BitmapPixelFormat"] == "Rgb8"
+    metadata = {entry.key: entry.value for entry in proto.metadata_props}
+    assert json.loads(metadata["names"]) == [c.name for c in model.classes]
+    assert json.loads(metadata["wnids"]) == [c.wnid for c in model.classes]
+    assert json.loads(metadata["preprocess"])["crop"] == 227
+    assert json.loads(metadata["recipe"])["lrn_joint"] is True
+    assert json.loads(metadata["metrics"]) == {"top1_error": 0.4}
+    assert metadata["alexnet.sha256"] == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert metadata["Image.BitmapPixelFormat"] == "Rgb8"
     shape = proto.graph.input[0].type.tensor_type.shape.dim
     assert [d.dim_param or d.dim_value for d in shape] == ["batch", 3, 227, 227]
     assert [o.name for o in proto.graph.output] == ["logits", "probabilities"]
@@ -108,7 +108,7 @@ def test_classes_without_wnid_come_back_without(tmp_path: Path) -> None:
     assert Session(tmp_path / "a.onnx", provider="cpu").classes == model.classes
 
 
-def test_foreign_and_damaged_files_are_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_foreign_and_corrupt_files_are_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     model = random_model(replace(PAPER, width=1 / 64))
     whole = onnx_graph.build_graph(model).SerializeToString()
     foreign = onnx.ModelProto.FromString(whole)
@@ -146,7 +146,7 @@ def test_a_gpu_asked_for_and_absent_is_an_error(monkeypatch: pytest.MonkeyPatch)
     [({}, "0"), ({"gpu": 1}, "1"), ({"provider": "cuda", "fast_start": True}, "0"), ({"fast_start": True}, None),
      ({"provider": "cpu"}, None)],
 )  # fmt: skip
-def test_the_gpu_that_was_named_is_offered_but_not_for_a_few_pictures(
+def test_the_gpu_that_was_named_is_offered_but_not_for_a_few_images(
     asked: dict[str, Any], gpu: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     offered: list[Any] = []

@@ -1,4 +1,4 @@
-"""ONNX files opened in ONNX Runtime: constants that are not copied, hostile and damaged files."""
+"""ONNX files opened in ONNX Runtime: constants that are not copied, hostile and corrupt files."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ def test_the_mean_image_is_that_of_the_model(files: dict[str, Path]) -> None:
         np.testing.assert_allclose(Session(path, fast_start=True).mean(), mean, atol=0 if name == "fp32" else 0.1)
 
 
-def test_what_fails_only_when_it_runs(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """ONNX Runtime's own words are no message, and its log is not for the terminal."""
+def test_a_model_that_fails_only_when_it_runs(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The error is a WeightsError, and ONNX Runtime writes nothing to the terminal."""
     proto = protos(NARROW)["int8"]
     scale = next(t for t in proto.graph.initializer if t.name == "centered.scale")
     scale.CopyFrom(numpy_helper.from_array(np.ones(5, np.float32), scale.name))  # for each of five channels
@@ -136,7 +136,7 @@ def test_a_class_may_be_called_location(tmp_path: Path) -> None:
     assert Session(tmp_path / "x.onnx", provider="cpu").classes == names
 
 
-def test_a_constant_that_lies_about_its_shape(files: dict[str, Path], tmp_path: Path) -> None:
+def test_a_constant_with_a_wrong_shape(files: dict[str, Path], tmp_path: Path) -> None:
     proto = onnx.load(files["fp32"])
     next(t for t in proto.graph.initializer if t.name == "fc6.weight").dims[0] += 1
     onnx_graph.save_graph(proto, tmp_path / "a.onnx")
@@ -153,7 +153,7 @@ def test_an_operator_that_does_not_exist(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", bytes(100), b"\xff" * 1000, b"\x3a\xff\xff\xff\xff\x0f", b"PK\3\4"])
-def test_what_is_no_onnx_file(tmp_path: Path, content: bytes) -> None:
+def test_files_that_are_not_onnx(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.onnx").write_bytes(content)
     with pytest.raises(WeightsError, match="cannot be opened"):
         Session(tmp_path / "x.onnx", provider="cpu")
@@ -169,18 +169,18 @@ def test_a_file_larger_than_protobuf_allows(tmp_path: Path) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 @given(mutations=MUTATIONS)
 @repeatable(15)
-def test_damaged_files_are_refused_or_answer(
+def test_corrupt_files_give_an_error_or_probabilities(
     tmp_path_factory: pytest.TempPathFactory,
     files: dict[str, Path],
     precision: str,
     mutations: list[tuple[str, int, bytes]],
 ) -> None:
-    """Damage where the graph is described, at the beginning: an error, or probabilities of the file's classes."""
+    """Corrupt the description of the graph, at the beginning: an error, or probabilities of the file's classes."""
     path = tmp_path_factory.getbasetemp() / "damaged.onnx"
     path.write_bytes(corrupt(files[precision].read_bytes(), mutations, 3000))
     with limit_time_and_memory():
         opened = result_or_message(lambda: Session(path, provider="cpu", fast_start=True))
         if not isinstance(opened, str):
             crops = np.zeros((1, 3, opened.recipe.input_size, opened.recipe.input_size), np.float32)
-            chances = result_or_message(lambda: opened.probabilities(crops))
-            assert isinstance(chances, str) or chances.shape == (1, len(opened.classes))
+            probabilities = result_or_message(lambda: opened.probabilities(crops))
+            assert isinstance(probabilities, str) or probabilities.shape == (1, len(opened.classes))

@@ -1,4 +1,4 @@
-"""Pictures to labels: what counts as a picture, order, views, bad files, and the command's three outputs."""
+"""Images to labels: which files count as images, order, views, bad files, and the three outputs of `predict`."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ SMALL = replace(PAPER, width=1 / 16)
 
 @pytest.fixture
 def album(tmp_path: Path) -> Path:
-    """Four pictures in three folders, a broken one, and two files that are no pictures."""
+    """Four images in three folders, a broken one, and two files that are no images."""
     root = tmp_path / "album"
     for seed, name in enumerate(("b.png", "a.JPG", "below/c.webp", "below/deep/d.bmp")):
         draw(root / name, seed)
     (root / "broken.jpeg").write_bytes((root / "a.JPG").read_bytes()[:200])
-    (root / "notes.txt").write_text("not a picture")
+    (root / "notes.txt").write_text("not an image")
     (root / ".hidden.png").write_bytes((root / "b.png").read_bytes())
     return root
 
@@ -84,12 +84,12 @@ def test_nothing_at_all_is_an_error(inputs: list[str]) -> None:
 
 def test_views_are_the_papers(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, columns = np.mgrid[0:256, 0:256]
-    picture = np.stack([rows, columns, rows ^ columns], 2).astype(np.uint8)
-    center = make_views(picture, 224, 1)
+    image = np.stack([rows, columns, rows ^ columns], 2).astype(np.uint8)
+    center = make_views(image, 224, 1)
     assert center.shape == (1, 3, 224, 224)
     assert (center[0, 0, 0, 0], center[0, 1, 0, 0]) == (16, 16)
-    assert make_views(picture, 227, 1)[0, 0, 0, 0] == 14  # (256 - 227) / 2, rounded down
-    ten = make_views(picture, 224, 10)
+    assert make_views(image, 227, 1)[0, 0, 0, 0] == 14  # (256 - 227) / 2, rounded down
+    ten = make_views(image, 224, 10)
     corners = [(0, 0), (0, 32), (32, 0), (32, 32), (16, 16)]
     assert [(view[0, 0, 0], view[1, 0, 0]) for view in ten[:5]] == corners
     assert [(view[0, 0, 223], view[1, 0, 223]) for view in ten[5:]] == corners
@@ -102,16 +102,16 @@ def test_views_equal_those_of_evaluation() -> None:
     from alexnet_cli.core.data.augment import Augment
 
     model = random_model(replace(CAFFE, width=1 / 64))
-    picture = np.random.default_rng(1).integers(0, 256, (256, 256, 3), np.uint8)
+    image = np.random.default_rng(1).integers(0, 256, (256, 256, 3), np.uint8)
     pixels = Augment(model.recipe, model.mean, None, None, torch.device("cpu"))
-    theirs = torch.cat(list(pixels.ten_views(torch.from_numpy(picture[None])))).numpy()
+    expected = torch.cat(list(pixels.ten_views(torch.from_numpy(image[None])))).numpy()
     low = (256 - 227) // 2
     center = model.mean[:, low : low + 227, low : low + 227]
-    ours = make_views(picture, 227, 10) + mean_correction(model.mean, 227, 10) - center
-    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    actual = make_views(image, 227, 10) + mean_correction(model.mean, 227, 10) - center
+    np.testing.assert_allclose(actual, expected, atol=1e-4)
 
 
-def test_torch_says_why_it_is_not_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_reports_why_it_is_not_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_session, "visible_gpus", lambda: [Gpu(0, "K80", 12 << 30, "3.7")])
     monkeypatch.setattr(torch_session, "try_gpu", lambda index: "CUDA error: no kernel image is available")
     found = TorchSession(random_model(SMALL))
@@ -149,8 +149,8 @@ def test_labels_are_ranked_and_ties_keep_class_order() -> None:
     assert len(rank_labels(np.array([1.0], np.float32), classes[:1], 5)) == 1
 
 
-def test_many_pictures_keep_their_order_and_bad_ones_their_place(tmp_path: Path) -> None:
-    """More than two batches, with bad files between: every record equals that of the picture alone."""
+def test_many_images_keep_their_order_and_bad_ones_their_place(tmp_path: Path) -> None:
+    """More than two batches, with bad files between: every record equals that of the image alone."""
     session = Session(random_model(replace(PAPER, width=1 / 64)), provider="cpu")
     kinds = [draw(tmp_path / f"{seed}.png", seed, (260, 256)) for seed in range(4)]
     bad = tmp_path / "bad.png"
@@ -169,7 +169,7 @@ def test_many_pictures_keep_their_order_and_bad_ones_their_place(tmp_path: Path)
     assert "No such file" in next(p for p in found if p.path.endswith("gone.png")).error  # type: ignore[operator]
 
 
-def test_only_bad_pictures_never_reach_the_network(tmp_path: Path) -> None:
+def test_only_bad_images_never_reach_the_network(tmp_path: Path) -> None:
     session = Session(random_model(replace(PAPER, width=1 / 64)), provider="cpu")
     (tmp_path / "empty").mkdir()
     [prediction] = predict([str(tmp_path / "empty")], session)
@@ -177,7 +177,7 @@ def test_only_bad_pictures_never_reach_the_network(tmp_path: Path) -> None:
 
 
 def test_an_abandoned_stream_ends(tmp_path: Path) -> None:
-    """`alexnet predict - --json | head -1`: nothing waits for pictures that nobody wants."""
+    """`alexnet predict - --json | head -1`: nothing waits for images that nobody wants."""
     session = Session(random_model(replace(PAPER, width=1 / 64)), provider="cpu")
     path = draw(tmp_path / "a.png", 0)
     endless = iter(lambda: path, None)
@@ -199,7 +199,7 @@ def run(*words: str, stdin: str = "") -> Result:
     return CliRunner().invoke(app, list(words), input=stdin)
 
 
-def test_command_gives_json_lines_and_goes_on_after_a_bad_picture(album: Path, model_path: Path) -> None:
+def test_command_gives_json_lines_and_goes_on_after_a_bad_image(album: Path, model_path: Path) -> None:
     result = run(str(album), "-w", str(model_path), "--json", "-q", "-k", "3")
     records = [json.loads(line) for line in result.stdout.splitlines()]
     assert [Path(r["path"]).name for r in records] == ["a.JPG", "b.png", "c.webp", "d.bmp", "broken.jpeg"]
@@ -272,14 +272,14 @@ def test_predicting_imports_no_torch(album: Path, model_path: Path) -> None:
     assert done.stderr == ""
 
 
-def test_pictures_are_turned_for_a_network_that_was_trained_on_turned_ones(tmp_path: Path) -> None:
-    """A phone's picture that lies on its side is answered like the same one upright, by every backend and format."""
-    picture = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
+def test_images_are_rotated_for_a_network_trained_on_rotated_ones(tmp_path: Path) -> None:
+    """A phone's image that lies on its side is answered like the same one upright, by every backend and format."""
+    image = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
     exif = Image.Exif()
     exif[0x0112] = 6  # turn clockwise to see it upright
     lying, upright = tmp_path / "lying.png", tmp_path / "upright.png"
-    Image.fromarray(picture).save(lying, exif=exif)
-    Image.fromarray(np.rot90(picture, -1)).save(upright)
+    Image.fromarray(image).save(lying, exif=exif)
+    Image.fromarray(np.rot90(image, -1)).save(upright)
     paths = [str(lying), str(upright)]
     for turned in (True, False):
         model = random_model(replace(TINY, width=1 / 16), info={"exif_rotate": turned})

@@ -29,13 +29,11 @@ from model_files import draw, random_model, save_model, save_onnx
 SMALL = replace(PAPER, width=1 / 32)
 
 
-def by_hand(
-    model: model_file.Model, picture: str, layer: str, count: int
+def compute_by_hand(
+    model: model_file.Model, image: str, layer: str, count: int
 ) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
     """fc6 or fc7 of each view, rectified and times the test-time factor, from torch's functions; then their mean."""
-    crops = make_views(
-        images.resize_and_crop(images.decode(Path(picture).read_bytes())), model.recipe.input_size, count
-    )
+    crops = make_views(images.resize_and_crop(images.decode(Path(image).read_bytes())), model.recipe.input_size, count)
     inputs = crops.astype(np.float32)
     if model.recipe.mean == "image-at-crop":
         inputs = inputs + mean_correction(model.mean, model.recipe.input_size, count)
@@ -43,11 +41,11 @@ def by_hand(
     mean = model.mean[:, low : 256 - low, low : 256 - low][:, : inputs.shape[2], : inputs.shape[3]]
     network = network_from_model(model)
     keep = 1 if model.recipe.dropout_inverted else 1 - model.recipe.dropout
-    seen: list[torch.Tensor] = []
-    network.fc6.register_forward_hook(lambda _m, _i, flat: seen.append(flat))
+    inputs_of_fc7: list[torch.Tensor] = []
+    network.fc6.register_forward_hook(lambda _m, _i, flat: inputs_of_fc7.append(flat))
     with torch.no_grad():
         network(torch.from_numpy(inputs - mean) / model.recipe.input_divisor)
-        values = torch.relu(seen[0]) * keep
+        values = torch.relu(inputs_of_fc7[0]) * keep
         if layer == "fc7":
             values = torch.relu(torch.nn.functional.linear(values, network.fc7.weight, network.fc7.bias)) * keep
     return values.numpy().mean(0)  # type: ignore[no-any-return]
@@ -59,7 +57,7 @@ def test_every_kind_of_file_gives_the_same(tmp_path: Path, recipe: Recipe, layer
     path, model = draw(tmp_path / "a.png", 3), random_model(recipe)
     save_model(model, tmp_path / "m.safetensors")
     save_onnx(model, tmp_path / "m.onnx")
-    expected = by_hand(model, path, layer, count)
+    expected = compute_by_hand(model, path, layer, count)
     assert (expected > 0).any()
     assert (expected == 0).any()  # or the nonlinearity is not in it
     for name, backend in (("m.onnx", "auto"), ("m.safetensors", "onnx"), ("m.safetensors", "torch")):
@@ -116,14 +114,14 @@ def test_the_command_writes_what_numpy_reads(tmp_path: Path, model_path: Path) -
         assert found["wnids"].tolist() == [record.top[0].wnid for record in records]
         assert found["indices"].tolist() == [record.top[0].index for record in records]
         np.testing.assert_allclose(found["probabilities"], [r.top[0].probability for r in records], atol=1e-5)
-        expected = by_hand(model_file.read_model(model_path), album[20], "fc7", 1)
+        expected = compute_by_hand(model_file.read_model(model_path), album[20], "fc7", 1)
         np.testing.assert_allclose(found["features"][19], expected, rtol=1e-4, atol=1e-4)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
 def test_the_file_is_called_what_it_is(tmp_path: Path, model_path: Path) -> None:
-    picture = draw(tmp_path / "a.png", 0)
-    result = run(picture, "-w", str(model_path), "--features", "fc7", "-o", str(tmp_path / "f.csv"))
+    image = draw(tmp_path / "a.png", 0)
+    result = run(image, "-w", str(model_path), "--features", "fc7", "-o", str(tmp_path / "f.csv"))
     assert isinstance(result.exception, UsageError)
     assert result.exception.hint == "such as -o f.npz"
 
