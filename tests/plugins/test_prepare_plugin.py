@@ -266,7 +266,7 @@ def test_hints_without_validation_images(pets: Path, capsys: pytest.CaptureFixtu
             main(["train", "--data", folder, "--gpus", "none"])
         trained = capsys.readouterr().err
         assert exit.value.code == 3
-        assert f"prepared/{folder}: split val holds no images" in trained
+        assert f"prepared/{folder}: split val has no images" in trained
         assert helps[1] in trained
     assert "--val-fraction" not in trained
 

@@ -82,18 +82,19 @@ class Chunk(NamedTuple):
     shard: int
     rows: list[int]
     keys: list[str]
-    items: list[SourceImage]
+    images: list[SourceImage]
     last: bool
 
 
 class PackedChunk(NamedTuple):
     """A processed chunk."""
 
-    jpegs: list[bytes | str]
-    """For each image its JPEG, or the reason why it was left out."""
-    damaged: list[tuple[str, str]]
-    """Name and damage of images that were decoded in part."""
+    images: list[tuple[str, int, bytes]]
+    """Key, label and JPEG of each packed image."""
     facts: list[ImageFact]
+    """Of the same images."""
+    rejected: list[dict[str, str]]
+    damaged: list[dict[str, str]]
     sums: PixelSums
 
 
@@ -166,24 +167,24 @@ def _pack_split(
     budget = PixelBudget()
 
     def work(chunk: Chunk) -> PackedChunk:
-        return _pack_chunk(chunk, plan, budget, measure=split == "train")
+        return _pack_chunk(chunk, split, plan, budget)
 
     writer: ShardWriter | None = None
-    finishing: deque[Future[FinishedShard]] = deque()
+    unfinished: Future[FinishedShard] | None = None
     with ThreadPoolExecutor(1, thread_name_prefix="sync") as finisher:  # a slow disk must not stop the decoding
         try:
             for chunk, packed in _map_in_order(pool, work, _chunks(plan, split, first), ahead=2 * workers + 2):
                 writer = writer or ShardWriter(plan.output, split, chunk.shard)
-                rejected = _write_chunk(writer, split, chunk, packed)
-                _check_rejected(rejected, on_corrupt)
+                _write_chunk(writer, packed)
+                _check_rejected(packed.rejected, on_corrupt)
                 if chunk.last:
-                    if finishing:
-                        totals.add(finishing.popleft().result())
-                    finishing.append(finisher.submit(writer.finish))
+                    if unfinished:
+                        totals.add(unfinished.result())
+                    unfinished = finisher.submit(writer.finish)
                     writer = None
-                yield Progress(split, len(chunk.items), len(rejected))
-            while finishing:
-                totals.add(finishing.popleft().result())
+                yield Progress(split, len(chunk.images), len(packed.rejected))
+            if unfinished:
+                totals.add(unfinished.result())
         finally:
             if writer is not None:
                 writer.abandon()
@@ -198,9 +199,9 @@ def _chunks(plan: Plan, split: str, first: int) -> Iterator[Chunk]:
         for first_position in range(start, end, CHUNK):
             positions = range(first_position, min(first_position + CHUNK, end))
             rows = [int(order[position]) for position in positions]
-            images_of_chunk = [items[row] for row in rows]
-            keys = [_make_key(position, image.name) for position, image in zip(positions, images_of_chunk, strict=True)]
-            yield Chunk(start // plan.shard_images, rows, keys, images_of_chunk, last=positions.stop == end)
+            chosen = [items[row] for row in rows]
+            keys = [_make_key(position, image.name) for position, image in zip(positions, chosen, strict=True)]
+            yield Chunk(start // plan.shard_images, rows, keys, chosen, last=positions.stop == end)
 
 
 def shuffled_rows(items: ImageList, generator: np.random.Generator) -> npt.NDArray[np.int64]:
@@ -237,29 +238,30 @@ def _map_in_order(
             future.cancel()
 
 
-def _pack_chunk(chunk: Chunk, plan: Plan, budget: PixelBudget, measure: bool) -> PackedChunk:
-    """Read, decode, resize and encode the images of a chunk. With `measure`, sum their pixels."""
-    packed, pixels = PackedChunk([], [], [], PixelSums()), []
-    for row, item in zip(chunk.rows, chunk.items, strict=True):
+def _pack_chunk(chunk: Chunk, split: str, plan: Plan, budget: PixelBudget) -> PackedChunk:
+    """Read, decode, resize and encode the images of a chunk. Sums the pixels of training images."""
+    packed = PackedChunk([], [], [], [], PixelSums())
+    pixels = []
+    for row, key, image in zip(chunk.rows, chunk.keys, chunk.images, strict=True):
         try:
-            rgb, fact, damage = _read_image(row, item, plan, budget)
-        except DataError as error:
-            packed.jpegs.append(error.what)
-        except OSError as error:
-            packed.jpegs.append(f"it cannot be read: {error.strerror or error}")
-        else:
-            packed.jpegs.append(fast_images.encode(rgb, plan.quality))
-            packed.facts.append(fact)
-            packed.damaged.extend([(item.name, damage)] if damage else [])
-            pixels.append(rgb)
-    if measure:
+            rgb, fact, damage = _read_image(row, image, plan, budget)
+        except (DataError, OSError) as error:
+            reason = error.what if isinstance(error, DataError) else f"it cannot be read: {error.strerror or error}"
+            packed.rejected.append({"split": split, "path": image.name, "reason": reason})
+            continue
+        packed.images.append((key, image.label, fast_images.encode(rgb, plan.quality)))
+        packed.facts.append(fact)
+        if damage:
+            packed.damaged.append({"split": split, "path": image.name, "reason": damage})
+        pixels.append(rgb)
+    if split == "train":
         packed.sums.add(pixels)
     return packed
 
 
-def _read_image(row: int, item: SourceImage, plan: Plan, budget: PixelBudget) -> tuple[ImageArray, ImageFact, str]:
+def _read_image(row: int, image: SourceImage, plan: Plan, budget: PixelBudget) -> tuple[ImageArray, ImageFact, str]:
     """Read one image: uint8 256 x 256 x 3, its fact, and its damage. Frees the full-size pixels."""
-    data = item.read()
+    data = image.read()
     height, width = fast_images.read_size(data)
     with budget.reserve(height * width):
         rgb, damage = fast_images.decode_with_damage(data)
@@ -268,19 +270,14 @@ def _read_image(row: int, item: SourceImage, plan: Plan, budget: PixelBudget) ->
         return fast_images.resize_and_crop(rgb), make_image_fact(row, rgb, data, images.read_orientation(data)), damage
 
 
-def _write_chunk(writer: ShardWriter, split: str, chunk: Chunk, packed: PackedChunk) -> list[dict[str, str]]:
-    """Append a chunk to its shard. Returns the images that were left out."""
-    rejected = []
-    for key, item, jpeg in zip(chunk.keys, chunk.items, packed.jpegs, strict=True):
-        if isinstance(jpeg, str):
-            rejected.append({"split": split, "path": item.name, "reason": jpeg})
-        else:
-            writer.add(key, item.label, jpeg)
-    writer.rejected += rejected
-    writer.damaged += [{"split": split, "path": path, "reason": reason} for path, reason in packed.damaged]
+def _write_chunk(writer: ShardWriter, packed: PackedChunk) -> None:
+    """Append a chunk to its shard."""
+    for key, label, jpeg in packed.images:
+        writer.add(key, label, jpeg)
     writer.facts += packed.facts
+    writer.rejected += packed.rejected
+    writer.damaged += packed.damaged
     writer.sums.merge(packed.sums)
-    return rejected
 
 
 def _check_rejected(rejected: list[dict[str, str]], on_corrupt: OnCorrupt) -> None:
