@@ -23,6 +23,7 @@ PERMUTATIONS = 10_000
 DEAD = 0.1  # a filter with less than this share of the median norm is dead
 NOISE = 0.3  # a filter with less smoothness is noise: white noise has 0, a grating over 0.8
 NORMAL_95 = 1.96
+SIGNIFICANT = 0.05  # a larger p-value is called chance
 SPECTRUM = 64  # filters are zero-padded to this side, so spectra have steps of 1/64 cycle per pixel
 
 
@@ -62,6 +63,11 @@ class Specialization:
     def means(self) -> tuple[float, ...]:
         """The mean color share of each tower, weighted by the norm of each filter."""
         return tuple(tower.mean(tower.chroma) for tower in self.towers)
+
+    @property
+    def is_significant(self) -> bool:
+        """Whether the towers differ in color by more than chance."""
+        return self.p_value is not None and self.p_value <= SIGNIFICANT
 
     @property
     def dead(self) -> int:

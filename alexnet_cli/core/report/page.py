@@ -115,24 +115,24 @@ def render_page(report: Report) -> tuple[str, list[Section]]:
 def list_sections(report: Report) -> list[Section]:
     """The sections of the page; some belong to training runs only."""
     missing = report.measurements.missing
-    found = [
+    listed = [
         Section("network", "The network", "" if report.classes else "The number of classes is not known yet."),
         Section("recipe", "Recipe, compared with the paper"),
     ]
     if report.is_trained:
-        found.append(Section("curves", "Loss, error and learning rate", _explain_missing_curves(report)))
+        listed.append(Section("curves", "Loss, error and learning rate", _explain_missing_curves(report)))
     filters = "" if report.towers else "Layer 1 has weights that are NaN or infinite."
-    found += [
+    listed += [
         Section("filters", "First-layer filters", filters if report.model else "The run has no checkpoint yet."),
         Section("results", "Errors and confusions", _explain_missing(missing.get("results"))),
         Section("examples", "Correct and wrong predictions", _explain_missing(missing.get("examples"))),
         Section("neighbors", "Nearest training images", _explain_missing(missing.get("neighbors"))),
     ]
     if report.is_trained:
-        found.append(Section("speed", "Speed and devices"))
+        listed.append(Section("speed", "Speed and devices"))
     if report.about:
-        found.append(Section("origin", "How to repeat this run"))
-    return found
+        listed.append(Section("origin", "How to repeat this run"))
+    return listed
 
 
 def _explain_missing_curves(report: Report) -> str:

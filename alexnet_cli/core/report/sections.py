@@ -32,7 +32,6 @@ Values = dict[str, Any]
 
 MOST = 10  # classes or mistakes in a table
 MATRIX = 20  # with at most this many classes, the confusion matrix is also a table
-SIGNIFICANT = 0.05  # a larger p-value is called chance
 SOURCES = {"-": "", "code": "authors' code"}
 MAX_WIDTH = 1000  # pixels; the page shows a wider confusion matrix at this width
 THUMBNAIL, QUALITY = 160, 85  # side in pixels and JPEG quality of images
@@ -185,7 +184,7 @@ def _compare_towers(report: Report) -> str:
     )
     if measured.undertrained:
         return f"{text}The filters still look like their random initial values, so these numbers mean nothing yet."
-    differ = "The towers differ no more than by chance" if measured.p_value > SIGNIFICANT else "The towers differ"
+    differ = "The towers differ" if measured.is_significant else "The towers differ no more than by chance"
     return (
         f"{text}{differ}. In the paper, one tower always learns color-agnostic filters, the other color-specific ones."
     )

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from alexnet_cli.core.analysis.filters import Kernels, Specialization
     from alexnet_plugins.visualize.figure import FigureRequest
 
-SIGNIFICANT = 0.05  # a larger p-value is called chance
-
 
 def draw_filters(request: FigureRequest, scale: str, *, is_sorted: bool, in_terminal: bool) -> None:
     """Draw the filters of the chosen towers, and report their measurements."""
@@ -83,7 +81,7 @@ def _show_measurements(reporter: Reporter, measured: Specialization, chosen: lis
     reporter.show(f"color   {shares}   (color share: gray 0, noise 0.67, opponent colors 1)")
     if measured.auc is not None and measured.p_value is not None and measured.interval is not None:
         low, high = measured.interval
-        verdict = "no more than chance" if measured.p_value > SIGNIFICANT else "the towers differ"
+        verdict = "the towers differ" if measured.is_significant else "no more than chance"
         verdict = "the filters are still noise" if measured.undertrained else verdict
         interval = f"95 % interval {low:.2f} to {high:.2f}"
         reporter.show(f"towers  AUC of color {measured.auc:.2f} ({interval}), p = {measured.p_value:.4f} · {verdict}")
