@@ -1,4 +1,4 @@
-"""The shell, as a subprocess where start-up matters: help, messages, exit codes, other people's commands."""
+"""The command line: help, messages, exit codes, commands of other distributions."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ COMMANDS = (
 
 
 def started(*arguments: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run the command as a user does; `path` is a folder of other people's modules."""
+    """Run the command as a user does; `path` is a folder of other modules."""
     paths = [str(path)] if path else []
     paths += [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
@@ -93,14 +93,14 @@ def test_help_cuts_no_description() -> None:
         ("--debug help train", "train --help"),
     ],
 )
-def test_help_is_a_word_too(asked: str, same: str) -> None:
+def test_help_works_as_a_command(asked: str, same: str) -> None:
     result = alexnet(*asked.split())
     assert (result.returncode, result.stdout) == (0, alexnet(*same.split()).stdout)
     assert alexnet("help", "trian").returncode == 2
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_explains_itself(command: str) -> None:
+def test_every_command_has_help(command: str) -> None:
     for flag in ("-h", "--help"):
         result = alexnet(command, flag)
         assert result.returncode == 0, result.stderr
@@ -152,7 +152,7 @@ def test_mistakes_are_two_lines_and_exit_2(arguments: tuple[str, ...], error: st
 
 
 @pytest.mark.parametrize("typed", ["--recipe papr", "--recipe tiny --set widht=1", "--set width", "--max-time soon"])
-def test_what_is_mistyped_is_told_before_torch_is_loaded(typed: str) -> None:
+def test_mistyped_options_are_reported_before_torch_is_loaded(typed: str) -> None:
     code = (
         f"import sys\nsys.modules['torch'] = None\nfrom alexnet_cli import cli\ncli.main({['train', *typed.split()]})"
     )
@@ -188,7 +188,7 @@ def test_errors_become_messages_and_codes(error: BaseException, code: int, capsy
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_that_an_import_swallows_still_stops(
+def test_a_signal_during_an_import_still_stops(
     number: signal.Signals, code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """PyTorch's import of numpy does so, and goes on with half of it."""
@@ -218,14 +218,14 @@ def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Traceback" not in alexnet("train", "--recipe", "papr").stderr
 
 
-def test_a_reader_that_leaves_is_no_error() -> None:
+def test_a_closed_pipe_is_no_error() -> None:
     command = f"{sys.executable} -m alexnet_cli --help | head -1; exit ${{PIPESTATUS[0]}}"
     result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False)
     assert "Traceback" not in result.stderr
     assert "error" not in result.stderr
 
 
-def test_somebody_elses_command_is_found_and_called(plugin: Callable[..., Path]) -> None:
+def test_a_third_party_command_is_found_and_called(plugin: Callable[..., Path]) -> None:
     path = plugin("hello", HELLO, summary="Greets people.")
     assert "hello              Greets people." in alexnet("--help", plugins=path).stdout
     assert alexnet("hello", "world", "--loud", plugins=path).stdout == "hello world!"
@@ -233,7 +233,7 @@ def test_somebody_elses_command_is_found_and_called(plugin: Callable[..., Path])
     assert "did you mean 'hello'" in alexnet("helo", plugins=path).stderr
 
 
-def test_what_goes_wrong_in_somebody_elses_command_is_theirs(plugin: Callable[..., Path]) -> None:
+def test_an_error_in_a_third_party_command_names_it(plugin: Callable[..., Path]) -> None:
     path = plugin("half", 'def run(n: int) -> None:\n    """Halve."""\n    print(1 / n)\n')
     broken = alexnet("half", "0", plugins=path)
     assert broken.returncode == 1
@@ -245,7 +245,7 @@ def test_what_goes_wrong_in_somebody_elses_command_is_theirs(plugin: Callable[..
     assert alexnet("half", "x", plugins=path).returncode == 2
 
 
-def test_a_typer_app_is_a_command_too(plugin: Callable[..., Path]) -> None:
+def test_a_typer_app_is_a_command(plugin: Callable[..., Path]) -> None:
     body = (
         "import typer, sys\nrun = typer.Typer()\n"
         "@run.command()\ndef one() -> None:\n    '''First.'''\n    sys.stdout.write('1')\n"
@@ -254,7 +254,7 @@ def test_a_typer_app_is_a_command_too(plugin: Callable[..., Path]) -> None:
     assert alexnet("pair", "two", plugins=plugin("pair", body)).stdout == "2"
 
 
-def test_a_broken_plugin_hurts_nobody_and_says_why(plugin: Callable[..., Path]) -> None:
+def test_a_broken_plugin_is_listed_with_its_reason(plugin: Callable[..., Path]) -> None:
     path = plugin("grad", "import nonesuch_module\ndef run() -> None: ...\n")
     assert alexnet("--help", plugins=path).returncode == 0
     assert alexnet("plugins", plugins=path).returncode == 0
@@ -269,13 +269,13 @@ def test_a_broken_plugin_hurts_nobody_and_says_why(plugin: Callable[..., Path]) 
     assert any("grad" in key for key in json.loads(alexnet("doctor", "--json", plugins=path).stdout)["broken_commands"])
 
 
-def test_a_heavy_plugin_does_not_slow_help(plugin: Callable[..., Path]) -> None:
+def test_help_does_not_import_plugins(plugin: Callable[..., Path]) -> None:
     path = plugin("slow", "import sys\nsys.stderr.write('IMPORTED')\n" + HELLO)
     assert "IMPORTED" not in alexnet("--help", plugins=path).stderr
     assert "IMPORTED" in alexnet("slow", "x", plugins=path).stderr
 
 
-def test_nobody_replaces_a_built_in(plugin: Callable[..., Path]) -> None:
+def test_a_built_in_cannot_be_replaced(plugin: Callable[..., Path]) -> None:
     path = plugin("train", HELLO)
     assert "hello" not in alexnet("train", "--help", plugins=path).stdout
     found = json.loads(alexnet("plugins", "--json", plugins=path).stdout)["plugins"]
@@ -284,7 +284,7 @@ def test_nobody_replaces_a_built_in(plugin: Callable[..., Path]) -> None:
     }  # fmt: skip
 
 
-def test_two_that_claim_one_name_are_both_named(plugin: Callable[..., Path]) -> None:
+def test_a_name_conflict_names_both_distributions(plugin: Callable[..., Path]) -> None:
     plugin("hello", HELLO, "alexnet-one")
     path = plugin("hello", HELLO, "alexnet-two")
     result = alexnet("hello", "world", plugins=path)
@@ -303,20 +303,20 @@ def test_plugins_can_be_switched_off(plugin: Callable[..., Path], allowed: str, 
     assert result.returncode == (0 if works else 2)
 
 
-def test_a_plugin_that_quits_on_import_takes_nobody_with_it(plugin: Callable[..., Path]) -> None:
+def test_a_plugin_that_exits_on_import_is_broken(plugin: Callable[..., Path]) -> None:
     path = plugin("leaver", "import sys\nsys.exit('bye')\n")
     assert alexnet("leaver", "--x", plugins=path).returncode == 4
     result = alexnet("plugins", "--json", plugins=path)
     assert {row["name"]: row["status"] for row in json.loads(result.stdout)["plugins"]}["leaver"] == "broken"
 
 
-def test_a_signature_typer_refuses_is_the_plugins_fault(plugin: Callable[..., Path]) -> None:
+def test_a_signature_that_typer_refuses_names_the_plugin(plugin: Callable[..., Path]) -> None:
     result = alexnet("odd", "3", plugins=plugin("odd", "def run(x: int | str) -> None: ...\n"))
     assert result.returncode == 4
     assert "alexnet-extra cannot be built" in result.stderr
 
 
-def test_what_a_function_returns_is_no_exit_code(plugin: Callable[..., Path]) -> None:
+def test_a_return_value_is_no_exit_code(plugin: Callable[..., Path]) -> None:
     assert alexnet("five", plugins=plugin("five", "def run() -> int:\n    return 5\n")).returncode == 0
 
 
@@ -330,7 +330,7 @@ def test_an_exit_code_is_kept(plugin: Callable[..., Path]) -> None:
 
 
 @pytest.mark.parametrize("records", [b"[alexnet.commands]\nzz\n", b"\xff\xfe", b"[alexnet.commands]\nhello = x:run\n"])
-def test_damaged_records_of_a_distribution_stop_nobody(plugin: Callable[..., Path], records: bytes) -> None:
+def test_corrupt_metadata_of_a_distribution_is_ignored(plugin: Callable[..., Path], records: bytes) -> None:
     path = plugin("hello", HELLO)
     damaged = path / "half_gone-1.0.dist-info"
     damaged.mkdir()
@@ -408,14 +408,14 @@ def test_completion_survives_a_broken_plugin(plugin: Callable[..., Path]) -> Non
     assert "Traceback" not in result.stderr
 
 
-def test_every_built_in_loads_and_is_called_what_it_is() -> None:
+def test_every_built_in_loads_and_has_its_name() -> None:
     builtins = [entry for entry in entry_points.find_entries({}) if entry.is_builtin]
     assert {entry.name for entry in builtins} == set(COMMANDS)
     for entry in builtins:
         assert entry.load().__name__.replace("_", "-") == entry.name
 
 
-def test_doctor_tells_what_really_opens() -> None:
+def test_doctor_lists_providers_that_work() -> None:
     found = json.loads(started("doctor", "--json").stdout)
     assert found["schema"] == "alexnet.doctor/1"
     assert found["onnxruntime_providers"]["CPUExecutionProvider"] == "ok"
@@ -441,7 +441,7 @@ def test_doctor_says_what_each_gpu_can_do(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize(("package", "words"), [("torch", ["--json"]), ("onnxruntime", [])])
-def test_doctor_survives_the_patient(tmp_path: Path, package: str, words: list[str]) -> None:
+def test_doctor_reports_packages_that_do_not_import(tmp_path: Path, package: str, words: list[str]) -> None:
     (tmp_path / f"{package}.py").write_text("raise ImportError('libcudart.so.13: cannot open')\n", encoding="utf-8")
     result = started("doctor", *words, path=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -451,7 +451,7 @@ def test_doctor_survives_the_patient(tmp_path: Path, package: str, words: list[s
         assert f"{package}: ImportError: libcudart.so.13: cannot open" in result.stdout
 
 
-def test_what_is_switched_off_is_not_broken(plugin: Callable[..., Path]) -> None:
+def test_disabled_plugins_are_not_broken(plugin: Callable[..., Path]) -> None:
     result = alexnet("doctor", "--json", plugins=plugin("hello", HELLO), settings={"ALEXNET_PLUGINS": ""})
     assert not any("hello" in key for key in json.loads(result.stdout)["broken_commands"])
 
@@ -460,7 +460,7 @@ def test_what_is_switched_off_is_not_broken(plugin: Callable[..., Path]) -> None
     ("said", "expected"),
     [({}, cli.SPIN_COUNT), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
 )
-def test_waiting_threads_sleep_soon_unless_told_otherwise(
+def test_waiting_threads_sleep_soon_by_default(
     said: dict[str, str], expected: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):

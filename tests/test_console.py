@@ -13,7 +13,7 @@ import pytest
 from alexnet_cli.console import Reporter, duration
 
 
-def test_the_result_alone_is_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:
+def test_with_json_only_the_result_is_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:
     reporter = Reporter("test", json=True)
     reporter.line("data", "somewhere")
     reporter.warn("careful", "do this")
@@ -25,7 +25,7 @@ def test_the_result_alone_is_on_stdout(capsys: pytest.CaptureFixture[str]) -> No
     assert err == "data    somewhere\nwarn    careful\nhint    do this\n"
 
 
-def test_for_people_json_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_json_only_text_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     reporter = Reporter("test")
     reporter.result({"x": 1})
     reporter.show("seen")
@@ -56,7 +56,7 @@ def test_without_a_terminal_progress_is_lines(
     assert lines[-1] == "train   1,000/1,000 img  loss 1.5  10 img/s"
 
 
-def test_what_takes_long_still_has_its_lines(
+def test_lines_appear_while_nothing_is_counted(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A validation, or steps that take more than half a minute."""
@@ -70,7 +70,7 @@ def test_what_takes_long_still_has_its_lines(
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_nobody_need_listen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, terminal: bool) -> None:
+def test_write_failures_on_stderr_are_ignored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, terminal: bool) -> None:
     """A terminal that was closed, a log on a full disk: what is written there fails, and the work goes on."""
 
     class Closed(io.TextIOWrapper):
@@ -113,9 +113,7 @@ def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
-def test_a_wait_is_explained_only_if_it_is_long(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_long_waits_are_shown(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     reporter = Reporter("prepare")
     with reporter.waiting("look", "reading"):
         pass

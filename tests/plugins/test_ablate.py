@@ -98,7 +98,7 @@ def test_what_cannot_be_compared_is_refused(made: AblationStudy) -> None:
     with pytest.raises(UsageError, match="epochs = 2, not 3"):
         made.is_finished(replace(cell, recipe=replace(SMALL, epochs=3)))
     Run(made.folder / cell.name).update({"data_hash": "another"})
-    with pytest.raises(UsageError, match="other data"):
+    with pytest.raises(UsageError, match="different data set"):
         made.is_finished(cell)
     for name in ("", "..", "a/b", "latest", "a/base-seed0"):
         with pytest.raises(UsageError):

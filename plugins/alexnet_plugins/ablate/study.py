@@ -28,7 +28,7 @@ from alexnet_cli.core.training.checkpoint import find_newest
 from alexnet_cli.core.training.loop import TrainingLoop
 from alexnet_cli.core.training.trainer import Trainer
 from alexnet_cli.errors import DataError, StorageError, UsageError, VerificationError
-from alexnet_cli.recipe import Recipe
+from alexnet_cli.recipe import Recipe, compare_recipes
 from alexnet_cli.recipe_io import apply_changes
 
 DIVERGED = "the loss is not a number"
@@ -192,12 +192,12 @@ class AblationStudy:
 
     def find_done_runs(self) -> dict[Switch, dict[int, Run]]:
         """Return the trained cells in the folder, those of earlier calls included: switch -> seed -> run."""
-        found: dict[Switch, dict[int, Run]] = {}
+        runs_by_switch: dict[Switch, dict[int, Run]] = {}
         for switch in SWITCHES:
             runs = [Run(path.parent) for path in self.folder.glob(f"{switch.name}-seed*/run.json")]
             if done := {run.recipe.seed: run for run in runs if is_done(run)}:
-                found[switch] = dict(sorted(done.items()))
-        return found
+                runs_by_switch[switch] = dict(sorted(done.items()))
+        return runs_by_switch
 
     def _find_run(self, cell: Cell) -> Run | None:
         path = self.folder / cell.name
@@ -205,11 +205,12 @@ class AblationStudy:
 
     def _check_same_training(self, run: Run, cell: Cell) -> None:
         if run.about.get("data_hash") != self.data.hash:
-            raise UsageError(f"{self.folder} was trained on other data than {self.data.path}", "choose another --name")
-        if (old := run.recipe) != cell.recipe:
-            key = next(k for k, v in vars(cell.recipe).items() if getattr(old, k) != v)
-            there, here = getattr(old, key), getattr(cell.recipe, key)
-            raise UsageError(f"{run.path} was trained with {key} = {there}, not {here}", "choose another --name")
+            raise UsageError(
+                f"{self.folder} was trained on a different data set than {self.data.path}", "choose another --name"
+            )
+        if differences := compare_recipes(run.recipe, cell.recipe):
+            key, (old, new) = next(iter(differences.items()))
+            raise UsageError(f"{run.path} was trained with {key} = {old}, not {new}", "choose another --name")
 
     def _describe_run(self, cell: Cell) -> dict[str, Any]:
         """Return what run.json holds besides the status."""

@@ -87,7 +87,7 @@ def estimate_mean(values: Sequence[float]) -> Estimate | None:
 def build_rows(runs: Mapping[Switch, Mapping[int, Run]]) -> list[Row]:
     """Return a row for each switch with finished trainings."""
     ends = {switch: {seed: _last_validation(run) for seed, run in seeds.items()} for switch, seeds in runs.items()}
-    return [_build_row(switch, runs[switch], own, ends.get(BASE, {})) for switch, own in ends.items()]
+    return [_build_row(switch, runs[switch], ends[switch], ends.get(BASE, {})) for switch in runs]
 
 
 def _build_row(
@@ -96,22 +96,22 @@ def _build_row(
     ends: Mapping[int, dict[str, Any] | None],
     base: Mapping[int, dict[str, Any] | None],
 ) -> Row:
-    good = {seed: end for seed, end in ends.items() if end}
-    pairs = [(end, other) for seed, end in good.items() if switch is not BASE and (other := base.get(seed))]
+    finished = {seed: end for seed, end in ends.items() if end}
+    pairs = [(end, base_end) for seed, end in finished.items() if switch is not BASE and (base_end := base.get(seed))]
 
     def mean(key: str) -> Estimate | None:
-        return estimate_mean([end[key] for end in good.values()])
+        return estimate_mean([end[key] for end in finished.values()])
 
     def difference(key: str) -> Estimate | None:
-        return estimate_mean([end[key] - other[key] for end, other in pairs])
+        return estimate_mean([end[key] - base_end[key] for end, base_end in pairs])
 
     return Row(
-        switch, tuple(good), tuple(seed for seed in ends if seed not in good),
-        max((end["epoch"] for end in good.values()), default=None),
+        switch, tuple(finished), tuple(seed for seed in ends if seed not in finished),
+        max((end["epoch"] for end in finished.values()), default=None),
         mean("top1_error"), mean("top5_error"), mean("train_top1_error"),
         difference("top1_error"), difference("top5_error"),
-        next((runs[seed].recipe.activation for seed in good if switch.name in ACTIVATIONS), None),
-        tuple(smooth_training_error(runs[seed].records()) for seed in good),
+        next((runs[seed].recipe.activation for seed in finished if switch.name in ACTIVATIONS), None),
+        tuple(smooth_training_error(runs[seed].records()) for seed in finished),
     )  # fmt: skip
 
 
@@ -147,12 +147,17 @@ def count_steps_by_activation(rows: Sequence[Row], error: float) -> dict[str, li
 def row_to_dict(row: Row, error: float) -> dict[str, Any]:
     """Return a row for JSON: errors as shares, steps to the training error, and the paper's numbers."""
     switch = row.switch
-    estimates = ("top1", "top5", "train_top1", "top1_difference", "top5_difference")
-    names = {"top1": "top1_error", "top5": "top5_error", "train_top1": "train_top1_error"}
-    found = {names.get(n, n): asdict(value) if (value := getattr(row, n)) else None for n in estimates}
+    estimates = {
+        "top1_error": row.top1,
+        "top5_error": row.top5,
+        "train_top1_error": row.train_top1,
+        "top1_difference": row.top1_difference,
+        "top5_difference": row.top5_difference,
+    }
+    errors = {key: asdict(estimate) if estimate else None for key, estimate in estimates.items()}
     return {
         "switch": switch.name, "section": switch.section, "settings": switch.settings, "seeds": list(row.seeds),
-        "diverged": list(row.diverged), "epochs": row.epochs, **found, "steps_to_error": row.count_steps_to(error),
+        "diverged": list(row.diverged), "epochs": row.epochs, **errors, "steps_to_error": row.count_steps_to(error),
         "paper": switch.paper or None, "paper_top1_difference": switch.top1, "paper_top5_difference": switch.top5,
         "verdict": row.verdict,
     }  # fmt: skip
@@ -160,8 +165,8 @@ def row_to_dict(row: Row, error: float) -> dict[str, Any]:
 
 def format_json(rows: Sequence[Row], about: Mapping[str, Any], error: float) -> str:
     """Return the table and the training curves as a JSON document."""
-    whole = [row_to_dict(row, error) | {"curves": row.curves} for row in rows]
-    return json.dumps({"schema": "alexnet.ablation/1", **about, "training_error": error, "rows": whole}) + "\n"
+    records = [row_to_dict(row, error) | {"curves": row.curves} for row in rows]
+    return json.dumps({"schema": "alexnet.ablation/1", **about, "training_error": error, "rows": records}) + "\n"
 
 
 def format_csv(rows: Sequence[Row], error: float) -> str:
