@@ -41,7 +41,7 @@ def test_of_several_prepared_sets_the_newest_is_named_and_the_others(
     (tmp_path / "prepared" / "latest").symlink_to("b")
     assert choose_data(None, None) == (
         Path("prepared/b"),
-        "prepared/b is the newest prepared data set; --data chooses another: a",
+        "prepared/b is the newest prepared data set; --data selects another: a",
     )
     assert choose_data("a", None) == (Path("prepared/a"), "")
     run = Run.create("r", TINY, {"data_path": str(prepared)})
