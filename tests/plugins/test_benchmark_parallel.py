@@ -94,7 +94,7 @@ def test_only_activations_grow_with_the_batch() -> None:
 
 
 def test_what_fails_in_a_process_is_told() -> None:
-    with RankGroup(replace(JOB, processes=3)) as group, pytest.raises(AlexNetError, match=r"rank \d of 3: .*number of devices is odd \(3\)"):
+    with RankGroup(replace(JOB, processes=3)) as group, pytest.raises(AlexNetError, match=r"rank \d of 3: .*odd \(3\)"):
         group.run()
     assert not any(process.is_alive() for process in group.processes)
     with RankGroup(JOB) as group:
