@@ -209,7 +209,9 @@ def _place_on_cpu(precision: str, notes: list[str]) -> Placement:
         precision = "fp32"
     if precision == "tf32":
         precision = "fp32"
-    return Placement(torch.device("cpu"), f"CPU, {torch.get_num_threads()} threads", precision, tuple(notes))
+    threads = torch.get_num_threads()
+    name = f"CPU, {threads} thread{'s' if threads > 1 else ''}"
+    return Placement(torch.device("cpu"), name, precision, tuple(notes))
 
 
 def keep_freed_memory() -> None:
