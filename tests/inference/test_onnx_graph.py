@@ -115,7 +115,11 @@ def test_foreign_and_corrupt_files_are_refused(tmp_path: Path, capfd: pytest.Cap
     del foreign.metadata_props[:]
     renamed = onnx.ModelProto.FromString(whole)
     next(m for m in renamed.metadata_props if m.key == "names").value = '["one"]'
+    older = onnx.ModelProto.FromString(whole)
+    recipe = next(m for m in older.metadata_props if m.key == "recipe")
+    recipe.value = recipe.value.replace("color_shift", "colour_shift")
     files = {
+        "older": (older.SerializeToString(), "no key is called colour_shift"),
         "foreign": (foreign.SerializeToString(), "not an ONNX file of this toolkit"),
         "renamed": (renamed.SerializeToString(), "unreadable metadata"),
         "truncated": (whole[: len(whole) // 2], "cannot be opened"),

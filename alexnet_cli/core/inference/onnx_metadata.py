@@ -14,7 +14,7 @@ from typing import Any
 import alexnet_cli
 from alexnet_cli import recipe_io
 from alexnet_cli.core.data.classes import ClassName, parse_classes
-from alexnet_cli.core.model.model_file import Model, check_preprocessing, describe_preprocessing
+from alexnet_cli.core.model.model_file import OTHER_VERSION, Model, check_preprocessing, describe_preprocessing
 from alexnet_cli.errors import RecipeError, WeightsError
 from alexnet_cli.recipe import Recipe
 
@@ -89,7 +89,9 @@ def parse_metadata(path: Path, text: Mapping[str, str]) -> OnnxMetadata:
             measured=dict(json.loads(text["alexnet.measured"])),
             info=dict(json.loads(text["info"])),
         )
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, RecipeError) as error:
+    except RecipeError as error:
+        raise WeightsError(f"{path}: {error}", OTHER_VERSION) from error
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise WeightsError(
             f"{path} has unreadable metadata: {error}", "the file is corrupt; export it again"
         ) from error

@@ -25,6 +25,7 @@ from alexnet_cli.recipe import SIDE, Recipe
 
 SCHEMA = "alexnet.model/1"
 DAMAGED = "the file is damaged, or another program wrote it"
+OTHER_VERSION = "another version of alexnet wrote the file, or it is damaged; train or import it again"
 MAX_HEADER_BYTES = 2**24  # the header of a model with 20,000 classes has one or two million
 
 
@@ -122,7 +123,9 @@ def parse_metadata(path: Path, text: Mapping[str, str]) -> tuple[Recipe, tuple[C
         info = dict(json.loads(text.get("info", "{}")))
         check_preprocessing(json.loads(text.get("preprocess", "{}")), recipe, info)
         return recipe, classes, info
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, RecipeError) as error:
+    except RecipeError as error:
+        raise WeightsError(f"{path}: {error}", OTHER_VERSION) from error
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise WeightsError(f"{path} has unreadable metadata: {error}", DAMAGED) from error
 
 
