@@ -57,7 +57,7 @@ def train(
     ] = None,
     micro_batch: Annotated[
         int | None,
-        typer.Option(min=1, help="Compute so many images of a batch at once, to save memory [default: all]"),
+        typer.Option(min=1, help="Images of a batch to compute at once; fewer need less memory [default: all]"),
     ] = None,
     lr: Annotated[
         float | None, typer.Option(help=f"Initial learning rate; the highest one if one-cycle {FROM_RECIPE}")
@@ -103,7 +103,7 @@ def train(
     max_time: Annotated[str | None, typer.Option(help="Save and stop after this time, such as 8h or 1h30m")] = None,
     save_every: Annotated[
         int | None,
-        typer.Option(min=1, metavar="STEPS", help="Save a checkpoint every so many steps, as well as after each epoch"),
+        typer.Option(min=1, metavar="STEPS", help="Save a checkpoint every STEPS steps, as well as after each epoch"),
     ] = None,
     keep: Annotated[
         int | None, typer.Option(min=1, help="Number of newest checkpoints to keep, besides the best [default: 1]")
@@ -127,7 +127,7 @@ def train(
 ) -> None:
     """Train the two-tower network on a prepared data set.
 
-    Without options: recipe `paper`, the only prepared data set, the first GPU if there is one. Without a GPU, `paper`
+    Without options: recipe `paper`, the newest prepared data set, the first GPU if there is one. Without a GPU, `paper`
     takes hours on a few thousand images and `--recipe tiny` takes minutes.
     """
     from alexnet_cli.core.signals import catch_stop_signals, parse_duration
@@ -217,4 +217,4 @@ def train(
             saved_options["save_every"] or sys.maxsize, bool(saved_options["tensorboard"]),
         )  # fmt: skip
         if ranks.is_main:
-            finish(reporter, loop, reason, stop)
+            finish(reporter, loop, reason)

@@ -276,7 +276,7 @@ def report_error(
             reporter.result(record.as_dict())
 
 
-def finish(reporter: Reporter, loop: TrainingLoop, reason: str, stop: Callable[[], str | None]) -> None:
+def finish(reporter: Reporter, loop: TrainingLoop, reason: str) -> None:
     """Write alexnet.onnx and the report. If training was stopped, raise Stopped with the command that continues."""
     from alexnet_cli.core.signals import EXIT_CODES
 
