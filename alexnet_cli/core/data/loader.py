@@ -91,9 +91,6 @@ class Loader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
         """Stop the threads and drop their unfinished work."""
         self.pool.shutdown(wait=True, cancel_futures=True)
 

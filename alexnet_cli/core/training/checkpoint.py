@@ -195,10 +195,7 @@ def _read_meta(directory: Path) -> dict[str, Any]:
 
 
 def _old_version(directory: Path) -> WeightsError:
-    return WeightsError(
-        f"{directory} was saved by version 0.1.0 and cannot be resumed",
-        f"train again, or start a new run from its weights: --init-from {directory}",
-    )
+    return WeightsError(f"{directory} was saved by version 0.1.0 and cannot be resumed", "train again")
 
 
 def _link(checkpoint: Path, best: bool) -> None:
