@@ -127,7 +127,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings=HELP_OPTIONS,
-    epilog="Try it: alexnet demo. Then: alexnet prepare FOLDER, alexnet train --recipe tiny (fast on a GPU), "
+    epilog="Try it: alexnet demo. Then: alexnet prepare FOLDER, alexnet train --recipe tiny (GPU: --recipe fast), "
     "alexnet evaluate.",
 )
 
@@ -256,7 +256,7 @@ def _format_any_error(error: BaseException) -> tuple[str, str, int]:
 
 def _format_parser_error(error: Any) -> tuple[str, str, int]:
     """Return the parser's message, its "Did you mean" or the command's --help as the hint, and the exit code."""
-    message = " ".join(error.format_message().split()).rstrip(".")
+    message = " ".join(error.format_message().split()).rstrip(".").replace("Value error, ", "")
     context = getattr(error, "ctx", None)
     hint = f"{context.command_path if context is not None else 'alexnet'} --help"
     if suggested := re.search(r"(?:Did you mean (.+)\?|\(Possible options: (.+)\))$", message):

@@ -138,6 +138,9 @@ def check_onnx_providers() -> dict[str, str]:
     model.ir_version = 8
     states = {}
     for provider in onnxruntime.get_available_providers():
+        if provider in ("CUDAExecutionProvider", "TensorrtExecutionProvider") and not has_gpu():
+            states[provider] = "not tried: no GPU"
+            continue
         try:
             session = onnxruntime.InferenceSession(model.SerializeToString(), providers=[provider], enable_fallback=0)
             opened = session.get_providers()

@@ -166,9 +166,12 @@ def test_right_answers_are_counted_as_by_hand() -> None:
     assert found == AccuracyComparison(images=8, both=2, only_float32=2, only_int8=1)
     assert (found.float32, found.int8, found.lost) == (4 / 8, 3 / 8, 1 / 8)
     low, high = found.interval
-    # Variance of a mean of values 1, 1, -1, 0 ...: by numpy.
-    half = 1.96 * np.std([1, 1, -1, 0, 0, 0, 0, 0]) / np.sqrt(8)
-    assert (low, high) == pytest.approx((1 / 8 - half, 1 / 8 + half))
+    # Agresti and Min: half an image more in each of the four cells, here both in units of half an image.
+    values = np.repeat([1, -1, 0], [2 * 2 + 1, 2 * 1 + 1, 2 * 5 + 2])
+    half = 1.96 * np.std(values) / np.sqrt(len(values) / 2)
+    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half))
+    low, high = AccuracyComparison(images=9, both=9, only_float32=0, only_int8=0).interval
+    assert low < -0.1 < 0.1 < high, "no difference on nine images is no certainty"
 
 
 def test_without_vnni_the_precise_product_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,7 +97,7 @@ def test_more_epochs_are_allowed_but_not_fewer_than_are_done() -> None:
     for epoch in (1, 2, 3):
         run.log({"event": "validation", "epoch": epoch, "step": 10 * epoch})
     assert resume.check_recipe(run, replace(PAPER, epochs=3), set()).epochs == 3
-    with pytest.raises(UsageError, match="epochs = 2, but run r has done 3"):
+    with pytest.raises(UsageError, match="epochs = 2, but run r has begun epoch 3"):
         resume.check_recipe(run, replace(PAPER, epochs=2), {"epochs"})
 
 

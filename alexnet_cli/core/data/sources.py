@@ -160,7 +160,7 @@ def _explain_unknown_layout(path: Path) -> DataError:
 
 
 def _descend(path: Path) -> Path:
-    """Return the folder that has classes, or the lowest one, following single folders that have images below."""
+    """Descend while a folder has one subfolder with images. Returns the first with classes, otherwise the last."""
     while not _has_classes(path) and len(filled := class_folders(path)[0]) == 1:
         path = path / filled[0]
     return path

@@ -53,7 +53,7 @@ def bound_lowest_error(error: float, images: int, epochs: int) -> float:
 
 
 def format_baselines(guessing: float, majority: float) -> str:
-    """Return both errors in words; the second only if the classes are unequal."""
+    """Format the error of guessing and, if the classes are unequal, of the majority class."""
     text = f"guessing: {guessing:.1%}"
     return text if f"{majority:.1%}" == f"{guessing:.1%}" else f"{text}, always the most frequent class: {majority:.1%}"
 

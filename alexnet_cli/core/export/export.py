@@ -210,10 +210,11 @@ class AccuracyComparison:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % interval of `lost`, from the images on which the two differ; approximate if these are few."""
-        different, net = self.only_float32 + self.only_int8, self.fewer_correct
-        half = 1.96 * math.sqrt(max(different - net**2 / self.images, 0)) / self.images
-        return self.lost - half, self.lost + half
+        """95 % interval of `lost` for paired answers (Agresti and Min 2005): not of width 0 if no answer differs."""
+        images, different = self.images + 2, self.only_float32 + self.only_int8 + 1
+        lost = self.fewer_correct / images
+        half = 1.96 * math.sqrt(different / images - lost**2) / math.sqrt(images)
+        return lost - half, lost + half
 
     def as_dict(self) -> dict[str, Any]:
         """Return the comparison for JSON and metadata."""

@@ -62,7 +62,8 @@ def read_rank_info() -> RankInfo | None:
         local_rank = int(os.environ.get(variables[2], rank))
         local_size = int(os.environ.get(variables[3], size))
     except ValueError as error:
-        raise UsageError(f"the launcher's variables {', '.join(variables)} are not numbers: {error}") from error
+        what = f"the launcher's variables {', '.join(variables)} are not numbers: {error}"
+        raise UsageError(what, "start through torchrun or srun, or unset them") from error
     if not (0 <= rank < size and 0 <= local_rank < local_size):
         what = f"the launcher calls this process rank {rank} of {size}, local rank {local_rank} of {local_size}"
         raise UsageError(what, f"{', '.join(variables)} count from 0")

@@ -226,7 +226,7 @@ def collect_report(
 
 
 def _choose_recipe(run: Run | None, model: Model | None) -> Recipe:
-    """The run's recipe, which may have more epochs than that of a checkpoint; else the network's."""
+    """The run's recipe (a resumed run may have more epochs); without a run, the model's."""
     try:
         return run.recipe if run else model.recipe if model else PAPER
     except RecipeError as error:

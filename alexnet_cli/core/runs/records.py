@@ -134,9 +134,9 @@ def explain_missing_checkpoint(path: Path, about: Mapping[str, Any], name: str) 
     return f"{path} has no checkpoint yet", hints.get(str(about.get("status")), "wait until the first one is saved")
 
 
-def epochs_done(records: Iterable[Mapping[str, Any]]) -> int:
-    """The number of epochs that have been validated."""
-    return max((get_int(r, "epoch") for r in records if r.get("event") == "validation"), default=0)
+def epochs_begun(records: Iterable[Mapping[str, Any]]) -> int:
+    """The number of epochs that have been begun and saved or validated."""
+    return max((get_int(r, "epoch") for r in records if r.get("event") in ("validation", "checkpoint")), default=0)
 
 
 def get_int(record: Mapping[str, Any], key: str) -> int:

@@ -215,7 +215,7 @@ class TrainingLoop:
                 return
 
     def _collect(self, pending: list[StepMetrics]) -> tuple[RunningMetrics, VerificationError | None]:
-        """Sum the pending steps over all ranks, up to the first loss that is not finite; also return its error."""
+        """Sum the metrics of pending steps over all ranks, up to a loss that is not finite. Also returns its error."""
         trainer, recent = self.trainer, RunningMetrics()
         rank_metrics = [[float(m.loss), float(m.errors), float(m.top5_errors)] for m in pending]
         totals = trainer.placement.ranks.sum_over_replicas(np.array(rank_metrics))

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import fields
 from typing import Any
 
-from alexnet_cli.core.runs.records import epochs_done
+from alexnet_cli.core.runs.records import epochs_begun
 from alexnet_cli.core.runs.run import Run
 from alexnet_cli.errors import UsageError
 from alexnet_cli.recipe import Recipe, compare_recipes, format_set_option
@@ -73,10 +73,10 @@ def check_recipe(run: Run, wanted: Recipe, forced: Collection[str], from_file: C
         more = f", and {len(refused) - 4} more" if len(refused) > 4 else ""
         what = f"the recipe differs from that of run {name}: {listed}{more}"
         raise UsageError(what, f"{remove_option(*refused)}; to change a value from here on: --set KEY=VALUE")
-    done = epochs_done(run.records())
-    if wanted.epochs < done:
-        least = format_set_option("epochs", done) if planned else f"--epochs {done}"
-        raise UsageError(f"epochs = {wanted.epochs}, but run {name} has done {done}", f"{least} or more")
+    begun = epochs_begun(run.records())
+    if wanted.epochs < begun:
+        least = format_set_option("epochs", begun) if planned else f"--epochs {begun}"
+        raise UsageError(f"epochs = {wanted.epochs}, but run {name} has begun epoch {begun}", f"{least} or more")
     if refused == ["epochs"]:
         what = f"the one-cycle schedule of run {name} is planned for {saved.epochs} epochs, not {wanted.epochs}"
         force = f"force it (this changes every later learning rate): --set epochs={wanted.epochs}"

@@ -164,7 +164,7 @@ def _train(
         reason = record.reason
         done = record.step if record.event in ("start", "step") else done
     if reason is None:
-        reporter.warn(f"{cell.name}: the loss became NaN; this training is over")
+        reporter.warn(f"{cell.name}: the loss became NaN; this training stops here")
     elif reason == "finished" and last and last.top1_error is not None:
         reporter.line("done", f"{title}  top-1 error {last.top1_error:.1%}")
     return None if reason in (None, "finished") else reason

@@ -111,7 +111,7 @@ def _scale_to_side(width: int, height: int) -> tuple[int, int]:
 
 
 def _convert_in_memory(paths: list[Path], threads: ThreadPoolExecutor) -> Work:
-    """Only decode, resize and encode: bytes already in memory, results dropped."""
+    """Time decode, resize and encode only: no reading, no writing."""
     from alexnet_cli.core.data import fast_images
 
     files = [path.read_bytes() for path in paths]

@@ -61,7 +61,7 @@ class Conditions:
 
 
 def compare_training(options: BenchmarkOptions) -> Generator[BenchmarkCase]:
-    """Yield a case in float32, and one in bf16 if the device has it. Both train the same networks further."""
+    """Yield a case in float32, and one in bf16 if the device has it. The bf16 case continues with the same networks."""
     torch.set_num_threads(options.workers)
     placements = [place(options.gpus, "fp32"), place(options.gpus, "bf16")]
     on_gpu = placements[0].device.type == "cuda"

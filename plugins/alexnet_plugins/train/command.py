@@ -74,7 +74,8 @@ def train(
         ),
     ] = "auto",
     compress: Annotated[
-        bool, typer.Option("--compress", help="Exchange gradients between replicas as bf16", show_default=False)
+        bool,
+        typer.Option("--compress", help="Exchange data-parallel gradients as bf16", show_default=False),
     ] = False,
     precision: Annotated[
         Precision | None, typer.Option(help=f"Precision of convolutions and matrix products {FROM_RECIPE}")
@@ -111,7 +112,7 @@ def train(
     jobs: JobsOption = None,
     cache: Annotated[
         Cache,
-        typer.Option(help="Where to keep decoded images: on the device, nowhere, or on the device if they easily fit"),
+        typer.Option(help="Keep decoded images on the device: if they easily fit (auto), always, or never"),
     ] = "auto",
     compile: Annotated[
         bool, typer.Option("--compile/--no-compile", help="Compile the network with torch.compile")

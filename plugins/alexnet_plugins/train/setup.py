@@ -211,7 +211,10 @@ def show_config(reporter: Reporter, recipe: Recipe, sources: Mapping[str, str]) 
     changed = [row for row in rows if row["value"] != row["paper"]]
     columns = ["value", "from", "section", "meaning"]
     _show_table(
-        reporter, f"recipe {recipe.name}: same as the paper", columns, [row for row in rows if row not in changed]
+        reporter,
+        f"recipe {recipe.name}: equal to the paper's",
+        columns,
+        [row for row in rows if row not in changed],
     )
     if changed:
         _show_table(
