@@ -79,6 +79,7 @@ def test_the_pillow_pipeline_does_the_same_work(tmp_path: Path) -> None:
     assert np.abs(theirs - ours).mean() < 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("topic", [Topic.load, Topic.prepare])
 @pytest.mark.filterwarnings("default")
 def test_the_command(topic: Topic, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,6 +51,7 @@ def test_every_file_runs_and_stock_too(tmp_path: Path, monkeypatch: pytest.Monke
     assert inference.run_stock(Conditions(SMALL, 2, 1, "cpu", 1), False, False) == 2
 
 
+@pytest.mark.slow
 def test_the_script_gives_the_answers_of_predict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch and torchvision as a user has them, against our file: same network, same picture."""
     monkeypatch.setattr(inference, "RECIPE", SMALL)

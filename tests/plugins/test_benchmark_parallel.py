@@ -56,6 +56,7 @@ def test_the_bytes_of_the_whole_network() -> None:
     assert activation_bytes(PAPER, B, 2, "hybrid") == hybrid
 
 
+@pytest.mark.slow
 def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parallel, "RECIPE", SMALL)
     monkeypatch.setattr(devices, "has_cpu_bf16", lambda: False)
@@ -75,6 +76,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     assert any("4 images per step" in note for note in found["notes"]), "of three, two processes make four"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "way", ["tower", pytest.param("data", marks=pytest.mark.slow), pytest.param("hybrid", marks=pytest.mark.slow)]
 )

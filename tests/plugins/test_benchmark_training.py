@@ -76,6 +76,7 @@ def test_ours_trains_from_shards(prepared: Path, monkeypatch: pytest.MonkeyPatch
     assert not torch.equal(ours.network.get_parameter("fc8.bias"), before)
 
 
+@pytest.mark.slow
 def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "RECIPE", SMALL)
     monkeypatch.setattr(placement, "has_cpu_bf16", lambda: True)
@@ -95,6 +96,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
         assert any("2 images per step" in note for note in line["notes"])
 
 
+@pytest.mark.slow
 def test_without_bf16_a_note_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "RECIPE", SMALL)
     monkeypatch.setattr(placement, "has_cpu_bf16", lambda: False)
