@@ -67,8 +67,9 @@ class _LazyCommands(dict[str, Any]):
     def __getitem__(self, name: str) -> Any:
         if super().__getitem__(name) is None:
             entry = self.entries[name]
-            is_light = entry.is_builtin
-            self[name] = _import_command(entry) if is_light else _stub(entry, entry.summary or "(no description)")
+            self[name] = (
+                _import_command(entry) if entry.is_builtin else _stub(entry, entry.summary or "(no description)")
+            )
         return super().__getitem__(name)
 
     def get(self, name: str, default: Any = None) -> Any:

@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Any, Protocol, cast
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 SECONDS_BETWEEN_LINES = 30.0
 SECONDS_BEFORE_WAITING_LINE = 2.0
 FILE_WIDTH = 160  # columns of a table that goes to a file or a pipe
+BAR_WIDTH, MIN_NAME_WIDTH = 24, 20  # characters: the bar of a probability of 1, the column of class names
 
 
 class Progress(Protocol):
@@ -102,7 +103,7 @@ class Reporter:
         def remind() -> float:
             nonlocal due
             if time.monotonic() >= due:
-                self.line(label, f"{text} ({duration(time.monotonic() - started)} so far)")
+                self.line(label, f"{text} ({format_duration(time.monotonic() - started)} so far)")
                 due = time.monotonic() + SECONDS_BETWEEN_LINES
             return due
 
@@ -216,7 +217,7 @@ class _Rate:
         rate = (self.done - self.skipped) / max(1e-9, time.monotonic() - self.started)
         left = (self.total - self.done) / rate if self.total is not None and rate else 0
         pace = format(rate, ",.0f" if rate >= 10 else ".2g")
-        return f"{pace} {self.unit}/s" + (f"  eta {duration(left)}" if left > 0 else "")
+        return f"{pace} {self.unit}/s" + (f"  eta {format_duration(left)}" if left > 0 else "")
 
 
 class _BarProgress:
@@ -269,7 +270,15 @@ class _LineProgress:
         self.write(f"{self.description:<7} {count} {rate.unit}  {note}{rate.format_rate()}")
 
 
-def duration(seconds: float) -> str:
+def format_probabilities(labels: Iterable[tuple[str, float]]) -> list[str]:
+    """Return a line for each name and probability, with a bar. Plain text, because loading Rich takes time."""
+    block = "█" if "utf" in (sys.stdout.encoding or "").lower() else "#"
+    rows = [(make_printable(name), probability) for name, probability in labels]
+    width = max([MIN_NAME_WIDTH, *(len(name) for name, _ in rows)])
+    return [f"{name:<{width}}  {share:.2f}  {block * round(BAR_WIDTH * share)}".rstrip() for name, share in rows]
+
+
+def format_duration(seconds: float) -> str:
     """Format a duration, such as 45s, 3m20s, 5h12m, 6d3h."""
     whole = round(seconds)
     for size, name, smaller, small in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):

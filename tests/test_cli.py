@@ -431,7 +431,7 @@ def test_doctor_lists_providers_that_work() -> None:
 
 def test_doctor_says_what_each_gpu_can_do(monkeypatch: pytest.MonkeyPatch) -> None:
     gpus = [devices.Gpu(0, "H100", 80 << 30, "9.0"), devices.Gpu(1, "K80", 12 << 30, "3.7")]
-    monkeypatch.setattr(devices, "visible_gpus", lambda: gpus)
+    monkeypatch.setattr(devices, "list_gpus", lambda: gpus)
     monkeypatch.setattr(devices, "try_gpu", lambda index: ["", "no kernel image is available"][index])
     monkeypatch.setattr(triton_kernels, "unavailable_reason", lambda index: "")
     said = alexnet("doctor").stdout

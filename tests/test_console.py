@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from alexnet_cli.console import Reporter, duration
+from alexnet_cli.console import Reporter, format_duration
 
 
 def test_with_json_only_the_result_is_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:
@@ -110,7 +110,7 @@ def test_long_names_and_slow_work_read_well(
     ("seconds", "text"), [(0.4, "0s"), (59, "59s"), (60, "1m0s"), (3725, "1h2m"), (266400, "3d2h"), (59.7, "1m0s")]
 )
 def test_durations(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
+    assert format_duration(seconds) == text
 
 
 def test_only_long_waits_are_shown(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,7 @@ class Gpu:
         return int(self.capability.partition(".")[0]) >= 8
 
 
-def visible_gpus() -> list[Gpu]:
+def list_gpus() -> list[Gpu]:
     """The GPUs that torch can use; none without a driver. They may still fail to compute: see `try_gpu`."""
     import torch
 

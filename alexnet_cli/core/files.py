@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import os
@@ -103,9 +102,9 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def lock_file(path: Path, message: str, error: type[AlexNetError] = DataError) -> Iterator[None]:
-    """Hold an exclusive lock inside the block. Creates the file `path`, and removes it at the end.
+    """Hold an exclusive lock inside the block. The system releases it however the process ends.
 
-    The system releases the lock however the process ends.
+    The file `path` stays: removed, it would leave a process that has just opened it with a lock that others cannot see.
 
     Raises:
         AlexNetError: `error` with `message`, if another process holds the lock.
@@ -113,17 +112,12 @@ def lock_file(path: Path, message: str, error: type[AlexNetError] = DataError) -
     """
     from filelock import FileLock, Timeout  # takes 0.1 s to import, and few commands need it
 
-    lock = FileLock(path)
     try:
-        lock.acquire(blocking=False)
+        lock = FileLock(path).acquire(blocking=False)
     except Timeout:
         raise error(message, "wait until it is done") from None
-    try:
+    with lock:
         yield
-    finally:
-        with contextlib.suppress(OSError):  # Windows cannot remove an open file
-            path.unlink()
-        lock.release()
 
 
 def hash_file(path: Path, algorithm: str = "sha256") -> str:

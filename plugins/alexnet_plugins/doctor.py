@@ -30,11 +30,11 @@ def doctor(json: JsonFlag = False, quiet: QuietFlag = False) -> None:
 
     Also shows the providers of ONNX Runtime, free disk space, environment variables and commands that fail to load.
     """
-    from alexnet_cli.core.devices import check_onnx_providers, has_cpu_bf16, visible_gpus
+    from alexnet_cli.core.devices import check_onnx_providers, has_cpu_bf16, list_gpus
 
     reporter = Reporter("doctor", json=json, quiet=quiet)
     problems: dict[str, str] = {}
-    gpus = _try_package("torch", visible_gpus, problems) or []
+    gpus = _try_package("torch", list_gpus, problems) or []
     providers = _try_package("onnxruntime", check_onnx_providers, problems) or {}
     report = {
         "alexnet": __version__,

@@ -134,7 +134,7 @@ def _export_int8(
             "prepare it with --val-fraction 0.1, choose another set with --data, or use --no-verify",
         )
     side = model.recipe.input_size
-    crops = exporting.center_crops(training, exporting.evenly_spaced(training, CALIBRATION_IMAGES), side)
+    crops = exporting.center_crops(training, training.spread_rows(CALIBRATION_IMAGES), side)
     reporter.line("ranges", f"calibrated on {len(crops):,} training images of {calibration_set.path}")
     calibration = {"calibration": {"images": len(crops), "data": str(calibration_set.path)}}
     if not verify:

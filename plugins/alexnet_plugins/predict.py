@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from alexnet_cli.console import Reporter, make_printable
+from alexnet_cli.console import Reporter, format_probabilities, make_printable
 from alexnet_cli.errors import PartialError, StorageError, UsageError
 from alexnet_cli.options import JsonFlag, QuietFlag, ViewsOption, WeightsOption
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from alexnet_cli.core.inference.predict import Prediction
 
-BAR_WIDTH, MIN_NAME_WIDTH = 24, 20  # characters
 COLUMNS = ("path", "rank", "label", "wnid", "index", "probability", "error")
 
 
@@ -133,16 +132,11 @@ def _make_record(prediction: Prediction) -> dict[str, Any]:
 
 
 def _format_table(prediction: Prediction, with_path: bool) -> str:
-    """Return a line for each class: name, probability, bar. Plain text, because loading Rich takes time."""
+    """Return the lines of an image: each class with its probability, or why it cannot be read."""
     lines = [make_printable(prediction.path)] if with_path or prediction.error is not None else []
     if prediction.error is not None:
         lines.append(f"  cannot be read: {make_printable(prediction.error)}")
-    block = "█" if "utf" in (sys.stdout.encoding or "").lower() else "#"
-    names = [make_printable(label.label) for label in prediction.top]
-    width = max([MIN_NAME_WIDTH, *map(len, names)])
-    for name, label in zip(names, prediction.top, strict=True):
-        bar = block * round(BAR_WIDTH * label.probability)
-        lines.append(f"  {name:<{width}}  {label.probability:.2f}  {bar}".rstrip())
+    lines += [f"  {line}" for line in format_probabilities((top.label, top.probability) for top in prediction.top)]
     return "\n".join(lines)
 
 

@@ -16,7 +16,7 @@ from alexnet_cli.core.data.classes import ClassName
 from alexnet_cli.core.data.shards import open_dataset
 from alexnet_cli.core.export import export as exporting
 from alexnet_cli.core.export import quantize
-from alexnet_cli.core.export.export import AccuracyComparison, evenly_spaced, synthetic_crops, verify
+from alexnet_cli.core.export.export import AccuracyComparison, synthetic_crops, verify
 from alexnet_cli.core.inference.session import Session
 from alexnet_cli.core.model.model_file import Model
 from alexnet_cli.errors import DataError, UsageError, VerificationError
@@ -99,8 +99,8 @@ def test_a_good_file_says_what_was_measured(tmp_path: Path) -> None:
 
 def test_images_to_measure_on_are_all_or_evenly_spaced(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     split = open_dataset(prepared).split("val")
-    assert evenly_spaced(split, 100) == list(range(20))
-    assert evenly_spaced(split, 3) == [0, 9, 19]
+    assert split.spread_rows(100).tolist() == list(range(20))
+    assert split.spread_rows(3).tolist() == [0, 9, 19]
     monkeypatch.setattr(exporting, "BATCH", 8)
     batches = list(exporting.labeled_crops(split, 224, np.array([3, 2, 1, 0])))
     assert [len(crops) for crops, _ in batches] == [8, 8, 4]

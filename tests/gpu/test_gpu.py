@@ -15,7 +15,7 @@ import kernel_cases
 from alexnet_cli.core.data.augment import Augment, AugmentParams
 from alexnet_cli.core.data.loader import CachedLoader, Loader, all_batches, training_batches
 from alexnet_cli.core.data.shards import open_dataset
-from alexnet_cli.core.devices import check_onnx_providers, try_gpu, visible_gpus
+from alexnet_cli.core.devices import check_onnx_providers, list_gpus, try_gpu
 from alexnet_cli.core.inference.session import Session
 from alexnet_cli.core.inference.torch_session import TorchSession
 from alexnet_cli.core.model import layers, response_norm, triton_kernels
@@ -29,7 +29,7 @@ RNG = np.random.default_rng(7)
 
 
 def test_the_kernels_run_here() -> None:
-    for gpu in visible_gpus():
+    for gpu in list_gpus():
         assert triton_kernels.unavailable_reason(gpu.index) == ""
         assert try_gpu(gpu.index) == ""
     assert try_gpu(0) == ""

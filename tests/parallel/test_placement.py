@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("own_runs_and_settings")
 @pytest.fixture(autouse=True)
 def _gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two fake GPUs, which work but cannot compute."""
-    monkeypatch.setattr(placement, "visible_gpus", lambda: [T4, H100])
+    monkeypatch.setattr(placement, "list_gpus", lambda: [T4, H100])
     monkeypatch.setattr(placement, "try_gpu", lambda index: "")
     monkeypatch.setattr(triton_kernels, "unavailable_reason", lambda index: "")
 
@@ -74,7 +74,7 @@ def place_second(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 
     def placed(gpus: str | None, seen: list[Gpu], other: tuple[str, str, str], precision: str = "bf16") -> Any:
         monkeypatch.setattr(placement, "read_rank_info", lambda: RankInfo(1, 2, 1, 2))
-        monkeypatch.setattr(placement, "visible_gpus", lambda: seen)
+        monkeypatch.setattr(placement, "list_gpus", lambda: seen)
         monkeypatch.setattr(placement, "arrange_mesh", lambda ranks, *_: ranks)
         monkeypatch.setattr(ProcessMesh, "gather_values", lambda self, value: [other, value])
         return place_ranks(ProcessMesh(1, 2), gpus, precision, "tower", 2)

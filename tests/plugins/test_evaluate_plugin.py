@@ -358,7 +358,7 @@ def test_an_onnx_file_runs_on_the_gpu_that_was_named(
             opened.append(asked)
 
     monkeypatch.setattr(session, "Session", Opened)
-    monkeypatch.setattr(placement, "visible_gpus", lambda: [Gpu(i, "H100", 80 << 30, "9.0") for i in (0, 1)])
+    monkeypatch.setattr(placement, "list_gpus", lambda: [Gpu(i, "H100", 80 << 30, "9.0") for i in (0, 1)])
     _load_onnx(Path("a.onnx"), 1, asked)
     assert opened == [{"provider": provider, "gpu": gpu}]
     with pytest.raises(MissingError, match="GPUs available here: 0, 1"):

@@ -112,7 +112,7 @@ def test_views_equal_those_of_evaluation() -> None:
 
 
 def test_torch_reports_why_it_is_not_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_session, "visible_gpus", lambda: [Gpu(0, "K80", 12 << 30, "3.7")])
+    monkeypatch.setattr(torch_session, "list_gpus", lambda: [Gpu(0, "K80", 12 << 30, "3.7")])
     monkeypatch.setattr(torch_session, "try_gpu", lambda index: "CUDA error: no kernel image is available")
     found = TorchSession(random_model(SMALL))
     assert (found.device, found.fallback_reason) == ("cpu", "CUDA error: no kernel image is available")

@@ -194,7 +194,6 @@ def test_ctrl_c(pets: Path, number: int, code: int) -> None:
     assert "error: interrupted: no shard was finished yet" in said
     assert "hint: run the same command again to start over" in said
     assert not Path("prepared/pets/dataset.json").exists()
-    assert not Path("prepared/pets/.lock").exists()
 
 
 def test_a_real_data_set(tiny10: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

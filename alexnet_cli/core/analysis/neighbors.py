@@ -26,7 +26,6 @@ from alexnet_cli.core.analysis.units import (
     iterate_activations,
     read_images,
     read_images_by_row,
-    spread_rows,
 )
 from alexnet_cli.core.data.classes import ClassName
 from alexnet_cli.core.data.images import ImageArray
@@ -248,7 +247,7 @@ def find_neighborhoods(
             if not keep_index:
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             vectors = write_index(folder, source, train, session, advance)
-        queries = spread_rows(len(val), QUERIES).tolist()
+        queries = val.spread_rows(QUERIES).tolist()
         images = list(read_images(val, queries))
         rows, distances = find_nearest(vectors, check_range(compute_activations(session, images), model.path), NEAREST)
     neighborhoods = []

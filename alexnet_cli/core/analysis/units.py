@@ -55,12 +55,6 @@ def read_images(split: Split, rows: Sequence[int]) -> Generator[ImageArray]:
             yield image
 
 
-def spread_rows(rows: int, count: int) -> Rows:
-    """Return at most `count` row numbers, spread evenly from the first row to the last."""
-    spread: Rows = np.linspace(0, rows - 1, min(count, rows)).round().astype(np.int64)
-    return spread
-
-
 def read_images_by_row(split: Split, rows: Rows) -> dict[int, ImageArray]:
     """Return the images of these rows by row, each decoded once."""
     unique = np.unique(rows).tolist()

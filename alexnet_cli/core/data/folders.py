@@ -154,7 +154,7 @@ def list_images(root: Path, folders: Sequence[str]) -> tuple[ImageFiles, Counter
             if has_image_suffix(file):
                 images.add(f"{folder}/{file}", label)
             else:
-                others[suffix(file)] += 1
+                others[get_suffix(file)] += 1
     return images, others
 
 
@@ -207,7 +207,7 @@ def format_suffixes(others: Counter[str]) -> str:
     return text + (", ..." if len(ordered) > SHOWN_SUFFIXES else "")
 
 
-def suffix(file: str) -> str:
+def get_suffix(file: str) -> str:
     """Return a file's suffix, in its own spelling; `others` if it has none."""
     ending = os.path.splitext(file)[1]
     return ending if re.fullmatch(r"\.\w{1,12}", ending, re.ASCII) else "others"

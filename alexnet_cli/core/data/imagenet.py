@@ -17,11 +17,11 @@ from alexnet_cli.core.data.devkit import find_devkit, read_devkit
 from alexnet_cli.core.data.folders import (
     class_folders,
     describe_left_out,
+    get_suffix,
     has_image_suffix,
     list_images,
     list_train,
     list_val,
-    suffix,
 )
 from alexnet_cli.core.data.samples import DetectedLayout, ImageList
 from alexnet_cli.core.data.tar_archives import ArchiveImages, Member, scan_members
@@ -127,7 +127,7 @@ def _scan_train_archive(archive: Path) -> DetectedLayout:
             what = f"{archive}: {member.name!r} is not in a WNID.tar"
             raise DataError(what, "unpack the archive and give the folder instead")
         else:
-            others[suffix(member.name)] += 1
+            others[get_suffix(member.name)] += 1
     classes = sorted(((PurePosixPath(m.name).stem, 0, m) for m in inner), key=lambda entry: (entry[0], entry[2].offset))
     layout = f"{TRAIN_TAR} (a tar of WNID.tar)"
     train = _scan_class_archives(layout, [archive], classes, others, f"{archive.name}/")
@@ -153,7 +153,7 @@ def _scan_class_archives(
     for key, number, outer in classes:
         for member in scan_members(archives[number], outer):
             if not _is_image(member.name):
-                others[suffix(member.name)] += 1
+                others[get_suffix(member.name)] += 1
                 continue
             if not keys or keys[-1] != key:
                 keys.append(key)
@@ -194,7 +194,7 @@ def _scan_val_archive(archive: Path) -> tuple[ArchiveImages, Counter[str]]:
         if _is_image(member.name):
             images.add(f"{archive.name}/{member.name}", 0, member)
         else:
-            others[suffix(member.name)] += 1
+            others[get_suffix(member.name)] += 1
     return images, others
 
 

@@ -88,6 +88,10 @@ class Split:
         name = bytes(self._shard(int(entry["shard"]))[start : start + 100]).rstrip(b"\0").decode("ascii", "replace")
         return name.removesuffix(".jpg")
 
+    def spread_rows(self, count: int) -> npt.NDArray[np.int64]:
+        """At most `count` row numbers, spread evenly from the first row to the last."""
+        return np.linspace(0, len(self) - 1, min(count, len(self))).astype(np.int64)
+
     def _shard(self, number: int) -> memoryview:
         if number not in self._maps:
             path = self.folder / self.files[number]

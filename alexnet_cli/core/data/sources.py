@@ -21,9 +21,9 @@ from alexnet_cli.core.data.folders import (
     detect_tiny_imagenet,
     detect_train_and_val,
     format_suffixes,
+    get_suffix,
     has_image_suffix,
     select_unreadable,
-    suffix,
     walk_files,
 )
 from alexnet_cli.core.data.imagenet import detect_archives, detect_kaggle
@@ -149,7 +149,7 @@ def _explain_unknown_layout(path: Path) -> DataError:
     files = list(walk_files(path, path))
     if count := sum(map(has_image_suffix, files)):
         return DataError(f"{path} has {count:,} images, but no class folders", FOLDERS_HINT)
-    suffixes = Counter(map(suffix, files))
+    suffixes = Counter(map(get_suffix, files))
     if unreadable := select_unreadable(suffixes):
         what = f"{path} has only images that cannot be read: {format_suffixes(unreadable)}"
         return DataError(what, f"convert them to JPEG; these can be read: {READABLE_FORMATS}")

@@ -296,17 +296,11 @@ def labeled_crops(
 
     `output_of[class of the data set]` is the network's output for it; None if both number their classes alike.
     """
-    rows = evenly_spaced(split, ACCURACY_IMAGES)
+    rows = split.spread_rows(ACCURACY_IMAGES)
     for start in range(0, len(rows), BATCH):
         batch = rows[start : start + BATCH]
         labels = split.labels[batch]
         yield center_crops(split, batch, side), labels if output_of is None else output_of[labels]
-
-
-def evenly_spaced(split: Split, count: int) -> list[int]:
-    """Return at most `count` rows of a split, evenly spaced; their order is random already."""
-    rows: list[int] = np.unique(np.linspace(0, len(split) - 1, min(count, len(split))).astype(int)).tolist()
-    return rows
 
 
 def center_crops(split: Split, rows: Iterable[int], side: int) -> Crops:
@@ -319,7 +313,7 @@ def sample_crops(dataset: Dataset, model: Model, count: int = VERIFY_IMAGES) -> 
     split = next((s for s in map(dataset.split, ("val", "train")) if len(s)), None)
     if split is None:
         raise DataError(f"{dataset.path} has no images", "prepare it again")
-    return center_crops(split, evenly_spaced(split, count), model.recipe.input_size)
+    return center_crops(split, split.spread_rows(count), model.recipe.input_size)
 
 
 def synthetic_crops(side: int, count: int = VERIFY_IMAGES) -> Crops:

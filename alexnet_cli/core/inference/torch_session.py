@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from alexnet_cli.core.devices import try_gpu, visible_gpus
+from alexnet_cli.core.devices import list_gpus, try_gpu
 from alexnet_cli.core.inference.session import Crops, FeatureLayer
 from alexnet_cli.core.model import model_file
 from alexnet_cli.core.model.network import network_from_model
@@ -28,7 +28,7 @@ class TorchSession:
         self.model = model_file.read_model(source) if isinstance(source, Path) else source
         self.path, self.info, self.exif_rotate = self.model.path, self.model.info, self.model.exif_rotate
         self.classes, self.recipe = self.model.classes, self.model.recipe
-        has_gpu = device is None and bool(visible_gpus())
+        has_gpu = device is None and bool(list_gpus())
         self.fallback_reason = try_gpu(0) if has_gpu else ""
         self.device = device or ("cuda" if has_gpu and not self.fallback_reason else "cpu")
         if self.device != "cpu":

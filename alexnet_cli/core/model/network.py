@@ -196,15 +196,6 @@ def parameters_by_name(network: Network) -> Iterator[tuple[str, nn.Parameter]]:
         yield name, network.get_parameter(name)
 
 
-def parameter_count(network: Network) -> int:
-    """Number of parameters of the whole network, also if this process holds a part of it."""
-    count = 0
-    for name, parameter in parameters_by_name(network):
-        split = network.split_of(name)
-        count += parameter.numel() * (split[0].processes if split else 1)
-    return count
-
-
 def network_from_model(model: Model) -> Network:
     """The network of a model file, in evaluation mode on the CPU."""
     network = Network(model.recipe, len(model.classes))

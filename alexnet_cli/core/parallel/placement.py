@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from alexnet_cli.core.devices import Gpu, count_cores, has_cpu_bf16, try_gpu, visible_gpus
+from alexnet_cli.core.devices import Gpu, count_cores, has_cpu_bf16, list_gpus, try_gpu
 from alexnet_cli.core.parallel.process_group import (
     SINGLE_PROCESS,
     Parallel,
@@ -106,7 +106,7 @@ def count_processes(gpus: str | None, processes: int | None) -> int:
 def local_gpus(gpus: str | None) -> list[int]:
     """The GPU ids of the processes on this machine, one per process; empty on the CPU."""
     if gpus is None and read_rank_info() is not None:  # a launcher's processes use all GPUs
-        gpus = "all" if visible_gpus() else "none"
+        gpus = "all" if list_gpus() else "none"
     return _parse_gpus(gpus)
 
 
@@ -177,7 +177,7 @@ def _place_on(gpu_id: int | None, gpus: str | None, precision: str) -> Placement
 
 
 def _find_gpu(index: int) -> Gpu:
-    return next(gpu for gpu in visible_gpus() if gpu.index == index)
+    return next(gpu for gpu in list_gpus() if gpu.index == index)
 
 
 def _allow_tf32(allowed: bool) -> None:
@@ -188,7 +188,7 @@ def _parse_gpus(gpus: str | None) -> list[int]:
     """The ids of the GPUs that `--gpus` names; empty for the CPU. Raises UsageError, or MissingError for other ids."""
     if gpus == "none":
         return []
-    visible = [gpu.index for gpu in visible_gpus()]
+    visible = [gpu.index for gpu in list_gpus()]
     if gpus is None:
         return visible[:1]
     try:

@@ -23,7 +23,7 @@ import torch
 from alexnet_cli.core.analysis import filters
 from alexnet_cli.core.analysis.filters import Kernels, Specialization
 from alexnet_cli.core.analysis.neighbors import Neighborhood, find_neighborhoods
-from alexnet_cli.core.analysis.units import read_images, spread_rows
+from alexnet_cli.core.analysis.units import read_images
 from alexnet_cli.core.data.augment import Augment
 from alexnet_cli.core.data.classes import ClassName
 from alexnet_cli.core.data.images import ImageArray
@@ -300,7 +300,7 @@ def _compute_measurements(
         if run and not unsaved and is_best(model.path):
             unsaved = _save_results(run, opened, data, totals, counts)
     correct, wrong = find_examples(classify, val, output_of, advance)
-    measured = Measurements(saved, correct, wrong, len(spread_rows(len(val), SAMPLE)), unsaved=unsaved)
+    measured = Measurements(saved, correct, wrong, len(val.spread_rows(SAMPLE)), unsaved=unsaved)
     try:
         neighborhoods = find_neighborhoods(
             model, opened.sha256, run.path if run else None, data, keep_index=not unsaved, advance=advance
@@ -342,7 +342,7 @@ def find_examples(
 
     Each class comes once before any class comes a second time.
     """
-    rows = spread_rows(len(split), SAMPLE)
+    rows = split.spread_rows(SAMPLE)
     true = split.labels[rows].astype(np.int64)
     true = true if output_of is None else output_of[true]
     batches = []

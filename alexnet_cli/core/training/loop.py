@@ -5,20 +5,23 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from alexnet_cli import __version__
 from alexnet_cli.core.analysis import filters
 from alexnet_cli.core.data.loader import CachedLoader, CacheMode, Loader, all_batches, cache_decoded, training_batches
 from alexnet_cli.core.data.shards import Dataset
 from alexnet_cli.core.evaluation.baselines import count_images
 from alexnet_cli.core.evaluation.evaluate import Evaluation, TorchClassifier, evaluate
 from alexnet_cli.core.model import model_file
+from alexnet_cli.core.parallel.placement import Placement
 from alexnet_cli.core.runs.records import Record, RunningMetrics
 from alexnet_cli.core.runs.run import Run
 from alexnet_cli.core.signals import EXIT_CODES
@@ -26,6 +29,7 @@ from alexnet_cli.core.training import checkpoint, diagnostics
 from alexnet_cli.core.training.fine_tuning import Transfer
 from alexnet_cli.core.training.trainer import NonFiniteLoss, StepMetrics, Trainer
 from alexnet_cli.errors import VerificationError, WeightsError
+from alexnet_cli.recipe import Recipe
 
 
 class DataTimer:
@@ -61,6 +65,25 @@ class DataTimer:
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self.device))
         return event
+
+
+def describe_training(command: Sequence[str], placement: Placement, data: Dataset, recipe: Recipe) -> dict[str, Any]:
+    """Return what run.json holds of a new training besides its status."""
+    packages = ("torch", "torchvision", "numpy", "simplejpeg")
+    versions = {"alexnet": __version__, "python": sys.version.split()[0]}
+    return {
+        "command": list(command),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "versions": versions | {name: version(name) for name in packages},
+        "devices": list(placement.names) or [placement.name],
+        "precision": placement.precision,
+        "placement": {f"tower {i + 1}": ", ".join(placement.tower_devices(i)) for i in range(recipe.towers)},
+        "replicas": placement.ranks.replicas,
+        "data": data.name,
+        "data_path": str(data.path.resolve()),
+        "data_hash": data.hash,
+        "seed": recipe.seed,
+    }
 
 
 @dataclass

@@ -10,22 +10,18 @@ Differences are therefore taken in pairs.
 from __future__ import annotations
 
 import difflib
-import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from alexnet_cli import __version__
 from alexnet_cli.core.data.shards import Dataset
 from alexnet_cli.core.parallel.placement import Placement
 from alexnet_cli.core.runs.records import Record
 from alexnet_cli.core.runs.run import RUNNING, Run, is_plain_name, record_failure, runs_root
 from alexnet_cli.core.training.checkpoint import find_newest
-from alexnet_cli.core.training.loop import TrainingLoop
+from alexnet_cli.core.training.loop import TrainingLoop, describe_training
 from alexnet_cli.core.training.trainer import Trainer
 from alexnet_cli.errors import DataError, StorageError, UsageError, VerificationError
 from alexnet_cli.recipe import Recipe, compare_recipes
@@ -166,7 +162,10 @@ class AblationStudy:
         Raises:
             StorageError: the disk is full or cannot be written.
         """
-        run = self._find_run(cell) or Run.create(cell.name, cell.recipe, self._describe_run(cell), self.folder)
+        run = self._find_run(cell)
+        if run is None:
+            about = describe_training(self.command, self.placement, self.data, cell.recipe)
+            run = Run.create(cell.name, cell.recipe, about, self.folder)
         with run.locked():
             run.update(RUNNING)
             trainer = Trainer.for_dataset(cell.recipe, self.data, self.placement)
@@ -211,22 +210,6 @@ class AblationStudy:
         if differences := compare_recipes(run.recipe, cell.recipe):
             key, (old, new) = next(iter(differences.items()))
             raise UsageError(f"{run.path} was trained with {key} = {old}, not {new}", "choose another --name")
-
-    def _describe_run(self, cell: Cell) -> dict[str, Any]:
-        """Return what run.json holds besides the status."""
-        packages = ("torch", "torchvision", "numpy", "simplejpeg")
-        return {
-            "command": list(self.command),
-            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "versions": {"alexnet": __version__, "python": sys.version.split()[0]}
-            | {name: version(name) for name in packages},
-            "devices": [self.placement.name],
-            "precision": self.placement.precision,
-            "data": self.data.name,
-            "data_path": str(self.data.path.resolve()),
-            "data_hash": self.data.hash,
-            "seed": cell.recipe.seed,
-        }
 
 
 def is_done(run: Run) -> bool:

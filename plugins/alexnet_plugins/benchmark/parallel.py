@@ -65,7 +65,7 @@ def compare_parallel(options: BenchmarkOptions) -> Generator[BenchmarkCase]:
     job = Job(RECIPE, batch, STEPS_ON_GPU if on_gpus else 1, count, max(1, workers // count), "tower", gpus)
     yield from _compare_strategies(job, "fp32", workers)
     if on_gpus:
-        has_bf16 = all(gpu.has_bf16 for gpu in devices.visible_gpus() if gpu.index in gpu_ids)
+        has_bf16 = all(gpu.has_bf16 for gpu in devices.list_gpus() if gpu.index in gpu_ids)
     else:
         has_bf16 = devices.has_cpu_bf16()
     if has_bf16:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from alexnet_cli import recipe as recipes
-from alexnet_cli.console import Progress, Reporter, duration
+from alexnet_cli.console import Progress, Reporter, format_duration
 from alexnet_cli.errors import AlexNetError, Stopped, StorageError, VerificationError, WeightsError
 from alexnet_cli.recipe import Recipe
 
@@ -27,7 +27,7 @@ IN_HEADING = {"name", "batch_size", "learning_rate", "schedule", "epochs", "seed
 
 def show_heading(reporter: Reporter, loop: TrainingLoop) -> None:
     """Show the run, data, network, devices and recipe."""
-    from alexnet_cli.core.model.network import parameter_count
+    from alexnet_cli.core.model.architecture import layer_specs
 
     trainer, data = loop.trainer, loop.data
     recipe, placement = trainer.recipe, trainer.placement
@@ -35,7 +35,7 @@ def show_heading(reporter: Reporter, loop: TrainingLoop) -> None:
         reporter.line("note", note)
     if trainer.compiled:
         reporter.line("note", "torch.compile compiles the network in the first step, which takes a while")
-    count = parameter_count(trainer.network)
+    count = sum(spec.parameters for spec in layer_specs(recipe, len(data.classes)))
     where = placement.name if placement.ranks.size == 1 else f"{placement.ranks.size} processes"
     towers = "2 towers" if recipe.towers == 2 else "1 tower"
     splits = " · ".join(f"{split} {len(data.split(split)):,}" for split in ("train", "val"))
@@ -238,7 +238,7 @@ def _format_validation(loop: TrainingLoop, record: Record) -> str:
 
 def _estimate_time(loop: TrainingLoop, seconds: float) -> str:
     """The time that the training will take and, if that is over an hour, a faster recipe."""
-    time, tiny = f"about {duration(seconds)} on this CPU", recipes.TINY
+    time, tiny = f"about {format_duration(seconds)} on this CPU", recipes.TINY
     if seconds < HOUR or loop.transfer or loop.trainer.recipe.width <= tiny.width:
         return time
     return f"{time}; --recipe tiny (a quarter of the width, {tiny.epochs} epochs) is much faster"

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alexnet_cli import __version__, recipe_io
+from alexnet_cli import recipe_io
 from alexnet_cli.console import Reporter
 from alexnet_cli.core.model.architecture import layer_widths
 from alexnet_cli.errors import DataError, UsageError
@@ -154,33 +152,15 @@ def open_run(
 ) -> Run:
     """The resumed run, or a new one created by rank 0. Writes the description of this training to run.json."""
     from alexnet_cli.core.runs.run import Run
+    from alexnet_cli.core.training.loop import describe_training
 
-    about, ranks = _describe_training(placement, data, recipe), placement.ranks
+    about, ranks = describe_training(["alexnet", *sys.argv[1:]], placement, data, recipe), placement.ranks
     if run:
         run.update({"resumed": [*run.about.get("resumed", []), about], **saved_options})
         return run
     origin = {"init_from": transfer.about()} if transfer else {}
     created = Run.create(name, recipe, about | origin | saved_options) if ranks.is_main else None
     return Run(Path(ranks.broadcast(str(created.path) if created else "", "creating the run")), writes=ranks.is_main)
-
-
-def _describe_training(placement: Placement, data: Dataset, recipe: Recipe) -> dict[str, Any]:
-    """Entries of run.json besides the status."""
-    packages = ("torch", "torchvision", "numpy", "simplejpeg")
-    versions = {"alexnet": __version__, "python": sys.version.split()[0]}
-    return {
-        "command": ["alexnet", *sys.argv[1:]],
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "versions": versions | {name: version(name) for name in packages},
-        "devices": list(placement.names) or [placement.name],
-        "precision": placement.precision,
-        "placement": {f"tower {i + 1}": ", ".join(placement.tower_devices(i)) for i in range(recipe.towers)},
-        "replicas": placement.ranks.replicas,
-        "data": data.name,
-        "data_path": str(data.path.resolve()),
-        "data_hash": data.hash,
-        "seed": recipe.seed,
-    }
 
 
 def find_sources(name_or_file: str) -> dict[str, str]:

@@ -8,15 +8,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from alexnet_cli.console import make_printable
+from alexnet_cli.console import format_probabilities
 from alexnet_cli.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from alexnet_cli.core.analysis.activations import LayerActivations
     from alexnet_cli.core.inference.inputs import ImageInput
     from alexnet_plugins.visualize.figure import FigureRequest
-
-BAR_WIDTH, MIN_NAME = 24, 20  # characters: a full bar, the column of class names
 
 
 def find_image(text: str, output: Path | None) -> ImageInput:
@@ -55,12 +53,8 @@ def draw_image_layers(request: FigureRequest, source: ImageInput, tower: str) ->
     reporter.line("image", f"{path} · shorter side to 256, center {len(trace.seen)}×{len(trace.seen)}")
     for layer in trace.layers:
         reporter.show(_format_layer(layer, request.towers))
-    block = "█" if "utf" in (sys.stdout.encoding or "").lower() else "#"
-    names = [make_printable(label.label) for label in trace.top]
-    width = max([MIN_NAME, *map(len, names)])
-    for name, label in zip(names, trace.top, strict=True):
-        bar = block * round(BAR_WIDTH * label.probability)
-        reporter.show(f"class   {name:<{width}}  {label.probability:.2f}  {bar}".rstrip())
+    for line in format_probabilities((label.label, label.probability) for label in trace.top):
+        reporter.show(f"class   {line}")
     towers = "two towers" if model.recipe.towers > 1 else "one tower"
     caption = [*request.origin, f"recipe {model.recipe.name}, {towers}, {len(model.classes):,} classes"]
     title = Path(path).name if isinstance(source, str) else "image from standard input"
