@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from alexnet_cli.errors import RecipeError
+from alexnet_cli.core.files import read_text
+from alexnet_cli.errors import DataError, RecipeError
 from alexnet_cli.recipe import FIELD_TYPES, PAPER, RECIPES, Recipe, check_value
 
 LARGEST_FILE = 2**14  # bytes; tomllib can need gigabytes for 32 kilobytes (a dotted key of 16,000 parts)
@@ -36,10 +37,10 @@ def read_recipe(name_or_file: str) -> tuple[Recipe, dict[str, Any]]:
     if not path.is_file():
         raise RecipeError(f"no recipe and no file is called {name_or_file}", _list_recipes(name_or_file))
     try:
-        if path.stat().st_size > LARGEST_FILE:
-            raise ValueError(f"it has more than {LARGEST_FILE:,} bytes")
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        values = tomllib.loads(read_text(path, LARGEST_FILE))
+    except DataError as error:
+        raise RecipeError(error.what, error.hint) from error
+    except (ValueError, RecursionError) as error:
         hint = "write text in quotes, and true and false in small letters; a run's recipe.toml is an example"
         raise RecipeError(f"{path} is not TOML: {error}", hint) from error
     base = values.pop("base", None)

@@ -19,6 +19,7 @@ from alexnet_cli.core.files import (
     hash_file,
     lock_file,
     read_file,
+    read_text,
     replace_file,
     replace_link,
     write_and_verify,
@@ -136,3 +137,41 @@ def test_no_other_module_syncs_hashes_or_locks_files() -> None:
     pattern = re.compile(r"os\.(fsync|replace|rename)\b|file_digest|fcntl|filelock")
     names = [path.name for path in modules if pattern.search(path.read_text(encoding="utf-8"))]
     assert names == ["files.py"]
+
+
+@pytest.mark.parametrize(
+    "encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32", "utf-16-be with a mark"], ids=lambda name: name.split()[0]
+)
+def test_text_of_any_system_is_read(encoding: str, tmp_path: Path) -> None:
+    text = "n01440764\tSchleie (größer)\nn01443537\t金魚\n"
+    windows = text.replace("\n", "\r\n")
+    data = windows.encode(encoding) if " " not in encoding else ("\ufeff" + windows).encode("utf-16-be")
+    (tmp_path / "words.txt").write_bytes(data)
+    assert read_text(tmp_path / "words.txt") == text
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("Bär\n".encode("cp1252"), "is not UTF-8 text"),
+        ("no mark\n".encode("utf-16-le"), "is not UTF-8 text: it has zero bytes"),
+        ("cut".encode("utf-16")[:-1], "is not UTF-8 text"),
+        (b"y" * 101, "has 101 bytes, more than 100"),
+        (None, "No such file"),
+    ],
+)
+def test_what_is_not_text_is_refused_with_its_name(data: bytes | None, message: str, tmp_path: Path) -> None:
+    if data is not None:
+        (tmp_path / "words.txt").write_bytes(data)
+    with pytest.raises(DataError, match=rf"words\.txt .*{message}"):
+        read_text(tmp_path / "words.txt", 100)
+
+
+def test_user_text_is_read_by_read_text() -> None:
+    root = Path(__file__).parents[1] / "alexnet_cli" / "core"
+    calls = {
+        path.name
+        for path in (*root.glob("data/*.py"), *root.glob("inference/*.py"), root.parent / "recipe_io.py")
+        if re.search(r"\.read_text\(", path.read_text(encoding="utf-8"))
+    }
+    assert calls == {"classes.py", "shards.py"}, "those read files of our own"

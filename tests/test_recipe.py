@@ -180,6 +180,15 @@ def test_unknown_recipes_and_broken_files(tmp_path: Path) -> None:
     file.write_text("dropout = = 1", encoding="utf-8")
     with pytest.raises(RecipeError, match="is not TOML"):
         recipe_io.load_recipe(str(file))
+    file.write_bytes("name = 'größer'".encode("cp1252"))
+    with pytest.raises(RecipeError, match=r"broken\.toml is not UTF-8 text"):
+        recipe_io.load_recipe(str(file))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_recipe_written_on_windows(encoding: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_bytes("base = 'tiny'\r\ndropout = 0.25\r\n".encode(encoding))
+    assert recipe_io.load_recipe(str(tmp_path / "mine.toml")) == replace(recipe_io.RECIPES["tiny"], dropout=0.25)
 
 
 def test_a_run_of_0_1_0_is_refused_with_the_new_key(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import hashlib
 import os
@@ -15,6 +16,13 @@ from pathlib import Path
 from alexnet_cli.errors import AlexNetError, DataError
 
 MAX_BYTES = 2**28  # of a file that is read into memory, unless the caller sets another limit
+BYTE_ORDER_MARKS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",  # begins with the mark of UTF-16
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
 TEMPORARY_NAME = re.compile(r"\.(?P<name>.+)\.\d+\.tmp[^/]*")
 """Name of a temporary file, which only a killed process leaves behind; `name` is the file it was to replace."""
 
@@ -138,6 +146,36 @@ def read_file(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
         raise DataError("it is not a regular file")
     check_bytes(status.st_size, max_bytes)
     return path.read_bytes()
+
+
+def read_text(path: Path, max_bytes: int = MAX_BYTES) -> str:
+    """Read a text file of the user's, from any system: see `decode_text`. Lines end with a line feed.
+
+    Raises:
+        DataError: it is no regular file, has more than `max_bytes`, is no such text, or cannot be read.
+    """
+    try:
+        text = decode_text(read_file(path, max_bytes))
+    except UnicodeError as error:
+        raise DataError(f"{path} is not UTF-8 text: {error}", "save it as UTF-8") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}", "check the path and its permissions") from error
+    except DataError as error:
+        raise DataError(f"{path} cannot be read: {error.what}", "check that it is the right file") from error
+    return text.replace("\r\n", "\n")
+
+
+def decode_text(data: bytes, errors: str = "strict") -> str:
+    """Decode UTF-8 with or without a byte order mark, or UTF-16 or UTF-32 with one, as Windows writes them.
+
+    Raises:
+        UnicodeError: it is something else. Python's `errors` may allow bytes that are not UTF-8, but no zero bytes.
+    """
+    encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if data.startswith(mark)), "utf-8")
+    text = data.decode(encoding, errors)
+    if "\0" in text:
+        raise UnicodeError("it has zero bytes, as UTF-16 without a byte order mark")
+    return text
 
 
 def check_bytes(size: int, max_bytes: int = MAX_BYTES) -> None:

@@ -31,6 +31,25 @@ def test_a_list_holds_a_path_a_line(tmp_path: Path) -> None:
     ]  # a name in a list is no pattern
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_a_list_of_powershell(encoding: str, tmp_path: Path) -> None:
+    one, two = draw(tmp_path / "größer.png", 0), draw(tmp_path / "two.png", 1)
+    text = f"{one}\r\n{two}\r\n".encode(encoding)
+    (tmp_path / "list.txt").write_bytes(text)
+    assert expand_inputs([f"@{tmp_path}/list.txt"]) == [one, two]
+    assert expand_inputs(["-"], io.BytesIO(text)) == [one, two]
+
+
+def test_a_utf16_list_without_a_mark_names_no_folders(tmp_path: Path) -> None:
+    draw(tmp_path / "one.png", 0)
+    (tmp_path / "list.txt").write_bytes(f"{tmp_path}/one.png\n".encode("utf-16-le"))
+    with pytest.raises(DataError, match="list.txt is not UTF-8 text: .*UTF-16") as caught:
+        expand_inputs([f"@{tmp_path}/list.txt"])
+    assert "save it as UTF-8" in caught.value.hint
+    with pytest.raises(DataError, match="standard input is not UTF-8 text"):
+        expand_inputs(["-"], io.BytesIO("/\n.\n".encode("utf-16-be")))
+
+
 def test_a_file_that_begins_with_an_at_sign_is_that_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     draw(tmp_path / "@one.png", 0)
     monkeypatch.chdir(tmp_path)

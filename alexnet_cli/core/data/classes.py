@@ -15,6 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from alexnet_cli.core.files import read_text
+
 WNID = re.compile(r"n\d{8}")
 """A WordNet id, by which ImageNet names a class."""
 WNIDS_SHA256 = "385e0240499426c022b773be1ae4da780f057b89c9694c7f47199f62746b6edd"
@@ -61,7 +63,7 @@ def read_words(path: Path) -> dict[str, str]:
     """Return names by wnid from words.txt in a folder or in its train/, with lines `n02123045<TAB>tabby, tabby cat`."""
     for file in (path / "words.txt", path / "train" / "words.txt"):
         if file.is_file():
-            pairs = (line.partition("\t") for line in file.read_text(errors="replace").splitlines())
+            pairs = (line.partition("\t") for line in read_text(file).splitlines())
             return {wnid.strip(): text.strip() for wnid, _, text in pairs if text.strip()}
     return {}
 

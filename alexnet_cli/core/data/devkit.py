@@ -12,6 +12,7 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from alexnet_cli.core.files import decode_text
 from alexnet_cli.errors import DataError
 
 FOLDER = "ILSVRC2012_devkit_t12"
@@ -52,7 +53,11 @@ def read_devkit(path: Path) -> Devkit:
             raise DataError(f"{path} has no {name}", INCOMPLETE_HINT)
     words, wnids = _parse_classes(path, files[META])
     truth = {}
-    for number, line in enumerate(files[TRUTH].split(), 1):
+    try:
+        lines = decode_text(files[TRUTH]).split()
+    except UnicodeError as error:
+        raise DataError(f"{path}, {TRUTH} is not UTF-8 text: {error}", INCOMPLETE_HINT) from error
+    for number, line in enumerate(lines, 1):
         class_id = int(line) if line.isdigit() else 0
         if class_id not in wnids:
             raise DataError(f"{path}, {TRUTH}, line {number}: {line!r} is not an id in meta.mat", INCOMPLETE_HINT)

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from alexnet_cli.core.data.samples import DetectedLayout, ImageFiles, ImageList
+from alexnet_cli.core.files import read_text
 from alexnet_cli.errors import DataError
 
 READABLE_FORMATS = "JPEG, PNG, WebP, GIF, BMP, TIFF and PPM"
@@ -111,8 +112,7 @@ def list_val(root: Path, folder: str, keys: Sequence[str]) -> tuple[ImageList, C
 def _read_annotations(annotations: Path, label_of: Mapping[str, int]) -> dict[str, int]:
     """Return the label of each file from lines such as `val_0.JPEG<TAB>n03444034<TAB>...`."""
     label_of_file: dict[str, int] = {}
-    text = annotations.read_text(encoding="utf-8", errors="surrogateescape")
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(read_text(annotations).splitlines(), 1):
         if not line.strip():
             continue
         file, _, rest = line.partition("\t")

@@ -25,6 +25,7 @@ from alexnet_cli.core.data.folders import (
 )
 from alexnet_cli.core.data.samples import DetectedLayout, ImageList
 from alexnet_cli.core.data.tar_archives import ArchiveImages, Member, scan_members
+from alexnet_cli.core.files import read_text
 from alexnet_cli.errors import DataError
 
 TRAIN_TAR = "ILSVRC2012_img_train.tar"
@@ -246,8 +247,8 @@ def _read_ground_truth(path: Path) -> tuple[_GroundTruth | None, Mapping[str, st
 
 def _read_mapping(file: Path) -> dict[str, str]:
     """Return names by wnid from lines such as `n01440764 tench, Tinca tinca`."""
-    pairs = (line.partition(" ") for line in _read_lines(file))
-    return {wnid: text.strip() for wnid, _, text in pairs if text.strip()}
+    pairs = (line.split(maxsplit=1) for line in _read_lines(file))
+    return {pair[0]: pair[1].strip() for pair in pairs if len(pair) == 2}
 
 
 def _read_solution(file: Path) -> dict[str, str]:
@@ -264,7 +265,4 @@ def _read_solution(file: Path) -> dict[str, str]:
 
 
 def _read_lines(file: Path) -> list[str]:
-    try:
-        return [line for line in file.read_text(errors="replace").splitlines() if line.strip()]
-    except OSError as error:
-        raise DataError(f"{file} cannot be read: {error.strerror}", "check its permissions") from error
+    return [line for line in read_text(file).splitlines() if line.strip()]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import glob
 import io
 import os
+import re
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,7 +20,7 @@ from alexnet_cli.core.data import images
 from alexnet_cli.core.data.folders import has_image_suffix, walk_files
 from alexnet_cli.core.data.images import ImageArray, PixelBudget
 from alexnet_cli.core.devices import count_cores
-from alexnet_cli.core.files import MAX_BYTES, read_file
+from alexnet_cli.core.files import BYTE_ORDER_MARKS, MAX_BYTES, decode_text, read_file
 from alexnet_cli.core.runs.run import runs_root
 from alexnet_cli.errors import DataError
 
@@ -52,7 +53,7 @@ def expand_inputs(
         elif os.path.lexists(argument):
             expanded += _expand_path(argument, run_images)
         elif argument.startswith("@"):
-            expanded += _expand_list(_read_list(argument[1:]), run_images)
+            expanded += _expand_list(f"the list {argument[1:]}", _read_list(argument[1:]), run_images)
         else:
             for path in sorted(glob.glob(argument, recursive=True)) or [argument]:
                 expanded += _expand_path(path, run_images)
@@ -82,7 +83,7 @@ def _expand_stdin(stdin: BinaryIO, run_images: list[str] | None) -> list[ImageIn
     data = stdin.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
         raise DataError(f"standard input has more than {MAX_BYTES:,} bytes", "split the list into parts")
-    return [data] if images.is_image(data) else list(_expand_list(data, run_images))
+    return [data] if images.is_image(data) else list(_expand_list("standard input", data, run_images))
 
 
 def _read_list(file: str) -> bytes:
@@ -95,12 +96,24 @@ def _read_list(file: str) -> bytes:
         ) from error
 
 
-def _expand_list(data: bytes, run_images: list[str] | None) -> Iterator[str]:
-    """Yield the images of a list's entries, which are files and folders, not patterns."""
-    lines = data.split(b"\0") if b"\0" in data else [line.rstrip(b"\r") for line in data.split(b"\n")]
-    for line in lines:
-        if line.strip():
-            yield from _expand_path(os.fsdecode(line), run_images)
+def _expand_list(name: str, data: bytes, run_images: list[str] | None) -> Iterator[str]:
+    """Yield the images of a list's entries, which are files and folders, not patterns.
+
+    Raises:
+        DataError: it is text of another encoding than UTF-8. Its single letters would be taken for names: "." and "/".
+    """
+    try:
+        if b"\0" in data and not data.startswith(tuple(BYTE_ORDER_MARKS)):
+            if re.search(rb"\0[^\0]\0", data):
+                raise UnicodeError("every second byte is zero, as in UTF-16 without a byte order mark")
+            entries = [os.fsdecode(entry) for entry in data.split(b"\0")]
+        else:
+            entries = [line.rstrip("\r") for line in decode_text(data, "surrogateescape").split("\n")]
+    except UnicodeError as error:
+        raise DataError(f"{name} is not UTF-8 text: {error}", "save it as UTF-8, one path per line") from error
+    for entry in entries:
+        if entry.strip():
+            yield from _expand_path(entry, run_images)
 
 
 def _expand_path(path: str, run_images: list[str] | None) -> list[str]:
