@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import imagenet_files
-from alexnet_cli.core.data import images, prepare
+from alexnet_cli.core.data import classes, images, prepare
 from alexnet_cli.core.data.classes import ClassName
 from alexnet_cli.core.data.plan import Plan
 from alexnet_cli.core.data.shards import Dataset, open_dataset
@@ -125,6 +125,54 @@ def test_without_names_and_without_a_validation_split(tmp_path: Path) -> None:
     write_shard(tmp_path / "train.parquet", rows, ["n01440764", "n02012849"])
     (tmp_path / "words.txt").write_text("n01440764\ttench, Tinca tinca\n")
     assert detect_source(tmp_path).classes[0].wnid == "n01440764"
+
+
+@pytest.mark.parametrize(
+    ("labels", "val", "note"),
+    [
+        (
+            (0, 1, 1),
+            False,
+            "test-*.parquet (3 images) is not used; rename it to validation-*.parquet to validate on it",
+        ),
+        ((0, 1, 1), True, "test-*.parquet (3 images) is not used; validation uses validation-*.parquet"),
+        ((-1, None), False, "left out (no labels): test-*.parquet"),
+        ((), False, "left out (cannot be read): data/test-0.parquet"),
+    ],
+)
+def test_what_is_said_of_a_test_split(labels: tuple[int | None, ...], val: bool, note: str, tmp_path: Path) -> None:
+    rows: list[Row] = [(imagenet_files.jpeg(i % 2, i), None, i % 2) for i in range(6)]
+    for split in ("train", "validation") if val else ("train",):
+        write_shard(tmp_path / "data" / f"{split}-0.parquet", rows, ["a", "b"])
+    test = write_shard(tmp_path / "data" / "test-0.parquet", [(rows[0][0], None, label) for label in labels], None)
+    if not labels:
+        test.write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert detect_source(tmp_path).notes[0] == note
+
+
+def test_bare_wnids_and_short_words_are_named(tmp_path: Path) -> None:
+    rows: list[Row] = [(imagenet_files.jpeg(i % 2, i), None, i % 2) for i in range(6)]
+    write_shard(tmp_path / "train-0.parquet", rows, ["n01443537", "n02123045"])  # as in Tiny ImageNet's copies
+    assert detect_source(tmp_path).classes == (ClassName("goldfish", "n01443537"), ClassName("tabby", "n02123045"))
+    write_shard(tmp_path / "train-0.parquet", rows, ["goldfish, Carassius auratus", "tabby, tabby cat"])
+    assert [name.name for name in detect_source(tmp_path).classes] == ["goldfish", "tabby"]
+
+
+@pytest.mark.parametrize("spelling", [str, lambda name: name.title().replace(" ", "_") + ", and more"])
+def test_the_thousand_names_in_their_order_have_wnids(spelling: Callable[[str], str], tmp_path: Path) -> None:
+    from torchvision.models._meta import _IMAGENET_CATEGORIES
+
+    names = [
+        name.replace("crane bird", "crane").replace("maillot tank suit", "maillot") for name in _IMAGENET_CATEGORIES
+    ]
+    rows: list[Row] = [(imagenet_files.jpeg(i % 2, i), None, i) for i in (0, 134, 517, 999)]
+    write_shard(tmp_path / "train-0.parquet", rows, [spelling(name) for name in names])
+    found = detect_source(tmp_path).classes
+    assert [name.wnid for name in found] == classes.ilsvrc_wnids()
+    assert len({name.name for name in found}) == 1000
+    assert found[517].name.endswith("(n03126707)")
+    assert not classes.find_ilsvrc_wnids(names[::-1])
+    assert not classes.find_ilsvrc_wnids(names[:999])
 
 
 def test_rows_that_cannot_be_used(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def test_a_list_of_powershell(encoding: str, tmp_path: Path) -> None:
 def test_a_utf16_list_without_a_mark_names_no_folders(tmp_path: Path) -> None:
     draw(tmp_path / "one.png", 0)
     (tmp_path / "list.txt").write_bytes(f"{tmp_path}/one.png\n".encode("utf-16-le"))
-    with pytest.raises(DataError, match="list.txt is not UTF-8 text: .*UTF-16") as caught:
+    with pytest.raises(DataError, match=r"list\.txt is not UTF-8 text: .*UTF-16") as caught:
         expand_inputs([f"@{tmp_path}/list.txt"])
     assert "save it as UTF-8" in caught.value.hint
     with pytest.raises(DataError, match="standard input is not UTF-8 text"):

@@ -86,6 +86,21 @@ def ilsvrc_classes() -> list[ClassName]:
     return [ClassName(words.get(wnid, wnid), wnid) for wnid in wnids]
 
 
+def find_ilsvrc_wnids(names: Sequence[str]) -> list[str]:
+    """Return the 1000 wnids if `names` are ILSVRC's classes in words, in the order of the wnids; otherwise none.
+
+    Lists differ in a few names, and some have "crane" and "maillot" twice: one in ten may be called otherwise.
+    """
+    known = [_simplify_name(name) for name in _torchvision_names()]
+    equal = sum(_simplify_name(name) == other for name, other in zip(names, known, strict=False))
+    return ilsvrc_wnids() if len(names) == 1000 and equal >= 900 else []
+
+
+def _simplify_name(name: str) -> str:
+    """Return the first word in small letters: "great_white_shark" and "Great white shark, white shark" are one."""
+    return name.partition(",")[0].replace("_", " ").strip().lower()
+
+
 def ilsvrc_wnids() -> list[str]:
     """Return the wnids of the 1000 classes of ILSVRC 2012, sorted."""
     return (Path(__file__).parent / "ilsvrc_wnids.txt").read_text(encoding="ascii").split()

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from alexnet_cli.core.data.classes import find_ilsvrc_wnids
 from alexnet_cli.core.data.samples import DetectedLayout, ImageList, NameList
 from alexnet_cli.errors import DataError, MissingError
 
@@ -98,19 +99,40 @@ def detect_parquet(path: Path) -> DetectedLayout | None:
         _check_labels(images, count)
     if count < 2:
         raise DataError(f"{path} has fewer than two classes", "a network needs at least two")
-    notes = [f"left out (no labels): {len(files['test'])} test-*.parquet"] if files["test"] else []
+    notes = _describe_test(path, files["test"], bool(files["val"]))
     if not names:
         notes.append("the files have no class names; classes are numbered")
     words = names or [str(label) for label in range(count)]
-    keys = _find_wnids(train, count) or words
+    keys = _find_wnids(train, count) or find_ilsvrc_wnids(words) or words
     return DetectedLayout(
         f"Hugging Face parquet: {len(files['train'])} train and {len(files['val'])} validation files",
         keys,
         train,
         val if files["val"] else None,
         tuple(notes),
-        dict(zip(keys, words, strict=True)) if len(set(keys)) == count else {},
+        {key: name for key, name in zip(keys, words, strict=True) if not WNID.fullmatch(name)},
     )
+
+
+def _describe_test(path: Path, files: Sequence[str], has_val: bool) -> list[str]:
+    """Return a note on the test split, which is not used; it could be if it has labels."""
+    if not files:
+        return []
+    labeled = 0
+    for file in files:
+        try:
+            with _open_parquet(path / file) as parquet:
+                if "label" in parquet.schema_arrow.names:
+                    labels = parquet.read(columns=["label"]).column("label").to_pylist()
+                    labeled += sum(label is not None and label >= 0 for label in labels)
+        except DataError:  # such as a pointer of Git LFS
+            return [f"left out (cannot be read): {file}"]
+    if not labeled:
+        return ["left out (no labels): test-*.parquet"]
+    reason = (
+        "validation uses validation-*.parquet" if has_val else "rename it to validation-*.parquet to validate on it"
+    )
+    return [f"test-*.parquet ({labeled:,} images) is not used; {reason}"]
 
 
 def _list_files(path: Path, folder: str) -> dict[str, list[str]]:
