@@ -32,6 +32,7 @@ EXIF = "Rotate images by their EXIF orientation (off in 2012)"
 VERIFY = "Check every checksum of this prepared data set, and exit"
 
 TOO_FEW = "each class needs at least two images, one of them for validation: add some and use --overwrite"
+MAX_CLASSES = 10  # that are named on the terminal
 MAX_NAMED = 3  # images or classes that are named on the terminal
 
 OnCorrupt = Literal["skip", "fail"]
@@ -104,6 +105,8 @@ def _report_source(reporter: Reporter, dataset: SourceDataset) -> None:
     """Print what was detected and left out, and warn if there are no validation images."""
     numbers = " · ".join(f"{name} {len(items):,}" for name, items in dataset.splits.items())
     reporter.line("found", f"{numbers} images of {len(dataset.classes):,} classes    (layout: {dataset.layout})")
+    shown = ", ".join(entry.name for entry in dataset.classes[:MAX_CLASSES])
+    reporter.line("classes", shown + (", …" if len(dataset.classes) > MAX_CLASSES else ""))
     for note in dataset.notes:
         reporter.line("note", note)
     if not dataset.splits["val"]:

@@ -1,7 +1,7 @@
 """Data sets as folders of images: one folder per class, train/ and val/, Tiny ImageNet. No torch.
 
 Links to folders are followed, because many people build a smaller data set out of them, but no folder is entered twice.
-A broken link is listed, and refused when it is read. Names that begin with a dot are skipped.
+A broken link is listed, and refused when it is read. Hidden files, and folders that a NAS or system makes, are skipped.
 """
 
 from __future__ import annotations
@@ -26,7 +26,19 @@ UNREADABLE_SUFFIXES = {
 }  # fmt: skip
 """Suffixes of image formats that cannot be read."""
 SHOWN_SUFFIXES = 5  # in a message
-VAL_FOLDERS = ("val", "valid", "validation")
+SPLIT_WORDS = {
+    "train": ("train", "training", "trainset", "trainval"),
+    "val": ("val", "valid", "validation", "dev", "eval", "evaluation", "valset"),
+    "test": ("test", "testing", "testset"),
+}
+"""Words by which a folder is known to be a split; of two folders, the one with the earlier word is used."""
+FILLERS = {"set", "data", "dataset", "images", "image", "imgs", "img", "seg", "split", "part", "folder", "x"}
+"""Words that may stand beside them: "training_set", "seg_train", "train.X1"."""
+SYSTEM_FOLDER = re.compile(
+    r"\.|[@#$][a-z]|__[a-z]|(lost\+found|system volume information|network trash folder|temporary items|recycler)$",
+    re.I,
+)
+"""Matches names of folders that a system makes: ".Trash-1000", "@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX"."""
 
 
 def detect_class_folders(path: Path) -> DetectedLayout | None:
@@ -34,26 +46,30 @@ def detect_class_folders(path: Path) -> DetectedLayout | None:
     folders, empty = class_folders(path)
     if len(folders) < 2:
         return None
+    inside = {name: class_folders(path / name)[0] for name in folders}
+    for name, inner in inside.items():
+        _refuse_splits(str(path / name), inner)
     images, others = list_images(path, [*folders, *empty])
-    notes = describe_left_out("", empty, others) + _describe_loose(path, ".")
+    notes = describe_left_out("", empty, others) + _describe_loose(path, ".") + _describe_alike(inside)
     return DetectedLayout("one folder per class", folders, images, notes=notes)
 
 
 def detect_train_and_val(path: Path) -> DetectedLayout | None:
-    """train/CLASS/IMAGE and, if present, val/CLASS/IMAGE."""
-    if not (path / "train").is_dir():
+    """train/CLASS/IMAGE and, if present, val/CLASS/IMAGE, by any name that `find_splits` knows."""
+    splits = find_splits(path)
+    if "train" not in splits:
         return None
-    val_name = next((name for name in VAL_FOLDERS if (path / name).is_dir()), None)
-    if val_name is None and len(class_folders(path / "train")[0]) < 2:
+    train_folders = splits["train"][0]
+    if len(splits) == 1 and len(_list_classes(path, train_folders)) < 2:
         return None  # train/ may be a class: the vehicle
-    folders, train, notes = list_train(path, "train")
-    if val_name is None:
-        notes += _describe_loose(path, "train") + _describe_test(path, folders, None)
-        return DetectedLayout("train/CLASS", folders, train, notes=notes)
-    val, others = list_val(path, val_name, folders)
-    notes += describe_left_out(f"{val_name}/", (), others) + _describe_loose(path, "train", val_name)
-    notes += _describe_test(path, folders, val_name)
-    return DetectedLayout(f"train/CLASS and {val_name}/CLASS", folders, train, val, notes)
+    keys, train, notes = list_train(path, *train_folders)
+    layout, val, val_folders = f"{_join(train_folders, '')}/CLASS", None, splits.get("val", [[]])[0]
+    if val_folders:
+        layout = f"{layout} and {_join(val_folders, '')}/CLASS"
+        val, others = list_val(path, val_folders, keys)
+        notes += describe_left_out(f"{_join(val_folders)}", (), others)
+    notes += _describe_loose(path, *train_folders, *val_folders) + _describe_unused(path, splits, keys)
+    return DetectedLayout(layout, keys, train, val, notes)
 
 
 def detect_tiny_imagenet(path: Path) -> DetectedLayout | None:
@@ -61,6 +77,8 @@ def detect_tiny_imagenet(path: Path) -> DetectedLayout | None:
     annotations = path / "val" / "val_annotations.txt"
     if not annotations.is_file() or not (path / "train").is_dir():
         return None
+    if set(class_folders(path / "val")[0]) - {"images"}:
+        return None  # somebody has sorted them into val/WNID
     folders, train, notes = list_train(path, "train")
     label_of_file = _read_annotations(annotations, {wnid: label for label, wnid in enumerate(folders)})
     listed, others = list_images(path, ["val/images"])
@@ -73,40 +91,109 @@ def detect_tiny_imagenet(path: Path) -> DetectedLayout | None:
     return DetectedLayout("Tiny ImageNet: train/WNID/images, val/val_annotations.txt", folders, train, val, notes)
 
 
-def list_train(root: Path, folder: str) -> tuple[list[str], ImageFiles, tuple[str, ...]]:
-    """Return the class folders under `folder` that have images, their images, and notes on the rest.
+def find_splits(path: Path) -> dict[str, list[list[str]]]:
+    """Return the folders directly under `path` that are splits by name: for train, val and test, the best first.
+
+    Names count without capitals, digits and `FILLERS`; a split in parts is one entry: train.X1 and train.X2. Other
+    words must be shared by train and another split: pets_train and pets_test. A split inside a folder of its own name
+    (seg_train/seg_train) is given with that folder.
+    """
+    parsed = {entry.name: _parse_split(entry.name) for entry in _list_entries(path) if _is_folder(entry)}
+    splits: dict[str, list[list[str]]] = {}
+    for split, words in SPLIT_WORDS.items():
+        parts: dict[tuple[int, bool, str], list[str]] = {}
+        for name, (kind, word, rest) in sorted(parsed.items()):
+            partners = {other for other, _, its_rest in parsed.values() if its_rest == rest} - {""}
+            if kind == split and (not rest or {"train"} < partners):
+                rank = (words.index(word), bool(rest), re.sub(r"\d+", "#", name.lower()))
+                parts.setdefault(rank, []).append(_enter_split(path, name))
+        if parts:
+            splits[split] = [parts[rank] for rank in sorted(parts)]
+    return splits
+
+
+def _parse_split(name: str) -> tuple[str, str, frozenset[str]]:
+    """Return the split that a folder is by its name, the word that says so, and its other words; "" if it is none."""
+    words = [word.lower() for word in re.findall("[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)]
+    for split, known in SPLIT_WORDS.items():
+        if found := [word for word in words if word in known]:
+            return (
+                split,
+                found[0],
+                frozenset(words) - FILLERS - {word for all_ in SPLIT_WORDS.values() for word in all_},
+            )
+    return "", "", frozenset()
+
+
+def _enter_split(path: Path, name: str) -> str:
+    """Return a split's folder, or the one inside it that alone has images and is the same split by name."""
+    inside = class_folders(path / name)[0]
+    is_same = len(inside) == 1 and _parse_split(inside[0])[0] == _parse_split(name)[0]
+    return f"{name}/{inside[0]}" if is_same else name
+
+
+def _list_classes(root: Path, folders: Sequence[str]) -> list[str]:
+    """Return the names of the class folders with images in any of the folders, sorted."""
+    return sorted({key for folder in folders for key in class_folders(root / folder)[0]})
+
+
+def _refuse_splits(place: str, folders: Sequence[str]) -> None:
+    """Raise DataError if folders that should be in one class, or one split, are train and val or test."""
+    if {"train"} < {_parse_split(folder)[0] for folder in folders} - {""}:
+        hint = f"did you mean {place}? Otherwise sort the images into train/CLASS and val/CLASS"
+        raise DataError(f"{place} has splits inside: {_join(folders)}", hint)
+
+
+def _join(names: Sequence[str], end: str = "/") -> str:
+    """Return the first folders' names in words: "train.X1/, train.X2/"."""
+    return ", ".join(f"{name}{end}" for name in names[:5]) + (", ..." if len(names) > 5 else "")
+
+
+def list_train(root: Path, *folders: str) -> tuple[list[str], ImageList, tuple[str, ...]]:
+    """Return the class folders under `folders` that have images, their images, and notes on the rest.
 
     Raises:
         DataError: there are fewer than two such folders, or a folder cannot be listed.
     """
-    keys, empty = class_folders(root / folder)
+    place = " and ".join(str(root / folder) for folder in folders)
+    keys = _list_classes(root, folders)
     if len(keys) < 2:
-        raise DataError(
-            f"{root / folder} has fewer than two class folders with images", "put the images of each class in a folder"
-        )
-    images, others = list_images(root, [f"{folder}/{key}" for key in (*keys, *empty)])
-    return keys, images, describe_left_out(f"{folder}/", empty, others)
+        has = f"only one class: {keys[0]}" if keys else "no class folders with images"
+        raise DataError(f"{place} has {has}", "put the images of each class into a folder of its own; two are needed")
+    _refuse_splits(place, keys)
+    images, others, empty = _list_split(root, folders, keys)
+    return keys, images, describe_left_out("", empty, Counter()) + describe_left_out(_join(folders), (), others)
 
 
-def list_val(root: Path, folder: str, keys: Sequence[str]) -> tuple[ImageList, Counter[str]]:
-    """Return the images in the class folders under `folder`, and the number of other files by suffix.
+def list_val(root: Path, folders: Sequence[str], keys: Sequence[str]) -> tuple[ImageList, Counter[str]]:
+    """Return the images in the class folders under `folders`, and the number of other files by suffix.
 
     An image's label is the index of its folder in `keys`, the folders of the training split.
 
     Raises:
         DataError: there are no class folders, or one that `keys` lacks, or a folder cannot be listed.
     """
-    val_keys, _ = class_folders(root / folder)
+    place = " and ".join(str(root / folder) for folder in folders)
+    val_keys = _list_classes(root, folders)
     if not val_keys:
-        raise DataError(f"{root / folder} has no class folders", "put the images of each class in a folder")
+        raise DataError(f"{place} has no class folders", "put the images of each class in a folder")
     if unknown := sorted(set(val_keys) - set(keys)):
         raise DataError(
-            f"{root / folder} has the class {unknown[0]}, but train/ has no images of it",
+            f"{place} has the class {unknown[0]}, but the training split has no images of it",
             "use the same folder names in both splits",
         )
-    images, others = list_images(root, [f"{folder}/{key}" for key in val_keys])
-    label_of = {key: label for label, key in enumerate(keys)}
-    return images.relabel(array("I", [label_of[val_keys[label]] for label in images.labels])), others
+    images, others, _ = _list_split(root, folders, keys)
+    return images, others
+
+
+def _list_split(root: Path, parts: Sequence[str], keys: Sequence[str]) -> tuple[ImageList, Counter[str], list[str]]:
+    """Return the images of the classes in all parts, the number of other files by suffix, and the other folders."""
+    found = [
+        (f"{part}/{key}", label) for label, key in enumerate(keys) for part in parts if (root / part / key).is_dir()
+    ]
+    empty = [f"{part}/{key}" for part in parts for key in class_folders(root / part)[1] if key not in keys]
+    images, others = list_images(root, [*(folder for folder, _ in found), *empty])
+    return images.relabel(array("I", [found[row][1] for row in images.labels])), others, empty
 
 
 def _read_annotations(annotations: Path, label_of: Mapping[str, int]) -> dict[str, int]:
@@ -183,16 +270,45 @@ def _describe_loose(root: Path, *folders: str) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _describe_test(path: Path, folders: Sequence[str], val_name: str | None) -> tuple[str, ...]:
-    """Return a note on test/, which is not used; it could be if it has the same class folders."""
-    if not (path / "test").is_dir():
+def _describe_unused(path: Path, splits: Mapping[str, list[list[str]]], keys: Sequence[str]) -> tuple[str, ...]:
+    """Return notes on folders that are not used: test/, second choices, and others."""
+    val = splits.get("val")
+    notes = []
+    for split, found in splits.items():
+        for folders in found if split == "test" else found[1:]:
+            classes = _list_classes(path, folders)
+            if not classes:
+                notes.append(f"left out (no labels): {_join(folders)}")
+            elif not set(classes) <= set(keys):
+                notes.append(f"left out (other class folders than the training split): {_join(folders)}")
+            else:
+                count = len(_list_split(path, folders, classes)[0])
+                use = (
+                    f"training uses {_join(splits['train'][0])}"
+                    if split == "train"
+                    else "rename it to val/ to validate on it"
+                )
+                use = f"validation uses {_join(val[0])}" if val and split != "train" else use
+                notes.append(f"{_join(folders)} ({count:,} images) is not used; {use}")
+    used = {folder.partition("/")[0] for found in splits.values() for folders in found for folder in folders}
+    if others := [name for name in class_folders(path)[0] if name not in used]:
+        notes.append(f"left out (no split by name): {_join(others)}")
+    return tuple(notes)
+
+
+def _describe_alike(inside: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+    """Return a note if two classes hold folders of the same names, as splits do. `inside`: the folders in each."""
+    owners: dict[str, list[str]] = {}
+    for name, folders in inside.items():
+        for folder in folders:
+            owners.setdefault(folder, []).append(name)
+    shared = [folder for folder, names in owners.items() if len(names) > 1]
+    if len(shared) < 2:
         return ()
-    test_folders, _ = class_folders(path / "test")
-    if not test_folders or not set(test_folders) <= set(folders):
-        return ("left out (no labels): test/",)
-    count = len(list_images(path, [f"test/{name}" for name in test_folders])[0])
-    reason = f"validation uses {val_name}/" if val_name else "rename it to val/ to validate on it"
-    return (f"test/ ({count:,} images) is not used; {reason}",)
+    names = owners[shared[0]]
+    return (
+        f"{_join(names)} hold the same folders, such as {_join(shared)}: if they are splits, call them train and val",
+    )
 
 
 def select_unreadable(others: Counter[str]) -> Counter[str]:
@@ -249,10 +365,31 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
+def is_left_out(name: str, is_folder: bool) -> bool:
+    """Return whether a file or folder is hidden, or a folder of a NAS or system, by its name."""
+    return name.startswith(".") or (is_folder and SYSTEM_FOLDER.match(name) is not None)
+
+
+def describe_system_folders(root: Path) -> tuple[str, ...]:
+    """Return a note on the images in folders of a NAS or system below a folder, which are left out."""
+    counts = Counter[str]()
+    for folder, names, _ in os.walk(root):
+        for name in [name for name in names if is_left_out(name, True)]:
+            names.remove(name)
+            files = (file for _, _, files in os.walk(os.path.join(folder, name)) for file in files)
+            counts[name] += sum(has_image_suffix(file) for file in files)
+    found = [f"{name} ({count:,} images)" for name, count in counts.items() if count]
+    return (f"left out (folders of a NAS or system): {', '.join(found)}",) if found else ()
+
+
 def _list_entries(folder: Path, unlisted: list[str] | None = None) -> list[os.DirEntry[str]]:
     try:
         with os.scandir(folder) as entries:
-            return [entry for entry in entries if not entry.name.startswith(".")]
+            return [
+                entry
+                for entry in entries
+                if not (SYSTEM_FOLDER.match(entry.name) and is_left_out(entry.name, _is_folder(entry)))
+            ]
     except OSError as error:
         if unlisted is None:
             raise DataError(f"{folder} cannot be listed: {error.strerror}", "check its permissions") from error

@@ -19,6 +19,7 @@ from alexnet_cli.core.data.folders import (
     describe_left_out,
     get_suffix,
     has_image_suffix,
+    is_left_out,
     list_images,
     list_train,
     list_val,
@@ -182,7 +183,7 @@ def _add_unsorted_val(path: Path, folder: str, train: DetectedLayout, truth: _Gr
 
 def _add_sorted_val(path: Path, folder: str, train: DetectedLayout) -> DetectedLayout:
     """Add validation images that are sorted into folders by class."""
-    images, others = list_val(path, folder, train.keys)
+    images, others = list_val(path, [folder], train.keys)
     notes = (*train.notes, *describe_left_out("", (), others))
     return train._replace(layout=f"{train.layout} and val/WNID", val=images, notes=notes)
 
@@ -225,7 +226,11 @@ def _find_labels(place: Path, images: ImageList, truth: _GroundTruth, keys: Sequ
 
 def _is_image(name: str) -> bool:
     """Return whether a member of an archive is an image by its name."""
-    return has_image_suffix(name) and not name.rpartition("/")[2].startswith(".")
+    *folders, file = name.split("/")
+    is_hidden = is_left_out(file, False) or any(
+        is_left_out(folder, True) for folder in folders if folder not in (".", "..")
+    )
+    return has_image_suffix(file) and not is_hidden
 
 
 def _is_flat(folder: Path) -> bool:

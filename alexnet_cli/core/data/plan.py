@@ -19,6 +19,7 @@ from typing import Any, Literal
 from PIL import Image
 
 from alexnet_cli.core.data import images
+from alexnet_cli.core.data.folders import find_splits
 from alexnet_cli.core.data.shards import (
     DAMAGED,
     DUPLICATES,
@@ -110,7 +111,8 @@ class Plan:
         """The source, and the targets of links in it, down to the class folders."""
         source = self.source.path
         yield source.resolve()
-        for folder in (source, source / "train", source / "val"):
+        splits = (folder for found in find_splits(source).values() for folders in found for folder in folders)
+        for folder in (source, *(source / name for name in splits)):
             if folder.is_dir():
                 yield from (entry.resolve() for entry in folder.iterdir() if entry.is_symlink() and entry.is_dir())
 

@@ -17,9 +17,11 @@ from alexnet_cli.core.data.classes import WNID, ClassName, ilsvrc_words, name_cl
 from alexnet_cli.core.data.folders import (
     READABLE_FORMATS,
     class_folders,
+    describe_system_folders,
     detect_class_folders,
     detect_tiny_imagenet,
     detect_train_and_val,
+    find_splits,
     format_suffixes,
     get_suffix,
     has_image_suffix,
@@ -89,6 +91,7 @@ def detect_source(path: Path, val_fraction: float | None = None) -> SourceDatase
     if detected is None:
         raise _explain_unknown_layout(path)
     words, notes = _find_words(path, detected)
+    notes = (*notes, *describe_system_folders(path))
     classes = name_classes(detected.keys, words)
     if detected.val is not None:
         if val_fraction is not None:
@@ -168,4 +171,5 @@ def _descend(path: Path) -> Path:
 
 def _has_classes(path: Path) -> bool:
     """Return whether the layout would be CLASS or train/CLASS."""
-    return any(folder.is_dir() and len(class_folders(folder)[0]) > 1 for folder in (path, path / "train"))
+    train = find_splits(path).get("train", [[]])[0]
+    return any(len(class_folders(folder)[0]) > 1 for folder in (path, *(path / name for name in train)))
