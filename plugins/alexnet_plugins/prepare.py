@@ -109,6 +109,8 @@ def _report_source(reporter: Reporter, dataset: SourceDataset) -> None:
     reporter.line("classes", shown + (", …" if len(dataset.classes) > MAX_CLASSES else ""))
     for note in dataset.notes:
         reporter.line("note", note)
+    for warning in dataset.warnings:
+        reporter.warn(warning, "if they are splits and not classes, rename them to train/ and val/")
     if not dataset.splits["val"]:
         largest = max(collections.Counter(dataset.splits["train"].labels).values(), default=0)
         hint = "--val-fraction 0.1 takes one image in ten of each class" if largest > 1 else TOO_FEW

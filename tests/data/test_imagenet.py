@@ -118,6 +118,18 @@ def test_kaggle_from_each_of_its_folders(place: str, tmp_path: Path, monkeypatch
         detect_source(tmp_path / place)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_tables_saved_on_windows(encoding: str, tmp_path: Path) -> None:
+    imagenet_files.write_kaggle(tmp_path, *imagenet_files.drawn_images())
+    right = detect_source(tmp_path)
+    for name in ("LOC_synset_mapping.txt", "LOC_val_solution.csv"):
+        text = (tmp_path / name).read_text()
+        (tmp_path / name).write_bytes(text.replace("\n", "\r\n").encode(encoding))
+    source = detect_source(tmp_path)
+    assert source.classes == NAMES
+    assert source.fingerprint() == right.fingerprint()
+
+
 def test_kaggle_sorted_by_hand(tmp_path: Path) -> None:
     train, val = imagenet_files.drawn_images()
     imagenet_files.write_kaggle(tmp_path, train, val)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -240,5 +241,152 @@ def test_images_outside_of_class_folders_give_a_note(tmp_path: Path) -> None:
     assert detect_source(tmp_path).notes == (
         f"left out (in no class folder): 3 images directly in {tmp_path}/train",
         f"left out (in no class folder): 3 images directly in {tmp_path}/val",
-        "left out (no labels): test/",
+        "left out (not sorted into the classes of the training split): test/",
     )
+
+
+def touch_classes(root: Path, *folders: str, classes: str = "cat dog", images: int = 3) -> Path:
+    return touch(
+        root, *(f"{folder}/{name}/{i}.jpg" for folder in folders for name in classes.split() for i in range(images))
+    )
+
+
+@pytest.mark.parametrize(
+    ("folders", "layout", "counts", "note"),
+    [
+        (["TRAIN", "VALID"], "TRAIN/CLASS and VALID/CLASS", (6, 6), None),
+        (["Train_Images", "Validation_Images"], "Train_Images/CLASS and Validation_Images/CLASS", (6, 6), None),
+        (["trainset", "dev"], "trainset/CLASS and dev/CLASS", (6, 6), None),
+        (
+            ["train", "val", "dev"],
+            "train/CLASS and val/CLASS",
+            (6, 6),
+            "dev/ (6 images) is not used; validation uses val/",
+        ),
+        (["train2017", "val2017"], "train2017/CLASS and val2017/CLASS", (6, 6), None),
+        (["train_1", "train_2", "val"], "train_1/CLASS, train_2/CLASS and val/CLASS", (12, 6), None),
+        (["pets_train", "pets_val"], "pets_train/CLASS and pets_val/CLASS", (6, 6), None),
+        (
+            ["seg_train/seg_train", "seg_dev/seg_dev"],
+            "seg_train/seg_train/CLASS and seg_dev/seg_dev/CLASS",
+            (6, 6),
+            None,
+        ),
+        (
+            ["training_set/training_set", "test_set/test_set"],
+            "training_set/training_set/CLASS",
+            (4, 2),
+            "test_set/test_set/ (6 images) is not used; rename it to val/ to validate on it",
+        ),
+        (["train", "val", "later"], "train/CLASS and val/CLASS", (6, 6), "left out (not a split by name): later/"),
+        (["train", "train_more 2", "val"], "train/CLASS and val/CLASS", (6, 6), None),
+    ],
+)
+def test_splits_of_other_names(
+    folders: list[str], layout: str, counts: tuple[int, int], note: str | None, tmp_path: Path
+) -> None:
+    source = detect_source(touch_classes(tmp_path, *folders))
+    assert [name.name for name in source.classes] == ["cat", "dog"]
+    assert source.layout == layout
+    assert (len(source.splits["train"]), len(source.splits["val"])) == counts
+    for split in source.splits.values():
+        assert all(item.name.split("/")[-2] == ["cat", "dog"][item.label] for item in split)
+    assert note is None or note in source.notes
+    assert not source.warnings
+
+
+def test_parts_of_a_split_may_have_different_classes(tmp_path: Path) -> None:
+    touch_classes(tmp_path, "train.part1", classes="bird cat")
+    touch_classes(tmp_path, "train.part2", classes="ant cat")
+    touch_classes(tmp_path, "val.part1", classes="cat")
+    source = detect_source(tmp_path)
+    assert [name.name for name in source.classes] == ["ant", "bird", "cat"]
+    labels = [item.label for item in source.splits["train"]]
+    assert [labels.count(label) for label in range(3)] == [3, 3, 6]
+    assert {item.label for item in source.splits["val"]} == {2}
+
+
+@pytest.mark.parametrize(
+    ("files", "message", "hint"),
+    [
+        (["train/1.jpg", "test1/2.jpg"], "train has no class folders with images$", "folder of its own"),
+        (
+            ["Train/ok/1.jpg", "Test/ok/1.jpg", "Test/bad/1.jpg", "mask/bad/1.png"],
+            "Train has only one class: ok$",
+            "two",
+        ),
+        (
+            ["data/train/a/1.jpg", "data/test/a/1.jpg", "docs/1.jpg"],
+            r"data has splits inside: test/, train/$",
+            "mean .*/data",
+        ),
+        (
+            ["train_data/train/a/1.jpg", "train_data/val/a/1.jpg", "test/1.jpg"],
+            "splits inside: train/, val/$",
+            "train_data",
+        ),
+        (["cat/train/1.jpg", "cat/val/1.jpg", "dog/train/1.jpg", "dog/val/1.jpg"], "splits inside", "train/CLASS"),
+    ],
+)
+def test_splits_that_do_not_fit_are_refused(files: list[str], message: str, hint: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        detect_source(touch(tmp_path, *files))
+    assert re.search(hint, caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    "classes", [["car", "plane", "train"], ["freight train", "tram", "test tube"], ["$1", "$5", "#1"], ["dev", "ops"]]
+)
+def test_names_that_only_look_like_splits_are_classes(classes: list[str], tmp_path: Path) -> None:
+    touch(tmp_path, *(f"{name}/{i}.jpg" for name in classes for i in range(3)))
+    source = detect_source(tmp_path)
+    assert [name.name for name in source.classes] == sorted(classes)
+    assert not source.warnings
+
+
+def test_classes_with_the_same_folders_inside_give_a_warning(tmp_path: Path) -> None:
+    touch_classes(tmp_path, "lernen", "pruefen")
+    assert detect_source(tmp_path).warnings == ("lernen/, pruefen/ hold the same folders: cat/, dog/",)
+    touch_classes(tmp_path / "other", "cat", "dog", classes="images")  # one folder of a common name is usual
+    assert not detect_source(tmp_path / "other").warnings
+
+
+@pytest.mark.parametrize("inside", ["", "images/"])
+def test_tiny_imagenet_sorted_by_hand(inside: str, tmp_path: Path) -> None:
+    touch(tmp_path, *(f"train/n{label}/images/n{label}_{i}.JPEG" for label in (1, 2) for i in range(3)))
+    touch(tmp_path, f"val/n2/{inside}val_0.JPEG", f"val/n1/{inside}val_1.JPEG")
+    (tmp_path / "val/val_annotations.txt").write_text("val_0.JPEG\tn2\t0\nval_1.JPEG\tn1\t0\n")
+    (tmp_path / "val/images").mkdir()
+    source = detect_source(tmp_path)
+    assert listed(source, "val") == [(f"val/n1/{inside}val_1.JPEG", 0), (f"val/n2/{inside}val_0.JPEG", 1)]
+    assert len(source.splits["train"]) == 6
+
+
+def test_folders_of_a_system_are_left_out_and_counted(tmp_path: Path) -> None:
+    touch(tmp_path, "cat/1.jpg", "dog/2.jpg", "dog/@home.jpg")
+    touch(
+        tmp_path, "cat/.thumbnails/1.jpg", "dog/@eaDir/2.jpg/THUMB.jpg", "@eaDir/a.jpg/THUMB.jpg", "#recycle/bird/9.jpg"
+    )
+    touch(tmp_path, "$RECYCLE.BIN/x.jpg", "__MACOSX/cat/._1.jpg", "lost+found/3.jpg", ".git/readme")
+    source = detect_source(tmp_path, 0.0)
+    assert listed(source, "train") == [("cat/1.jpg", 0), ("dog/2.jpg", 1), ("dog/@home.jpg", 1)]
+    assert len(source.notes) == 1
+    what, _, found = source.notes[0].partition(": ")
+    assert what == "left out (folders of a NAS or system)"
+    assert set(found.split(", ")) == {
+        ".thumbnails (1 image)", "@eaDir (2 images)", "#recycle (1 image)", "$RECYCLE.BIN (1 image)",
+        "__MACOSX (1 image)", "lost+found (1 image)",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_words_and_annotations_written_on_windows(encoding: str, tmp_path: Path) -> None:
+    touch(tmp_path, "train/n00000001/images/1.JPEG", "train/n00000002/images/2.JPEG", "val/images/val_0.JPEG")
+    (tmp_path / "val/val_annotations.txt").write_bytes("val_0.JPEG\tn00000002\t0\r\n".encode(encoding))
+    (tmp_path / "words.txt").write_bytes("n00000001\tFüchse\r\nn00000002\tBären\r\n".encode(encoding))
+    source = detect_source(tmp_path)
+    assert [name.name for name in source.classes] == ["Füchse", "Bären"]
+    assert listed(source, "val") == [("val/images/val_0.JPEG", 1)]
+    (tmp_path / "words.txt").write_bytes("n00000001\tFüchse\n".encode("cp1252"))
+    with pytest.raises(DataError, match=r"words\.txt is not UTF-8 text"):
+        detect_source(tmp_path)

@@ -126,6 +126,13 @@ def test_too_much_on_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
         expand_inputs(["-"], io.BytesIO(b"y\n" * 600))
 
 
+def test_a_folder_gives_no_thumbnails_of_a_nas(tmp_path: Path) -> None:
+    one, thumbnail = draw(tmp_path / "one.png", 0), draw(tmp_path / "@eaDir" / "one.png" / "THUMB_M.png", 0)
+    draw(tmp_path / ".trash" / "two.png", 1)
+    assert expand_inputs([str(tmp_path)]) == [one]
+    assert expand_inputs([f"{tmp_path}/@eaDir"]) == [thumbnail]  # when asked for
+
+
 def test_a_folder_that_cannot_be_listed_keeps_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("a/1.png", "b/2.png", "c/3.png"):
         draw(tmp_path / name, 0)

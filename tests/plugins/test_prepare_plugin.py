@@ -59,6 +59,7 @@ def test_prepare_a_folder(pets: Path, capsys: pytest.CaptureFixture[str], monkey
     assert not said.out
     assert [line.split()[0] for line in said.err.splitlines()] == [
         "found",
+        "classes",
         "note",
         "plan",
         "train",

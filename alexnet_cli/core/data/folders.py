@@ -6,6 +6,7 @@ A broken link is listed, and refused when it is read. Hidden files, and folders 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from array import array
@@ -50,8 +51,8 @@ def detect_class_folders(path: Path) -> DetectedLayout | None:
     for name, inner in inside.items():
         _refuse_splits(str(path / name), inner)
     images, others = list_images(path, [*folders, *empty])
-    notes = describe_left_out("", empty, others) + _describe_loose(path, ".") + _describe_alike(inside)
-    return DetectedLayout("one folder per class", folders, images, notes=notes)
+    notes = describe_left_out("", empty, others) + _describe_loose(path, ".")
+    return DetectedLayout("one folder per class", folders, images, notes=notes, warnings=_find_alike(inside))
 
 
 def detect_train_and_val(path: Path) -> DetectedLayout | None:
@@ -63,9 +64,9 @@ def detect_train_and_val(path: Path) -> DetectedLayout | None:
     if len(splits) == 1 and len(_list_classes(path, train_folders)) < 2:
         return None  # train/ may be a class: the vehicle
     keys, train, notes = list_train(path, *train_folders)
-    layout, val, val_folders = f"{_join(train_folders, '')}/CLASS", None, splits.get("val", [[]])[0]
+    layout, val, val_folders = _join(train_folders, "/CLASS"), None, splits.get("val", [[]])[0]
     if val_folders:
-        layout = f"{layout} and {_join(val_folders, '')}/CLASS"
+        layout = f"{layout} and {_join(val_folders, '/CLASS')}"
         val, others = list_val(path, val_folders, keys)
         notes += describe_left_out(f"{_join(val_folders)}", (), others)
     notes += _describe_loose(path, *train_folders, *val_folders) + _describe_unused(path, splits, keys)
@@ -222,8 +223,17 @@ def class_folders(path: Path) -> tuple[list[str], list[str]]:
         DataError: a folder cannot be listed.
     """
     folders = sorted(entry.name for entry in _list_entries(path) if _is_folder(entry))
-    filled = [name for name in folders if any(has_image_suffix(file) for file in walk_files(path / name, path))]
+    filled = [name for name in folders if _has_image(path / name, path)]
     return filled, sorted(set(folders) - set(filled))
+
+
+def _has_image(folder: Path, root: Path) -> bool:
+    """Return whether there is an image anywhere below a folder of `root`."""
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:  # most have one directly inside, found at once
+        for entry in entries:
+            if has_image_suffix(entry.name) and not is_left_out(entry.name, False) and not _is_folder(entry):
+                return True
+    return any(has_image_suffix(file) for file in walk_files(folder, root))
 
 
 def list_images(root: Path, folders: Sequence[str]) -> tuple[ImageFiles, Counter[str]]:
@@ -272,43 +282,35 @@ def _describe_loose(root: Path, *folders: str) -> tuple[str, ...]:
 
 def _describe_unused(path: Path, splits: Mapping[str, list[list[str]]], keys: Sequence[str]) -> tuple[str, ...]:
     """Return notes on folders that are not used: test/, second choices, and others."""
-    val = splits.get("val")
     notes = []
-    for split, found in splits.items():
-        for folders in found if split == "test" else found[1:]:
+    for split, choices in splits.items():
+        use = "rename it to val/ to validate on it"
+        if split == "train" or "val" in splits:
+            used = splits["train" if split == "train" else "val"][0]
+            use = f"{'training' if split == 'train' else 'validation'} uses {_join(used)}"
+        for folders in choices if split == "test" else choices[1:]:
             classes = _list_classes(path, folders)
-            if not classes:
-                notes.append(f"left out (no labels): {_join(folders)}")
-            elif not set(classes) <= set(keys):
-                notes.append(f"left out (other class folders than the training split): {_join(folders)}")
-            else:
+            if classes and set(classes) <= set(keys):
                 count = len(_list_split(path, folders, classes)[0])
-                use = (
-                    f"training uses {_join(splits['train'][0])}"
-                    if split == "train"
-                    else "rename it to val/ to validate on it"
-                )
-                use = f"validation uses {_join(val[0])}" if val and split != "train" else use
                 notes.append(f"{_join(folders)} ({count:,} images) is not used; {use}")
-    used = {folder.partition("/")[0] for found in splits.values() for folders in found for folder in folders}
-    if others := [name for name in class_folders(path)[0] if name not in used]:
-        notes.append(f"left out (no split by name): {_join(others)}")
+            else:
+                notes.append(f"left out (not sorted into the classes of the training split): {_join(folders)}")
+    named = {folder.partition("/")[0] for choices in splits.values() for folders in choices for folder in folders}
+    if others := [name for name in class_folders(path)[0] if name not in named]:
+        notes.append(f"left out (not a split by name): {_join(others)}")
     return tuple(notes)
 
 
-def _describe_alike(inside: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
-    """Return a note if two classes hold folders of the same names, as splits do. `inside`: the folders in each."""
+def _find_alike(inside: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+    """Return a warning if classes hold folders of the same names, as splits do. `inside`: the folders in each class."""
     owners: dict[str, list[str]] = {}
     for name, folders in inside.items():
         for folder in folders:
             owners.setdefault(folder, []).append(name)
     shared = [folder for folder, names in owners.items() if len(names) > 1]
-    if len(shared) < 2:
+    if len(shared) < 2:  # a folder images/ in each class is common
         return ()
-    names = owners[shared[0]]
-    return (
-        f"{_join(names)} hold the same folders, such as {_join(shared)}: if they are splits, call them train and val",
-    )
+    return (f"{_join(owners[shared[0]])} hold the same folders: {_join(shared)}",)
 
 
 def select_unreadable(others: Counter[str]) -> Counter[str]:
@@ -378,17 +380,16 @@ def describe_system_folders(root: Path) -> tuple[str, ...]:
             names.remove(name)
             files = (file for _, _, files in os.walk(os.path.join(folder, name)) for file in files)
             counts[name] += sum(has_image_suffix(file) for file in files)
-    found = [f"{name} ({count:,} images)" for name, count in counts.items() if count]
+    found = [f"{name} ({count:,} image{'s' * (count > 1)})" for name, count in counts.items() if count]
     return (f"left out (folders of a NAS or system): {', '.join(found)}",) if found else ()
 
 
 def _list_entries(folder: Path, unlisted: list[str] | None = None) -> list[os.DirEntry[str]]:
     try:
         with os.scandir(folder) as entries:
+            matches = SYSTEM_FOLDER.match
             return [
-                entry
-                for entry in entries
-                if not (SYSTEM_FOLDER.match(entry.name) and is_left_out(entry.name, _is_folder(entry)))
+                entry for entry in entries if not matches(entry.name) or not is_left_out(entry.name, _is_folder(entry))
             ]
     except OSError as error:
         if unlisted is None:

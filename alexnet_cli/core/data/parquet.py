@@ -17,10 +17,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from alexnet_cli.core.data.classes import find_ilsvrc_wnids
+from alexnet_cli.core.data.folders import SPLIT_WORDS
 from alexnet_cli.core.data.samples import DetectedLayout, ImageList, NameList
 from alexnet_cli.errors import DataError, MissingError
 
-SPLIT_NAMES = {"train": ("train",), "val": ("validation", "valid", "val"), "test": ("test",)}
 FOLDERS = ("", "data")
 CACHE_BYTES = 1 << 28  # of row groups kept in memory; one is about 11 MB in ImageNet's shards
 WNID = re.compile(r"(?<![A-Za-z0-9])n\d{8}(?![0-9])")
@@ -139,10 +139,13 @@ def _list_files(path: Path, folder: str) -> dict[str, list[str]]:
     """Return the parquet files in a folder by split, relative to `path`."""
     names = sorted(file.name for file in (path / folder).glob("*.parquet"))
     prefix = f"{folder}/" if folder else ""
-    return {
-        split: [prefix + name for name in names if re.match(rf"({'|'.join(words)})(-.*)?\.parquet$", name)]
-        for split, words in SPLIT_NAMES.items()
-    }
+    files: dict[str, list[str]] = {}
+    for split, words in SPLIT_WORDS.items():
+        by_word = (
+            [prefix + name for name in names if re.match(rf"{word}(-.*)?\.parquet$", name, re.I)] for word in words
+        )
+        files[split] = next(filter(None, by_word), [])
+    return files
 
 
 @contextlib.contextmanager

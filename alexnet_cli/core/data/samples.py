@@ -137,3 +137,5 @@ class DetectedLayout(NamedTuple):
     notes: tuple[str, ...] = ()
     words: Mapping[str, str] = {}
     """Names of classes by key, such as "tabby, tabby cat", where the source has them."""
+    warnings: tuple[str, ...] = ()
+    """Of classes that are probably splits."""

@@ -53,7 +53,7 @@ FOLDERS_HINT = "put the images of each class into a folder of its own; at least 
 class SourceDataset:
     """A data set that is not prepared yet: its layout in words, classes in label order, images by split (train, val).
 
-    `notes` say what was left out or assumed.
+    `notes` say what was left out or assumed, `warnings` which classes are probably splits.
     """
 
     path: Path
@@ -61,6 +61,7 @@ class SourceDataset:
     classes: tuple[ClassName, ...]
     splits: Mapping[str, ImageList]
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     def fingerprint(self) -> str:
         """Return a sha256 over the classes and every image's split, label, name and size."""
@@ -103,7 +104,7 @@ def detect_source(path: Path, val_fraction: float | None = None) -> SourceDatase
         if len(splits["val"]):
             kept = f"{len(splits['val']):,} of {len(detected.train):,} images are kept for validation"
             notes = (*notes, f"the source has no validation split: {kept}")
-    return SourceDataset(path, detected.layout, classes, splits, notes)
+    return SourceDataset(path, detected.layout, classes, splits, notes, detected.warnings)
 
 
 def _find_words(path: Path, detected: DetectedLayout) -> tuple[Mapping[str, str], tuple[str, ...]]:
