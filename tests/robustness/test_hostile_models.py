@@ -316,7 +316,7 @@ def test_dataset_json_that_would_fill_the_memory(tmp_path: Path) -> None:
 def test_recipes_that_would_fill_the_memory(text: str, tmp_path: Path) -> None:
     """Without a limit, a key of 100,000 parts took more than 20 GB."""
     (tmp_path / "r.toml").write_text(text)
-    with pytest.raises(RecipeError, match="is not TOML"):
+    with pytest.raises(RecipeError, match=r"is not TOML|it has [0-9,]+ bytes|is not UTF-8 text"):
         load_recipe(str(tmp_path / "r.toml"))
 
 

@@ -19,7 +19,6 @@ from alexnet_cli.core.data.folders import (
     describe_left_out,
     get_suffix,
     has_image_suffix,
-    is_left_out,
     list_images,
     list_train,
     list_val,
@@ -120,12 +119,12 @@ def _scan_train_archive(archive: Path) -> DetectedLayout:
     others = Counter[str]()
     for member in scan_members(archive):
         name = PurePosixPath(member.name)
-        if name.suffix == ".tar" and not name.name.startswith("."):
+        if name.suffix == ".tar":
             if member.refusal:
                 what = f"{archive}: {member.name!r} is a link, or its name leads out of the archive"
                 raise DataError(what, "download the archive from image-net.org")
             inner.append(member)
-        elif _is_image(member.name):
+        elif has_image_suffix(member.name):
             what = f"{archive}: {member.name!r} is not in a WNID.tar"
             raise DataError(what, "unpack the archive and give the folder instead")
         else:
@@ -154,7 +153,7 @@ def _scan_class_archives(
     keys: list[str] = []
     for key, number, outer in classes:
         for member in scan_members(archives[number], outer):
-            if not _is_image(member.name):
+            if not has_image_suffix(member.name):
                 others[get_suffix(member.name)] += 1
                 continue
             if not keys or keys[-1] != key:
@@ -193,7 +192,7 @@ def _scan_val_archive(archive: Path) -> tuple[ArchiveImages, Counter[str]]:
     images = ArchiveImages(archive)
     others = Counter[str]()
     for member in scan_members(archive):
-        if _is_image(member.name):
+        if has_image_suffix(member.name):
             images.add(f"{archive.name}/{member.name}", 0, member)
         else:
             others[get_suffix(member.name)] += 1
@@ -222,15 +221,6 @@ def _find_labels(place: Path, images: ImageList, truth: _GroundTruth, keys: Sequ
         what = f"{place} has {len(labels):,} images, but {truth.path} has labels of {len(truth.wnids):,}"
         raise DataError(f"{what}: {min(missing)} is missing", "copy or unpack the validation images again")
     return labels
-
-
-def _is_image(name: str) -> bool:
-    """Return whether a member of an archive is an image by its name."""
-    *folders, file = name.split("/")
-    is_hidden = is_left_out(file, False) or any(
-        is_left_out(folder, True) for folder in folders if folder not in (".", "..")
-    )
-    return has_image_suffix(file) and not is_hidden
 
 
 def _is_flat(folder: Path) -> bool:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from alexnet_cli.core.data.folders import is_left_out
 from alexnet_cli.core.data.samples import ImageList, NameList
 from alexnet_cli.core.files import check_bytes
 from alexnet_cli.errors import DataError
@@ -75,7 +76,9 @@ class ArchiveImages(ImageList):
 
 
 def scan_members(archive: Path, outer: Member | None = None) -> Iterator[Member]:
-    """Yield all members except folders, in their order. `outer`: scan this member, itself an archive, instead.
+    """Yield all members in their order, except folders, hidden files and what is in folders of a system.
+
+    `outer`: scan this member, itself an archive, instead.
 
     Raises:
         DataError: the file cannot be read, is not a tar archive, or is damaged or truncated.
@@ -93,7 +96,7 @@ def scan_members(archive: Path, outer: Member | None = None) -> Iterator[Member]
                         raise DataError(f"{where} is damaged: {info.name!r} has a negative size", DAMAGED_HINT)
                     if info.offset_data + size > end:
                         raise DataError(f"{where} is truncated in {info.name!r}", DAMAGED_HINT)
-                    if not info.isdir():
+                    if not info.isdir() and not _is_hidden(info.name):
                         yield Member(info.name, info.offset_data, size, refusal)
                 _check_end(file, tar.offset, end, where)
     except tarfile.TarError as error:
@@ -102,6 +105,12 @@ def scan_members(archive: Path, outer: Member | None = None) -> Iterator[Member]
         raise DataError(f"{where} is damaged: {error or 'a header has an absurd size'}", DAMAGED_HINT) from error
     except OSError as error:
         raise DataError(f"{where} cannot be read: {error.strerror or error}", "check its permissions") from error
+
+
+def _is_hidden(name: str) -> bool:
+    """Return whether a member is left out by its name, as a file or folder of the name would be."""
+    *folders, file = name.split("/")
+    return is_left_out(file, False) or any(is_left_out(folder, True) for folder in folders if folder not in (".", ".."))
 
 
 def _check_end(file: BinaryIO, offset: int, end: int, where: str) -> None:
