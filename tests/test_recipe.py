@@ -188,7 +188,7 @@ def test_unknown_recipes_and_broken_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
 def test_a_recipe_written_on_windows(encoding: str, tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_bytes("base = 'tiny'\r\ndropout = 0.25\r\n".encode(encoding))
-    assert recipe_io.load_recipe(str(tmp_path / "mine.toml")) == replace(recipe_io.RECIPES["tiny"], dropout=0.25)
+    assert recipe_io.load_recipe(str(tmp_path / "mine.toml")) == replace(TINY, dropout=0.25)
 
 
 def test_a_run_of_0_1_0_is_refused_with_the_new_key(tmp_path: Path) -> None:

@@ -342,6 +342,8 @@ def test_names_that_only_look_like_splits_are_classes(classes: list[str], tmp_pa
     source = detect_source(tmp_path)
     assert [name.name for name in source.classes] == sorted(classes)
     assert not source.warnings
+    touch(tmp_path / "split", *(f"{split}/{name}/1.jpg" for split in ("Train", "Val") for name in classes))
+    assert [name.name for name in detect_source(tmp_path / "split").classes] == sorted(classes)
 
 
 def test_classes_with_the_same_folders_inside_give_a_warning(tmp_path: Path) -> None:
@@ -360,6 +362,8 @@ def test_tiny_imagenet_sorted_by_hand(inside: str, tmp_path: Path) -> None:
     source = detect_source(tmp_path)
     assert listed(source, "val") == [(f"val/n1/{inside}val_1.JPEG", 0), (f"val/n2/{inside}val_0.JPEG", 1)]
     assert len(source.splits["train"]) == 6
+    touch(tmp_path, "val/images/val_0.JPEG", "val/images/val_1.JPEG")  # sorted copies
+    assert listed(detect_source(tmp_path), "val") == [("val/images/val_0.JPEG", 1), ("val/images/val_1.JPEG", 0)]
 
 
 def test_folders_of_a_system_are_left_out_and_counted(tmp_path: Path) -> None:

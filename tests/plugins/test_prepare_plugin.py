@@ -51,6 +51,24 @@ def result(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     return dict(record)
 
 
+def test_class_names_are_printed_and_doubtful_ones_warned_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for split in ("ensemble1", "ensemble2"):
+        for number in range(12):
+            (tmp_path / "digits" / split / f"c{number:02}").mkdir(parents=True)
+            (tmp_path / "digits" / split / f"c{number:02}" / "1.jpg").write_bytes(jpeg((200, 0, 0), comment=split))
+    assert run("digits", "--dry-run") == 0
+    said = capsys.readouterr().err.splitlines()
+    assert "classes ensemble1, ensemble2" in said
+    warning = said.index("warn    ensemble1/, ensemble2/ hold the same folders: c00/, c01/, c02/, c03/, c04/, ...")
+    assert said[warning + 1].endswith("rename them to train/ and val/")
+    assert run("digits/ensemble1", "--dry-run") == 0
+    names = ", ".join(f"c{number:02}" for number in range(10))
+    assert f"classes {names}, …" in capsys.readouterr().err.splitlines()
+
+
 def test_prepare_a_folder(pets: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # the next step depends on the machine
     before = {path: path.stat().st_mtime_ns for path in pets.rglob("*")}

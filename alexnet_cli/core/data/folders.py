@@ -78,7 +78,8 @@ def detect_tiny_imagenet(path: Path) -> DetectedLayout | None:
     annotations = path / "val" / "val_annotations.txt"
     if not annotations.is_file() or not (path / "train").is_dir():
         return None
-    if set(class_folders(path / "val")[0]) - {"images"}:
+    inside, _ = class_folders(path / "val")
+    if inside and "images" not in inside:
         return None  # somebody has sorted them into val/WNID
     folders, train, notes = list_train(path, "train")
     label_of_file = _read_annotations(annotations, {wnid: label for label, wnid in enumerate(folders)})
@@ -93,21 +94,35 @@ def detect_tiny_imagenet(path: Path) -> DetectedLayout | None:
 
 
 def find_splits(path: Path) -> dict[str, list[list[str]]]:
-    """Return the folders directly under `path` that are splits by name: for train, val and test, the best first.
+    """Return the folders directly under `path` that are splits by name: see `_group_splits`.
 
-    Names count without capitals, digits and `FILLERS`; a split in parts is one entry: train.X1 and train.X2. Other
-    words must be shared by train and another split: pets_train and pets_test. A split inside a folder of its own name
-    (seg_train/seg_train) is given with that folder.
+    A split inside a folder of its own name (seg_train/seg_train) is given with that folder.
     """
-    parsed = {entry.name: _parse_split(entry.name) for entry in _list_entries(path) if _is_folder(entry)}
+    splits = _group_splits([entry.name for entry in _list_entries(path) if _is_folder(entry)])
+    for split, choices in splits.items():
+        for folders in choices:
+            for i, name in enumerate(folders):
+                inside, _ = class_folders(path / name)
+                if len(inside) == 1 and _parse_split(inside[0])[0] == split:
+                    folders[i] = f"{name}/{inside[0]}"
+    return splits
+
+
+def _group_splits(names: Sequence[str]) -> dict[str, list[list[str]]]:
+    """Return those names that are splits: for train, val and test, the best first.
+
+    They count without capitals, digits and `FILLERS`; a split in parts is one entry: train.X1 and train.X2. Other words
+    must be shared by train and another split: pets_train and pets_test.
+    """
+    parsed = {name: _parse_split(name) for name in sorted(names)}
     splits: dict[str, list[list[str]]] = {}
     for split, words in SPLIT_WORDS.items():
         parts: dict[tuple[int, bool, str], list[str]] = {}
-        for name, (kind, word, rest) in sorted(parsed.items()):
+        for name, (kind, word, rest) in parsed.items():
             partners = {other for other, _, its_rest in parsed.values() if its_rest == rest} - {""}
             if kind == split and (not rest or {"train"} < partners):
                 rank = (words.index(word), bool(rest), re.sub(r"\d+", "#", name.lower()))
-                parts.setdefault(rank, []).append(_enter_split(path, name))
+                parts.setdefault(rank, []).append(name)
         if parts:
             splits[split] = [parts[rank] for rank in sorted(parts)]
     return splits
@@ -115,22 +130,12 @@ def find_splits(path: Path) -> dict[str, list[list[str]]]:
 
 def _parse_split(name: str) -> tuple[str, str, frozenset[str]]:
     """Return the split that a folder is by its name, the word that says so, and its other words; "" if it is none."""
-    words = [word.lower() for word in re.findall("[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)]
+    words = {word.lower() for word in re.findall("[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)}
     for split, known in SPLIT_WORDS.items():
-        if found := [word for word in words if word in known]:
-            return (
-                split,
-                found[0],
-                frozenset(words) - FILLERS - {word for all_ in SPLIT_WORDS.values() for word in all_},
-            )
+        for word in known:
+            if word in words:
+                return split, word, frozenset(words - FILLERS.union(*SPLIT_WORDS.values()))
     return "", "", frozenset()
-
-
-def _enter_split(path: Path, name: str) -> str:
-    """Return a split's folder, or the one inside it that alone has images and is the same split by name."""
-    inside = class_folders(path / name)[0]
-    is_same = len(inside) == 1 and _parse_split(inside[0])[0] == _parse_split(name)[0]
-    return f"{name}/{inside[0]}" if is_same else name
 
 
 def _list_classes(root: Path, folders: Sequence[str]) -> list[str]:
@@ -140,7 +145,7 @@ def _list_classes(root: Path, folders: Sequence[str]) -> list[str]:
 
 def _refuse_splits(place: str, folders: Sequence[str]) -> None:
     """Raise DataError if folders that should be in one class, or one split, are train and val or test."""
-    if {"train"} < {_parse_split(folder)[0] for folder in folders} - {""}:
+    if {"train"} < _group_splits(folders).keys():
         hint = f"did you mean {place}? Otherwise sort the images into train/CLASS and val/CLASS"
         raise DataError(f"{place} has splits inside: {_join(folders)}", hint)
 
