@@ -53,6 +53,9 @@ class Recipe:
     stage1_order: Order = setting("relu-norm-pool", "3.5", "order of the operations after convolution 1")
     stage2_order: Order = setting("relu-norm-pool", "3.5", "order of the operations after convolution 2")
     pool_size: int = setting(3, "3.4", "side of the pooling window; 3 overlaps at stride 2, 2 does not", 2, 3)
+    pool_ceil: Literal["all", "pool5"] = setting(
+        "all", "code", "poolings whose last window may hang over the edge (pool5: the ONNX model zoo's maps)"
+    )
 
     # 4 Reducing overfitting
     crops: bool = setting(True, "4.1", "random crops in training; otherwise the center")

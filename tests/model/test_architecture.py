@@ -15,6 +15,7 @@ from alexnet_cli.recipe import CAFFE, KRIZHEVSKY, PAPER, RECIPES, Recipe
 VARIANTS = [
     *RECIPES.values(),
     replace(PAPER, edge_padding=False),
+    replace(PAPER, edge_padding=False, pool_ceil="pool5"),
     replace(PAPER, pool_size=2),
     replace(PAPER, towers=1),
 ]
@@ -89,6 +90,7 @@ def test_what_follows_a_layer_is_what_the_recipe_says() -> None:
     [
         ({"input_size": 227}, [55, 27, 27, 13, 13, 13, 13, 6]),
         ({"edge_padding": False}, [54, 27, 27, 13, 13, 13, 13, 6]),
+        ({"edge_padding": False, "pool_ceil": "pool5"}, [54, 26, 26, 12, 12, 12, 12, 6]),
         ({"pool_size": 2}, [55, 28, 26, 13, 13, 13, 11, 6]),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -12,10 +13,11 @@ from alexnet_cli.core.model.layers import Dropout, OverlappingPooling, dropout_s
 from alexnet_cli.recipe import PAPER
 
 
-@pytest.mark.parametrize(("size", "side"), [(3, 55), (3, 27), (3, 13), (2, 55), (2, 26), (2, 11)])
-def test_pooling_equals_a_plain_loop(size: int, side: int) -> None:
+@pytest.mark.parametrize("ceil", [True, False])
+@pytest.mark.parametrize(("size", "side"), [(3, 55), (3, 27), (3, 26), (3, 13), (2, 55), (2, 26), (2, 11)])
+def test_pooling_equals_a_plain_loop(size: int, side: int, ceil: bool) -> None:
     x = torch.randn(1, 2, side, side, generator=torch.Generator().manual_seed(0))
-    values, steps = x.numpy(), -(-(side - size) // 2) + 1
+    values, steps = x.numpy(), math.ceil((side - size) / 2) + 1 if ceil else math.floor((side - size) / 2) + 1
     expected = np.array(
         [
             [
@@ -25,7 +27,7 @@ def test_pooling_equals_a_plain_loop(size: int, side: int) -> None:
             for c in range(2)
         ]
     )
-    out = OverlappingPooling(replace(PAPER, pool_size=size))(x)
+    out = OverlappingPooling(replace(PAPER, pool_size=size), ceil=ceil)(x)
     np.testing.assert_array_equal(out[0].numpy(), expected)
 
 

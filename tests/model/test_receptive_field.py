@@ -17,6 +17,7 @@ RECIPES = {
     "krizhevsky": KRIZHEVSKY,
     "caffe": CAFFE,
     "unpadded": replace(PAPER, edge_padding=False),
+    "maps of 54, 26, 12, 6": replace(PAPER, edge_padding=False, pool_ceil="pool5"),
     "pool 2": replace(PAPER, pool_size=2),
     "within": replace(PAPER, lrn="within-map", lrn_size=3),
 }

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
+import onnxruntime
 import pytest
+from onnx import helper, numpy_helper
 from typer import Typer
 from typer.testing import CliRunner, Result
 
@@ -116,27 +120,164 @@ def test_caffe_subtracts_its_mean_image_at_the_crop(form: str) -> None:
     check_scores(model, rgb, files.caffe_forward(weights, rgb[::-1], mean[:, 14:241, 14:241]))
 
 
-@pytest.mark.parametrize(("raw", "trans"), [(True, True), (False, False)])
-def test_the_model_zoo_has_a_grid_of_54(raw: bool, trans: bool) -> None:
-    import onnxruntime
+def run_onnx(model: onnx.ModelProto, rgb: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """What ONNX Runtime answers to a picture, as Caffe feeds it: BGR minus the mean color."""
+    x = rgb[::-1].astype(np.float32) - np.array(files.MEAN_BGR, np.float32)[:, None, None]
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    result: npt.NDArray[np.float32] = session.run(None, {"data_0": x[None]})[0]
+    return result
 
-    weights, rgb = files.tensors(), files.random_image(224)
-    content = files.onnx_model(weights, raw=raw, trans=trans)
-    x = rgb[::-1].astype(np.float64) - np.array(files.MEAN_BGR)[:, None, None]
-    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    (probabilities,) = session.run(None, {"data_0": x[None].astype(np.float32)})
-    model, _ = import_bytes(content, name="network.onnx")
-    assert not model.recipe.edge_padding
-    expected = files.caffe_forward(weights, rgb[::-1])  # 224 pixels unpadded: floor gives 54, ceil then 27
-    check_scores(model, rgb, expected)
-    np.testing.assert_allclose(Session(model, provider="cpu").probabilities(rgb[None]), probabilities, atol=2e-5)
+
+def gentle_tensors() -> dict[str, tuple[files.Floats, files.Floats]]:
+    """Weights whose probabilities are all far from 0, so that each can be compared."""
+    weights = files.tensors()
+    weights["fc8"] = (weights["fc8"][0] / np.float32(200), weights["fc8"][1])
+    return weights
+
+
+def as_constants(model: onnx.ModelProto) -> None:
+    nodes = [helper.make_node("Constant", [], [value.name], value=value) for value in model.graph.initializer]
+    nodes += list(model.graph.node)
+    for field in (model.graph.node, model.graph.initializer):
+        del field[:]
+    del model.graph.input[1:]
+    model.graph.node.extend(nodes)
+
+
+def as_lists_of_floats(model: onnx.ModelProto) -> None:
+    for value in model.graph.initializer:
+        numbers = numpy_helper.to_array(value).ravel()
+        value.CopyFrom(helper.make_tensor(value.name, value.data_type, value.dims, numbers))
+
+
+def as_opset_3(model: onnx.ModelProto) -> None:
+    """The forms of the oldest files: Reshape with the shape as an attribute, Dropout's is_test, Gemm's broadcast."""
+    model.opset_import[0].version = 3
+    for node in model.graph.node:
+        extra: dict[str, Any] = {"Dropout": {"is_test": 1}, "Gemm": {"broadcast": 1}, "Reshape": {"shape": [1, -1]}}
+        node.attribute.extend(helper.make_attribute(*pair) for pair in extra.get(node.op_type, {}).items())
+        if node.op_type == "Reshape":
+            del node.input[1:]
+
+
+def as_opset_12(model: onnx.ModelProto) -> None:
+    """Weights that are no inputs, Dropout's ratio as an input, any batch, rounding up instead of padding."""
+    model.opset_import[0].version, model.ir_version = 12, 7
+    del model.graph.input[1:]
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "N"
+    model.graph.initializer.append(numpy_helper.from_array(np.float32(0.5), "ratio"))
+    for node in model.graph.node:
+        if node.op_type == "Dropout":
+            del node.attribute[:], node.output[1:]
+            node.input.append("ratio")
+        elif node.op_type == "Reshape":
+            node.op_type = "Flatten"
+            del node.input[1:]
+        elif node.op_type == "Softmax":
+            node.attribute.append(helper.make_attribute("axis", -1))
+        elif node.op_type == "MaxPool" and node.attribute[1].ints[3]:
+            node.attribute[1].ints[:] = [0] * 4
+            node.attribute.append(helper.make_attribute("ceil_mode", 1))
+
+
+def as_other_matrices(model: onnx.ModelProto) -> None:
+    """Matrices of inputs x outputs, an output of layer 8 before the probabilities, and a node in between."""
+    graph = model.graph
+    for value in graph.initializer:
+        if value.name.startswith("fc") and "_w_" in value.name:
+            value.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(value).T.copy(), value.name))
+    del graph.input[1:]
+    model.ir_version = 4
+    for node in graph.node:
+        if node.op_type == "Gemm":
+            del node.attribute[:]
+    graph.node[-1].input[0] = "logits"
+    graph.node.insert(len(graph.node) - 1, helper.make_node("Identity", ["r24"], ["logits"]))
+    graph.output.append(helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, (1, 10)))
+
+
+FORMS = [as_constants, as_lists_of_floats, as_opset_3, as_opset_12, as_other_matrices]
+
+
+@pytest.mark.parametrize("form", [None, *FORMS])
+def test_the_model_zoos_graph_answers_as_onnx_runtime_does(form: Callable[[onnx.ModelProto], None] | None) -> None:
+    weights, rgb = gentle_tensors(), files.random_image(224)
+    graph = files.zoo_model(weights)
+    probabilities = run_onnx(graph, rgb)
+    if form is not None:
+        form(graph)
+        if form is not as_opset_3:  # which ONNX Runtime does not read
+            np.testing.assert_allclose(run_onnx(graph, rgb), probabilities, rtol=1e-6)
+    assert probabilities.min() > 0.005
+    assert np.ptp(probabilities) > 0.05
+    model, _ = import_bytes(graph.SerializeToString(), "--grid", "file", name="network.onnx")
+    assert (model.recipe.input_size, model.recipe.edge_padding, model.recipe.pool_ceil) == (224, False, "pool5")
+    for session in (Session(model, provider="cpu"), TorchSession(model, "cpu")):
+        np.testing.assert_allclose(session.probabilities(rgb[None]), probabilities, rtol=1e-5)
+
+
+def test_the_model_zoos_weights_are_used_at_the_size_they_were_trained_at() -> None:
+    weights, rgb = files.tensors(), files.random_image(227)
+    model, report = import_bytes(files.zoo_model(weights).SerializeToString())
+    assert (report["input_size"], model.recipe.pool_ceil) == (227, "all")
+    assert any("--grid file" in note for note in report["notes"])
+    check_scores(model, rgb, files.caffe_forward(weights, rgb[::-1]))
+
+
+@pytest.mark.slow
+def test_the_model_zoos_graph_at_full_size() -> None:
+    shapes = {
+        "conv1": (96, 3, 11, 11), "conv2": (256, 48, 5, 5), "conv3": (384, 256, 3, 3), "conv4": (384, 192, 3, 3),
+        "conv5": (256, 192, 3, 3), "fc6": (4096, 9216), "fc7": (4096, 4096), "fc8": (1000, 4096),
+    }  # fmt: skip
+    generator, weights = np.random.default_rng(0), {}
+    for layer, shape in shapes.items():
+        scale = np.float32(np.sqrt(2 / np.prod(shape[1:])) / (100 if layer == "fc8" else 1))
+        weight = generator.standard_normal(shape, np.float32) * scale
+        weights[layer] = (weight, np.float32(0.3) * generator.standard_normal(shape[0], np.float32))
+    graph, rgb = files.zoo_model(weights), files.random_image(224)
+    graph.graph.initializer[0].CopyFrom(numpy_helper.from_array(np.array([1, 9216]), "OC2_DUMMY_1"))
+    probabilities = run_onnx(graph, rgb)
+    model, _ = import_bytes(graph.SerializeToString(), "--grid", "file", name="network.onnx")
+    np.testing.assert_allclose(Session(model, provider="cpu").probabilities(rgb[None]), probabilities, rtol=1e-5)
 
 
 def test_onnx_with_227_pixels_is_recognized_by_its_content() -> None:
     weights, rgb = files.tensors(), files.random_image(227)
-    model, _ = import_bytes(files.onnx_model(weights, side=227), name="network.bin")
-    assert model.recipe.input_size == 227
+    for side in (227, 0):  # 0: the graph does not say
+        graph = files.zoo_model(weights, side=side)
+        model, _ = import_bytes(graph.SerializeToString(), name="network.bin")
+        assert (model.recipe.input_size, model.recipe.pool_ceil) == (227, "all")
     check_scores(model, rgb, files.caffe_forward(weights, rgb[::-1]))
+
+
+def pad_no_pooling(graph: onnx.GraphProto) -> None:
+    graph.node[14].attribute[1].ints[:] = [0] * 4
+
+
+def pad_by_itself(graph: onnx.GraphProto) -> None:
+    del graph.node[0].attribute[1]
+    graph.node[0].attribute.append(helper.make_attribute("auto_pad", "SAME_UPPER"))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (pad_no_pooling, r"pooling after conv5 .* turns 12 pixels into 6"),
+        (lambda graph: graph.initializer.pop(), "no weight and bias of fc8"),
+        (pad_by_itself, "auto_pad"),
+    ],
+)
+def test_other_graphs_are_refused(change: Callable[[onnx.GraphProto], None], says: str) -> None:
+    model = files.zoo_model(files.tensors())
+    change(model.graph)
+    with pytest.raises(WeightsError, match=says):
+        import_bytes(model.SerializeToString())
+
+
+def test_the_light_file_has_no_weights() -> None:
+    with pytest.raises(WeightsError, match="no weight and bias of conv1"):
+        import_bytes(files.LIGHT.read_bytes())
 
 
 KEYS = {

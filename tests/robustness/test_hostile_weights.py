@@ -56,7 +56,7 @@ TENSORS = {name: torch.from_numpy(value) for name, value in state_dict().items()
 SOUND: dict[str, bytes] = {
     "Caffe": files.caffemodel(files.tensors(), 2),
     "old Caffe": files.caffemodel(files.tensors(), 1),
-    "ONNX": files.onnx_model(files.tensors()),
+    "ONNX": files.zoo_model(files.tensors()).SerializeToString(),
     "PyTorch": torch_file(TENSORS),
     "old PyTorch": torch_file(TENSORS, new=False),
     "safetensors": save(state_dict()),
@@ -180,13 +180,13 @@ LIES: dict[str, Content] = {
     "weights in another file": lambda: onnx_with(put_outside),
     "a graph of nothing": lambda: onnx_with(lambda model: model.graph.Clear()),
     "an operator from elsewhere": lambda: onnx_with(lambda model: setattr(model.graph.node[1], "op_type", "RunShell")),
-    "nodes out of order": lambda: onnx_with(lambda model: model.graph.node.reverse()),
+    "a circle": lambda: onnx_with(lambda model: model.graph.node[4].input.__setitem__(0, "r8")),
     "a tensor of strings": lambda: onnx_with(lambda model: setattr(model.graph.initializer[1], "data_type", 8)),
     "dimensions that its numbers do not fill": lambda: onnx_with(
         lambda model: model.graph.initializer[1].dims.append(2)
     ),
     "strides that are one number": lambda: onnx_with(
-        lambda model: setattr(model.graph.node[0].attribute[3], "type", 2)
+        lambda model: setattr(model.graph.node[0].attribute[0], "type", 2)
     ),
     # PyTorch
     "a zip bomb": lambda: zipped({"a/data.pkl": bytes(1 << 26), "a/version": b"3\n"}, zipfile.ZIP_DEFLATED),

@@ -72,10 +72,9 @@ class _GraphBuilder:
         inputs = [x, self.constant(f"{name}.weight", weight), self.constant(f"{name}.bias", bias)]
         return self.node("Gemm", inputs, name, transB=1)
 
-    def max_pool(self, x: str, name: str, side: int) -> str:
+    def max_pool(self, x: str, name: str, spec: LayerSpec) -> str:
         size = self.recipe.pool_size
-        # As in the authors' code, the last window may reach over the edge of a map.
-        ceil_mode = {"ceil_mode": 1} if (side - size) % POOL_STRIDE else {}
+        ceil_mode = {"ceil_mode": 1} if spec.pool_ceil and (spec.side - size) % POOL_STRIDE else {}
         return self.node("MaxPool", [x], name, kernel_shape=[size] * 2, strides=[POOL_STRIDE] * 2, **ceil_mode)
 
     def norm_across_maps(self, x: str, name: str, channels: int, side: int) -> str:
@@ -196,7 +195,7 @@ def _add_layers(graph: _GraphBuilder, x: str, model: Model) -> str:
             if step == "activation":
                 x = graph.node(ACTIVATIONS[recipe.activation], [x], f"{spec.name}.{recipe.activation}")
             elif step == "pool":
-                x = graph.max_pool(x, f"{spec.name}.pool", side)
+                x = graph.max_pool(x, f"{spec.name}.pool", spec)
                 side = spec.pooled_side or side
             elif step == "norm" and recipe.lrn == "across-maps":
                 x = graph.norm_across_maps(x, f"{spec.name}.norm", channels, side)

@@ -61,6 +61,8 @@ class LayerSpec:
     then: tuple[Step, ...] = ()
     pooled_side: int | None = None
     """Side of the maps after pooling, if they are pooled."""
+    pool_ceil: bool = True
+    """Whether the last pooling window may hang over the edge, as in the authors' code; otherwise it is left out."""
 
     @property
     def is_conv(self) -> bool:
@@ -105,12 +107,13 @@ def layer_specs(recipe: Recipe, classes: int) -> tuple[LayerSpec, ...]:
         if layer in CONV_LAYERS:
             before, after = _padding(recipe, layer)
             output_side = (side + before + after - KERNELS[layer]) // STRIDES[layer] + 1
-            # The last window may hang over the edge, as in the authors' code.
-            pooled = -(-(output_side - recipe.pool_size) // POOL_STRIDE) + 1 if "pool" in then else None
+            pool_ceil = recipe.pool_ceil == "all" or layer == "conv5"
+            moves = output_side - recipe.pool_size + (POOL_STRIDE - 1 if pool_ceil else 0)
+            pooled = moves // POOL_STRIDE + 1 if "pool" in then else None
             spec = LayerSpec(
                 name=layer, towers=recipe.towers, maps=widths[layer], inputs=inputs, sees_both=sees_both,
                 kernel=KERNELS[layer], stride=STRIDES[layer], padding=(before, after), input_side=side,
-                side=output_side, then=then, pooled_side=pooled,
+                side=output_side, then=then, pooled_side=pooled, pool_ceil=pool_ceil,
             )  # fmt: skip
             channels, side = spec.maps, spec.pooled_side or spec.side
         else:

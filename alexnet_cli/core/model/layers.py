@@ -81,10 +81,10 @@ class Activation(nn.Module):
 
 
 class OverlappingPooling(nn.MaxPool2d):
-    """Max pooling, 3 x 3 at stride 2 (section 3.4); windows that hang over the edge are clipped."""
+    """Max pooling, 3 x 3 at stride 2 (section 3.4). A window over the edge is clipped if `ceil`, else left out."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        super().__init__(recipe.pool_size, stride=POOL_STRIDE, ceil_mode=True)
+    def __init__(self, recipe: Recipe, *, ceil: bool) -> None:
+        super().__init__(recipe.pool_size, stride=POOL_STRIDE, ceil_mode=ceil)
 
 
 class Dropout(nn.Module):

@@ -51,9 +51,11 @@ class Network(nn.Module):
         self.fc7 = nn.Linear(specs["fc7"].inputs, units("fc7"))
         self.fc8 = nn.Linear(units("fc7"), classes)
         self.act = Activation(recipe)
-        self.pool = OverlappingPooling(recipe)
-        self.stage1 = _stage(recipe, recipe.stage1_order, towers, "norm1", extra=False)
-        self.stage2 = _stage(recipe, recipe.stage2_order, towers, "norm2", extra=recipe.within_norm_2)
+        pool1, pool2, self.pool = (
+            OverlappingPooling(recipe, ceil=specs[layer].pool_ceil) for layer in ("conv1", "conv2", "conv5")
+        )
+        self.stage1 = _stage(recipe, recipe.stage1_order, towers, "norm1", pool1, extra=False)
+        self.stage2 = _stage(recipe, recipe.stage2_order, towers, "norm2", pool2, extra=recipe.within_norm_2)
         first_unit = self.columns.start * specs["fc6"].biases // self.columns.total
         self.drop6 = Dropout(recipe, salt=6, first_unit=first_unit)
         self.drop7 = Dropout(recipe, salt=7, first_unit=first_unit)
@@ -136,7 +138,9 @@ class JointTowerNorm(nn.Module):
         return self.towers.slice_own(self.norm(self.towers.share(x, self.name)), 1)
 
 
-def _stage(recipe: Recipe, order: str, towers: TowerGroup, name: str, *, extra: bool) -> nn.Sequential:
+def _stage(
+    recipe: Recipe, order: str, towers: TowerGroup, name: str, pool: OverlappingPooling, *, extra: bool
+) -> nn.Sequential:
     """The layers after convolutions 1 and 2, in the recipe's order."""
     across = recipe.lrn == "across-maps"
     joint = across and recipe.lrn_joint and towers.held < towers.total
@@ -148,7 +152,7 @@ def _stage(recipe: Recipe, order: str, towers: TowerGroup, name: str, *, extra: 
     parts: dict[str, list[nn.Module]] = {
         "relu": [] if fuse_relu else [Activation(recipe)],
         "norm": norm,
-        "pool": [OverlappingPooling(recipe)],
+        "pool": [pool],
     }
     return nn.Sequential(*(module for word in order.split("-") for module in parts[word]))
 

@@ -27,8 +27,8 @@ from alexnet_cli.recipe import Recipe, compare_recipes
 FROZEN = {"none": (), "conv": ("conv1", "conv2", "conv3", "conv4", "conv5")}
 SEMANTIC_KEYS = {  # recipe keys that change what a trained weight computes
     "activation", "lrn", "lrn_size", "lrn_k", "lrn_alpha", "lrn_beta", "lrn_alpha_divided", "lrn_joint",
-    "within_norm_2", "stage1_order", "stage2_order", "pool_size", "dropout_inverted", "input_divisor",
-    "edge_padding", "input_size", "mean",
+    "within_norm_2", "stage1_order", "stage2_order", "pool_size", "pool_ceil", "dropout_inverted",
+    "input_divisor", "edge_padding", "input_size", "mean",
 }  # fmt: skip
 
 

@@ -48,6 +48,13 @@ def import_weights(
             help="Input of the network, for files that hold only tensors; imagenet is torchvision's normalization"
         ),
     ] = None,
+    grid: Annotated[
+        Literal["trained", "file"],
+        typer.Option(
+            help="Geometry of the ONNX model zoo's networks: trained is 227 pixels, as Caffe trained the weights; "
+            "file is 224 pixels with smaller maps, as in the graph"
+        ),
+    ] = "trained",
     mean: Annotated[Path | None, typer.Option(help="Caffe's mean file: .npy or .binaryproto")] = None,
     classes: Annotated[
         Path | None,
@@ -71,6 +78,9 @@ def import_weights(
     if network.format not in BARE_FORMATS and (recipe or pixels):
         raise UsageError(f"{file} itself says how its network is built", "leave --recipe and --pixels out")
     network = _set_order(network, order)
+    is_zoo = network.recipe.pool_ceil == "pool5"  # geometry of the zoo's graphs only
+    if is_zoo and grid == "trained":
+        network = replace(network, recipe=replace(network.recipe, input_size=227, edge_padding=True, pool_ceil="all"))
     sha1 = hash_file(file, "sha1")
     published = convert.PUBLISHED.get(sha1)
     reporter.line("file", f"{file} · {network.format} · {published or f'sha1 {sha1}, not a known published file'}")
@@ -84,6 +94,11 @@ def import_weights(
     reporter.line("model", f"AlexNet · {towers} · {parameters:,} parameters")
     reporter.line("input", _describe_input(network, built, names_from))
     notes = _list_notes(network, mean, names_from, is_sure=bool(published or classes))
+    if is_zoo and grid == "trained":
+        what = (
+            "the graph has 224 pixels and maps of 54, 26, 12 and 6; its weights are used at 227, as Caffe trained them"
+        )
+        notes.insert(0, f"{what} (--grid file: as in the graph)")
     warnings = _list_warnings(network, order, names_from)
     for note in notes:
         reporter.line("note", note)
