@@ -25,8 +25,9 @@ from alexnet_cli.core.data.views import make_views
 from alexnet_cli.core.inference.session import Session
 from alexnet_cli.core.inference.torch_session import TorchSession
 from alexnet_cli.core.model import model_file
-from alexnet_cli.errors import UsageError, WeightsError
+from alexnet_cli.errors import DataError, UsageError, WeightsError
 from alexnet_cli.recipe import PAPER
+from alexnet_plugins.import_weights.class_list import is_reordered, read_class_list
 from imagenet_files import CLASSES, write_devkit
 from literal_network import convolve, max_pool
 from model_files import draw
@@ -409,7 +410,7 @@ def test_every_command_uses_the_imported_run(tmp_path: Path) -> None:
     for answer in (answers[0], answers[2]):  # straight from the weights, and from the exported file
         top = answer["top"]
         assert [label["index"] for label in top] == np.argsort(-scores)[:5].tolist()
-        assert top[0]["label"] == f"kind {top[0]['index']}, a thing"
+        assert top[0]["label"] == f"kind {top[0]['index']}"
         shares = np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()
         np.testing.assert_allclose([label["probability"] for label in top], np.sort(shares)[::-1][:5], atol=1e-4)
     assert Path("runs/my_net/alexnet.onnx").is_file()
@@ -449,28 +450,105 @@ def test_a_thousand_classes_are_known_by_wnid() -> None:
     assert any("assumed to be ILSVRC's" in note for note in report["notes"])
 
 
-def test_classes_by_wnid_and_by_the_development_kit(tmp_path: Path) -> None:
-    wnids = [wnid or "" for _, wnid in ilsvrc_classes()][::-1]
-    Path("ids.txt").write_text("\n".join(wnids))
-    model, _ = import_bytes(files.caffemodel(files.tensors(classes=1000)), "--classes", "ids.txt")
-    assert model.classes[999] == ("tench", "n01440764")
+ANIMALS = ["tench, Tinca tinca", "goldfish", "jack-o'-lantern", "hen"]
+WNIDS = ["n01440764", "n01443537", "n03590841", "n01514859"]
+GIVEN = list(zip(ANIMALS, WNIDS, strict=True))
+NAMES = [(name, None) for name in ANIMALS]
+SHORT = [(name.partition(",")[0], wnid) for name, wnid in GIVEN]
+LISTS: dict[str, tuple[str, list[tuple[str, str | None]]]] = {
+    "names": ("\n".join(ANIMALS) + "\n\n", NAMES),
+    "wnid<TAB>name": ("\n".join(f"{wnid}\t{name}" for name, wnid in GIVEN), SHORT),
+    "wnid,name in quotes": ("wnid,name\n" + "\n".join(f'{wnid},"{name}"' for name, wnid in GIVEN), SHORT),
+    "wnids": ("\n".join(WNIDS), [*SHORT[:2], ("jack-o'-lantern", WNIDS[2]), SHORT[3]]),
+    "name wnid": ("\n".join(f"{name}\t{wnid}" for name, wnid in GIVEN), SHORT),
+    "wnid id name": ("\n".join(f"{w} {4 - i} {n}" for i, (n, w) in enumerate(GIVEN)), SHORT),
+    "number name": ("\n".join(f"{i} {name}" for i, name in enumerate(ANIMALS)), NAMES),
+    "numbers from 1, not in order": ("\n".join(f"{i + 1}: {ANIMALS[i]}" for i in (2, 0, 3, 1)), NAMES),
+    "number,wnid,name": ("\n".join(f"{i},{w},{n}" for i, (n, w) in enumerate(GIVEN)), SHORT),
+    "name,number": ("class_name,class_id\n" + "\n".join(f"{ANIMALS[i]},{i}" for i in (1, 3, 0, 2)), NAMES),
+    "a dictionary": (repr(dict(enumerate(ANIMALS))).replace(", 1", ",\n 1"), NAMES),
+    "inside of a dictionary": (repr(dict(enumerate(ANIMALS)))[1:-1].replace(", 1:", ",\n 1:").replace(", 2:", ",\n2:")
+                               .replace(", 3:", ",\n3:"), NAMES),
+    "a list in a program": (f"const CLASSES = {ANIMALS!r};", NAMES),
+    "Keras": (json.dumps({str(i): [w, n] for i, (n, w) in enumerate(GIVEN)}), SHORT),
+    "JSON list": (json.dumps(ANIMALS, indent=1), NAMES),
+    "JSON wnid to number": (json.dumps({WNIDS[i]: i for i in (3, 1, 0, 2)}), SHORT),
+    "JSON name to number": (json.dumps({ANIMALS[i]: i for i in (3, 1, 0, 2)}), NAMES),
+    "JSON folders that are numbers": ('{"1": 0, "2": 2, "3": 3, "10": 1}', [(n, None) for n in ("1", "10", "2", "3")]),
+    "Hugging Face": (json.dumps({"a": 1, "id2label": dict(enumerate(ANIMALS))}), NAMES),
+    "YAML": ("nc: 4\nnames:\n" + "\n".join(f"  {i}: {name}" for i, name in enumerate(ANIMALS)) + "\ntrain: x", NAMES),
+    "YAML list": ("names:\n" + "\n".join(f"- {name}" for name in ANIMALS), NAMES),
+    "YAML in brackets": ("names: [tench, cock, hen, ray]", [(n, None) for n in ("tench", "cock", "hen", "ray")]),
+    "numbers that belong to names": ("type 1\ntype 2\ntype 3\ntype 4", [(f"type {i}", None) for i in range(1, 5)]),
+    "numbers at the start of names": ("1 of clubs\n3 of clubs\nking\n7", [
+        (name, None) for name in ("1 of clubs", "3 of clubs", "king", "7")
+    ]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", LISTS)
+def test_lists_of_classes(form: str) -> None:
+    text, expected = LISTS[form]
+    for content in (text.encode(), text.replace("\n", "\r\n").encode("utf-16")):  # the second as Windows writes it
+        Path("list").write_bytes(content)
+        assert read_class_list(Path("list"), 4) == expected
+
+
+SHORT_NAMES = ["crane" if name == "crane bird" else name for name, _ in ilsvrc_classes()]
+
+
+def test_a_thousand_short_names_are_known_by_their_order() -> None:
+    Path("names.txt").write_text("\n".join(SHORT_NAMES))
+    classes = read_class_list(Path("names.txt"), 1000)
+    assert [wnid for _, wnid in classes] == [wnid for _, wnid in ilsvrc_classes()]
+    assert (classes[134].name, classes[517].name) == ("crane (n02012849)", "crane (n03126707)")
+    assert classes[281].name == "tabby"
+    assert not is_reordered(classes)
+    Path("names.txt").write_text("\n".join(f"thing {i}" for i in range(1000)))
+    assert read_class_list(Path("names.txt"), 1000)[134] == ("thing 134", None)
+
+
+@pytest.mark.parametrize("form", ["{1}", "{1} {0} {2}", "{2}"])
+def test_ilsvrc_in_another_order_is_warned_of(form: str) -> None:
+    entries = sorted(ilsvrc_classes(), key=lambda entry: entry.name)
+    Path("list.txt").write_text("\n".join(form.format(i, w, n) for i, (n, w) in enumerate(entries, 1)))
+    content = files.caffemodel(files.tensors(classes=1000))
+    model, report = import_bytes(content, "--classes", "list.txt")
+    assert [entry.name for entry in model.classes] == [entry.name for entry in entries]
+    assert any("not in the order of their wnids" in note for note in report["notes"])
+    assert not any("not in the order" in note for note in import_bytes(content)[1]["notes"])
+
+
+def test_classes_by_the_development_kit(tmp_path: Path) -> None:
     content = files.caffemodel(files.tensors(classes=len(CLASSES)))
     model, _ = import_bytes(content, "--classes", str(write_devkit(tmp_path)))
     by_id = sorted(CLASSES, key=lambda wnid: CLASSES[wnid][1])
     assert [c.wnid for c in model.classes] == by_id != sorted(by_id)
 
 
-def test_lists_of_classes_that_cannot_be_right() -> None:
-    content = files.caffemodel(files.tensors())
-    Path("few.txt").write_text("a\nb\n")
-    with pytest.raises(WeightsError, match="lists 2 classes, the network has 10"):
-        import_bytes(content, "--classes", "few.txt")
-    Path("twice.txt").write_text("a\n" * 10)
-    with pytest.raises(WeightsError, match="twice"):
-        import_bytes(content, "--classes", "twice.txt")
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("a\nb\n", "lists 2 classes, the network has 4"),
+        ("a\nb\nc\na\n", "lists a 2 times"),
+        ("\n".join(f"n01440764 {i}" for i in "abcd"), "lists n01440764 4 times"),
+        ('{"0": "a", "1": "b", "2":', "neither JSON nor Python"),
+        ("{'a', 'b', 'c', 'd'}", "where a class name should be"),
+        ('[{"id": 1}, 2, 3, 4]', "where a class name should be"),
+        ('["a", "b", "", "d"]', "no name for output 2"),
+        ("", "lists 0 classes"),
+    ],
+)
+def test_lists_of_classes_that_cannot_be_right(text: str, says: str) -> None:
+    Path("list.txt").write_text(text)
+    with pytest.raises(WeightsError, match=says):
+        read_class_list(Path("list.txt"), 4)
+
+
+def test_a_pipe_is_not_read_as_a_list() -> None:
     os.mkfifo("pipe.txt")  # reading it would wait forever
-    with pytest.raises(WeightsError, match="not a regular file"):
-        import_bytes(content, "--classes", "pipe.txt")
+    with pytest.raises(DataError, match="not a regular file"):
+        read_class_list(Path("pipe.txt"), 4)
 
 
 def test_torchvisions_network_is_refused() -> None:

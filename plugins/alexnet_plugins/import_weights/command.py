@@ -58,7 +58,10 @@ def import_weights(
     mean: Annotated[Path | None, typer.Option(help="Caffe's mean file: .npy or .binaryproto")] = None,
     classes: Annotated[
         Path | None,
-        typer.Option(help="Class names: a text file with lines such as `n02123045 tabby`, or ILSVRC's development kit"),
+        typer.Option(
+            help="Class names in the order of the outputs: a text file with lines such as `n02123045 tabby`, "
+            "a JSON list or dictionary, or ILSVRC's development kit"
+        ),
     ] = None,
     json: JsonFlag = False,
     quiet: QuietFlag = False,
@@ -68,7 +71,7 @@ def import_weights(
     Makes a run from the weights of a two-tower AlexNet.
     """
     from alexnet_cli.core.files import hash_file
-    from alexnet_plugins.import_weights import convert
+    from alexnet_plugins.import_weights import class_list, convert
 
     reporter = Reporter("import-weights", json=json, quiet=quiet)
     name = output or re.sub(r"[^\w.-]", "_", file.stem).strip(".") or "imported"
@@ -100,6 +103,11 @@ def import_weights(
         )
         notes.insert(0, f"{what} (--grid file: as in the graph)")
     warnings = _list_warnings(network, order, names_from)
+    if class_list.is_reordered(names):
+        warnings.append(
+            f"{classes} has ILSVRC's 1000 classes, but not in the order of their wnids, as Caffe's networks have them. "
+            "Unless this network was trained in the order of the list, all names are wrong: leave --classes out"
+        )
     for note in notes:
         reporter.line("note", note)
     for warning in warnings:

@@ -6,7 +6,6 @@ The first bytes of a file say which reader it needs. Width and towers follow fro
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,15 +14,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from alexnet_cli.core.data.classes import WNID, ClassName, ilsvrc_classes
-from alexnet_cli.core.data.devkit import read_devkit
-from alexnet_cli.core.files import read_file, replace_file
+from alexnet_cli.core.data.classes import ClassName, ilsvrc_classes
+from alexnet_cli.core.files import replace_file
 from alexnet_cli.core.model.architecture import ONE_TOWER, PER_TOWER, tensor_shapes
 from alexnet_cli.core.model.model_file import Model, format_metadata
 from alexnet_cli.core.runs.run import MODEL, Run, runs_root
-from alexnet_cli.errors import DataError, StorageError, UsageError, WeightsError
+from alexnet_cli.errors import StorageError, UsageError, WeightsError
 from alexnet_cli.recipe import SIDE, Recipe
 from alexnet_plugins.import_weights import caffe, onnx_network, torch_network
+from alexnet_plugins.import_weights.class_list import read_class_list
 from alexnet_plugins.import_weights.imported import (
     Array,
     ChannelOrder,
@@ -58,7 +57,6 @@ ONE_TOWER_2014 = (
     "this is another network of the same name: Krizhevsky's of 2014 (torchvision's) has one tower, 64 filters in conv1 "
     "and no response normalization"
 )
-CLASS_LIST_HINT = "give a text file with one class per line"
 
 
 def read_network(path: Path, recipe: Recipe, pixels: ChannelOrder) -> ImportedNetwork:
@@ -212,45 +210,14 @@ def _flatten(network: ImportedNetwork) -> dict[str, Array]:
 def name_outputs(count: int, class_list: Path | None) -> tuple[list[ClassName], str]:
     """Return the names of `count` outputs, and where they come from: the list, ILSVRC's classes, or numbers.
 
-    `class_list`: text file with one class per line (`n01440764 tench`, or either alone), or ILSVRC's development kit
-    for outputs in the order of its ids.
-
     Raises:
-        WeightsError: the list has another number of classes.
+        DataError, WeightsError: see `read_class_list`.
     """
     if class_list is not None:
-        classes = _read_class_list(class_list)
-        if len(classes) != count:
-            what = f"{class_list} lists {len(classes):,} classes, the network has {count:,}"
-            raise WeightsError(what, "give the list of this network")
-        return classes, str(class_list)
+        return read_class_list(class_list, count), str(class_list)
     if count == 1000:
         return ilsvrc_classes(), "ILSVRC 2012, in the order of wnids"
     return [ClassName(f"class {i}") for i in range(count)], "numbers (names unknown)"
-
-
-def _read_class_list(path: Path) -> list[ClassName]:
-    try:
-        if path.is_dir() or path.suffix in (".gz", ".tgz", ".tar"):
-            kit = read_devkit(path)
-            return [ClassName(kit.words[kit.wnids[i]], kit.wnids[i]) for i in sorted(kit.wnids)]
-        text = read_file(path).decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise WeightsError(f"{path} cannot be read: {error}", CLASS_LIST_HINT) from error
-    except DataError as error:
-        raise WeightsError(f"{path} cannot be read: {error.what}", error.hint or CLASS_LIST_HINT) from error
-    names = {wnid: name for name, wnid in ilsvrc_classes()}
-    classes = []
-    for line in text.strip().splitlines():
-        first, _, rest = line.strip().partition(" ")
-        is_wnid = WNID.fullmatch(first)
-        classes.append(
-            ClassName(rest.strip() or names.get(first, first), first) if is_wnid else ClassName(line.strip())
-        )
-    for entry, times in Counter(classes).items():
-        if times > 1:
-            raise WeightsError(f"{path} lists {entry.name} twice", "give each class a line of its own")
-    return classes
 
 
 def check_output(name: str) -> None:
