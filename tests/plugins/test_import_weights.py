@@ -471,6 +471,7 @@ LISTS: dict[str, tuple[str, list[tuple[str, str | None]]]] = {
                                .replace(", 3:", ",\n3:"), NAMES),
     "a list in a program": (f"const CLASSES = {ANIMALS!r};", NAMES),
     "Keras": (json.dumps({str(i): [w, n] for i, (n, w) in enumerate(GIVEN)}), SHORT),
+    "JSON wnid to synonyms": (json.dumps({w: n.split(", ") for n, w in GIVEN}), SHORT),
     "JSON list": (json.dumps(ANIMALS, indent=1), NAMES),
     "JSON wnid to number": (json.dumps({WNIDS[i]: i for i in (3, 1, 0, 2)}), SHORT),
     "JSON name to number": (json.dumps({ANIMALS[i]: i for i in (3, 1, 0, 2)}), NAMES),

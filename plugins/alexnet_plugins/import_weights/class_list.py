@@ -15,7 +15,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from alexnet_cli.core.data.classes import ClassName, ilsvrc_classes, ilsvrc_wnids, is_ilsvrc, name_classes
+from alexnet_cli.core.data.classes import (
+    ClassName,
+    find_ilsvrc_wnids,
+    ilsvrc_classes,
+    ilsvrc_wnids,
+    is_ilsvrc,
+    name_classes,
+)
 from alexnet_cli.core.data.devkit import read_devkit
 from alexnet_cli.core.files import read_text
 from alexnet_cli.errors import WeightsError
@@ -33,7 +40,6 @@ HEADER = re.compile(
 YAML_NAMES = re.compile(r"^names:[ \t]*(.*(?:\n[ \t-].*)*)", re.MULTILINE)
 ASSIGNMENT = re.compile(r"[\w\s.$]+=\s*(?=[\[{])")  # of a list in Python or JavaScript
 KEYS = ("names", "id2label", "classes")  # that hold the list in larger JSON files
-ENOUGH = 500  # of ILSVRC's 1000 names: lists differ in words, other orders agree in a few places
 
 
 def read_class_list(path: Path, count: int) -> list[ClassName]:
@@ -61,8 +67,9 @@ def is_reordered(classes: Sequence[ClassName]) -> bool:
     wnids = [entry.wnid for entry in classes if entry.wnid]
     if len(wnids) == len(classes):
         return is_ilsvrc(wnids) and wnids != ilsvrc_wnids()
-    in_place, anywhere = _compare_with_ilsvrc([entry.name for entry in classes])
-    return in_place < ENOUGH <= anywhere
+    names, known = ([_first_word(entry.name) for entry in entries] for entries in (classes, ilsvrc_classes()))
+    in_place = sum(name == other for name, other in zip(names, known, strict=False))
+    return len(names) == 1000 and in_place < 500 <= len(set(names) & set(known))
 
 
 def _split_lines(path: Path, text: str) -> list[str]:
@@ -92,7 +99,7 @@ def _parse(path: Path, text: str) -> Any:
         with warnings.catch_warnings(action="ignore"):  # of backslashes in names
             return ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
-        what = f"{path} begins like a list or dictionary, but is neither JSON nor Python: {error}"
+        what = f"{path} begins like a list or dictionary, but is neither JSON nor Python"
         raise WeightsError(what, HINT) from error
 
 
@@ -129,7 +136,7 @@ def _split_columns(lines: list[str]) -> tuple[list[str], list[str | None]]:
         wnids.append(wnid)
     if all(wnids):
         _, names = _split_numbers(names)  # the development kit's ids: not the numbers of outputs
-    names = [_unquote(name) for name in names]
+    names = [_unquote(name.replace("\t", ", ")) for name in names]  # a list of synonyms
     order = sorted(range(len(lines)), key=numbers.__getitem__)
     return [names[i] for i in order], [wnids[i] for i in order]
 
@@ -154,8 +161,8 @@ def _unquote(name: str) -> str:
 
 
 def _name_classes(path: Path, names: list[str], wnids: Sequence[str | None]) -> list[ClassName]:
-    if not any(wnids) and _compare_with_ilsvrc(names)[0] >= ENOUGH:
-        wnids = list(ilsvrc_wnids())
+    if not any(wnids):
+        wnids = find_ilsvrc_wnids(names) or wnids
     known = {entry.wnid: entry.name for entry in ilsvrc_classes()}
     names = [name or known.get(wnid, wnid or "") for name, wnid in zip(names, wnids, strict=True)]
     if "" in names:
@@ -170,14 +177,6 @@ def _name_classes(path: Path, names: list[str], wnids: Sequence[str | None]) -> 
                 hint = "give each class another name, or a wnid before its name"
                 raise WeightsError(f"{path} lists {text} {times} times", hint)
     return classes
-
-
-def _compare_with_ilsvrc(names: Sequence[str]) -> tuple[int, int]:
-    """Return how many names are ILSVRC's in the place of their class, and how many are in any place."""
-    theirs, known = [_first_word(name) for name in names], [_first_word(entry.name) for entry in ilsvrc_classes()]
-    if len(theirs) != len(known):
-        return 0, 0
-    return sum(one == other for one, other in zip(theirs, known, strict=True)), len(set(theirs) & set(known))
 
 
 def _first_word(name: str) -> str:
