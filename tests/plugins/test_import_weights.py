@@ -62,6 +62,13 @@ def check_scores(model: model_file.Model, rgb: npt.NDArray[np.uint8], expected: 
         np.testing.assert_allclose(session.logits(rgb[None])[0], expected, atol=2e-4 * np.abs(expected).max())
 
 
+def gentle_tensors() -> dict[str, tuple[files.Floats, files.Floats]]:
+    """Weights whose probabilities are all far from 0, so that each can be compared."""
+    weights = files.tensors()
+    weights["fc8"] = (weights["fc8"][0] / np.float32(200), weights["fc8"][1])
+    return weights
+
+
 @pytest.mark.parametrize("order", ["relu-norm-pool", "relu-pool-norm"])
 @pytest.mark.parametrize("version", [2, 1])
 def test_caffe_in_every_version_of_its_format(version: int, order: str) -> None:
@@ -84,6 +91,25 @@ def test_caffe_forward_differs_for_each_wrong_reading() -> None:
         files.caffe_forward(weights, bgr, mean_bgr=files.MEAN_BGR[::-1]),
     ):
         assert np.abs(wrong - right).max() > 5e-3 * np.abs(right).max()
+
+
+@pytest.mark.parametrize("version", [2, 1])
+@pytest.mark.parametrize(("order", "side"), [("relu-norm-pool", 227), ("relu-pool-norm", 227), ("relu-norm-pool", 224)])
+def test_caffe_answers_as_opencvs_reader_does(version: int, order: str, side: int) -> None:
+    cv2 = pytest.importorskip("cv2")
+    weights, rgb = gentle_tensors(), files.random_image(side)
+    content = files.caffemodel(weights, version, order, crop=side)
+    network = cv2.dnn.readNetFromCaffe(
+        np.frombuffer(files.deploy_prototxt(weights, order, side).encode(), np.uint8), np.frombuffer(content, np.uint8)
+    )
+    network.enableWinograd(False)  # which is less exact on some CPUs
+    network.setInput(cv2.dnn.blobFromImage(rgb[::-1].transpose(1, 2, 0).copy(), mean=files.MEAN_BGR))
+    probabilities = network.forward()
+    assert probabilities.min() > 0.005
+    assert np.ptp(probabilities) > 0.05
+    model, _ = import_bytes(content)
+    for session in (Session(model, provider="cpu"), TorchSession(model, "cpu")):
+        np.testing.assert_allclose(session.probabilities(rgb[None]), probabilities, rtol=1e-5)
 
 
 def test_k_of_response_normalization_comes_from_the_file() -> None:
@@ -127,13 +153,6 @@ def run_onnx(model: onnx.ModelProto, rgb: npt.NDArray[np.uint8]) -> npt.NDArray[
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     result: npt.NDArray[np.float32] = session.run(None, {"data_0": x[None]})[0]
     return result
-
-
-def gentle_tensors() -> dict[str, tuple[files.Floats, files.Floats]]:
-    """Weights whose probabilities are all far from 0, so that each can be compared."""
-    weights = files.tensors()
-    weights["fc8"] = (weights["fc8"][0] / np.float32(200), weights["fc8"][1])
-    return weights
 
 
 def as_constants(model: onnx.ModelProto) -> None:
@@ -623,6 +642,7 @@ def test_output_names() -> None:
         (b'name: "AlexNet"\ninput: ', "text"),
         (b"\x1f\x8b\x08", "a gzip archive"),
         (b"\x89HDF\r\n\x1a\n", "an HDF5 file"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS"),
         (b"\x80\x04\x95", "a pickle"),
     ],
 )

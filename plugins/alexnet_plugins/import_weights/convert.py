@@ -47,6 +47,7 @@ MISTAKES = (  # files given by mistake: how they begin, what they are, what to d
     (b"\xff\xd8\xff", "a JPEG image", "classify images with: alexnet predict"),
     (b"\x89PNG", "a PNG image", "classify images with: alexnet predict"),
     (b"\x1f\x8b", "a gzip archive", "unpack it first: gunzip"),
+    (b"version https://", "a pointer of Git LFS", "download the file itself; docs/pretrained.md has its address"),
     (b"<", "a web page", "download the file itself, not the page that links to it"),
     (b"\x89HDF\r\n\x1a\n", "an HDF5 file", "save the network as .caffemodel: snapshot_format: BINARYPROTO"),
     (b"\x80", "a pickle, which could run code", "save it as .safetensors, or from PyTorch as .pth"),
