@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -185,7 +185,7 @@ def as_opset_12(model: onnx.ModelProto) -> None:
     model.opset_import[0].version, model.ir_version = 12, 7
     del model.graph.input[1:]
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "N"
-    model.graph.initializer.append(numpy_helper.from_array(np.float32(0.5), "ratio"))
+    model.graph.initializer.append(numpy_helper.from_array(np.array(0.5, np.float32), "ratio"))
     for node in model.graph.node:
         if node.op_type == "Dropout":
             del node.attribute[:], node.output[1:]
@@ -474,7 +474,7 @@ WNIDS = ["n01440764", "n01443537", "n03590841", "n01514859"]
 GIVEN = list(zip(ANIMALS, WNIDS, strict=True))
 NAMES = [(name, None) for name in ANIMALS]
 SHORT = [(name.partition(",")[0], wnid) for name, wnid in GIVEN]
-LISTS: dict[str, tuple[str, list[tuple[str, str | None]]]] = {
+LISTS: dict[str, tuple[str, Sequence[tuple[str, str | None]]]] = {
     "names": ("\n".join(ANIMALS) + "\n\n", NAMES),
     "wnid<TAB>name": ("\n".join(f"{wnid}\t{name}" for name, wnid in GIVEN), SHORT),
     "wnid,name in quotes": ("wnid,name\n" + "\n".join(f'{wnid},"{name}"' for name, wnid in GIVEN), SHORT),
