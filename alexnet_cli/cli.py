@@ -17,9 +17,10 @@ import typer
 from typer.core import TyperGroup
 
 from alexnet_cli import __version__
-from alexnet_cli.console import STDERR, make_printable
+from alexnet_cli.console import STDERR, keep_stdout_for_results, make_printable
 from alexnet_cli.entry_points import HINT, CommandEntry, find_callable_entries
 from alexnet_cli.errors import AlexNetError, LostError, MissingError, Terminated, format_error, is_out_of_memory
+from alexnet_cli.suggestions import WORDS, suggest_fix, suggest_option_instead
 
 HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
 ACCEPT_ANYTHING = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
@@ -42,6 +43,9 @@ class LazyGroup(TyperGroup):
         entry = self.entries.get(name or "")
         if entry and not entry.is_builtin and not ctx.resilient_parsing:
             command, self.third_party = _import_command(entry), entry
+        elif entry and "--json" in rest and not {"-h", "--help"} & set(rest) and not ctx.resilient_parsing:
+            ctx.with_resource(keep_stdout_for_results())
+        ctx.meta[WORDS] = list(rest)  # the parser empties `rest`
         return name, command, rest
 
     def invoke(self, ctx: Any) -> None:
@@ -49,12 +53,22 @@ class LazyGroup(TyperGroup):
         try:
             super().invoke(ctx)
         except Exception as error:
+            if ctx.invoked_subcommand in self.entries:
+                self._improve_hint(ctx, error)
             known = isinstance(error, AlexNetError | OSError | typer.Exit | typer.Abort)
             if self.third_party is None or known or hasattr(error, "format_message"):
                 raise
             name, distribution = self.third_party.name, self.third_party.distribution
             what = f"the command {name} of {distribution} failed: {type(error).__name__}: {error}"
             raise AlexNetError(what, f"tell its authors; alexnet --debug {name} shows where") from error
+
+    def _improve_hint(self, ctx: Any, error: Any) -> None:
+        """Name the command in an error of the parser that does not, and the option that a word was meant for."""
+        command = self.commands[ctx.invoked_subcommand]
+        if hasattr(error, "format_message") and getattr(error, "ctx", None) is None:
+            error.ctx = typer.Context(command, parent=ctx, info_name=ctx.invoked_subcommand)
+        elif isinstance(error, AlexNetError):
+            error.hint = suggest_option_instead(command, ctx.meta.get(WORDS, []), error.what) or error.hint
 
 
 class _LazyCommands(dict[str, Any]):
@@ -256,13 +270,15 @@ def _format_any_error(error: BaseException) -> tuple[str, str, int]:
 
 
 def _format_parser_error(error: Any) -> tuple[str, str, int]:
-    """Return the parser's message, its "Did you mean" or the command's --help as the hint, and the exit code."""
+    """Return the parser's message, what was probably meant or the command's --help as the hint, and the exit code."""
     message = " ".join(error.format_message().split()).rstrip(".").replace("Value error, ", "")
+    message = re.sub(r"Input should be (.+?)(, unable to .+)?$", r"must be \1", message)
     context = getattr(error, "ctx", None)
     hint = f"{context.command_path if context is not None else 'alexnet'} --help"
-    if suggested := re.search(r"(?:Did you mean (.+)\?|\(Possible options: (.+)\))$", message):
-        message, hint = message[: suggested.start()].rstrip(" ."), f"did you mean {suggested[1] or suggested[2]}?"
-    return message, hint, int(getattr(error, "exit_code", 2))
+    if command := re.search(r"Did you mean (.+)\?$", message):
+        message, hint = message[: command.start()].rstrip(" ."), f"did you mean {command[1]}?"
+    message = re.sub(r" \((?:Possible options|Did you mean).*\)$", "", message)
+    return message, suggest_fix(error) or hint, int(getattr(error, "exit_code", 2))
 
 
 def _silence_stdout() -> int:

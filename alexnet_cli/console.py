@@ -60,8 +60,9 @@ class Reporter:
         """Write the result to stdout as one line of JSON, if --json was given."""
         if self.json:
             line = {"schema": f"alexnet.{self.command}/1", **record}
-            sys.stdout.write(json.dumps(_to_json_value(line), separators=(",", ":"), allow_nan=False) + "\n")
-            sys.stdout.flush()
+            stdout = _kept_stdout[-1] if _kept_stdout else sys.stdout
+            stdout.write(json.dumps(_to_json_value(line), separators=(",", ":"), allow_nan=False) + "\n")
+            stdout.flush()
 
     def show(self, renderable: RenderableType) -> None:
         """Write the result for people to stdout (not with --json): text, or a Rich table as wide as the terminal."""
@@ -148,6 +149,20 @@ class _Stderr:
 
 
 STDERR = _Stderr()
+
+
+_kept_stdout: list[IO[str]] = []
+
+
+@contextmanager
+def keep_stdout_for_results() -> Iterator[None]:
+    """Inside the block only `Reporter.result` writes to stdout; what libraries print goes to stderr."""
+    _kept_stdout.append(sys.stdout)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _kept_stdout.pop()
 
 
 @contextmanager

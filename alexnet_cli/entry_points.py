@@ -6,8 +6,10 @@ Built-ins and third parties use the same group; only built-ins cannot be replace
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import Distribution, EntryPoint, distributions
@@ -45,7 +47,8 @@ class CommandEntry:
         if self.status != "ok":
             raise MissingError(f"the command {self.name} of {self.distribution} is {self.status}: {self.reason}", HINT)
         try:
-            command = self.entry.load()
+            with contextlib.redirect_stdout(sys.stderr):  # libraries greet on import; stdout carries only results
+                command = self.entry.load()
         except (Exception, SystemExit) as error:  # a plugin may fail in any way; none may take the others with it
             reason = f"{type(error).__name__}: {error}"
             raise MissingError(

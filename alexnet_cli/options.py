@@ -104,7 +104,7 @@ BatchOption = Annotated[int | None, typer.Option("--batch-size", "-b", min=1, he
 GpusOption = Annotated[
     str | None,
     typer.Option(
-        "--gpus", metavar="IDS", help="GPU to use: its id, all, or none [default: the first GPU, else the CPU]"
+        "--gpus", metavar="ID", help="GPU to use: its id, all, or none [default: the first GPU, else the CPU]"
     ),
 ]
 DevicesOption = Annotated[

@@ -124,12 +124,13 @@ def test_version_is_one_line() -> None:
     ("arguments", "error", "hint"),
     [
         (("trian",), "No such command 'trian'", "did you mean 'train'?"),
-        (("classify", "x.jpg"), "No such command 'classify'", "alexnet --help"),
+        (("classify", "x.jpg"), "No such command 'classify'", "did you mean predict?"),
+        (("fit",), "No such command 'fit'", "alexnet --help"),
         (("report", "mine"), "(mine)", "alexnet report --help"),
         (("predict", "x", "--features", "fc7", "-o", "no/f.npz"), "the folder no does not exist", ""),
         (("train", "--epoch", "3"), "No such option: --epoch", "--epochs"),
         (("train", "--epochs", "x"), "'--epochs'", "alexnet train --help"),
-        (("train", "--epochs"), "'--epochs' requires an argument", "alexnet --help"),
+        (("train", "--epochs"), "'--epochs' requires an argument", "alexnet train --help"),
         (("train", "--recpie", "tiny"), "No such option: --recpie", "--recipe"),
         (("predict", "x.jpg", "-k", "0"), "'-k' / '--top-k'", "alexnet predict --help"),
         (("train", "--parallel", "towers"), "'towers' is not one of 'auto', 'tower'", "alexnet train --help"),
@@ -149,6 +150,52 @@ def test_mistakes_are_two_lines_and_exit_2(arguments: tuple[str, ...], error: st
     assert error in lines[0]
     assert lines[1].startswith("hint: ")
     assert hint in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("train --gpus 0 1", "--gpus 0,1"),
+        ("train --gpus 0, 1 2 --epochs 1", "--gpus 0,1,2"),
+        ("train --gpus 1 1", "--gpus 1,1"),
+        ("ablate --only tanh sigmoid", "--only tanh,sigmoid"),
+        ("train --set dropout 0.1", "--set dropout=0.1"),
+        ("train data=prepared/x", "--data prepared/x"),
+        ("train batch=8 lr0=0.1", "--batch-size 8"),
+        ("train Device=cuda:0", "--gpus 0"),
+        ("train momentum=0.8", "--set momentum=0.8"),
+        ("prepare pets output=x", "--output x"),
+        ("predict cat.jpg views=10", "--views 10"),
+        ("train --device cpu", "--gpus none"),
+        ("evaluate --device=cuda:1", "--gpus 1"),
+        ("train --gpus cuda:0,cuda:1", "--gpus 0,1"),
+        ("train --gpus CPU", "--gpus none"),
+        ("train --num_workers 4", "--jobs 4"),
+        ("train --weight-decay 0.1", "--set weight_decay=0.1"),
+        ("train --learning-rate 0.1", "--lr 0.1"),
+        ("train mine/colors", "--data mine/colors"),
+        ("train tiny", "--recipe tiny"),
+        ("train one", "--resume one"),
+        ("evaluate runs/one", "-w runs/one"),
+        ("export --batch 3", ""),
+        ("train --verbose", ""),
+        ("train --gpus 0 x", ""),
+        ("train =3", ""),
+    ],
+)
+def test_a_word_of_another_tool_has_the_right_one_as_its_hint(typed: str, meant: str, tmp_path: Path) -> None:
+    for file in ("mine/colors/dataset.json", "runs/one/run.json"):
+        (tmp_path / file).parent.mkdir(parents=True)
+        (tmp_path / file).write_text("{}", encoding="utf-8")
+    result = alexnet(*typed.split(), folder=tmp_path)
+    hint = result.stderr.splitlines()[-1]
+    assert result.returncode == (3 if typed.startswith("predict") else 2)
+    assert hint.partition("? ")[0].rstrip("?") == (f"hint: did you mean {meant}" if meant else hint)
+    assert meant or "did you mean" not in hint
+
+
+def test_options_of_a_command_follow_it() -> None:
+    assert alexnet("-q", "doctor").stderr.splitlines()[1] == "hint: options follow the command: alexnet COMMAND -q"
 
 
 @pytest.mark.parametrize("typed", ["--recipe papr", "--recipe tiny --set widht=1", "--set width", "--max-time soon"])
@@ -273,6 +320,30 @@ def test_help_does_not_import_plugins(plugin: Callable[..., Path]) -> None:
     path = plugin("slow", "import sys\nsys.stderr.write('IMPORTED')\n" + HELLO)
     assert "IMPORTED" not in alexnet("--help", plugins=path).stderr
     assert "IMPORTED" in alexnet("slow", "x", plugins=path).stderr
+
+
+GREETING = "print('welcome to the greeting library')\n"
+
+
+def test_what_a_plugin_prints_on_import_is_not_in_the_result(plugin: Callable[..., Path]) -> None:
+    path = plugin("hello", GREETING + HELLO)
+    listed = alexnet("plugins", "--json", plugins=path)
+    assert "hello" in [row["name"] for row in json.loads(listed.stdout)["plugins"] if row["status"] == "ok"]
+    assert "welcome" in listed.stderr
+    result = alexnet("hello", "world", plugins=path)
+    assert (result.stdout, result.stderr) == ("hello world", "welcome to the greeting library\n")
+
+
+def test_what_a_library_prints_is_not_in_the_json_of_a_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    def greet() -> list[devices.Gpu]:
+        print("welcome to the driver")  # noqa: T201
+        return []
+
+    monkeypatch.setattr(devices, "list_gpus", greet)
+    result = alexnet("doctor", "--json")
+    assert json.loads(result.stdout)["gpus"] == []
+    assert "welcome to the driver" in result.stderr
+    assert "Usage" in alexnet("doctor", "--json", "--help").stdout
 
 
 def test_a_built_in_cannot_be_replaced(plugin: Callable[..., Path]) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import platform
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +71,14 @@ def has_gpu() -> bool:
 def suggest_train_command() -> str:
     """The command that trains on this machine: on a CPU recipe `paper` takes days, recipe `tiny` minutes."""
     return "alexnet train" if has_gpu() else "alexnet train --recipe tiny"
+
+
+def suggest_gpus(typed: str) -> str:
+    """The value of --gpus for another tool's word for a device (cpu, cuda:0, "0 1"); "" if it is none."""
+    if typed.lower() == "cpu":
+        return "none"
+    words = re.sub(r"cuda|gpu|[^\w-]", " ", typed.lower()).split()
+    return (",".join(words) or "0") if typed and all(word.isdecimal() for word in words) else ""
 
 
 def count_cores() -> int:

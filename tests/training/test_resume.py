@@ -148,3 +148,23 @@ def test_run_that_auto_resumes() -> None:
         resume.find_run_to_resume("slurm", "mine")
     with pytest.raises(UsageError, match="there is no run other in"):
         resume.find_run_to_resume("other", None)
+
+
+@pytest.mark.parametrize(
+    ("spec", "hint"),
+    [
+        ("runs/mine/checkpoints/last", "did you mean --resume mine?"),
+        ("mine/checkpoints/00000007/model.safetensors", "did you mean --resume mine?"),
+        ("runs/latest/alexnet.onnx", "did you mean --resume mine?"),
+        ("runs/study/tanh-seed0/checkpoints/best/", "did you mean --resume study/tanh-seed0?"),
+        ("elsewhere/model.safetensors", "to start from these weights: --init-from elsewhere/model.safetensors"),
+        ("last", "did you mean latest? existing runs: mine"),
+        ("nope", "existing runs: mine"),
+    ],
+)
+def test_a_checkpoint_in_place_of_a_run_names_its_run(spec: str, hint: str) -> None:
+    Run.create("tanh-seed0", TINY, {}, Path("runs/study"))
+    Run.create("mine", TINY, {})
+    with pytest.raises(UsageError) as caught:
+        resume.find_run_to_resume(spec, None)
+    assert caught.value.hint == hint

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from alexnet_cli.core.devices import Gpu, count_cores, has_cpu_bf16, list_gpus, try_gpu
+from alexnet_cli.core.devices import Gpu, count_cores, has_cpu_bf16, list_gpus, suggest_gpus, try_gpu
 from alexnet_cli.core.parallel.process_group import (
     SINGLE_PROCESS,
     Parallel,
@@ -194,7 +194,9 @@ def _parse_gpus(gpus: str | None) -> list[int]:
     try:
         ids = visible if gpus == "all" else [int(word) for word in gpus.split(",")]
     except ValueError as error:
-        raise UsageError(f"--gpus {gpus} is not a list of GPU ids", "such as --gpus 0, 0,1, all or none") from error
+        guess = f"did you mean --gpus {meant}? " if (meant := suggest_gpus(str(gpus))) else ""
+        hint = f"{guess}GPU ids are such as --gpus 0, 0,1, all or none"
+        raise UsageError(f"--gpus {gpus} is not a list of GPU ids", hint) from error
     if not ids or not set(ids) <= set(visible):
         available = ", ".join(map(str, visible)) or "none"
         one_gpu = f"--gpus {visible[0]} computes both towers on one GPU, with the same numbers; " if visible else ""

@@ -216,6 +216,7 @@ def list_runs(typed: str = "") -> str:
     if not names:
         return f"train one first: {suggest_train_command()}"
     near = [name for name in names if name.endswith(f"_{typed}")][-1:] or get_close_matches(typed, names, 1)
+    near = near or ["latest"] * (typed in ("last", "best"))  # names of checkpoints
     guess = f"did you mean {near[0]}? " if near else ""
     more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
     return f"{guess}existing runs: {', '.join(names[-5:])}{more}"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Collection
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from alexnet_cli.core.runs.records import epochs_begun
-from alexnet_cli.core.runs.run import Run
+from alexnet_cli.core.runs.resolve import find_run_folder
+from alexnet_cli.core.runs.run import Run, runs_root
 from alexnet_cli.errors import UsageError
 from alexnet_cli.recipe import Recipe, compare_recipes, format_set_option
 
@@ -22,7 +25,7 @@ def find_run_to_resume(resume: str | None, name: str | None) -> Run | None:
     if resume is None:
         return None
     if resume != "auto":
-        run = Run.open(resume)
+        run = _open_run(resume)
         if name not in (None, run.path.name):
             raise UsageError(f"--resume {resume} and --name {name} are different runs", f"remove --name {name}")
         return _check_trained(run)
@@ -31,6 +34,21 @@ def find_run_to_resume(resume: str | None, name: str | None) -> Run | None:
     except UsageError:
         return None
     return _check_trained(run) if name or run.about.get("status") != "finished" else None
+
+
+def _open_run(spec: str) -> Run:
+    """The run of that name or path. Raises UsageError, which explains a checkpoint or weights file in its place."""
+    try:
+        return Run.open(spec)
+    except UsageError as error:
+        for path in (runs_root() / spec, Path(spec)):
+            if folder := find_run_folder(path):
+                what = f"{spec} belongs to run {Run(folder).name}; --resume takes the run, and its last checkpoint"
+                raise UsageError(what, f"did you mean --resume {Run(folder).quoted}?") from error
+        if Path(spec).suffix == ".safetensors":
+            what = f"{spec} is a file of weights, and --resume continues a run"
+            raise UsageError(what, f"to start from these weights: --init-from {shlex.quote(spec)}") from error
+        raise
 
 
 def _check_trained(run: Run) -> Run:
