@@ -43,9 +43,9 @@ class Reporter:
         self.command, self.json, self.quiet, self.speaks = command, json and speaks, quiet or not speaks, speaks
         self._bar: Any = None
 
-    def line(self, label: str, text: str) -> None:
-        """Write a labeled line to stderr, unless quiet."""
-        if not self.quiet:
+    def line(self, label: str, text: str, *, always: bool = False) -> None:
+        """Write a labeled line to stderr, unless quiet; with `always` even then."""
+        if self.speaks and (always or not self.quiet):
             self._stderr(f"{label:<7} {make_printable(text)}")
 
     def warn(self, text: str, hint: str = "") -> None:

@@ -93,7 +93,7 @@ def evaluate(
     model = _load_onnx(path, views, gpus) if backend == "onnx" else _load_torch(path, views, gpus)
     classes = model.classes
     output_of = match_classes(classes, dataset.classes, path)
-    reporter.line("weights", describe_weights(path, model.info))
+    reporter.line("weights", describe_weights(path, model.info), always=weights is None)
     if remark := describe_unfinished_run(path):
         reporter.line("note", remark)
     reporter.line("data", f"{dataset.path} · {split} · {len(images):,} images, each counted once")

@@ -67,7 +67,11 @@ def export(
     model = model_file.read_model(source)
     path = _choose_path(output, source, precision)
     description = describe_weights(source, model.info)
-    reporter.line("weights", f"{description} · {len(model.classes):,} classes · recipe {model.recipe.name}")
+    reporter.line(
+        "weights",
+        f"{description} · {len(model.classes):,} classes · recipe {model.recipe.name}",
+        always=weights is None,
+    )
     if remark := describe_unfinished_run(source):
         reporter.line("note", remark)
     if precision == "int8":

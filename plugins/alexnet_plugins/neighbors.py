@@ -52,8 +52,14 @@ def neighbors(
     from alexnet_cli.core.analysis.neighbors import make_records, make_sheet_row
     from alexnet_cli.core.data.shards import find_dataset, open_dataset
     from alexnet_cli.core.drawing import draw_sheet, save_figure
-    from alexnet_cli.core.inference.inputs import expand_inputs
-    from alexnet_cli.core.runs.resolve import find_run_folder, find_training_data, find_weights
+    from alexnet_cli.core.inference.inputs import expand_inputs, name_inputs
+    from alexnet_cli.core.runs.resolve import (
+        find_run_folder,
+        find_training_data,
+        find_weights,
+        is_training_data,
+        name_weights,
+    )
 
     reporter = Reporter("neighbors", json=json, quiet=quiet)
     if output is not None and output.suffix.lower() != ".png":
@@ -63,7 +69,7 @@ def neighbors(
     dataset = open_dataset(find_dataset(data or find_training_data(path)))
     split = dataset.split("train")
     reporter.line("data", f"{dataset.path} · train · {len(split):,} images")
-    session, vectors = _open_index(reporter, path, dataset, split, len(sources))
+    session, vectors = _open_index(reporter, path, dataset, split, len(sources), is_default=weights is None)
     sheet: list[Row] = []
     failed = 0
     for name, image, rows, distances in _search(sources, session, vectors, k):
@@ -79,7 +85,10 @@ def neighbors(
             sheet.append(make_sheet_row(name, image, rows, distances, split, dataset.classes))
     if sheet:
         run, read = find_run_folder(path), len(sources) - failed
-        target = output or ((run / "figures" if run else Path()) / "neighbors.png")
+        own_data = run is not None and is_training_data(path, dataset)
+        parts = (f"{k}-neighbors", "" if own_data else dataset.path.resolve().name, name_weights(path))
+        name = "-".join(part for part in (name_inputs(inputs), *parts) if part)
+        target = output or ((run / "figures" if run else Path()) / f"{name}.png")
         replaced = " · replaces the previous file" if target.is_file() else ""
         title = f"nearest training images of {dataset.name} by Euclidean distance in fc7, {path}"
         save_figure(draw_sheet(sheet, title), target)
@@ -89,7 +98,9 @@ def neighbors(
         raise PartialError(f"{failed} of {len(sources)} images could not be read", "the results give the reasons")
 
 
-def _open_index(reporter: Reporter, path: Path, dataset: Dataset, split: Split, images: int) -> tuple[Session, Vectors]:
+def _open_index(
+    reporter: Reporter, path: Path, dataset: Dataset, split: Split, images: int, *, is_default: bool
+) -> tuple[Session, Vectors]:
     """Open the network up to layer 7 and the index of the training set, which is computed if it is missing."""
     from alexnet_cli.core.analysis import neighbors
     from alexnet_cli.core.files import hash_file
@@ -101,7 +112,7 @@ def _open_index(reporter: Reporter, path: Path, dataset: Dataset, split: Split, 
     source = neighbors.IndexSource(hash_file(path), dataset.hash, len(split))
     vectors = neighbors.open_index(folder, source)
     session = Session(path, fast_start=vectors is not None and images <= FAST_START_VIEWS, layer=neighbors.LAYER)
-    reporter.line("weights", describe_weights(path, session.info))
+    reporter.line("weights", describe_weights(path, session.info), always=is_default)
     if session.fallback_reason:
         reporter.warn(f"the network runs on the CPU: {session.fallback_reason}", "see `alexnet doctor`")
     if vectors is None:

@@ -64,7 +64,7 @@ def predict(
     model = find_weights(weights, (".safetensors",) if backend == "torch" else (".onnx", ".safetensors"))
     fast_start = len(images) * views <= predicting.FAST_START_VIEWS
     classifier = predicting.open_classifier(model, backend, fast_start, features)
-    reporter.line("weights", describe_weights(model, classifier.info))
+    reporter.line("weights", describe_weights(model, classifier.info), always=weights is None)
     if remark := describe_unfinished_run(model):
         reporter.line("note", remark)
     if run_images:

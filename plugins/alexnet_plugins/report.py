@@ -48,7 +48,7 @@ def report(
     page.check_writable(target)
     opened = open_model(path) if path else None
     if path and opened:
-        reporter.line("weights", describe_weights(path, opened.model.info))
+        reporter.line("weights", describe_weights(path, opened.model.info), always=weights is None)
     elif run:
         reporter.line("weights", f"none yet in {run.path}")
     dataset = find_run_data(run, data)

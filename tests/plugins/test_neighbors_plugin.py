@@ -81,7 +81,10 @@ def test_the_index_is_computed_once_and_again_for_other_weights(network: Path, p
     assert result.stdout.splitlines()[1].split() == ["rank", "distance", "class", "image"]
     assert "48/48 img" in result.stderr
     assert "net.neighbors · 48 x 128 float32" in result.stderr
-    assert Path("neighbors.png").is_file()
+    assert Path("p.png-6-neighbors-colors-net.png").is_file()
+    assert run(*words, "-k", "2").exit_code == 0
+    assert run(draw(Path("q.png"), 2), *words[1:]).exit_code == 0
+    assert len(list(Path().glob("*-neighbors-*.png"))) == 3, "one for each image and k"
     again = run(*words)
     assert "48/48" not in again.stderr
     assert again.stdout == result.stdout

@@ -247,6 +247,21 @@ def test_command_says_that_its_run_has_not_finished(album: Path, tmp_path: Path)
         assert ("note    the run has not finished: epoch 0 of 90 so far" in result.stderr) == said
 
 
+def test_a_run_that_was_not_named_is_said_even_if_quiet(
+    album: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    checkpoint = Path("runs/mine/checkpoints/last")
+    checkpoint.mkdir(parents=True)
+    Path("runs/mine/run.json").write_text("{}", encoding="utf-8")
+    Path("runs/latest").symlink_to("mine")
+    save_model(random_model(TINY), checkpoint / "model.safetensors")
+    image = draw(Path("owl.png"), 2)
+    chosen, named = run(image, "-q", "--json"), run(image, "-q", "--json", "-w", "mine")
+    assert chosen.stderr == "weights runs/mine/checkpoints/last/model.safetensors\n"
+    assert (named.stderr, named.stdout) == ("", chosen.stdout)
+
+
 def test_command_shows_a_table_with_names_and_bars(album: Path, model_path: Path) -> None:
     result = run(f"{album}/b.png", "-w", str(model_path))
     assert result.exception is None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -93,9 +95,9 @@ def test_a_file_outside_a_run_is_drawn_into_the_current_folder(
     save_model(random_model(replace(SMALL, towers=1)), tmp_path / "m.safetensors")
     visualize_filters(weights="m.safetensors", tower="1", json=True)
     result = json.loads(capsys.readouterr().out)
-    assert (result["path"], result["auc"], result["p_value"]) == ("conv1.png", None, None)
+    assert (result["path"], result["auc"], result["p_value"]) == ("conv1-m.png", None, None)
     assert list(result["chroma_fraction"]) == ["tower1"]
-    assert Path("conv1.png").is_file()
+    assert Path("conv1-m.png").is_file()
 
 
 def test_half_blocks_carry_two_pixels_each() -> None:
@@ -223,7 +225,7 @@ def test_a_picture_is_followed_through_all_layers(run: Path, capsys: pytest.Capt
     picture = draw(Path("photos/owl.png"), 1)
     visualize_filters(weights="first", picture=picture, json=True)
     result = json.loads(capsys.readouterr().out)
-    assert Path(result["path"]).resolve() == (run / "figures/owl-layers.png").resolve()
+    assert Path(result["path"]).resolve() == (run / "figures/photos-owl.png-layers.png").resolve()
     assert (result["picture"], result["tower"]) == (picture, "both")
     assert [(layer["layer"], layer["units"], layer["side"]) for layer in result["layers"]] == [
         ("conv1", 24, 55), ("conv2", 64, 27), ("conv3", 96, 13), ("conv4", 96, 13), ("conv5", 64, 13),
@@ -236,7 +238,7 @@ def test_a_picture_is_followed_through_all_layers(run: Path, capsys: pytest.Capt
     with Image.open(result["path"]) as image:
         assert image.width == 1600
     visualize_filters(weights="first", picture=picture, tower="2", quiet=True)
-    assert (run / "figures/owl-layers-tower2.png").is_file()
+    assert (run / "figures/photos-owl.png-layers-tower2.png").is_file()
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == [layer["layer"] for layer in result["layers"]] + ["class"] * 5
     best = result["layers"][4]["strongest"][1]
@@ -301,3 +303,17 @@ def test_errors_of_picture_are_two_lines(run: Path, words: list[str], code: int,
     assert hint.startswith("hint:")
     assert Path("photos/a.png").read_bytes() == before
     assert not list(run.glob("figures/*"))
+
+
+def test_no_figure_replaces_that_of_other_options(run: Path, prepared: Path) -> None:
+    other = run / "checkpoints" / "00000004"
+    shutil.copytree(run / "checkpoints" / "best", other)
+    images = [draw(Path(name), number) for number, name in enumerate(("owl.png", "owl.webp", "other/owl.png"))]
+    drawn: list[dict[str, Any]] = [
+        {}, {"tower": "1"}, {"sort": "chroma"}, {"scale": "each"}, {"sort": "chroma", "scale": "each"},
+        {"layer": "conv5", "unit": 3, "data": str(prepared)}, {"layer": "conv4", "unit": 3, "data": str(prepared)},
+        *({"picture": image} for image in images), {"picture": images[0], "tower": "2"},
+    ]  # fmt: skip
+    for options in [*drawn, {"weights": str(other)}]:
+        visualize_filters(**{"weights": "first", "quiet": True} | options)
+    assert len(list(run.glob("figures/*.png"))) == len(drawn) + 1

@@ -19,7 +19,7 @@ from alexnet_cli.core.evaluation import baselines
 from alexnet_cli.core.evaluation.confusion_matrix import draw_confusion_matrix
 from alexnet_cli.core.evaluation.evaluate import Evaluation
 from alexnet_cli.core.files import read_file
-from alexnet_cli.core.runs.resolve import is_training_data
+from alexnet_cli.core.runs.resolve import is_best, is_training_data
 from alexnet_cli.errors import DataError, StorageError
 from alexnet_cli.recipe import Recipe
 
@@ -88,6 +88,8 @@ def make_file_stem(split: str, views: int, weights: Path, dataset: Dataset) -> s
     parts = [split, str(views)]
     if weights.suffix == ".onnx":
         parts.append(weights.stem)
+    elif not is_best(weights):
+        parts.append(weights.resolve().parent.name)
     if not is_training_data(weights, dataset):
         parts.append(dataset.path.resolve().name)
     return "-".join(parts)

@@ -9,6 +9,7 @@ import glob
 import io
 import os
 import re
+import zlib
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -60,6 +61,15 @@ def expand_inputs(
     if not any(isinstance(item, bytes) or os.path.isfile(item) for item in expanded):
         raise _no_image_error(arguments, [item for item in expanded if isinstance(item, str)])
     return expanded
+
+
+def name_inputs(arguments: Sequence[str]) -> str:
+    """Return what the name of a figure says of its images: what was typed, shortened to 80 bytes and a checksum."""
+    words = ["stdin" if word == STDIN else re.sub(r"[^\w.]+", "-", word).strip("-.") for word in arguments]
+    name = "+".join(words).encode("utf-8", "replace")
+    if len(name) <= 80:
+        return name.decode()
+    return f"{name[:80].decode('utf-8', 'ignore')}-{zlib.crc32(name):08x}"
 
 
 def _no_image_error(arguments: Sequence[str], paths: Sequence[str]) -> DataError:

@@ -101,6 +101,13 @@ def is_best(path: Path) -> bool:
     return best is None or not best.exists() or path.resolve().parent == best.resolve()
 
 
+def name_weights(path: Path) -> str:
+    """What the name of a figure says of its weights: "" for the best of a run, else the checkpoint or the file."""
+    if find_run_folder(path) and (is_best(path) or path.name == ONNX):
+        return ""
+    return path.resolve().parent.name if path.name == MODEL else path.stem
+
+
 def is_training_data(path: Path, dataset: Dataset) -> bool:
     """Whether the run of a weights file was trained on `dataset`. True if there is no run."""
     run = find_run_folder(path)

@@ -74,7 +74,7 @@ def visualize_filters(
     path = find_weights(weights)
     model = read_model(path)
     towers = _choose_towers(tower, model.recipe.towers)
-    reporter.line("weights", describe_weights(path, model.info))
+    reporter.line("weights", describe_weights(path, model.info), always=weights is None)
     request = FigureRequest(reporter, model, find_run_folder(path), towers, output)
     if image is not None:
         draw_image_layers(request, image, tower)

@@ -26,14 +26,17 @@ class FigureRequest:
     output: Path | None
     """The file named with -o."""
 
-    def choose_path(self, name: str) -> Path:
-        """The file named with -o, or `name` in figures/ of the run."""
-        return self.output or ((self.run / "figures" if self.run else Path()) / name)
+    def choose_path(self, *parts: str) -> Path:
+        """The file named with -o, or a file in figures/ of the run, named by `parts` and by the weights."""
+        from alexnet_cli.core.runs.resolve import name_weights
+
+        name = "-".join(part for part in (*parts, name_weights(self.model.path)) if part)
+        return self.output or ((self.run / "figures" if self.run else Path()) / f"{name}.png")
 
     @property
-    def tower_suffix(self) -> str:
-        """Suffix of the default file name if only one of two towers is drawn."""
-        return f"-tower{self.towers[0] + 1}" if len(self.towers) < self.model.recipe.towers else ""
+    def tower_name(self) -> str:
+        """Part of the default file name if only one of two towers is drawn, else empty."""
+        return f"tower{self.towers[0] + 1}" if len(self.towers) < self.model.recipe.towers else ""
 
     @property
     def origin(self) -> list[str]:

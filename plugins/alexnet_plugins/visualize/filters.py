@@ -48,7 +48,8 @@ def draw_filters(request: FigureRequest, scale: str, *, is_sorted: bool, in_term
         caption += "" if scale == "joint" else f", {scale_text}"
         panels.append((caption, filter_picture.draw_grid(kernels, limit, filter_picture.count_columns(len(kernels)))))
     _show_measurements(reporter, measured, chosen)
-    path = request.choose_path(f"conv1{request.tower_suffix}.png")
+    options = ("" if scale == "joint" else f"scale-{scale}", "sort-chroma" if is_sorted else "")
+    path = request.choose_path("conv1", request.tower_name, *options)
     title = ", ".join(["conv1", *request.origin])
     draw = filter_picture.draw_svg if path.suffix.lower() == ".svg" else filter_picture.draw_figure
     request.save(draw(panels, title), path, {

@@ -42,7 +42,7 @@ def draw_image_layers(request: FigureRequest, source: ImageInput, tower: str) ->
     """Run the image through the network, and draw the strongest maps of each layer."""
     from alexnet_cli.core.analysis.activations import draw_trace, make_layer_records, trace_image
     from alexnet_cli.core.data.images import PixelBudget
-    from alexnet_cli.core.inference.inputs import STDIN, load_image
+    from alexnet_cli.core.inference.inputs import STDIN, load_image, name_inputs
 
     reporter, model = request.reporter, request.model
     path = source if isinstance(source, str) else STDIN
@@ -58,10 +58,9 @@ def draw_image_layers(request: FigureRequest, source: ImageInput, tower: str) ->
     towers = "two towers" if model.recipe.towers > 1 else "one tower"
     caption = [*request.origin, f"recipe {model.recipe.name}, {towers}, {len(model.classes):,} classes"]
     title = Path(path).name if isinstance(source, str) else "image from standard input"
-    stem = Path(path).stem if isinstance(source, str) else "stdin"
     request.save(
         draw_trace(trace, request.towers, title, caption),
-        request.choose_path(f"{stem}-layers{request.tower_suffix}.png"),
+        request.choose_path(name_inputs([path]), "layers", request.tower_name),
         {
             "tower": tower,
             "picture": path,
