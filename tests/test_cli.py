@@ -25,7 +25,7 @@ from commands import alexnet
 HEAVY = ("torch", "torchvision", "numpy", "PIL", "onnxruntime", "onnx", "safetensors")
 COMMANDS = (
     "prepare", "train", "evaluate", "predict", "neighbors", "visualize-filters", "report", "export", "import-weights",
-    "ablate", "demo",
+    "ablate", "demo", "runs",
     "benchmark", "doctor", "plugins",
 )  # fmt: skip
 
@@ -443,6 +443,7 @@ def test_completion_offers_commands_and_options() -> None:
     ("words", "expected"),
     [
         ("evaluate -w mi", ["mine"]),
+        ("runs mi", ["mine"]),
         ("evaluate -w runs/m", [f"runs{os.sep}mine{os.sep}"]),
         ("train --data pe", ["pets"]),
         ("train --recipe ti", ["tiny"]),

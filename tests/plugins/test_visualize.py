@@ -315,5 +315,6 @@ def test_no_figure_replaces_that_of_other_options(run: Path, prepared: Path) -> 
         *({"picture": image} for image in images), {"picture": images[0], "tower": "2"},
     ]  # fmt: skip
     for options in [*drawn, {"weights": str(other)}]:
-        visualize_filters(**{"weights": "first", "quiet": True} | options)
+        everything: dict[str, Any] = {"weights": "first", "quiet": True, **options}
+        visualize_filters(**everything)
     assert len(list(run.glob("figures/*.png"))) == len(drawn) + 1

@@ -48,9 +48,9 @@ def draw_unit_patches(
     for number in units:
         names = [dataset.classes[split.labels[row]].name for row in top.rows[number][:3]]
         reporter.show(make_printable(f"unit    {number:<6}{top.values[number, 0]:<12.3g}{', '.join(names)}"))
-    names = (f"{layer}-units", request.tower_name) if unit is None else (f"{layer}-unit{unit}",)
+    parts = [f"{layer}-units", request.tower_name] if unit is None else [f"{layer}-unit{unit}"]
     has_own_data = request.run is not None and is_training_data(model.path, dataset)
-    path = request.choose_path(*names, "" if has_own_data else dataset.path.resolve().name)
+    path = request.choose_path(*parts, "" if has_own_data else dataset.path.resolve().name)
     title = ", ".join([layer, *request.origin, f"validation images of {dataset.name}"])
     rows = make_sheet_rows(top, units, split, dataset.classes, model.recipe, layer)
     records = make_records(top, units, split, dataset.classes, model.recipe, layer)
