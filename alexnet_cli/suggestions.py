@@ -34,6 +34,10 @@ def suggest_fix(error: Any) -> str:
         if context.parent is None and option[1] in ("-q", "--quiet", "--json"):
             return f"options follow the command: alexnet COMMAND {option[1]}"
         return _suggest_option(context.command, option[1], _find_value(words, option[1]))
+    if re.search(r"valid (number|float)", error.message) and getattr(error, "param", None):
+        option = max(error.param.opts, key=len)
+        value = _find_value(words, option)
+        return _ask(f"{option} {value.replace(',', '.')}") if re.fullmatch(r"\d*,\d+", value) else ""
     if extra := re.match(r"Got unexpected extra argument\S* \((.*)\)$", error.message):
         return _suggest_for_extra(context.command, words, extra[1].split(" ")[0])
     return ""

@@ -173,6 +173,7 @@ def test_mistakes_are_two_lines_and_exit_2(arguments: tuple[str, ...], error: st
         ("train --num_workers 4", "--jobs 4"),
         ("train --weight-decay 0.1", "--set weight_decay=0.1"),
         ("train --learning-rate 0.1", "--lr 0.1"),
+        ("train --lr 0,01", "--lr 0.01"),
         ("train mine/colors", "--data mine/colors"),
         ("train tiny", "--recipe tiny"),
         ("train one", "--resume one"),
