@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, NoReturn
 
@@ -19,7 +20,15 @@ from typer.core import TyperGroup
 from alexnet_cli import __version__
 from alexnet_cli.console import STDERR, keep_stdout_for_results, make_printable
 from alexnet_cli.entry_points import HINT, CommandEntry, find_callable_entries
-from alexnet_cli.errors import AlexNetError, LostError, MissingError, Terminated, format_error, is_out_of_memory
+from alexnet_cli.errors import (
+    AlexNetError,
+    AlexNetWarning,
+    LostError,
+    MissingError,
+    Terminated,
+    format_error,
+    is_out_of_memory,
+)
 from alexnet_cli.suggestions import WORDS, suggest_fix, suggest_option_instead
 
 HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
@@ -172,6 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit with its code (see errors.py)."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     _make_streams_safe()
+    warnings.formatwarning = _format_warning
     signal.signal(signal.SIGTERM, _raise_signal)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # `nohup` and `&` have it ignored
         signal.signal(signal.SIGINT, _raise_signal)
@@ -219,6 +229,16 @@ def _make_streams_safe() -> None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - open until exit
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+
+
+_format_python_warning = warnings.formatwarning
+
+
+def _format_warning(message: Warning | str, category: type[Warning], *place: Any, **line: Any) -> str:
+    """Return a warning of ours as one line, without its place in the code; any other as Python would show it."""
+    if issubclass(category, AlexNetWarning):
+        return f"warn    {make_printable(str(message))}\n"
+    return _format_python_warning(message, category, *place, **line)
 
 
 def _run_guarded(run: Callable[[], Any], debug: bool) -> int:

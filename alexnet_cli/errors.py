@@ -40,6 +40,10 @@ class AlexNetError(Exception):
         self.hint = hint
 
 
+class AlexNetWarning(UserWarning):
+    """Something the user should know that stops nothing. The shell prints it as a line `warn`."""
+
+
 class UsageError(AlexNetError):
     """An argument or option cannot be used."""
 

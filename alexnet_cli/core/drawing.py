@@ -1,13 +1,16 @@
-"""Fonts, contact sheets (rows of small images with text), and saving figures. No torch."""
+"""Fonts, contact sheets (rows of small images with text), matplotlib's settings, and saving figures. No torch."""
 
 from __future__ import annotations
 
 import importlib.util
+import logging
+import os
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -48,6 +51,25 @@ def _dejavu_path() -> Path | None:
 def _has_glyphs(font: Font, text: str) -> bool:
     missing = bytes(font.getmask(MISSING_GLYPH))
     return all(bytes(font.getmask(c)) != missing for c in set(text) if c.isprintable() and not c.isascii())
+
+
+@contextmanager
+def use_own_style(style: Mapping[Any, Any]) -> Iterator[None]:
+    """Let matplotlib draw with its default settings and `style` inside, whatever settings and backend the user has.
+
+    Draw a `matplotlib.figure.Figure`; pyplot would need a backend.
+    """
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it logs about the user's settings and home folder
+    backend = os.environ.pop("MPLBACKEND", None)  # a notebook sets one that only matplotlib in the notebook can import
+    try:
+        import matplotlib
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(style)
+        yield
 
 
 def fit_text(text: str, width: int, font: Font) -> str:

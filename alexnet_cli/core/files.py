@@ -1,19 +1,24 @@
-"""Atomic writes, checksums, exclusive locks, links and bounded reads, on Linux, macOS and Windows."""
+"""Atomic writes, checksums, exclusive locks, links and bounded reads, on Linux, macOS and Windows.
+
+A file system may lack links, locks, folders that can be synced, or mapping. Then the functions here do without.
+"""
 
 from __future__ import annotations
 
 import codecs
 import errno
 import hashlib
+import mmap
 import os
 import re
 import stat
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
-from alexnet_cli.errors import AlexNetError, DataError
+from alexnet_cli.errors import AlexNetError, AlexNetWarning, DataError
 
 MAX_BYTES = 2**28  # of a file that is read into memory, unless the caller sets another limit
 BYTE_ORDER_MARKS = {
@@ -25,6 +30,11 @@ BYTE_ORDER_MARKS = {
 }
 TEMPORARY_NAME = re.compile(r"\.(?P<name>.+)\.\d+\.tmp[^/]*")
 """Name of a temporary file, which only a killed process leaves behind; `name` is the file it was to replace."""
+UNSUPPORTED = {
+    errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF, errno.ENOLCK, errno.ENODEV, errno.ENOTTY,
+}  # fmt: skip
+"""What file systems answer to a call that they do not know. None of them is an error of the disk or a missing right."""
+LINK_NAMES = {"latest", "last", "best"}
 
 
 @contextmanager
@@ -63,8 +73,8 @@ def write_and_verify(path: Path, content: bytes | memoryview) -> str:
     with path.open("wb") as file:
         file.write(content)
         file.flush()
-        os.fsync(file.fileno())
-        if hasattr(os, "posix_fadvise"):  # otherwise the page cache is read back, not the disk
+        _sync(file.fileno())
+        with suppress(AttributeError, OSError):  # without this call, the page cache is read back, not the disk
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     digest = hash_file(path)
     if digest != hashlib.sha256(content).hexdigest():
@@ -73,39 +83,87 @@ def write_and_verify(path: Path, content: bytes | memoryview) -> str:
 
 
 def replace_link(link: Path, target: Path) -> None:
-    """Make `link` a relative symbolic link to the folder `target`; atomically, except on Windows."""
-    temporary = link.with_name(f".{link.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        temporary.symlink_to(os.path.relpath(target, link.parent), target_is_directory=True)
-    except OSError:
-        if sys.platform == "win32":
-            import _winapi
+    """Make `link`, which has one of LINK_NAMES, point to the folder `target`, atomically.
 
-            # unlike a symbolic link, a junction needs no special rights
-            _winapi.CreateJunction(str(target.resolve()), str(temporary))
-        else:
-            raise
-    if sys.platform == "win32":
-        link.unlink(missing_ok=True)  # Windows cannot replace a link to a folder
-    temporary.replace(link)
+    It becomes a relative symbolic link. On Windows, and on disks without links, it is a text file with the same path.
+    """
+    if link.is_dir() and not link.is_symlink():  # a program that copied the folder has followed the link
+        raise OSError(errno.EISDIR, f"{link} is a folder, not a link: rename or delete it")
+    path = Path(os.path.relpath(target, link.parent)).as_posix()
+    if sys.platform != "win32":  # there, links need special rights, and one to a folder cannot be replaced
+        temporary = link.with_name(f".{link.name}.{os.getpid()}.tmp")
+        temporary.unlink(missing_ok=True)
+        with suppress(OSError, AttributeError):
+            os.symlink(path, temporary)
+            temporary.replace(link)
+            return
+    write_text(link, path + "\n")
+
+
+def read_link(link: Path) -> Path | None:
+    """The folder that a link made by `replace_link` points to. None if `link` is something else, or missing."""
+    if link.is_symlink():
+        return link.parent / os.readlink(link)
+    if link.name not in LINK_NAMES or not link.is_file():
+        return None
+    with suppress(UnicodeDecodeError), link.open("rb") as file:
+        text = file.read(4096).decode().strip()
+        return link.parent / text if text.isprintable() and Path(text).name not in {"", *LINK_NAMES} else None
+    return None
+
+
+def follow_text_links(path: Path) -> Path:
+    """The path with the text files of `replace_link` in it replaced by what they point to.
+
+    Symbolic links stay in the path: the system follows them.
+    """
+    for part in (path, *path.parents):
+        if part.is_file():
+            target = None if part.is_symlink() else read_link(part)
+            return follow_text_links(target / path.relative_to(part)) if target else path
+        if part.exists():
+            break
+    return path
+
+
+def map_file(path: Path) -> memoryview:
+    """The content of a file, mapped into memory, or read where the disk cannot map files. Raises OSError, ValueError.
+
+    An empty file cannot be mapped.
+    """
+    with path.open("rb") as file:
+        try:
+            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                raise
+            return memoryview(file.read())
 
 
 def sync_file(path: Path) -> None:
     """Make the content of a file durable."""
     with path.open("rb+") as file:
-        os.fsync(file.fileno())
+        _sync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames in a folder durable. Windows needs no such call."""
+    """Make renames in a folder durable, where that needs a call and the disk knows it."""
     if sys.platform == "win32":
         return
-    descriptor = os.open(folder, os.O_RDONLY)
+    with suppress(PermissionError):  # a folder that can be written but not read
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            _sync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _sync(descriptor: int) -> None:
     try:
         os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
 
 
 @contextmanager
@@ -113,17 +171,25 @@ def lock_file(path: Path, message: str, error: type[AlexNetError] = DataError) -
     """Hold an exclusive lock inside the block. The system releases it however the process ends.
 
     The file `path` stays: removed, it would leave a process that has just opened it with a lock that others cannot see.
+    Where the disk knows no locks there is none, and a warning.
 
     Raises:
         AlexNetError: `error` with `message`, if another process holds the lock.
         OSError: the file cannot be created.
     """
-    from filelock import FileLock, Timeout  # takes 0.1 s to import, and few commands need it
-
+    with warnings.catch_warnings(action="ignore"):  # where Python lacks the system's locks, it warns of its own kind
+        from filelock import FileLock, Timeout  # takes 0.1 s to import, and few commands need it
+    lock: AbstractContextManager[object] = nullcontext()
     try:
-        lock = FileLock(path).acquire(blocking=False)
+        # its fallback, a file with a process id, would outlive a process killed on another machine
+        lock = FileLock(path, fallback_to_soft=False).acquire(blocking=False)
     except Timeout:
         raise error(message, "wait until it is done") from None
+    except OSError as reason:
+        if reason.errno not in UNSUPPORTED:
+            raise
+        text = f"the disk of {path.parent} has no locks ({reason.strerror}): do not run two commands on this folder"
+        warnings.warn(text, AlexNetWarning, stacklevel=2)
     with lock:
         yield
 

@@ -33,7 +33,7 @@ from alexnet_cli.core.data.shards import (
     index_name,
 )
 from alexnet_cli.core.data.sources import SourceDataset
-from alexnet_cli.core.files import TEMPORARY_NAME, replace_link
+from alexnet_cli.core.files import TEMPORARY_NAME, read_link, replace_link
 from alexnet_cli.errors import DataError, StorageError, UsageError
 
 QUALITY = 95  # of the JPEGs, as in Krizhevsky's own preparation
@@ -164,7 +164,7 @@ class Plan:
             for file in self.output.iterdir():
                 if TEMPORARY_NAME.fullmatch(file.name):
                     file.unlink()
-            if self.output.absolute().parent == ROOT.absolute() and (link.is_symlink() or not link.exists()):
+            if self.output.absolute().parent == ROOT.absolute() and (read_link(link) or not link.exists()):
                 replace_link(link, self.output)
 
     def _shards(self) -> list[Path]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from alexnet_cli.core.data.classes import ClassName, parse_classes
-from alexnet_cli.core.files import hash_file, read_file
+from alexnet_cli.core.files import follow_text_links, hash_file, map_file, read_file, read_link
 from alexnet_cli.errors import DataError, VerificationError
 from alexnet_cli.recipe import SIDE
 
@@ -96,8 +95,7 @@ class Split:
         if number not in self._maps:
             path = self.folder / self.files[number]
             try:
-                with path.open("rb") as file:
-                    self._maps[number] = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+                self._maps[number] = map_file(path)
             except (OSError, ValueError) as error:  # an empty file cannot be mapped
                 raise _damaged(path, str(error)) from error
         return self._maps[number]
@@ -126,7 +124,7 @@ class Dataset:
         Raises:
             DataError: the file is missing or damaged.
         """
-        mean = _map_array(self.path / MEAN)
+        mean = _read_array(self.path / MEAN)
         if mean.shape != (3, SIDE, SIDE) or mean.dtype != np.float32:
             raise _damaged(self.path / MEAN, f"it holds {mean.dtype} {mean.shape}")
         return np.array(mean)
@@ -160,7 +158,7 @@ class Dataset:
             if size != shard["bytes"]:
                 problem = "it is missing" if size is None else f"{size:,} bytes instead of {shard['bytes']:,}"
                 raise _damaged(path, problem)
-        rows = _map_array(self.path / index_name(name))
+        rows = _read_array(self.path / index_name(name))
         if rows.dtype != ROW or rows.shape != (entry["images"],):
             raise _damaged(self.path / index_name(name), f"{rows.dtype} {rows.shape} for {entry['images']:,} images")
         if len(rows) and (rows["shard"].max() >= len(entry["shards"]) or rows["label"].max() >= len(self.classes)):
@@ -265,7 +263,7 @@ def find_dataset(spec: str | None) -> Path:
     spec = spec or os.environ.get("ALEXNET_DATA") or None
     known = list_datasets()
     if spec is not None:
-        for path in (Path(spec), ROOT / spec):
+        for path in map(follow_text_links, (Path(spec), ROOT / spec)):
             if (path / RECORD).is_file():
                 return path
         is_known_place = Path(spec).is_dir() or not known
@@ -273,8 +271,9 @@ def find_dataset(spec: str | None) -> Path:
         raise DataError(f"no prepared data set {spec}", hint)
     if len(known) == 1:
         return ROOT / known[0]
-    if (ROOT / LATEST / RECORD).is_file():
-        return ROOT / Path(os.readlink(ROOT / LATEST)).name if (ROOT / LATEST).is_symlink() else ROOT / LATEST
+    latest = read_link(ROOT / LATEST) or ROOT / LATEST
+    if (latest / RECORD).is_file():
+        return latest
     if known:
         raise DataError(f"several data sets under {ROOT}: {', '.join(known)}", f"choose one: --data {known[0]}")
     raise DataError(f"no prepared data set under {ROOT.absolute()}", "make one with alexnet prepare SOURCE")
@@ -287,12 +286,13 @@ def list_datasets() -> list[str]:
     return sorted(path.name for path in ROOT.iterdir() if not path.is_symlink() and (path / RECORD).is_file())
 
 
-def _map_array(path: Path) -> npt.NDArray[Any]:
-    """Map an .npy file into memory: a file that claims more than it holds is an error."""
+def _read_array(path: Path) -> npt.NDArray[Any]:
+    """Read an .npy file. DataError if it claims more than it holds."""
     if not path.is_file():
         raise _damaged(path, "it is missing or not a file")
     try:
-        return np.lib.format.open_memmap(path, mode="r")
+        array: npt.NDArray[Any] = np.load(path, allow_pickle=False)
+        return array
     except Exception as error:  # numpy raises nearly anything for a damaged header
         raise _damaged(path, str(error)) from error
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import mmap
 import os
 import re
 import tempfile
@@ -19,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from alexnet_cli.core.devices import count_cores, has_gpu, int8_saturates, preload_cuda
+from alexnet_cli.core.files import map_file
 from alexnet_cli.core.inference import onnx_metadata
 from alexnet_cli.core.model import model_file
 from alexnet_cli.errors import MissingError, WeightsError, is_out_of_memory
@@ -216,9 +216,7 @@ def _read_file(path: Path) -> tuple[bytes, Constants]:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise ValueError("it is larger than 2 GB")
-        with path.open("rb") as file:
-            data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        for number, value, field in _fields(data):
+        for number, value, field in _fields(map_file(path)):
             if number == METADATA:
                 metadata += field
             elif number == GRAPH and isinstance(value, memoryview):

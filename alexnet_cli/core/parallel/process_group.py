@@ -54,13 +54,15 @@ def read_rank_info() -> RankInfo | None:
     """
     variables = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     if "SLURM_PROCID" in os.environ and "SLURM_STEP_ID" in os.environ and "RANK" not in os.environ:
-        variables = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE")
+        # SLURM_NTASKS counts the tasks of the job: in a shell of `salloc` it can be 2 where only one process runs
+        size = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in os.environ else "SLURM_NTASKS"
+        variables = ("SLURM_PROCID", size, "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE")
     if variables[0] not in os.environ or variables[1] not in os.environ:
         return None
     try:
         rank, size = (int(os.environ[variable]) for variable in variables[:2])
         local_rank = int(os.environ.get(variables[2], rank))
-        local_size = int(os.environ.get(variables[3], size))
+        local_size = min(size, int(os.environ.get(variables[3], size)))
     except ValueError as error:
         what = f"the launcher's variables {', '.join(variables)} are not numbers: {error}"
         raise UsageError(what, "start through torchrun or srun, or unset them") from error

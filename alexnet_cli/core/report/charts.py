@@ -10,6 +10,7 @@ import io
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from alexnet_cli.core.drawing import use_own_style
 from alexnet_cli.core.model.architecture import describe_kernel
 from alexnet_cli.core.report.history import Curve, History
 
@@ -152,10 +153,9 @@ def _describe_line(line: Line, factor: float, unit: str) -> str:
 
 def render_svg(draw: Callable[[Axes], None], height: float = 3.5, margin: float = 1.0) -> str:
     """Render a drawing of `height` inches; `margin` scales the space for axis labels. Same input, same bytes."""
-    import matplotlib
-    from matplotlib.figure import Figure  # not pyplot, which keeps figures and needs a display
+    with use_own_style(STYLE):
+        from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.8, height))
         left, bottom, rest = 0.14 * margin, 0.29 * margin, 0.03 * margin
         figure.subplots_adjust(left=left, right=1 - rest, top=1 - rest, bottom=bottom)  # a layout engine draws it twice

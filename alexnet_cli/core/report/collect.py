@@ -38,12 +38,12 @@ from alexnet_cli.core.evaluation.evaluate import (
     evaluate,
     match_classes,
 )
-from alexnet_cli.core.files import hash_file
+from alexnet_cli.core.files import hash_file, read_link
 from alexnet_cli.core.model.model_file import Model, read_model
 from alexnet_cli.core.model.network import network_from_model
 from alexnet_cli.core.parallel.placement import Placement, choose_decode_threads
 from alexnet_cli.core.report.history import History, read_history
-from alexnet_cli.core.runs.resolve import is_best, shorten_path
+from alexnet_cli.core.runs.resolve import find_recorded_data, is_best
 from alexnet_cli.core.runs.run import Run
 from alexnet_cli.errors import AlexNetError, DataError, RecipeError, StorageError, WeightsError
 from alexnet_cli.recipe import PAPER, Recipe
@@ -162,7 +162,7 @@ def open_model(path: Path) -> OpenedModel:
         WeightsError: the file is missing, damaged, or no model file.
     """
     for _ in range(ATTEMPTS):
-        real = path.parent.parent / os.readlink(path.parent) / path.name if path.parent.is_symlink() else path
+        real = (read_link(path.parent) or path.parent) / path.name
         try:
             return OpenedModel(read_model(real), hash_file(real))
         except (FileNotFoundError, WeightsError):
@@ -183,7 +183,7 @@ def find_run_data(run: Run | None, spec: str | None) -> Dataset | str:
     path = about.get("data_path")
     known = Path(path) if isinstance(path, str) else None
     try:
-        dataset = open_dataset(shorten_path(known) if known else find_dataset(None))
+        dataset = open_dataset(find_recorded_data(about) or known or find_dataset(None))
     except (AlexNetError, OSError, ValueError) as error:  # the last two if the recorded path is no path at all
         reason = error.what if isinstance(error, AlexNetError) else str(error)
         name = f"the data set {about.get('data') or known.name} cannot be opened: " if known else ""

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from alexnet_cli.core.data.shards import Dataset
+from alexnet_cli.core.data.shards import RECORD, ROOT, Dataset, list_datasets
+from alexnet_cli.core.files import follow_text_links, hash_file, read_link
 from alexnet_cli.core.runs.records import explain_missing_checkpoint, get_failure, get_int
-from alexnet_cli.core.runs.run import MODEL, ONNX, Run, follow_latest, list_runs, runs_root
+from alexnet_cli.core.runs.run import MODEL, ONNX, Run, list_runs, runs_root
 from alexnet_cli.errors import AlexNetError, WeightsError
 
 
@@ -24,9 +25,10 @@ def find_weights(spec: str | None, suffixes: Sequence[str] = (".safetensors",)) 
     """
     if spec == "":
         raise WeightsError("-w is empty", list_runs())
-    path = follow_latest(runs_root() / (spec or "latest"))
+    path = follow_text_links(runs_root() / (spec or "latest"))
+    path = read_link(path) or path
     if spec is not None and not (path / "run.json").is_file() and Path(spec).exists():
-        path = Path(spec)
+        path = follow_text_links(Path(spec))
     if path.is_file():
         if path.suffix not in suffixes:
             hint = f"give a run, a checkpoint folder or a {' or '.join(suffixes)} file"
@@ -43,8 +45,8 @@ def find_weights(spec: str | None, suffixes: Sequence[str] = (".safetensors",)) 
     inside = {".onnx": (ONNX,), ".safetensors": (MODEL, *checkpoints)}
     for suffix in suffixes:
         for name in inside[suffix]:
-            if (path / name).is_file():
-                return path / name
+            if (file := follow_text_links(path / name)).is_file():
+                return file
     if (path / "run.json").is_file():
         raise WeightsError(*explain_missing_checkpoint(path, Run(path).about, Run(path).quoted))
     if path.exists():
@@ -55,8 +57,20 @@ def find_weights(spec: str | None, suffixes: Sequence[str] = (".safetensors",)) 
 def find_training_data(path: Path) -> str | None:
     """The prepared data set on which the run of a weights file was trained; None if it no longer exists."""
     run = find_run_folder(path)
-    data = Run(run).about.get("data_path") if run else None
-    return str(shorten_path(Path(data))) if isinstance(data, str) and os.path.isdir(data) else None
+    data = find_recorded_data(Run(run).about) if run else None
+    return str(data) if data else None
+
+
+def find_recorded_data(about: Mapping[str, Any]) -> Path | None:
+    """The prepared data set that run.json names. None if it is neither there nor, with the same hash, under prepared/.
+
+    It is under prepared/ if the whole project was moved.
+    """
+    data = about.get("data_path")
+    if isinstance(data, str) and os.path.isdir(data):
+        return shorten_path(Path(data))
+    moved = (ROOT / name for name in list_datasets())
+    return next((path for path in moved if hash_file(path / RECORD) == about.get("data_hash")), None)
 
 
 def shorten_path(path: Path) -> Path:
@@ -88,8 +102,8 @@ def describe_weights(path: Path, info: Mapping[str, Any]) -> str:
 def _best_or_last(run: Path, step: Any) -> str:
     """Return " (best)" or " (last)" if that checkpoint of the run is of this step, otherwise ""."""
     for name in ("best", "last"):
-        checkpoint = run / "checkpoints" / name
-        if isinstance(step, int) and checkpoint.exists() and checkpoint.resolve().name == f"{step:08}":
+        checkpoint = read_link(run / "checkpoints" / name)
+        if isinstance(step, int) and checkpoint and checkpoint.name == f"{step:08}":
             return f" ({name})"
     return ""
 
@@ -98,6 +112,7 @@ def is_best(path: Path) -> bool:
     """Whether a weights file is the best checkpoint of its run. True if there is no run or no best checkpoint yet."""
     run = find_run_folder(path)
     best = run / "checkpoints" / "best" if run else None
+    best = read_link(best) or best if best else None
     return best is None or not best.exists() or path.resolve().parent == best.resolve()
 
 

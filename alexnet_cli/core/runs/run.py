@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from alexnet_cli.core.devices import suggest_train_command
-from alexnet_cli.core.files import lock_file, read_file, replace_link, write_text
+from alexnet_cli.core.files import follow_text_links, lock_file, read_file, read_link, replace_link, write_text
 from alexnet_cli.core.runs.records import Record, append_record, drop_later_records, format_csv, get_int, read_records
 from alexnet_cli.errors import DataError, StorageError, UsageError, format_error
 from alexnet_cli.recipe import Recipe
@@ -82,9 +82,9 @@ class Run:
     @classmethod
     def open(cls, name: str) -> Run:
         """The run with this name or path, or `latest`. Raises UsageError if there is none."""
-        for path in (runs_root() / name, Path(name)):
+        for path in map(follow_text_links, (runs_root() / name, Path(name))):
             if (path / "run.json").is_file():
-                return cls(follow_latest(path))
+                return cls(read_link(path) or path)
         raise UsageError(f"there is no run {name} in {runs_root()}", list_runs(name))
 
     @property
@@ -128,10 +128,10 @@ class Run:
 
     def storage_hint(self) -> str:
         """What to do after a disk error, depending on what is left of the run."""
-        last = self.checkpoints / "last"
+        last = read_link(self.checkpoints / "last")
         if not self.path.is_dir():
             return "the run folder was deleted or renamed: start a new run, or give its new name to --resume"
-        if last.exists():
+        if last and last.exists():
             saved = f"last good checkpoint: {last.resolve()}"
         elif any(record.get("event") == "checkpoint" for record in self.records()):
             saved = "its checkpoints are missing"
@@ -194,7 +194,8 @@ class Run:
 def is_plain_name(name: str) -> bool:
     """Whether a run may have this name: a printable folder name without a path."""
     reserved = {"", ".", "..", "latest"}
-    return name not in reserved and Path(name).name == name and name.isprintable() and len(os.fsencode(name)) <= 200
+    is_plain = Path(name).name == name and name.isprintable() and name.lower() not in reserved
+    return is_plain and len(os.fsencode(name)) <= 200
 
 
 def _is_abandoned(path: Path) -> bool:
@@ -220,11 +221,6 @@ def list_runs(typed: str = "") -> str:
     guess = f"did you mean {near[0]}? " if near else ""
     more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
     return f"{guess}existing runs: {', '.join(names[-5:])}{more}"
-
-
-def follow_latest(path: Path) -> Path:
-    """The folder that a link such as runs/latest points to; other paths are returned unchanged."""
-    return path.parent / os.readlink(path) if path.is_symlink() else path
 
 
 def record_failure(run: Run, error: BaseException, reason: str = "error", status: str = "failed") -> Record | None:

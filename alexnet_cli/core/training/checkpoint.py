@@ -22,7 +22,15 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from alexnet_cli.core.files import hash_file, read_file, replace_link, sync_folder, write_and_verify, write_text
+from alexnet_cli.core.files import (
+    hash_file,
+    read_file,
+    read_link,
+    replace_link,
+    sync_folder,
+    write_and_verify,
+    write_text,
+)
 from alexnet_cli.core.model import model_file
 from alexnet_cli.core.model.network import Network, parameters_by_name
 from alexnet_cli.core.runs.run import LARGEST_JSON, MODEL, Run
@@ -224,8 +232,8 @@ def _replace(temporary: Path, final: Path) -> None:
 def _delete_old(folder: Path, step: int, keep: int) -> None:
     """Delete all checkpoints but the best and the newest `keep` up to `step`."""
     steps = sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit() and int(path.name) <= step)
-    names = [f"{number:08d}" for number in steps[-keep:]] + ["last", "best"]
-    kept = {(folder / name).resolve() for name in names}
+    links = [link for name in ("last", "best") if (link := read_link(folder / name))]
+    kept = {path.resolve() for path in (*links, *(folder / f"{number:08d}" for number in steps[-keep:]))}
     for path in folder.iterdir():
         if (
             CHECKPOINT_FOLDER.fullmatch(path.name)

@@ -20,6 +20,7 @@ from alexnet_cli.core.data.loader import CachedLoader, CacheMode, Loader, all_ba
 from alexnet_cli.core.data.shards import Dataset
 from alexnet_cli.core.evaluation.baselines import count_images
 from alexnet_cli.core.evaluation.evaluate import Evaluation, TorchClassifier, evaluate
+from alexnet_cli.core.files import read_link
 from alexnet_cli.core.model import model_file
 from alexnet_cli.core.parallel.placement import Placement
 from alexnet_cli.core.runs.records import Record, RunningMetrics
@@ -305,12 +306,12 @@ class TrainingLoop:
 
     def nonfinite_error(self, loss: float, step: int, where: str) -> VerificationError:
         """The error for a loss that is NaN or infinite at `step` (from 1), caused by `where`."""
-        trainer, last = self.trainer, self.run.checkpoints / "last"
+        trainer, last = self.trainer, read_link(self.run.checkpoints / "last")
         saved, resume = "", ""
         divergence = diagnostics.describe_divergence(self.run.records(), len(self.data.classes))
-        if last.exists() and divergence:
+        if last and divergence:
             saved = f"the last checkpoint had already diverged ({divergence}); "
-        elif last.exists():
+        elif last:
             saved = f"last good checkpoint: {last.resolve()}; "
             resume = f"alexnet train --resume {self.run.quoted}"
         rate = diagnostics.suggest_rate(

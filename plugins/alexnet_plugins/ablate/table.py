@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from alexnet_cli.core.drawing import use_own_style
 from alexnet_cli.core.runs.run import Run
 from alexnet_plugins.ablate.study import BASE, Switch
 
@@ -201,19 +202,19 @@ def draw_chart(rows: Sequence[Row], title: str, error: float) -> bytes:
 
     The second panel is left out if there are fewer than two activations.
     """
-    from matplotlib.figure import Figure  # pyplot would keep the figure and look for a display
-
     compared = [row for row in rows if row.top1_difference]
     activations = [row for row in rows if row.activation and any(row.curves)]
-    panels = 2 if len(activations) > 1 else 1
-    figure = Figure(figsize=(1 + 5.5 * panels, 1.8 + 0.42 * max(6, len(compared))), dpi=130, layout="constrained")
-    figure.suptitle(title)
-    left, *right = figure.subplots(1, panels, squeeze=False)[0]
-    _draw_differences(left, compared)
-    for axes in right:
-        _draw_training_errors(axes, activations, error)
-    file = io.BytesIO()
-    figure.savefig(file, format="png")
+    panels, file = 2 if len(activations) > 1 else 1, io.BytesIO()
+    with use_own_style({}):
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(1 + 5.5 * panels, 1.8 + 0.42 * max(6, len(compared))), dpi=130, layout="constrained")
+        figure.suptitle(title)
+        left, *right = figure.subplots(1, panels, squeeze=False)[0]
+        _draw_differences(left, compared)
+        for axes in right:
+            _draw_training_errors(axes, activations, error)
+        figure.savefig(file, format="png")
     return file.getvalue()
 
 

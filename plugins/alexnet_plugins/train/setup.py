@@ -81,8 +81,10 @@ def find_run(ranks: ProcessMesh, resume: str | None, name: str | None) -> Run | 
 def choose_data(data: str | None, run: Run | None) -> tuple[Path, str]:
     """The prepared data set to train on, and a note if there are several and none was named."""
     from alexnet_cli.core.data.shards import find_dataset, list_datasets
+    from alexnet_cli.core.runs.resolve import find_recorded_data
 
-    spec = data or (run.about.get("data_path") if run else None)
+    about = run.about if run else {}
+    spec = data or (str(find_recorded_data(about) or about.get("data_path")) if run else None)
     path = find_dataset(spec)
     others = [name for name in list_datasets() if name != path.name]
     if spec or os.environ.get("ALEXNET_DATA") or not others:
