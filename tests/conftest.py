@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import inspect
 import os
+import re
 import signal
+import sys
 import tarfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -45,6 +49,17 @@ def pytest_configure(config: pytest.Config) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.getoption("markexpr") != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+POSIX = re.compile(r"SIG[A-Z]{3}|send_signal|os\.(kill|pwrite|mkfifo|umask|readlink)|chmod|symlink|fcntl|\"bash\"")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip on Windows the tests whose source asks for signals, links, rights, named pipes or a POSIX shell."""
+    if sys.platform == "win32":
+        for item in items:
+            if isinstance(item, pytest.Function) and POSIX.search(inspect.getsource(item.function)):
+                item.add_marker(pytest.mark.skip(reason="Windows lacks what it asks for"))
 
 
 @pytest.fixture(scope="session")
@@ -93,6 +108,17 @@ def _check_documented_json(monkeypatch: pytest.MonkeyPatch) -> None:
         original(self, record)
 
     monkeypatch.setattr(Reporter, "result", check)
+
+
+@pytest.fixture(params=["links", "no links"])
+def _any_disk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a test on a disk with symbolic links, and as on exFAT or a Samba share."""
+
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    if request.param == "no links":
+        monkeypatch.setattr(os, "symlink", refuse)
 
 
 COLORS = {"blue": (40, 60, 200), "green": (50, 170, 60), "red": (200, 50, 40), "yellow": (220, 200, 60)}

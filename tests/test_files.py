@@ -2,31 +2,42 @@
 
 from __future__ import annotations
 
+import ast
+import errno
 import hashlib
 import os
 import re
 import signal
+import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from alexnet_cli.core import files
 from alexnet_cli.core.files import (
     TEMPORARY_NAME,
+    follow_text_links,
     hash_file,
     lock_file,
+    map_file,
     read_file,
     read_text,
+    read_link,
     replace_file,
     replace_link,
     write_and_verify,
     write_chunks,
     write_text,
 )
-from alexnet_cli.errors import DataError
+from alexnet_cli.errors import AlexNetWarning, DataError
+from alexnet_cli.recipe import TINY
+from alexnet_plugins.import_weights.convert import write_model
+from model_files import random_model
 
 HOLD = """
 import sys
@@ -76,12 +87,50 @@ def test_names_of_temporary_files(tmp_path: Path) -> None:
     assert TEMPORARY_NAME.fullmatch("dataset.json") is None
 
 
-def test_replace_link(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("_any_disk")
+def test_links(tmp_path: Path) -> None:
+    latest = tmp_path / "latest"
     for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-        replace_link(tmp_path / "latest", tmp_path / name)
-        assert os.readlink(tmp_path / "latest") == name
+        (tmp_path / name / "checkpoints" / "7").mkdir(parents=True)
+        replace_link(latest, tmp_path / name)
+        replace_link(tmp_path / name / "checkpoints" / "best", tmp_path / name / "checkpoints" / "7")
+        assert read_link(latest) == tmp_path / name
+        (tmp_path / name / "checkpoints" / "7" / "file").write_bytes(b"7")
     assert sorted(os.listdir(tmp_path)) == ["latest", "one", "two"]
+    assert follow_text_links(latest / "checkpoints" / "best" / "file").read_bytes() == b"7"
+    assert read_link(tmp_path / "one") is read_link(tmp_path / "missing") is None
+
+
+def test_a_link_of_a_disk_without_links_is_replaced_by_one_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "one").mkdir()
+    with monkeypatch.context() as patch:
+        patch.delattr(os, "symlink")
+        replace_link(tmp_path / "latest", tmp_path / "one")
+        assert (tmp_path / "latest").read_bytes() == b"one\n"
+        replace_link(tmp_path / "latest", tmp_path / "one")
+    replace_link(tmp_path / "latest", tmp_path / "one")
+    assert os.readlink(tmp_path / "latest") == "one"
+    with monkeypatch.context() as patch:
+        patch.delattr(os, "symlink")
+        replace_link(tmp_path / "latest", tmp_path / "one")
+    assert not (tmp_path / "latest").is_symlink()
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"\0", b"best", b"two\nlines", bytes(10000)])
+def test_other_files_are_no_links(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "best").write_bytes(content)
+    assert read_link(tmp_path / "best") is None
+    assert follow_text_links(tmp_path / "best" / "file") == tmp_path / "best" / "file"
+
+
+def test_a_folder_in_the_place_of_a_link_stays(tmp_path: Path) -> None:
+    """As a program leaves it that copies what links point to, such as zip."""
+    (tmp_path / "last").mkdir()
+    with pytest.raises(OSError, match=r"last is a folder, not a link: rename or delete it"):
+        replace_link(tmp_path / "last", tmp_path)
+    assert (tmp_path / "last").is_dir()
 
 
 def test_a_lock_belongs_to_one_process_and_ends_with_it(tmp_path: Path) -> None:
@@ -104,6 +153,57 @@ def test_a_lock_that_cannot_be_created(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"), lock_file(tmp_path / "file" / ".lock", "busy"):
         pass
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EBADF, errno.EOPNOTSUPP])
+def test_a_disk_without_locks_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    monkeypatch.setattr("fcntl.flock", failing(code))
+    text = f"{re.escape(str(tmp_path))} has no locks .*do not run two commands"
+    with pytest.warns(AlexNetWarning, match=text), lock_file(tmp_path / ".lock", "busy"):
+        pass
+    monkeypatch.setattr("fcntl.flock", failing(errno.EIO))
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)), lock_file(tmp_path / ".lock", "busy"):
+        pass
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
+def test_a_disk_that_cannot_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    monkeypatch.setattr(os, "fsync", failing(code))
+    monkeypatch.setattr(os, "posix_fadvise", failing(code), raising=False)
+    write_text(tmp_path / "file", "new")
+    assert write_and_verify(tmp_path / "other", b"abc") == hash_file(tmp_path / "other")
+    monkeypatch.setattr(os, "fsync", failing(errno.EIO))
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        write_text(tmp_path / "file", "newer")
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "new"
+
+
+def test_a_file_that_cannot_be_mapped_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_bytes(b"abc")
+    assert map_file(tmp_path / "file") == b"abc"
+    monkeypatch.setattr("mmap.mmap", failing(errno.ENODEV))
+    assert map_file(tmp_path / "file") == b"abc"
+
+
+def failing(code: int) -> Callable[..., Any]:
+    """A call that the file system answers with this error."""
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        raise OSError(code, os.strerror(code))
+
+    return call
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_written_files_have_the_rights_of_the_umask(tmp_path: Path, umask: int) -> None:
+    previous = os.umask(umask)
+    try:
+        write_text(tmp_path / "text", "a")
+        write_and_verify(tmp_path / "bytes", b"b")
+        write_model(random_model(replace(TINY, width=1 / 64)), tmp_path / "model.safetensors")
+    finally:
+        os.umask(previous)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {0o666 & ~umask}
 
 
 def test_hash_file(tmp_path: Path) -> None:
@@ -129,6 +229,15 @@ def test_a_file_that_reads_back_differently_is_an_error(tmp_path: Path, monkeypa
     monkeypatch.setattr(files, "hash_file", lambda path: "0" * 64)
     with pytest.raises(OSError, match="file does not read back as written"):
         write_and_verify(tmp_path / "file", b"abc")
+
+
+def test_text_files_have_an_explicit_encoding() -> None:
+    """Without one, Windows takes that of the country."""
+    root = Path(__file__).parents[1]
+    for path in [*(root / "alexnet_cli").rglob("*.py"), *(root / "plugins").rglob("*.py")]:
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(call, ast.Call) and ast.unparse(call.func).endswith((".read_text", ".write_text")):
+                assert "encoding" in {keyword.arg for keyword in call.keywords}, f"{path}:{call.lineno}"
 
 
 def test_no_other_module_syncs_hashes_or_locks_files() -> None:

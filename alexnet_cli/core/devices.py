@@ -95,7 +95,7 @@ def available_memory() -> int | None:
         return None
     for limit, used in CONTAINER_MEMORY:
         with contextlib.suppress(OSError, ValueError):  # the file is missing or says "max"
-            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
+            free = min(free, int(Path(limit).read_text(encoding="utf-8")) - int(Path(used).read_text(encoding="utf-8")))
     return max(0, free)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from alexnet_cli.core.data import fast_images, shards
+from alexnet_cli.core.files import replace_link
 from alexnet_cli.errors import DataError, VerificationError
 from shapes import CLASSES, read_tree
 
@@ -153,6 +154,7 @@ def here(packed_shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     return tmp_path
 
 
+@pytest.mark.usefixtures("_any_disk")
 def test_find_dataset(here: Path, packed_shapes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one, two = Path("prepared/one"), Path("prepared/two")
     assert shards.find_dataset(None) == one
@@ -163,8 +165,9 @@ def test_find_dataset(here: Path, packed_shapes: Path, monkeypatch: pytest.Monke
     (two / "dataset.json").write_bytes((one / "dataset.json").read_bytes())
     with pytest.raises(DataError, match="several data sets under prepared: one, two"):
         shards.find_dataset(None)
-    Path("prepared/latest").symlink_to("two")
+    replace_link(Path("prepared/latest"), two)
     assert shards.find_dataset(None) == two
+    assert shards.find_dataset("latest").resolve() == two.resolve()
     monkeypatch.setenv("ALEXNET_DATA", "one")
     assert shards.find_dataset(None) == one
     assert shards.find_dataset("two") == two

@@ -61,7 +61,7 @@ def test_images_drawn_for_runs_are_skipped_unless_named(tmp_path: Path, monkeypa
     photo, drawn = draw(Path("photos/cat.png"), 0), draw(Path("runs/a/figures/conv1.png"), 1)
     run_images: list[str] = []
     assert expand_inputs(["."], None, run_images) == ["./photos/cat.png", "./runs/a/figures/conv1.png"]  # not a run yet
-    Path("runs/a/run.json").write_text("{}")
+    Path("runs/a/run.json").write_text("{}", encoding="utf-8")
     assert expand_inputs(["."], None, run_images) == ["./photos/cat.png"]
     assert run_images == ["./runs/a/figures/conv1.png"]
     assert expand_inputs([str(tmp_path), "photos"], None, []) == [f"{tmp_path}/photos/cat.png", photo]

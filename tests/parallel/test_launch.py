@@ -33,7 +33,7 @@ class Command:
     def ranks(self) -> list[int]:
         """Process ids of the ranks."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
-        return [int(number) for number in children.read_text().split()]
+        return [int(number) for number in children.read_text(encoding="utf-8").split()]
 
     def wait_for_checkpoint(self, name: str = "r", step: int = 1) -> None:
         """Wait for a checkpoint of that step or later."""

@@ -168,8 +168,10 @@ def test_the_files_hold_the_table(rows: list[table.Row]) -> None:
 
 
 def test_the_picture(rows: list[table.Row]) -> None:
-    pytest.importorskip("matplotlib")
+    matplotlib = pytest.importorskip("matplotlib")
     png = table.draw_chart(rows, "made up", 0.25)
+    with matplotlib.rc_context({"text.usetex": True, "figure.facecolor": "black"}):
+        assert table.draw_chart(rows, "made up", 0.25) == png, "the user's settings do not count"
     with Image.open(io.BytesIO(png)) as picture:
         assert picture.format == "PNG"
         assert picture.width > 1200

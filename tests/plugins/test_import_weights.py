@@ -405,7 +405,7 @@ def test_every_command_uses_the_imported_run(tmp_path: Path) -> None:
     weights = files.tensors()
     weights["fc8"] = (weights["fc8"][0] / np.float32(500), weights["fc8"][1])  # so that no probability is 0
     Path("my net.caffemodel").write_bytes(files.caffemodel(weights, 1))
-    Path("names.txt").write_text("\n".join(f"n{i:08d} kind {i}, a thing" for i in range(10)))
+    Path("names.txt").write_text("\n".join(f"n{i:08d} kind {i}, a thing" for i in range(10)), encoding="utf-8")
     report = run("my net.caffemodel", "--classes", "names.txt", "--json")
     assert report.exception is None
     assert json.loads(report.stdout)["path"] == "runs/my_net/model.safetensors"
@@ -441,7 +441,7 @@ def test_fine_tuning_and_evaluating_start_from_it(prepared: Path) -> None:
     from alexnet_plugins.train.command import train
 
     Path("network.caffemodel").write_bytes(files.caffemodel(files.tensors(classes=4), 2))
-    Path("names.txt").write_text("red\nyellow\nblue\ngreen\n")
+    Path("names.txt").write_text("red\nyellow\nblue\ngreen\n", encoding="utf-8")
     assert run("network.caffemodel", "--classes", "names.txt").exception is None
     app = Typer()
     for command in (evaluate, train):

@@ -17,7 +17,7 @@ from alexnet_cli.core.parallel.placement import Placement
 from alexnet_cli.core.runs.records import Record
 from alexnet_cli.core.runs.run import RUNNING, Run
 from alexnet_cli.core.training import diagnostics
-from alexnet_cli.errors import Stopped, StorageError
+from alexnet_cli.errors import DataError, Stopped, StorageError
 from alexnet_cli.recipe import TINY
 from alexnet_plugins.train.display import describe_result, record_errors
 from alexnet_plugins.train.setup import choose_data
@@ -46,6 +46,12 @@ def test_of_several_prepared_sets_the_newest_is_named_and_the_others(
     assert choose_data("a", None) == (Path("prepared/a"), "")
     run = Run.create("r", TINY, {"data_path": str(prepared)})
     assert choose_data(None, run) == (prepared, "")
+    moved = Run.create("moved", TINY, {"data_path": "/nowhere/prepared/a", "data_hash": open_dataset(prepared).hash})
+    (tmp_path / "prepared" / "a" / "dataset.json").write_text("{}", encoding="utf-8")
+    assert choose_data(None, moved) == (Path("prepared/b"), "")
+    lost = Run.create("lost", TINY, {"data_path": "/nowhere/prepared/a", "data_hash": "another"})
+    with pytest.raises(DataError, match="no prepared data set /nowhere/prepared/a"):
+        choose_data(None, lost)
     monkeypatch.setenv("ALEXNET_DATA", "a")
     assert choose_data(None, None) == (Path("prepared/a"), "")
 

@@ -140,7 +140,7 @@ def test_every_kernel_is_measured_for_programs(run: Path, capsys: pytest.Capture
 
 def test_the_suffix_asks_for_svg(run: Path) -> None:
     visualize_filters(weights="first", tower="1", output=Path("f.svg"), quiet=True, no_terminal=True)
-    text = Path("f.svg").read_text()
+    text = Path("f.svg").read_text(encoding="utf-8")
     assert text.startswith("<svg")
     assert "conv1, run first, epoch 0" in text
 
@@ -293,7 +293,7 @@ def test_errors_of_picture_are_two_lines(run: Path, words: list[str], code: int,
     for name in "ab":
         draw(Path(f"photos/{name}.png"), 3, (30, 20))
     Path("empty").mkdir()
-    Path("text.jpg").write_text("no picture")
+    Path("text.jpg").write_text("no picture", encoding="utf-8")
     before = Path("photos/a.png").read_bytes()
     done = alexnet("visualize-filters", "-w", "first", *words)
     assert done.returncode == code

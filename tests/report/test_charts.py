@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from alexnet_cli.core.model.architecture import layer_specs
 from alexnet_cli.core.report.charts import draw_network
 from alexnet_cli.recipe import PAPER
+
+DRAW = """
+from alexnet_cli.core.model.architecture import layer_specs
+from alexnet_cli.core.report.charts import draw_network
+from alexnet_cli.recipe import PAPER
+print(draw_network(PAPER, layer_specs(PAPER, 1000)).svg)
+"""
 
 
 @pytest.mark.parametrize(("towers", "boxes", "crossing"), [(2, 2, 6), (1, 1, 0)])
@@ -23,3 +34,12 @@ def test_the_drawing_has_the_towers_and_where_they_meet(towers: int, boxes: int,
     assert chart.svg.count("stroke-dasharray") == 2 * crossing, "the line of an arrow, and its head"
     assert ("two towers" in chart.alt) is (towers == 2)
     assert draw_network(recipe, specs) == chart, "to the byte"
+
+
+def test_the_users_settings_backend_and_home_do_not_count(tmp_path: Path) -> None:
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nlines.linewidth: 9\nbackend: none", encoding="utf-8")
+    expected = draw_network(PAPER, layer_specs(PAPER, 1000)).svg
+    odd = os.environ | {"MPLBACKEND": "module://no_such.backend", "MATPLOTLIBRC": str(tmp_path), "HOME": "/nonexistent"}
+    done = subprocess.run([sys.executable, "-c", DRAW], env=odd, capture_output=True, check=True, timeout=60)
+    assert done.stdout.decode().strip() == expected.strip()
+    assert done.stderr == b""

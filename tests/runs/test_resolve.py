@@ -36,6 +36,7 @@ def checkpoint(run: Run, step: int, *pointers: str) -> Path:
     return folder
 
 
+@pytest.mark.usefixtures("_any_disk")
 def test_find_weights() -> None:
     run = Run.create("r", PAPER, {})
     with pytest.raises(WeightsError, match="no checkpoint yet"):
@@ -106,6 +107,7 @@ def test_find_weights_errors() -> None:
         assert caught.value.hint.endswith(way)
 
 
+@pytest.mark.usefixtures("_any_disk")
 def test_latest_resolves_to_the_run_itself() -> None:
     """So that results land in it even if another run becomes the newest meanwhile."""
     run = Run.create("r", PAPER, {})
@@ -143,6 +145,7 @@ def run() -> Run:
     return made
 
 
+@pytest.mark.usefixtures("_any_disk")
 def test_describe_weights(run: Run) -> None:
     onnx = Path("runs/a/alexnet.onnx")
     assert describe_weights(onnx, {"epoch": 2, "step": 20, "run": "a"}) == "runs/a/alexnet.onnx · epoch 2 (best)"
@@ -153,13 +156,14 @@ def test_describe_weights(run: Run) -> None:
     assert describe_weights(Path("b.onnx"), {"epoch": 2, "step": 20, "run": "a"}) == "b.onnx · run a · epoch 2"
 
 
+@pytest.mark.usefixtures("_any_disk")
 def test_is_best(run: Run) -> None:
     for name, best in (("best", True), ("00000020", True), ("last", False), ("00000030", False)):
-        assert is_best(run.checkpoints / name / "model.safetensors") is best, name
+        assert is_best(find_weights(f"a/checkpoints/{name}")) is best, name
     Path("elsewhere.safetensors").write_bytes(b"")
     assert is_best(Path("elsewhere.safetensors"))
     (run.checkpoints / "best").unlink()  # none yet: the last one stands for the run
-    assert is_best(run.checkpoints / "last" / "model.safetensors")
+    assert is_best(find_weights("a"))
 
 
 @pytest.mark.parametrize("status", ["running", "interrupted", "failed"])

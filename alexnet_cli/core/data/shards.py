@@ -139,7 +139,7 @@ class Dataset:
 
     def _read_lines(self, name: str) -> list[Any]:
         try:
-            return [json.loads(line) for line in (self.path / name).read_text().splitlines()]
+            return [json.loads(line) for line in (self.path / name).read_text(encoding="utf-8").splitlines()]
         except (OSError, ValueError, RecursionError) as error:
             raise _damaged(self.path / name, str(error)) from error
 

@@ -67,7 +67,7 @@ def launch(arguments: Sequence[str], processes: int) -> int:
             context.close(signal.SIGINT, KILL_SECONDS)
             raise
         finally:
-            context.close(signal.SIGKILL, KILL_SECONDS)
+            context.close(getattr(signal, "SIGKILL", signal.SIGTERM), KILL_SECONDS)  # Windows has no SIGKILL
         failures = [failure for rank in failed_ranks if (failure := _read_failure(context, rank))]
         reason = stop_reason()
     if failures:

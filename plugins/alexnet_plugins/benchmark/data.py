@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import multiprocessing
-import os
 import shutil
 import threading
 import warnings
@@ -156,16 +155,11 @@ def compare_load(options: BenchmarkOptions) -> Generator[BenchmarkCase]:
 
 
 def _write_folder(split: Split, rows: npt.NDArray[np.int64], folder: Path) -> Path:
-    """Write the rows' JPEGs as FOLDER/CLASS/NUMBER.jpg; a repeated row is a hard link."""
-    written: dict[int, Path] = {}
+    """Write the rows' JPEGs as FOLDER/CLASS/NUMBER.jpg."""
     for number, row in enumerate(rows.tolist()):
         path = folder / f"{split.labels[row]:04}" / f"{number:06}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        if row in written:
-            os.link(written[row], path)
-        else:
-            path.write_bytes(split.jpeg(row))
-            written[row] = path
+        path.write_bytes(split.jpeg(row))
     return folder
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -60,7 +61,7 @@ def make_source_folder(options: BenchmarkOptions) -> tuple[Path, list[Path], str
             raise DataError(f"{options.pictures} has {len(paths)} JPEGs", "choose a folder with some hundreds of JPEGs")
         for number in range(options.images):
             for split in ("train", "val") if number < CLASSES else ("train",):
-                _make_path(folder, split, number).symlink_to(paths[number % len(paths)].resolve())
+                shutil.copyfile(paths[number % len(paths)], _make_path(folder, split, number))
         note = f"measured on {options.images:,} images from {len(paths):,} files of {options.pictures}"
     return folder, sorted(folder.rglob("*.jpg")), note
 

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from alexnet_cli.core.data.classes import ClassName, ilsvrc_classes
-from alexnet_cli.core.files import replace_file
+from alexnet_cli.core.files import write_chunks
 from alexnet_cli.core.model.architecture import ONE_TOWER, PER_TOWER, tensor_shapes
 from alexnet_cli.core.model.model_file import Model, format_metadata
 from alexnet_cli.core.runs.run import MODEL, Run, runs_root
@@ -268,11 +268,10 @@ def save_run(model: Model, name: str, about: Mapping[str, Any]) -> Path:
 def write_model(model: Model, path: Path) -> None:
     """Write a model file atomically. Raises StorageError."""
     from safetensors import SafetensorError
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save  # its save_file makes a file that only its owner can read
 
     try:
-        with replace_file(path) as temporary:
-            save_file(dict(model.tensors), temporary, format_metadata(model.recipe, model.classes, model.info))
+        write_chunks(path, [save(dict(model.tensors), format_metadata(model.recipe, model.classes, model.info))])
     except (OSError, SafetensorError) as error:
         hint = "free some space, or choose another place with -o"
         raise StorageError(f"{path} cannot be written: {error}", hint) from error
