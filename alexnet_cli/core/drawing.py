@@ -60,12 +60,13 @@ def use_own_style(style: Mapping[Any, Any]) -> Iterator[None]:
     Draw a `matplotlib.figure.Figure`; pyplot would need a backend.
     """
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it logs about the user's settings and home folder
-    backend = os.environ.pop("MPLBACKEND", None)  # a notebook sets one that only matplotlib in the notebook can import
-    try:
+    environment = dict(os.environ)
+    try:  # the import fails for a settings file in UTF-16, or the backend of a notebook that has another matplotlib
+        os.environ |= {"MPLBACKEND": "agg", "MATPLOTLIBRC": os.devnull}
         import matplotlib
     finally:
-        if backend is not None:
-            os.environ["MPLBACKEND"] = backend
+        os.environ.clear()
+        os.environ.update(environment)
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(style)

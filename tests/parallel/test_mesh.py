@@ -142,8 +142,8 @@ def test_rank_info_of_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (found.rank, found.size, found.local_rank, found.local_size) == (5, 8, 1, 4)
     # `salloc` on two tasks gives one shell, a step of one task, and in it srun starts steps of their own sizes
     for tasks in (1, 4):
-        for name, value in {"PROCID": tasks - 1, "LOCALID": tasks - 1, "STEP_NUM_TASKS": tasks}.items():
-            monkeypatch.setenv(f"SLURM_{name}", str(value))
+        for name, number in {"PROCID": tasks - 1, "LOCALID": tasks - 1, "STEP_NUM_TASKS": tasks}.items():
+            monkeypatch.setenv(f"SLURM_{name}", str(number))
         assert read_rank_info() == RankInfo(tasks - 1, tasks, tasks - 1, tasks)
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "x"}.items():
         monkeypatch.setenv(name, value)

@@ -36,8 +36,10 @@ def test_the_drawing_has_the_towers_and_where_they_meet(towers: int, boxes: int,
     assert draw_network(recipe, specs) == chart, "to the byte"
 
 
-def test_the_users_settings_backend_and_home_do_not_count(tmp_path: Path) -> None:
-    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nlines.linewidth: 9\nbackend: none", encoding="utf-8")
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_the_users_settings_backend_and_home_do_not_count(tmp_path: Path, encoding: str) -> None:
+    settings = "text.usetex: True\nlines.linewidth: 9\nbackend: none"
+    (tmp_path / "matplotlibrc").write_text(settings, encoding=encoding)
     expected = draw_network(PAPER, layer_specs(PAPER, 1000)).svg
     odd = os.environ | {"MPLBACKEND": "module://no_such.backend", "MATPLOTLIBRC": str(tmp_path), "HOME": "/nonexistent"}
     done = subprocess.run([sys.executable, "-c", DRAW], env=odd, capture_output=True, check=True, timeout=60)

@@ -55,8 +55,8 @@ def read_rank_info() -> RankInfo | None:
     variables = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     if "SLURM_PROCID" in os.environ and "SLURM_STEP_ID" in os.environ and "RANK" not in os.environ:
         # SLURM_NTASKS counts the tasks of the job: in a shell of `salloc` it can be 2 where only one process runs
-        size = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in os.environ else "SLURM_NTASKS"
-        variables = ("SLURM_PROCID", size, "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE")
+        tasks = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in os.environ else "SLURM_NTASKS"
+        variables = ("SLURM_PROCID", tasks, "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE")
     if variables[0] not in os.environ or variables[1] not in os.environ:
         return None
     try:

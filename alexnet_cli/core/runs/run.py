@@ -128,10 +128,11 @@ class Run:
 
     def storage_hint(self) -> str:
         """What to do after a disk error, depending on what is left of the run."""
-        last = read_link(self.checkpoints / "last")
+        last = self.checkpoints / "last"
+        last = read_link(last) or last
         if not self.path.is_dir():
             return "the run folder was deleted or renamed: start a new run, or give its new name to --resume"
-        if last and last.exists():
+        if last.exists():
             saved = f"last good checkpoint: {last.resolve()}"
         elif any(record.get("event") == "checkpoint" for record in self.records()):
             saved = "its checkpoints are missing"
