@@ -159,7 +159,9 @@ def test_describe_weights(run: Run) -> None:
 @pytest.mark.usefixtures("_any_disk")
 def test_is_best(run: Run) -> None:
     for name, best in (("best", True), ("00000020", True), ("last", False), ("00000030", False)):
-        assert is_best(find_weights(f"a/checkpoints/{name}")) is best, name
+        for spec in ("a", "runs/a", "latest", "runs/latest"):
+            assert is_best(find_weights(f"{spec}/checkpoints/{name}")) is best, name
+            assert is_best(find_weights(f"{spec}/checkpoints/{name}/model.safetensors")) is best, name
     Path("elsewhere.safetensors").write_bytes(b"")
     assert is_best(Path("elsewhere.safetensors"))
     (run.checkpoints / "best").unlink()  # none yet: the last one stands for the run

@@ -27,8 +27,9 @@ def find_weights(spec: str | None, suffixes: Sequence[str] = (".safetensors",)) 
         raise WeightsError("-w is empty", list_runs())
     path = follow_text_links(runs_root() / (spec or "latest"))
     path = read_link(path) or path
-    if spec is not None and not (path / "run.json").is_file() and Path(spec).exists():
-        path = follow_text_links(Path(spec))
+    typed = follow_text_links(Path(spec or ""))
+    if spec is not None and not (path / "run.json").is_file() and typed.exists():
+        path = typed
     if path.is_file():
         if path.suffix not in suffixes:
             hint = f"give a run, a checkpoint folder or a {' or '.join(suffixes)} file"
