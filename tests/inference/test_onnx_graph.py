@@ -115,12 +115,12 @@ def test_foreign_and_corrupt_files_are_refused(tmp_path: Path, capfd: pytest.Cap
     del foreign.metadata_props[:]
     renamed = onnx.ModelProto.FromString(whole)
     next(m for m in renamed.metadata_props if m.key == "names").value = '["one"]'
-    older = onnx.ModelProto.FromString(whole)
-    recipe = next(m for m in older.metadata_props if m.key == "recipe")
-    recipe.value = recipe.value.replace("color_shift", "colour_shift")
+    other = onnx.ModelProto.FromString(whole)
+    recipe = next(m for m in other.metadata_props if m.key == "recipe")
+    recipe.value = recipe.value.replace("color_shift", "hue_shift")
     files = {
-        "older": (older.SerializeToString(), "no key is called colour_shift"),
-        "foreign": (foreign.SerializeToString(), "not an ONNX file of this toolkit"),
+        "other": (other.SerializeToString(), "no key is called hue_shift"),
+        "foreign": (foreign.SerializeToString(), "has no class names and no recipe"),
         "renamed": (renamed.SerializeToString(), "unreadable metadata"),
         "truncated": (whole[: len(whole) // 2], "cannot be opened"),
         "text": (b"not a model", "cannot be opened"),
@@ -134,6 +134,23 @@ def test_foreign_and_corrupt_files_are_refused(tmp_path: Path, capfd: pytest.Cap
     with pytest.raises(WeightsError, match="does not exist"):
         Session(tmp_path / "missing.onnx")
     assert capfd.readouterr().err == ""  # ONNX Runtime's own complaints stay off the terminal
+
+
+def test_a_file_of_version_0_1_0_opens(tmp_path: Path) -> None:
+    """It had the words colour and centre, and a mean image without a batch dimension."""
+    model = random_model(replace(PAPER, width=1 / 64))
+    proto = onnx_graph.build_graph(model)
+    for entry in proto.metadata_props:
+        entry.value = entry.value.replace("color_", "colour_").replace("center ", "centre ")
+    (mean,) = [t for t in proto.graph.initializer if t.name == "mean"]
+    del mean.dims[0]
+    (axes,) = [t for t in proto.graph.initializer if t.name == "mean.axes"]
+    axes.raw_data = np.array([1, 2], np.int64).tobytes()
+    onnx_graph.save_graph(proto, tmp_path / "old.onnx")
+    old, crops = Session(tmp_path / "old.onnx", provider="cpu"), some_crops(224)
+    assert old.recipe == model.recipe
+    np.testing.assert_array_equal(old.mean(), model.mean)
+    np.testing.assert_allclose(old.logits(crops), Session(model, provider="cpu").logits(crops), atol=1e-5)
 
 
 def test_a_gpu_asked_for_and_absent_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

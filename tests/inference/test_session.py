@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.shape_inference
+import onnx.version_converter
 import pytest
 from hypothesis import given
 from onnx import helper, numpy_helper
@@ -134,6 +137,58 @@ def test_a_class_may_be_called_location(tmp_path: Path) -> None:
     names = tuple(c._replace(name=f"location {i}") for i, c in enumerate(model.classes))
     save_onnx(replace(model, classes=names), tmp_path / "x.onnx")
     assert Session(tmp_path / "x.onnx", provider="cpu").classes == names
+
+
+def fold_mean(proto: onnx.ModelProto) -> None:
+    """Compute the center of the mean image, and delete the image and its name, as onnxsim does."""
+    (cut,) = [node for node in proto.graph.node if node.op_type == "Slice"]
+    image = next(t for t in proto.graph.initializer if t.name == cut.input[0])
+    center = np.ascontiguousarray(numpy_helper.to_array(image)[..., 16:240, 16:240])
+    image.CopyFrom(numpy_helper.from_array(center, "onnx::Sub_1"))
+    for node in proto.graph.node:
+        node.input[:] = [{cut.output[0]: "onnx::Sub_1"}.get(name, name) for name in node.input]
+    proto.graph.node.remove(cut)
+
+
+def fix_batch(proto: onnx.ModelProto) -> None:
+    for value in (*proto.graph.input, *proto.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = 2
+
+
+def expose_layer(proto: onnx.ModelProto) -> None:
+    proto.graph.output.add(name="fc7.relu")
+
+
+TOUCHES: dict[str, Callable[[onnx.ModelProto], onnx.ModelProto | None]] = {
+    "shape inference": onnx.shape_inference.infer_shapes,
+    "opset 15": lambda proto: onnx.version_converter.convert_version(proto, 15),
+    "opset 21": lambda proto: onnx.version_converter.convert_version(proto, 21),
+    "constant folding": fold_mean,
+    "a fixed batch": fix_batch,
+    "another output": expose_layer,
+}
+
+
+@pytest.mark.parametrize("name", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize("touch", TOUCHES)
+def test_files_that_an_ordinary_tool_has_touched(files: dict[str, Path], tmp_path: Path, touch: str, name: str) -> None:
+    proto, path, crops = onnx.load(files[name]), tmp_path / "touched.onnx", synthetic_crops(224, 3)
+    onnx_graph.save_graph(TOUCHES[touch](proto) or proto, path)
+    expected = Session(files[name], provider="cpu", layer="fc7")
+    touched = Session(path, provider="cpu", layer="fc7")
+    for actual, values in zip(
+        touched.probabilities_and_activations(crops), expected.probabilities_and_activations(crops), strict=True
+    ):
+        np.testing.assert_allclose(actual, values, atol=1e-5 if name == "fp32" else 0.02)
+
+
+def test_a_mean_image_that_is_gone_is_an_error_where_it_is_needed(files: dict[str, Path], tmp_path: Path) -> None:
+    proto = onnx.load(files["fp32"])
+    fold_mean(proto)
+    onnx_graph.save_graph(proto, tmp_path / "folded.onnx")
+    with pytest.raises(WeightsError, match="no longer has the whole mean image") as error:
+        Session(tmp_path / "folded.onnx", provider="cpu").mean()
+    assert "--views 1" in error.value.hint
 
 
 def test_a_constant_with_a_wrong_shape(files: dict[str, Path], tmp_path: Path) -> None:

@@ -164,15 +164,18 @@ def build_graph(model: Model, *, rows: bool = False, external: dict[str, Array] 
 
 
 def _subtract_mean(graph: _GraphBuilder, model: Model) -> str:
-    """Subtract the center of the mean image. The file keeps the whole image for other crops."""
+    """Subtract the center of the mean image. The file keeps the whole image for other crops.
+
+    The image has a batch dimension like the input: onnx2tf transposes nothing else from NCHW to NHWC correctly.
+    """
     if model.recipe.mean == "rgb":
         color = model.mean.mean((1, 2), dtype=np.float64).astype(np.float32)
-        return graph.node("Sub", ["input", graph.constant("mean", color[:, None, None])], "centered")
+        return graph.node("Sub", ["input", graph.constant("mean", color[None, :, None, None])], "centered")
     low = (SIDE - model.recipe.input_size) // 2
-    mean = graph.constant("mean", model.mean)
+    mean = graph.constant("mean", model.mean[None])
     starts = graph.constant("mean.starts", np.array([low, low], np.int64))
     ends = graph.constant("mean.ends", np.array([low + model.recipe.input_size] * 2, np.int64))
-    axes = graph.constant("mean.axes", np.array([1, 2], np.int64))
+    axes = graph.constant("mean.axes", np.array([2, 3], np.int64))
     center = graph.node("Slice", [mean, starts, ends, axes], "mean.center")
     return graph.node("Sub", ["input", center], "centered")
 

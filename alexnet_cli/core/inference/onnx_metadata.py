@@ -72,13 +72,15 @@ def parse_metadata(path: Path, text: Mapping[str, str]) -> OnnxMetadata:
     """
     if text.get("alexnet.schema") != SCHEMA:
         raise WeightsError(
-            f"{path} is not an ONNX file of this toolkit (schema {text.get('alexnet.schema', 'missing')})",
-            "use a file that `alexnet export` wrote; for another program's network: alexnet import-weights FILE",
+            f"{path} has no class names and no recipe (alexnet.schema is {text.get('alexnet.schema', 'missing')})",
+            "if another tool dropped the metadata, use the file that `alexnet export` wrote; for another program's "
+            "network: alexnet import-weights FILE",
         )
     try:
         names, wnids = json.loads(text["names"]), json.loads(text["wnids"])
-        recipe = recipe_io.recipe_from_dict(json.loads(text["recipe"]))
-        steps = json.loads(text["preprocess"])
+        # Version 0.1.0 wrote colour and centre.
+        recipe = recipe_io.recipe_from_dict(json.loads(text["recipe"].replace("colour_", "color_")))
+        steps = json.loads(text["preprocess"].replace("centre", "center"))
         check_preprocessing(steps, recipe, {"exif_rotate": steps["exif_rotate"]})
         return OnnxMetadata(
             classes=parse_classes(names, wnids or [None] * len(names)),

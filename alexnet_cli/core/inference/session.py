@@ -22,7 +22,7 @@ from alexnet_cli.core.files import map_file
 from alexnet_cli.core.inference import onnx_metadata
 from alexnet_cli.core.model import model_file
 from alexnet_cli.errors import MissingError, WeightsError, is_out_of_memory
-from alexnet_cli.recipe import Recipe
+from alexnet_cli.recipe import SIDE, Recipe
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 
@@ -97,7 +97,7 @@ class Session:
         if provider == "cuda" and self.device == "cpu":
             reason = self.fallback_reason or "no NVIDIA GPU, or ONNX Runtime was built without CUDA"
             raise MissingError(f"ONNX Runtime cannot use the GPU: {reason}", "see `alexnet doctor`")
-        self.metadata = _read_metadata(self.path, self._session, layer)
+        self.metadata = _read_metadata(self.path, self._session)
         self.classes, self.recipe, self.info = self.metadata.classes, self.metadata.recipe, self.metadata.info
         self.exif_rotate = self.metadata.exif_rotate
 
@@ -125,12 +125,14 @@ class Session:
             raise WeightsError(what, "the file is corrupt; export it again") from error
 
     def mean(self) -> Array:
-        """Return the mean image, float32 3 x 256 x 256. Raises WeightsError if the file has none."""
+        """Return the mean image, float32 3 x 256 x 256. Raises WeightsError if the file has only its center."""
         if isinstance(self.source, model_file.Model):
             return self.source.mean
-        if "mean" not in self._constants:
-            raise WeightsError(f"{self.path} has no mean image", "export it again")
-        return self._constants["mean"].astype(np.float32)
+        mean = self._constants.get("mean")
+        if mean is None or mean.size != 3 * SIDE * SIDE:
+            what = f"{self.path} no longer has the whole mean image, which ten views of this network need"
+            raise WeightsError(what, "another tool changed it; use --views 1, or the file that `alexnet export` wrote")
+        return mean.reshape(3, SIDE, SIDE).astype(np.float32)
 
     def logits(self, crops: Crops) -> Array:
         """N x 3 x S x S, RGB, 0..255 -> N x classes."""
@@ -164,6 +166,12 @@ class Session:
         return np.float32(1 if self.recipe.dropout_inverted else 1 - self.recipe.dropout)
 
     def _run(self, outputs: list[str], crops: Crops, options: Any = None) -> list[Array]:
+        batch = self._session.get_inputs()[0].shape[0]
+        if isinstance(batch, int) and 0 < batch != len(crops):  # a tool has fixed it, often to 1
+            starts = range(0, len(crops), batch)
+            parts = [crops[start : start + batch] for start in starts]
+            results = [self._run(outputs, np.resize(part, (batch, *crops.shape[1:])), options) for part in parts]
+            return [np.concatenate(values)[: len(crops)] for values in zip(*results, strict=True)]
         try:
             results = self._session.run(outputs, {"input": crops.astype(np.float32, copy=False)}, options)
         except Exception as error:
@@ -197,7 +205,8 @@ def _read_source(source: ModelSource, layer: str | None) -> tuple[bytes, Constan
     if not any(name in node.output for node in proto.graph.node):
         hint = "use the run, checkpoint or .safetensors file that it was exported from"
         raise WeightsError(f"{path} does not expose the activations of {layer}", hint)
-    proto.graph.output.add(name=name)
+    if all(output.name != name for output in proto.graph.output):
+        proto.graph.output.add(name=name)
     return proto.SerializeToString(), constants
 
 
@@ -311,7 +320,7 @@ def _activation_name(layer: str, recipe: Recipe) -> str:
     return layer if layer.startswith("conv") else f"{layer}.{recipe.activation}"
 
 
-def _read_metadata(path: Path, session: Any, layer: str | None) -> onnx_metadata.OnnxMetadata:
+def _read_metadata(path: Path, session: Any) -> onnx_metadata.OnnxMetadata:
     """Return the metadata of an open session. Raises WeightsError where it does not fit inputs and outputs."""
     try:
         text = session.get_modelmeta().custom_metadata_map
@@ -321,10 +330,9 @@ def _read_metadata(path: Path, session: Any, layer: str | None) -> onnx_metadata
         ) from error
     metadata = onnx_metadata.parse_metadata(path, text)
     shapes = {v.name: list(v.shape[1:]) for v in (*session.get_inputs(), *session.get_outputs())}
-    if layer is not None:
-        shapes.pop(_activation_name(layer, metadata.recipe))
     side, classes = metadata.recipe.input_size, len(metadata.classes)
-    if shapes != {"input": [3, side, side], "logits": [classes], "probabilities": [classes]}:
+    expected = {"input": [3, side, side], "logits": [classes], "probabilities": [classes]}
+    if not expected.items() <= shapes.items():  # other outputs, such as a layer's activations, do no harm
         raise WeightsError(f"{path}: its inputs and outputs do not fit its metadata", "export it again")
     return metadata
 
