@@ -196,6 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         return typer.main.get_command(app).main(args=arguments, prog_name="alexnet", standalone_mode=False)
 
     code = _run_guarded(run, debug)
+    _stop_raising()
     try:
         sys.stdout.flush()
     except BrokenPipeError:
@@ -209,6 +210,16 @@ _received: list[BaseException] = []  # what signals raised: an import that one i
 def _raise_signal(number: int, _frame: object) -> None:
     _received.append(KeyboardInterrupt() if number == signal.SIGINT else Terminated())
     raise _received[-1]
+
+
+def _stop_raising() -> None:
+    """Let a signal raise nothing from here on: the exit code is known, and a traceback would hide it.
+
+    torchrun sends SIGTERM to every worker when one has ended, often while the others are ending too.
+    """
+    for number, action in ((signal.SIGTERM, signal.SIG_IGN), (signal.SIGINT, signal.SIG_DFL)):
+        if signal.getsignal(number) is _raise_signal:
+            signal.signal(number, action)
 
 
 def _limit_thread_spinning() -> None:
@@ -251,6 +262,7 @@ def _run_guarded(run: Callable[[], Any], debug: bool) -> int:
     except BrokenPipeError:
         return _silence_stdout()
     except (Exception, KeyboardInterrupt, Terminated) as error:
+        _stop_raising()
         if debug:
             traceback.print_exc()
         what, hint, code = _format_any_error(error)

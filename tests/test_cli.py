@@ -256,6 +256,28 @@ def test_a_signal_during_an_import_still_stops(
     assert alexnet("evaluate", "-w", "").returncode == 3, "the next command has not been stopped"
 
 
+@pytest.mark.parametrize(
+    ("words", "code"), [("['--version']", 0), ("['evaluate', '-w', 'nothing']", 3)], ids=["done", "failed"]
+)
+def test_sigterm_at_the_end_changes_nothing(words: str, code: int, tmp_path: Path) -> None:
+    """torchrun sends it to workers that are ending by themselves: while they write an error, or after that."""
+    lines = (
+        "import atexit, os, signal, sys",
+        "from alexnet_cli import cli",
+        "stop = lambda: os.kill(os.getpid(), signal.SIGTERM)",
+        "atexit.register(stop)",
+        "format_error = cli._format_any_error",
+        "cli._format_any_error = lambda error: (stop(), format_error(error))[1]",
+        f"cli.main({words})",
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert result.returncode == code
+    assert "Traceback" not in result.stderr
+    assert result.stderr.count("error: ") == (code != 0)
+
+
 def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     def run() -> None:
         raise ZeroDivisionError("oops")
@@ -541,6 +563,7 @@ def test_waiting_threads_sleep_soon_by_default(
         monkeypatch.delenv(name)
     for name, value in said.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # the handlers are the process's own
     with pytest.raises(SystemExit):
         cli.main(["--version"])
     assert os.environ.get("GOMP_SPINCOUNT") == expected

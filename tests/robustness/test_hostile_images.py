@@ -19,11 +19,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from alexnet_cli import cli
 from alexnet_cli.core.data import images
 from alexnet_cli.core.data.images import PixelBudget
 from alexnet_cli.core.inference.inputs import expand_inputs, load_image, prefetch
 from alexnet_cli.recipe import PAPER
+from commands import alexnet
 from hostile import MUTATIONS, corrupt, limit_time_and_memory, repeatable, result_or_message
 from model_files import draw, random_model, save_model
 
@@ -200,9 +200,7 @@ def test_deep_folders_links_and_pipes(deep: Path) -> None:
     assert all(reasons.values())
 
 
-def test_the_command_says_it_in_a_line_and_with_the_right_code(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_says_it_in_a_line_and_with_the_right_code(tmp_path: Path) -> None:
     model = save_model(random_model(replace(PAPER, width=1 / 64)), tmp_path / "m.safetensors")
     album = tmp_path / "album"
     draw(album / "good.png", 0)
@@ -210,10 +208,9 @@ def test_the_command_says_it_in_a_line_and_with_the_right_code(
         (album / f"{number}\n\x1b[2J.png").write_bytes(data)
     cases = {5: [str(album)], 3: [str(album / "gone\x1b[2J")], 2: [str(album), "--features", "fc9"]}
     for code, words in cases.items():
-        with pytest.raises(SystemExit) as ended:
-            cli.main(["predict", *words, "-w", str(model)])
-        out, err = capsys.readouterr()
-        assert ended.value.code == code
+        result = alexnet("predict", *words, "-w", str(model))
+        out, err = result.stdout, result.stderr
+        assert result.returncode == code
         assert "\x1b" not in out + err
         assert "Traceback" not in err
         assert "error: " in err
