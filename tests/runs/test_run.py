@@ -40,7 +40,7 @@ def test_a_new_run_has_its_recipe_and_is_the_latest() -> None:
     assert Run.open(run.path.name).path.name == Run.open(str(run.path)).path.name == run.path.name
 
 
-@pytest.mark.parametrize("name", ["", "..", "a/b", "latest", "Latest", "two\nlines", "\udcff", "x" * 201])
+@pytest.mark.parametrize("name", ["", "..", "a/b", "Latest", "tensorboard", "two\nlines", "\udcff", "x" * 201])
 def test_names_that_are_no_plain_folder_names(name: str) -> None:
     with pytest.raises(UsageError, match="is not a plain folder name"):
         Run.create(name, PAPER, {})

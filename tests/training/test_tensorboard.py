@@ -33,7 +33,7 @@ def same(made: Run) -> None:
     """The events are those of metrics.jsonl, once each."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(made.path / "tensorboard"))
+    events = EventAccumulator(str(tensorboard.events_folder(made)))
     events.Reload()
     for event, group in (("step", "train"), ("validation", "validation")):
         told = [record for record in made.records() if record["event"] == event]
@@ -54,8 +54,19 @@ def test_it_goes_on_with_the_run_and_holds_its_numbers_once_each(
     monkeypatch.chdir(tmp_path)
     run(prepared, 4)
     made = run(prepared, 6, resume="r", asked=False)
-    assert len(list((made.path / "tensorboard").iterdir())) == 2
+    assert len(list((tensorboard.events_folder(made)).iterdir())) == 2
     same(made)
+
+
+def test_the_newest_run_is_shown_once(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`tensorboard --logdir runs` follows links, such as runs/latest."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+
+    monkeypatch.chdir(tmp_path)
+    run(prepared, 1)
+    assert Path("runs/latest/run.json").exists()
+    assert list(EventMultiplexer().AddRunsFromDirectory("runs").Runs()) == ["tensorboard/r"]
 
 
 def test_asked_for_later_it_begins_there(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,7 +77,7 @@ def test_asked_for_later_it_begins_there(prepared: Path, tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path)
     run(prepared, 2, asked=False)
     made = run(prepared, 4, resume="r")
-    events = EventAccumulator(str(made.path / "tensorboard"))
+    events = EventAccumulator(str(tensorboard.events_folder(made)))
     events.Reload()
     assert [scalar.step for scalar in events.Scalars("train/loss")] == [3, 4]
     assert made.about["tensorboard"] is True
@@ -104,9 +115,9 @@ def test_a_folder_that_cannot_be_written(prepared: Path, tmp_path: Path, monkeyp
     pytest.importorskip("tensorboard")
     monkeypatch.chdir(tmp_path)
     made = run(prepared, 1)
-    for file in (made.path / "tensorboard").iterdir():
+    for file in (tensorboard.events_folder(made)).iterdir():
         file.unlink()
-    (made.path / "tensorboard").rmdir()
-    (made.path / "tensorboard").write_text("a file is in the way")
+    (tensorboard.events_folder(made)).rmdir()
+    (tensorboard.events_folder(made)).write_text("a file is in the way")
     with pytest.raises(StorageError, match="runs/r cannot be written"):
         run(prepared, 2, resume="r")

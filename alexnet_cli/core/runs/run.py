@@ -6,6 +6,7 @@ runs/NAME/run.json            status, command line, versions, devices, data set,
           checkpoints/STEP/   one checkpoint each;  checkpoints/last, checkpoints/best link to two of them
           alexnet.onnx        the trained network, ready for `alexnet predict`
 runs/latest                   points to the newest run
+runs/tensorboard/NAME/        TensorBoard's files of a run, if it was trained with --tensorboard
 """
 
 from __future__ import annotations
@@ -194,7 +195,7 @@ class Run:
 
 def is_plain_name(name: str) -> bool:
     """Whether a run may have this name: a printable folder name without a path."""
-    reserved = {"", ".", "..", "latest"}
+    reserved = {"", ".", "..", "latest", "tensorboard"}
     is_plain = Path(name).name == name and name.isprintable() and name.lower() not in reserved
     return is_plain and len(os.fsencode(name)) <= 200
 

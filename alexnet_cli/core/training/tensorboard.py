@@ -1,9 +1,13 @@
-"""Write a run's metrics for TensorBoard to runs/NAME/tensorboard; needs the extra `tensorboard`."""
+"""Write a run's metrics for TensorBoard to runs/tensorboard/NAME; needs the extra `tensorboard`.
+
+Not into the run: TensorBoard follows links, so that it would show the newest run a second time as runs/latest.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
+from pathlib import Path
 
 from alexnet_cli.core.runs.records import Record
 from alexnet_cli.core.runs.run import Run
@@ -31,6 +35,11 @@ def check_installed() -> None:
         raise MissingError("--tensorboard needs the package tensorboard", INSTALL)
 
 
+def events_folder(run: Run) -> Path:
+    """The folder of a run's event files."""
+    return run.path.parent / "tensorboard" / run.path.name
+
+
 def write_scalars(run: Run, records: Iterator[Record]) -> Iterator[Record]:
     """Write the metrics of each record and pass it on. Points after the step of the first record are overwritten.
 
@@ -41,7 +50,7 @@ def write_scalars(run: Run, records: Iterator[Record]) -> Iterator[Record]:
 
     start = next(records)
     with run.storing():
-        writer = SummaryWriter(str(run.path / "tensorboard"), purge_step=start.step + 1)
+        writer = SummaryWriter(str(events_folder(run)), purge_step=start.step + 1)
     yield start
     try:
         for record in records:
