@@ -50,6 +50,7 @@ def export(
     quiet: QuietFlag = False,
 ) -> None:
     """Export to an ONNX file, checked against PyTorch."""
+    from alexnet_cli.core.export import export as exporting
     from alexnet_cli.core.model import model_file
     from alexnet_cli.core.runs.resolve import (
         describe_unfinished_run,
@@ -66,6 +67,7 @@ def export(
     source = find_weights(weights)
     model = model_file.read_model(source)
     path = _choose_path(output, source, precision)
+    exporting.check_names(model, path)
     description = describe_weights(source, model.info)
     reporter.line(
         "weights",
@@ -79,9 +81,10 @@ def export(
         result = _export_int8(reporter, model, path, data_sets, verify=verify, force=force)
     else:
         result = _export_float(reporter, model, path, precision, data, verify=verify)
-    size = path.stat().st_size
+    names, size = exporting.write_names(model, path), path.stat().st_size
+    reporter.line("names", f"{names} · one class a line, in the order of the outputs")
     reporter.line("saved", f"{path} · {size / 1e6:,.1f} MB   next: alexnet predict IMAGE -w {shlex.quote(str(path))}")
-    reporter.result({"path": str(path), "bytes": size, "precision": precision, **result})
+    reporter.result({"path": str(path), "names": str(names), "bytes": size, "precision": precision, **result})
 
 
 def _choose_path(output: Path | None, source: Path, precision: str) -> Path:

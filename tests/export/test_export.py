@@ -16,6 +16,7 @@ from typer import Typer
 from typer.testing import CliRunner, Result
 
 from alexnet_cli.core.data import images
+from alexnet_cli.core.data.classes import ClassName
 from alexnet_cli.core.data.plan import Plan
 from alexnet_cli.core.data.prepare import pack
 from alexnet_cli.core.data.shards import open_dataset
@@ -171,11 +172,30 @@ def test_command_writes_where_it_says_and_reports_the_check(tmp_path: Path, monk
     assert record["schema"] == "alexnet.export/1"
     assert record["path"] == "alexnet.onnx"
     assert record["bytes"] == (tmp_path / "alexnet.onnx").stat().st_size
+    assert (tmp_path / record["names"]).read_text() == "".join(f"class {i}\n" for i in range(10))
     assert record["precision"] == "fp32"
     assert record["top1_agreement"] == 1.0
     assert 0 <= record["max_abs_difference"] < 1e-4
     session = Session(tmp_path / "alexnet.onnx", provider="cpu")
     assert session.metadata.sha256 == hashlib.sha256((tmp_path / "model.safetensors").read_bytes()).hexdigest()
+
+
+def test_a_list_of_names_that_export_did_not_write_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = random_model(SMALL, 2)
+    model = replace(model, classes=(ClassName("kočka"), ClassName("two\nlines")))
+    save_model(model, tmp_path / "model.safetensors")
+    names = tmp_path / "pets-v2.names.txt"
+    names.write_text("mine")
+    refused = run("-w", "model.safetensors", "--no-verify", "-o", "pets-v2.onnx", "-q")
+    assert isinstance(refused.exception, UsageError)
+    assert names.read_text() == "mine"
+    assert not (tmp_path / "pets-v2.onnx").exists()
+    names.unlink()
+    for _ in range(2):  # the second replaces both
+        assert run("-w", "model.safetensors", "--no-verify", "-o", "pets-v2.onnx", "-q").exception is None
+        assert names.read_bytes() == "kočka\ntwo lines\n".encode()
+        names.write_text("older names")
 
 
 def test_command_puts_the_file_into_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

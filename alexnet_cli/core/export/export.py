@@ -21,12 +21,12 @@ from alexnet_cli.core.data import images
 from alexnet_cli.core.data.shards import Dataset, Split
 from alexnet_cli.core.data.views import make_views
 from alexnet_cli.core.export import quantize
-from alexnet_cli.core.files import replace_file
+from alexnet_cli.core.files import replace_file, write_text
 from alexnet_cli.core.inference import onnx_metadata
 from alexnet_cli.core.inference.onnx_graph import build_graph, save_graph
 from alexnet_cli.core.inference.session import Session
 from alexnet_cli.core.model.model_file import Model
-from alexnet_cli.errors import DataError, VerificationError, WeightsError
+from alexnet_cli.errors import DataError, StorageError, UsageError, VerificationError, WeightsError
 
 MAX_DIFFERENCE = 1e-4  # of a probability
 USUAL_LOGIT = 50.0  # logits of trained networks are smaller; larger ones have larger rounding errors
@@ -188,6 +188,30 @@ def paired_interval(only_first: int, only_second: int, images: int) -> tuple[flo
     difference = (only_first - only_second) / images
     half = 1.96 * math.sqrt(different / images - difference**2) / math.sqrt(images)
     return max(-1.0, difference - half), min(1.0, difference + half)
+
+
+def write_names(model: Model, path: Path) -> Path:
+    """Write the class names next to the ONNX file `path`, for runtimes that cannot read its metadata.
+
+    One name a line, in the order of the outputs. Returns the path, NAME.names.txt. Raises StorageError.
+    """
+    names_path = path.with_suffix(".names.txt")
+    try:
+        write_text(names_path, _format_names(model))
+    except OSError as error:
+        raise StorageError(f"cannot write {names_path}: {error.strerror}", "choose another place with -o") from error
+    return names_path
+
+
+def check_names(model: Model, path: Path) -> None:
+    """Raise UsageError if `write_names` would replace a file that belongs to no ONNX file: it is the user's own."""
+    names_path = path.with_suffix(".names.txt")
+    if names_path.exists() and not path.exists() and names_path.read_text("utf-8", "replace") != _format_names(model):
+        raise UsageError(f"{names_path} exists, and there is no {path.name} it belongs to", "move it, or change -o")
+
+
+def _format_names(model: Model) -> str:
+    return "".join(" ".join(c.name.splitlines()) + "\n" for c in model.classes)
 
 
 @dataclass(frozen=True)

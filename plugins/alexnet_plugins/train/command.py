@@ -118,7 +118,8 @@ def train(
         bool, typer.Option("--compile/--no-compile", help="Compile the network with torch.compile")
     ] = False,
     tensorboard: Annotated[
-        bool, typer.Option("--tensorboard", help="Write TensorBoard events to runs/tensorboard/NAME", show_default=False)
+        bool,
+        typer.Option("--tensorboard", help="Write TensorBoard events to runs/tensorboard/NAME", show_default=False),
     ] = False,
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Show every recipe value with its source, and exit")

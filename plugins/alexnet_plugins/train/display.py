@@ -305,7 +305,7 @@ def finish(reporter: Reporter, loop: TrainingLoop, reason: str) -> None:
 
 def write_onnx(reporter: Reporter, loop: TrainingLoop) -> None:
     """Write alexnet.onnx into the run. Only a disk error is an error; anything else is a warning."""
-    from alexnet_cli.core.export.export import export, sample_crops
+    from alexnet_cli.core.export.export import export, sample_crops, write_names
     from alexnet_cli.core.model import model_file
     from alexnet_cli.core.runs.resolve import find_weights
     from alexnet_cli.core.runs.run import ONNX
@@ -314,6 +314,7 @@ def write_onnx(reporter: Reporter, loop: TrainingLoop) -> None:
     try:
         model = model_file.read_model(find_weights(str(loop.run.path)))
         checked = export(model, path, sample_crops(loop.data, model))
+        write_names(model, path)
         reporter.line("saved", f"{path} · differs from PyTorch by {checked.max_abs_difference:.1e} at most")
     except StorageError as error:
         raise StorageError(error.what, f"free some space, then: alexnet export -w {loop.run.quoted}") from error
