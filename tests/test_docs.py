@@ -9,8 +9,11 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import typer
 
@@ -31,6 +34,7 @@ from documents import (
     find_table,
     read_document,
 )
+from model_files import random_model, save_model
 
 SMALL = "--set width=0.03125 --set precision=fp32 --set batch_size=16 --epochs 1"  # a full one takes hours
 WITH_WEIGHTS = ("--init-from", "--resume")  # the width is that of other weights
@@ -146,6 +150,28 @@ def test_the_table_of_layers_counts_the_parameters_of_the_network() -> None:
     assert counted == {name: sum(t.numel() for k, t in tensors.items() if k.startswith(f"{name}.")) for name in counted}
     assert len(counted) == 8
     assert f"{sum(counted.values()):,} parameters for 1000 classes" in read_document("docs/paper.md")
+
+
+@pytest.mark.parametrize("name", ["paper", "fast", "tiny", "caffe"])
+def test_the_network_in_plain_pytorch(name: str, tmp_path: Path) -> None:
+    import torch
+
+    from alexnet_cli.core.inference.torch_session import TorchSession
+
+    model = random_model(replace(recipe.RECIPES[name], width=1 / 16, precision="fp32"), 7)
+    if name != "caffe":  # activations at which alpha counts
+        model = replace(model, recipe=replace(model.recipe, lrn_alpha=0.01))
+    path = save_model(model, tmp_path / "model.safetensors")
+    (block,) = [b for b in find_blocks(read_document("docs/pretrained.md")) if b.file == "rebuild.py"]
+    assert sum(map(bool, block.text.split("\n"))) <= 25
+    program: dict[str, Any] = {}
+    exec(block.text, program)
+    side = model.recipe.input_size
+    crops = np.random.default_rng(3).integers(0, 256, (2, 3, side, side), np.uint8)
+    expected = TorchSession(path, device="cpu").logits(crops)
+    assert np.ptp(expected) > 0.3
+    logits = program["logits"](path, torch.from_numpy(crops).float())
+    np.testing.assert_allclose(logits.numpy(), expected, atol=1e-4)
 
 
 def environment(folder: Path) -> dict[str, str]:
