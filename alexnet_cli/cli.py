@@ -187,6 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         signal.signal(signal.SIGINT, _raise_signal)
     _received.clear()
     _limit_thread_spinning()
+    warnings.filterwarnings("ignore", module="PIL|pillow_")  # of a file; what matters, we say with its name
     debug = "--debug" in arguments[:1]
     options, words = arguments[:debug], arguments[debug:]
     if words[:1] == ["help"]:

@@ -130,7 +130,7 @@ def test_the_fingerprint_sees_every_change(tmp_path: Path) -> None:
         (("up/only/1.jpg",), None, DataError, "has only one class: up/only$"),
         (("train/a/1.jpg", "test/1.txt"), None, DataError, "train has only one class: a$"),
         (("1.jpg", "2.jpg"), None, DataError, "has 2 images, but no class folders$"),
-        (("a/1.HEIC", "b/2.HEIC", "b/1.txt"), None, DataError, r"only images that cannot be read: \.HEIC 2$"),
+        (("a/1.NEF", "b/2.NEF", "b/1.txt"), None, DataError, r"only images that cannot be read: \.NEF 2$"),
         (
             ("a/1.txt", "b/2.md"),
             None,
@@ -224,12 +224,12 @@ def test_a_test_folder_gives_a_note(tmp_path: Path) -> None:
 
 
 def test_other_files_are_counted_by_suffix(tmp_path: Path) -> None:
-    touch(tmp_path, "a/1.jpg", "b/1.jpg", "b/notes.txt", "b/list", "phone/1.heic")
-    touch(tmp_path, *(f"{name}/{i}.HEIC" for name in "ab" for i in range(3)))
+    touch(tmp_path, "a/1.jpg", "b/1.jpg", "b/notes.txt", "b/list", "phone/1.nef")
+    touch(tmp_path, *(f"{name}/{i}.NEF" for name in "ab" for i in range(3)))
     assert detect_source(tmp_path).notes[:3] == (
         "left out (no images inside): phone",
-        "left out (no image suffix): .HEIC 6, .heic 1, .txt 1, others 1",
-        "these image formats cannot be read: .HEIC 6, .heic 1; convert them to JPEG",
+        "left out (no image suffix): .NEF 6, .nef 1, .txt 1, others 1",
+        "these image formats cannot be read: .NEF 6, .nef 1; convert them to JPEG",
     )
 
 

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from alexnet_cli.core.data.images import OTHER_FORMATS, can_read
 from alexnet_cli.core.data.samples import DetectedLayout, ImageFiles, ImageList
 from alexnet_cli.core.files import read_text
 from alexnet_cli.errors import DataError
@@ -23,9 +24,10 @@ IMAGE_SUFFIXES = {
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pnm"
 }  # fmt: skip
 UNREADABLE_SUFFIXES = {
-    ".heic", ".heif", ".hif", ".avif", ".jxl", ".jp2", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf"
+    ".heic", ".heif", ".hif", ".avif", ".jxl", ".jp2", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf",
+    ".svg", ".psd",
 }  # fmt: skip
-"""Suffixes of image formats that cannot be read."""
+"""Suffixes of image formats that cannot be read, or only with a plug-in of Pillow's."""
 SHOWN_SUFFIXES = 5  # in a message
 SPLIT_WORDS = {
     "train": ("train", "training", "trainset", "trainval"),
@@ -337,8 +339,9 @@ def get_suffix(file: str) -> str:
 
 
 def has_image_suffix(file: str) -> bool:
-    """Return whether a file is an image by its name."""
-    return os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES
+    """Return whether a file is an image that can be read, by its name."""
+    suffix = os.path.splitext(file)[1].lower()
+    return suffix in IMAGE_SUFFIXES or any(suffix in other.suffixes and can_read(other) for other in OTHER_FORMATS)
 
 
 def walk_files(folder: Path, root: Path, unlisted: list[str] | None = None) -> Iterator[str]:

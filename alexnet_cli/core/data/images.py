@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
+import importlib
 import io
+import logging
 import re
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -54,13 +56,57 @@ SIGNATURES = re.compile(
     re.DOTALL,
 )
 
-_warnings_lock = threading.Lock()  # warnings.catch_warnings is not thread-safe
+
+class OtherFormat(NamedTuple):
+    """A format that Pillow reads only with a plug-in, or not at all."""
+
+    name: str
+    start: bytes
+    """A pattern of the first bytes of such a file."""
+    remedy: str = "convert it to JPEG"
+    plugin: str = ""
+    """The module that makes Pillow read it."""
+    pillow_name: str = ""
+    suffixes: tuple[str, ...] = ()
+
+
+OTHER_FORMATS = (
+    OtherFormat(
+        "AVIF", rb"\0\0..ftyp(?:....){0,9}?avi[fs]", "convert it to JPEG, or install Pillow 11.3 or newer", "PIL._avif",
+        "AVIF", (".avif",),
+    ),
+    OtherFormat(
+        "HEIC", rb"\0\0..ftyp(?:he[iv]|mif|msf)", "convert it to JPEG, or install pillow-heif",
+        "pillow_heif.HeifImagePlugin", "HEIF", (".heic", ".heif", ".hif"),
+    ),
+    OtherFormat(
+        "JPEG XL", rb"\xff\x0a|\0\0\0\x0cJXL ", "convert it to JPEG, or install pillow-jxl-plugin", "pillow_jxl", "JXL",
+        (".jxl",),
+    ),
+    OtherFormat("JPEG 2000", rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51"),
+    OtherFormat("a camera's raw file", rb"II\*\0....CR|\0\0..ftypcrx|FUJIFILMCCD-RAW |IIU\0|IIR[OS]|MMOR"),
+    OtherFormat("a video", rb"\0\0..ftyp|RIFF....AVI |\x1aE\xdf\xa3", "save a frame of it as JPEG"),
+    OtherFormat("a Photoshop file", rb"8BPS\0"),
+    OtherFormat("a PDF file", rb"%PDF-"),
+    OtherFormat("SVG", rb"(?:\xef\xbb\xbf)?\s*<(?:svg|(?:\?xml|!--|!DOCTYPE svg).*<svg)"),
+    OtherFormat("a web page", rb"(?i:(?:\xef\xbb\xbf)?\s*<(?:!doctype|html|head|body|\?xml))", "download it again"),
+    OtherFormat("a Git LFS pointer", rb"version https://git-lfs", "run git lfs pull"),
+)  # fmt: skip
+"""The first that matches is right."""
+
+# Numbers of TIFF tags.
+SUBFILE_TYPE, BITS_PER_SAMPLE, COMPRESSION, PHOTOMETRIC, PLANAR, SAMPLE_FORMAT = 254, 258, 259, 262, 284, 339
+
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # without one, Pillow's errors would go to the terminal too
+with contextlib.suppress(OSError, AttributeError):  # libtiff may be linked in such a way that it has no such name
+    ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)  # it would print what is wrong with a file
 
 
 def decode(data: bytes) -> ImageArray:
     """Decode an image file to uint8 H x W x 3 RGB, whatever its format and color mode.
 
-    Gray, palette, CMYK and 16-bit images are converted. Alpha is dropped. An animation gives its first frame.
+    Gray, palette, CMYK and 16-bit images are converted. Transparent images are laid on white. An animation gives its
+    first frame.
 
     Raises:
         DataError: the file is no image, truncated, damaged or too large.
@@ -77,8 +123,24 @@ def read_size(data: bytes) -> tuple[int, int]:
 
 
 def is_image(data: bytes) -> bool:
-    """Whether the bytes start like a file of a known image format."""
-    return SIGNATURES.match(data[:1024]) is not None
+    """Whether the bytes start like a file of a known format, readable or not, and not like a list of paths."""
+    return SIGNATURES.match(data[:1024]) is not None or _find_other_format(data) is not None
+
+
+@functools.cache
+def can_read(other: OtherFormat) -> bool:
+    """Whether the plug-in for this format is installed. Imports it."""
+    if not other.plugin:
+        return False
+    try:
+        importlib.import_module(other.plugin)
+    except ImportError:
+        return False
+    return True
+
+
+def _find_other_format(data: bytes) -> OtherFormat | None:
+    return next((other for other in OTHER_FORMATS if re.match(other.start, data[:1024], re.DOTALL)), None)
 
 
 def read_orientation(data: bytes) -> int:
@@ -148,16 +210,18 @@ def _open_image(data: bytes) -> Iterator[Image.Image]:
     if not data:
         raise DataError("the file is empty")
     _check_scans(data)
+    other = _find_other_format(data)
+    if other and not can_read(other):
+        raise DataError(f"it is {other.name}: {other.remedy}")
     try:
-        with _warnings_lock, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the size is checked below; odd EXIF does not matter here
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-        with image:
+        with Image.open(io.BytesIO(data), formats=(other.pillow_name,) if other else FORMATS) as image:
             if image.height * image.width > MAX_PIXELS:
                 size = f"{image.height:,} x {image.width:,} pixels"
                 raise DataError(f"it has {size}, more than {MAX_PIXELS:,}: a decompression bomb?")
             yield image
     except UnidentifiedImageError as error:
+        if is_image(data):
+            raise DataError("it is damaged, or of a rare kind: convert it to an 8-bit JPEG or PNG") from error
         start = data[:16].decode("ascii", errors="replace")
         begins = f" (it begins with {start!r})" if start.isprintable() and start.isascii() else ""
         raise DataError(f"it is not an image of a known format{begins}") from error
@@ -194,26 +258,50 @@ def _check_scans(data: bytes) -> None:
 
 def _to_rgb(image: Image.Image) -> ImageArray:
     """The pixels as a writable H x W x 3 array: torch takes no read-only ones."""
+    black, white = _find_levels(image)
     result = np.empty((image.height, image.width, 3), np.uint8)
     rows = max(1, STRIP // image.width)
     for top in range(0, image.height, rows):
         bottom = min(top + rows, image.height)
-        is_whole = rows >= image.height
-        result[top:bottom] = _to_eight_bits(image if is_whole else image.crop((0, top, image.width, bottom)))
+        strip = image if rows >= image.height else image.crop((0, top, image.width, bottom))
+        is_deep = image.mode.startswith("I")  # I;16, I;16B or I: scaled here, since Pillow's conversion would clip
+        result[top:bottom] = _scale_gray(strip, black, white) if is_deep else _to_eight_bits(strip)
     return result
 
 
-def _to_eight_bits(image: Image.Image) -> ImageArray:
-    """The pixels as uint8 H x W x 3, or H x W x 1 for 16-bit gray."""
-    if image.mode.startswith("I"):  # I;16, I;16B or I: scaled here, since Pillow's conversion would clip
-        deep = np.asarray(image).clip(0, 65535).astype(np.uint32)
-        deep *= 255
-        deep += 32767
-        return (deep // 65535).astype(np.uint8)[:, :, None]
+def _find_levels(image: Image.Image) -> tuple[int, int]:
+    """The values of black and of white in an image of more than eight bits. Checks that the pixels have a known range.
+
+    Raises:
+        DataError: black and white are unknown, or the image is the preview of another.
+    """
+    tags = getattr(image, "tag_v2", {})  # of a TIFF
+    if tags.get(SUBFILE_TYPE, 0) & 1:
+        raise DataError("its first image is a preview, as in a camera's raw file: convert it to JPEG")
+    bits = max(tags.get(BITS_PER_SAMPLE, (16,)))
     if image.mode == "F":
         raise DataError("its pixels are floating-point numbers of unknown range")
-    if image.mode in ("P", "PA"):
-        image = image.convert("RGBA")  # converted directly, Pillow warns about transparency given as bytes
+    if 2 in tags.get(SAMPLE_FORMAT, ()) or bits > 16:
+        raise DataError("its pixels are signed or 32-bit numbers of unknown range")
+    if bits > 8 and tags.get(PLANAR) == 2 and tags.get(COMPRESSION) == 1:
+        raise DataError("its 16-bit colors are stored one after another, which Pillow takes for 8 bits")
+    white = 2**bits - 1
+    return (white, 0) if tags.get(PHOTOMETRIC) == 0 else (0, white)
+
+
+def _scale_gray(image: Image.Image, black: int, white: int) -> ImageArray:
+    """Pixels of more than eight bits as uint8 H x W x 1."""
+    deep = np.asarray(image)
+    gray = np.rint((deep.astype(np.float32) - black) * (255 / (white - black))).clip(0, 255).astype(np.uint8)
+    gray[deep == image.info.get("transparency", -1)] = 255
+    return gray[:, :, None]
+
+
+def _to_eight_bits(image: Image.Image) -> ImageArray:
+    """Pixels of eight bits or fewer as uint8 H x W x 3, transparent ones on white."""
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
