@@ -170,6 +170,7 @@ def _report_prepared(reporter: Reporter, output: Path, processed: int, seconds: 
     _report_statistics(reporter, dataset)
     _report_orientations(reporter, dataset)
     _report_duplicates(reporter, dataset)
+    _report_single_color(reporter, dataset)
     _report_damaged(reporter, dataset)
     _report_rejected(reporter, dataset)
     images = _count_images(dataset)
@@ -222,7 +223,7 @@ def _report_result(reporter: Reporter, dataset: Dataset, seconds: float, rate: f
         "output": str(dataset.path),
         "images": images,
         "classes": len(dataset.classes),
-        **{key: dataset.record.get(key, 0) for key in ("rejected", "damaged", "turned")},
+        **{key: dataset.record.get(key, 0) for key in ("rejected", "damaged", "turned", "single_color")},
         "seconds": seconds,
         "images_per_second": rate,
     })  # fmt: skip
@@ -298,6 +299,18 @@ def _report_duplicates(reporter: Reporter, dataset: Dataset) -> None:
             example = f"{group[0]['path']} = {other['path']}{' …' if count > 1 else ''}"
             images = "1 image is" if count == 1 else f"{count:,} images are"
             reporter.warn(f"{images} {where}: {example}", f"{hint}; {DUPLICATES} lists them all")
+
+
+def _report_single_color(reporter: Reporter, dataset: Dataset) -> None:
+    """Warn about images in which nothing can be seen."""
+    from alexnet_cli.core.data.shards import SINGLE_COLOR
+
+    count = dataset.record["single_color"]
+    if count:
+        images = f"{count:,} of {_count_images(dataset):,} images {'is' if count == 1 else 'are'}"
+        example = dataset.single_color()[0]["path"]
+        hint = f"look at it; {dataset.path / SINGLE_COLOR} lists them all"
+        reporter.warn(f"{images} a single color or nearly so, such as {example}", hint)
 
 
 def _report_damaged(reporter: Reporter, dataset: Dataset) -> None:

@@ -20,7 +20,7 @@ from shapes import CLASSES, read_tree
 
 def test_files_and_counts_of_a_data_set(packed_shapes: Path) -> None:
     names = [f"train-{i:06d}.tar" for i in range(5)] + ["val-000000.tar", "train.index.npy", "val.index.npy"]
-    lists = ["duplicates.jsonl", "rejected.jsonl", "damaged.jsonl"]
+    lists = ["duplicates.jsonl", "rejected.jsonl", "damaged.jsonl", "single_color.jsonl"]
     assert set(read_tree(packed_shapes)) == {*names, "mean.npy", *lists, "dataset.json"}
     rejected = [json.loads(line) for line in (packed_shapes / "rejected.jsonl").read_text().splitlines()]
     assert {line["path"]: line["split"] for line in rejected} == {
@@ -110,7 +110,7 @@ def test_verify_finds_one_changed_bit(packed_shapes: Path, tmp_path: Path) -> No
     for name, data in read_tree(packed_shapes).items():
         changed = bytes([data[2000] ^ 1]) if name == "train-000001.tar" else data[2000:2001]
         (tmp_path / name).write_bytes(data[:2000] + changed + data[2001:])
-    with pytest.raises(VerificationError, match=r"1 of 12 files .* is damaged: train-000001\.tar \(sha256 ") as error:
+    with pytest.raises(VerificationError, match=r"1 of 13 files .* is damaged: train-000001\.tar \(sha256 ") as error:
         list(shards.verify_dataset(shards.open_dataset(tmp_path)))
     assert error.value.exit_code == 6
 
@@ -131,7 +131,7 @@ def test_verify_names_up_to_ten_damaged_files(
             right.extend(shards.verify_dataset(shards.open_dataset(output)))
         return error.value.what
 
-    what, first = f"3 of 12 files in {output} are damaged: ", r"train-000000\.tar \(sha256 \w{12}, recorded \w{12}\), "
+    what, first = f"3 of 13 files in {output} are damaged: ", r"train-000000\.tar \(sha256 \w{12}, recorded \w{12}\), "
     second, third = r"train-000003\.tar \(No such file or directory\)", r"mean\.npy \(sha256 \w{12}, recorded \w{12}\)"
     assert re.fullmatch(f"{re.escape(what)}{first}{second}, {third}", said())
     assert set(read_tree(output)) - set(right) == {"dataset.json", "train-000000.tar", "mean.npy"}

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,11 @@ from alexnet_cli.core.data.plan import Plan
 
 
 def jpeg(color: tuple[int, int, int], size: tuple[int, int] = (40, 30), comment: str = "") -> bytes:
+    """One color and a black dot."""
     buffer = io.BytesIO()
-    Image.new("RGB", size, color).save(buffer, "JPEG", quality=95, comment=comment)
+    picture = Image.new("RGB", size, color)
+    picture.paste((0, 0, 0), (size[0] // 2, size[1] // 2, size[0] // 2 + 2, size[1] // 2 + 2))
+    picture.save(buffer, "JPEG", quality=95, comment=comment)
     return buffer.getvalue()
 
 
@@ -140,6 +144,36 @@ def test_a_dry_run_leaves_nothing(pets: Path, capsys: pytest.CaptureFixture[str]
     assert record["images"] == {"train": 18, "val": 2}
     assert 20 * 2000 < record["bytes_needed"] - 3_000_000 < 20 * 20_000
     assert os.listdir() == ["pets"]
+
+
+def test_warnings_of_pillow_do_not_come_through(pets: Path, recwarn: pytest.WarningsRecorder) -> None:
+    """The EXIF of this image says that it has five entries, and ends after the first."""
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x05\x01\x12\0\x03\0\0\0\x01\0\x01\0\0"
+    good = (pets / "cats" / "3.jpg").read_bytes()
+    odd = good[:2] + b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif + good[2:]
+    (pets / "cats" / "3.jpg").write_bytes(odd)
+    warnings.simplefilter("always")  # until the end of recwarn
+    with Image.open(pets / "cats" / "3.jpg") as picture:
+        picture.getexif()
+    assert [str(warning.message)[:12] for warning in recwarn] == ["Corrupt EXIF"]
+    recwarn.clear()
+    assert run(pets, "-q") == 0
+    assert not recwarn.list
+
+
+def test_images_of_a_single_color_are_listed(pets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dark = np.random.default_rng(0).integers(0, 4096, (30, 40)).astype(np.uint16)  # 12 bits as 16: 0 to 16 of 255
+    Image.fromarray(dark).save(pets / "cats" / "3.png")
+    assert run(pets, "-o", "one", "--json", "-q") == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["single_color"] == 1
+    warning = "warn    1 of 21 images is a single color or nearly so, such as cats/3.png"
+    assert said.err.splitlines() == [warning, "hint    look at it; one/single_color.jsonl lists them all"]
+    Image.new("L", (5, 5), 255).save(pets / "dogs" / "1.png")
+    assert run(pets, "-o", "two", "-q") == 0
+    assert "warn    2 of 22 images are a single color or nearly so, such as " in capsys.readouterr().err
+    listed = shards.open_dataset(Path("two")).single_color()
+    assert sorted(entry["path"] for entry in listed) == ["cats/3.png", "dogs/1.png"]
 
 
 def test_bad_images_are_named(pets: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -289,13 +323,13 @@ def test_verify(pets: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(pets) == 0
     capsys.readouterr()
     assert run("--verify", "prepared/pets", "--json") == 0
-    assert result(capsys) == {"output": "prepared/pets", "files": 8, "verified": True}
+    assert result(capsys) == {"output": "prepared/pets", "files": 9, "verified": True}
     shard = Path("prepared/pets/train-000000.tar")
     content = bytearray(shard.read_bytes())
     content[1500] ^= 1
     shard.write_bytes(content)
     assert run("--verify", "prepared/pets") == 6
-    assert "error: 1 of 8 files in prepared/pets is damaged: train-000000.tar (sha256 " in capsys.readouterr().err
+    assert "error: 1 of 9 files in prepared/pets is damaged: train-000000.tar (sha256 " in capsys.readouterr().err
     assert run("--verify", "nowhere") == 3
     assert run() == 2
 

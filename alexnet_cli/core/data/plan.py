@@ -29,6 +29,7 @@ from alexnet_cli.core.data.shards import (
     RECORD,
     REJECTED,
     ROOT,
+    SINGLE_COLOR,
     SPLITS,
     index_name,
 )
@@ -46,7 +47,8 @@ LOCK = ".lock"
 CLEARING = {"clearing": True}  # a plan of this content means that an old data set is being deleted
 SHARD = re.compile(rf"(?:{'|'.join(SPLITS)})-\d{{6}}\.tar")
 DATASET_FILES = {
-    RECORD, MEAN, REJECTED, DAMAGED, DUPLICATES, PARTIAL, LOCK, *(index_name(split) for split in SPLITS),
+    RECORD, MEAN, REJECTED, DAMAGED, SINGLE_COLOR, DUPLICATES, PARTIAL, LOCK,
+    *(index_name(split) for split in SPLITS),
 }  # fmt: skip
 OTHER_FOLDER = "name another folder with -o"
 

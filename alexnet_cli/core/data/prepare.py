@@ -43,6 +43,7 @@ from alexnet_cli.core.data.shards import (
     REJECTED,
     ROW,
     SCHEMA,
+    SINGLE_COLOR,
     SPLITS,
     index_name,
 )
@@ -267,7 +268,8 @@ def _read_image(row: int, image: SourceImage, plan: Plan, budget: PixelBudget) -
         rgb, damage = fast_images.decode_with_damage(data)
         if plan.exif_rotate:
             rgb = images.apply_orientation(rgb, data)
-        return fast_images.resize_and_crop(rgb), make_image_fact(row, rgb, data, images.read_orientation(data)), damage
+        packed = fast_images.resize_and_crop(rgb)
+        return packed, make_image_fact(row, rgb, packed, data, images.read_orientation(data)), damage
 
 
 def _write_chunk(writer: ShardWriter, packed: PackedChunk) -> None:
@@ -299,9 +301,10 @@ def _write_dataset(plan: Plan, totals: Mapping[str, SplitTotals]) -> None:
     damaged = [line for split in totals.values() for line in split.damaged]
     per_class = {name: np.zeros(len(plan.source.classes), np.int64) for name in totals}
     stats = SourceStats()
+    single_color: list[dict[str, str]] = []
     checksums = {}
     for name, split in totals.items():
-        chunks = _index_chunks(plan, name, split, per_class[name], stats)
+        chunks = _index_chunks(plan, name, split, per_class[name], stats, single_color)
         checksums[index_name(name)] = write_chunks(plan.output / index_name(name), chunks)
     duplicates = _find_duplicates(plan, totals, stats)
     for file, data in {
@@ -309,6 +312,7 @@ def _write_dataset(plan: Plan, totals: Mapping[str, SplitTotals]) -> None:
         DUPLICATES: _json_lines(duplicates),
         REJECTED: _json_lines(rejected),
         DAMAGED: _json_lines(damaged),
+        SINGLE_COLOR: _json_lines(single_color),
     }.items():
         checksums[file] = write_chunks(plan.output / file, [data])
     record = {
@@ -324,6 +328,7 @@ def _write_dataset(plan: Plan, totals: Mapping[str, SplitTotals]) -> None:
         "rejected": len(rejected),
         "damaged": len(damaged),
         "turned": stats.turned,
+        "single_color": len(single_color),
         "files": checksums,
         "source": str(plan.source.path.resolve()),
         "settings": plan.settings,
@@ -344,13 +349,23 @@ def _check_counts(plan: Plan, totals: Mapping[str, SplitTotals]) -> None:
 
 
 def _index_chunks(
-    plan: Plan, split: str, totals: SplitTotals, per_class: npt.NDArray[np.int64], stats: SourceStats
+    plan: Plan,
+    split: str,
+    totals: SplitTotals,
+    per_class: npt.NDArray[np.int64],
+    stats: SourceStats,
+    single_color: list[dict[str, str]],
 ) -> Iterator[bytes]:
-    """The bytes of a split's index, an .npy file. Also counts labels in `per_class` and facts in `stats`."""
+    """The bytes of a split's index, an .npy file.
+
+    Also counts labels in `per_class` and facts in `stats`, and lists images of a single color.
+    """
     yield encode_npy_header(ROW, totals.images)
     for shard in _read_shards(plan, split, totals):
         per_class += np.bincount(shard.rows["label"], minlength=len(per_class))
         stats.add(shard.facts)
+        rows = shard.facts["row"][shard.facts["single_color"]].tolist()
+        single_color += [{"split": split, "path": plan.source.splits[split].name(row)} for row in rows]
         yield shard.rows.tobytes()
 
 

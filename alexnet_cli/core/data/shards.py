@@ -5,6 +5,7 @@ train-000000.tar ... val-000000.tar   plain WebDataset shards: KEY.jpg (256x256)
 train.index.npy  val.index.npy        one row per image, for random access into the memory-mapped shards
 mean.npy                              float32 3x256x256, RGB 0..255: mean image of the training split
 rejected.jsonl  damaged.jsonl         one line per file left out, or decoded in part: split, path, reason
+single_color.jsonl                    one line per image of a single color, or nearly so: split, path
 duplicates.jsonl                      one line per group of equal files: split, path and class of each
 """
 
@@ -35,6 +36,7 @@ MEAN = "mean.npy"
 DUPLICATES = "duplicates.jsonl"
 REJECTED = "rejected.jsonl"
 DAMAGED = "damaged.jsonl"
+SINGLE_COLOR = "single_color.jsonl"
 PREPARE_AGAIN = "prepare the data set again with --overwrite"
 ROOT = Path("prepared")  # where `alexnet prepare` puts data sets, under the current directory
 LATEST = "latest"
@@ -132,6 +134,10 @@ class Dataset:
     def rejected(self) -> list[dict[str, str]]:
         """The files left out: split, path, reason."""
         return self._read_lines(REJECTED)
+
+    def single_color(self) -> list[dict[str, str]]:
+        """The images of a single color, or nearly so: split, path."""
+        return self._read_lines(SINGLE_COLOR)
 
     def duplicates(self) -> list[list[dict[str, str]]]:
         """Groups of images whose files were equal byte for byte: split, path and class of each."""

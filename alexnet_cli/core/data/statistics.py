@@ -3,8 +3,8 @@
 Of the training pixels: mean image, mean color, color axes (section 4.1 of the paper), before they become JPEG; the
 difference is far below one gray level. All sums are exact integers, so order and number of threads do not matter.
 
-Of the source files: sizes, exact duplicates, EXIF orientations. The ImageFact of every packed image, 25 bytes, is in
-its shard's sidecar; the facts of all images are never in memory together.
+Of the source files: sizes, exact duplicates, EXIF orientations. Images of a single color. The ImageFact of every packed
+image, 26 bytes, is in its shard's sidecar; the facts of all images are never in memory together.
 """
 
 from __future__ import annotations
@@ -18,14 +18,18 @@ import numpy.typing as npt
 
 from alexnet_cli.recipe import SIDE
 
-IMAGE_FACT = np.dtype([("row", "<u4"), ("width", "<u2"), ("height", "<u2"), ("digest", "V16"), ("orientation", "u1")])
-"""Row in the source's split, size in pixels, first half of the file's SHA-256, EXIF orientation."""
+IMAGE_FACT = np.dtype([
+    ("row", "<u4"), ("width", "<u2"), ("height", "<u2"), ("digest", "V16"), ("orientation", "u1"),
+    ("single_color", "?"),
+])  # fmt: skip
+"""Row in the source's split, size in pixels, first half of the file's SHA-256, EXIF orientation, `is_single_color`."""
+SINGLE_COLOR_RANGE = 16  # gray levels at most; 12-bit values in a file of 16 bits become 0 to 16
 SIDES = ("width", "height")
 MAX_SIDE = 65535  # longer sides count as this long; JPEG has none
 DIGITS = 9  # decimals written to dataset.json
 
 ImageFacts = npt.NDArray[np.void]
-ImageFact = tuple[int, int, int, bytes, int]
+ImageFact = tuple[int, int, int, bytes, int, bool]
 DuplicateGroup = list[dict[str, str]]
 """Images whose files are equal: split, path and class of each."""
 
@@ -96,10 +100,18 @@ class PixelSums:
         }
 
 
-def make_image_fact(row: int, rgb: npt.NDArray[np.uint8], data: bytes, orientation: int) -> ImageFact:
-    """The fact of one image: its row, decoded pixels (H x W x 3), file and EXIF orientation (1 to 8)."""
+def make_image_fact(
+    row: int, rgb: npt.NDArray[np.uint8], packed: npt.NDArray[np.uint8], data: bytes, orientation: int
+) -> ImageFact:
+    """The fact of one image: its row, pixels (H x W x 3) decoded and packed, file and EXIF orientation (1 to 8)."""
     height, width = (min(side, MAX_SIDE) for side in rgb.shape[:2])
-    return row, width, height, hashlib.sha256(data).digest()[:16], orientation
+    return row, width, height, hashlib.sha256(data).digest()[:16], orientation, is_single_color(packed)
+
+
+def is_single_color(rgb: npt.NDArray[np.uint8]) -> bool:
+    """Whether all pixels have the same color, or nearly so: H x W x 3 -> bool."""
+    sample = rgb[::32, ::32]  # enough to answer for nearly all images, and fast
+    return all(bool((np.ptp(pixels, axis=(0, 1)) <= SINGLE_COLOR_RANGE).all()) for pixels in (sample, rgb))
 
 
 class SourceStats:
