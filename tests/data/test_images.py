@@ -188,7 +188,7 @@ def test_a_tiff_is_scaled_by_its_bits(engine: object, bits: int, photometric: in
         (tiff(bytes(96), 32), "32-bit"),
         (tiff(bytes(96), 32, sample_format=3), "floating-point"),
         (tiff(packed_bits(np.zeros((4, 6), np.int64), 10), 10), "rare kind: convert it"),
-        (tiff(bytes(144), 16, 2, 3, planar=2), "16-bit colors"),
+        (tiff(bytes(144), 16, 2, 3, planar=2), "planes that Pillow misreads"),
         (tiff(bytes(24), 8, subfile=1), "preview"),
         (b"Pf\n6 4\n-1.0\n" + bytes(96), "floating-point"),
     ],

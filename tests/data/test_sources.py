@@ -131,6 +131,7 @@ def test_the_fingerprint_sees_every_change(tmp_path: Path) -> None:
         (("train/a/1.jpg", "test/1.txt"), None, DataError, "train has only one class: a$"),
         (("1.jpg", "2.jpg"), None, DataError, "has 2 images, but no class folders$"),
         (("a/1.NEF", "b/2.NEF", "b/1.txt"), None, DataError, r"only images that cannot be read: \.NEF 2$"),
+        (("a/1.NEF", "b/2.jpg"), None, DataError, r"only one class: b, and images that cannot be read: \.NEF 1$"),
         (
             ("a/1.txt", "b/2.md"),
             None,

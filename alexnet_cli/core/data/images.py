@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, _imaging
 
 from alexnet_cli.errors import DataError
 from alexnet_cli.recipe import SIDE
@@ -94,12 +94,12 @@ OTHER_FORMATS = (
 )  # fmt: skip
 """The first that matches is right."""
 
-# Numbers of TIFF tags.
-SUBFILE_TYPE, BITS_PER_SAMPLE, COMPRESSION, PHOTOMETRIC, PLANAR, SAMPLE_FORMAT = 254, 258, 259, 262, 284, 339
+SUBFILE_TYPE, BITS_PER_SAMPLE, PHOTOMETRIC, PLANAR, SAMPLE_FORMAT = 254, 258, 262, 284, 339  # numbers of TIFF tags
+CONVERT = "convert it to an 8-bit JPEG or PNG"
 
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # without one, Pillow's errors would go to the terminal too
 with contextlib.suppress(OSError, AttributeError):  # libtiff may be linked in such a way that it has no such name
-    ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)  # it would print what is wrong with a file
+    ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler(None)  # it would print what is wrong with a file
 
 
 def decode(data: bytes) -> ImageArray:
@@ -221,7 +221,7 @@ def _open_image(data: bytes) -> Iterator[Image.Image]:
             yield image
     except UnidentifiedImageError as error:
         if is_image(data):
-            raise DataError("it is damaged, or of a rare kind: convert it to an 8-bit JPEG or PNG") from error
+            raise DataError(f"it is damaged, or of a rare kind: {CONVERT}") from error
         start = data[:16].decode("ascii", errors="replace")
         begins = f" (it begins with {start!r})" if start.isprintable() and start.isascii() else ""
         raise DataError(f"it is not an image of a known format{begins}") from error
@@ -277,14 +277,15 @@ def _find_levels(image: Image.Image) -> tuple[int, int]:
     """
     tags = getattr(image, "tag_v2", {})  # of a TIFF
     if tags.get(SUBFILE_TYPE, 0) & 1:
-        raise DataError("its first image is a preview, as in a camera's raw file: convert it to JPEG")
+        raise DataError(f"its first image is a preview, as in a camera's raw file: {CONVERT}")
     bits = max(tags.get(BITS_PER_SAMPLE, (16,)))
     if image.mode == "F":
-        raise DataError("its pixels are floating-point numbers of unknown range")
+        raise DataError(f"its pixels are floating-point numbers of unknown range: {CONVERT}")
     if 2 in tags.get(SAMPLE_FORMAT, ()) or bits > 16:
-        raise DataError("its pixels are signed or 32-bit numbers of unknown range")
-    if bits > 8 and tags.get(PLANAR) == 2 and tags.get(COMPRESSION) == 1:
-        raise DataError("its 16-bit colors are stored one after another, which Pillow takes for 8 bits")
+        raise DataError(f"its pixels are signed or 32-bit numbers of unknown range: {CONVERT}")
+    is_deep_color = bits > 8 and not image.mode.startswith("I")
+    if tags.get(PLANAR) == 2 and (is_deep_color or image.mode == "LA"):
+        raise DataError(f"its colors are stored in planes that Pillow misreads: {CONVERT}")
     white = 2**bits - 1
     return (white, 0) if tags.get(PHOTOMETRIC) == 0 else (0, white)
 
@@ -292,9 +293,10 @@ def _find_levels(image: Image.Image) -> tuple[int, int]:
 def _scale_gray(image: Image.Image, black: int, white: int) -> ImageArray:
     """Pixels of more than eight bits as uint8 H x W x 1."""
     deep = np.asarray(image)
-    gray = np.rint((deep.astype(np.float32) - black) * (255 / (white - black))).clip(0, 255).astype(np.uint8)
+    scaled = np.rint((deep.astype(np.float32) - black) * (255 / (white - black)))
+    gray: ImageArray = scaled.clip(0, 255).astype(np.uint8)
     gray[deep == image.info.get("transparency", -1)] = 255
-    return gray[:, :, None]
+    return gray.reshape(*gray.shape, 1)
 
 
 def _to_eight_bits(image: Image.Image) -> ImageArray:

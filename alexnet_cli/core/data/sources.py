@@ -47,6 +47,7 @@ KNOWN_LAYOUTS = (
     "Tiny ImageNet (val/val_annotations.txt), CLASS/"
 )
 FOLDERS_HINT = "put the images of each class into a folder of its own; at least two classes are needed"
+CONVERT_HINT = f"convert them to JPEG; these can be read: {READABLE_FORMATS}"
 
 
 @dataclass(frozen=True)
@@ -149,14 +150,17 @@ def _explain_unknown_layout(path: Path) -> DataError:
     if _has_classes(folder):
         return DataError(f"{path} has no class folders, but {folder} has", f"did you mean {folder}?")
     if class_folders(path)[0]:
-        return DataError(f"{path} has only one class: {folder.relative_to(path).as_posix()}", FOLDERS_HINT)
+        what = f"{path} has only one class: {folder.relative_to(path).as_posix()}"
+        if unreadable := select_unreadable(Counter(map(get_suffix, walk_files(path, path)))):
+            return DataError(f"{what}, and images that cannot be read: {format_suffixes(unreadable)}", CONVERT_HINT)
+        return DataError(what, FOLDERS_HINT)
     files = list(walk_files(path, path))
     if count := sum(map(has_image_suffix, files)):
         return DataError(f"{path} has {count:,} images, but no class folders", FOLDERS_HINT)
     suffixes = Counter(map(get_suffix, files))
     if unreadable := select_unreadable(suffixes):
         what = f"{path} has only images that cannot be read: {format_suffixes(unreadable)}"
-        return DataError(what, f"convert them to JPEG; these can be read: {READABLE_FORMATS}")
+        return DataError(what, CONVERT_HINT)
     if suffixes:
         what = f"{path} has no files with an image suffix ({format_suffixes(suffixes)}). Known layouts: {KNOWN_LAYOUTS}"
         return DataError(what, f"{FOLDERS_HINT}; these can be read: {READABLE_FORMATS}")
