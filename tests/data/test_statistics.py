@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 
 from alexnet_cli.core.data import fast_images, shards
-from alexnet_cli.core.data.statistics import IMAGE_FACT, MAX_SIDE, ImageFacts, PixelSums, SourceStats, find_duplicates
+from alexnet_cli.core.data.statistics import (
+    IMAGE_FACT,
+    MAX_SIDE,
+    ImageFacts,
+    PixelSums,
+    SourceStats,
+    find_duplicates,
+    is_single_color,
+)
 
 
 def facts(rng: np.random.Generator, first: int, count: int) -> ImageFacts:
@@ -83,3 +91,16 @@ def test_pixel_sums_equal_integer_sums() -> None:
     flat = noise.reshape(-1, 3).astype(np.int64)
     np.testing.assert_array_equal(sums.products, flat.T @ flat)
     np.testing.assert_array_equal(sums.pixels, noise.sum(0, dtype=np.int64))
+
+
+def test_is_single_color_looks_at_every_pixel() -> None:
+    red = np.full((256, 256, 3), (200, 0, 0), np.uint8)
+    assert is_single_color(red)
+    for place in ((0, 0, 0), (255, 255, 2), (101, 77, 1)):
+        odd = red.copy()
+        odd[place] ^= 16
+        assert is_single_color(odd)
+        odd[place] ^= 48
+        assert not is_single_color(odd)
+    assert is_single_color(np.random.default_rng(0).integers(100, 117, red.shape).astype(np.uint8))
+    assert not is_single_color(np.random.default_rng(0).integers(100, 118, red.shape).astype(np.uint8))

@@ -110,8 +110,11 @@ def make_image_fact(
 
 def is_single_color(rgb: npt.NDArray[np.uint8]) -> bool:
     """Whether all pixels have the same color, or nearly so: H x W x 3 -> bool."""
-    sample = rgb[::32, ::32]  # enough to answer for nearly all images, and fast
-    return all(bool((np.ptp(pixels, axis=(0, 1)) <= SINGLE_COLOR_RANGE).all()) for pixels in (sample, rgb))
+    for pixels in (rgb[::64], rgb):  # a few rows answer for nearly all images
+        darkest, brightest = pixels.min(0).min(0), pixels.max(0).max(0)  # 100 times as fast as both axes at once
+        if (brightest - darkest > SINGLE_COLOR_RANGE).any():
+            return False
+    return True
 
 
 class SourceStats:
