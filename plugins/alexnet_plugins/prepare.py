@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from alexnet_cli.console import Reporter
-from alexnet_cli.errors import DataError, PartialError, Stopped, Terminated, UsageError
+from alexnet_cli.errors import DataError, Stopped, Terminated, UsageError
 from alexnet_cli.options import JsonFlag, QuietFlag
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def prepare(
     plan = Plan(dataset, output or default_output(source), quality, exif_rotate=exif_rotate)
     state = plan.state(overwrite)
     if state == "finished":
-        _report_finished(reporter, plan, strict=on_corrupt == "fail")
+        _report_finished(reporter, plan, on_corrupt)
         return
     needed, free = plan.estimate_bytes(), plan.free_bytes()
     sizes = f"about {format_size(needed)} needed, {format_size(free)} free"
@@ -159,11 +159,7 @@ def _verify(reporter: Reporter, folder: Path) -> None:
 
 
 def _report_prepared(reporter: Reporter, output: Path, processed: int, seconds: float) -> None:
-    """Print the result of a run that processed so many images in so many seconds.
-
-    Raises:
-        PartialError: images were left out.
-    """
+    """Print the result of a run that processed so many images in so many seconds."""
     from alexnet_cli.core.data.shards import open_dataset
 
     dataset = open_dataset(output)
@@ -178,16 +174,16 @@ def _report_prepared(reporter: Reporter, output: Path, processed: int, seconds: 
     speed = f"{images:,} images, {part}{seconds:.1f} s, {processed / seconds:,.0f} img/s"
     reporter.line("done", f"{output}  (dataset.json sha256 {dataset.hash[:12]}…)    {speed}")
     _report_result(reporter, dataset, seconds, processed / seconds)
-    _raise_if_rejected(dataset)
 
 
-def _report_finished(reporter: Reporter, plan: Plan, strict: bool) -> None:
+def _report_finished(reporter: Reporter, plan: Plan, on_corrupt: OnCorrupt) -> None:
     """Print the result of a data set that is already prepared, after checking that its files exist.
 
     Raises:
         DataError: a file is missing.
-        PartialError: images were left out, and `strict`.
+        PartialError: images were left out, and `on_corrupt` is "fail".
     """
+    from alexnet_cli.core.data.prepare import check_rejected
     from alexnet_cli.core.data.shards import list_checksums, open_dataset
 
     dataset = open_dataset(plan.output)
@@ -197,16 +193,11 @@ def _report_finished(reporter: Reporter, plan: Plan, strict: bool) -> None:
     if missing:
         raise DataError(f"{plan.output / missing[0]} is missing", "prepare the data set again with --overwrite")
     plan.finalize()
+    check_rejected(dataset.rejected(), on_corrupt)
     _report_orientations(reporter, dataset)
     _report_rejected(reporter, dataset)
     reporter.line("done", f"{plan.output} is already prepared from this source with these settings")
     _report_result(reporter, dataset, 0.0, None)
-    try:
-        _raise_if_rejected(dataset)
-    except PartialError as error:
-        if strict:
-            raise
-        reporter.line("note", error.what)
 
 
 def _count_images(dataset: Dataset) -> int:
@@ -235,20 +226,12 @@ def _report_rejected(reporter: Reporter, dataset: Dataset) -> None:
     rejected = dataset.rejected()
     for line in rejected[:MAX_NAMED]:
         reporter.warn(f"left out {line['path']}: {line['reason']}")
-    if len(rejected) > MAX_NAMED:
-        reporter.warn(f"left out {len(rejected) - MAX_NAMED:,} more: {dataset.path / REJECTED}")
-
-
-def _raise_if_rejected(dataset: Dataset) -> None:
-    """Raise PartialError, which is exit code 5, if images were left out."""
-    from alexnet_cli.core.data.shards import REJECTED
-
-    rejected = dataset.record["rejected"]
     if rejected:
-        were = "was" if rejected == 1 else "were"
-        raise PartialError(
-            f"{rejected:,} of {rejected + _count_images(dataset):,} images {were} left out: {dataset.path / REJECTED}",
-            "the data set can be used without them; use --on-corrupt fail to stop at the first instead",
+        were = "was" if len(rejected) == 1 else "were"
+        total = len(rejected) + _count_images(dataset)
+        reporter.warn(
+            f"{len(rejected):,} of {total:,} images {were} left out: {dataset.path / REJECTED}",
+            "the data set can be used without them; --on-corrupt fail stops at the first instead",
         )
 
 

@@ -19,7 +19,7 @@ from alexnet_cli.core.data import fast_images, images, prepare, shards, sources
 from alexnet_cli.core.data.images import PixelBudget
 from alexnet_cli.core.data.plan import Plan
 from alexnet_cli.core.data.prepare import pack
-from alexnet_cli.errors import DataError, StorageError
+from alexnet_cli.errors import DataError, PartialError, StorageError
 from shapes import make_plan, read_tree
 
 
@@ -141,7 +141,7 @@ def test_interrupted_overwrite_continues(
 
 def test_on_corrupt_fail_stops_at_the_first_bad_file(shapes: Path, tmp_path: Path) -> None:
     for _ in range(2):
-        with pytest.raises(DataError, match=r"train/(star/star 07|circle/circle 03)\.jpg: ") as caught:
+        with pytest.raises(PartialError, match=r"train/(star/star 07|circle/circle 03)\.jpg: ") as caught:
             list(pack(make_plan(shapes, tmp_path / "out"), 2, on_corrupt="fail"))
         assert "--on-corrupt skip" in caught.value.hint
 
@@ -150,7 +150,7 @@ def test_a_source_of_bad_files_only_is_refused(tmp_path: Path) -> None:
     for name in ("a/1.jpg", "a/2.jpg", "b/1.jpg"):
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "in" / name).write_bytes(b"text")
-    with pytest.raises(DataError, match="no training image"):
+    with pytest.raises(DataError, match="none of the 2 training images"):
         list(pack(make_plan(tmp_path / "in", tmp_path / "out"), 2))
 
 

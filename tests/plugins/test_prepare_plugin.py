@@ -179,15 +179,15 @@ def test_images_of_a_single_color_are_listed(pets: Path, capsys: pytest.CaptureF
 def test_bad_images_are_named(pets: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good = (pets / "cats" / "3.jpg").read_bytes()
     (pets / "cats" / "3.jpg").write_bytes(good[:-20])
-    assert run(pets, "--on-corrupt", "fail", "-o", "strict") == 3
+    assert run(pets, "--on-corrupt", "fail", "-o", "strict") == 5
     strict = capsys.readouterr().err
     assert "error: cats/3.jpg: it is damaged (image file is truncated" in strict
     assert "--on-corrupt skip" in strict
-    assert run(pets, "--json") == 5
+    assert run(pets, "--json") == 0
     said = capsys.readouterr()
     assert json.loads(said.out)["rejected"] == 1
     assert "warn    left out cats/3.jpg: it is damaged (image file is truncated" in said.err
-    assert "error: 1 of 20 images" in said.err
+    assert "warn    1 of 20 images" in said.err
     assert len(shards.open_dataset(Path("prepared/pets")).split("train")) in (17, 18)  # 18 if it was for validation
     (pets / "cats" / "3.jpg").write_bytes(good)
     assert run(pets, "--on-corrupt", "fail", "-o", "strict") == 0
@@ -254,17 +254,31 @@ def test_a_real_data_set(tiny10: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "train 5,000 · val 500 images of 10 classes" in capsys.readouterr().err
 
 
-def test_a_second_run_succeeds_despite_rejected_images(pets: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """`prepare && train` stops the first time, so that the warning is read, and goes on from then on."""
+def test_rejected_images_are_a_warning_in_every_run(pets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`prepare && train` goes on; who wants to stop says --on-corrupt fail, the first time and later."""
     (pets / "cats" / "bad.jpg").write_bytes(b"")
-    assert run(pets) == 5
-    assert "error: 1 of 21 images was left out" in capsys.readouterr().err
-    assert run(pets, "--json") == 0
-    said = capsys.readouterr()
-    assert "warn    left out cats/bad.jpg: the file is empty" in said.err
-    assert "note    1 of 21 images was left out" in said.err
-    assert json.loads(said.out)["rejected"] == 1
+    for _ in range(2):
+        assert run(pets, "--json") == 0
+        said = capsys.readouterr()
+        assert "warn    left out cats/bad.jpg: the file is empty" in said.err
+        assert "warn    1 of 21 images was left out: prepared/pets/rejected.jsonl" in said.err
+        assert "error" not in said.err
+        assert json.loads(said.out)["rejected"] == 1
     assert run(pets, "--on-corrupt", "fail") == 5
+    assert "error: cats/bad.jpg: the file is empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("split", "kind"), [("train", "2 training"), ("val", "2 validation")])
+def test_a_split_without_any_image_left_is_an_error(
+    pets: Path, capsys: pytest.CaptureFixture[str], split: str, kind: str
+) -> None:
+    for part in ("train", "val"):
+        for name in ("cats", "dogs"):
+            target = Path("two") / part / name / "0.jpg"
+            target.parent.mkdir(parents=True)
+            target.write_bytes(b"" if part == split else (pets / name / "0.jpg").read_bytes())
+    assert run("two") == 3
+    assert f"error: none of the {kind} images of two can be decoded: the file is empty" in capsys.readouterr().err
 
 
 def test_duplicates_and_leaks_are_reported(pets: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -56,7 +56,7 @@ from alexnet_cli.core.data.statistics import (
     make_image_fact,
 )
 from alexnet_cli.core.files import lock_file, write_chunks
-from alexnet_cli.errors import AlexNetError, DataError, StorageError
+from alexnet_cli.errors import AlexNetError, DataError, PartialError, StorageError
 from alexnet_cli.recipe import SIDE
 
 ORDER_SEED = 2012
@@ -126,7 +126,8 @@ def pack(plan: Plan, workers: int, on_corrupt: OnCorrupt = "skip", overwrite: bo
 
     Raises:
         UsageError: the output holds something else, or is inside the source.
-        DataError: another command is preparing it, or an image is bad and `on_corrupt` is "fail".
+        DataError: another command is preparing it, or no image of a split can be decoded.
+        PartialError: an image is bad and `on_corrupt` is "fail".
         StorageError: the disk is full or cannot be written; finished shards are kept.
     """
     plan.state(overwrite)  # raises before anything is created or deleted
@@ -160,7 +161,7 @@ def _pack_split(
 ) -> Iterator[Progress]:
     first = 0
     while (shard := read_finished_shard(plan.output, split, first)) is not None:
-        _check_rejected(shard.rejected, on_corrupt)
+        check_rejected(shard.rejected, on_corrupt)
         totals.add(shard)
         yield Progress(split, shard.entry["images"] + len(shard.rejected), len(shard.rejected), kept=True)
         first += 1
@@ -177,7 +178,7 @@ def _pack_split(
             for chunk, packed in _map_in_order(pool, work, _chunks(plan, split, first), ahead=2 * workers + 2):
                 writer = writer or ShardWriter(plan.output, split, chunk.shard)
                 _write_chunk(writer, packed)
-                _check_rejected(packed.rejected, on_corrupt)
+                check_rejected(packed.rejected, on_corrupt)
                 if chunk.last:
                     if unfinished:
                         totals.add(unfinished.result())
@@ -282,9 +283,10 @@ def _write_chunk(writer: ShardWriter, packed: PackedChunk) -> None:
     writer.sums.merge(packed.sums)
 
 
-def _check_rejected(rejected: list[dict[str, str]], on_corrupt: OnCorrupt) -> None:
+def check_rejected(rejected: Sequence[Mapping[str, str]], on_corrupt: OnCorrupt) -> None:
+    """Raise PartialError for the first image that was left out, if `on_corrupt` is "fail"."""
     if rejected and on_corrupt == "fail":
-        raise DataError(
+        raise PartialError(
             f"{rejected[0]['path']}: {rejected[0]['reason']}",
             "repair or remove it, or use --on-corrupt skip to leave such files out and list them",
         )
@@ -294,7 +296,7 @@ def _write_dataset(plan: Plan, totals: Mapping[str, SplitTotals]) -> None:
     """Write everything but the shards. Afterwards the data set is valid.
 
     Raises:
-        DataError: no training image could be decoded.
+        DataError: no image of a split could be decoded.
     """
     _check_counts(plan, totals)
     rejected = [line for split in totals.values() for line in split.rejected]
@@ -342,10 +344,12 @@ def _check_counts(plan: Plan, totals: Mapping[str, SplitTotals]) -> None:
         packed, rejected = totals[name].images, len(totals[name].rejected)
         if packed + rejected != len(items):
             raise AlexNetError(f"{name}: {packed} packed and {rejected} left out of {len(items)}")
-    if not totals["train"].sums.images:
-        raise DataError(
-            f"no training image of {plan.source.path} can be decoded", "check that it is a folder of images"
-        )
+        if rejected and not packed:
+            kind, reason = {"train": "training", "val": "validation"}[name], totals[name].rejected[0]["reason"]
+            raise DataError(
+                f"none of the {rejected:,} {kind} images of {plan.source.path} can be decoded: {reason}",
+                "check that they are images",
+            )
 
 
 def _index_chunks(
