@@ -15,7 +15,9 @@ from alexnet_cli.core.evaluation import baselines
 def test_equal_classes_are_guessed_as_ever() -> None:
     assert baselines.guessing_error(10) == pytest.approx(baselines.majority_error(np.full(10, 50)))
     assert baselines.format_baselines(0.9, 0.9) == "guessing: 90.0%"
-    assert baselines.describe_no_better(0.9, 0.9, 0.91) == "no better than guessing"
+    assert baselines.describe_no_better(0.9, 0.91, 0.9, 0.9) == "no better than guessing (90.0%)"
+    assert baselines.describe_no_better(0.89, 0.91, 0.9, 0.9) == "not certainly better than guessing (90.0%)"
+    assert baselines.describe_no_better(0.85, 0.89, 0.9, 0.9) == ""
 
 
 def test_who_always_answers_the_commonest_class() -> None:
@@ -23,12 +25,12 @@ def test_who_always_answers_the_commonest_class() -> None:
     always = baselines.majority_error(baselines.count_images(labels, 3))
     assert always == pytest.approx(np.mean(labels != 0))
     assert baselines.format_baselines(2 / 3, always) == "guessing: 66.7%, always the most frequent class: 20.0%"
-    totals = {"chance_error": 2 / 3, "commonest_error": always}
+    totals = {"top1_error": 0.15, "chance_error": 2 / 3, "commonest_error": always}
     assert baselines.describe_totals(totals | {"top1_error_interval": (0.1, 0.3)}) == (
-        "no better than always predicting the most frequent class: the 95 % interval reaches 20.0%"
+        "not certainly better than always predicting the most frequent class (20.0%)"
     )
     assert baselines.describe_totals(totals | {"top1_error_interval": (0.1, 0.19)}) == ""
-    assert baselines.describe_no_better(0.5, 0.0, 1.0) == "", (
+    assert baselines.describe_no_better(0.5, 1.0, 0.5, 0.0) == "", (
         "where all pictures are of one class there is nothing to guess"
     )
 

@@ -1,4 +1,4 @@
-"""How `alexnet train` begins and ends: which data, what the lowest error is worth, what went wrong."""
+"""How `alexnet train` begins and ends: which data, what the best error is worth, what went wrong."""
 
 from __future__ import annotations
 
@@ -59,21 +59,21 @@ def test_of_several_prepared_sets_the_newest_is_named_and_the_others(
 @pytest.mark.parametrize(
     ("best", "steps", "reached", "way_on"),
     [
-        (0.05, 300, " · lowest top-1 error 5.0%", "alexnet evaluate"),
-        (0.75, 300, " · lowest top-1 error 75.0%, no better than guessing (75.0%)", "check the labels"),
-        (0.7, 3, " · lowest top-1 error 70.0%, no better than guessing (75.0%)", "3 steps may be too few: train again"),
-        (float("inf"), 3, "", "alexnet evaluate"),
+        (0.05, 300, "5.0% of 20 images (95 % interval 0.9% to 23.6%)", "alexnet evaluate"),
+        (0.75, 300, "75.0% of 20 images (95 % interval 53.1% to 88.8%), no better than guessing (75.0%)", "48 train"),
+        (0.6, 3, "60.0% of 20 images (95 % interval 38.7% to 78.1%), not certainly better than guessing", "3 steps"),
+        (None, 3, "", "alexnet evaluate"),
     ],
 )
-def test_a_lowest_error_of_guessing_is_no_achievement(
-    prepared: Path, best: float, steps: int, reached: str, way_on: str
+def test_an_error_of_guessing_is_no_achievement(
+    prepared: Path, best: float | None, steps: int, reached: str, way_on: str
 ) -> None:
     place = Placement(torch.device("cpu"), "CPU", "fp32")
     training = new_loop(RECIPE, open_dataset(prepared), Run.create("r", RECIPE, {}), place, 1)
     training.trainer.steps_done = steps
-    training.trainer.schedule.best_error = best
+    training.best = (best, 0.7) if best is not None else None
     said = describe_result(training)
-    assert said[0] == reached
+    assert said[0].startswith(f" · best top-1 error {reached}" if reached else "")
     assert said[1].startswith(way_on)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import re
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,7 +24,9 @@ from alexnet_cli.core.parallel.placement import Placement
 from alexnet_cli.core.runs.records import Record
 from alexnet_cli.core.runs.run import Run
 from alexnet_cli.core.training import diagnostics
+from alexnet_cli.core.training.optim import PaperSGD, Schedule
 from alexnet_cli.recipe import CAFFE, FAST, KRIZHEVSKY, PAPER, RECIPES, TINY, Recipe
+from alexnet_cli.recipe_io import apply_changes, parse_settings
 from alexnet_plugins.train.command import train
 from trainings import new_loop
 
@@ -44,7 +48,24 @@ def odd(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def equal(classes: int) -> ClassCounts:
-    return np.full(classes, 7)
+    return np.full(classes, 700)
+
+
+class FakeSplit:
+    """The labels of a split."""
+
+    def __init__(self, images: int, classes: int) -> None:
+        self.labels = np.arange(images) % classes
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def make_data(train: int, val: int, classes: int = 2) -> Dataset:
+    """A data set of so many images, without their files."""
+    splits = {"train": FakeSplit(train, classes), "val": FakeSplit(val, classes)}
+    names = [SimpleNamespace(name=f"class {i}") for i in range(classes)]
+    return SimpleNamespace(split=splits.__getitem__, classes=names, record={}, path=Path("x"))  # type: ignore[return-value]
 
 
 def said(recipe: Recipe, data: Dataset) -> list[str]:
@@ -52,12 +73,44 @@ def said(recipe: Recipe, data: Dataset) -> list[str]:
 
 
 @pytest.mark.parametrize("name", list(RECIPES))
-def test_nothing_is_said_where_all_is_well(prepared: Path, name: str) -> None:
-    assert said(RECIPES[name], open_dataset(prepared)) == []
+def test_nothing_is_said_where_all_is_well(name: str) -> None:
+    assert said(RECIPES[name], make_data(400, 100, 4)) == []
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "few", "uncertain", "hint"),
+    [
+        (42, 4, True, "15% to 85%", "add images, or keep more of them: alexnet prepare --val-fraction 0.3 --overwrite"),
+        (200, 99, False, "40% to 60%", "add images"),
+        (199, 100, True, "", ""),
+        (200, 100, False, "", ""),
+        (1, 1, True, "5% to 95%", "add images"),
+    ],
+)
+def test_few_images_are_told(train: int, val: int, few: bool, uncertain: str, hint: str) -> None:
+    """The interval is Wilson's, as scipy computes it."""
+    warnings = list(diagnostics.check_few_images(make_data(train, val), False))
+    texts = [str(record.text) for record in warnings]
+    assert any("few to learn from" in text for text in texts) == few
+    assert any("is the best" in text for text in texts) == bool(uncertain)
+    if uncertain:
+        low, high = proportion_interval(val)
+        assert f"(50% means {low:.0%} to {high:.0%}, the 95 % interval)" in texts[-1]
+        assert f"{low:.0%} to {high:.0%}" == uncertain
+        assert warnings[-1].hint == hint
+    from_weights = [str(record.text) for record in diagnostics.check_few_images(make_data(train, val), True)]
+    assert from_weights == texts[few:]
+
+
+def proportion_interval(images: int) -> tuple[float, float]:
+    """Wilson's interval of one half: the shares p for which (p - 0.5)^2 = z^2 p (1 - p) / images."""
+    n = images / 1.96**2
+    low, high = sorted(np.roots([1 + 1 / n, -1 - 1 / n, 0.25]).real)
+    return float(low), float(high)
 
 
 def test_classes_without_pictures_and_pictures_in_both_splits(odd: Path) -> None:
-    empty, leak = diagnostics.check_settings(PAPER, open_dataset(odd))
+    empty, leak, *_ = diagnostics.check_settings(PAPER, open_dataset(odd))
     assert empty.text == "1 of 4 classes has no training image: green"
     assert leak.text == "2 images are in both train and val"
     assert str(odd / "duplicates.jsonl") in str(leak.hint)
@@ -93,17 +146,17 @@ def test_classes_that_nothing_is_validated_on(prepared: Path, monkeypatch: pytes
     ],
 )
 def test_a_rate_far_from_the_batchs(recipe: Recipe, lr: float, batch: int, far: bool) -> None:
-    told = list(diagnostics.check_rate(replace(recipe, learning_rate=lr, batch_size=batch), batch, False))
+    told = list(diagnostics.check_batch(replace(recipe, learning_rate=lr, batch_size=batch), batch, False))
     assert len(told) == far
     assert all(f"learning rate {lr:g} is unusual for batch size {batch}: " in str(record.text) for record in told)
 
 
 def test_a_rate_that_rounds_alike_at_both_ends_is_one_number() -> None:
-    (told,) = diagnostics.check_rate(replace(TINY, learning_rate=3.0, batch_size=65), 65, False)
+    (told,) = diagnostics.check_batch(replace(TINY, learning_rate=3.0, batch_size=65), 65, False)
     assert str(told.text).endswith("recipe tiny has 0.03 for 64, which scales to 0.03")
-    (told,) = diagnostics.check_rate(replace(TINY, learning_rate=3.0), 64, False)
+    (told,) = diagnostics.check_batch(replace(TINY, learning_rate=3.0), 64, False)
     assert str(told.text).endswith("recipe tiny has 0.03 for 64")
-    assert told.hint == "try --lr 0.03"
+    assert told.hint == "try -b 64 --lr 0.03"
 
 
 @pytest.mark.parametrize(
@@ -155,30 +208,130 @@ def test_a_loss_that_only_knows_how_frequent_the_classes_are() -> None:
 
 
 @pytest.mark.parametrize(
-    ("pictures", "steps", "way"),
+    ("recipe", "pictures", "val", "error", "steps", "way"),
     [
-        ([77, 77], 8, "8 steps may be too few: train again with --epochs 75"),
-        ([70, 7], 400, "add images of rare classes, or leave out images of common ones"),
-        ([7, 3], 1, "each step uses all 10 images: train again with -b 1"),
-        ([77, 77], 1, "1 step may be too few: train again with --epochs 600"),
-        ([77, 77], 400, "check the labels; if they are right, try another learning rate than 0.03 (--lr)"),
+        (TINY, [200, 200], 50, 0.5, 8, "8 steps may be too few: train again with --epochs 75"),
+        (TINY, [200, 20], 50, 0.5, 400, "add images of rare classes, or leave out images of common ones"),
+        (TINY, [21, 21], 4, 0.5, 2, "2 steps may be too few: train again with -b 4 --lr 0.0029 --epochs 30"),
+        (TINY, [200, 200], 50, 0.5, 1, "1 step may be too few: train again with --epochs 600"),
+        (PAPER, [200, 200], 50, 0.5, 6, "6 steps may be too few: train again with --set schedule=one-cycle --epochs 1"),
+        (
+            TINY,
+            [200, 200],
+            50,
+            0.5,
+            400,
+            "check the labels; if they are right, try another learning rate than 0.03 (--",
+        ),
+        (
+            TINY,
+            [21, 21],
+            4,
+            0.25,
+            400,
+            "add images, or keep more of them: alexnet prepare --val-fraction 0.3 --overwri",
+        ),
+        (
+            TINY,
+            [21, 21],
+            4,
+            0.5,
+            400,
+            "42 training images are few: add images (100 of each class are a start), or star",
+        ),
     ],
 )
-def test_the_way_on_of_a_training_that_learned_nothing(pictures: list[int], steps: int, way: str) -> None:
-    assert diagnostics.next_command(TINY, np.array(pictures), steps, 2) == way
+def test_the_way_on_of_a_training_that_learned_nothing(
+    recipe: Recipe, pictures: list[int], val: int, error: float, steps: int, way: str
+) -> None:
+    counts = np.array(pictures), np.array([val // 2, val // 2])
+    assert diagnostics.next_command(recipe, *counts, error, steps, 2, False).startswith(way)
+
+
+def test_no_hint_leads_back_to_where_a_hint_was_given() -> None:
+    """Who does what hints say, and learns nothing or gets a NaN each time, never starts the same training twice."""
+    sizes, batches, rates, lengths = (6, 46, 3000), (0, 1, 4096), (0, 1), (0, 1)
+    recipes, done = (PAPER, KRIZHEVSKY, TINY), set[Situation]()
+    for images, batch, rate, epochs, recipe in itertools.product(sizes, batches, rates, lengths, recipes):
+        changes = {"batch_size": batch, "learning_rate": rate, "epochs": epochs}
+        changed = replace(recipe, **{key: value for key, value in changes.items() if value})
+        follow_hints(Situation(changed, images - images // 10, max(1, images // 10), 3, False), [], done)
+
+
+KEYS = {"-b": "batch_size", "--lr": "learning_rate", "--epochs": "epochs"}
+OPTION = re.compile(rf"({'|'.join(KEYS)}|--set|--recipe|--val-fraction) ('[^']+'|[^ ;,]+)")
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What a user trains next; `has_diverged` once a loss was NaN."""
+
+    recipe: Recipe
+    train: int
+    val: int
+    classes: int
+    has_diverged: bool
+
+
+def follow_hints(at: Situation, path: list[Situation], done: set[Situation]) -> None:
+    """Follow every hint from here, depth first, and fail in a circle or after twelve hints. `done` have been left."""
+    told = [f"-b {s.recipe.batch_size} --lr {s.recipe.learning_rate} --epochs {s.recipe.epochs}" for s in (*path, at)]
+    assert (at.recipe, at.val) not in [(before.recipe, before.val) for before in path], told
+    assert len(path) < 12, told
+    if at not in done:
+        for then in next_situations(at):
+            follow_hints(then, [*path, at], done)
+        done.add(at)
+
+
+def next_situations(at: Situation) -> list[Situation]:
+    """What is trained next by someone who does what one of the possible hints says."""
+    recipe, data = at.recipe, make_data(at.train, at.val, at.classes)
+    counts, validated = (np.bincount(data.split(name).labels, minlength=at.classes) for name in ("train", "val"))
+    per_epoch = max(1, at.train // recipe.batch_size)
+    epochs = min(recipe.epochs, 24) if recipe.schedule == "plateau" else recipe.epochs  # four times six without a best
+    error = float(1 - validated.max() / validated.sum())
+    hints = [str(record.hint) for record in diagnostics.check_settings(recipe, data)]
+    hints += [
+        diagnostics.next_command(recipe, counts, validated, e, per_epoch * epochs, epochs, False) for e in (error, 0)
+    ]
+    hints += [diagnostics.suggest_fix(recipe, counts, False)]
+    optimizer = PaperSGD([("fc8.bias", torch.zeros(1))], recipe)
+    nan = diagnostics.suggest_rate(optimizer, Schedule(recipe, per_epoch), 9, 1, "") if not at.has_diverged else ""
+    if at.has_diverged:
+        hints = [hint for hint in hints if not hint.startswith("unless a higher rate diverged")]
+    return [apply_hint(at, hint, hint == nan) for hint in [*hints, nan] if OPTION.search(hint)]
+
+
+def apply_hint(at: Situation, hint: str, has_diverged: bool) -> Situation:
+    """The next training, after a hint that names options of `train` or `prepare`."""
+    recipe, changes, then = at.recipe, dict[str, str](), replace(at, has_diverged=at.has_diverged or has_diverged)
+    for option, quoted in OPTION.findall(hint):
+        value = quoted.strip("'")
+        if option in KEYS:
+            changes[KEYS[option]] = value
+        elif option == "--set":
+            changes |= [value.split("=")]
+        elif option == "--recipe":
+            recipe = RECIPES[value]
+        elif option == "--val-fraction":
+            val = round(float(value) * (at.train + at.val))
+            then = replace(then, train=at.train + at.val - val, val=val)
+    return replace(then, recipe=apply_changes(recipe, parse_settings([f"{k}={v}" for k, v in changes.items()])))
 
 
 def test_a_batch_is_no_larger_than_the_training_set(prepared: Path) -> None:
     """48 pictures make batches of 48, and a rate for 4,096 is not to be advised."""
-    data = open_dataset(prepared)
-    assert said(replace(PAPER, batch_size=4096), data) == []
-    (told,) = diagnostics.check_settings(replace(PAPER, batch_size=4096, learning_rate=0.32), data)
+    (told,) = diagnostics.check_batch(replace(PAPER, batch_size=4096), 48, False)
+    assert told.text == "batch size 4,096 is larger than the training set (48 images); each step uses all of it"
+    assert told.hint == "with -b 4 --lr 0.00083, an epoch has 12 steps"
+    (told,) = diagnostics.check_batch(replace(PAPER, batch_size=4096, learning_rate=0.32), 48, False)
     assert "unusual for batch size 48" in str(told.text)
-    assert str(told.hint).endswith("--lr 0.0037")
+    assert str(told.hint).endswith("try -b 48 --lr 0.0037")
 
 
-def test_fine_tuning_may_be_slow_and_frozen_layers_should_be_of_somebody(prepared: Path) -> None:
-    data, slow = open_dataset(prepared), replace(PAPER, learning_rate=1e-4, frozen="conv")
+def test_fine_tuning_may_be_slow_and_frozen_layers_should_be_of_somebody() -> None:
+    data, slow = make_data(400, 100), replace(PAPER, learning_rate=1e-4, frozen="conv")
     assert list(diagnostics.check_settings(slow, data, {})) == []
     assert [text.split(" is unusual")[0] for text in said(slow, data)] == [
         "learning rate 0.0001", "conv1 to conv5 are frozen at random weights",
@@ -233,7 +386,7 @@ def test_the_papers_letter_stays_at_guessing_and_training_says_so(
         Placement(torch.device("cpu"), "CPU", "fp32"),
         1,
     )
-    warnings = [record for record in training.fit() if record.event == "warning"]
+    warnings = [record for record in training.fit() if record.event == "warning" and record.step]
     assert [(record.epoch, record.step) for record in warnings] == [(9, 100), (9, 108)]
     assert "% of the predictions are " in str(warnings[1].text)
     assert "no better than guessing (ln 4 = 1.386)" in str(warnings[0].text)
@@ -247,13 +400,13 @@ def test_the_command_says_it_before_the_first_step(
     settings = ["width=0.0625"]
     train(str(odd), "tiny", settings, batch_size=16, lr=3.0, max_steps=1, jobs=1, name="a", json=True, quiet=True)
     out, err = capsys.readouterr()
-    assert err.count("warn    ") == 3
+    assert err.count("warn    ") == 5
     assert (
         "warn    learning rate 3 is unusual for batch size 16: "
         "recipe tiny has 0.03 for 64, which scales to 0.0075 to 0.015" in err
     )
     assert "--lr 0.0075" in err
     events = [json.loads(line)["event"] for line in out.splitlines()]
-    assert events == ["start", "warning", "warning", "warning", "step", "checkpoint", "end"]
+    assert events == ["start", *["warning"] * 5, "step", "checkpoint", "end"]
     train(str(odd), resume="a", max_steps=2, jobs=1, quiet=True)
     assert "warn" not in capsys.readouterr().err  # said once

@@ -18,8 +18,10 @@ import torch
 
 from alexnet_cli.core.analysis import filters
 from alexnet_cli.core.data.shards import open_dataset
+from alexnet_cli.core.evaluation.evaluate import Evaluation
 from alexnet_cli.core.model import model_file
 from alexnet_cli.core.parallel.placement import Placement
+from alexnet_cli.core.report.history import read_history
 from alexnet_cli.core.runs.records import Record
 from alexnet_cli.core.runs.resolve import find_weights
 from alexnet_cli.core.runs.run import Run
@@ -72,7 +74,7 @@ def test_records_and_metrics_csv(start: Start) -> None:
     training = start()
     records = list(training.fit(record_every=2))
     assert [r.event for r in records] == (
-        ["start", *["step", "step", "validation", "checkpoint"] * 2, "end"]
+        ["start", "warning", "warning", *["step", "step", "validation", "checkpoint"] * 2, "end"]
     )  # 48 images, batches of 16: three steps an epoch, a record at every second and at the end
     assert [r.step for r in records if r.event == "step"] == [2, 3, 4, 6]
     assert records[-1].reason == "finished"
@@ -94,8 +96,9 @@ def test_each_epoch_records_the_specialization_of_the_towers(start: Start) -> No
         assert [float(row["specialization"]) for row in csv.DictReader(file)] == [r.specialization for r in told]
 
 
-def test_the_caller_can_take_three_records_and_leave(start: Start) -> None:
-    assert [r.event for r in islice(start().fit(record_every=1), 3)] == ["start", "step", "step"]
+def test_the_caller_can_take_records_and_leave(start: Start) -> None:
+    events = [r.event for r in islice(start().fit(record_every=1), 5)]
+    assert events == ["start", "warning", "warning", "step", "step"]
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_does_not(start: Start) -> None:
@@ -307,11 +310,10 @@ def test_a_network_with_nan_weights_is_never_saved(start: Start) -> None:
 
 def test_the_newest_complete_checkpoint_is_found(start: Start) -> None:
     training = start(replace(SMALL, epochs=2))
+    training.keep = 2
     list(training.fit())
     other = training.run.checkpoints / "00000003"
     last = (training.run.checkpoints / "last").resolve()
-    if not other.exists():
-        shutil.copytree(last, other)
     (training.run.checkpoints / "last").unlink()
     assert checkpoint.find_newest(training.run) == (training.run.checkpoints / last.name, [])
     (last / "optimizer.safetensors").write_bytes(b"")
@@ -322,6 +324,41 @@ def test_the_newest_complete_checkpoint_is_found(start: Start) -> None:
     with pytest.raises(WeightsError, match="has no complete checkpoint"):
         checkpoint.find_newest(training.run)
     assert checkpoint.find_newest(start().run) == (None, [])
+
+
+@pytest.mark.parametrize(
+    ("images", "epochs", "best"),
+    [
+        (100, [(0.5, 0.7), (0.5, 0.6), (0.5, 0.6), (0.49, 0.9), (0.5, 0.1)], [1, 2, 4]),
+        (90, [(0.5, 0.7), (0.4, 0.8), (0.6, 0.6), (0.6, 0.6), (0.2, 0.61)], [1, 3]),
+        (1, [(0.0, 0.69), (1.0, 0.68)], [1, 2]),
+    ],
+)
+def test_best_is_the_lowest_error_then_loss_and_on_few_images_the_lowest_loss(
+    start: Start, monkeypatch: pytest.MonkeyPatch, images: int, epochs: list[tuple[float, float]], best: list[int]
+) -> None:
+    """Also across a stop after each epoch; the checkpoint, the records and the report mean the same epoch."""
+    recipe = replace(SMALL, epochs=len(epochs), batch_size=48)
+
+    def validate(loop: TrainingLoop, stop: object) -> Evaluation:
+        error, loss = epochs[loop.trainer.epoch - 1]
+        wrong = round(error * images)
+        confusion = np.array([[images - wrong, wrong, 0, 0], *[[0] * 4] * 3])
+        return Evaluation(confusion, np.array([images, 0, 0, 0]), loss * images)
+
+    monkeypatch.setattr(TrainingLoop, "validate", validate)
+    run, last = Run.create(next(NAMES), recipe, {}), None
+    for step in range(1, len(epochs) + 1):
+        training = start(recipe, run)
+        *_, end = training.fit(last, max_steps=step if step < len(epochs) else None)
+        last = (run.checkpoints / "last").resolve()
+    found = [r["epoch"] for r in run.records() if r["event"] == "validation" and r["best"]]
+    assert found == best
+    assert (run.checkpoints / "best").resolve().name == f"{best[-1]:08}"
+    assert end.top1_error == pytest.approx(epochs[best[-1] - 1][0])
+    history = read_history(run.records(), recipe).best
+    assert history is not None
+    assert history["epoch"] == best[-1]
 
 
 def test_only_last_and_best_are_kept(start: Start) -> None:

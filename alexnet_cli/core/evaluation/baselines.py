@@ -13,6 +13,7 @@ import numpy.typing as npt
 ClassCounts = npt.NDArray[np.int64]
 """Number of images of each class."""
 
+FEW_IMAGES = 100  # with fewer, one image is more than a point of the error, which is too coarse to choose by
 FEWEST_OTHERS = 10  # images of other classes; fewer say nothing about a one-sided network
 ONE_SIDED_SHARE = 0.9  # a network is one-sided if it takes this share of the images of other classes for one class
 ONE_SIDED_HINT = "train it longer, or with about as many images in each class"
@@ -40,6 +41,11 @@ def constant_loss(counts: ClassCounts, smoothing: float = 0.0) -> float:
     return -math.fsum(share * math.log(share) for share in shares if share)
 
 
+def rank_network(error: float, loss: float, images: int) -> tuple[float, float]:
+    """Return a key that sorts networks, best first: lowest error, then loss; with fewer than FEW_IMAGES, loss alone."""
+    return (error if images >= FEW_IMAGES else 0.0, loss)
+
+
 def wilson_interval(error: float, images: int, z: float = 1.96) -> tuple[float, float]:
     """Return Wilson's 95 % confidence interval of a share measured on so many images; it stays within 0 and 1."""
     middle = (error + z**2 / (2 * images)) / (1 + z**2 / images)
@@ -58,19 +64,19 @@ def format_baselines(guessing: float, majority: float) -> str:
     return text if f"{majority:.1%}" == f"{guessing:.1%}" else f"{text}, always the most frequent class: {majority:.1%}"
 
 
-def describe_no_better(guessing: float, majority: float, upper: float) -> str:
+def describe_no_better(error: float, upper: float, guessing: float, majority: float) -> str:
     """Return a remark if the `upper` end of an error's interval reaches that of a baseline, else an empty text."""
     if upper < majority or not majority:
         return ""
     is_equal = f"{majority:.1%}" == f"{guessing:.1%}"
-    return f"no better than {'guessing' if is_equal else 'always predicting the most frequent class'}"
+    baseline = "guessing" if is_equal else "always predicting the most frequent class"
+    return f"{'no' if error >= majority else 'not certainly'} better than {baseline} ({majority:.1%})"
 
 
 def describe_totals(totals: Mapping[str, Any]) -> str:
-    """Return that remark for the totals of an evaluation, with the interval."""
-    majority = totals["commonest_error"]
-    remark = describe_no_better(totals["chance_error"], majority, totals["top1_error_interval"][1])
-    return f"{remark}: the 95 % interval reaches {majority:.1%}" if remark else ""
+    """Return that remark for the totals of an evaluation."""
+    upper = totals["top1_error_interval"][1]
+    return describe_no_better(totals["top1_error"], upper, totals["chance_error"], totals["commonest_error"])
 
 
 def describe_one_sided(confusion: npt.NDArray[np.int64], names: Sequence[str]) -> str:

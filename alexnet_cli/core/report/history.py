@@ -90,9 +90,9 @@ class History:
 
     @property
     def best(self) -> Mapping[str, Any] | None:
-        """The epoch with the lowest top-1 error."""
-        measured = [epoch for epoch in self.epochs if get_number(epoch, "top1_error") is not None]
-        return min(measured, key=lambda epoch: float(epoch["top1_error"]), default=None)
+        """The epoch whose network is the best one, as the training chose it."""
+        marked = (epoch for epoch in reversed(self.epochs) if epoch.get("best") is True)
+        return next((epoch for epoch in marked if get_number(epoch, "top1_error") is not None), None)
 
     @property
     def seconds(self) -> float | None:

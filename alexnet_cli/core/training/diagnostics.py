@@ -29,6 +29,8 @@ UNUSUAL_RATE_FACTOR = 4  # warn of a learning rate this many times above or belo
 PLATEAU_TOLERANCE = 0.02  # a loss within this share of the loss of guessing is a plateau
 PLATEAU_RECORDS = 10  # the mean of so many losses must be on the plateau too: one batch may differ by chance
 IMBALANCE_FACTOR = 10  # warn if the commonest class has this many times the images of the rarest
+FEW_PER_CLASS = 100  # training images of each class; hardly any network learns from fewer, starting at random
+VAL_SHARE = 0.3  # of the images, to validate on if there are few; advised if it is less than half of this
 LEAST_STEPS = 20  # no network has learned anything before
 FEW_STEPS = 100  # hardly any network has learned anything before
 ENOUGH_STEPS = 300  # a small network has learned something after
@@ -36,6 +38,7 @@ EPOCHS_TOLERANCE = 0.1  # a number of epochs within this share of the recipe's n
 SHOWN_NAMES = 5
 DIVERGENCE_FACTOR = 10  # a validation loss this many times that of guessing; overfitted networks stay below
 BALANCE_HINT = "add images of rare classes, or leave out images of common ones"
+FEW_IMAGES_HINT = f"add images ({FEW_PER_CLASS} of each class are a start), or start from trained weights: --init-from"
 
 
 def check_settings(
@@ -55,7 +58,8 @@ def check_settings(
             f"{leaks:,} {'image is' if leaks == 1 else 'images are'} in both train and val",
             f"the validation error will look too good; {data.path / DUPLICATES} lists them",
         )
-    yield from check_rate(recipe, min(recipe.batch_size, len(data.split("train"))), differences is not None)
+    yield from check_few_images(data, differences is not None)
+    yield from check_batch(recipe, len(data.split("train")), differences is not None)
     yield from check_epochs(recipe)
     if recipe.frozen != "none" and differences is None:
         yield _warning("conv1 to conv5 are frozen at random weights", "load trained weights with --init-from")
@@ -96,25 +100,67 @@ def describe_imbalance(names: Sequence[str], counts: ClassCounts) -> tuple[str, 
     return f"the classes are very unequal: {sizes}", f"{error}: {BALANCE_HINT}"
 
 
-def check_rate(recipe: Recipe, batch: int, fine_tuning: bool) -> Iterator[Record]:
-    """Warn of an unusual learning rate: for k times the batch size, sqrt(k) to k times the rate is usual.
+def check_few_images(data: Dataset, is_fine_tuning: bool) -> Iterator[Record]:
+    """Warn of few images to learn from, and of few to validate on, which leave the error uncertain."""
+    train, val = len(data.split("train")), len(data.split("val"))
+    if has_few_images(train, len(data.classes)) and not is_fine_tuning:
+        yield _warning(f"{_count(train, 'training image')} are few to learn from", FEW_IMAGES_HINT)
+    if val < baselines.FEW_IMAGES:
+        low, high = baselines.wilson_interval(0.5, val)
+        yield _warning(
+            f"{_count(val, 'validation image')}: the error is uncertain (50% means {low:.0%} to {high:.0%}, the 95 % "
+            "interval), so the epoch with the lowest loss is the best",
+            suggest_validation(train, val),
+        )
 
-    The rule is that of Krizhevsky (2014). `batch` is the number of images per step; fine-tuning may use lower rates.
+
+def has_few_images(train: int, classes: int) -> bool:
+    """Whether so many training images are few to learn from if the weights start at random."""
+    return train < FEW_PER_CLASS * classes
+
+
+def suggest_validation(train: int, val: int) -> str:
+    """The hint for a data set with few validation images."""
+    if val >= VAL_SHARE / 2 * (train + val):
+        return "add images"
+    return f"add images, or keep more of them: alexnet prepare --val-fraction {VAL_SHARE} --overwrite"
+
+
+def check_batch(recipe: Recipe, images: int, is_fine_tuning: bool) -> Iterator[Record]:
+    """Warn of a batch larger than the training set, or of a learning rate and a batch size that do not fit.
+
+    For k times the batch size, sqrt(k) to k times the rate is usual (Krizhevsky, 2014). Fine-tuning may use less.
     """
-    named = find_closest_recipe(recipe)
-    if (recipe.learning_rate, recipe.batch_size) == (named.learning_rate, named.batch_size):
-        return
+    named, batch = find_closest_recipe(recipe), min(recipe.batch_size, images)
     k = batch / named.batch_size
     low, high = sorted((named.learning_rate * math.sqrt(k), named.learning_rate * k))
-    is_too_low = recipe.learning_rate < low / UNUSUAL_RATE_FACTOR and not fine_tuning
-    if recipe.learning_rate > UNUSUAL_RATE_FACTOR * high or is_too_low:
+    is_too_low = recipe.learning_rate < low / UNUSUAL_RATE_FACTOR and not is_fine_tuning
+    is_usual = (recipe.learning_rate, recipe.batch_size) == (named.learning_rate, named.batch_size)
+    if not is_usual and (recipe.learning_rate > UNUSUAL_RATE_FACTOR * high or is_too_low):
         reason = f"recipe {named.name} has {named.learning_rate:g} for {named.batch_size}"
         if k != 1:
             reason += ", which scales to " + " to ".join(dict.fromkeys((f"{low:.2g}", f"{high:.2g}")))
+        unless = "unless a higher rate diverged, " if is_too_low else ""
         yield _warning(
             f"learning rate {recipe.learning_rate:g} is unusual for batch size {batch}: {reason}",
-            f"try --lr {named.learning_rate * k:.2g}",
+            f"{unless}try {_scale_batch(batch, named.learning_rate, named.batch_size)}",
         )
+    elif recipe.batch_size > images:
+        smaller = max(1, images // 10)
+        yield _warning(
+            f"batch size {recipe.batch_size:,} is larger than the training set ({_count(images, 'image')}); each step "
+            "uses all of it",
+            f"with {_scale_batch(smaller, recipe.learning_rate, images)}, an epoch has {images // smaller} steps",
+        )
+
+
+def _scale_batch(batch: int, rate: float, images: int) -> str:
+    """Options that set the batch size, and the learning rate in proportion to a `rate` for steps of so many images."""
+    return f"-b {batch} --lr {rate * batch / images:.2g}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def check_epochs(recipe: Recipe) -> Iterator[Record]:
@@ -152,16 +198,20 @@ class LossPlateauCheck:
     recipe: Recipe
     counts: ClassCounts
     patience: int
+    is_fine_tuning: bool = False
     has_warned: bool = False
     recent_losses: deque[float] = field(default_factory=lambda: deque(maxlen=PLATEAU_RECORDS))
 
     @classmethod
-    def for_training(cls, recipe: Recipe, counts: ClassCounts, steps: int) -> LossPlateauCheck:
+    def for_training(
+        cls, recipe: Recipe, counts: ClassCounts, steps: int, is_fine_tuning: bool = False
+    ) -> LossPlateauCheck:
         """A check after a tenth of all `steps`, but not before step 100 or after step 2,000.
 
         A training of less than 100 steps is checked at its last step, one of less than 20 never.
         """
-        return cls(recipe, counts, min(2000, max(LEAST_STEPS, min(FEW_STEPS, steps), steps // 10)))
+        patience = min(2000, max(LEAST_STEPS, min(FEW_STEPS, steps), steps // 10))
+        return cls(recipe, counts, patience, is_fine_tuning)
 
     @cached_property
     def flat_loss(self) -> float:
@@ -183,26 +233,42 @@ class LossPlateauCheck:
         is_balanced = math.isclose(self.flat_loss, math.log(classes), rel_tol=1e-9)
         source = f"ln {classes} = " if is_balanced else "the class frequencies give "
         text = f"the loss is still {record.loss:.3f} at step {record.step:,}, no better than guessing"
-        return _warning(f"{text} ({source}{self.flat_loss:.3f})", suggest_fix(self.recipe), record)
+        hint = suggest_fix(self.recipe, self.counts, self.is_fine_tuning)
+        return _warning(f"{text} ({source}{self.flat_loss:.3f})", hint, record)
 
 
-def suggest_fix(recipe: Recipe) -> str:
-    """The hint for a network that does not start to learn."""
-    if recipe.init == "gaussian" and recipe.conv345_std < 0.03:
+def suggest_fix(recipe: Recipe, counts: ClassCounts, is_fine_tuning: bool) -> str:
+    """The hint for a network that does not start to learn. `counts` is training images per class."""
+    if not is_fine_tuning and recipe.init == "gaussian" and recipe.conv345_std < 0.03:
         return "train again with larger initial weights, as in the authors' code: --set conv345_std=0.03"
-    if recipe.init == "gaussian" and recipe.bias > 0.1:
+    if not is_fine_tuning and recipe.init == "gaussian" and recipe.bias > 0.1:
         return "train again with smaller initial biases, as in Caffe: --set bias=0.1; or use --recipe fast"
+    if not is_fine_tuning and has_few_images(int(counts.sum()), len(counts)):
+        return f"{_count(int(counts.sum()), 'training image')} are few: {FEW_IMAGES_HINT}"
     return f"check the labels; if they are right, try another learning rate than {recipe.learning_rate:g} (--lr)"
 
 
-def next_command(recipe: Recipe, counts: ClassCounts, steps: int, epochs: int) -> str:
-    """The hint after a training of `steps` steps in `epochs` epochs whose best error does not beat guessing."""
-    if recipe.batch_size > (images := int(counts.sum())):
-        return f"each step uses all {images:,} images: train again with -b {max(1, images // 10)}"
+def next_command(
+    recipe: Recipe, train: ClassCounts, val: ClassCounts, error: float, steps: int, epochs: int, is_fine_tuning: bool
+) -> str:
+    """The hint after a training of `steps` steps in `epochs` epochs whose best `error` does not surely beat guessing.
+
+    No hint leads to a training whose hint leads back. `train` and `val` are images per class.
+    """
+    images, validated = int(train.sum()), int(val.sum())
     if steps < FEW_STEPS:
-        enough = math.ceil(ENOUGH_STEPS * epochs / max(1, steps))
-        return f"{steps:,} step{'' if steps == 1 else 's'} may be too few: train again with --epochs {enough:,}"
-    return BALANCE_HINT if describe_imbalance([""] * len(counts), counts) else suggest_fix(recipe)
+        smaller, per_epoch, options = max(1, images // 10), max(1, steps) / epochs, list[str]()
+        if recipe.schedule == "plateau":  # which would end as early again
+            options.append("--set schedule=one-cycle")
+        if recipe.batch_size > images:
+            per_epoch = images // smaller
+            options.append(_scale_batch(smaller, recipe.learning_rate, images))
+        options.append(f"--epochs {math.ceil(ENOUGH_STEPS / per_epoch)}")
+        return f"{_count(steps, 'step')} may be too few: train again with {' '.join(options)}"
+    if error < baselines.majority_error(val) and validated < baselines.FEW_IMAGES:
+        return suggest_validation(images, validated)
+    is_unequal = describe_imbalance([""] * len(train), train) is not None
+    return BALANCE_HINT if is_unequal else suggest_fix(recipe, train, is_fine_tuning)
 
 
 def check_one_sided(confusion: npt.NDArray[np.int64], names: Sequence[str], at: Record) -> Record | None:

@@ -18,7 +18,7 @@ from alexnet_cli import __version__
 from alexnet_cli.core.analysis import filters
 from alexnet_cli.core.data.loader import CachedLoader, CacheMode, Loader, all_batches, cache_decoded, training_batches
 from alexnet_cli.core.data.shards import Dataset
-from alexnet_cli.core.evaluation.baselines import count_images
+from alexnet_cli.core.evaluation.baselines import count_images, rank_network
 from alexnet_cli.core.evaluation.evaluate import Evaluation, TorchClassifier, evaluate
 from alexnet_cli.core.files import read_link
 from alexnet_cli.core.model import model_file
@@ -101,6 +101,13 @@ class TrainingLoop:
     epoch_metrics: RunningMetrics = field(default_factory=RunningMetrics)
     """Sums over the current epoch so far."""
     saved_step: int = 0
+    best: tuple[float, float] | None = None
+    """Top-1 error and loss of the best epoch, as `rank_network` orders them."""
+
+    @property
+    def is_fine_tuning(self) -> bool:
+        """Whether the run started from trained weights."""
+        return self.transfer is not None or bool(self.run.about.get("init_from"))
 
     def fit(
         self,
@@ -127,7 +134,9 @@ class TrainingLoop:
         yield from self._log_start()
         split = self.data.split("train")
         class_counts = count_images(split.labels, len(self.data.classes))
-        plateau = diagnostics.LossPlateauCheck.for_training(recipe, class_counts, trainer.total_steps)
+        plateau = diagnostics.LossPlateauCheck.for_training(
+            recipe, class_counts, trainer.total_steps, self.is_fine_tuning
+        )
         reason, best_evaluation = None, None
         with Loader(split, trainer.rank_images, self.threads, trainer.placement.device) as decoder:
             loader = cache_decoded(decoder, self.cache, trainer.placement.processes_per_device)
@@ -175,9 +184,9 @@ class TrainingLoop:
 
     def _log_end(self, reason: str | None, best: Evaluation | None) -> Iterator[Record]:
         """Log the end record, after a warning if the `best` network gives nearly the same answer for every image."""
-        trainer, lowest = self.trainer, self.trainer.schedule.best_error
+        trainer = self.trainer
         end = Record(
-            "end", trainer.epochs_begun, trainer.steps_done, top1_error=lowest if lowest <= 1 else None,
+            "end", trainer.epochs_begun, trainer.steps_done, top1_error=self.best[0] if self.best else None,
             path=str(self.run.path), reason=reason or "finished",
         )  # fmt: skip
         names = [name.name for name in self.data.classes]
@@ -270,7 +279,7 @@ class TrainingLoop:
         trainer = self.trainer
         position = {
             "step": trainer.steps_done, "epoch": trainer.epoch, "schedule": trainer.schedule.state(),
-            "metrics": metrics, "epoch_metrics": asdict(self.epoch_metrics),
+            "metrics": metrics, "epoch_metrics": asdict(self.epoch_metrics), "best": self.best,
         }  # fmt: skip
         info = {
             "data": self.data.name, "data_hash": self.data.hash, "run": self.run.path.name,
@@ -298,7 +307,9 @@ class TrainingLoop:
             trainer.schedule.restore(saved.position["schedule"])
             self.epoch_metrics = RunningMetrics(**saved.position["epoch_metrics"])
             metrics = dict(saved.position["metrics"])
-        except (KeyError, TypeError, ValueError) as error:
+            if best := saved.position.get("best"):
+                self.best = float(best[0]), float(best[1])
+        except (LookupError, TypeError, ValueError) as error:
             what = f"{directory / checkpoint.META} has an invalid position: {error}"
             raise WeightsError(what, checkpoint.DAMAGED) from error
         self.saved_step = trainer.steps_done
@@ -354,17 +365,26 @@ class TrainingLoop:
         )  # fmt: skip
 
     def _summarize_epoch(self, evaluation: Evaluation) -> tuple[dict[str, Any], bool]:
-        """The fields of an epoch's validation record, and whether its top-1 error is the lowest so far."""
+        """The fields of an epoch's validation record, and whether it is the best so far."""
         trainer, metrics = self.trainer, self.epoch_metrics
         rate = trainer.schedule.learning_rate(trainer.steps_done - 1)
         self._check_finite(evaluation.loss)
-        is_best = trainer.schedule.observe(evaluation.top1_error)
+        trainer.schedule.observe(evaluation.top1_error)
+        is_best = self._is_best(evaluation)
         fields = {
             "loss": evaluation.loss, "top1_error": evaluation.top1_error, "top5_error": evaluation.top5_error,
             "train_loss": metrics.loss / metrics.images, "train_top1_error": metrics.errors / metrics.images,
             "lr": rate, "images_per_second": metrics.images_per_second,
         }  # fmt: skip
         return fields | self._measure_specialization(), is_best
+
+    def _is_best(self, evaluation: Evaluation) -> bool:
+        """Whether an epoch is the best so far, which `best` then holds."""
+        errors, images = (evaluation.top1_error, evaluation.loss), evaluation.images
+        if self.best and rank_network(*errors, images) >= rank_network(*self.best, images):
+            return False
+        self.best = errors
+        return True
 
     def _measure_specialization(self) -> dict[str, float]:
         """How strongly the first-layer filters of the towers differ in color (section 6.1); {} on most ranks."""

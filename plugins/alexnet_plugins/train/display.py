@@ -116,12 +116,6 @@ def show_start(
     if images > size and (skipped := images % size) and done < last:
         skips = f"each epoch skips {skipped:,} of {images:,} images (a different {skipped:,} each time)"
         reporter.line("note", f"{skips}, so that every batch has {size}")
-    if size > images:
-        smaller = max(1, images // 10)
-        reporter.warn(
-            f"batch size {size:,} is larger than the training set ({images:,} images); each step uses all of it",
-            f"with -b {smaller}, an epoch has {images // smaller} steps",
-        )
     for folder in damaged:
         reporter.warn(f"checkpoint {folder} is damaged; training continues from {start}")
     error, hint = get_failure(run.about)
@@ -323,21 +317,24 @@ def write_onnx(reporter: Reporter, loop: TrainingLoop) -> None:
 
 
 def describe_result(loop: TrainingLoop) -> tuple[str, str]:
-    """The lowest error, compared with guessing if it is no better, and the next command or a hint."""
+    """The error of the best epoch, compared with guessing if it is no better, and the next command or a hint."""
     from alexnet_cli.core.evaluation import baselines
     from alexnet_cli.core.training.diagnostics import next_command
 
     trainer, data = loop.trainer, loop.data
-    best, epochs = trainer.schedule.best_error, trainer.epochs_begun
-    if best > 1:
+    if loop.best is None:
         return "", "alexnet evaluate"
-    trained, val = (baselines.count_images(data.split(name).labels, len(data.classes)) for name in ("train", "val"))
-    upper_bound = baselines.bound_lowest_error(best, int(val.sum()), epochs)
-    guess, always = baselines.guessing_error(len(val)), baselines.majority_error(val)
-    reached = f" · lowest top-1 error {best:.1%}"
-    if verdict := baselines.describe_no_better(guess, always, upper_bound):
-        hint = next_command(trainer.recipe, trained, trainer.steps_done, epochs)
-        return f"{reached}, {verdict} ({always:.1%})", hint
+    (error, _), epochs = loop.best, trainer.epochs_begun
+    train, val = (baselines.count_images(data.split(name).labels, len(data.classes)) for name in ("train", "val"))
+    reached, images = f" · best top-1 error {error:.1%}", int(val.sum())
+    if images < baselines.FEW_IMAGES:
+        low, high = baselines.wilson_interval(error, images)
+        reached += f" of {images} image{'' if images == 1 else 's'} (95 % interval {low:.1%} to {high:.1%})"
+    upper_bound = baselines.bound_lowest_error(error, images, epochs)
+    guessing, majority = baselines.guessing_error(len(val)), baselines.majority_error(val)
+    if verdict := baselines.describe_no_better(error, upper_bound, guessing, majority):
+        hint = next_command(trainer.recipe, train, val, error, trainer.steps_done, epochs, loop.is_fine_tuning)
+        return f"{reached}, {verdict}", hint
     return reached, "alexnet evaluate"
 
 
