@@ -122,7 +122,7 @@ def test_a_screen_reader_hears_the_names(page: Page, pages: dict[str, Path]) -> 
     assert page.get_by_role("main").count() == 1
     assert page.get_by_role("img", name="Loss over the epochs").count() == 1
     assert page.get_by_role("table", name="The most frequent mistakes").get_by_role("rowheader").count() > 0
-    assert page.get_by_text("Loss: training falls from 2 to 0.333;").count() == 1
+    assert page.get_by_text("Loss: training falls from 2.000 to 0.333;").count() == 1
     assert page.title() == "AlexNet, run full"
 
 

@@ -89,7 +89,34 @@ def test_tables_agree_with_metrics_csv_and_eval(shown: Run) -> None:
     caption = "Confusion matrix in images: rows are true classes, columns predicted classes"
     assert [row[1:] for row in page.tables[caption][1:]] == matrix
     assert f"Top-1 error {said['top1_error']:.1%} (guessing: 83.3%; " in page.all_text
-    assert ("This is no better than guessing" in page.all_text) == (high >= 5 / 6)
+    assert ("better than guessing (83.3%)." in page.all_text) == (high >= 5 / 6)
+
+
+def test_a_number_has_the_same_digits_in_a_caption_and_in_a_table(shown: Run) -> None:
+    page = Page(shown.path / "report.html")
+    _, first, *_, last = page.tables["Loss (nats per image) and error (% of images) of each epoch"]
+    assert f"validation falls from {first[2]} to {last[2]}" in page.all_text
+    assert f"validation top-1 falls from {first[4]} to {last[4]}" in page.all_text
+    _, first, *_, last = page.tables["AUC and color share after each epoch"]
+    assert f"AUC rises from {first[1]} to {last[1]}" in page.all_text
+
+
+@pytest.mark.parametrize(
+    ("precision", "resumed", "row", "is_noted"),
+    [
+        ("fp32", [], "fp32", False),
+        ("fp32", [{"precision": "bf16"}], "bf16 (the device lacks the recipe's fp32)", True),
+        ("bf16", [{"precision": "fp32"}], "fp32", False),
+        (None, [], "", False),
+    ],
+)
+def test_the_precision_is_that_of_the_last_start(
+    data: Dataset, tmp_path: Path, undrawn: None, precision: str | None, resumed: list[Any], row: str, is_noted: bool
+) -> None:
+    run = make_run(tmp_path, data, precision=precision, resumed=resumed)
+    page = Page(Path(read_result(report("-w", str(run.path), "--json", "-q"))["path"]))
+    assert dict(page.tables["Speed of the training and its devices"][1:]).get("Precision", "") == row
+    assert ("Both were computed in bf16; the errors below are computed in fp32" in page.all_text) == is_noted
 
 
 def test_the_recipe_is_compared_with_the_paper(shown: Run) -> None:

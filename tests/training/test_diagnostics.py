@@ -10,6 +10,7 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -134,7 +135,9 @@ def test_classes_that_nothing_is_validated_on(prepared: Path, monkeypatch: pytes
         (PAPER, 0.02, 512, False),  # square root
         (PAPER, 0.01, 1024, False),  # forgotten: 2.8 times too low for the square root
         (PAPER, 0.01, 4096, True),  # 5.7 times
-        (PAPER, 0.01, 8, False),  # 4 times the square root's 0.0025
+        (PAPER, 0.01, 16, False),  # 2.8 times the square root's 0.0035
+        (PAPER, 0.01, 8, True),  # forgotten: 4 times the square root's 0.0025
+        (TINY, 0.03, 4, True),
         (PAPER, 0.1, 128, True),
         (PAPER, 0.001, 128, True),
         (FAST, 0.02, 64, False),
@@ -253,7 +256,7 @@ def test_no_hint_leads_back_to_where_a_hint_was_given() -> None:
     sizes, batches, rates, lengths = (6, 46, 3000), (0, 1, 4096), (0, 1), (0, 1)
     recipes, done = (PAPER, KRIZHEVSKY, TINY), set[Situation]()
     for images, batch, rate, epochs, recipe in itertools.product(sizes, batches, rates, lengths, recipes):
-        changes = {"batch_size": batch, "learning_rate": rate, "epochs": epochs}
+        changes: dict[str, Any] = {"batch_size": batch, "learning_rate": rate, "epochs": epochs}
         changed = replace(recipe, **{key: value for key, value in changes.items() if value})
         follow_hints(Situation(changed, images - images // 10, max(1, images // 10), 3, False), [], done)
 

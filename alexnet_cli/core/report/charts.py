@@ -78,10 +78,10 @@ def draw_charts(history: History, few_classes: bool = False) -> dict[str, Chart]
         Line("color share, tower 2", history.epoch_curve("chroma_tower2")),
     ]
     drawn = {
-        "loss": _draw_curves("Loss", "nats per image", history, loss),
-        "errors": _draw_curves("Error", "% of images", history, errors, is_percent=True),
-        "rate": _draw_curves("Learning rate", "learning rate", history, rate, is_log=True),
-        "towers": _draw_curves("Specialization of the towers", "AUC, color share", history, towers, has_noise=True),
+        "loss": _draw_curves("Loss", "nats per image", history, loss, ".3f"),
+        "errors": _draw_curves("Error", "% of images", history, errors, ".1%"),
+        "rate": _draw_curves("Learning rate", "learning rate", history, rate, ".3g", is_log=True),
+        "towers": _draw_curves("Specialization of the towers", "AUC, color share", history, towers, ".2f", True),
     }
     return {name: chart for name, chart in drawn.items() if chart}
 
@@ -91,19 +91,18 @@ def _draw_curves(
     unit: str,
     history: History,
     lines: Sequence[Line],
-    *,
-    is_percent: bool = False,
-    is_log: bool = False,
+    form: str,
     has_noise: bool = False,
+    is_log: bool = False,
 ) -> Chart | None:
     """The lines over the epochs, with the drops of the learning rate; None if there is nothing to draw.
 
-    `has_noise` marks the color share of noise.
+    `form` is the format of values in the caption, as in the tables; `has_noise` marks the color share of noise.
     """
     shown = [line for line in lines if line.points]
     if not shown or (is_log and max(len(line.points) for line in shown) == 1):
         return None
-    factor = 100 if is_percent else 1
+    factor = 100 if form.endswith("%") else 1
 
     def draw(axes: Axes) -> None:
         from matplotlib.ticker import MaxNLocator
@@ -131,24 +130,23 @@ def _draw_curves(
         if len(shown) > 1 or history.drops:
             axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.46, -0.17), ncols=2)
 
-    unit_text = "%" if is_percent else ""
-    points = [(f"{line.name} " if len(shown) > 1 else "") + _describe_line(line, factor, unit_text) for line in shown]
+    points = [(f"{line.name} " if len(shown) > 1 else "") + _describe_line(line, form) for line in shown]
     caption = f"{title}: {'; '.join(points)}."
     if history.drops:
         caption += f" Dotted: the learning rate drops after {history.drops_text}."
     return Chart(render_svg(draw), f"{title} over the epochs", caption)
 
 
-def _describe_line(line: Line, factor: float, unit: str) -> str:
-    """For example "falls from 2.3 to 0.6, lowest 0.5"."""
+def _describe_line(line: Line, form: str) -> str:
+    """For example "falls from 2.301 to 0.612, lowest 0.510"."""
     first, last = line.points[0][1], line.points[-1][1]
     lowest = min(value for _, value in line.points)
-    start, end = f"{factor * first:.3g}{unit}", f"{factor * last:.3g}{unit}"
+    start, end = format(first, form), format(last, form)
     if start == end:
         text = f"{'stays at' if len(line.points) > 1 else 'is'} {end}"
     else:
         text = f"{'falls' if last < first else 'rises'} from {start} to {end}"
-    return text + (f", lowest {factor * lowest:.3g}{unit}" if lowest < min(first, last) else "")
+    return text + (f", lowest {lowest:{form}}" if f"{lowest:{form}}" not in (start, end) else "")
 
 
 def render_svg(draw: Callable[[Axes], None], height: float = 3.5, margin: float = 1.0) -> str:

@@ -144,6 +144,13 @@ class Report:
         return bool(self.about) and "imported" not in self.about
 
     @property
+    def precision(self) -> str:
+        """The precision of the training, as of its last start; empty if unknown."""
+        resumed = self.about.get("resumed")
+        parts = [self.about, *(resumed if isinstance(resumed, list) else ())]
+        return str(parts[-1].get("precision") or "") if isinstance(parts[-1], dict) else ""
+
+    @property
     def is_own_data(self) -> bool:
         """Whether the network is measured on the data set it was trained on."""
         return self.data is None or self.about.get("data_hash", self.data.hash) == self.data.hash

@@ -160,9 +160,9 @@ def _write_lead(report: Report) -> str:
     if best:
         known = get_number(best, "top5_error") is not None and not report.has_few_classes
         top5 = f", top-5 error {best['top5_error']:.1%}" if known else ""
-        error = f"Lowest top-1 error {best['top1_error']:.1%}{_compare_with_guessing(report)}{top5}"
+        error = f"Top-1 error {best['top1_error']:.1%}{_compare_with_guessing(report, best['top1_error'])}{top5}"
         images = f"validation images{_name_data(report.about.get('data'))}"
-        return f"{error}, after epoch {best['epoch']}, measured on the {images}."
+        return f"{error}, of the best epoch ({best['epoch']}), measured on the {images}."
     return ""
 
 
@@ -174,13 +174,14 @@ def _rate_result(report: Report, totals: Mapping[str, Any]) -> str:
     return (f" This is {no_better}." if no_better else "") + (f" {one_sided}." if one_sided else "")
 
 
-def _compare_with_guessing(report: Report) -> str:
-    """The error of guessing on the run's own validation images, in brackets, if the images are there."""
+def _compare_with_guessing(report: Report, error: float) -> str:
+    """The error of guessing and the interval of `error` on the run's own validation images, if they are there."""
     with suppress(DataError):
         if report.data and report.is_own_data and len(labels := report.data.split("val").labels):
             counts = baselines.count_images(labels, len(report.classes))
             guessing, majority = baselines.guessing_error(len(report.classes)), baselines.majority_error(counts)
-            return f" ({baselines.format_baselines(guessing, majority)})"
+            low, high = baselines.wilson_interval(error, len(labels))
+            return f" ({baselines.format_baselines(guessing, majority)}; 95 % interval {low:.1%} to {high:.1%})"
     return ""
 
 
@@ -233,9 +234,16 @@ def _list_speed(report: Report) -> list[tuple[str, str]]:
         ("Devices", ", ".join(_as_words(about.get("devices")))),
         *((f"Device of {tower}", place) for tower, place in _as_dict(placement).items()),
         ("Replicas", about.get("replicas")),
-        ("Precision", about.get("precision")),
+        ("Precision", _describe_precision(report)),
         ("Batch size", f"{report.recipe.batch_size:,} images"),
     ])  # fmt: skip
+
+
+def _describe_precision(report: Report) -> str:
+    """The precision of the training, and that of the recipe if the device lacks it."""
+    asked = report.recipe.precision
+    lacks = f" (the device lacks the recipe's {asked})" if report.precision not in ("", asked) else ""
+    return report.precision + lacks
 
 
 def _list_origin(report: Report) -> list[tuple[str, str]]:

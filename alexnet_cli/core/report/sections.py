@@ -35,6 +35,7 @@ MATRIX = 20  # with at most this many classes, the confusion matrix is also a ta
 SOURCES = {"-": "", "code": "authors' code"}
 MAX_WIDTH = 1000  # pixels; the page shows a wider confusion matrix at this width
 THUMBNAIL, QUALITY = 160, 85  # side in pixels and JPEG quality of images
+TOWER_KEYS = ("specialization", "chroma_tower1", "chroma_tower2")  # of a validation record
 ZOOM = 8  # pixels for each weight of a filter
 COLORS = 128  # in the palette of the confusion matrix
 
@@ -114,6 +115,8 @@ def describe_curves(report: Report, charts: Mapping[str, Chart]) -> Values:
     else:
         words = "The learning rate has not dropped yet."
     words += " Training curves are means over steps, with dropout and augmentation. Validation uses neither."
+    if report.precision not in ("", "fp32"):
+        words += f" Both were computed in {report.precision}; the errors below are computed in fp32 and may differ."
     heads: Row = (
         "Epoch", "Training loss", "Validation loss", "Training top-1", "Validation top-1", "Validation top-5",
         "Learning rate", "Images/s", "Drops after",
@@ -154,7 +157,7 @@ def describe_filters(report: Report, charts: Mapping[str, Chart]) -> Values | No
             f"{tower.mean(tower.selectivity):.2f}", int(tower.dead.sum()), int(tower.undertrained.sum()),
         ))  # fmt: skip
     epochs = [
-        (epoch["epoch"], *(_format_number(epoch, key) for key in ("specialization", "chroma_tower1", "chroma_tower2")))
+        (epoch["epoch"], *(_format_number(epoch, key, ".2f") for key in TOWER_KEYS))
         for epoch in report.history.epochs
         if get_number(epoch, "chroma_tower1") is not None
     ]

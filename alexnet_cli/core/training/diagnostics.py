@@ -25,7 +25,7 @@ from alexnet_cli.core.training.optim import PaperSGD, Schedule
 from alexnet_cli.core.training.trainer import Trainer
 from alexnet_cli.recipe import Recipe, find_closest_recipe, format_set_option, format_toml
 
-UNUSUAL_RATE_FACTOR = 4  # warn of a learning rate this many times above or below what the batch size suggests
+UNUSUAL_RATE_FACTOR = 3  # warn of a learning rate this many times above or below what the batch size suggests
 PLATEAU_TOLERANCE = 0.02  # a loss within this share of the loss of guessing is a plateau
 PLATEAU_RECORDS = 10  # the mean of so many losses must be on the plateau too: one batch may differ by chance
 IMBALANCE_FACTOR = 10  # warn if the commonest class has this many times the images of the rarest
