@@ -7,7 +7,7 @@
     │   └── WeightsError    3  a model or checkpoint file is missing, corrupt or unsupported
     ├── MissingError        4  the environment lacks something: a GPU, an optional package
     │   └── LostError       4  another process of the same training does not respond
-    ├── PartialError        5  finished, but some items failed
+    ├── PartialError        5  some items failed
     ├── VerificationError   6  a result did not pass its own check
     ├── StorageError        7  the disk is full or read-only; the last good checkpoint is intact
     └── Stopped                stopped on purpose and resumable: 75 (time is up), 130 (Ctrl-C), 143 (SIGTERM)
@@ -75,7 +75,7 @@ class LostError(MissingError):
 
 
 class PartialError(AlexNetError):
-    """The work is finished, but some items failed."""
+    """Some items failed; as a rule, the work on the others is finished."""
 
     exit_code = 5
 

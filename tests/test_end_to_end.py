@@ -126,7 +126,14 @@ def test_visualize_and_export(home: Path) -> None:
 def test_training_speaks_json_and_repeats(home: Path) -> None:
     run = run_in(home)
     first = lines(run("train", *QUICK, "--epochs", "1", "--name", "a", "--json", "-q"))
-    assert [record["event"] for record in first] == ["start", "step", "validation", "checkpoint", "end"]
+    assert [record["event"] for record in first] == [
+        "start",
+        *["warning"] * 2,
+        "step",
+        "validation",
+        "checkpoint",
+        "end",
+    ]
     assert all(record["schema"] == "alexnet.train/1" for record in first)
     again = lines(run("train", "--recipe", "runs/a/recipe.toml", "--name", "b", "--json", "-q"))
     assert [r.get("loss") for r in again] == [r.get("loss") for r in first]
