@@ -1,4 +1,4 @@
-"""Devices of this machine: GPUs, cores, memory, bf16, int8, ONNX Runtime's providers. Imports torch lazily."""
+"""Devices of this machine: GPUs, cores, memory, bf16, ONNX Runtime's providers. Imports torch lazily."""
 
 from __future__ import annotations
 
@@ -104,12 +104,6 @@ def has_cpu_bf16() -> bool:
     if platform.machine() in ("arm64", "aarch64"):
         return platform.system() == "Darwin" or "bf16" in _cpu_flags()
     return bool(_cpu_flags() & {"avx512_bf16", "amx_bf16"})
-
-
-def int8_saturates() -> bool:
-    """Whether sums of two int8 products may overflow, as on x86 without VNNI."""
-    x86 = platform.machine() in ("x86_64", "AMD64")
-    return x86 and not _cpu_flags() & {"avx512_vnni", "avx_vnni"}
 
 
 def _cpu_flags() -> set[str]:

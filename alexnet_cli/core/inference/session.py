@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from alexnet_cli.core.devices import count_cores, has_gpu, int8_saturates, preload_cuda
+from alexnet_cli.core.devices import count_cores, has_gpu, preload_cuda
 from alexnet_cli.core.files import map_file
 from alexnet_cli.core.inference import onnx_metadata
 from alexnet_cli.core.model import model_file
@@ -113,8 +113,6 @@ class Session:
         options.add_session_config_entry("session.load_model_format", "ONNX")  # no other, whatever a file begins with
         # Between two batches the cores are free for the threads that decode images.
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        # Slower, but correct where the fast int8 product would overflow.
-        options.add_session_config_entry("session.x64quantprecision", "1" if int8_saturates() else "0")
         try:
             values = [onnxruntime.OrtValue.ortvalue_from_numpy(value) for value in self._constants.values()]
             if values:
