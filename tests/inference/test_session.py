@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import onnx.shape_inference
 import onnx.version_converter
 import pytest
 from hypothesis import given
-from onnx import helper, numpy_helper
+from onnx import external_data_helper, helper, numpy_helper
 
 from alexnet_cli.core.export import quantize
 from alexnet_cli.core.export.export import synthetic_crops
@@ -55,6 +56,9 @@ def test_large_constants_are_views_of_the_file(files: dict[str, Path], name: str
         np.testing.assert_array_equal(value, expected[key])
         assert not value.flags.owndata
     assert {t.name for t in rest.graph.initializer} == set(expected)
+    external_data_helper.load_external_data_for_model(rest, str(files[name].parent))  # from where the graph says
+    for tensor in rest.graph.initializer:
+        np.testing.assert_array_equal(numpy_helper.to_array(tensor), expected[tensor.name])
     assert rest.graph.node == whole.graph.node
     assert rest.metadata_props == whole.metadata_props
 
@@ -130,6 +134,15 @@ def test_values_in_other_files_are_never_read(tmp_path: Path, where: str, monkey
     with pytest.raises(WeightsError, match="refers to other files, which is not allowed") as error:
         Session(tmp_path / "x.onnx")
     assert error.value.exit_code == 3
+
+
+def test_a_link_and_a_name_with_location(files: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    target = shutil.copy(files["fp32"], tmp_path / "blobs" / "any location.onnx")
+    (tmp_path / "link.onnx").symlink_to(target)
+    crops = synthetic_crops(224, 1)
+    expected = Session(files["fp32"], provider="cpu").logits(crops)
+    np.testing.assert_array_equal(Session(tmp_path / "link.onnx", provider="cpu").logits(crops), expected)
 
 
 def test_a_class_may_be_called_location(tmp_path: Path) -> None:
