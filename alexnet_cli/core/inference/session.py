@@ -227,7 +227,8 @@ def _read_file(path: Path) -> tuple[bytes, Constants]:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise ValueError("it is larger than 2 GB")
-        for number, value, field in _fields(map_file(path)):
+        data = map_file(path)
+        for number, value, field in _fields(data):
             if number == METADATA:
                 metadata += field
             elif number == GRAPH and isinstance(value, memoryview):
