@@ -36,7 +36,7 @@ def started(*arguments: str, path: Path | None = None) -> subprocess.CompletedPr
     paths += [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, "-m", "alexnet_cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, check=False)
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_help_lists_every_command_and_imports_nothing_heavy() -> None:
         "try:\n cli.main(['--help'])\nexcept SystemExit as e:\n assert e.code == 0\n"
         f"heavy = [m for m in {HEAVY} if m in sys.modules]\nassert not heavy, heavy"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600, check=False)
     assert result.returncode == 0, result.stderr
     for command in COMMANDS:
         assert f"\n  {command} " in result.stdout
@@ -205,7 +205,7 @@ def test_mistyped_options_are_reported_before_torch_is_loaded(typed: str) -> Non
         f"import sys\nsys.modules['torch'] = None\nfrom alexnet_cli import cli\ncli.main({['train', *typed.split()]})"
     )
     command = [sys.executable, "-c", code]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert result.returncode == 2, result.stderr
     assert "error: " in result.stderr
 
@@ -290,7 +290,7 @@ def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_closed_pipe_is_no_error() -> None:
     command = f"{sys.executable} -m alexnet_cli --help | head -1; exit ${{PIPESTATUS[0]}}"
-    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False)
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=600, check=False)
     assert "Traceback" not in result.stderr
     assert "error" not in result.stderr
 
@@ -482,7 +482,7 @@ def test_completion_offers_values_without_torch(words: str, expected: list[str],
     settings = {"_ALEXNET_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))}
     command = [sys.executable, "-c", code]
     result = subprocess.run(
-        command, cwd=tmp_path, env=os.environ | settings, capture_output=True, text=True, timeout=60, check=False
+        command, cwd=tmp_path, env=os.environ | settings, capture_output=True, text=True, timeout=600, check=False
     )
     assert (result.stdout.split(), result.stderr) == (expected, "")
 

@@ -36,7 +36,7 @@ def run_in(folder: Path, alexnet: Alexnet = alexnet) -> Alexnet:
 def typed(*words: str, folder: Path) -> Done:
     """In a process of its own, as users do."""
     command = [sys.executable, "-m", "alexnet_cli", *words]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, check=False)
 
 
 def lines(result: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
@@ -230,7 +230,7 @@ def test_signals_save_and_stop_a_process(home: Path, number: signal.Signals, cod
         while time.monotonic() < deadline and not (log.exists() and log.read_text().count("step") > 3):
             time.sleep(0.05)
         child.send_signal(number)
-        _, errors = child.communicate(timeout=60)
+        _, errors = child.communicate(timeout=600)
     finally:
         child.kill()
         child.wait()

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import warnings
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -232,16 +233,22 @@ def test_refused_arguments(
     ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
 )
 def test_ctrl_c(pets: Path, number: int, code: int) -> None:
-    (pets / "cats" / "big.jpg").write_bytes(jpeg((9, 99, 199), (500, 400)))
-    for i in range(2000):
-        (pets / "cats" / f"big{i}.jpg").hardlink_to(pets / "cats" / "big.jpg")
-    command = [sys.executable, "-m", "alexnet_cli", "prepare", "pets", "--workers", "1"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while not list(Path("prepared").glob("pets/.partial/*.tar.tmp")) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(number)
-    _, said = process.communicate(timeout=60)
+    """The signal comes while the third image is written."""
+    code_to_run = f"""
+        import itertools, os
+        from alexnet_cli.cli import main
+        from alexnet_cli.core.data.shard_writer import ShardWriter
+        add, calls = ShardWriter.add, itertools.count(1)
+        def add_and_signal(*arguments):
+            if next(calls) == 3:
+                os.kill(os.getpid(), {number:d})
+            add(*arguments)
+        ShardWriter.add = add_and_signal
+        main(["prepare", "pets", "--workers", "1"])
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code_to_run)]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    said = process.stderr
     assert process.returncode == code, said
     assert not list(Path("prepared").glob("pets/.partial/*.tar.tmp"))
     assert "error: interrupted: no shard was finished yet" in said
