@@ -8,9 +8,8 @@ import os
 import signal
 import subprocess
 import sys
-import time
-import warnings
 import textwrap
+import warnings
 from pathlib import Path
 from typing import Any
 
