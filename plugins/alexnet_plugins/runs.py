@@ -27,6 +27,7 @@ PARTS_OF_A_RUN = ("run.json", "recipe.toml", "metrics.jsonl", "checkpoints")
 BATCH = 128
 LONGEST_TEXT = 60  # characters of a cell; --json has the whole text
 DATE = "%Y-%m-%dT%H:%M:%S%z"
+HEADS = ("run", "data", "recipe", "epochs", "top-1 error", "weights", "date", "status")
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class RunSummary:
 
     @property
     def error(self) -> str:
-        """The lowest top-1 error and its epoch, for people."""
+        """The top-1 error of the best epoch, for people."""
         return "-" if self.top1_error is None else f"{self.top1_error:.1%} (epoch {self.best_epoch})"
 
 
@@ -76,9 +77,9 @@ def runs(
 ) -> None:
     """List the runs, or compare two.
 
-    The list has data, recipe, epochs, lowest top-1 error, size of the weights, date and status of each run, newest
-    first. The comparison has what differs in recipe, data and versions, and classifies the same validation images with
-    both networks.
+    The list has data, recipe, epochs, top-1 error of the best epoch, size of the weights, date and status of each run,
+    newest first. The comparison has what differs in recipe, data and versions, and classifies the same validation
+    images with both networks.
     """
     from alexnet_cli.core.runs.run import Run
 
@@ -191,9 +192,7 @@ def make_table(summaries: Sequence[RunSummary], *, grouped: bool) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(
-        "run", "data", "recipe", "epochs", "top-1 error", "weights", "date", "status", box=None, pad_edge=False
-    )
+    table = Table(*HEADS, box=None, pad_edge=False)
     studies: dict[str, list[RunSummary]] = {}
     for summary in summaries:  # newest first, so an ablation stands where its newest run would
         study = summary.name.partition("/")[0] if grouped and "/" in summary.name else ""
@@ -240,18 +239,11 @@ def compare_runs(reporter: Reporter, pair: tuple[Run, Run], data: str | None) ->
     if broken := next((summary for summary in summaries if summary.status == "broken"), None):
         raise DataError(f"run {broken.name} cannot be read: {broken.problem}", "alexnet runs lists those that can")
     differences = find_differences(*pair)
-    names = [summary.name for summary in summaries]
-    table = Table("", box=None, pad_edge=False)
-    for name in names:
-        table.add_column(Text(make_printable(name)))
-    rows = zip(*map(_format_run, summaries), strict=True)
-    for label, cells in zip(("", "data", "recipe", "epochs", "error", "weights", "date", "status"), rows, strict=True):
-        if label:
-            table.add_row(label, *(Text(make_printable(cell)) for cell in cells))
-    for difference in differences:
-        table.add_row(
-            difference["key"], *(Text(make_printable(_format_value(value))) for value in difference["values"])
-        )
+    table = Table("", "", "", box=None, pad_edge=False, show_header=False)
+    rows = [*zip(HEADS, *map(_format_run, summaries), strict=True)]
+    rows += [(difference["key"], *map(_format_value, difference["values"])) for difference in differences]
+    for head, *cells in rows:
+        table.add_row(head, *(Text(make_printable(cell)) for cell in cells))
     reporter.show(table)
     try:
         measured = measure_pair(reporter, pair, data)
@@ -262,7 +254,7 @@ def compare_runs(reporter: Reporter, pair: tuple[Run, Run], data: str | None) ->
         measured = {}
     reporter.result({"runs": [asdict(summary) for summary in summaries], "differences": differences, **measured})
     if measured:
-        _show_measured(reporter, names, measured)
+        _show_measured(reporter, [summary.name for summary in summaries], measured)
 
 
 def _format_value(value: Any) -> str:
