@@ -107,6 +107,8 @@ class SplitTotals:
     sums: PixelSums = field(default_factory=PixelSums)
     rejected: list[dict[str, str]] = field(default_factory=list)
     damaged: list[dict[str, str]] = field(default_factory=list)
+    single_color: list[int] = field(default_factory=list)
+    """Rows in the source of images of a single color."""
 
     def add(self, shard: FinishedShard) -> None:
         """Add the next shard."""
@@ -114,6 +116,7 @@ class SplitTotals:
         self.sums.merge(shard.sums)
         self.rejected += shard.rejected
         self.damaged += shard.damaged
+        self.single_color += shard.facts["row"][shard.facts["single_color"]].tolist()
 
     @property
     def images(self) -> int:
@@ -301,12 +304,16 @@ def _write_dataset(plan: Plan, totals: Mapping[str, SplitTotals]) -> None:
     _check_counts(plan, totals)
     rejected = [line for split in totals.values() for line in split.rejected]
     damaged = [line for split in totals.values() for line in split.damaged]
+    single_color = [
+        {"split": name, "path": plan.source.splits[name].name(row)}
+        for name, split in totals.items()
+        for row in split.single_color
+    ]
     per_class = {name: np.zeros(len(plan.source.classes), np.int64) for name in totals}
     stats = SourceStats()
-    single_color: list[dict[str, str]] = []
     checksums = {}
     for name, split in totals.items():
-        chunks = _index_chunks(plan, name, split, per_class[name], stats, single_color)
+        chunks = _index_chunks(plan, name, split, per_class[name], stats)
         checksums[index_name(name)] = write_chunks(plan.output / index_name(name), chunks)
     duplicates = _find_duplicates(plan, totals, stats)
     for file, data in {
@@ -353,23 +360,13 @@ def _check_counts(plan: Plan, totals: Mapping[str, SplitTotals]) -> None:
 
 
 def _index_chunks(
-    plan: Plan,
-    split: str,
-    totals: SplitTotals,
-    per_class: npt.NDArray[np.int64],
-    stats: SourceStats,
-    single_color: list[dict[str, str]],
+    plan: Plan, split: str, totals: SplitTotals, per_class: npt.NDArray[np.int64], stats: SourceStats
 ) -> Iterator[bytes]:
-    """The bytes of a split's index, an .npy file.
-
-    Also counts labels in `per_class` and facts in `stats`, and lists images of a single color.
-    """
+    """The bytes of a split's index, an .npy file. Also counts labels in `per_class` and facts in `stats`."""
     yield encode_npy_header(ROW, totals.images)
     for shard in _read_shards(plan, split, totals):
         per_class += np.bincount(shard.rows["label"], minlength=len(per_class))
         stats.add(shard.facts)
-        rows = shard.facts["row"][shard.facts["single_color"]].tolist()
-        single_color += [{"split": split, "path": plan.source.splits[split].name(row)} for row in rows]
         yield shard.rows.tobytes()
 
 

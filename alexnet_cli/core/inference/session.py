@@ -223,16 +223,15 @@ def _read_file(path: Path) -> tuple[bytes, Constants]:
     """
     if not path.is_file():
         raise WeightsError(f"{path} does not exist", "name a run, or an .onnx file that `alexnet export` wrote")
-    content, metadata, constants = bytearray(), bytearray(), Constants()
+    content, metadata, constants, name = bytearray(), bytearray(), Constants(), path.resolve().name
     try:
         if path.stat().st_size > MAX_BYTES:
             raise ValueError("it is larger than 2 GB")
-        data = map_file(path)
-        for number, value, field in _fields(data):
+        for number, value, field in _fields(map_file(path)):
             if number == METADATA:
                 metadata += field
             elif number == GRAPH and isinstance(value, memoryview):
-                parts = [_take_constant(*part, constants, path.resolve().name, data) for part in _fields(value)]
+                parts = [_take_constant(*part, constants, name) for part in _fields(value)]
                 content += _message(GRAPH, b"".join(parts))
             else:
                 content += field
@@ -240,15 +239,14 @@ def _read_file(path: Path) -> tuple[bytes, Constants]:
         what = f"{path} cannot be opened: {getattr(error, 'strerror', None) or error}"
         raise WeightsError(what, "the file is corrupt or not ONNX; `alexnet export` writes one") from error
     # The key under which a tensor anywhere in the file names another file or an address in memory.
-    own = len(constants) * (1 + path.resolve().name.count("location"))
-    if content.count(b"location") > own:
+    if content.count(b"location") > len(constants) * (1 + name.count("location")):
         hint = "open only files that `alexnet export` wrote; for another program's file: alexnet import-weights"
         raise WeightsError(f"{path} refers to other files, which is not allowed", hint)
     return bytes(content + metadata), constants
 
 
 def _take_constant(
-    number: int, value: int | memoryview, field: memoryview, constants: Constants, name_of_file: str, file: memoryview
+    number: int, value: int | memoryview, field: memoryview, constants: Constants, file_name: str
 ) -> bytes | memoryview:
     """Add a large constant in a field of a graph to `constants`. Returns the field with its place for the values."""
     if number != INITIALIZER or not isinstance(value, memoryview) or len(value) < LARGE_BYTES:
@@ -266,15 +264,15 @@ def _take_constant(
     if str(name, "utf-8") in constants:
         raise ValueError(f"two constants have the name {str(name, 'utf-8')}")
     constants[str(name, "utf-8")] = np.frombuffer(data, TYPES[kind]).reshape(shape)
-    offset = _address(data) - _address(file)
-    place = {"location": name_of_file, "offset": str(offset), "length": str(len(data))}
+    place = {"location": file_name, "offset": str(_find_offset(data)), "length": str(len(data))}
     entries = [_message(KEY, key.encode()) + _message(VALUE, text.encode()) for key, text in place.items()]
     return _message(INITIALIZER, rest + b"".join(_message(EXTERNAL_DATA, entry) for entry in entries) + IS_EXTERNAL)
 
 
-def _address(data: memoryview) -> int:
-    address: int = np.frombuffer(data, np.uint8).__array_interface__["data"][0]
-    return address
+def _find_offset(data: memoryview) -> int:
+    """Return how many bytes of the mapped file come before a part of it."""
+    part, whole = (np.frombuffer(buffer, np.uint8).__array_interface__["data"][0] for buffer in (data, data.obj))
+    return int(part - whole)
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview, memoryview]]:
