@@ -91,14 +91,14 @@ def find_ilsvrc_wnids(names: Sequence[str]) -> list[str]:
 
     Lists differ in a few names, and some have "crane" and "maillot" twice: one in ten may be called otherwise.
     """
-    known = [_simplify_name(name) for name in _torchvision_names()]
-    equal = sum(_simplify_name(name) == other for name, other in zip(names, known, strict=False))
+    known = [simplify_name(name) for name in _torchvision_names()]
+    equal = sum(simplify_name(name) == other for name, other in zip(names, known, strict=False))
     return ilsvrc_wnids() if len(names) == 1000 and equal >= 900 else []
 
 
-def _simplify_name(name: str) -> str:
-    """Return the first word in small letters: "great_white_shark" and "Great white shark, white shark" are one."""
-    return name.partition(",")[0].replace("_", " ").strip().lower()
+def simplify_name(name: str) -> str:
+    """Return the letters of the first synonym, small: "great_white_shark" and "Great white shark, ..." are one."""
+    return re.sub(r"[^a-z]", "", name.partition(",")[0].lower())
 
 
 def ilsvrc_wnids() -> list[str]:

@@ -23,11 +23,6 @@ READABLE_FORMATS = "JPEG, PNG, WebP, GIF, BMP, TIFF and PPM"
 IMAGE_SUFFIXES = {
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pnm"
 }  # fmt: skip
-UNREADABLE_SUFFIXES = {
-    ".heic", ".heif", ".hif", ".avif", ".jxl", ".jp2", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf",
-    ".svg", ".psd",
-}  # fmt: skip
-"""Suffixes of image formats that cannot be read, or only with a plug-in of Pillow's."""
 SHOWN_SUFFIXES = 5  # in a message
 SPLIT_WORDS = {
     "train": ("train", "training", "trainset", "trainval"),
@@ -70,7 +65,7 @@ def detect_train_and_val(path: Path) -> DetectedLayout | None:
     if val_folders:
         layout = f"{layout} and {_join(val_folders, '/CLASS')}"
         val, others = list_val(path, val_folders, keys)
-        notes += describe_left_out(f"{_join(val_folders)}", (), others)
+        notes += describe_left_out(_join(val_folders), (), others)
     notes += _describe_loose(path, *train_folders, *val_folders) + _describe_unused(path, splits, keys)
     return DetectedLayout(layout, keys, train, val, notes)
 
@@ -170,7 +165,7 @@ def list_train(root: Path, *folders: str) -> tuple[list[str], ImageList, tuple[s
         raise DataError(f"{place} has {has}", "put the images of each class into a folder of its own; two are needed")
     _refuse_splits(place, keys)
     images, others, empty = _list_split(root, folders, keys)
-    return keys, images, describe_left_out("", empty, Counter()) + describe_left_out(_join(folders), (), others)
+    return keys, images, describe_left_out(_join(folders), empty, others)
 
 
 def list_val(root: Path, folders: Sequence[str], keys: Sequence[str]) -> tuple[ImageList, Counter[str]]:
@@ -263,10 +258,10 @@ def list_images(root: Path, folders: Sequence[str]) -> tuple[ImageFiles, Counter
 
 
 def describe_left_out(where: str, empty: Sequence[str], others: Counter[str]) -> tuple[str, ...]:
-    """Return notes on empty classes and on files without an image suffix."""
+    """Return notes on empty classes, and on files `where` that have no image suffix."""
     notes = []
     if empty:
-        names = ", ".join(f"{where}{name}" for name in empty[:3]) + (", ..." if len(empty) > 3 else "")
+        names = ", ".join(empty[:3]) + (", ..." if len(empty) > 3 else "")
         notes.append(f"left out (no images inside): {names}")
     if others:
         place = f" in {where}" if where else ""
@@ -321,8 +316,9 @@ def _find_alike(inside: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
 
 
 def select_unreadable(others: Counter[str]) -> Counter[str]:
-    """Return the suffixes of image formats that cannot be read."""
-    return Counter({ending: count for ending, count in others.items() if ending.lower() in UNREADABLE_SUFFIXES})
+    """Return the suffixes of image formats that cannot be read, of files without a readable one."""
+    suffixes = {suffix for other in OTHER_FORMATS for suffix in other.suffixes}
+    return Counter({ending: count for ending, count in others.items() if ending.lower() in suffixes})
 
 
 def format_suffixes(others: Counter[str]) -> str:

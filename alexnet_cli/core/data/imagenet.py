@@ -162,7 +162,7 @@ def _scan_class_archives(
     if len(keys) < 2:
         place = archives[0] if len(archives) == 1 else archives[0].parent
         raise DataError(f"{place} has fewer than two WNID.tar with images", f"check that it is {TRAIN_TAR}")
-    empty = sorted({key for key, _, _ in classes} - set(keys))
+    empty = sorted(f"{where}{key}" for key in {key for key, _, _ in classes} - set(keys))
     return DetectedLayout(layout, keys, images, notes=describe_left_out(where, empty, others))
 
 

@@ -206,7 +206,7 @@ def write_names(model: Model, path: Path) -> Path:
 def check_names(model: Model, path: Path) -> None:
     """Raise UsageError if `write_names` would replace a file that belongs to no ONNX file: it is the user's own."""
     names_path = path.with_suffix(".names.txt")
-    if names_path.exists() and not path.exists() and names_path.read_text("utf-8", "replace") != _format_names(model):
+    if names_path.exists() and not path.exists() and names_path.read_bytes() != _format_names(model).encode():
         raise UsageError(f"{names_path} exists, and there is no {path.name} it belongs to", "move it, or change -o")
 
 

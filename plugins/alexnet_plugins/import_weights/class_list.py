@@ -22,6 +22,7 @@ from alexnet_cli.core.data.classes import (
     ilsvrc_wnids,
     is_ilsvrc,
     name_classes,
+    simplify_name,
 )
 from alexnet_cli.core.data.devkit import read_devkit
 from alexnet_cli.core.files import read_text
@@ -67,7 +68,7 @@ def is_reordered(classes: Sequence[ClassName]) -> bool:
     wnids = [entry.wnid for entry in classes if entry.wnid]
     if len(wnids) == len(classes):
         return is_ilsvrc(wnids) and wnids != ilsvrc_wnids()
-    names, known = ([_first_word(entry.name) for entry in entries] for entries in (classes, ilsvrc_classes()))
+    names, known = ([simplify_name(entry.name) for entry in entries] for entries in (classes, ilsvrc_classes()))
     in_place = sum(name == other for name, other in zip(names, known, strict=False))
     return len(names) == 1000 and in_place < 500 <= len(set(names) & set(known))
 
@@ -177,8 +178,3 @@ def _name_classes(path: Path, names: list[str], wnids: Sequence[str | None]) -> 
                 hint = "give each class another name, or a wnid before its name"
                 raise WeightsError(f"{path} lists {text} {times} times", hint)
     return classes
-
-
-def _first_word(name: str) -> str:
-    """Return the first synonym in small letters only: `great_white_shark, man-eater` gives "greatwhiteshark"."""
-    return re.sub(r"[^a-z]", "", name.partition(",")[0].lower())
