@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 from difflib import get_close_matches
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ OTHER_NAMES = {  # commands and options of other tools -> ours, the first that t
     "devices": ("gpus",), "batch": ("batch-size",), "learning-rate": ("lr",), "lr0": ("lr",), "workers": ("jobs",),
     "num-workers": ("jobs",),
 }  # fmt: skip
-LISTS = {"IDS": (r"[\d,]+", ","), "A,B": (r"[a-z\d,-]+", ","), "KEY=VALUE": (r"[^=]+", "=")}
+LISTS = {"IDS": (r"[\d,]+", ","), "A,B": (r"[a-z\d,][a-z\d,-]*", ","), "KEY=VALUE": (r"[^=-][^=]*", "=")}
 """Metavar of an option that takes several words as one -> what a word looks like, and what stands between two."""
 
 
@@ -88,20 +89,12 @@ def _suggest_for_extra(command: Any, words: list[str], extra: str) -> str:
     key, equals, value = extra.partition("=")
     if equals and (hint := _suggest_option(command, key, value)):
         return hint
-    takes_value = {opt for param in command.params for opt in param.opts if not getattr(param, "is_flag", False)}
-    before = ["", "", *words]  # two words before each
-    places = (i for i, word in enumerate(words) if word == extra and before[i + 1] not in takes_value)
-    place = next(places, len(words))
-    option, first = before[place : place + 2]
-    metavar = next((param.metavar for param in command.params if option in param.opts), None)
-    pattern, separator = LISTS.get(metavar or "", ("(?!)", ""))
-    rest = []
-    for word in words[place:]:
-        if word.startswith("-") or not re.fullmatch(pattern, word):
-            break
-        rest.append(word)
-    if rest and re.fullmatch(pattern, first):
-        return _ask(f"{option} {separator.join([first.rstrip(','), *rest])}")
+    metavars = {opt: param.metavar for param in command.params for opt in param.opts}
+    for place, option in enumerate(words[:-2]):
+        pattern, separator = LISTS.get(metavars.get(option) or "", ("(?!)", ""))
+        values = list(takewhile(re.compile(pattern).fullmatch, words[place + 1 :]))
+        if values[1:2] == [extra]:
+            return _ask(f"{option} {separator.join([values[0].rstrip(','), *values[1:]])}")
     return _suggest_for_name(command, extra)
 
 
