@@ -239,12 +239,14 @@ class LossPlateauCheck:
 
 def suggest_fix(recipe: Recipe, counts: ClassCounts, is_fine_tuning: bool) -> str:
     """The hint for a network that does not start to learn. `counts` is training images per class."""
-    if not is_fine_tuning and recipe.init == "gaussian" and recipe.conv345_std < 0.03:
-        return "train again with larger initial weights, as in the authors' code: --set conv345_std=0.03"
-    if not is_fine_tuning and recipe.init == "gaussian" and recipe.bias > 0.1:
-        return "train again with smaller initial biases, as in Caffe: --set bias=0.1; or use --recipe fast"
-    if not is_fine_tuning and has_few_images(int(counts.sum()), len(counts)):
-        return f"{_count(int(counts.sum()), 'training image')} are few: {FEW_IMAGES_HINT}"
+    images = int(counts.sum())
+    if not is_fine_tuning:
+        if recipe.init == "gaussian" and recipe.conv345_std < 0.03:
+            return "train again with larger initial weights, as in the authors' code: --set conv345_std=0.03"
+        if recipe.init == "gaussian" and recipe.bias > 0.1:
+            return "train again with smaller initial biases, as in Caffe: --set bias=0.1; or use --recipe fast"
+        if has_few_images(images, len(counts)):
+            return f"{_count(images, 'training image')} are few: {FEW_IMAGES_HINT}"
     return f"check the labels; if they are right, try another learning rate than {recipe.learning_rate:g} (--lr)"
 
 

@@ -116,15 +116,14 @@ class Schedule:
         recipe, rising = self.recipe, WARM_UP_SHARE * self.steps_per_epoch * self.recipe.epochs
         return self.learning_rate(step) if recipe.schedule == "one-cycle" and step < rising else recipe.learning_rate
 
-    def observe(self, error: float) -> bool:
-        """Take in an epoch's validation error. Returns whether it is the lowest so far."""
+    def observe(self, error: float) -> None:
+        """Take in an epoch's validation error."""
         if error < self.best_error:
             self.best_error, self.epochs_since_best = error, 0
-            return True
+            return
         self.epochs_since_best += 1
         if self.recipe.schedule == "plateau" and self.epochs_since_best >= self.recipe.plateau_epochs:
             self.drops, self.epochs_since_best = self.drops + 1, 0
-        return False
 
     @property
     def is_finished(self) -> bool:

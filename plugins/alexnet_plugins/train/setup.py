@@ -83,8 +83,8 @@ def choose_data(data: str | None, run: Run | None) -> tuple[Path, str]:
     from alexnet_cli.core.data.shards import find_dataset, list_datasets
     from alexnet_cli.core.runs.resolve import find_recorded_data
 
-    about = run.about if run else {}
-    spec = data or (str(find_recorded_data(about) or about.get("data_path")) if run else None)
+    recorded = (find_recorded_data(run.about) or run.about.get("data_path")) if run else None
+    spec = data or (str(recorded) if recorded else None)
     path = find_dataset(spec)
     others = [name for name in list_datasets() if name != path.name]
     if spec or os.environ.get("ALEXNET_DATA") or not others:
