@@ -105,7 +105,7 @@ def test_a_number_has_the_same_digits_in_a_caption_and_in_a_table(shown: Run) ->
     ("precision", "resumed", "row", "is_noted"),
     [
         ("fp32", [], "fp32", False),
-        ("fp32", [{"precision": "bf16"}], "bf16 (the device lacks the recipe's fp32)", True),
+        ("fp32", [{"precision": "bf16"}], "bf16 (recipe: fp32)", True),
         ("bf16", [{"precision": "fp32"}], "fp32", False),
         (None, [], "", False),
     ],

@@ -240,10 +240,9 @@ def _list_speed(report: Report) -> list[tuple[str, str]]:
 
 
 def _describe_precision(report: Report) -> str:
-    """The precision of the training, and that of the recipe if the device lacks it."""
+    """The precision of the training, and that of the recipe if it differs, as on a device that lacks it."""
     asked = report.recipe.precision
-    lacks = f" (the device lacks the recipe's {asked})" if report.precision not in ("", asked) else ""
-    return report.precision + lacks
+    return report.precision + (f" (recipe: {asked})" if report.precision not in ("", asked) else "")
 
 
 def _list_origin(report: Report) -> list[tuple[str, str]]:
