@@ -73,15 +73,15 @@ def _suggest_option(command: Any, typed: str, value: str) -> str:
     options = {opt.strip("-"): param for param in command.params for opt in param.opts if opt.startswith("--")}
     if not name:
         return ""
-    same = [other for other in (name, *OTHER_NAMES.get(name, ())) if other in options]
-    if not same and "set" in options and (key := name.replace("-", "_")) in FIELDS:
+    near = [option for option in (name, *OTHER_NAMES.get(name, ())) if option in options][:1]
+    if not near and "set" in options and (key := name.replace("-", "_")) in FIELDS:
         return _ask(f"--set {key}={shlex.quote(value or 'VALUE')}")
-    near = same[:1] or [other for other in options if other.startswith(name) or name.startswith(other)]
+    near = near or [option for option in options if option.startswith(name) or name.startswith(option)]
     near = near or get_close_matches(name, options, 3, 0.75)
     if len(near) == 1 and value and not getattr(options[near[0]], "is_flag", False):
         value = suggest_gpus(value) or value if near[0] == "gpus" else value
         return _ask(f"--{near[0]} {shlex.quote(value)}")
-    return _ask(*(f"--{other}" for other in near))
+    return _ask(*(f"--{option}" for option in near))
 
 
 def _suggest_for_extra(command: Any, words: list[str], extra: str) -> str:

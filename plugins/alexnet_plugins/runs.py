@@ -296,8 +296,7 @@ def measure_pair(reporter: Reporter, pair: tuple[Run, Run], data: str | None) ->
     weights = [find_weights(str(run.path.absolute())) for run in pair]
     if data is None and len({run.about["data_hash"] for run in pair if run.about.get("data_hash")}) > 1:
         raise DataError("they were trained on different data sets", "name one: alexnet runs A B --data D")
-    own = (find_training_data(path) for path in weights)
-    dataset = open_dataset(find_dataset(data or next((path for path in own if path), None)))
+    dataset = open_dataset(find_dataset(data or next(filter(None, map(find_training_data, weights)), None)))
     neither, only_second, only_first, both = count_correct(reporter, weights, dataset)
     images = neither + only_second + only_first + both
     return {

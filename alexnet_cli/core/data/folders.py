@@ -191,12 +191,12 @@ def list_val(root: Path, folders: Sequence[str], keys: Sequence[str]) -> tuple[I
 
 def _list_split(root: Path, parts: Sequence[str], keys: Sequence[str]) -> tuple[ImageList, Counter[str], list[str]]:
     """Return the images of the classes in all parts, the number of other files by suffix, and the other folders."""
-    found = [
+    places = [
         (f"{part}/{key}", label) for label, key in enumerate(keys) for part in parts if (root / part / key).is_dir()
     ]
     empty = [f"{part}/{key}" for part in parts for key in class_folders(root / part)[1] if key not in keys]
-    images, others = list_images(root, [*(folder for folder, _ in found), *empty])
-    return images.relabel(array("I", [found[row][1] for row in images.labels])), others, empty
+    images, others = list_images(root, [*(folder for folder, _ in places), *empty])
+    return images.relabel(array("I", [places[index][1] for index in images.labels])), others, empty
 
 
 def _read_annotations(annotations: Path, label_of: Mapping[str, int]) -> dict[str, int]:
@@ -384,8 +384,8 @@ def describe_system_folders(root: Path) -> tuple[str, ...]:
             names.remove(name)
             files = (file for _, _, files in os.walk(os.path.join(folder, name)) for file in files)
             counts[name] += sum(has_image_suffix(file) for file in files)
-    found = [f"{name} ({count:,} image{'s' * (count > 1)})" for name, count in counts.items() if count]
-    return (f"left out (folders of a NAS or system): {', '.join(found)}",) if found else ()
+    texts = [f"{name} ({count:,} image{'s' * (count > 1)})" for name, count in counts.items() if count]
+    return (f"left out (folders of a NAS or system): {', '.join(texts)}",) if texts else ()
 
 
 def _list_entries(folder: Path, unlisted: list[str] | None = None) -> list[os.DirEntry[str]]:

@@ -213,11 +213,11 @@ def _open_image(data: bytes) -> Iterator[Image.Image]:
     if not data:
         raise DataError("the file is empty")
     _check_scans(data)
-    other = _find_other_format(data)
-    if other and not can_read(other):
-        raise DataError(f"it is {other.name}: {other.remedy}")
+    other_format = _find_other_format(data)
+    if other_format and not can_read(other_format):
+        raise DataError(f"it is {other_format.name}: {other_format.remedy}")
     try:
-        with Image.open(io.BytesIO(data), formats=(other.pillow_name,) if other else FORMATS) as image:
+        with Image.open(io.BytesIO(data), formats=(other_format.pillow_name,) if other_format else FORMATS) as image:
             if image.height * image.width > MAX_PIXELS:
                 size = f"{image.height:,} x {image.width:,} pixels"
                 raise DataError(f"it has {size}, more than {MAX_PIXELS:,}: a decompression bomb?")

@@ -113,7 +113,7 @@ class Plan:
         """The source, and the targets of links in it, down to the class folders."""
         source = self.source.path
         yield source.resolve()
-        splits = (folder for found in find_splits(source).values() for folders in found for folder in folders)
+        splits = (folder for choices in find_splits(source).values() for folders in choices for folder in folders)
         for folder in (source, *(source / name for name in splits)):
             if folder.is_dir():
                 yield from (entry.resolve() for entry in folder.iterdir() if entry.is_symlink() and entry.is_dir())

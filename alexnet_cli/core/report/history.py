@@ -91,8 +91,8 @@ class History:
     @property
     def best(self) -> Mapping[str, Any] | None:
         """The epoch whose network is the best one, as the training chose it."""
-        marked = (epoch for epoch in reversed(self.epochs) if epoch.get("best") is True)
-        return next((epoch for epoch in marked if get_number(epoch, "top1_error") is not None), None)
+        improved = (epoch for epoch in reversed(self.epochs) if epoch.get("best") is True)
+        return next((epoch for epoch in improved if get_number(epoch, "top1_error") is not None), None)
 
     @property
     def seconds(self) -> float | None:

@@ -241,8 +241,9 @@ def _list_speed(report: Report) -> list[tuple[str, str]]:
 
 def _describe_precision(report: Report) -> str:
     """The precision of the training, and that of the recipe if it differs, as on a device that lacks it."""
-    asked = report.recipe.precision
-    return report.precision + (f" (recipe: {asked})" if report.precision not in ("", asked) else "")
+    recipe_precision = report.recipe.precision
+    differs = report.precision not in ("", recipe_precision)
+    return report.precision + (f" (recipe: {recipe_precision})" if differs else "")
 
 
 def _list_origin(report: Report) -> list[tuple[str, str]]:

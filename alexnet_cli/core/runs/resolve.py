@@ -70,8 +70,8 @@ def find_recorded_data(about: Mapping[str, Any]) -> Path | None:
     data = about.get("data_path")
     if isinstance(data, str) and os.path.isdir(data):
         return shorten_path(Path(data))
-    moved = (ROOT / name for name in list_datasets())
-    return next((path for path in moved if hash_file(path / RECORD) == about.get("data_hash")), None)
+    prepared = (ROOT / name for name in list_datasets())
+    return next((path for path in prepared if hash_file(path / RECORD) == about.get("data_hash")), None)
 
 
 def shorten_path(path: Path) -> Path:
