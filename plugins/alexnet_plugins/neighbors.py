@@ -53,13 +53,7 @@ def neighbors(
     from alexnet_cli.core.data.shards import find_dataset, open_dataset
     from alexnet_cli.core.drawing import draw_sheet, save_figure
     from alexnet_cli.core.inference.inputs import expand_inputs, name_inputs
-    from alexnet_cli.core.runs.resolve import (
-        find_run_folder,
-        find_training_data,
-        find_weights,
-        is_training_data,
-        name_weights,
-    )
+    from alexnet_cli.core.runs.resolve import choose_figure_path, find_training_data, find_weights
 
     reporter = Reporter("neighbors", json=json, quiet=quiet)
     if output is not None and output.suffix.lower() != ".png":
@@ -84,11 +78,8 @@ def neighbors(
         if len(sheet) < MAX_ROWS:
             sheet.append(make_sheet_row(name, image, rows, distances, split, dataset.classes))
     if sheet:
-        run, read = find_run_folder(path), len(sources) - failed
-        own_data = run is not None and is_training_data(path, dataset)
-        parts = (f"{k}-neighbors", "" if own_data else dataset.path.resolve().name, name_weights(path))
-        name = "-".join(part for part in (name_inputs(inputs), *parts) if part)
-        target = output or ((run / "figures" if run else Path()) / f"{name}.png")
+        read = len(sources) - failed
+        target = output or choose_figure_path(path, name_inputs(inputs), f"{k}-neighbors", dataset=dataset)
         replaced = " · replaces the previous file" if target.is_file() else ""
         title = f"nearest training images of {dataset.name} by Euclidean distance in fc7, {path}"
         save_figure(draw_sheet(sheet, title), target)

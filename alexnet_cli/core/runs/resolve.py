@@ -117,11 +117,18 @@ def is_best(path: Path) -> bool:
     return best is None or not best.exists() or path.resolve().parent == best.resolve()
 
 
-def name_weights(path: Path) -> str:
-    """What the name of a figure says of its weights: "" for the best of a run, else the checkpoint or the file."""
-    if find_run_folder(path) and (is_best(path) or path.name == ONNX):
-        return ""
-    return path.resolve().parent.name if path.name == MODEL else path.stem
+def choose_figure_path(weights: Path, *parts: str, dataset: Dataset | None = None) -> Path:
+    """The file of a figure in figures/ of the run of a weights file, or in the current folder if there is no run.
+
+    Its name is made of `parts`, of the data set unless the run was trained on it, and of the checkpoint or the file of
+    the weights unless it is the best of the run.
+    """
+    run = find_run_folder(weights)
+    data_name = "" if dataset is None or (run and is_training_data(weights, dataset)) else dataset.path.resolve().name
+    is_usual = run and (is_best(weights) or weights.name == ONNX)
+    weights_name = "" if is_usual else weights.resolve().parent.name if weights.name == MODEL else weights.stem
+    name = "-".join(filter(None, (*parts, data_name, weights_name)))
+    return (run / "figures" if run else Path()) / f"{name}.png"
 
 
 def is_training_data(path: Path, dataset: Dataset) -> bool:

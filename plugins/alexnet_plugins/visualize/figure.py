@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from alexnet_cli.console import Reporter
+    from alexnet_cli.core.data.shards import Dataset
     from alexnet_cli.core.model.model_file import Model
 
 
@@ -26,12 +27,11 @@ class FigureRequest:
     output: Path | None
     """The file named with -o."""
 
-    def choose_path(self, *parts: str) -> Path:
-        """The file named with -o, or a file in figures/ of the run, named by `parts` and by the weights."""
-        from alexnet_cli.core.runs.resolve import name_weights
+    def choose_path(self, *parts: str, dataset: Dataset | None = None) -> Path:
+        """The file named with -o, or the usual one for a figure of these `parts` and this data set."""
+        from alexnet_cli.core.runs.resolve import choose_figure_path
 
-        name = "-".join(part for part in (*parts, name_weights(self.model.path)) if part)
-        return self.output or ((self.run / "figures" if self.run else Path()) / f"{name}.png")
+        return self.output or choose_figure_path(self.model.path, *parts, dataset=dataset)
 
     @property
     def tower_name(self) -> str:

@@ -27,7 +27,7 @@ def draw_unit_patches(
     from alexnet_cli.core.data.shards import find_dataset, open_dataset
     from alexnet_cli.core.drawing import draw_sheet
     from alexnet_cli.core.inference.session import Session
-    from alexnet_cli.core.runs.resolve import find_training_data, is_training_data
+    from alexnet_cli.core.runs.resolve import find_training_data
 
     reporter, model = request.reporter, request.model
     width, towers = len(model.tensors[f"{layer}.bias"]), model.recipe.towers
@@ -49,8 +49,7 @@ def draw_unit_patches(
         names = [dataset.classes[split.labels[row]].name for row in top.rows[number][:3]]
         reporter.show(make_printable(f"unit    {number:<6}{top.values[number, 0]:<12.3g}{', '.join(names)}"))
     parts = [f"{layer}-units", request.tower_name] if unit is None else [f"{layer}-unit{unit}"]
-    has_own_data = request.run is not None and is_training_data(model.path, dataset)
-    path = request.choose_path(*parts, "" if has_own_data else dataset.path.resolve().name)
+    path = request.choose_path(*parts, dataset=dataset)
     title = ", ".join([layer, *request.origin, f"validation images of {dataset.name}"])
     rows = make_sheet_rows(top, units, split, dataset.classes, model.recipe, layer)
     records = make_records(top, units, split, dataset.classes, model.recipe, layer)
