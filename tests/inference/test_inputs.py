@@ -16,7 +16,7 @@ from PIL import Image
 from alexnet_cli.core.data import images
 from alexnet_cli.core.data.images import PixelBudget
 from alexnet_cli.core.inference import inputs
-from alexnet_cli.core.inference.inputs import expand_inputs, load_image, prefetch
+from alexnet_cli.core.inference.inputs import expand_inputs, load_image, name_inputs, prefetch
 from alexnet_cli.errors import DataError
 from model_files import draw
 
@@ -124,6 +124,14 @@ def test_too_much_on_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inputs, "MAX_BYTES", 1000)
     with pytest.raises(DataError, match="more than 1,000 bytes"):
         expand_inputs(["-"], io.BytesIO(b"y\n" * 600))
+
+
+def test_names_of_figures_tell_inputs_apart_and_are_short() -> None:
+    typed = [["owl.png"], ["owl.webp"], ["other/owl.png"], ["owl.png", "owl.webp"], ["-"]]
+    typed += [["ö" * 100 + end] for end in ("1.png", "2.png")]
+    names = [name_inputs(arguments) for arguments in typed]
+    assert len(set(names)) == len(typed)
+    assert all("/" not in name and len(name.encode()) <= 90 for name in names)
 
 
 def test_a_folder_gives_no_thumbnails_of_a_nas(tmp_path: Path) -> None:
