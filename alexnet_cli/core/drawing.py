@@ -60,13 +60,15 @@ def use_own_style(style: Mapping[Any, Any]) -> Iterator[None]:
     Draw a `matplotlib.figure.Figure`; pyplot would need a backend.
     """
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it logs about the user's settings and home folder
-    environment = dict(os.environ)
+    settings = {"MPLBACKEND": "agg", "MATPLOTLIBRC": os.devnull}
+    users = {name: os.environ[name] for name in settings if name in os.environ}
     try:  # the import fails for a settings file in UTF-16, or the backend of a notebook that has another matplotlib
-        os.environ |= {"MPLBACKEND": "agg", "MATPLOTLIBRC": os.devnull}
+        os.environ |= settings
         import matplotlib
     finally:
-        os.environ.clear()
-        os.environ.update(environment)
+        for name in settings:
+            del os.environ[name]
+        os.environ |= users
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(style)

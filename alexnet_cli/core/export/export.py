@@ -178,18 +178,6 @@ def export(model: Model, path: Path, crops: Crops, precision: Precision = "fp32"
     return result
 
 
-def paired_interval(only_first: int, only_second: int, images: int) -> tuple[float, float]:
-    """95 % interval of how much more often a first network is right than a second, on the same images.
-
-    `only_first` and `only_second` count the images that only one classifies correctly. The interval is that of Agresti
-    and Min (2005): not of width 0 if no answer differs.
-    """
-    images, different = images + 2, only_first + only_second + 1
-    difference = (only_first - only_second) / images
-    half = 1.96 * math.sqrt(different / images - difference**2) / math.sqrt(images)
-    return max(-1.0, difference - half), min(1.0, difference + half)
-
-
 def write_names(model: Model, path: Path) -> Path:
     """Write the class names next to the ONNX file `path`, for runtimes that cannot read its metadata.
 
@@ -212,6 +200,18 @@ def check_names(model: Model, path: Path) -> None:
 
 def _format_names(model: Model) -> str:
     return "".join(" ".join(c.name.splitlines()) + "\n" for c in model.classes)
+
+
+def paired_interval(only_first: int, only_second: int, images: int) -> tuple[float, float]:
+    """95 % interval of how much more often a first network is right than a second, on the same images.
+
+    `only_first` and `only_second` count the images that only one classifies correctly. The interval is that of Agresti
+    and Min (2005): not of width 0 if no answer differs.
+    """
+    images, different = images + 2, only_first + only_second + 1
+    difference = (only_first - only_second) / images
+    half = 1.96 * math.sqrt(different / images - difference**2) / math.sqrt(images)
+    return max(-1.0, difference - half), min(1.0, difference + half)
 
 
 @dataclass(frozen=True)

@@ -112,9 +112,11 @@ def _best_or_last(run: Path, step: Any) -> str:
 def is_best(path: Path) -> bool:
     """Whether a weights file is the best checkpoint of its run. True if there is no run or no best checkpoint yet."""
     run = find_run_folder(path)
-    best = run / "checkpoints" / "best" if run else None
-    best = read_link(best) or best if best else None
-    return best is None or not best.exists() or path.resolve().parent == best.resolve()
+    if run is None:
+        return True
+    link = run / "checkpoints" / "best"
+    best = read_link(link) or link  # a folder, where a program that copied the run has followed the link
+    return not best.exists() or path.resolve().parent == best.resolve()
 
 
 def choose_figure_path(weights: Path, *parts: str, dataset: Dataset | None = None) -> Path:
