@@ -122,8 +122,7 @@ def is_best(path: Path) -> bool:
 def choose_figure_path(weights: Path, *parts: str, dataset: Dataset | None = None) -> Path:
     """The file of a figure in figures/ of the run of a weights file, or in the current folder if there is no run.
 
-    Its name is made of `parts`, of the data set unless the run was trained on it, and of the checkpoint or the file of
-    the weights unless it is the best of the run.
+    Its name is made of `parts`, the data set if not that of the run, and the checkpoint if not the best of the run.
     """
     run = find_run_folder(weights)
     data_name = "" if dataset is None or (run and is_training_data(weights, dataset)) else dataset.path.resolve().name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -17,6 +18,7 @@ from alexnet_cli.options import JsonFlag, QuietFlag
 from alexnet_cli.recipe import Order, Recipe
 
 if TYPE_CHECKING:
+    from alexnet_cli.core.data.classes import ClassName
     from alexnet_plugins.import_weights.imported import ImportedNetwork
 
 BARE_FORMATS = ("PyTorch", "safetensors")  # they contain tensors and nothing about the network
@@ -71,7 +73,7 @@ def import_weights(
     Makes a run from the weights of a two-tower AlexNet.
     """
     from alexnet_cli.core.files import hash_file
-    from alexnet_plugins.import_weights import class_list, convert
+    from alexnet_plugins.import_weights import convert
 
     reporter = Reporter("import-weights", json=json, quiet=quiet)
     name = output or re.sub(r"[^\w.-]", "_", file.stem).strip(".") or "imported"
@@ -81,8 +83,8 @@ def import_weights(
     if network.format not in BARE_FORMATS and (recipe or pixels):
         raise UsageError(f"{file} itself says how its network is built", "leave --recipe and --pixels out")
     network = _set_order(network, order)
-    is_zoo = network.recipe.pool_ceil == "pool5"  # geometry of the zoo's graphs only
-    if is_zoo and grid == "trained":
+    is_resized = grid == "trained" and network.recipe.pool_ceil == "pool5"  # geometry of the zoo's graphs only
+    if is_resized:
         network = replace(network, recipe=replace(network.recipe, input_size=227, edge_padding=True, pool_ceil="all"))
     sha1 = hash_file(file, "sha1")
     published = convert.PUBLISHED.get(sha1)
@@ -96,18 +98,8 @@ def import_weights(
     towers = f"{built.towers} tower{'s' if built.towers > 1 else ''}"
     reporter.line("model", f"AlexNet · {towers} · {parameters:,} parameters")
     reporter.line("input", _describe_input(network, built, names_from))
-    notes = _list_notes(network, mean, names_from, is_sure=bool(published or classes))
-    if is_zoo and grid == "trained":
-        what = (
-            "the graph has 224 pixels and maps of 54, 26, 12 and 6; its weights are used at 227, as Caffe trained them"
-        )
-        notes.insert(0, f"{what} (--grid file: as in the graph)")
-    warnings = _list_warnings(network, order, names_from)
-    if class_list.is_reordered(names):
-        warnings.append(
-            f"{classes} has ILSVRC's 1000 classes, but not in the order of their wnids, as Caffe's networks have them. "
-            "Unless this network was trained in the order of the list, all names are wrong: leave --classes out"
-        )
+    notes = _list_notes(network, mean, names_from, is_sure=bool(published or classes), is_resized=is_resized)
+    warnings = _list_warnings(network, order, names, names_from)
     for note in notes:
         reporter.line("note", note)
     for warning in warnings:
@@ -149,8 +141,12 @@ def _describe_input(network: ImportedNetwork, built: Recipe, names_from: str) ->
     return " · ".join(parts)
 
 
-def _list_warnings(network: ImportedNetwork, order: str | None, names_from: str) -> list[str]:
-    """Return what the file does not say although the results depend on it."""
+def _list_warnings(
+    network: ImportedNetwork, order: str | None, names: Sequence[ClassName], names_from: str
+) -> list[str]:
+    """Return what the file does not say although the results depend on it, and names that are probably wrong."""
+    from alexnet_plugins.import_weights.class_list import is_reordered
+
     warnings = []
     if network.format in BARE_FORMATS:
         warnings.append(
@@ -162,12 +158,25 @@ def _list_warnings(network: ImportedNetwork, order: str | None, names_from: str)
         warnings.append(f"the file does not show what follows layers 1 and 2: {assumed} is assumed (--order)")
     if names_from.startswith("numbers"):
         warnings.append("the classes have no names: give a list, or ILSVRC's development kit, with --classes")
+    if is_reordered(names):
+        warnings.append(
+            f"{names_from} has ILSVRC's 1000 classes, but not in the order of their wnids, as Caffe's networks have "
+            "them. Unless this network was trained in the order of the list, all names are wrong: leave --classes out"
+        )
     return warnings
 
 
-def _list_notes(network: ImportedNetwork, mean: Path | None, names_from: str, is_sure: bool) -> list[str]:
-    """Return assumptions that are probably right. `is_sure`: the file or the class list is known."""
+def _list_notes(
+    network: ImportedNetwork, mean: Path | None, names_from: str, *, is_sure: bool, is_resized: bool
+) -> list[str]:
+    """Return assumptions that are probably right.
+
+    `is_sure`: the file or the class list is known. `is_resized`: another input size than the file's is used.
+    """
     notes = []
+    if is_resized:
+        what = "the graph has 224 pixels and maps of 54, 26, 12 and 6"
+        notes.append(f"{what}; its weights are used at 227, as Caffe trained them (--grid file: as in the graph)")
     if mean is None and network.pixels != "imagenet":
         color = " ".join(f"{value:.1f}" for value in network.mean)
         notes.append(f"no --mean file: the mean color {color} (RGB) is subtracted; results differ little")
