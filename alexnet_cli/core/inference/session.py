@@ -271,7 +271,8 @@ def _take_constant(
 
 def _find_offset(data: memoryview) -> int:
     """Return how many bytes of the mapped file come before a part of it."""
-    part, whole = (np.frombuffer(view, np.uint8).__array_interface__["data"][0] for view in (data, memoryview(data.obj)))
+    views = data, memoryview(data.obj)
+    part, whole = (np.frombuffer(view, np.uint8).__array_interface__["data"][0] for view in views)
     return int(part - whole)
 
 
