@@ -110,6 +110,15 @@ def _check_documented_json(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Reporter, "result", check)
 
 
+@pytest.fixture(autouse=True)
+def _restore_signal_handlers() -> Iterator[None]:
+    """Undo what `cli.main` does to signals at its end: the process of the tests does not end with it."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture(params=["links", "no links"])
 def _any_disk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run a test on a disk with symbolic links, and as on exFAT or a Samba share."""
