@@ -73,7 +73,7 @@ def test_an_error_of_guessing_is_no_achievement(
     training.trainer.steps_done = steps
     training.best = (best, 0.7) if best is not None else None
     said = describe_result(training)
-    assert said[0].startswith(f" · best top-1 error {reached}" if reached else "")
+    assert said[0].startswith(f" · best epoch: top-1 error {reached}" if reached else "")
     assert said[1].startswith(way_on)
 
 

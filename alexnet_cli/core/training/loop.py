@@ -100,6 +100,8 @@ class TrainingLoop:
     transfer: Transfer | None = None
     epoch_metrics: RunningMetrics = field(default_factory=RunningMetrics)
     """Sums over the current epoch so far."""
+    first_step: int = 0
+    """Steps that were done before: 0, or those of the checkpoint that it resumes from."""
     saved_step: int = 0
     best: tuple[float, float] | None = None
     """Top-1 error and loss of the best epoch, as `rank_network` orders them."""
@@ -130,6 +132,7 @@ class TrainingLoop:
         trainer, recipe = self.trainer, self.trainer.recipe
         stop = trainer.placement.ranks.agree_on_stop(stop, list(EXIT_CODES))
         metrics = self.restore(resume_from) if resume_from else {}
+        self.first_step = trainer.steps_done
         self.run.begin(recipe, trainer.steps_done, trainer.epoch)
         yield from self._log_start()
         split = self.data.split("train")

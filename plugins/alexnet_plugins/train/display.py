@@ -283,7 +283,8 @@ def finish(reporter: Reporter, loop: TrainingLoop, reason: str) -> None:
     write_onnx(reporter, loop)
     if reason == "finished":
         run.update({"status": "finished", "reason": reason})
-    write_report(reporter, loop)
+    if trainer.steps_done > loop.first_step:  # otherwise the report may have more: what `alexnet report` has added
+        write_report(reporter, loop)
     if reason == "max-steps":
         steps = f"step {trainer.steps_done:,} of {trainer.total_steps:,}"
         reporter.line("stopped", f"{run.path} · at {steps} (--max-steps)")
@@ -326,7 +327,7 @@ def describe_result(loop: TrainingLoop) -> tuple[str, str]:
         return "", "alexnet evaluate"
     (error, _), epochs = loop.best, trainer.epochs_begun
     train, val = (baselines.count_images(data.split(name).labels, len(data.classes)) for name in ("train", "val"))
-    reached, images = f" · best top-1 error {error:.1%}", int(val.sum())
+    reached, images = f" · best epoch: top-1 error {error:.1%}", int(val.sum())
     if images < baselines.FEW_IMAGES:
         low, high = baselines.wilson_interval(error, images)
         reached += f" of {images} image{'' if images == 1 else 's'} (95 % interval {low:.1%} to {high:.1%})"
