@@ -280,6 +280,13 @@ def touch_classes(root: Path, *folders: str, classes: str = "cat dog", images: i
             "test_set/test_set/ (6 images) is not used; rename it to val/ to validate on it",
         ),
         (["train", "val", "later"], "train/CLASS and val/CLASS", (6, 6), "left out (not a split by name): later/"),
+        (["train", "val/test_set"], "train/CLASS and val/test_set/CLASS", (6, 6), None),  # renamed as the note says
+        (
+            ["Final_Training/Images", "Final_Validate/Images"],
+            "Final_Training/Images/CLASS and Final_Validate/Images/CLASS",
+            (6, 6),
+            None,
+        ),
         (["train", "train_more 2", "val"], "train/CLASS and val/CLASS", (6, 6), None),
     ],
 )
@@ -326,6 +333,11 @@ def test_parts_of_a_split_may_have_different_classes(tmp_path: Path) -> None:
             "splits inside: train/, val/$",
             "train_data",
         ),
+        (
+            ["Set(1)/Set(1)/train/a/1.jpg", "Set(1)/Set(1)/val/a/1.jpg", "test/test/1.jpg"],
+            "splits inside",
+            r"Set\(1\)\?",
+        ),
         (["cat/train/1.jpg", "cat/val/1.jpg", "dog/train/1.jpg", "dog/val/1.jpg"], "splits inside", "train/CLASS"),
     ],
 )
@@ -350,6 +362,10 @@ def test_names_that_only_look_like_splits_are_classes(classes: list[str], tmp_pa
 def test_classes_with_the_same_folders_inside_give_a_warning(tmp_path: Path) -> None:
     touch_classes(tmp_path, "lernen", "pruefen")
     assert detect_source(tmp_path).warnings == ("lernen/, pruefen/ hold the same folders: cat/, dog/",)
+    touch_classes(tmp_path / "domains", "amazon/images", "dslr/images")
+    assert "amazon/images/, dslr/images/ hold" in detect_source(tmp_path / "domains").warnings[0]
+    touch_classes(tmp_path / "twice", ".", "twice")
+    assert detect_source(tmp_path / "twice").warnings == ("./, twice/ hold the same folders: cat/, dog/",)
     touch_classes(tmp_path / "other", "cat", "dog", classes="images")  # one folder of a common name is usual
     assert not detect_source(tmp_path / "other").warnings
 

@@ -26,12 +26,13 @@ IMAGE_SUFFIXES = {
 SHOWN_SUFFIXES = 5  # in a message
 SPLIT_WORDS = {
     "train": ("train", "training", "trainset", "trainval"),
-    "val": ("val", "valid", "validation", "dev", "eval", "evaluation", "valset"),
+    "val": ("val", "valid", "validation", "validate", "dev", "eval", "evaluation", "valset"),
     "test": ("test", "testing", "testset"),
 }
 """Words by which a folder is known to be a split; of two folders, the one with the earlier word is used."""
 FILLERS = {"set", "data", "dataset", "images", "image", "imgs", "img", "seg", "split", "part", "folder", "x"}
 """Words that may stand beside them: "training_set", "seg_train", "train.X1"."""
+NEUTRAL_WORDS = FILLERS.union(*SPLIT_WORDS.values())
 SYSTEM_FOLDER = re.compile(
     r"\.|[@#$][a-z]|__[a-z]|(lost\+found|system volume information|network trash folder|temporary items|recycler)$",
     re.I,
@@ -44,9 +45,12 @@ def detect_class_folders(path: Path) -> DetectedLayout | None:
     folders, empty = class_folders(path)
     if len(folders) < 2:
         return None
-    inside = {name: class_folders(path / name)[0] for name in folders}
-    for name, inner in inside.items():
+    inside = {".": folders}
+    for name in folders:
+        while len(inner := class_folders(path / name)[0]) == 1:
+            name = f"{name}/{inner[0]}"
         _refuse_splits(str(path / name), inner)
+        inside[name] = inner
     images, others = list_images(path, [*folders, *empty])
     notes = describe_left_out("", empty, others) + _describe_loose(path, ".")
     return DetectedLayout("one folder per class", folders, images, notes=notes, warnings=_find_alike(inside))
@@ -93,15 +97,14 @@ def detect_tiny_imagenet(path: Path) -> DetectedLayout | None:
 def find_splits(path: Path) -> dict[str, list[list[str]]]:
     """Return the folders directly under `path` that are splits by name: see `_group_splits`.
 
-    A split inside a folder of its own name (seg_train/seg_train) is given with that folder.
+    A single folder inside is added if its name has no new word: seg_train/seg_train, Final_Training/Images.
     """
     splits = _group_splits([entry.name for entry in _list_entries(path) if _is_folder(entry)])
-    for split, choices in splits.items():
-        for folders in choices:
-            for i, name in enumerate(folders):
-                inside, _ = class_folders(path / name)
-                if len(inside) == 1 and _parse_split(inside[0])[0] == split:
-                    folders[i] = f"{name}/{inside[0]}"
+    for folders in (folders for choices in splits.values() for folders in choices):
+        for i, name in enumerate(folders):
+            inside, _ = class_folders(path / name)
+            if len(inside) == 1 and _list_words(inside[0]) <= NEUTRAL_WORDS | _list_words(name):
+                folders[i] = f"{name}/{inside[0]}"
     return splits
 
 
@@ -127,12 +130,17 @@ def _group_splits(names: Sequence[str]) -> dict[str, list[list[str]]]:
 
 def _parse_split(name: str) -> tuple[str, str, frozenset[str]]:
     """Return the split that a folder is by its name, the word that says so, and its other words; "" if it is none."""
-    words = {word.lower() for word in re.findall("[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)}
+    words = _list_words(name)
     for split, known in SPLIT_WORDS.items():
         for word in known:
             if word in words:
-                return split, word, frozenset(words - FILLERS.union(*SPLIT_WORDS.values()))
+                return split, word, frozenset(words - NEUTRAL_WORDS)
     return "", "", frozenset()
+
+
+def _list_words(name: str) -> set[str]:
+    """Return the words of a folder's name in small letters: seg and train in SegTrain2."""
+    return {word.lower() for word in re.findall("[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)}
 
 
 def _list_classes(root: Path, folders: Sequence[str]) -> list[str]:
