@@ -400,6 +400,20 @@ def test_folders_of_a_system_are_left_out_and_counted(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("line", ["{} {}", "{},{}", '"{}";"{}"', "'{}'\t'{}'", "{}: {}"])
+def test_columns_of_words(line: str, tmp_path: Path) -> None:
+    names = {"n00000001": "red fox, Vulpes", "n00000002": 'a "bear'}
+    touch(tmp_path, *(f"{wnid}/{i}.jpg" for wnid in names for i in range(2)))
+    (tmp_path / "words.txt").write_text("".join(line.format(*pair) + "\n" for pair in names.items()))
+    assert [name.name for name in detect_source(tmp_path).classes] == ["red fox", 'a "bear']
+
+
+def test_words_of_other_classes_are_no_names(tmp_path: Path) -> None:
+    touch(tmp_path, *(f"{wnid}/{i}.jpg" for wnid in ("n01440764", "n01443537") for i in range(2)))
+    (tmp_path / "words.txt").write_text("n00000001\tbear\n")
+    assert [name.name for name in detect_source(tmp_path).classes] == ["tench", "goldfish"]
+
+
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
 def test_words_and_annotations_written_on_windows(encoding: str, tmp_path: Path) -> None:
     touch(tmp_path, "train/n00000001/images/1.JPEG", "train/n00000002/images/2.JPEG", "val/images/val_0.JPEG")

@@ -19,6 +19,8 @@ from alexnet_cli.core.files import read_text
 
 WNID = re.compile(r"n\d{8}")
 """A WordNet id, by which ImageNet names a class."""
+WORDS_START = re.compile(r"""\s*["']?(n\d{8})["']?[\s,;:]+""")
+QUOTED = re.compile(r"""^(["'])(.*)\1$""")
 WNIDS_SHA256 = "385e0240499426c022b773be1ae4da780f057b89c9694c7f47199f62746b6edd"
 """sha256 of the 1000 wnids of ILSVRC 2012, sorted and joined by line feeds."""
 TORCHVISION_LIST = "_IMAGENET_CATEGORIES"
@@ -60,11 +62,15 @@ def name_classes(keys: Sequence[str], words: Mapping[str, str]) -> tuple[ClassNa
 
 
 def read_words(path: Path) -> dict[str, str]:
-    """Return names by wnid from words.txt in a folder or in its train/, with lines `n02123045<TAB>tabby, tabby cat`."""
+    """Return names by wnid from words.txt in a folder or in its train/, with lines `n02123045<TAB>tabby, tabby cat`.
+
+    A space, comma or semicolon may separate the two, and each may have quotes.
+    """
     for file in (path / "words.txt", path / "train" / "words.txt"):
         if file.is_file():
-            pairs = (line.partition("\t") for line in read_text(file).splitlines())
-            return {wnid.strip(): text.strip() for wnid, _, text in pairs if text.strip()}
+            lines = (WORDS_START.sub(r"\1\t", line) for line in read_text(file).splitlines())
+            pairs = (line.partition("\t") for line in lines)
+            return {wnid.strip(): QUOTED.sub(r"\2", text.strip()) for wnid, _, text in pairs if text.strip()}
     return {}
 
 

@@ -112,15 +112,15 @@ def _find_words(path: Path, detected: DetectedLayout) -> tuple[Mapping[str, str]
     """Return names by key, from the source, its words.txt or ILSVRC's list; and the notes, with some on that list."""
     words = detected.words or read_words(path)
     wnids = [key for key in detected.keys if WNID.fullmatch(key)]
-    if words or not wnids:
+    if not wnids or not words.keys().isdisjoint(wnids):
         return words, detected.notes
-    words = {wnid: name for wnid, name in ilsvrc_words(wnids).items() if name not in detected.keys}
+    known = {wnid: name for wnid, name in ilsvrc_words(wnids).items() if name not in detected.keys}
     notes, total = list(detected.notes), f"of {len(detected.keys):,} classes"
-    if words:
-        notes.append(f"{len(words):,} {total} are named as in torchvision's list of ILSVRC 2012")
-    if unnamed := len(wnids) - len(words):
+    if known:
+        notes.append(f"{len(known):,} {total} are named as in torchvision's list of ILSVRC 2012")
+    if unnamed := len(wnids) - len(known):
         notes.append(f"{unnamed:,} {total} have only a wnid; name them in words.txt, one wnid<TAB>name per line")
-    return words, tuple(notes)
+    return {**words, **known}, tuple(notes)
 
 
 def _split_by_name(images: ImageList, classes: int, fraction: float) -> dict[str, ImageList]:
