@@ -49,6 +49,10 @@ def test_of_several_prepared_sets_the_newest_is_named_and_the_others(
     moved = Run.create("moved", TINY, {"data_path": "/nowhere/prepared/a", "data_hash": open_dataset(prepared).hash})
     (tmp_path / "prepared" / "a" / "dataset.json").write_text("{}", encoding="utf-8")
     assert choose_data(None, moved) == (Path("prepared/b"), "")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")  # the run's own project has it
+    assert choose_data(None, Run.open(str(tmp_path / "runs" / "moved"))) == (tmp_path / "prepared" / "b", "")
+    monkeypatch.chdir(tmp_path)
     lost = Run.create("lost", TINY, {"data_path": "/nowhere/prepared/a", "data_hash": "another"})
     with pytest.raises(DataError, match="no prepared data set /nowhere/prepared/a"):
         choose_data(None, lost)

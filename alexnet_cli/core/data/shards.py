@@ -285,11 +285,11 @@ def find_dataset(spec: str | None) -> Path:
     raise DataError(f"no prepared data set under {ROOT.absolute()}", "make one with alexnet prepare SOURCE")
 
 
-def list_datasets() -> list[str]:
+def list_datasets(root: Path = ROOT) -> list[str]:
     """Names of the data sets under prepared/, sorted."""
-    if not ROOT.is_dir():
+    if not root.is_dir():
         return []
-    return sorted(path.name for path in ROOT.iterdir() if not path.is_symlink() and (path / RECORD).is_file())
+    return sorted(path.name for path in root.iterdir() if not path.is_symlink() and (path / RECORD).is_file())
 
 
 def _read_array(path: Path) -> npt.NDArray[Any]:

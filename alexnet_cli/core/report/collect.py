@@ -190,7 +190,7 @@ def find_run_data(run: Run | None, spec: str | None) -> Dataset | str:
     path = about.get("data_path")
     known = Path(path) if isinstance(path, str) else None
     try:
-        dataset = open_dataset(find_recorded_data(about) or known or find_dataset(None))
+        dataset = open_dataset((run and find_recorded_data(run)) or known or find_dataset(None))
     except (AlexNetError, OSError, ValueError) as error:  # the last two if the recorded path is no path at all
         reason = error.what if isinstance(error, AlexNetError) else str(error)
         name = f"the data set {about.get('data') or known.name} cannot be opened: " if known else ""

@@ -58,20 +58,21 @@ def find_weights(spec: str | None, suffixes: Sequence[str] = (".safetensors",)) 
 def find_training_data(path: Path) -> str | None:
     """The prepared data set on which the run of a weights file was trained; None if it no longer exists."""
     run = find_run_folder(path)
-    data = find_recorded_data(Run(run).about) if run else None
+    data = find_recorded_data(Run(run)) if run else None
     return str(data) if data else None
 
 
-def find_recorded_data(about: Mapping[str, Any]) -> Path | None:
+def find_recorded_data(run: Run) -> Path | None:
     """The prepared data set that run.json names. None if it is neither there nor, with the same hash, under prepared/.
 
-    It is under prepared/ if the whole project was moved.
+    It is under prepared/, here or where runs/ lies, if the whole project was moved.
     """
-    data = about.get("data_path")
+    data = run.about.get("data_path")
     if isinstance(data, str) and os.path.isdir(data):
         return shorten_path(Path(data))
-    prepared = (ROOT / name for name in list_datasets())
-    return next((path for path in prepared if hash_file(path / RECORD) == about.get("data_hash")), None)
+    roots = (ROOT, shorten_path(run.path.absolute().parent.parent / ROOT))
+    moved = (root / name for root in roots for name in list_datasets(root))
+    return next((path for path in moved if hash_file(path / RECORD) == run.about.get("data_hash")), None)
 
 
 def shorten_path(path: Path) -> Path:

@@ -83,7 +83,7 @@ def choose_data(data: str | None, run: Run | None) -> tuple[Path, str]:
     from alexnet_cli.core.data.shards import find_dataset, list_datasets
     from alexnet_cli.core.runs.resolve import find_recorded_data
 
-    recorded = (find_recorded_data(run.about) or run.about.get("data_path")) if run else None
+    recorded = (find_recorded_data(run) or run.about.get("data_path")) if run else None
     spec = data or (str(recorded) if recorded else None)
     path = find_dataset(spec)
     others = [name for name in list_datasets() if name != path.name]
