@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -74,6 +77,35 @@ def test_a_quickly_opened_session_agrees_with_onnx_runtime_alone(files: dict[str
         np.testing.assert_allclose(
             Session(files[name], provider="cpu", fast_start=fast_start).logits(crops), expected, atol=1e-4
         )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the names of files are text on other systems")
+def test_a_name_that_is_no_utf_8(files: dict[str, Path], tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"caf\xe9") / os.fsdecode(b"n\xe9t.onnx")
+    path.parent.mkdir()
+    shutil.copy(files["fp16"], path)
+    crops = synthetic_crops(224, 1)
+    expected = Session(files["fp16"], provider="cpu").logits(crops)
+    np.testing.assert_array_equal(Session(path, provider="cpu").logits(crops), expected)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows does not replace a mapped file")
+def test_a_file_replaced_while_it_is_opened_is_refused(
+    files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its graph and class names would come from one file, and its weights from the other."""
+    read_source = session._read_source
+
+    def read_and_replace(path: session.ModelSource, layer: str | None) -> Any:
+        result = read_source(path, layer)
+        (tmp_path / "new.onnx").replace(tmp_path / "a.onnx")
+        return result
+
+    for name in ("a.onnx", "new.onnx"):
+        shutil.copy(files["fp32"], tmp_path / name)
+    monkeypatch.setattr(session, "_read_source", read_and_replace)
+    with pytest.raises(WeightsError, match=r"a\.onnx was replaced"):
+        Session(tmp_path / "a.onnx", provider="cpu")
 
 
 def test_the_mean_image_is_that_of_the_model(files: dict[str, Path]) -> None:

@@ -88,11 +88,14 @@ class Session:
             source = model_file.read_model(source)
         self.source, self.layer = source, layer
         self.path = source if isinstance(source, Path) else source.path
+        identity = _identify(source)
         content, self._constants = _read_source(source, layer)
         with _capture_native_stderr() as captured:
             providers = _make_providers("cpu" if fast_start and provider == "auto" else provider, gpu)
             # ONNX Runtime by itself would use all cores of the machine, even those that are not allowed.
             self._session, self._values = self._open(content, providers, threads or count_cores(), fast_start)
+        if _identify(source) != identity:  # ONNX Runtime has opened it by its name, and mapped another's weights
+            raise WeightsError(f"{self.path} was replaced while it was opened", "try again")
         self.device = "cuda" if self._session.get_providers()[0] == CUDA else "cpu"
         self.fallback_reason = _explain_fallback(captured[0]) if len(providers) > 1 and self.device == "cpu" else ""
         if provider == "cuda" and self.device == "cpu":
@@ -117,7 +120,7 @@ class Session:
         try:
             values: list[Any] = []
             if isinstance(self.source, Path):
-                options.add_session_config_entry(FOLDER, str(self.path.resolve().parent))
+                options.add_session_config_entry(FOLDER, os.fsencode(self.path.resolve().parent))
             elif self._constants:
                 values = [onnxruntime.OrtValue.ortvalue_from_numpy(value) for value in self._constants.values()]
                 options.add_external_initializers(list(self._constants), values)
@@ -212,6 +215,15 @@ def _read_source(source: ModelSource, layer: str | None) -> tuple[bytes, Constan
     return proto.SerializeToString(), constants
 
 
+def _identify(source: ModelSource) -> tuple[int, ...] | None:
+    """Return numbers that are others when a file was replaced. None for a model in memory and a missing file."""
+    if isinstance(source, Path):
+        with contextlib.suppress(OSError):
+            status = source.stat()
+            return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+    return None
+
+
 def _read_file(path: Path) -> tuple[bytes, Constants]:
     """Return an ONNX file without its large constants, and these by name, as views of the mapped file.
 
@@ -223,7 +235,7 @@ def _read_file(path: Path) -> tuple[bytes, Constants]:
     """
     if not path.is_file():
         raise WeightsError(f"{path} does not exist", "name a run, or an .onnx file that `alexnet export` wrote")
-    content, metadata, constants, name = bytearray(), bytearray(), Constants(), path.resolve().name
+    content, metadata, constants, name = bytearray(), bytearray(), Constants(), os.fsencode(path.resolve().name)
     try:
         if path.stat().st_size > MAX_BYTES:
             raise ValueError("it is larger than 2 GB")
@@ -239,14 +251,14 @@ def _read_file(path: Path) -> tuple[bytes, Constants]:
         what = f"{path} cannot be opened: {getattr(error, 'strerror', None) or error}"
         raise WeightsError(what, "the file is corrupt or not ONNX; `alexnet export` writes one") from error
     # The key under which a tensor anywhere in the file names another file or an address in memory.
-    if content.count(b"location") > len(constants) * (1 + name.count("location")):
+    if content.count(b"location") > len(constants) * (1 + name.count(b"location")):
         hint = "open only files that `alexnet export` wrote; for another program's file: alexnet import-weights"
         raise WeightsError(f"{path} refers to other files, which is not allowed", hint)
     return bytes(content + metadata), constants
 
 
 def _take_constant(
-    number: int, value: int | memoryview, field: memoryview, constants: Constants, file_name: str
+    number: int, value: int | memoryview, field: memoryview, constants: Constants, file_name: bytes
 ) -> bytes | memoryview:
     """Add a large constant in a field of a graph to `constants`. Returns the field with its place for the values."""
     if number != INITIALIZER or not isinstance(value, memoryview) or len(value) < LARGE_BYTES:
@@ -264,8 +276,8 @@ def _take_constant(
     if str(name, "utf-8") in constants:
         raise ValueError(f"two constants have the name {str(name, 'utf-8')}")
     constants[str(name, "utf-8")] = np.frombuffer(data, TYPES[kind]).reshape(shape)
-    place = {"location": file_name, "offset": str(_find_offset(data)), "length": str(len(data))}
-    entries = [_message(KEY, key.encode()) + _message(VALUE, text.encode()) for key, text in place.items()]
+    place = {b"location": file_name, b"offset": b"%d" % _find_offset(data), b"length": b"%d" % len(data)}
+    entries = [_message(KEY, key) + _message(VALUE, text) for key, text in place.items()]
     return _message(INITIALIZER, rest + b"".join(_message(EXTERNAL_DATA, entry) for entry in entries) + IS_EXTERNAL)
 
 
