@@ -118,7 +118,9 @@ def test_a_link_of_a_disk_without_links_is_replaced_by_one_with(
     assert not (tmp_path / "latest").is_symlink()
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"\0", b"best", b"two\nlines", bytes(10000)])
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff\xfe", b"\0", b"best", b"two\nlines", bytes(10000), b"..", b"../best/x", b"best/x", b"/etc"]
+)
 def test_other_files_are_no_links(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "best").write_bytes(content)
     assert read_link(tmp_path / "best") is None

@@ -83,21 +83,20 @@ def write_and_verify(path: Path, content: bytes | memoryview) -> str:
 
 
 def replace_link(link: Path, target: Path) -> None:
-    """Make `link`, which has one of LINK_NAMES, point to the folder `target`, atomically.
+    """Make `link`, which has one of LINK_NAMES, point to the folder `target` beside it, atomically.
 
-    It becomes a relative symbolic link. On Windows, and on disks without links, it is a text file with the same path.
+    It becomes a symbolic link. On Windows, and on disks without links, it is a text file with the folder's name.
     """
     if link.is_dir() and not link.is_symlink():  # a program that copied the folder has followed the link
         raise OSError(errno.EISDIR, f"{link} is a folder, not a link: rename or delete it")
-    path = Path(os.path.relpath(target, link.parent)).as_posix()
     if sys.platform != "win32":  # there, links need special rights, and one to a folder cannot be replaced
         temporary = link.with_name(f".{link.name}.{os.getpid()}.tmp")
         temporary.unlink(missing_ok=True)
         with suppress(OSError, AttributeError):
-            os.symlink(path, temporary)
+            os.symlink(target.name, temporary)
             temporary.replace(link)
             return
-    write_text(link, path + "\n")
+    write_text(link, target.name + "\n")
 
 
 def read_link(link: Path) -> Path | None:
@@ -108,7 +107,9 @@ def read_link(link: Path) -> Path | None:
         return None
     with suppress(UnicodeDecodeError), link.open("rb") as file:
         text = file.read(4096).decode().strip()
-        return link.parent / text if text.isprintable() and Path(text).name not in {"", *LINK_NAMES} else None
+        # as `replace_link` writes it: a folder beside the link, and no other link, which could lead back
+        is_name = text == Path(text).name and text.isprintable() and text not in {"..", *LINK_NAMES}
+        return link.parent / text if text and is_name else None
     return None
 
 
