@@ -60,7 +60,7 @@ def test_a_changed_source_is_noticed(shapes: Path, packed_shapes: Path, tmp_path
     list(pack(make_plan(source, output), 1))
     one, other = sorted(source.rglob("*.jpg"))[:2]
     one.write_bytes(other.read_bytes() + bytes(3))
-    with pytest.raises(UsageError, match="another prepared data set: other images or classes"):
+    with pytest.raises(UsageError, match="another prepared data set: other images or --val-fraction"):
         make_plan(source, output).state()
 
 

@@ -175,7 +175,7 @@ class Plan:
     def _check_settings(self, record: Path, problem: str) -> None:
         existing = _read_settings(record)
         differences = [
-            "other images, classes or --val-fraction" if key == "fingerprint" else f"{key} {existing.get(key)}, not {value}"
+            "other images or --val-fraction" if key == "fingerprint" else f"{key} {existing.get(key)}, not {value}"
             for key, value in self.settings.items()
             if existing.get(key) != value
         ]

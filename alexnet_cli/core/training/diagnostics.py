@@ -27,7 +27,7 @@ from alexnet_cli.recipe import Recipe, find_closest_recipe, format_set_option, f
 
 UNUSUAL_RATE_FACTOR = 3  # warn of a learning rate this many times above or below what the batch size suggests
 PLATEAU_TOLERANCE = 0.02  # a loss within this share of the loss of guessing is a plateau
-PLATEAU_RECORDS = 10  # all of so many losses must be on the plateau: one batch may differ by chance
+PLATEAU_RECORDS = 10  # the median of so many losses must be on the plateau too: one batch may differ by chance
 IMBALANCE_FACTOR = 10  # warn if the commonest class has this many times the images of the rarest
 FEW_PER_CLASS = 100  # training images of each class; hardly any network learns from fewer, starting at random
 VAL_SHARE = 0.3  # of the images, to validate on if there are few; advised if it is less than half of this
@@ -225,7 +225,7 @@ class LossPlateauCheck:
         self.recent_losses.append(record.loss)
         if self.has_warned or record.step < self.patience or np.count_nonzero(self.counts) == 1:
             return None
-        if min(self.recent_losses) < (1 - PLATEAU_TOLERANCE) * self.flat_loss:
+        if min(record.loss, np.median(self.recent_losses)) < (1 - PLATEAU_TOLERANCE) * self.flat_loss:
             return None
         self.has_warned = True
         classes = len(self.counts)
