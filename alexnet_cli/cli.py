@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
@@ -202,6 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         sys.stdout.flush()
     except BrokenPipeError:
         code = _silence_stdout()
+    atexit.register(setattr, sys, "stdout", sys.stderr)  # what plugins print at exit is no result
     sys.exit(code)
 
 

@@ -355,6 +355,13 @@ def test_what_a_plugin_prints_on_import_is_not_in_the_result(plugin: Callable[..
     assert (result.stdout, result.stderr) == ("hello world", "welcome to the greeting library\n")
 
 
+def test_what_a_plugin_prints_at_exit_is_not_in_the_result(plugin: Callable[..., Path]) -> None:
+    path = plugin("hello", "import atexit\natexit.register(print, 'goodbye')\n" + HELLO)
+    listed = started("plugins", "--json", path=path)
+    assert json.loads(listed.stdout)["schema"] == "alexnet.plugins/1"
+    assert "goodbye" in listed.stderr
+
+
 def test_what_a_library_prints_is_not_in_the_json_of_a_command(monkeypatch: pytest.MonkeyPatch) -> None:
     def greet() -> list[devices.Gpu]:
         print("welcome to the driver")  # noqa: T201
