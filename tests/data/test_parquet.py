@@ -150,6 +150,18 @@ def test_what_is_said_of_a_test_split(labels: tuple[int | None, ...], val: bool,
     assert detect_source(tmp_path).notes[0] == note
 
 
+def test_files_of_other_splits_are_named(tmp_path: Path) -> None:
+    rows: list[Row] = [(imagenet_files.jpeg(i % 2, i), None, i % 2) for i in range(6)]
+    for name in ("train-0", "dev-0", "eval-0", "unsupervised-0"):
+        write_shard(tmp_path / "pets" / "data" / f"{name}.parquet", rows, ["a", "b"])
+    source = detect_source(tmp_path / "pets")
+    assert source.notes == ("left out (not one of these splits): data/eval-0.parquet, data/unsupervised-0.parquet",)
+    assert len(source.splits["val"]) == 6
+    with pytest.raises(DataError) as caught:
+        detect_source(tmp_path)
+    assert caught.value.hint == "give the folder that holds train-*.parquet"
+
+
 def test_bare_wnids_and_short_words_are_named(tmp_path: Path) -> None:
     rows: list[Row] = [(imagenet_files.jpeg(i % 2, i), None, i % 2) for i in range(6)]
     write_shard(tmp_path / "train-0.parquet", rows, ["n01443537", "n02123045"])  # as in Tiny ImageNet's copies

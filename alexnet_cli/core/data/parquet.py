@@ -100,6 +100,8 @@ def detect_parquet(path: Path) -> DetectedLayout | None:
     if count < 2:
         raise DataError(f"{path} has fewer than two classes", "a network needs at least two")
     notes = _describe_test(path, files["test"], bool(files["val"]))
+    if others := files["others"]:
+        notes.append(f"left out (not one of these splits): {', '.join(others[:3])}{', ...' * (len(others) > 3)}")
     if not names:
         notes.append("the files have no class names; classes are numbered")
     words = names or [str(label) for label in range(count)]
@@ -136,7 +138,7 @@ def _describe_test(path: Path, files: Sequence[str], has_val: bool) -> list[str]
 
 
 def _list_files(path: Path, folder: str) -> dict[str, list[str]]:
-    """Return the parquet files in a folder by split, relative to `path`."""
+    """Return the parquet files in a folder by split, relative to `path`; those of none are `others`."""
     names = sorted(file.name for file in (path / folder).glob("*.parquet"))
     prefix = f"{folder}/" if folder else ""
     files: dict[str, list[str]] = {}
@@ -145,7 +147,8 @@ def _list_files(path: Path, folder: str) -> dict[str, list[str]]:
             [prefix + name for name in names if re.match(rf"{word}(-.*)?\.parquet$", name, re.I)] for word in words
         )
         files[split] = next(filter(None, by_word), [])
-    return files
+    used = {file for group in files.values() for file in group}
+    return files | {"others": [prefix + name for name in names if prefix + name not in used]}
 
 
 @contextlib.contextmanager

@@ -163,6 +163,8 @@ def _explain_unknown_layout(path: Path) -> DataError:
         return DataError(what, CONVERT_HINT)
     if suffixes:
         what = f"{path} has no files with an image suffix ({format_suffixes(suffixes)}). Known layouts: {KNOWN_LAYOUTS}"
+        if suffixes[".parquet"]:
+            return DataError(what, "give the folder that holds train-*.parquet")
         return DataError(what, f"{FOLDERS_HINT}; these can be read: {READABLE_FORMATS}")
     return DataError(f"{path} is empty", FOLDERS_HINT)
 
