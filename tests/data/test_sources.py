@@ -348,7 +348,14 @@ def test_splits_that_do_not_fit_are_refused(files: list[str], message: str, hint
 
 
 @pytest.mark.parametrize(
-    "classes", [["car", "plane", "train"], ["freight train", "tram", "test tube"], ["$1", "$5", "#1"], ["dev", "ops"]]
+    "classes",
+    [
+        ["car", "plane", "train"],
+        ["freight train", "tram", "test tube"],
+        ["$1", "$5", "#1"],
+        ["dev", "ops"],
+        ["#cats", "@me", "__other__"],
+    ],
 )
 def test_names_that_only_look_like_splits_are_classes(classes: list[str], tmp_path: Path) -> None:
     touch(tmp_path, *(f"{name}/{i}.jpg" for name in classes for i in range(3)))
@@ -388,7 +395,7 @@ def test_folders_of_a_system_are_left_out_and_counted(tmp_path: Path) -> None:
     touch(
         tmp_path, "cat/.thumbnails/1.jpg", "dog/@eaDir/2.jpg/THUMB.jpg", "@eaDir/a.jpg/THUMB.jpg", "#recycle/bird/9.jpg"
     )
-    touch(tmp_path, "$RECYCLE.BIN/x.jpg", "__MACOSX/cat/._1.jpg", "lost+found/3.jpg", ".git/readme")
+    touch(tmp_path, "$RECYCLE.BIN/x.jpg", "@Recycle/y.jpg", "__MACOSX/cat/._1.jpg", "lost+found/3.jpg", ".git/readme")
     source = detect_source(tmp_path, 0.0)
     assert listed(source, "train") == [("cat/1.jpg", 0), ("dog/2.jpg", 1), ("dog/@home.jpg", 1)]
     assert len(source.notes) == 1
@@ -396,7 +403,7 @@ def test_folders_of_a_system_are_left_out_and_counted(tmp_path: Path) -> None:
     assert what == "left out (folders of a NAS or system)"
     assert set(found.split(", ")) == {
         ".thumbnails (1 image)", "@eaDir (2 images)", "#recycle (1 image)", "$RECYCLE.BIN (1 image)",
-        "__MACOSX (1 image)", "lost+found (1 image)",
+        "@Recycle (1 image)", "__MACOSX (1 image)", "lost+found (1 image)",
     }  # fmt: skip
 
 

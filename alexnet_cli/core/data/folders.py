@@ -34,10 +34,11 @@ FILLERS = {"set", "data", "dataset", "images", "image", "imgs", "img", "seg", "s
 """Words that may stand beside them: "training_set", "seg_train", "train.X1"."""
 NEUTRAL_WORDS = FILLERS.union(*SPLIT_WORDS.values())
 SYSTEM_FOLDER = re.compile(
-    r"\.|[@#$][a-z]|__[a-z]|(lost\+found|system volume information|network trash folder|temporary items|recycler)$",
+    r"\.|(@(eadir|tmp|recycle|recently-snapshot|sharesnap)|[#~](recycle|snapshot)|\$(recycle\.bin|extend)|recycler"
+    r"|__(macosx|pycache__)|lost\+found|system volume information|network trash folder|temporary items)$",
     re.I,
 )
-"""Matches names of folders that a system makes: ".Trash-1000", "@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX"."""
+"""Matches names of folders of a system: ".Trash-1000", "@eaDir", "$RECYCLE.BIN"; "#cats" and "@me" are classes."""
 
 
 def detect_class_folders(path: Path) -> DetectedLayout | None:
