@@ -188,7 +188,7 @@ def list_val(root: Path, folders: Sequence[str], keys: Sequence[str]) -> tuple[I
     place = " and ".join(str(root / folder) for folder in folders)
     val_keys = _list_classes(root, folders)
     if not val_keys:
-        raise DataError(f"{place} has no class folders", "put the images of each class in a folder")
+        raise DataError(f"{place} has no class folders", "put the images of each class in a folder, or move it elsewhere")
     if unknown := sorted(set(val_keys) - set(keys)):
         raise DataError(
             f"{place} has the class {unknown[0]}, but the training split has no images of it",
