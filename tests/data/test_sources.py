@@ -390,6 +390,14 @@ def test_tiny_imagenet_sorted_by_hand(inside: str, tmp_path: Path) -> None:
     assert listed(detect_source(tmp_path), "val") == [("val/images/val_0.JPEG", 1), ("val/images/val_1.JPEG", 0)]
 
 
+def test_tiny_imagenet_sorted_inside_images(tmp_path: Path) -> None:
+    touch(tmp_path, *(f"train/n{label}/images/n{label}_{i}.JPEG" for label in (1, 2) for i in range(3)))
+    touch(tmp_path, "val/images/n2/val_0.JPEG", "val/images/n1/val_1.JPEG")
+    (tmp_path / "val/val_annotations.txt").write_text("val_0.JPEG\tn2\t0\nval_1.JPEG\tn1\t0\n")
+    source = detect_source(tmp_path)
+    assert listed(source, "val") == [("val/images/n1/val_1.JPEG", 0), ("val/images/n2/val_0.JPEG", 1)]
+
+
 def test_folders_of_a_system_are_left_out_and_counted(tmp_path: Path) -> None:
     touch(tmp_path, "cat/1.jpg", "dog/2.jpg", "dog/@home.jpg")
     touch(

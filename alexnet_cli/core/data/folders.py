@@ -80,9 +80,8 @@ def detect_tiny_imagenet(path: Path) -> DetectedLayout | None:
     annotations = path / "val" / "val_annotations.txt"
     if not annotations.is_file() or not (path / "train").is_dir():
         return None
-    inside, _ = class_folders(path / "val")
-    if inside and "images" not in inside:
-        return None  # somebody has sorted them into val/WNID
+    if "images" not in class_folders(path / "val")[0] or class_folders(path / "val" / "images")[0]:
+        return None  # somebody has sorted them into val/WNID or val/images/WNID
     folders, train, notes = list_train(path, "train")
     label_of_file = _read_annotations(annotations, {wnid: label for label, wnid in enumerate(folders)})
     listed, others = list_images(path, ["val/images"])
@@ -188,7 +187,9 @@ def list_val(root: Path, folders: Sequence[str], keys: Sequence[str]) -> tuple[I
     place = " and ".join(str(root / folder) for folder in folders)
     val_keys = _list_classes(root, folders)
     if not val_keys:
-        raise DataError(f"{place} has no class folders", "put the images of each class in a folder, or move it elsewhere")
+        raise DataError(
+            f"{place} has no class folders", "put the images of each class in a folder, or move it elsewhere"
+        )
     if unknown := sorted(set(val_keys) - set(keys)):
         raise DataError(
             f"{place} has the class {unknown[0]}, but the training split has no images of it",
