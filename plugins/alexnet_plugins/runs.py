@@ -294,7 +294,7 @@ def measure_pair(reporter: Reporter, pair: tuple[Run, Run], data: str | None) ->
     from alexnet_cli.core.runs.resolve import find_training_data, find_weights
 
     weights = [find_weights(str(run.path.absolute())) for run in pair]
-    if data is None and len({run.about["data_hash"] for run in pair if run.about.get("data_hash")}) > 1:
+    if data is None and len({str(run.about["data_hash"]) for run in pair if run.about.get("data_hash")}) > 1:
         raise DataError("they were trained on different data sets", "name one: alexnet runs A B --data D")
     dataset = open_dataset(find_dataset(data or next(filter(None, map(find_training_data, weights)), None)))
     neither, only_second, only_first, both = count_correct(reporter, weights, dataset)

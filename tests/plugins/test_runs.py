@@ -149,7 +149,7 @@ def test_two_runs_are_compared_on_the_same_images(prepared: Path) -> None:
 
 def test_without_a_common_data_set_only_the_differences_are_shown(prepared: Path) -> None:
     make_run("one", prepared)
-    make_run("two", prepared, data_hash="another")
+    make_run("two", prepared, data_hash=["another"])  # whatever the file holds
     result = alexnet("runs", "one", "two")
     assert result.returncode == 0
     assert "data_hash" in result.stdout
