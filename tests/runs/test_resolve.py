@@ -63,6 +63,11 @@ def test_find_weights() -> None:
     ("about", "what", "hint"),
     [
         ({}, "runs/r has no checkpoint yet", "wait until the first one is saved"),
+        (
+            {"status": "finished"},
+            "runs/r has lost its links checkpoints/best and checkpoints/last",
+            "this makes them again: alexnet train --resume r",
+        ),
         ({"status": "interrupted"}, "runs/r has no checkpoint yet", "the run was stopped; alexnet train --resume r"),
         (
             {"status": "failed", "reason": "error", "error": "the loss became nan", "hint": "train again"},

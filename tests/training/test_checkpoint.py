@@ -168,6 +168,34 @@ def test_what_is_damaged_and_newer_is_not_kept(start: Start) -> None:
     assert steps(again.run) == [6, 8, 9]
 
 
+@pytest.mark.usefixtures("_any_disk")
+def test_a_run_that_was_copied_without_its_links_keeps_its_best(start: Start) -> None:
+    training = start(keep=1)
+    for record in training.fit():
+        if record.event == "checkpoint" and record.best:
+            training.best = (0.0, 0.0)  # no later epoch is better
+    assert steps(training.run) == [6, 12]
+    for name in ("last", "best"):
+        (training.run.checkpoints / name).unlink()
+    again = start(Run(training.run.path))
+    assert checkpoint.find_newest(again.run) == (training.run.checkpoints / "00000012", [])
+    links = [read_link(training.run.checkpoints / name) for name in ("last", "best")]
+    assert links == [training.run.checkpoints / "00000012", training.run.checkpoints / "00000006"]
+
+
+@pytest.mark.parametrize(("damaged", "best"), [([12], 6), ([12, 6], None)])
+def test_a_damaged_checkpoint_is_no_longer_the_best(start: Start, damaged: list[int], best: int | None) -> None:
+    training = start(keep=9)
+    for record in training.fit(save_every=4):
+        if record.event == "checkpoint":
+            training.best = None  # each epoch is better than those before
+    for step in damaged:
+        (training.run.checkpoints / f"{step:08}" / "model.safetensors").write_bytes(b"")
+    checkpoint.find_newest(training.run)
+    link = read_link(training.run.checkpoints / "best")
+    assert link == (best and training.run.checkpoints / f"{best:08}")
+
+
 def test_stopped_while_validating_it_goes_on_to_the_same_weights(start: Start) -> None:
     whole, training = start(), start()
     told = [r.as_dict() for r in whole.fit() if r.event == "validation"]

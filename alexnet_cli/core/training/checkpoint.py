@@ -11,7 +11,7 @@ import errno
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,7 +96,7 @@ def save(
 def find_newest(run: Run) -> tuple[Path | None, list[Path]]:
     """The newest complete checkpoint (None before the first), and damaged ones that are newer.
 
-    Repairs what a crash left: a folder that was being replaced, and the links `last` and `best`.
+    Repairs what a crash left, or a copy that dropped the links: a folder that was being replaced, `last` and `best`.
 
     Raises:
         WeightsError: no checkpoint is complete though one was saved, or the newest is of version 0.1.0.
@@ -118,11 +118,27 @@ def find_newest(run: Run) -> tuple[Path | None, list[Path]]:
         else:
             with run.storing():
                 _link(folder, best)
+                _restore_best(run, damaged)
             return folder, damaged
     if damaged or any(record.get("event") == "checkpoint" for record in run.records()):
         what = f"{run.path} has no complete checkpoint" + (f": {damaged[0]} is damaged" if damaged else "")
         raise WeightsError(what, "restore one from a backup, or start a new run")
     return None, []
+
+
+def _restore_best(run: Run, damaged: Sequence[Path]) -> None:
+    """Link `best` to the best complete checkpoint if it is missing or leads to a damaged one."""
+    link = run.checkpoints / "best"
+    target = read_link(link)
+    if target and target.is_dir() and target not in damaged:
+        return
+    for folder in _list_folders(run):  # of several that were the best when they were saved, the newest is
+        with suppress(WeightsError):
+            if _read_meta(folder)["best"]:
+                replace_link(link, folder)
+                return
+    if target:
+        link.unlink()
 
 
 def find_step_beyond(run: Run, step: int) -> int | None:
