@@ -132,14 +132,12 @@ class TrainingLoop:
         trainer, recipe = self.trainer, self.trainer.recipe
         stop = trainer.placement.ranks.agree_on_stop(stop, list(EXIT_CODES))
         metrics = self.restore(resume_from) if resume_from else {}
-        self.first_step = trainer.steps_done
+        self.first_step, is_fine_tuning = trainer.steps_done, self.is_fine_tuning
         self.run.begin(recipe, trainer.steps_done, trainer.epoch)
         yield from self._log_start()
         split = self.data.split("train")
         class_counts = count_images(split.labels, len(self.data.classes))
-        plateau = diagnostics.LossPlateauCheck.for_training(
-            recipe, class_counts, trainer.total_steps, self.is_fine_tuning
-        )
+        plateau = diagnostics.LossPlateauCheck.for_training(recipe, class_counts, trainer.total_steps, is_fine_tuning)
         reason, best_evaluation = None, None
         with Loader(split, trainer.rank_images, self.threads, trainer.placement.device) as decoder:
             loader = cache_decoded(decoder, self.cache, trainer.placement.processes_per_device)
