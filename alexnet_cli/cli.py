@@ -91,9 +91,8 @@ class _LazyCommands(dict[str, Any]):
     def __getitem__(self, name: str) -> Any:
         if super().__getitem__(name) is None:
             entry = self.entries[name]
-            self[name] = (
-                _import_command(entry) if entry.is_builtin else _stub(entry, entry.summary or "(no description)")
-            )
+            summary = entry.summary or "(no description)"
+            self[name] = _import_command(entry) if entry.is_builtin else _stub(entry, summary)
         return super().__getitem__(name)
 
     def get(self, name: str, default: Any = None) -> Any:

@@ -41,7 +41,7 @@ class AlexNetError(Exception):
 
 
 class AlexNetWarning(UserWarning):
-    """Something the user should know that stops nothing. The shell prints it as a line `warn`."""
+    """Something the user should know that stops nothing. The command line prints it as a line `warn`."""
 
 
 class UsageError(AlexNetError):

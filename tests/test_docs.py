@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import typer
+from PIL import Image
 
 import weights_files
 from alexnet_cli import cli, entry_points, errors, recipe, recipe_io
@@ -261,9 +262,12 @@ def test_the_command_of_ones_own(prepared: Path, tmp_path: Path) -> None:
 def test_own_data(home: Path) -> None:
     done = follow("docs/own-data.md", home)
     assert len(done) >= 10
+    drawing = Image.new("RGBA", (90, 80))  # transparent where nothing is drawn
+    drawing.paste("black", (20, 20, 70, 60))
+    drawing.save(home / "somewhere" / "drawing.jpg", "PNG")
     lines = run("python classify.py somewhere/*.jpg", home).splitlines()
     records = [json.loads(line) for line in run("alexnet predict somewhere -w mine --json -q", home).splitlines()]
-    assert len(lines) == len(records) == 5
+    assert len(lines) == len(records) == 6
     for line, record in zip(lines, records, strict=True):
         path, *ranked = line.split("  ")
         assert path == record["path"]

@@ -152,8 +152,11 @@ def test_max_time_and_resume(home: Path) -> None:
     assert longer[-1]["step"] == 12
     refused = run("train", "--resume", "timed", "--lr", "0.5", code=2)
     assert "the recipe differs from that of run timed: learning_rate = 0.5 instead of 0.03\n" in refused.stderr
+    report = home / "runs" / "timed" / "report.html"
+    report.write_text("with what alexnet report has added", encoding="utf-8")
     auto = lines(run("train", *QUICK, "--epochs", "4", "--resume", "auto", "--name", "timed", "--json", "-q"))
     assert [record["event"] for record in auto] == ["start", "end"]
+    assert report.read_text(encoding="utf-8") == "with what alexnet report has added"
 
 
 def test_max_steps_counts_from_the_start_and_says_the_way_on(home: Path) -> None:

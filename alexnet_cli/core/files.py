@@ -83,7 +83,7 @@ def write_and_verify(path: Path, content: bytes | memoryview) -> str:
 
 
 def replace_link(link: Path, target: Path) -> None:
-    """Make `link`, which has one of LINK_NAMES, point to the folder `target` beside it, atomically.
+    """Make `link`, which has one of LINK_NAMES, point to the folder `target` next to it, atomically.
 
     It becomes a symbolic link. On Windows, and on disks without links, it is a text file with the folder's name.
     """
@@ -107,7 +107,7 @@ def read_link(link: Path) -> Path | None:
         return None
     with suppress(UnicodeDecodeError), link.open("rb") as file:
         text = file.read(4096).decode().strip()
-        # as `replace_link` writes it: a folder beside the link, and no other link, which could lead back
+        # as `replace_link` writes it: a folder next to the link, not another link, which could lead back
         is_name = text == Path(text).name and text.isprintable() and text not in {"..", *LINK_NAMES}
         return link.parent / text if text and is_name else None
     return None

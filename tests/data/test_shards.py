@@ -125,7 +125,7 @@ def test_verify_names_up_to_ten_damaged_files(
             file.write(b"x")
     right: list[str] = []
 
-    def said() -> str:
+    def read_message() -> str:
         right.clear()
         with pytest.raises(VerificationError) as error:
             right.extend(shards.verify_dataset(shards.open_dataset(output)))
@@ -133,10 +133,10 @@ def test_verify_names_up_to_ten_damaged_files(
 
     what, first = f"3 of 13 files in {output} are damaged: ", r"train-000000\.tar \(sha256 \w{12}, recorded \w{12}\), "
     second, third = r"train-000003\.tar \(No such file or directory\)", r"mean\.npy \(sha256 \w{12}, recorded \w{12}\)"
-    assert re.fullmatch(f"{re.escape(what)}{first}{second}, {third}", said())
+    assert re.fullmatch(f"{re.escape(what)}{first}{second}, {third}", read_message())
     assert set(read_tree(output)) - set(right) == {"dataset.json", "train-000000.tar", "mean.npy"}
     monkeypatch.setattr(shards, "MAX_NAMED", 2)
-    assert re.fullmatch(f"{re.escape(what)}{first}{second} and 1 more", said())
+    assert re.fullmatch(f"{re.escape(what)}{first}{second} and 1 more", read_message())
 
 
 def test_an_unknown_schema_is_refused(tmp_path: Path) -> None:

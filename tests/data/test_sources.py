@@ -279,7 +279,7 @@ def touch_classes(root: Path, *folders: str, classes: str = "cat dog", images: i
             (4, 2),
             "test_set/test_set/ (6 images) is not used; rename it to val/ to validate on it",
         ),
-        (["train", "val", "later"], "train/CLASS and val/CLASS", (6, 6), "left out (not a split by name): later/"),
+        (["train", "val", "later"], "train/CLASS and val/CLASS", (6, 6), "left out (not named like a split): later/"),
         (["train", "val/test_set"], "train/CLASS and val/test_set/CLASS", (6, 6), None),  # renamed as the note says
         (
             ["Final_Training/Images", "Final_Validate/Images"],

@@ -173,14 +173,14 @@ def test_the_gpu_that_was_named_is_offered_but_not_for_a_few_images(
     offered: list[Any] = []
     real = onnxruntime.InferenceSession
 
-    def opened(content: bytes, options: Any, *, providers: list[Any]) -> Any:
+    def open_session(content: bytes, options: Any, *, providers: list[Any]) -> Any:
         offered.extend(providers)
         return real(content, options, providers=["CPUExecutionProvider"])
 
     monkeypatch.setattr(session, "has_gpu", lambda: True)
     monkeypatch.setattr(session, "preload_cuda", lambda: None)
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
-    monkeypatch.setattr(onnxruntime, "InferenceSession", opened)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", open_session)
     with pytest.raises(MissingError) if "cuda" in asked.values() else nullcontext():
         Session(random_model(replace(PAPER, width=1 / 64)), **asked)
     assert offered[-1] == "CPUExecutionProvider"

@@ -159,10 +159,10 @@ def test_values_in_other_files_are_never_read(tmp_path: Path, where: str, monkey
     (tmp_path / "x.onnx").write_bytes(proto.SerializeToString())
     (tmp_path / "secret.bin").write_bytes(SECRET)
 
-    def opened(*_: object) -> None:
+    def refuse_to_open(*_: object) -> None:
         raise AssertionError("ONNX Runtime was asked to open the file")
 
-    monkeypatch.setattr(Session, "_open", opened)
+    monkeypatch.setattr(Session, "_open", refuse_to_open)
     with pytest.raises(WeightsError, match="refers to other files, which is not allowed") as error:
         Session(tmp_path / "x.onnx")
     assert error.value.exit_code == 3

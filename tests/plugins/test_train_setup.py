@@ -18,15 +18,15 @@ from commands import alexnet
 
 
 @pytest.fixture
-def mine(tmp_path: Path) -> str:
+def recipe_file(tmp_path: Path) -> str:
     file = tmp_path / "mine.toml"
     file.write_text('name = "mine"\nbase = "tiny"\ndropout = 0.5\nepochs = 30\n', encoding="utf-8")
     return str(file)
 
 
-def test_each_value_is_whose_it_is(mine: str) -> None:
-    found = find_sources(mine)
-    assert {key for key, source in found.items() if source == mine} == {"name", "dropout", "epochs"}
+def test_each_value_is_whose_it_is(recipe_file: str) -> None:
+    found = find_sources(recipe_file)
+    assert {key for key, source in found.items() if source == recipe_file} == {"name", "dropout", "epochs"}
     assert {key for key, source in found.items() if source == "tiny"} == {"width", "batch_size", "learning_rate"}
     assert (found["init"], found["precision"], found["momentum"]) == ("fast", "fast", "paper")
     assert (found["conv345_std"], found["edge_padding"], found["seed"]) == ("code", "code", "-")
@@ -39,11 +39,11 @@ def test_named_recipes_have_values_of_others() -> None:
     assert set(find_sources("paper").values()) == {"paper", "code", "-"}
 
 
-def test_what_differs_from_the_paper_comes_last_and_can_be_pasted(mine: str) -> None:
-    shown = alexnet("train", "--print-config", "--recipe", mine, "--set", "crops=False", "--lr", "0.02").stdout
+def test_what_differs_from_the_paper_comes_last_and_can_be_pasted(recipe_file: str) -> None:
+    shown = alexnet("train", "--print-config", "--recipe", recipe_file, "--set", "crops=False", "--lr", "0.02").stdout
     same, _, other = shown.partition("recipe mine: different from the paper")
     rows = [re.match(r"(\w+) +(\S+)  ", line) for text in (same, other) for line in text.splitlines()[1:]]
-    recipe = recipe_io.apply_changes(recipe_io.load_recipe(mine), {"crops": False, "learning_rate": 0.02})
+    recipe = recipe_io.apply_changes(recipe_io.load_recipe(recipe_file), {"crops": False, "learning_rate": 0.02})
     lines = [f"{row[1]} = {row[2]}" for row in rows if row and row[1] in asdict(recipe)]
     assert recipe_io.recipe_from_dict(tomllib.loads("\n".join(lines))) == recipe
     listed = {row[1] for row in rows if row and f"\n{row[1]} " in other}
@@ -54,10 +54,10 @@ def test_what_differs_from_the_paper_comes_last_and_can_be_pasted(mine: str) -> 
     assert re.search(r"(?m)^- +no source", shown)
 
 
-def test_json_has_sources_and_plain_values(mine: str) -> None:
-    (told,) = alexnet("train", "--print-config", "--recipe", mine, "--json").stdout.splitlines()
+def test_json_has_sources_and_plain_values(recipe_file: str) -> None:
+    (told,) = alexnet("train", "--print-config", "--recipe", recipe_file, "--json").stdout.splitlines()
     rows = {row["key"]: row for row in json.loads(told)["values"]}
     assert list(rows) == list(asdict(TINY))
     assert (rows["crops"]["value"], rows["crops"]["from"], rows["crops"]["section"]) == (True, "paper", "4.1")
     assert (rows["width"]["value"], rows["width"]["from"], rows["width"]["paper"]) == (0.25, "tiny", 1.0)
-    assert (rows["dropout"]["from"], rows["conv345_std"]["paper"]) == (mine, 0.01)
+    assert (rows["dropout"]["from"], rows["conv345_std"]["paper"]) == (recipe_file, 0.01)

@@ -66,7 +66,7 @@ def test_find_weights() -> None:
         (
             {"status": "finished"},
             "runs/r has lost its links checkpoints/best and checkpoints/last",
-            "this makes them again: alexnet train --resume r",
+            "restore them with: alexnet train --resume r",
         ),
         ({"status": "interrupted"}, "runs/r has no checkpoint yet", "the run was stopped; alexnet train --resume r"),
         (

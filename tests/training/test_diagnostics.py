@@ -69,13 +69,13 @@ def make_data(train: int, val: int, classes: int = 2) -> Dataset:
     return SimpleNamespace(split=splits.__getitem__, classes=names, record={}, path=Path("x"))  # type: ignore[return-value]
 
 
-def said(recipe: Recipe, data: Dataset) -> list[str]:
+def list_warnings(recipe: Recipe, data: Dataset) -> list[str]:
     return [str(record.text) for record in diagnostics.check_settings(recipe, data)]
 
 
 @pytest.mark.parametrize("name", list(RECIPES))
 def test_nothing_is_said_where_all_is_well(name: str) -> None:
-    assert said(RECIPES[name], make_data(400, 100, 4)) == []
+    assert list_warnings(RECIPES[name], make_data(400, 100, 4)) == []
 
 
 @pytest.mark.parametrize(
@@ -93,10 +93,10 @@ def test_few_images_are_told(train: int, val: int, few: bool, uncertain: str, hi
     warnings = list(diagnostics.check_few_images(make_data(train, val), False))
     texts = [str(record.text) for record in warnings]
     assert any("few to learn from" in text for text in texts) == few
-    assert any("is the best" in text for text in texts) == bool(uncertain)
+    assert any("the best epoch is" in text for text in texts) == bool(uncertain)
     if uncertain:
         low, high = proportion_interval(val)
-        assert f"(50% means {low:.0%} to {high:.0%}, the 95 % interval)" in texts[-1]
+        assert f"(for 50%, the 95 % interval is {low:.0%} to {high:.0%})" in texts[-1]
         assert f"{low:.0%} to {high:.0%}" == uncertain
         assert warnings[-1].hint == hint
     from_weights = [str(record.text) for record in diagnostics.check_few_images(make_data(train, val), True)]
@@ -336,7 +336,7 @@ def test_a_batch_is_no_larger_than_the_training_set(prepared: Path) -> None:
 def test_fine_tuning_may_be_slow_and_frozen_layers_should_be_of_somebody() -> None:
     data, slow = make_data(400, 100), replace(PAPER, learning_rate=1e-4, frozen="conv")
     assert list(diagnostics.check_settings(slow, data, {})) == []
-    assert [text.split(" is unusual")[0] for text in said(slow, data)] == [
+    assert [text.split(" is unusual")[0] for text in list_warnings(slow, data)] == [
         "learning rate 0.0001", "conv1 to conv5 are frozen at random weights",
     ]  # fmt: skip
     (told,) = diagnostics.check_settings(slow, data, {"lrn_k": (2.0, 1.0), "lrn_joint": (False, True)})
@@ -362,6 +362,13 @@ def test_a_loss_that_stays_at_guessing_is_told_once() -> None:
     assert told[2].step == 110
     assert str(told[2].text).endswith("no better than guessing (ln 1000 = 6.908)")
     assert "conv345_std=0.03" in str(told[2].hint)
+
+
+def test_one_small_batch_raises_no_alarm() -> None:
+    """The last record of an epoch can be the loss of a single step of three images."""
+    watch, flat = diagnostics.LossPlateauCheck.for_training(TINY, equal(2), 100), math.log(2)
+    records = [Record("step", 1, step, loss=loss * flat) for step, loss in ((80, 0.9), (90, 0.7), (100, 1.8))]
+    assert [watch.update(record) for record in records] == [None] * 3
 
 
 @pytest.mark.parametrize(

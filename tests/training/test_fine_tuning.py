@@ -33,7 +33,7 @@ NAMES = iter(f"run{i}" for i in range(1000))
 
 
 @pytest.fixture
-def other(tmp_path: Path) -> Path:
+def weights_file(tmp_path: Path) -> Path:
     """A network of ten other classes."""
     return save_model(random_model(SMALL), tmp_path / "other.safetensors")
 
@@ -156,31 +156,31 @@ def begun(path: Path, spec: str = "base") -> Run:
 
 
 def test_a_run_without_a_checkpoint_begins_once_more_from_the_same_weights(
-    other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    weights_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ALEXNET_RUNS_DIR", str(tmp_path / "runs"))
-    run = begun(other)
+    run = begun(weights_file)
     for spec in (None, "base"):  # resumed by name; the same command once more
         again = fine_tuning.load_source(spec, run)
         assert again is not None
         np.testing.assert_array_equal(again.tensors["conv1.weight"], random_model(SMALL).tensors["conv1.weight"])
-    save_model(random_model(SMALL, seed=1), other)
+    save_model(random_model(SMALL, seed=1), weights_file)
     with pytest.raises(WeightsError, match="has changed since the run started"):
         fine_tuning.load_source(None, run)
     (run.checkpoints / "00000003").mkdir()
     (run.checkpoints / "00000003" / "meta.json").touch()
-    other.unlink()
+    weights_file.unlink()
     assert fine_tuning.load_source("base", run) is None
 
 
 def test_a_run_cannot_be_gone_on_with_from_elsewhere(
-    other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    weights_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ALEXNET_RUNS_DIR", str(tmp_path / "runs"))
     with pytest.raises(UsageError, match="was started from base"):
-        fine_tuning.load_source("elsewhere", begun(other))
+        fine_tuning.load_source("elsewhere", begun(weights_file))
     with pytest.raises(UsageError, match="was started without --init-from"):
-        fine_tuning.load_source(str(other), Run.create("plain", SMALL, {}))
+        fine_tuning.load_source(str(weights_file), Run.create("plain", SMALL, {}))
     assert fine_tuning.load_source(None, Run(tmp_path / "runs" / "plain")) is None
     assert fine_tuning.load_source(None, None) is None
     with pytest.raises(WeightsError, match="there is no run, folder or file named nowhere"):
@@ -188,24 +188,28 @@ def test_a_run_cannot_be_gone_on_with_from_elsewhere(
 
 
 def test_the_command(
-    prepared: Path, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    prepared: Path,
+    weights_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("ALEXNET_RUNS_DIR", str(tmp_path / "runs"))
-    train(str(prepared), init_from=str(other), freeze="conv", name="tuned", max_steps=2, jobs=1, json=True)
+    train(str(prepared), init_from=str(weights_file), freeze="conv", name="tuned", max_steps=2, jobs=1, json=True)
     out, err = capsys.readouterr()
     assert "loaded  conv1, conv2, conv3, conv4, conv5, fc6, fc7\nrandom  fc8: the data set has 4 other classes" in err
     assert err.count("warn") == 1  # few validation images
     run = Run(tmp_path / "runs" / "tuned")
     assert run.recipe == replace(SMALL, frozen="conv")  # without --recipe, that of the weights
-    assert run.about["init_from"]["weights"] == str(other)
+    assert run.about["init_from"]["weights"] == str(weights_file)
     assert run.about["init_from"]["initialized"] == ["fc8.weight", "fc8.bias"]
     begin, *_, end = (json.loads(line) for line in out.splitlines())
     assert (begin["event"], begin["path"], begin["initialized"]) == ("start", str(run.path), ["fc8.weight", "fc8.bias"])
     assert (end["event"], end["path"]) == ("end", str(run.path))
-    train(str(prepared), init_from=str(other), resume="auto", name="tuned", max_steps=3, jobs=1, quiet=True)
+    train(str(prepared), init_from=str(weights_file), resume="auto", name="tuned", max_steps=3, jobs=1, quiet=True)
     assert run.records()[-1]["step"] == 3
     settings = ["width=0.0625", "lrn_joint=true"]
-    train(str(prepared), "paper", settings, init_from=str(other), name="odd", max_steps=1, batch_size=16, jobs=1)
+    train(str(prepared), "paper", settings, init_from=str(weights_file), name="odd", max_steps=1, batch_size=16, jobs=1)
     err = capsys.readouterr().err
     assert "warn    the weights were trained with other settings: " in err
     assert "lrn_joint = false (here true)" in err
@@ -213,9 +217,9 @@ def test_the_command(
 
 
 def test_what_does_not_fit_leaves_no_run(
-    prepared: Path, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prepared: Path, weights_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ALEXNET_RUNS_DIR", str(tmp_path / "runs"))
     with pytest.raises(WeightsError, match="no layer of"):
-        train(str(prepared), "tiny", init_from=str(other), jobs=1)
+        train(str(prepared), "tiny", init_from=str(weights_file), jobs=1)
     assert not (tmp_path / "runs").exists()

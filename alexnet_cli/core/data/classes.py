@@ -95,7 +95,7 @@ def ilsvrc_classes() -> list[ClassName]:
 def find_ilsvrc_wnids(names: Sequence[str]) -> list[str]:
     """Return the 1000 wnids if `names` are ILSVRC's classes in words, in the order of the wnids; otherwise none.
 
-    Lists differ in a few names, and some have "crane" and "maillot" twice: one in ten may be called otherwise.
+    Lists differ in a few names, and some have "crane" and "maillot" twice: up to a tenth of the names may differ.
     """
     known = [simplify_name(name) for name in _torchvision_names()]
     equal = sum(simplify_name(name) == other for name, other in zip(names, known, strict=False))

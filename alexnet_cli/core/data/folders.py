@@ -31,7 +31,7 @@ SPLIT_WORDS = {
 }
 """Words by which a folder is known to be a split; of two folders, the one with the earlier word is used."""
 FILLERS = {"set", "data", "dataset", "images", "image", "imgs", "img", "seg", "split", "part", "folder", "x"}
-"""Words that may stand beside them: "training_set", "seg_train", "train.X1"."""
+"""Words that may be next to them: "training_set", "seg_train", "train.X1"."""
 NEUTRAL_WORDS = FILLERS.union(*SPLIT_WORDS.values())
 SYSTEM_FOLDER = re.compile(
     r"\.|(@(eadir|tmp|recycle|recently-snapshot|sharesnap)|[#~](recycle|snapshot)|\$(recycle\.bin|extend)|recycler"
@@ -114,13 +114,15 @@ def _group_splits(names: Sequence[str]) -> dict[str, list[list[str]]]:
     They count without capitals, digits and `FILLERS`; a split in parts is one entry: train.X1 and train.X2. Other words
     must be shared by train and another split: pets_train and pets_test.
     """
-    parsed = {name: _parse_split(name) for name in sorted(names)}
+    parsed = [(name, *_parse_split(name)) for name in sorted(names)]
+    kinds_by_rest: dict[frozenset[str], set[str]] = {}
+    for _, kind, _, rest in parsed:
+        kinds_by_rest.setdefault(rest, set()).add(kind)
     splits: dict[str, list[list[str]]] = {}
     for split, words in SPLIT_WORDS.items():
         parts: dict[tuple[int, bool, str], list[str]] = {}
-        for name, (kind, word, rest) in parsed.items():
-            partners = {other for other, _, its_rest in parsed.values() if its_rest == rest} - {""}
-            if kind == split and (not rest or {"train"} < partners):
+        for name, kind, word, rest in parsed:
+            if kind == split and (not rest or {"train"} < kinds_by_rest[rest]):
                 rank = (words.index(word), bool(rest), re.sub(r"\d+", "#", name.lower()))
                 parts.setdefault(rank, []).append(name)
         if parts:
@@ -309,7 +311,7 @@ def _describe_unused(path: Path, splits: Mapping[str, list[list[str]]], keys: Se
                 notes.append(f"left out (not sorted into the classes of the training split): {_join(folders)}")
     named = {folder.partition("/")[0] for choices in splits.values() for folders in choices for folder in folders}
     if others := [name for name in class_folders(path)[0] if name not in named]:
-        notes.append(f"left out (not a split by name): {_join(others)}")
+        notes.append(f"left out (not named like a split): {_join(others)}")
     return tuple(notes)
 
 

@@ -95,7 +95,7 @@ OTHER_FORMATS = (
     OtherFormat("a web page", rb"(?i:(?:\xef\xbb\xbf)?\s*<(?:!doctype|html|head|body|\?xml))", "download it again"),
     OtherFormat("a Git LFS pointer", rb"version https://git-lfs", "run git lfs pull"),
 )  # fmt: skip
-"""The first that matches is right."""
+"""In this order: the first whose pattern matches counts."""
 
 SUBFILE_TYPE, BITS_PER_SAMPLE, PHOTOMETRIC, PLANAR, SAMPLE_FORMAT = 254, 258, 262, 284, 339  # numbers of TIFF tags
 CONVERT = "convert it to an 8-bit JPEG or PNG"

@@ -74,7 +74,7 @@ def describe_no_better(error: float, upper: float, guessing: float, majority: fl
 
 
 def describe_totals(totals: Mapping[str, Any]) -> str:
-    """Return that remark for the totals of an evaluation."""
+    """Return the remark of `describe_no_better` for the totals of an evaluation."""
     upper = totals["top1_error_interval"][1]
     return describe_no_better(totals["top1_error"], upper, totals["chance_error"], totals["commonest_error"])
 

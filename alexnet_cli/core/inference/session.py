@@ -216,7 +216,7 @@ def _read_source(source: ModelSource, layer: str | None) -> tuple[bytes, Constan
 
 
 def _identify(source: ModelSource) -> tuple[int, ...] | None:
-    """Return numbers that are others when a file was replaced. None for a model in memory and a missing file."""
+    """Return what changes when a file is replaced. None for a model in memory and a missing file."""
     if isinstance(source, Path):
         with contextlib.suppress(OSError):
             status = source.stat()

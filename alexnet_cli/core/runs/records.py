@@ -131,7 +131,7 @@ def explain_missing_checkpoint(path: Path, about: Mapping[str, Any], name: str) 
         return f"{path} has no checkpoint because the run failed: {error}", hint
     resume = f"alexnet train --resume {name}"
     if about.get("status") == "finished":
-        return f"{path} has lost its links checkpoints/best and checkpoints/last", f"this makes them again: {resume}"
+        return f"{path} has lost its links checkpoints/best and checkpoints/last", f"restore them with: {resume}"
     hints = {"failed": f"the run failed; start it again: {resume}", "interrupted": f"the run was stopped; {resume}"}
     return f"{path} has no checkpoint yet", hints.get(str(about.get("status")), "wait until the first one is saved")
 

@@ -108,8 +108,8 @@ def check_few_images(data: Dataset, is_fine_tuning: bool) -> Iterator[Record]:
     if val < baselines.FEW_IMAGES:
         low, high = baselines.wilson_interval(0.5, val)
         yield _warning(
-            f"{_count(val, 'validation image')}: the error is uncertain (50% means {low:.0%} to {high:.0%}, the 95 % "
-            "interval), so the epoch with the lowest loss is the best",
+            f"{_count(val, 'validation image')}: the error is uncertain (for 50%, the 95 % interval is {low:.0%} to "
+            f"{high:.0%}); the best epoch is the one with the lowest loss",
             suggest_validation(train, val),
         )
 

@@ -43,7 +43,7 @@ def _open_run(spec: str) -> Run:
     except UsageError as error:
         for path in (runs_root() / spec, Path(spec)):
             if folder := find_run_folder(path):
-                what = f"{spec} belongs to run {Run(folder).name}; --resume takes the run, and its last checkpoint"
+                what = f"{spec} belongs to run {Run(folder).name}, and --resume takes a run"
                 raise UsageError(what, f"did you mean --resume {Run(folder).quoted}?") from error
         if Path(spec).suffix == ".safetensors":
             what = f"{spec} is a file of weights, and --resume continues a run"
