@@ -226,8 +226,8 @@ def home(pictures: Path, tmp_path: Path) -> Path:
     for name in ("pictures", "somewhere"):
         shutil.copytree(pictures / "val" / "red", tmp_path / name)
     shutil.copy(pictures / "val" / "blue" / "00.jpg", tmp_path / "cat.jpg")
-    weights = weights_files.caffemodel(weights_files.tensors(classes=1000), 2, "relu-norm-pool")
-    (tmp_path / "bvlc_alexnet.caffemodel").write_bytes(weights)
+    weights = weights_files.zoo_model(weights_files.tensors(classes=1000))
+    (tmp_path / "bvlcalexnet-12.onnx").write_bytes(weights.SerializeToString())
     return tmp_path
 
 

@@ -65,7 +65,7 @@ def test_float32_in_other_runtimes(run: Callable[[Path, Logits], Any], name: str
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize(("run", "images"), [(run_opencv, 1), (run_openvino, 3)])
+@pytest.mark.parametrize(("run", "images"), [(run_opencv, 3), (run_openvino, 3)])
 def test_int8_in_other_runtimes(run: Callable[[Path, Logits], Any], images: int, tmp_path: Path) -> None:
     """OpenCV 4 is right for one image at a time only."""
     recipe = RECIPES["paper"]
