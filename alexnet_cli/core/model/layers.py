@@ -29,9 +29,17 @@ class ResponseNorm(nn.Module):
     With `relu` (across maps only) it applies the ReLU before it as well, which saves a pass over memory.
     """
 
-    def __init__(self, recipe: Recipe, towers: int, *, relu: bool = False) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        towers: int,
+        *,
+        relu: bool = False,
+        function: Callable[..., Tensor] = response_norm.normalize_fast,
+    ) -> None:
+        """`function` computes it across maps: `normalize_fast`, or its twin `normalize_plain`."""
         super().__init__()
-        self.function = response_norm.normalize_fast  # an attribute, so that `torch.compile` can skip it
+        self.function = function  # an attribute, so that `torch.compile` can skip it
         self.relu = relu
         self.kind, self.size, self.k, self.beta = recipe.lrn, recipe.lrn_size, recipe.lrn_k, recipe.lrn_beta
         self.towers = 1 if recipe.lrn_joint else towers

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from alexnet_cli.core.model.architecture import EDGE_PADDING, LAYERS, PARAMETERS, layer_specs
+from alexnet_cli.core.model.architecture import EDGE_PADDING, LAYERS, PARAMETERS, layer_specs, tensor_shapes
 from alexnet_cli.core.model.layers import Activation, Dropout, OverlappingPooling, ResponseNorm, WithinMapNorm
 from alexnet_cli.core.model.model_file import Model
 from alexnet_cli.core.model.towers import HybridGather, TowerGroup
@@ -172,26 +172,30 @@ def initial_values(recipe: Recipe) -> dict[str, tuple[float | None, float]]:
     return {layer: (std, 0.0 if layer in ("conv1", "conv3", "fc8") else recipe.bias) for layer, std in stds.items()}
 
 
-@torch.no_grad()
-def initialize(network: Network) -> None:
-    """Set every parameter from `initial_values` and the seed; each layer has a random generator of its own.
+def initial_tensors(recipe: Recipe, classes: int) -> Iterator[tuple[str, Tensor]]:
+    """Draw every parameter of the whole network from `initial_values` and the seed: (name, values), layer by layer.
 
-    The whole network is drawn, then sliced, so that placement does not change the values.
+    Each layer has a random generator of its own, numbered in alphabetical order.
     """
-    with torch.device("meta"):
-        whole = Network(network.recipe, network.fc8.out_features)
-    for number, (layer, (std, bias)) in enumerate(sorted(initial_values(network.recipe).items())):
-        module = network.get_submodule(layer)
-        shape = whole.get_parameter(f"{layer}.weight").shape
-        generator = torch.Generator().manual_seed(network.recipe.seed * 1000 + number)
+    shapes, values = tensor_shapes(recipe, classes), initial_values(recipe)
+    for layer in LAYERS:
+        std, bias = values[layer]
+        shape = shapes[f"{layer}.weight"]
         if std is None:
             # No ReLU follows the last layer: half the variance is enough.
-            std = math.sqrt((1.0 if layer == "fc8" else 2.0) / shape[1:].numel())
+            std = math.sqrt((1.0 if layer == "fc8" else 2.0) / math.prod(shape[1:]))
         if layer == "conv1":
-            std *= network.recipe.conv1_scale
-        values = torch.empty(shape).normal_(0.0, std, generator=generator)
-        module.get_parameter("weight").copy_(network.slice_own(f"{layer}.weight", values))
-        module.get_parameter("bias").fill_(bias)
+            std *= recipe.conv1_scale
+        generator = torch.Generator().manual_seed(recipe.seed * 1000 + sorted(LAYERS).index(layer))
+        yield f"{layer}.weight", torch.empty(shape).normal_(0.0, std, generator=generator)
+        yield f"{layer}.bias", torch.full(shapes[f"{layer}.bias"], bias)
+
+
+@torch.no_grad()
+def initialize(network: Network) -> None:
+    """Set every parameter from `initial_tensors`: the whole is drawn, then sliced, whatever the placement."""
+    for name, whole in initial_tensors(network.recipe, network.fc8.out_features):
+        network.get_parameter(name).copy_(network.slice_own(name, whole))
 
 
 def parameters_by_name(network: Network) -> Iterator[tuple[str, nn.Parameter]]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 CPU_BLOCK = 1_000_000  # values per block: smaller blocks cost more calls, larger ones do not fit the cache
 
@@ -22,15 +23,16 @@ CPU_BLOCK = 1_000_000  # values per block: smaller blocks cost more calls, large
 def normalize_plain(
     x: Tensor, size: int, k: float, alpha: float, beta: float, towers: int, relu: bool = False
 ) -> Tensor:
-    """The definition, the twin of `normalize_fast`: N x C x H x W -> the same shape and dtype; after ReLU if `relu`."""
+    """The definition, the twin of `normalize_fast`: (N x) C x H x W -> the same shape and dtype; after ReLU if `relu`.
+
+    Differentiable to any order, and every tool that traces or transforms PyTorch code understands it. Multiplying by
+    the square root of alpha before squaring keeps float16 finite.
+    """
     x = torch.relu(x) if relu else x
-    n, c, h, w = x.shape
-    squares = x.float().square().reshape(n * towers, 1, c // towers, h, w)
-    padded = torch.nn.functional.pad(squares, (0, 0, 0, 0, size // 2, size // 2))
-    total = sum(padded[:, :, i : i + c // towers] for i in range(size))
-    assert isinstance(total, Tensor)
-    scale = (k + alpha * total).pow(-beta).reshape(n, c, h, w)
-    return (x.float() * scale).to(x.dtype)
+    squares = (x * math.sqrt(alpha)).square().unflatten(-3, (towers, -1))
+    padded = functional.pad(squares, (0, 0, 0, 0, size // 2, size // 2))
+    total = padded.unfold(-3, size, 1).sum(-1).flatten(-4, -3)
+    return x * (k + total).pow(-beta)
 
 
 def normalize_fast(
