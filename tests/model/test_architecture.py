@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from alexnet_cli.core.model.architecture import LAYERS, describe_step, layer_specs, receptive_field, tensor_shapes
+from alexnet_cli.core.model.architecture import (
+    LAYERS,
+    check_layers,
+    describe_step,
+    layer_names,
+    layer_specs,
+    receptive_field,
+    tensor_shapes,
+)
 from alexnet_cli.core.model.network import Network
+from alexnet_cli.errors import UsageError
 from alexnet_cli.recipe import CAFFE, KRIZHEVSKY, PAPER, RECIPES, Recipe
 
 VARIANTS = [
@@ -83,6 +93,34 @@ def test_what_follows_a_layer_is_what_the_recipe_says() -> None:
     assert following(CAFFE)["conv1"] == ["ReLU", f"{norm} of both towers", pool]
     less = following(replace(PAPER, lrn="none", dropout=0.0, activation="tanh", pool_size=2))
     assert (less["conv1"], less["fc6"]) == (["tanh", "pooling 2×2 / 2"], ["tanh"])
+
+
+def test_every_layer_has_a_name_in_the_order_of_the_recipe() -> None:
+    tail = "conv3 relu3 conv4 relu4 conv5 relu5 pool5 fc6 relu6 drop6 fc7 relu7 drop7 fc8"
+    paper = f"conv1 relu1 norm1 pool1 conv2 relu2 norm2 pool2 {tail}"
+    assert [" ".join(layer_names(RECIPES[name])) for name in ("paper", "caffe", "fast", "tiny")] == [paper] * 4
+    krizhevsky = f"conv1 norm1 pool1 relu1 conv2 relu2 norm2 within_norm2 pool2 {tail}"
+    assert " ".join(layer_names(KRIZHEVSKY)) == krizhevsky
+    plain = "conv1 tanh1 pool1 conv2 tanh2 pool2 conv3 tanh3 conv4 tanh4 conv5 tanh5 pool5 fc6 tanh6 fc7 tanh7 fc8"
+    assert " ".join(layer_names(replace(PAPER, activation="tanh", lrn="none", dropout=0.0))) == plain
+
+
+@pytest.mark.parametrize(
+    ("layers", "tower", "what", "hint"),
+    [
+        (["conv1", "conv33"], None, "recipe paper has no layer 'conv33'", "did you mean conv3? layers: conv1 relu1"),
+        (["attention"], None, "recipe paper has no layer 'attention'", "layers: conv1 relu1"),
+        (["conv1"], 3, "recipe paper has no tower 3", "towers: 1 2"),
+        (["conv1"], 0, "recipe paper has no tower 0", "towers: 1 2"),
+        (["conv1", "fc8"], 1, "fc8 has no towers", "read fc8 without a tower"),
+    ],
+)
+def test_a_layer_or_tower_that_is_not_there(layers: list[str], tower: int | None, what: str, hint: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(what)) as error:
+        check_layers(PAPER, layers, tower)
+    assert error.value.hint.startswith(hint)
+    check_layers(PAPER, layer_names(PAPER))
+    check_layers(PAPER, layer_names(PAPER)[:-1], 2)
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,12 @@ fields, importers, parameter counts and the report. For the paper's recipe and 1
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Literal, NamedTuple
 
+from alexnet_cli.errors import UsageError
 from alexnet_cli.recipe import SIDE, Recipe
 
 CONV_LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5")
@@ -150,6 +153,35 @@ def _following_steps(recipe: Recipe, layer: str) -> tuple[Step, ...]:
             steps += ["norm"] if recipe.lrn != "none" else []
             steps += ["within-norm"] if layer == "conv2" and recipe.within_norm_2 else []
     return tuple(steps)
+
+
+def step_name(recipe: Recipe, layer: str, step: Step) -> str:
+    """The name of what follows a layer: "relu1", "norm1", "within_norm2", "pool1", "drop6"."""
+    names = {"activation": recipe.activation, "within-norm": "within_norm", "dropout": "drop"}
+    return f"{names.get(step, step)}{layer[-1]}"
+
+
+def layer_names(recipe: Recipe) -> tuple[str, ...]:
+    """Every name whose output can be read, in the network's order: conv1, relu1, norm1, pool1, ... drop7, fc8."""
+    specs = layer_specs(recipe, 1)
+    return tuple(
+        name for spec in specs for name in (spec.name, *(step_name(recipe, spec.name, step) for step in spec.then))
+    )
+
+
+def check_layers(recipe: Recipe, layers: Sequence[str], tower: int | None = None) -> None:
+    """Raise UsageError if the network has no such layer, or a layer has no such tower. Towers count from 1."""
+    names = layer_names(recipe)
+    for layer in layers:
+        if layer not in names:
+            near = get_close_matches(layer, names, 1)
+            hint = f"{f'did you mean {near[0]}? ' if near else ''}layers: {' '.join(names)}"
+            raise UsageError(f"recipe {recipe.name} has no layer {layer!r}", hint)
+    if tower is not None and not 1 <= tower <= recipe.towers:
+        what = f"recipe {recipe.name} has no tower {tower}"
+        raise UsageError(what, f"towers: {' '.join(str(number + 1) for number in range(recipe.towers))}")
+    if tower is not None and "fc8" in layers:
+        raise UsageError("fc8 has no towers: its logits are a sum over them", "read fc8 without a tower")
 
 
 def describe_kernel(spec: LayerSpec) -> str:
