@@ -38,6 +38,8 @@ class AlexNetError(Exception):
         super().__init__(what)
         self.what = what
         self.hint = hint
+        if hint:
+            self.add_note(hint)  # a Python traceback shows it below the message
 
 
 class AlexNetWarning(UserWarning):

@@ -34,9 +34,9 @@ from alexnet_cli.core.files import (
     write_chunks,
     write_text,
 )
+from alexnet_cli.core.model.model_file import write_model
 from alexnet_cli.errors import AlexNetWarning, DataError
 from alexnet_cli.recipe import TINY
-from alexnet_plugins.import_weights.convert import write_model
 from model_files import random_model
 
 HOLD = """

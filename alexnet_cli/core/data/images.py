@@ -116,7 +116,7 @@ def decode(data: bytes) -> ImageArray:
     """
     with _open_image(data) as image:
         image.load()
-        return _to_rgb(image)
+        return to_rgb(image)
 
 
 def read_size(data: bytes) -> tuple[int, int]:
@@ -259,8 +259,12 @@ def _check_scans(data: bytes) -> None:
         raise DataError(f"it has more than {MAX_SCANS} scans: a decompression bomb?")
 
 
-def _to_rgb(image: Image.Image) -> ImageArray:
-    """The pixels as a writable H x W x 3 array: torch takes no read-only ones."""
+def to_rgb(image: Image.Image) -> ImageArray:
+    """The pixels of an open image as a writable uint8 H x W x 3 array: torch takes no read-only ones.
+
+    Raises:
+        DataError: its pixels have an unknown range.
+    """
     black, white = _find_levels(image)
     result = np.empty((image.height, image.width, 3), np.uint8)
     rows = max(1, STRIP // image.width)

@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from alexnet_cli.core.data.augment import Augment
 from alexnet_cli.core.data.classes import ClassName
 from alexnet_cli.core.data.loader import Batch
-from alexnet_cli.core.model.network import Network
 from alexnet_cli.core.parallel.placement import Placement
 from alexnet_cli.errors import DataError, MissingError, UsageError, WeightsError, is_out_of_memory
 
@@ -73,6 +72,13 @@ class Evaluation:
         return 1 - float(self.top5_hits.sum()) / self.images
 
     @property
+    def class_errors(self) -> npt.NDArray[np.float64]:
+        """Share of the images of each class that are classified wrongly; NaN for a class without images."""
+        with np.errstate(invalid="ignore"):
+            errors: npt.NDArray[np.float64] = 1 - self.confusion.diagonal() / self.confusion.sum(1)
+        return errors
+
+    @property
     def loss(self) -> float:
         """Mean of -log p of the true class, in nats."""
         return self.loss_sum / self.images
@@ -88,7 +94,7 @@ def rank_classes(probabilities: npt.NDArray[np.float32], k: int) -> npt.NDArray[
 class TorchClassifier:
     """A network as a function from images to probabilities, averaged over `views` views (section 4.1)."""
 
-    def __init__(self, network: Network, augment: Augment, placement: Placement, views: int = 1) -> None:
+    def __init__(self, network: nn.Module, augment: Augment, placement: Placement, views: int = 1) -> None:
         if views not in (1, 10):
             raise UsageError(f"--views {views} is not supported", "use 1 (center view) or 10 (the paper's ten views)")
         self.network, self.augment, self.placement, self.views = network, augment, placement, views

@@ -16,11 +16,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
 from alexnet_cli import recipe_io
 from alexnet_cli.core.data.classes import ClassName, parse_classes
+from alexnet_cli.core.files import write_chunks
 from alexnet_cli.core.model.architecture import tensor_shapes
-from alexnet_cli.errors import RecipeError, WeightsError
+from alexnet_cli.errors import RecipeError, StorageError, WeightsError
 from alexnet_cli.recipe import SIDE, Recipe
 
 SCHEMA = "alexnet.model/1"
@@ -94,6 +96,16 @@ def read_model(path: Path) -> Model:
         raise WeightsError(f"{path} does not exist", "name a run, a checkpoint or a .safetensors file") from error
     except (SafetensorError, OSError, ValueError, TypeError, MemoryError) as error:
         raise WeightsError(f"{path} cannot be read: {error}", "the file is damaged; use another checkpoint") from error
+
+
+def write_model(model: Model, path: Path) -> None:
+    """Write a model file atomically. Raises StorageError."""
+    try:
+        # safetensors' own save_file makes a file that only its owner can read.
+        write_chunks(path, [save(dict(model.tensors), format_metadata(model.recipe, model.classes, model.info))])
+    except (OSError, SafetensorError) as error:
+        hint = "free some space, or choose another place"
+        raise StorageError(f"{path} cannot be written: {error}", hint) from error
 
 
 def check_header(path: Path) -> None:

@@ -73,6 +73,7 @@ def import_weights(
     Makes a run from the weights of a two-tower AlexNet.
     """
     from alexnet_cli.core.files import hash_file
+    from alexnet_cli.core.model.model_file import write_model
     from alexnet_plugins.import_weights import convert
 
     reporter = Reporter("import-weights", json=json, quiet=quiet)
@@ -106,7 +107,7 @@ def import_weights(
         reporter.warn(warning)
     if name.endswith(".safetensors"):
         path = Path(name)
-        convert.write_model(model, path)
+        write_model(model, path)
     else:
         path = convert.save_run(model, name, {"status": "finished", "imported": about})
     size = f"{path.stat().st_size / 1e6:,.1f} MB"

@@ -15,9 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from alexnet_cli.core.data.classes import ClassName, ilsvrc_classes
-from alexnet_cli.core.files import write_chunks
 from alexnet_cli.core.model.architecture import ONE_TOWER, PER_TOWER, tensor_shapes
-from alexnet_cli.core.model.model_file import Model, format_metadata
+from alexnet_cli.core.model.model_file import Model, write_model
 from alexnet_cli.core.runs.run import MODEL, Run, runs_root
 from alexnet_cli.errors import StorageError, UsageError, WeightsError
 from alexnet_cli.recipe import SIDE, Recipe
@@ -263,15 +262,3 @@ def save_run(model: Model, name: str, about: Mapping[str, Any]) -> Path:
     finally:
         staged.unlink(missing_ok=True)
     return run.path / MODEL
-
-
-def write_model(model: Model, path: Path) -> None:
-    """Write a model file atomically. Raises StorageError."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import save  # its save_file makes a file that only its owner can read
-
-    try:
-        write_chunks(path, [save(dict(model.tensors), format_metadata(model.recipe, model.classes, model.info))])
-    except (OSError, SafetensorError) as error:
-        hint = "free some space, or choose another place with -o"
-        raise StorageError(f"{path} cannot be written: {error}", hint) from error

@@ -23,18 +23,7 @@ from alexnet_cli.options import (
     complete_weights,
 )
 from alexnet_plugins.train.display import finish, record_errors, run_loop, show_heading, show_start, show_unused_options
-from alexnet_plugins.train.setup import (
-    check_data,
-    check_max_steps,
-    check_placement,
-    choose_data,
-    find_run,
-    find_start,
-    load_base_recipe,
-    merge_saved_options,
-    open_run,
-    show_config,
-)
+from alexnet_plugins.train.setup import choose_data, find_run, load_base_recipe, merge_saved_options, show_config
 
 Cache = Literal["auto", "device", "none"]
 Frozen = Literal["none", "conv"]
@@ -145,6 +134,7 @@ def train(
     from alexnet_cli.core.training.fine_tuning import load_source, match_layers
     from alexnet_cli.core.training.loop import TrainingLoop
     from alexnet_cli.core.training.resume import check_recipe
+    from alexnet_cli.core.training.setup import check_data, check_max_steps, check_placement, find_start, open_run
     from alexnet_cli.core.training.tensorboard import check_installed
     from alexnet_cli.core.training.trainer import Trainer
 
@@ -194,7 +184,8 @@ def train(
         check_placement(placement, resolved, len(dataset.split("train")), saved_options["micro_batch"], compile)
         if resumed:
             stack.enter_context(resumed.locked())
-        run = open_run(resumed, name, resolved, placement, dataset, transfer, saved_options)
+        command = ["alexnet", *sys.argv[1:]]
+        run = open_run(resumed, name, resolved, placement, dataset, transfer, saved_options, command)
         if not resumed:
             stack.enter_context(run.locked())
         stack.enter_context(record_errors(reporter, run))
