@@ -16,6 +16,7 @@ from PIL import Image
 from torch.nn import functional
 
 from alexnet_cli.core.data import images
+from alexnet_cli.core.data.classes import ClassName
 from alexnet_cli.core.inference.predict import compute_probabilities
 from alexnet_cli.core.inference.session import Session
 from alexnet_cli.core.model import model_file
@@ -148,15 +149,10 @@ def test_training_drops_half_of_the_units_and_does_not_scale_them() -> None:
     x = make_input(SMALL, 4)
     for recipe, factor in ((SMALL, 1.0), (replace(SMALL, dropout_inverted=True), 2.0)):
         network = AlexNet.from_model(random_model(recipe)).train()
-        outputs: dict[str, torch.Tensor] = {}
-        for name in ("relu6", "drop6"):
-            module = network.get_submodule(name)
-            module.register_forward_hook(lambda _m, _i, out, name=name: outputs.update({name: out}))
-        network(x)
-        active = outputs["relu6"] > 0
-        kept = outputs["drop6"] > 0
+        units, dropped = network.activations(x, ["relu6", "drop6"]).values()
+        active, kept = units > 0, dropped > 0
         assert 0.4 < kept.sum() / active.sum() < 0.6
-        torch.testing.assert_close(outputs["drop6"][kept], outputs["relu6"][kept] * factor)
+        torch.testing.assert_close(dropped[kept], units[kept] * factor)
 
 
 def test_a_strict_load_of_a_model_file_and_of_its_own_state(tmp_path: Path) -> None:
@@ -186,10 +182,10 @@ def test_save_and_load(tmp_path: Path) -> None:
 
 def test_another_last_layer_is_saved_with_its_class_names(tmp_path: Path) -> None:
     network = AlexNet.from_model(random_model(SMALL))
-    network.fc8 = torch.nn.Linear(network.get_parameter("fc8.weight").shape[1], 2)
+    network.fc8 = torch.nn.Linear(network.fc8.in_features, 2)
     with pytest.raises(UsageError, match=r"fc8\.(weight|bias) is .*10 classes"):
         network.save(tmp_path / "two.safetensors")
-    network.classes = tuple(map(model_file.ClassName, ("cat", "dog")))
+    network.classes = tuple(map(ClassName, ("cat", "dog")))
     network.save(tmp_path / "two.safetensors")
     assert len(model_file.read_model(tmp_path / "two.safetensors").classes) == 2
 

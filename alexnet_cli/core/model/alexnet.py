@@ -67,6 +67,14 @@ class AlexNet(nn.Module):
     """
 
     mean: Tensor
+    conv1: nn.Conv2d
+    conv2: nn.Conv2d
+    conv3: nn.Conv2d
+    conv4: nn.Conv2d
+    conv5: nn.Conv2d
+    fc6: nn.Linear
+    fc7: nn.Linear
+    fc8: nn.Linear
 
     def __init__(
         self,
