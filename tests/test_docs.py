@@ -287,6 +287,27 @@ def test_the_commands_of_a_page_run(document: str, home: Path) -> None:
     follow(document, home)
 
 
+@pytest.mark.slow
+def test_the_notebook_runs_top_to_bottom(tmp_path: Path) -> None:
+    """Drawn images are learned within its six epochs, and it writes what it says."""
+    for module in ("nbconvert", "ipykernel", "matplotlib"):
+        pytest.importorskip(module)
+    shutil.copy(ROOT / "docs" / "alexnet.ipynb", tmp_path)
+    run(f'"{sys.executable}" -m nbconvert --to notebook --execute --inplace alexnet.ipynb', tmp_path)
+    cells = json.loads((tmp_path / "alexnet.ipynb").read_text(encoding="utf-8"))["cells"]
+    text = "".join(line for cell in cells for output in cell.get("outputs", []) for line in output.get("text", []))
+    assert "epoch 6: validation error 0.0%" in text
+    assert sum("image/png" in output.get("data", {}) for cell in cells for output in cell.get("outputs", [])) == 5
+    assert (tmp_path / "stripes.onnx").stat().st_size > 10_000_000
+
+
+def test_the_notebook_holds_no_outputs_and_installs_from_a_clone() -> None:
+    notebook = json.loads((ROOT / "docs" / "alexnet.ipynb").read_text(encoding="utf-8"))
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert not any(cell["outputs"] or cell["execution_count"] for cell in code)
+    assert "%pip install" in "".join(code[0]["source"])
+
+
 def test_make_has_the_targets_of_the_readme() -> None:
     for target in re.findall(r"(?m)^\$ make (\w+)", read_document("README.md")):
         assert subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, check=False).returncode == 0
