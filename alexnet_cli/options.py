@@ -47,6 +47,16 @@ def complete_setting(incomplete: str) -> list[tuple[str, str]]:
     return [(f"{key}=", describe_setting(key)[0]) for key in FIELDS if key.startswith(incomplete)]
 
 
+def complete_layers(incomplete: str) -> list[str]:
+    """Return the layers of any named recipe for --features; those before the last comma stay as they are."""
+    from alexnet_cli.core.model.architecture import layer_names
+    from alexnet_cli.recipe import RECIPES
+
+    before, comma, last = incomplete.rpartition(",")
+    names = dict.fromkeys(name for recipe in RECIPES.values() for name in layer_names(recipe))
+    return [f"{before}{comma}{name}" for name in names if name.startswith(last)]
+
+
 def _match(names: Iterable[str], incomplete: str) -> list[str]:
     matching = sorted(name for name in names if name.startswith(incomplete))
     return matching or sorted(path + os.sep * os.path.isdir(path) for path in glob.glob(f"{glob.escape(incomplete)}*"))

@@ -19,7 +19,7 @@ OTHER_NAMES = {  # commands and options of other tools -> ours, the first that t
     "devices": ("gpus",), "batch": ("batch-size",), "learning-rate": ("lr",), "lr0": ("lr",), "workers": ("jobs",),
     "num-workers": ("jobs",),
 }  # fmt: skip
-LISTS = {"IDS": (r"[\d,]+", ","), "A,B": (r"[a-z\d,][a-z\d,-]*", ","), "KEY=VALUE": (r"[^=-][^=]*", "=")}
+LISTS = {"IDS": (r"[\d,]+", ","), "A,B": (r"[a-z\d,][a-z\d_,-]*", ","), "KEY=VALUE": (r"[^=-][^=]*", "=")}
 """Metavar of an option that takes several words as one -> what a word looks like, and what stands between two."""
 
 

@@ -96,13 +96,12 @@ def _open_index(
     from alexnet_cli.core.analysis import neighbors
     from alexnet_cli.core.files import hash_file
     from alexnet_cli.core.inference.predict import FAST_START_VIEWS
-    from alexnet_cli.core.inference.session import Session
     from alexnet_cli.core.runs.resolve import describe_weights, find_run_folder
 
     folder = neighbors.index_folder(path, find_run_folder(path), dataset)
     source = neighbors.IndexSource(hash_file(path), dataset.hash, len(split))
     vectors = neighbors.open_index(folder, source)
-    session = Session(path, fast_start=vectors is not None and images <= FAST_START_VIEWS, layer=neighbors.LAYER)
+    session = neighbors.open_network(path, fast_start=vectors is not None and images <= FAST_START_VIEWS)
     reporter.line("weights", describe_weights(path, session.info), always=is_default)
     if session.fallback_reason:
         reporter.warn(f"the network runs on the CPU: {session.fallback_reason}", "see `alexnet doctor`")

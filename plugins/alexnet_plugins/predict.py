@@ -14,7 +14,7 @@ import typer
 
 from alexnet_cli.console import Reporter, format_probabilities, make_printable
 from alexnet_cli.errors import PartialError, StorageError, UsageError
-from alexnet_cli.options import JsonFlag, QuietFlag, ViewsOption, WeightsOption
+from alexnet_cli.options import JsonFlag, QuietFlag, ViewsOption, WeightsOption, complete_layers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -37,11 +37,22 @@ def predict(
     views: ViewsOption = 1,
     csv: Annotated[Path | None, typer.Option(help="Write the predictions to this CSV file instead of stdout")] = None,
     features: Annotated[
-        Literal["fc6", "fc7"] | None,
-        typer.Option(help="Write this layer's activations (after ReLU) to the file of -o instead of labels"),
+        list[str] | None,
+        typer.Option(
+            metavar="A,B",
+            help="Write the activations of these layers to the file of -o instead of labels: "
+            "conv1, relu1, norm1, pool1 ... fc7, relu7, drop7, fc8",
+            autocompletion=complete_layers,
+        ),
+    ] = None,
+    tower: Annotated[
+        int | None, typer.Option(help="Keep only this tower's maps and units of --features: 1 or 2 [default: both]")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="F.npz", help="File for the activations of --features")
+        Path | None,
+        typer.Option(
+            "-o", "--output", metavar="FILE", help="File for the activations of --features: .npz or .safetensors"
+        ),
     ] = None,
     backend: Annotated[
         Literal["auto", "onnx", "torch"], typer.Option(help="Library that runs the network; auto is ONNX Runtime")
@@ -55,15 +66,20 @@ def predict(
     """
     from alexnet_cli.core.inference import predict as predicting
     from alexnet_cli.core.inference.inputs import expand_inputs
+    from alexnet_cli.core.model.architecture import check_layers
     from alexnet_cli.core.runs.resolve import describe_unfinished_run, describe_weights, find_weights
 
-    _check_output(features, output)
+    layers = [name.strip() for name in ",".join(features).split(",")] if features else []
+    _check_output(layers, output, tower)
     reporter = Reporter("predict", json=json, quiet=quiet)
     run_images: list[str] = []
     images = expand_inputs(inputs, getattr(sys.stdin, "buffer", None), run_images)
+    if output and output.suffix == ".safetensors":
+        predicting.check_header(images)
     model = find_weights(weights, (".safetensors",) if backend == "torch" else (".onnx", ".safetensors"))
     fast_start = len(images) * views <= predicting.FAST_START_VIEWS
-    classifier = predicting.open_classifier(model, backend, fast_start, features)
+    classifier = predicting.open_classifier(model, backend, fast_start, layers)
+    check_layers(classifier.recipe, layers, tower)
     reporter.line("weights", describe_weights(model, classifier.info), always=weights is None)
     if remark := describe_unfinished_run(model):
         reporter.line("note", remark)
@@ -71,19 +87,19 @@ def predict(
         reporter.line("note", f"skipped {_count_images(len(run_images))} drawn for runs, such as {run_images[0]}")
     if classifier.fallback_reason:
         reporter.warn(f"the network runs on the CPU: {classifier.fallback_reason}", "see `alexnet doctor`")
-    started, shows_tables, errors = time.perf_counter(), csv is None and features is None, list[str]()
+    started, shows_tables, errors = time.perf_counter(), csv is None and not layers, list[str]()
     with contextlib.ExitStack() as stack:
         write_row = stack.enter_context(_open_csv(csv)) if csv else None
         write_activations = None
-        if features and output:
-            write_activations = stack.enter_context(predicting.write_features(output, classifier, features))
+        if output:
+            write_activations = stack.enter_context(predicting.write_features(output, classifier, tower))
         # A progress bar and tables on one terminal would overwrite each other.
         shows_progress = len(images) > predicting.FAST_START_VIEWS and not (shows_tables and sys.stdout.isatty())
         progress = stack.enter_context(reporter.progress("predict", len(images))) if shows_progress else None
-        for prediction in predicting.predict(images, classifier, k, views, features is not None):
+        for prediction in predicting.predict(images, classifier, k, views):
             if prediction.error is not None:
                 errors.append(f"{prediction.path}: {prediction.error}")
-                if features and csv is None and not json:  # nothing else shows the error
+                if layers and csv is None and not json:  # nothing else shows the error
                     reporter.warn(f"skipped {errors[-1]}")
             if write_row:
                 write_row(prediction)
@@ -103,7 +119,9 @@ def predict(
     if csv:
         reporter.line("saved", f"{csv}")
     if output:
-        reporter.line("saved", f"{output} · {features} of {_count_images(len(images) - len(errors))}")
+        part = f" (tower {tower})" if tower else ""
+        what = f"{', '.join(layers)}{part} of {_count_images(len(images) - len(errors))}"
+        reporter.line("saved", f"{output} · {what}")
     if errors:
         what = f"cannot read {len(errors):,} of {_count_images(len(images))}"
         if len(errors) == 1:
@@ -111,11 +129,14 @@ def predict(
         raise PartialError(f"{what}, first {errors[0]}", f"{csv or 'the output'} has the reason for each")
 
 
-def _check_output(features: str | None, output: Path | None) -> None:
-    if (features is None) != (output is None):
-        raise UsageError("--features and -o only work together", "such as --features fc7 -o features.npz")
-    if output is not None and output.suffix != ".npz":
-        raise UsageError(f"-o {output} does not end in .npz", f"such as -o {output.stem or 'features'}.npz")
+def _check_output(layers: list[str], output: Path | None, tower: int | None) -> None:
+    if bool(layers) != (output is not None):
+        raise UsageError("--features and -o only work together", "such as --features relu7 -o features.npz")
+    if tower is not None and not layers:
+        raise UsageError("--tower needs --features", "such as --features relu7 --tower 1 -o features.npz")
+    if output is not None and output.suffix not in (".npz", ".safetensors"):
+        what = f"-o {output} does not end in .npz or .safetensors"
+        raise UsageError(what, f"such as -o {output.stem or 'features'}.npz")
     if output is not None and not output.parent.is_dir():
         raise UsageError(f"-o {output}: the folder {output.parent} does not exist", "create it first")
 

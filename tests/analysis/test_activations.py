@@ -1,4 +1,4 @@
-"""Activations of one image: equal to those in PyTorch, and drawn on a page."""
+"""Activations of one image: equal to those of a literal pass in numpy, and drawn on a page."""
 
 from __future__ import annotations
 
@@ -6,17 +6,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from alexnet_cli.core.analysis import activations
 from alexnet_cli.core.analysis.activations import LayerActivations, Trace, make_layer_records, trace_image
 from alexnet_cli.core.data.classes import ClassName
 from alexnet_cli.core.inference.predict import Label
-from alexnet_cli.core.inference.torch_session import TorchSession
-from alexnet_cli.core.model.layers import ACTIVATIONS
 from alexnet_cli.errors import WeightsError
 from alexnet_cli.recipe import CAFFE, FAST, KRIZHEVSKY, PAPER, Recipe
+from literal_network import forward_layers
 from model_files import random_model
 
 PICTURE = np.random.default_rng(5).integers(0, 256, (256, 256, 3), np.uint8)
@@ -40,26 +38,16 @@ def test_every_layer_is_what_the_network_makes_of_the_center_crop(recipe: Recipe
     crop = PICTURE[low : low + side, low : low + side]
     assert (found.seen == crop).all()
 
-    session = TorchSession(model, "cpu")
-    there: dict[str, torch.Tensor] = {}
-    for name in ("conv1", "conv2", "conv3", "conv4", "conv5", "drop6", "drop7"):
-
-        def keep(_module: object, _inputs: object, output: torch.Tensor, name: str = name) -> None:
-            there[name] = output.clone()
-
-        session.network.get_submodule(name).register_forward_hook(keep)
-    chances = session.probabilities(np.ascontiguousarray(crop.transpose(2, 0, 1))[None])[0]
+    literal = forward_layers(model, np.ascontiguousarray(crop.transpose(2, 0, 1)))
+    logits, keep = literal["fc8"], 1 if recipe.dropout_inverted else 1 - recipe.dropout
+    chances = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
     assert [layer.name for layer in found.layers] == ["conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7"]
     for layer in found.layers:
-        if layer.has_maps:
-            expected = ACTIVATIONS[recipe.activation](there[layer.name].clone())[0].numpy()
-            before = there[layer.name][0].numpy()
-        else:
-            expected = before = there[layer.name.replace("fc", "drop")][0].numpy()
-            if recipe.activation == "sigmoid":
-                before = before - (0.5 if recipe.dropout_inverted else 0.25)
+        number = layer.name[-1]
+        expected = literal[f"{recipe.activation}{number}" if layer.has_maps else f"drop{number}"]
         np.testing.assert_allclose(layer.values, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
-        assert layer.compute_active_share() == pytest.approx((before > 0).mean(), abs=0.005), layer.name
+        rest = (0.5 if layer.has_maps else 0.5 * keep) if recipe.activation == "sigmoid" else 0
+        assert layer.compute_active_share() == pytest.approx((expected > rest).mean(), abs=0.005), layer.name
         peaks = expected.reshape(len(expected), -1).max(1)
         half = len(expected) // recipe.towers
         for tower in range(recipe.towers):
@@ -82,7 +70,7 @@ def make_trace(values: np.ndarray, towers: int = 2, *, lowest: float = 0.0, name
     """Five layers of these maps, and their peaks as units."""
     flat = values.max(axis=(1, 2))
     kinds = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7")
-    layers = tuple(LayerActivations(k, values if k[0] == "c" else flat, towers, lowest, 0.0) for k in kinds)  # type: ignore[arg-type]
+    layers = tuple(LayerActivations(k, values if k[0] == "c" else flat, towers, lowest, 0.0) for k in kinds)
     top = tuple(Label(i + 1, name, None, i, 0.5 - i / 10) for i in range(5))
     return Trace(np.full((224, 224, 3), (10, 200, 30), np.uint8), layers, top)
 

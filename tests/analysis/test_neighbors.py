@@ -94,7 +94,7 @@ def network(prepared: Path, tmp_path: Path) -> tuple[Path, IndexSource, Split, S
     dataset = open_dataset(prepared)
     split = dataset.split("train")
     source = IndexSource(hash_file(path), dataset.hash, len(split))
-    return neighbors.index_folder(path, None, dataset), source, split, Session(path, layer="fc7")
+    return neighbors.index_folder(path, None, dataset), source, split, neighbors.open_network(path, fast_start=False)
 
 
 def test_an_index_is_found_again_until_weights_data_or_files_change(

@@ -18,7 +18,7 @@ from alexnet_cli.core.analysis.units import (
 )
 from alexnet_cli.core.data import images
 from alexnet_cli.core.data.shards import Split, open_dataset
-from alexnet_cli.core.inference.session import ConvLayer, FeatureLayer, Session
+from alexnet_cli.core.inference.session import Session
 from alexnet_cli.core.model.architecture import receptive_field
 from alexnet_cli.core.model.model_file import Model
 from alexnet_cli.core.model.network import network_from_model
@@ -41,8 +41,7 @@ def in_torch(model: Model, split: Split, layer: str) -> torch.Tensor:
     if model.recipe.mean == "rgb":
         mean = model.mean.mean((1, 2), keepdims=True)
     network, seen = network_from_model(model), []
-    module = {"fc6": network.drop6, "fc7": network.drop7}.get(layer) or getattr(network, layer)
-    module.register_forward_hook(lambda _m, _i, output: seen.append(output.clone()))
+    network.get_submodule(layer).register_forward_hook(lambda _m, _i, output: seen.append(output.clone()))
     with torch.no_grad():
         network(torch.from_numpy(np.stack(decoded) - mean) / model.recipe.input_divisor)
     result: torch.Tensor = seen[0]
@@ -54,20 +53,18 @@ def in_torch(model: Model, split: Split, layer: str) -> torch.Tensor:
     [
         (PAPER, "conv1"),
         (replace(PAPER, towers=1), "conv5"),
-        (PAPER, "fc7"),
-        (CAFFE, "fc6"),
+        (PAPER, "drop7"),
+        (CAFFE, "drop6"),
         (CAFFE, "conv2"),
         (KRIZHEVSKY, "conv3"),
     ],
 )
-def test_responses_are_those_of_torch(
-    recipe: Recipe, layer: FeatureLayer | ConvLayer, split: Split, tmp_path: Path
-) -> None:
+def test_responses_are_those_of_torch(recipe: Recipe, layer: str, split: Split, tmp_path: Path) -> None:
     model = random_model(replace(recipe, width=1 / 32))
     save_onnx(model, tmp_path / "m.onnx")
     expected = in_torch(model, split, layer).numpy()
     for source in (model, tmp_path / "m.onnx"):
-        found = list(iterate_activations(split, Session(source, layer=layer)))
+        found = list(iterate_activations(split, Session(source, layers=[layer])))
         assert np.concatenate([rows for rows, _ in found]).tolist() == list(range(20))
         np.testing.assert_allclose(np.concatenate([v for _, v in found]), expected, rtol=1e-3, atol=1e-4)
 
@@ -75,10 +72,10 @@ def test_responses_are_those_of_torch(
 def test_a_session_computes_nothing_behind_its_layer(split: Split) -> None:
     model = random_model(replace(PAPER, width=1 / 32))
     broken = dict(model.tensors) | {"conv4.weight": np.full_like(model.tensors["conv4.weight"], np.nan)}
-    found = next(iter(iterate_activations(split, Session(replace(model, tensors=broken), layer="conv3"))))
+    found = next(iter(iterate_activations(split, Session(replace(model, tensors=broken), layers=["conv3"]))))
     assert np.isfinite(found.values).all()
     with pytest.raises(WeightsError, match="is NaN or infinite"):
-        next(iter(iterate_activations(split, Session(replace(model, tensors=broken), layer="conv4"))))
+        next(iter(iterate_activations(split, Session(replace(model, tensors=broken), layers=["conv4"]))))
 
 
 def test_pictures_come_in_the_order_of_the_rows_and_a_damaged_one_is_named(split: Split) -> None:

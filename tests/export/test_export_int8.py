@@ -44,7 +44,7 @@ def test_what_loses_too_much_is_refused_unless_forced(tmp_path: Path, monkeypatc
     path.write_bytes(b"the one from before")
     ranges = quantize.measure_ranges
     # The middle of the network in five steps instead of 256.
-    coarse = {"conv3.relu": 64.0, "conv4.relu": 64.0}
+    coarse = {"relu3": 64.0, "relu4": 64.0}
     monkeypatch.setattr(
         quantize, "measure_ranges",
         lambda proto, c: {n: (a, b * coarse.get(n, 1)) for n, (a, b) in ranges(proto, c).items()},

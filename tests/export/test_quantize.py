@@ -134,8 +134,8 @@ def test_layers_are_what_whole_numbers_give(extreme: bool) -> None:
         model, crops = extreme_model(), np.where(crops < 128, 0, 255).astype(np.uint8)
     proto = quantize_model(model, crops)
     constant = {c.name: numpy_helper.to_array(c) for c in proto.graph.initializer}
-    layers = {"conv1": "centered", "fc7": "fc6.relu"}
-    names = [f"{name}.quantized" for layer, source in layers.items() for name in (source, f"{layer}.relu")]
+    layers = {"conv1": ("centered", "relu1"), "fc7": ("relu6", "relu7")}
+    names = [f"{name}.quantized" for names in layers.values() for name in names]
     proto.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.UINT8, None) for name in names)
     proto.graph.output.append(helper.make_tensor_value_info("centered", TensorProto.FLOAT, None))
     names.append("centered")
@@ -143,7 +143,7 @@ def test_layers_are_what_whole_numbers_give(extreme: bool) -> None:
     found = dict(zip(names, session.run(names, {"input": crops.astype(np.float32)}), strict=True))
     scale, zero = constant["centered.scale"], int(constant["centered.zero"])
     np.testing.assert_array_equal(found["centered.quantized"], np.rint(found["centered"] / scale + zero).clip(0, 255))
-    for layer, source in layers.items():
+    for layer, (source, output) in layers.items():
         codes = constant[f"{layer}.weight.codes"].astype(np.float64)
         entered = found[f"{source}.quantized"][1].astype(np.float64) - constant[f"{source}.zero"]
         units = constant[f"{source}.scale"] * constant[f"{layer}.weight.scale"].astype(np.float64)
@@ -152,8 +152,8 @@ def test_layers_are_what_whole_numbers_give(extreme: bool) -> None:
             sums = convolve(np.pad(entered, ((0, 0), (0, 3), (0, 3))), codes, bias, 4, 0, 1)
         else:
             sums = (entered @ codes + constant[f"{layer}.bias"] / units)[:, None, None]
-        expected = np.rint(sums * units[:, None, None] / constant[f"{layer}.relu.scale"]).clip(0, 255)
-        left = found[f"{layer}.relu.quantized"][1].reshape(expected.shape)
+        expected = np.rint(sums * units[:, None, None] / constant[f"{output}.scale"]).clip(0, 255)
+        left = found[f"{output}.quantized"][1].reshape(expected.shape)
         assert 0.1 < (expected > 0).mean() < 0.95
         assert np.abs(left - expected).max() <= 1  # a half, rounded in float32, may fall either way
         assert (left == expected).mean() > 0.999

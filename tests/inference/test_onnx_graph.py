@@ -17,9 +17,10 @@ import pytest
 from alexnet_cli.core.data.classes import ClassName
 from alexnet_cli.core.inference import onnx_graph, session
 from alexnet_cli.core.inference.session import Session
+from alexnet_cli.core.model.architecture import layer_names
 from alexnet_cli.errors import MissingError, UsageError, WeightsError
-from alexnet_cli.recipe import CAFFE, PAPER
-from literal_network import VARIANTS, forward
+from alexnet_cli.recipe import CAFFE, PAPER, RECIPES
+from literal_network import VARIANTS, forward, forward_layers
 from model_files import random_model, save_onnx
 
 
@@ -37,6 +38,24 @@ def test_graph_equals_a_literal_forward_pass(name: str) -> None:
     np.testing.assert_allclose(session.logits(crops), expected, atol=1e-4)
     powers = np.exp(expected - expected.max(1, keepdims=True))
     np.testing.assert_allclose(session.probabilities(crops), powers / powers.sum(1, keepdims=True), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["paper", "krizhevsky", "caffe", "fast", "tiny", "within map", "no norm", "sigmoid"])
+def test_every_layer_has_its_name_and_the_values_of_a_literal_pass(name: str) -> None:
+    recipe = replace((VARIANTS | RECIPES)[name], width=1 / 16)
+    model, layers = random_model(recipe), layer_names(recipe)
+    crops = some_crops(recipe.input_size)
+    expected = [forward_layers(model, crop) for crop in crops]
+    assert layers == tuple(expected[0])
+    session = Session(model, provider="cpu", layers=layers)
+    found, (probabilities, whole) = session.activations(crops), session.probabilities_and_activations(crops)
+    assert list(found) == list(whole) == list(layers)
+    for layer in layers:
+        values = np.stack([outputs[layer] for outputs in expected])
+        tolerance = 1e-5 * np.abs(values).max()
+        np.testing.assert_allclose(found[layer], values, rtol=1e-3, atol=tolerance, err_msg=layer)
+        np.testing.assert_allclose(whole[layer], values, rtol=1e-3, atol=tolerance, err_msg=layer)
+    np.testing.assert_allclose(probabilities, Session(model, provider="cpu").probabilities(crops), atol=1e-6)
 
 
 def test_the_literal_pass_tells_the_switches_apart() -> None:

@@ -54,8 +54,8 @@ def test_neighbors_are_those_of_all_distances_and_the_picture_itself_comes_first
     files = [Path(f"{row}.jpg") for row in range(len(split))]
     for row, file in enumerate(files):
         file.write_bytes(bytes(split.jpeg(row)))
-    known = classify([*map(str, files), other], open_classifier(network, "onnx", layer="fc7"), activations=True)
-    *vectors, query = [p.activations.astype(np.float64) for p in known if p.activations is not None]
+    known = classify([*map(str, files), other], open_classifier(network, "onnx", layers=["drop7"]))
+    *vectors, query = [prediction.activations["drop7"].astype(np.float64) for prediction in known]
     distances = np.linalg.norm(np.array(vectors) - query, axis=1)
     for found, row in zip(second["neighbors"], np.argsort(distances)[:4], strict=True):
         assert (found["row"], found["key"]) == (row, split.key(int(row)))

@@ -16,7 +16,7 @@ from alexnet_cli.core.analysis import filter_picture
 from alexnet_cli.core.analysis.units import iterate_activations
 from alexnet_cli.core.data.shards import open_dataset
 from alexnet_cli.core.inference.predict import open_classifier, predict
-from alexnet_cli.core.inference.session import ConvLayer, FeatureLayer, Session
+from alexnet_cli.core.inference.session import Session
 from alexnet_cli.errors import UsageError, WeightsError
 from alexnet_cli.recipe import PAPER
 from alexnet_plugins.visualize.command import visualize_filters
@@ -163,10 +163,10 @@ def test_options_without_effect_are_refused(run: Path, options: dict[str, object
     assert said in caught.value.what
 
 
-@pytest.mark.parametrize("layer", ["conv4", "fc6"])
+@pytest.mark.parametrize(("layer", "output"), [("conv4", "conv4"), ("fc6", "drop6")])
 @pytest.mark.parametrize("towers", [1, 2])
 def test_patches_of_a_unit_are_parts_of_the_pictures_that_excite_it_most(
-    layer: FeatureLayer | ConvLayer, towers: int, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    layer: str, output: str, towers: int, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = random_model(replace(SMALL, width=1 / 32, towers=towers))
     path, picture = save_model(model, tmp_path / "m.safetensors"), tmp_path / "p.png"
@@ -174,7 +174,8 @@ def test_patches_of_a_unit_are_parts_of_the_pictures_that_excite_it_most(
     result = json.loads(capsys.readouterr().out)
     [unit] = result["units"]
     split = open_dataset(prepared).split("val")
-    values = np.concatenate([values for _, values in iterate_activations(split, Session(model, layer=layer))])[:, 2]
+    found = iterate_activations(split, Session(model, layers=[output]))
+    values = np.concatenate([values for _, values in found])[:, 2]
     best = values.reshape(20, -1).max(axis=1)
     assert [patch["row"] for patch in unit["patches"]] == np.argsort(-best, kind="stable")[:9].tolist()
     assert [patch["response"] for patch in unit["patches"]] == pytest.approx(np.sort(best)[::-1][:9].tolist())

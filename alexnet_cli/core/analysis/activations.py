@@ -2,39 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
-from alexnet_cli.core.analysis.units import compute_activations
 from alexnet_cli.core.data.images import ImageArray
 from alexnet_cli.core.data.views import make_views
 from alexnet_cli.core.drawing import INK, PAGE, fit_text, load_font
 from alexnet_cli.core.inference.predict import Label, rank_labels
-from alexnet_cli.core.inference.session import ConvLayer, FeatureLayer, Session
+from alexnet_cli.core.inference.session import Session
+from alexnet_cli.core.model.architecture import CONV_LAYERS, last_step_name, step_name
 from alexnet_cli.core.model.model_file import Model
 from alexnet_cli.errors import WeightsError
 
 TOP_CLASSES = 5  # as in figure 4 of the paper
 
 Array = npt.NDArray[np.float32]
-NONLINEAR: dict[str, Callable[[Array], Array]] = {
-    "relu": lambda x: np.maximum(x, 0),
-    "tanh": np.tanh,
-    "sigmoid": lambda x: (0.5 + 0.5 * np.tanh(0.5 * x)).astype(np.float32),  # exp(-x) could overflow
-}
 LOWEST_AND_REST = {"relu": (0.0, 0.0), "tanh": (-1.0, 0.0), "sigmoid": (0.0, 0.5)}
 
 
 @dataclass(frozen=True)
 class LayerActivations:
-    """Activations of a layer for one image, after the nonlinearity, before normalization and pooling."""
+    """Activations of a layer for one image, right after the nonlinearity, wherever the recipe has it."""
 
-    name: ConvLayer | FeatureLayer
+    name: str
     values: Array
     """Maps x rows x columns, tower 1 first. In layers 6 and 7: units, as the next layer sees them."""
     towers: int
@@ -86,28 +81,20 @@ def trace_image(model: Model, image: ImageArray) -> Trace:
         WeightsError: an activation is NaN or infinite.
     """
     recipe = model.recipe
-    layers = []
-    for name in get_args(ConvLayer):
-        before = compute_activations(Session(model, fast_start=True, layer=name), [image])[0]
-        values = NONLINEAR[recipe.activation](before)
-        layers.append(LayerActivations(name, values, recipe.towers, *LOWEST_AND_REST[recipe.activation]))
-    fc6, _ = _compute_units(model, image, "fc6")
-    fc7, probabilities = _compute_units(model, image, "fc7")
-    seen = make_views(image, recipe.input_size, 1)[0].transpose(1, 2, 0)
-    return Trace(seen, (*layers, fc6, fc7), rank_labels(probabilities, model.classes, TOP_CLASSES))
-
-
-def _compute_units(model: Model, image: ImageArray, layer: FeatureLayer) -> tuple[LayerActivations, Array]:
-    """The activations of layer 6 or 7, and the class probabilities."""
-    session, recipe = Session(model, fast_start=True, layer=layer), model.recipe
-    probabilities, units = (
-        values[0] for values in session.probabilities_and_activations(make_views(image, session.recipe.input_size, 1))
-    )
-    if not (np.isfinite(units).all() and np.isfinite(probabilities).all()):
+    names = {layer: step_name(recipe, layer, "activation") for layer in CONV_LAYERS}
+    names |= {layer: last_step_name(recipe, layer) for layer in ("fc6", "fc7")}
+    session = Session(model, fast_start=True, layers=list(names.values()))
+    crops = make_views(image, recipe.input_size, 1)
+    probabilities, activations = session.probabilities_and_activations(crops)
+    if not all(np.isfinite(values).all() for values in (probabilities, *activations.values())):
         raise WeightsError(f"{session.path}: the network's output is NaN or infinite", "its weights are damaged")
-    factor = 1 if recipe.dropout_inverted else 1 - recipe.dropout
     lowest, rest = LOWEST_AND_REST[recipe.activation]
-    return LayerActivations(layer, units, recipe.towers, factor * lowest, factor * rest), probabilities
+    keep = 1 if recipe.dropout_inverted else 1 - recipe.dropout
+    layers = []
+    for layer, name in names.items():
+        factor = 1 if layer in CONV_LAYERS else keep
+        layers.append(LayerActivations(layer, activations[name][0], recipe.towers, factor * lowest, factor * rest))
+    return Trace(crops[0].transpose(1, 2, 0), tuple(layers), rank_labels(probabilities[0], model.classes, TOP_CLASSES))
 
 
 def make_layer_records(trace: Trace, towers: list[int]) -> list[dict[str, Any]]:

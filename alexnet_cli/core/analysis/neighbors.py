@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -32,14 +32,15 @@ from alexnet_cli.core.data.images import ImageArray
 from alexnet_cli.core.data.shards import Dataset, Split
 from alexnet_cli.core.drawing import Row, Tile
 from alexnet_cli.core.files import hash_file, lock_file, replace_file, sync_file, write_text
-from alexnet_cli.core.inference.session import FeatureLayer, ModelSource, Session
+from alexnet_cli.core.inference.session import ModelSource, Session
+from alexnet_cli.core.model.architecture import last_step_name
 from alexnet_cli.core.model.model_file import Model
 from alexnet_cli.core.runs.resolve import is_best, is_training_data
 from alexnet_cli.core.runs.run import MODEL, ONNX
 from alexnet_cli.errors import StorageError, WeightsError
 
 SCHEMA = "alexnet.neighbors/3"
-LAYER: FeatureLayer = "fc7"
+LAYER = "fc7"
 VECTORS, RECORD, LOCK = f"{LAYER}.npy", "index.json", ".lock"
 BLOCK = 2**22  # activations compared at once: 16 MB
 LARGEST = 1e12  # activation; the squared length of a row still fits float32
@@ -75,6 +76,17 @@ def index_folder(weights: Path, run: Path | None, dataset: Dataset) -> Path:
     if not is_training_data(weights, dataset):
         words.append(dataset.path.resolve().name)
     return run / "-".join(words)
+
+
+def open_network(source: ModelSource, fast_start: bool, provider: Literal["auto", "cpu"] = "auto") -> Session:
+    """Open a network up to layer 7, as layer 8 sees it: after the nonlinearity and times dropout's test-time factor.
+
+    Raises:
+        WeightsError: the file cannot be used.
+    """
+    return Session(
+        source, fast_start=fast_start, provider=provider, layers=lambda recipe: [last_step_name(recipe, LAYER)]
+    )
 
 
 def open_index(folder: Path, source: IndexSource) -> Vectors | None:
@@ -241,7 +253,7 @@ def find_neighborhoods(
     folder = index_folder(network if isinstance(network, Path) else model.path, run, data)
     source = IndexSource(weights, data.hash, len(train))
     vectors = open_index(folder, source)
-    session = Session(network, fast_start=vectors is not None, layer=LAYER)
+    session = open_network(network, fast_start=vectors is not None)
     with ExitStack() as stack:
         if vectors is None:
             if not keep_index:
@@ -258,14 +270,14 @@ def find_neighborhoods(
 
 
 def _choose_network(model: Model, sha256: str, run: Path | None) -> tuple[ModelSource, str]:
-    """Return the run's ONNX file if it was exported from this model, as `alexnet neighbors` does, else the model.
+    """Return the run's ONNX file, as `alexnet neighbors` does; the model if the file is another's or lacks the layer.
 
     The second value is its SHA-256.
     """
     exported = run / ONNX if run else None
     if exported and exported.is_file():
         try:
-            if Session(exported, fast_start=True, provider="cpu").metadata.sha256 == sha256:
+            if open_network(exported, fast_start=True, provider="cpu").metadata.sha256 == sha256:
                 return exported, hash_file(exported)
         except WeightsError:
             return model, sha256

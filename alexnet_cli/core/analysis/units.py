@@ -62,19 +62,20 @@ def read_images_by_row(split: Split, rows: Rows) -> dict[int, ImageArray]:
 
 
 def compute_activations(session: Session, images: Sequence[ImageArray]) -> npt.NDArray[np.float32]:
-    """Return the activations of the session's layer for the center view of each image, uint8 256 x 256 x 3.
+    """Return the activations of the session's only layer for the center view of each image, uint8 256 x 256 x 3.
 
     Raises:
         WeightsError: activations are NaN or infinite.
     """
-    values = session.activations(np.concatenate([make_views(image, session.recipe.input_size, 1) for image in images]))
+    crops = np.concatenate([make_views(image, session.recipe.input_size, 1) for image in images])
+    [values] = session.activations(crops).values()
     if not np.isfinite(values).all():
         raise WeightsError(f"{session.path}: the network's output is NaN or infinite", "its weights are damaged")
     return values
 
 
 def iterate_activations(split: Split, session: Session) -> Generator[ActivationBatch]:
-    """Yield the activations of the session's layer for every image of a split, in order.
+    """Yield the activations of the session's only layer for every image of a split, in order.
 
     Raises:
         DataError: an image is damaged.

@@ -29,7 +29,7 @@ LAYERS = frozenset(("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "
 SELECTING = frozenset(("MaxPool", "Flatten"))  # operators whose outputs are some of their inputs
 MAX_CODE = 64  # x86 without VNNI adds two products of a uint8 and an int8 in 16 bits: 2 * 255 * 64 < 2**15
 MAX_BIAS = 2**30  # half of int32 leaves room for the sum
-NORMALIZATION = re.compile(r"conv\d\.(norm|within)")
+NORMALIZATION = re.compile(r"(within_)?norm\d")
 
 Range = tuple[float, float]
 Array = npt.NDArray[np.float32]

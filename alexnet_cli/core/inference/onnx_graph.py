@@ -4,6 +4,9 @@
     logits         float32 [batch, classes]
     probabilities  float32 [batch, classes]
 
+The nodes of layers and their outputs have the names of `architecture.layer_names`, such as relu1; fc8 is `logits`, and
+drop6 and drop7 have none.
+
 The graph subtracts the mean image, divides and pads, so that a caller only cuts the crop. Response normalization is a
 banded 1x1 convolution of the squares, two square roots and a division: on a CPU that is faster than ONNX's LRN
 operator. The input's divisor and dropout's test-time factor (section 4.2) are folded into the weights of a layer.
@@ -30,6 +33,7 @@ from alexnet_cli.core.model.architecture import (
     WITHIN_NORM_SIZE,
     LayerSpec,
     layer_specs,
+    step_name,
 )
 from alexnet_cli.core.model.model_file import Model
 from alexnet_cli.errors import StorageError, UsageError
@@ -195,21 +199,22 @@ def _add_layers(graph: _GraphBuilder, x: str, model: Model) -> str:
             x = graph.linear(x, "logits" if spec.name == "fc8" else spec.name, weight, bias)
         channels, side = spec.biases, spec.side
         for step in spec.then:
+            name = step_name(recipe, spec.name, step)
             if step == "activation":
-                x = graph.node(ACTIVATIONS[recipe.activation], [x], f"{spec.name}.{recipe.activation}")
+                x = graph.node(ACTIVATIONS[recipe.activation], [x], name)
             elif step == "pool":
-                x = graph.max_pool(x, f"{spec.name}.pool", spec)
+                x = graph.max_pool(x, name, spec)
                 side = spec.pooled_side or side
             elif step == "norm" and recipe.lrn == "across-maps":
-                x = graph.norm_across_maps(x, f"{spec.name}.norm", channels, side)
+                x = graph.norm_across_maps(x, name, channels, side)
             elif step == "norm":
                 size = recipe.lrn_size
                 alpha = recipe.lrn_alpha * recipe.input_divisor**2 / (size**2 if recipe.lrn_alpha_divided else 1)
-                x = graph.norm_within_map(x, f"{spec.name}.norm", channels, size, alpha, recipe.lrn_k, recipe.lrn_beta)
+                x = graph.norm_within_map(x, name, channels, size, alpha, recipe.lrn_k, recipe.lrn_beta)
             elif step == "within-norm":
                 size, beta = WITHIN_NORM_SIZE, WITHIN_NORM_BETA
                 alpha = WITHIN_NORM_ALPHA * recipe.input_divisor**2 / size**2
-                x = graph.norm_within_map(x, f"{spec.name}.within", channels, size, alpha, 1.0, beta)
+                x = graph.norm_within_map(x, name, channels, size, alpha, 1.0, beta)
     return x
 
 

@@ -1,24 +1,30 @@
 """Classify images: decode, run in batches, rank the classes; one record per image. Loads torch only if asked to.
 
-As a feature extractor, it writes the activations of layer 6 or 7 into one .npz file:
+As a feature extractor, it writes the activations of any layers, averaged over views, into one .npz file:
 
-features                 float32 N x units (4096 at full width): after the nonlinearity and times dropout's test-time
-                         factor (section 4.2), averaged over views
+conv3, drop7, ...        for each layer float32 N x maps x rows x columns, or N x units in layers 6 to 8
 paths                    N strings, without the images that could not be read
 labels, wnids, indices   N strings, N strings, int64 N: the most likely class
 probabilities            float32 N: of that class
-layer, weights           name of the layer, path of the model file
+weights, tower           path of the model file; the tower, if only one was asked for
+
+A .safetensors file has the same layers, `indices` and `probabilities`. Its metadata has as JSON `paths`, `weights` and
+`tower`, and `classes` and `wnids` by index, not by image: the format limits it to 100 MB.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
+import math
+import shutil
 import tempfile
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+import zipfile
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -28,10 +34,11 @@ from alexnet_cli.core.data.images import ImageArray
 from alexnet_cli.core.data.views import make_views, mean_correction
 from alexnet_cli.core.files import replace_file
 from alexnet_cli.core.inference.inputs import ImageInput, prefetch
-from alexnet_cli.core.inference.session import FeatureLayer, Session
+from alexnet_cli.core.inference.session import LayerChoice, Session
 from alexnet_cli.errors import StorageError, UsageError, WeightsError
 
 BATCH = 32  # views in one pass of the network
+MAX_PATH_BYTES = 95 * 10**6  # in the header of a .safetensors file, which readers limit to 100 MB
 FAST_START_VIEWS = 32  # up to so many views, a session opened with `fast_start` is done sooner
 
 Array = npt.NDArray[np.float32]
@@ -59,34 +66,32 @@ class Prediction:
     path: str
     top: tuple[Label, ...] = ()
     error: str | None = None
-    activations: Array | None = None
-    """Activations of a layer (units,), if they were asked for."""
+    activations: Mapping[str, Array] = field(default_factory=dict)
+    """By layer, maps x rows x columns or units, averaged over views; of the layers that the classifier has."""
 
 
 def open_classifier(
-    path: Path, backend: Literal["auto", "onnx", "torch"], fast_start: bool = False, layer: FeatureLayer | None = None
+    path: Path, backend: Literal["auto", "onnx", "torch"], fast_start: bool = False, layers: LayerChoice = ()
 ) -> Classifier:
-    """Open a model file; only backend `torch` imports torch. `layer`: also compute the activations of this layer.
+    """Open a model file; only backend `torch` imports torch. `layers`: compute the activations of these layers too.
 
     Raises:
         WeightsError: the file is missing, corrupt or another program's.
-        UsageError: backend `torch` with an ONNX file.
+        UsageError: backend `torch` with an ONNX file, or the network has no such layer.
     """
     if backend != "torch":
-        return Session(path, fast_start=fast_start, layer=layer)
+        return Session(path, fast_start=fast_start, layers=layers)
     if path.suffix == ".onnx":
         raise UsageError(f"--backend torch cannot run {path}", "use a run, a checkpoint or a .safetensors file")
     from alexnet_cli.core.inference.torch_session import TorchSession
 
-    return TorchSession(path, layer=layer)
+    return TorchSession(path, layers=layers)
 
 
-def predict(
-    images: Iterable[ImageInput], classifier: Classifier, k: int = 5, views: int = 1, activations: bool = False
-) -> Generator[Prediction]:
+def predict(images: Iterable[ImageInput], classifier: Classifier, k: int = 5, views: int = 1) -> Generator[Prediction]:
     """Yield one record per image, in order: the `k` most likely classes, averaged over `views` (1 or 10).
 
-    With `activations`, a record also has those of the layer that the classifier was opened with, averaged likewise.
+    A record also has the activations of the layers that the classifier was opened with.
 
     Raises:
         WeightsError: the network computes NaN or infinity.
@@ -96,16 +101,16 @@ def predict(
     with contextlib.closing(prefetch(images, 2 * images_per_batch, classifier.exif_rotate)) as loaded:
         while batch := list(islice(loaded, images_per_batch)):
             readable = [image for _, image in batch if not isinstance(image, str)]
-            rows: Iterator[tuple[Array, Array]] = iter(())
+            rows = count()
             if readable:
-                rows = zip(*_run(classifier, readable, views, correction, activations), strict=True)
+                probabilities, activations = _run(classifier, readable, views, correction)
             for path, image in batch:
                 if isinstance(image, str):
                     yield Prediction(path, error=image)
                     continue
-                probabilities, values = next(rows)
-                top = rank_labels(probabilities, classifier.classes, k)
-                yield Prediction(path, top, activations=values if activations else None)
+                row = next(rows)
+                top = rank_labels(probabilities[row], classifier.classes, k)
+                yield Prediction(path, top, activations={layer: values[row] for layer, values in activations.items()})
 
 
 def compute_probabilities(images: npt.NDArray[np.uint8], classifier: Classifier, views: int = 1) -> Array:
@@ -129,22 +134,23 @@ def _mean_correction(classifier: Classifier, views: int) -> Array | None:
 
 
 def _run(
-    classifier: Classifier, images: list[ImageArray], views: int, correction: Array | None, activations: bool = False
-) -> tuple[Array, Array]:
-    """Return images x classes and images x units (x 0 without `activations`), averaged over each image's views.
+    classifier: Classifier, images: list[ImageArray], views: int, correction: Array | None
+) -> tuple[Array, dict[str, Array]]:
+    """Return images x classes, and the activations of each layer of the classifier, averaged over an image's views.
 
     Probabilities are averaged, not logits (section 4.1).
     """
     crops = [make_views(image, classifier.recipe.input_size, views) for image in images]
     inputs = np.concatenate([crop if correction is None else crop + correction for crop in crops])
-    if activations:
-        probabilities, values = classifier.probabilities_and_activations(inputs)
-    else:
-        probabilities, values = classifier.probabilities(inputs), np.empty((len(inputs), 0), np.float32)
+    probabilities, activations = classifier.probabilities_and_activations(inputs)
     if not np.isfinite(probabilities).all():
         raise WeightsError(f"{classifier.path}: the network computes NaN or infinity", "its weights are corrupt")
-    by_image = (len(images), views)
-    return probabilities.reshape(*by_image, -1).mean(1), values.reshape(*by_image, values.shape[1]).mean(1)
+
+    def average(values: Array) -> Array:
+        by_image: Array = values.reshape(len(images), views, *values.shape[1:])
+        return by_image.mean(1)
+
+    return average(probabilities), {layer: average(values) for layer, values in activations.items()}
 
 
 def rank_labels(probabilities: Array, classes: Sequence[ClassName], k: int) -> tuple[Label, ...]:
@@ -155,52 +161,114 @@ def rank_labels(probabilities: Array, classes: Sequence[ClassName], k: int) -> t
     )
 
 
+def check_header(images: Sequence[ImageInput]) -> None:
+    """Raise UsageError if the paths of so many images do not fit into the header of a .safetensors file."""
+    if sum(len(json.dumps(image)) + 4 for image in images if isinstance(image, str)) > MAX_PATH_BYTES:
+        what = f"the paths of {len(images):,} images do not fit into the header of a .safetensors file"
+        raise UsageError(what, "write an .npz file with -o, or give the images in several parts")
+
+
 @contextlib.contextmanager
-def write_features(path: Path, classifier: Classifier, layer: str) -> Iterator[Callable[[Prediction], None]]:
+def write_features(
+    path: Path, classifier: Classifier, tower: int | None = None
+) -> Iterator[Callable[[Prediction], None]]:
     """Give a function that takes predictions. If the block ends well, `path` appears whole, otherwise not at all.
 
-    Activations go to a temporary file as they come, so that memory does not limit the number of images.
+    `tower` (from 1) keeps only this tower's maps or units. Activations go to a temporary file for each layer as they
+    come, and from there to `path`, so that memory does not limit the number of images.
 
     Raises:
         StorageError: the file cannot be written.
     """
-    kept: list[Prediction] = []
-    try:
-        with tempfile.TemporaryFile(dir=path.parent) as rows:
+    kept, shapes = list[tuple[str, Label]](), dict[str, tuple[int, ...]]()
+    towers = classifier.recipe.towers if tower else 1
+    with contextlib.ExitStack() as stack:
+        with _explain_storage_errors(path):
+            files = {layer: stack.enter_context(tempfile.TemporaryFile(dir=path.parent)) for layer in classifier.layers}
 
-            def add(prediction: Prediction) -> None:
-                if prediction.activations is not None:
-                    try:
-                        rows.write(prediction.activations.tobytes())
-                    except OSError as error:
-                        raise _storage_error(path, error) from error
-                    kept.append(Prediction(prediction.path, prediction.top[:1]))
+        def add(prediction: Prediction) -> None:
+            if prediction.error is not None:
+                return
+            kept.append((prediction.path, prediction.top[0]))
+            for layer, values in prediction.activations.items():
+                part = np.split(values, towers)[(tower or 1) - 1].astype("<f4", copy=False)
+                shapes[layer] = part.shape
+                with _explain_storage_errors(path):
+                    files[layer].write(part.tobytes())
 
-            yield add
-            rows.flush()
-            values: Any = np.empty((0, 0), np.float32)
-            if kept:
-                values = np.memmap(rows, np.float32, "r").reshape(len(kept), -1)
-            with replace_file(path) as temporary:
-                arrays = _make_feature_arrays(kept) | {
-                    "layer": np.array(layer),
-                    "weights": np.array(str(classifier.path)),
-                }
-                np.savez(temporary, features=values, **arrays)
-    except OSError as error:
-        raise _storage_error(path, error) from error
+        yield add
+        features = [_Feature(layer, (len(kept), *shapes.get(layer, ())), file) for layer, file in files.items()]
+        write = _write_npz if path.suffix == ".npz" else _write_safetensors
+        with _explain_storage_errors(path), replace_file(path) as temporary:
+            write(temporary, features, kept, classifier, tower)
 
 
-def _make_feature_arrays(predictions: list[Prediction]) -> dict[str, Any]:
-    best = [prediction.top[0] for prediction in predictions]
-    return {
-        "paths": np.array([prediction.path for prediction in predictions], np.str_),
+@dataclass(frozen=True)
+class _Feature:
+    """The activations of a layer, float32 as bytes in a temporary file."""
+
+    layer: str
+    shape: tuple[int, ...]
+    file: IO[bytes]
+
+    def move(self, target: IO[bytes]) -> None:
+        """Copy the activations, and free their space on the disk."""
+        self.file.seek(0)
+        shutil.copyfileobj(self.file, target, 2**20)
+        self.file.close()
+
+
+def _write_npz(
+    path: Path, features: list[_Feature], kept: list[tuple[str, Label]], classifier: Classifier, tower: int | None
+) -> None:
+    best = [label for _, label in kept]
+    arrays: dict[str, Any] = {
+        "paths": np.array([path for path, _ in kept], np.str_),
         "labels": np.array([label.label for label in best], np.str_),
         "wnids": np.array([label.wnid or "" for label in best], np.str_),
         "indices": np.array([label.index for label in best], np.int64),
         "probabilities": np.array([label.probability for label in best], np.float32),
-    }
+        "weights": np.array(str(classifier.path)),
+    } | ({"tower": np.array(tower)} if tower else {})
+    with zipfile.ZipFile(path, "w") as archive:
+        for feature in features:
+            with archive.open(f"{feature.layer}.npy", "w", force_zip64=True) as member:
+                header = {"descr": "<f4", "fortran_order": False, "shape": feature.shape}
+                np.lib.format.write_array_header_1_0(member, header)
+                feature.move(member)
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, array, allow_pickle=False)
 
 
-def _storage_error(path: Path, error: OSError) -> StorageError:
-    return StorageError(f"cannot write {path}: {error.strerror or error}", "choose another -o, or free some space")
+def _write_safetensors(
+    path: Path, features: list[_Feature], kept: list[tuple[str, Label]], classifier: Classifier, tower: int | None
+) -> None:
+    metadata = {
+        "weights": str(classifier.path),
+        "paths": [path for path, _ in kept],
+        "classes": [name for name, _ in classifier.classes],
+        "wnids": [wnid or "" for _, wnid in classifier.classes],
+    } | ({"tower": tower} if tower else {})
+    indices = np.array([label.index for _, label in kept], "<i8")
+    probabilities = np.array([label.probability for _, label in kept], "<f4")
+    header, end = dict[str, Any]({"__metadata__": {key: json.dumps(value) for key, value in metadata.items()}}), 0
+    tensors = [("indices", "I64", indices.shape), ("probabilities", "F32", probabilities.shape)]
+    for name, dtype, shape in [*tensors, *((feature.layer, "F32", feature.shape) for feature in features)]:
+        start, end = end, end + math.prod(shape) * (8 if dtype == "I64" else 4)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # numbers begin at a multiple of eight bytes
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text + indices.tobytes() + probabilities.tobytes())
+        for feature in features:
+            feature.move(file)
+
+
+@contextlib.contextmanager
+def _explain_storage_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        what = f"cannot write {path}: {error.strerror or error}"
+        raise StorageError(what, "choose another -o, or free some space") from error

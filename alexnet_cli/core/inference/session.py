@@ -10,7 +10,7 @@ import io
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from alexnet_cli.core.devices import count_cores, has_gpu, preload_cuda
 from alexnet_cli.core.files import map_file
 from alexnet_cli.core.inference import onnx_metadata
 from alexnet_cli.core.model import model_file
+from alexnet_cli.core.model.architecture import check_layers
 from alexnet_cli.errors import MissingError, WeightsError, is_out_of_memory
 from alexnet_cli.recipe import SIDE, Recipe
 
@@ -42,8 +43,8 @@ Crops = npt.NDArray[np.uint8] | Array
 """N x 3 x S x S, RGB, 0..255."""
 
 ModelSource = Path | model_file.Model
-FeatureLayer = Literal["fc6", "fc7"]
-ConvLayer = Literal["conv1", "conv2", "conv3", "conv4", "conv5"]
+LayerChoice = Sequence[str] | Callable[[Recipe], Sequence[str]]
+"""Names of `architecture.layer_names`, or a function that chooses them once the recipe is read from the file."""
 
 
 class Session:
@@ -51,6 +52,7 @@ class Session:
 
     Attributes:
         classes: in the order of the outputs.
+        layers: names of the layers whose activations can be read.
         recipe: of the network.
         info: how the weights were made (run, epoch, step).
         exif_rotate: whether images are rotated as their EXIF orientation says.
@@ -67,7 +69,7 @@ class Session:
         gpu: int = 0,
         threads: int | None = None,
         fast_start: bool = False,
-        layer: FeatureLayer | ConvLayer | None = None,
+        layers: LayerChoice = (),
     ) -> None:
         """Open a network.
 
@@ -78,18 +80,19 @@ class Session:
             threads: CPU threads; one per core by default.
             fast_start: open faster for a few images, with less throughput; "auto" is then the CPU, which is done
                 before CUDA is loaded.
-            layer: the layer whose activations will be wanted.
+            layers: the layers whose activations will be wanted.
 
         Raises:
-            WeightsError: the file is missing, corrupt or not a network of this toolkit.
+            WeightsError: the file is missing, corrupt or not a network of this toolkit, or lacks one of the layers.
+            UsageError: the network has no such layer.
             MissingError: provider is "cuda" and the GPU cannot be used.
         """
         if isinstance(source, Path) and source.suffix.lower() != ".onnx":
             source = model_file.read_model(source)
-        self.source, self.layer = source, layer
+        self.source = source
         self.path = source if isinstance(source, Path) else source.path
         identity = _identify(source)
-        content, self._constants = _read_source(source, layer)
+        content, self._constants, self.layers = _read_source(source, layers)
         with _capture_native_stderr() as captured:
             providers = _make_providers("cpu" if fast_start and provider == "auto" else provider, gpu)
             # ONNX Runtime by itself would use all cores of the machine, even those that are not allowed.
@@ -147,28 +150,35 @@ class Session:
         """N x 3 x S x S, RGB, 0..255 -> N x classes; each row sums to 1."""
         return self._run(["probabilities"], crops)[0]
 
-    def activations(self, crops: Crops) -> Array:
-        """Return the activations of the layer that the session was opened with; later layers are not computed.
+    def activations(self, crops: Crops) -> dict[str, Array]:
+        """Return the activations of the session's layers: N x maps x rows x columns, or N x units in layers 6 to 8.
 
-        Layers 6 and 7: N x units as the next layer sees them, after the nonlinearity and times dropout's test-time
-        factor (section 4.2). A convolution: N x maps x rows x columns before its nonlinearity.
+        What comes after the last of them is not computed.
         """
         import onnxruntime
 
-        assert self.layer, "the session was opened without a layer"
         options = onnxruntime.RunOptions()
         options.only_execute_path_to_fetches = True
-        [values] = self._run([_activation_name(self.layer, self.recipe)], crops, options)
-        return values if self.layer.startswith("conv") else values * self._dropout_factor()
+        return self._run_layers([], crops, options)[1]
 
-    def probabilities_and_activations(self, crops: Crops) -> tuple[Array, Array]:
-        """N x classes, and N x units of layer 6 or 7 as `activations` returns them, in one pass."""
-        assert self.layer, "the session was opened without a layer"
-        probabilities, values = self._run(["probabilities", _activation_name(self.layer, self.recipe)], crops)
-        return probabilities, values * self._dropout_factor()
+    def probabilities_and_activations(self, crops: Crops) -> tuple[Array, dict[str, Array]]:
+        """N x classes, and what `activations` returns, in one pass."""
+        [probabilities], activations = self._run_layers(["probabilities"], crops)
+        return probabilities, activations
 
-    def _dropout_factor(self) -> np.float32:
-        return np.float32(1 if self.recipe.dropout_inverted else 1 - self.recipe.dropout)
+    def _run_layers(
+        self, outputs: list[str], crops: Crops, options: Any = None
+    ) -> tuple[list[Array], dict[str, Array]]:
+        """Return some outputs, and each layer's activations; dropout's are times its test-time factor (section 4.2)."""
+        keep = np.float32(1 if self.recipe.dropout_inverted else 1 - self.recipe.dropout)
+        names = {layer: _output_name(layer, self.recipe) for layer in self.layers}
+        unique = list(dict.fromkeys(names.values()))
+        values = self._run([*outputs, *unique], crops, options)
+        by_name = dict(zip(unique, values[len(outputs) :], strict=True))
+        activations = {
+            layer: by_name[name] * keep if layer.startswith("drop") else by_name[name] for layer, name in names.items()
+        }
+        return values[: len(outputs)], activations
 
     def _run(self, outputs: list[str], crops: Crops, options: Any = None) -> list[Array]:
         batch = self._session.get_inputs()[0].shape[0]
@@ -187,8 +197,8 @@ class Session:
         return [result.astype(np.float32, copy=False) for result in results]
 
 
-def _read_source(source: ModelSource, layer: str | None) -> tuple[bytes, Constants]:
-    """Return the serialized graph, with the activations of `layer` as another output, and its large constants."""
+def _read_source(source: ModelSource, choice: LayerChoice) -> tuple[bytes, Constants, tuple[str, ...]]:
+    """Return the serialized graph with the chosen layers as further outputs, its large constants, and the layers."""
     if isinstance(source, Path):
         path = source
         content, constants = _read_file(path)
@@ -197,8 +207,8 @@ def _read_source(source: ModelSource, layer: str | None) -> tuple[bytes, Constan
 
         path, constants = source.path, Constants()
         content = onnx_graph.build_graph(source, external=constants).SerializeToString()
-    if layer is None:
-        return content, constants
+    if not choice:
+        return content, constants, ()
     import onnx
 
     try:
@@ -206,13 +216,19 @@ def _read_source(source: ModelSource, layer: str | None) -> tuple[bytes, Constan
     except Exception as error:  # of protobuf, which is not a direct dependency
         raise WeightsError(f"{path} cannot be opened: {error}", "the file is corrupt; export it again") from error
     recipe = onnx_metadata.parse_metadata(path, {entry.key: entry.value for entry in proto.metadata_props}).recipe
-    name = _activation_name(layer, recipe)
-    if not any(name in node.output for node in proto.graph.node):
-        hint = "use the run, checkpoint or .safetensors file that it was exported from"
-        raise WeightsError(f"{path} does not expose the activations of {layer}", hint)
-    if all(output.name != name for output in proto.graph.output):
-        proto.graph.output.add(name=name)
-    return proto.SerializeToString(), constants
+    layers = tuple(choice(recipe) if callable(choice) else choice)
+    check_layers(recipe, layers)
+    names = {name for node in proto.graph.node for name in node.output}
+    outputs = {output.name for output in proto.graph.output}
+    for layer in layers:
+        name = _output_name(layer, recipe)
+        if name not in names:
+            hint = "export it again, or use the run, checkpoint or .safetensors file that it was exported from"
+            raise WeightsError(f"{path} does not expose the activations of {layer}", hint)
+        if name not in outputs:
+            outputs.add(name)
+            proto.graph.output.add(name=name)
+    return proto.SerializeToString(), constants, layers
 
 
 def _identify(source: ModelSource) -> tuple[int, ...] | None:
@@ -340,9 +356,9 @@ def _format_runtime_error(error: Exception) -> str:
     return str(error).partition("\n")[0].rpartition(" : ")[2] or type(error).__name__
 
 
-def _activation_name(layer: str, recipe: Recipe) -> str:
-    """Return the graph's name for a convolution before its nonlinearity, or a fully connected layer after it."""
-    return layer if layer.startswith("conv") else f"{layer}.{recipe.activation}"
+def _output_name(layer: str, recipe: Recipe) -> str:
+    """Return the graph's name for a layer. Dropout has no node: its factor is in the weights of the next layer."""
+    return "logits" if layer == "fc8" else layer.replace("drop", recipe.activation)
 
 
 def _read_metadata(path: Path, session: Any) -> onnx_metadata.OnnxMetadata:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,11 @@ import numpy.typing as npt
 import torch
 
 from alexnet_cli.core.devices import list_gpus, try_gpu
-from alexnet_cli.core.inference.session import Crops, FeatureLayer
+from alexnet_cli.core.inference.session import Crops, LayerChoice
 from alexnet_cli.core.model import model_file
-from alexnet_cli.core.model.network import network_from_model
+from alexnet_cli.core.model.architecture import check_layers, layer_specs, step_name
+from alexnet_cli.core.model.layers import Activation, OverlappingPooling, ResponseNorm, WithinMapNorm
+from alexnet_cli.core.model.network import Network, network_from_model, pad_right_and_bottom
 from alexnet_cli.recipe import SIDE
 
 Array = npt.NDArray[np.float32]
@@ -20,14 +23,18 @@ Array = npt.NDArray[np.float32]
 class TorchSession:
     """A network that classifies crops, on the GPU if there is one. Attributes are those of `session.Session`."""
 
-    def __init__(
-        self, source: Path | model_file.Model, device: str | None = None, layer: FeatureLayer | None = None
-    ) -> None:
-        """Open a model file or a model in memory. Raises WeightsError if the file cannot be used."""
-        self.layer = layer
+    def __init__(self, source: Path | model_file.Model, device: str | None = None, layers: LayerChoice = ()) -> None:
+        """Open a model file or a model in memory.
+
+        Raises:
+            WeightsError: the file cannot be used.
+            UsageError: the network has none of these layers.
+        """
         self.model = model_file.read_model(source) if isinstance(source, Path) else source
         self.path, self.info, self.exif_rotate = self.model.path, self.model.info, self.model.exif_rotate
         self.classes, self.recipe = self.model.classes, self.model.recipe
+        self.layers = tuple(layers(self.recipe) if callable(layers) else layers)
+        check_layers(self.recipe, self.layers)
         has_gpu = device is None and bool(list_gpus())
         self.fallback_reason = try_gpu(0) if has_gpu else ""
         self.device = device or ("cuda" if has_gpu and not self.fallback_reason else "cpu")
@@ -53,17 +60,40 @@ class TorchSession:
         """N x 3 x S x S, RGB, 0..255 -> N x classes; each row sums to 1."""
         return torch.softmax(self._logits(crops), 1).cpu().numpy()
 
-    def probabilities_and_activations(self, crops: Crops) -> tuple[Array, Array]:
+    def probabilities_and_activations(self, crops: Crops) -> tuple[Array, dict[str, Array]]:
         """As `session.Session.probabilities_and_activations`."""
-        assert self.layer, "the session was opened without a layer"
-        outputs: list[torch.Tensor] = []
-        dropout = self.network.drop6 if self.layer == "fc6" else self.network.drop7
-        with dropout.register_forward_hook(lambda _module, _inputs, output: outputs.append(output)):
-            probabilities = self.probabilities(crops)
-        return probabilities, outputs[0].float().cpu().numpy()
+        if not self.layers:
+            return self.probabilities(crops), {}
+        with torch.inference_mode():
+            outputs = dict(_iterate_layers(self.network, self._preprocess(crops)))
+        probabilities = torch.softmax(outputs["fc8"].float(), 1).cpu().numpy()
+        return probabilities, {layer: outputs[layer].float().cpu().numpy() for layer in self.layers}
 
     @torch.inference_mode()
     def _logits(self, crops: Crops) -> torch.Tensor:
-        x = torch.from_numpy(crops).to(self.device).float()
-        logits: torch.Tensor = self.network((x - self._mean) / self.recipe.input_divisor)
+        logits: torch.Tensor = self.network(self._preprocess(crops))
         return logits.float()
+
+    def _preprocess(self, crops: Crops) -> torch.Tensor:
+        """Subtract the mean and divide, on the device."""
+        return (torch.from_numpy(crops).to(self.device).float() - self._mean) / self.recipe.input_divisor
+
+
+def _iterate_layers(network: Network, x: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield name and output of every layer, in order. Unlike the network itself, it fuses no steps."""
+    recipe = network.recipe
+    if recipe.input_size == 224 and recipe.edge_padding:
+        x = pad_right_and_bottom(x)
+    for spec in layer_specs(recipe, network.fc8.out_features):
+        x = network.get_submodule(spec.name)(x.flatten(1) if spec.name == "fc6" else x)
+        yield spec.name, x
+        steps: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+            "activation": Activation(recipe),
+            "norm": ResponseNorm(recipe, recipe.towers),
+            "within-norm": WithinMapNorm(recipe),
+            "pool": OverlappingPooling(recipe, ceil=spec.pool_ceil),
+            "dropout": network.drop6,  # in evaluation the same as drop7
+        }
+        for step in spec.then:
+            x = steps[step](x.clone())  # some overwrite their input
+            yield step_name(recipe, spec.name, step), x

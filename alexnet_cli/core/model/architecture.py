@@ -169,6 +169,12 @@ def layer_names(recipe: Recipe) -> tuple[str, ...]:
     )
 
 
+def last_step_name(recipe: Recipe, layer: str) -> str:
+    """The name of a layer as the next one sees it, after all that follows: "pool1", "drop7"."""
+    [spec] = [spec for spec in layer_specs(recipe, 1) if spec.name == layer]
+    return step_name(recipe, layer, spec.then[-1]) if spec.then else layer
+
+
 def check_layers(recipe: Recipe, layers: Sequence[str], tower: int | None = None) -> None:
     """Raise UsageError if the network has no such layer, or a layer has no such tower. Towers count from 1."""
     names = layer_names(recipe)

@@ -133,12 +133,13 @@ def use_lrn_operator(model: onnx.ModelProto, recipe: Recipe) -> onnx.ModelProto:
     settings: dict[str, Any] = {"size": recipe.lrn_size, "alpha": alpha, "beta": recipe.lrn_beta, "bias": recipe.lrn_k}
     biases = {tensor.name: tensor.dims[0] for tensor in graph.initializer if tensor.name.endswith(".bias")}
     for node in model.graph.node:
-        if ".norm." in node.name:
-            continue
-        if not node.name.endswith(".norm"):
+        norm, _, part = node.name.partition(".")
+        if not norm.startswith("norm"):
             graph.node.append(node)
             continue
-        maps = biases[f"{node.name.removesuffix('.norm')}.bias"]
+        if part:
+            continue
+        maps = biases[f"conv{norm[-1]}.bias"]
         for suffix, channels in (("split", maps // recipe.towers), ("whole", maps)):
             shape = np.array([-1, channels, 0, 0], np.int64)
             graph.initializer.append(numpy_helper.from_array(shape, f"{node.name}.{suffix}"))

@@ -11,15 +11,13 @@ from alexnet_cli.errors import DataError, UsageError
 if TYPE_CHECKING:
     from alexnet_cli.core.analysis.units import ActivationBatch
     from alexnet_cli.core.data.shards import Split
-    from alexnet_cli.core.inference.session import ConvLayer, FeatureLayer, Session
+    from alexnet_cli.core.inference.session import Session
     from alexnet_plugins.visualize.figure import FigureRequest
 
 PATCHES, UNITS = 9, 12  # patches of each unit, units in the figure
 
 
-def draw_unit_patches(
-    request: FigureRequest, layer: FeatureLayer | ConvLayer, unit: int | None, data: str | None, tower: str
-) -> None:
+def draw_unit_patches(request: FigureRequest, layer: str, unit: int | None, data: str | None, tower: str) -> None:
     """Draw the top patches of one unit, or of the strongest units; one pass over the validation split."""
     import numpy as np
 
@@ -27,6 +25,7 @@ def draw_unit_patches(
     from alexnet_cli.core.data.shards import find_dataset, open_dataset
     from alexnet_cli.core.drawing import draw_sheet
     from alexnet_cli.core.inference.session import Session
+    from alexnet_cli.core.model.architecture import last_step_name
     from alexnet_cli.core.runs.resolve import find_training_data
 
     reporter, model = request.reporter, request.model
@@ -40,7 +39,8 @@ def draw_unit_patches(
         searched = f"tower {request.towers[0] + 1} of {towers} · {len(candidates):,} of {width:,} units"
     measure = "highest activation before the nonlinearity" if layer.startswith("conv") else "highest activation"
     reporter.line("layer", f"{layer} · {searched} · center views, {measure}")
-    top = find_top_activations(_compute_with_progress(reporter, split, Session(model, layer=layer)), PATCHES)
+    session = Session(model, layers=[layer if layer.startswith("conv") else last_step_name(model.recipe, layer)])
+    top = find_top_activations(_compute_with_progress(reporter, split, session), PATCHES)
     if top is None:
         raise DataError(f"{dataset.path}: split val has no images", "prepare it again with --val-fraction 0.1")
     units = top.sort_units(np.array(candidates))[:UNITS].tolist()
