@@ -42,7 +42,7 @@ def test_graph_equals_a_literal_forward_pass(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["paper", "krizhevsky", "caffe", "fast", "tiny", "within map", "no norm", "sigmoid"])
 def test_every_layer_has_its_name_and_the_values_of_a_literal_pass(name: str) -> None:
-    recipe = replace((VARIANTS | RECIPES)[name], width=1 / 16)
+    recipe = replace({**VARIANTS, **RECIPES}[name], width=1 / 16)
     model, layers = random_model(recipe), layer_names(recipe)
     crops = some_crops(recipe.input_size)
     expected = [forward_layers(model, crop) for crop in crops]

@@ -6,7 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -166,7 +166,12 @@ def test_options_without_effect_are_refused(run: Path, options: dict[str, object
 @pytest.mark.parametrize(("layer", "output"), [("conv4", "conv4"), ("fc6", "drop6")])
 @pytest.mark.parametrize("towers", [1, 2])
 def test_patches_of_a_unit_are_parts_of_the_pictures_that_excite_it_most(
-    layer: str, output: str, towers: int, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    layer: Literal["conv4", "fc6"],
+    output: str,
+    towers: int,
+    prepared: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     model = random_model(replace(SMALL, width=1 / 32, towers=towers))
     path, picture = save_model(model, tmp_path / "m.safetensors"), tmp_path / "p.png"

@@ -147,8 +147,8 @@ def _run(
         raise WeightsError(f"{classifier.path}: the network computes NaN or infinity", "its weights are corrupt")
 
     def average(values: Array) -> Array:
-        by_image: Array = values.reshape(len(images), views, *values.shape[1:])
-        return by_image.mean(1)
+        averages: Array = values.reshape(len(images), views, *values.shape[1:]).mean(1)
+        return averages
 
     return average(probabilities), {layer: average(values) for layer, values in activations.items()}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +11,9 @@ import torch
 from alexnet_cli.core.devices import list_gpus, try_gpu
 from alexnet_cli.core.inference.session import Crops, LayerChoice
 from alexnet_cli.core.model import model_file
-from alexnet_cli.core.model.architecture import check_layers, layer_specs, step_name
-from alexnet_cli.core.model.layers import Activation, OverlappingPooling, ResponseNorm, WithinMapNorm
-from alexnet_cli.core.model.network import Network, network_from_model, pad_right_and_bottom
+from alexnet_cli.core.model.alexnet import AlexNet
+from alexnet_cli.core.model.architecture import check_layers
+from alexnet_cli.core.model.network import network_from_model
 from alexnet_cli.recipe import SIDE
 
 Array = npt.NDArray[np.float32]
@@ -40,7 +39,7 @@ class TorchSession:
         self.device = device or ("cuda" if has_gpu and not self.fallback_reason else "cpu")
         if self.device != "cpu":
             torch.backends.cudnn.allow_tf32 = False  # the same float32 as in ONNX Runtime
-        self.network = network_from_model(self.model).to(self.device)
+        self.network = (AlexNet.from_model if self.layers else network_from_model)(self.model).to(self.device)
         side = self.recipe.input_size
         low = (SIDE - side) // 2
         mean = self.model.mean[:, low : low + side, low : low + side]
@@ -62,10 +61,10 @@ class TorchSession:
 
     def probabilities_and_activations(self, crops: Crops) -> tuple[Array, dict[str, Array]]:
         """As `session.Session.probabilities_and_activations`."""
-        if not self.layers:
+        if not isinstance(self.network, AlexNet):
             return self.probabilities(crops), {}
         with torch.inference_mode():
-            outputs = dict(_iterate_layers(self.network, self._preprocess(crops)))
+            outputs = self.network.activations(self._preprocess(crops), [*self.layers, "fc8"])
         probabilities = torch.softmax(outputs["fc8"].float(), 1).cpu().numpy()
         return probabilities, {layer: outputs[layer].float().cpu().numpy() for layer in self.layers}
 
@@ -77,23 +76,3 @@ class TorchSession:
     def _preprocess(self, crops: Crops) -> torch.Tensor:
         """Subtract the mean and divide, on the device."""
         return (torch.from_numpy(crops).to(self.device).float() - self._mean) / self.recipe.input_divisor
-
-
-def _iterate_layers(network: Network, x: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield name and output of every layer, in order. Unlike the network itself, it fuses no steps."""
-    recipe = network.recipe
-    if recipe.input_size == 224 and recipe.edge_padding:
-        x = pad_right_and_bottom(x)
-    for spec in layer_specs(recipe, network.fc8.out_features):
-        x = network.get_submodule(spec.name)(x.flatten(1) if spec.name == "fc6" else x)
-        yield spec.name, x
-        steps: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-            "activation": Activation(recipe),
-            "norm": ResponseNorm(recipe, recipe.towers),
-            "within-norm": WithinMapNorm(recipe),
-            "pool": OverlappingPooling(recipe, ceil=spec.pool_ceil),
-            "dropout": network.drop6,  # in evaluation the same as drop7
-        }
-        for step in spec.then:
-            x = steps[step](x.clone())  # some overwrite their input
-            yield step_name(recipe, spec.name, step), x
