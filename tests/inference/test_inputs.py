@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import re
 import threading
 import time
 from pathlib import Path
@@ -81,8 +80,9 @@ def test_messages_when_there_is_no_image(tmp_path: Path) -> None:
         (["*.such"], b"", "*.such matches no file"),
         ([str(tmp_path), "b"], b"", f"no image found: {tmp_path}, b"),
     ):
-        with pytest.raises(DataError, match=f"^{re.escape(words)}$"):
+        with pytest.raises(DataError) as caught:
             expand_inputs(typed, io.BytesIO(stdin))
+        assert caught.value.what == words
     with pytest.raises(DataError) as caught:
         expand_inputs(["https://example.org/cat.jpg"])
     assert "curl" in caught.value.hint
