@@ -13,7 +13,6 @@ from alexnet_cli.core.inference.session import Crops, LayerChoice
 from alexnet_cli.core.model import model_file
 from alexnet_cli.core.model.alexnet import AlexNet
 from alexnet_cli.core.model.architecture import check_layers
-from alexnet_cli.core.model.network import network_from_model
 from alexnet_cli.recipe import SIDE
 
 Array = npt.NDArray[np.float32]
@@ -39,7 +38,7 @@ class TorchSession:
         self.device = device or ("cuda" if has_gpu and not self.fallback_reason else "cpu")
         if self.device != "cpu":
             torch.backends.cudnn.allow_tf32 = False  # the same float32 as in ONNX Runtime
-        self.network = (AlexNet.from_model if self.layers else network_from_model)(self.model).to(self.device)
+        self.network = AlexNet.from_model(self.model).to(self.device)
         side = self.recipe.input_size
         low = (SIDE - side) // 2
         mean = self.model.mean[:, low : low + side, low : low + side]
@@ -61,8 +60,6 @@ class TorchSession:
 
     def probabilities_and_activations(self, crops: Crops) -> tuple[Array, dict[str, Array]]:
         """As `session.Session.probabilities_and_activations`."""
-        if not isinstance(self.network, AlexNet):
-            return self.probabilities(crops), {}
         with torch.inference_mode():
             outputs = self.network.activations(self._preprocess(crops), [*self.layers, "fc8"])
         probabilities = torch.softmax(outputs["fc8"].float(), 1).cpu().numpy()
