@@ -1,8 +1,10 @@
-"""`alexnet export`: write one ONNX file with class names and preprocessing, and check it before it is kept."""
+"""`alexnet export`: write one ONNX file, checked before it is kept, or a folder for the Hugging Face Hub."""
 
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from alexnet_cli.core.export.export import Precision, Verification
+    from alexnet_cli.core.export.hub import MeasuredError
     from alexnet_cli.core.model.model_file import Model
 
 
@@ -26,6 +29,13 @@ def export(
         Path | None,
         typer.Option(
             "-o", "--output", help="File to write [default: alexnet.onnx or alexnet-PRECISION.onnx in the run]"
+        ),
+    ] = None,
+    hub: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Write a folder for the Hugging Face Hub instead: model.safetensors, config.json, README.md",
         ),
     ] = None,
     precision: Annotated[
@@ -49,7 +59,7 @@ def export(
     json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
-    """Export to an ONNX file, checked against PyTorch."""
+    """Export to an ONNX file, checked against PyTorch; or to a folder for the Hugging Face Hub."""
     from alexnet_cli.core.export import export as exporting
     from alexnet_cli.core.model import model_file
     from alexnet_cli.core.runs.resolve import (
@@ -59,15 +69,23 @@ def export(
         find_weights,
     )
 
+    if hub is not None:
+        onnx_options = {
+            "-o": output, "--precision": precision != "fp32", "--calibrate": calibrate, "--force": force,
+            "--no-verify": not verify, "--data": data,
+        }  # fmt: skip
+        if given := [option for option, value in onnx_options.items() if value]:
+            raise UsageError(f"{given[0]} has no effect with --hub, which writes no ONNX file", "leave one of them out")
     if precision != "int8" and (calibrate is not None or force):
         raise UsageError(f"{'--force' if force else '--calibrate'} only works with int8", "add --precision int8")
     if force and not verify:
         raise UsageError("--force has no effect with --no-verify", "leave one of them out")
     reporter = Reporter("export", json=json, quiet=quiet)
     source = find_weights(weights)
-    model = model_file.read_model(source)
-    path = _choose_path(output, source, precision)
-    exporting.check_names(model, path)
+    model = model_file.read_model(source if hub is None else source.resolve())  # links may change while it is copied
+    if hub is None:
+        path = _choose_path(output, source, precision)
+        exporting.check_names(model, path)
     description = describe_weights(source, model.info)
     reporter.line(
         "weights",
@@ -76,6 +94,9 @@ def export(
     )
     if remark := describe_unfinished_run(source):
         reporter.line("note", remark)
+    if hub is not None:
+        _export_hub(reporter, model, hub)
+        return
     if precision == "int8":
         data_sets = (data or find_training_data(source), calibrate)
         result = _export_int8(reporter, model, path, data_sets, verify=verify, force=force)
@@ -165,6 +186,60 @@ def _export_int8(
         f"(95 % interval {100 * (0 - high):+.2f} to {100 * (0 - low):+.2f})",
     )
     return _verification_record(result.against_torch) | calibration | {"accuracy": accuracy.as_dict()}
+
+
+def _export_hub(reporter: Reporter, model: Model, folder: Path) -> None:
+    """Write a folder for the Hub. Its card has the errors that `alexnet evaluate` or the training measured."""
+    from alexnet_cli.core.export.hub import write_hub_folder
+
+    errors = _find_errors(model)
+    for error in errors:
+        images = "" if error.images is None else f" · {error.images:,} images"
+        reporter.line(
+            "result", f"{error.top1_error:.1%} top-1 · {error.data} · {error.split}{images} · {error.protocol}"
+        )
+    if not errors:
+        reporter.warn("no error of these weights is known", "alexnet evaluate measures it; then export again")
+    files, quoted = write_hub_folder(model, folder, errors), shlex.quote(str(folder))
+    size = sum(file.stat().st_size for file in files)
+    reporter.line("files", f"{folder}: {', '.join(file.name for file in files)}")
+    reporter.line("saved", f"{folder} · {size / 1e6:,.1f} MB   next: alexnet predict IMAGE -w {quoted}")
+    reporter.result({"path": str(folder), "files": [str(file) for file in files], "bytes": size})
+
+
+def _find_errors(model: Model) -> list[MeasuredError]:
+    """The evaluations of exactly this weights file in its run; else the error that training recorded in the file."""
+    from alexnet_cli.core.data.shards import find_dataset, open_dataset
+    from alexnet_cli.core.evaluation import baselines, results
+    from alexnet_cli.core.export.hub import MeasuredError
+    from alexnet_cli.core.files import hash_file
+    from alexnet_cli.core.runs.resolve import find_run_folder, find_training_data
+
+    run = find_run_folder(model.path)
+    evaluations = results.find_evaluations(run / "eval", hash_file(model.path)) if run else []
+    if found := [totals for totals in evaluations if totals["split"] == "val"]:
+        return [
+            MeasuredError(
+                totals["protocol"],
+                Path(totals["data"]).name,
+                *(totals[key] for key in ("split", "images", "top1_error", "top5_error")),
+                *(totals[f"{key}_interval"] for key in ("top1_error", "top5_error")),
+            )
+            for totals in found
+        ]
+    metrics = model.info.get("metrics")
+    recorded = [metrics.get(key) if isinstance(metrics, Mapping) else None for key in ("top1_error", "top5_error")]
+    top1, top5 = [error if isinstance(error, float) and 0 <= error <= 1 else None for error in recorded]
+    if top1 is None or top5 is None:
+        return []
+    images = None
+    if data := find_training_data(model.path):
+        with suppress(DataError):
+            dataset = open_dataset(find_dataset(data))
+            images = len(dataset.split("val")) if dataset.hash == model.info.get("data_hash") else None
+    intervals = [baselines.wilson_interval(error, images) if images else None for error in (top1, top5)]
+    protocol, name = "center view, validation during training", str(model.info.get("data", "unknown"))
+    return [MeasuredError(protocol, name, "val", images, top1, top5, *intervals)]
 
 
 def _report_verification(reporter: Reporter, verification: Verification) -> None:

@@ -61,6 +61,12 @@ def name_classes(keys: Sequence[str], words: Mapping[str, str]) -> tuple[ClassNa
     return tuple(classes)
 
 
+def make_names_unique(classes: Sequence[ClassName]) -> list[str]:
+    """Return the class names. A name that several classes share gets the wnid, or else the index of the class."""
+    counts = Counter(name for name, _ in classes)
+    return [name if counts[name] == 1 else f"{name} ({wnid or f'class {i}'})" for i, (name, wnid) in enumerate(classes)]
+
+
 def read_words(path: Path) -> dict[str, str]:
     """Return names by wnid from words.txt in a folder or in its train/, with lines `n02123045<TAB>tabby, tabby cat`.
 

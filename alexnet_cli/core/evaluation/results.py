@@ -204,6 +204,30 @@ def read_results(
         return None
 
 
+def find_evaluations(folder: Path, sha256: str) -> list[dict[str, Any]]:
+    """Return the totals of every evaluation in a folder of the weights with this checksum, ordered by file name.
+
+    The intervals are computed again. Files that are corrupt, or no evaluations, are left out.
+    """
+    found = []
+    for path in sorted(folder.glob(f"*{SUFFIXES[0]}")):
+        try:
+            totals = dict(json.loads(read_file(path)))
+            images, protocol = totals["images"], PROTOCOL[totals["views"]]
+            if totals["weights_sha256"] != sha256 or type(images) is not int or images < 1:
+                continue
+            for key in ("top1_error", "top5_error"):
+                totals[key] = float(totals[key])
+                if not 0 <= totals[key] <= 1:
+                    raise ValueError(f"{key} is {totals[key]}")
+                totals[f"{key}_interval"] = baselines.wilson_interval(totals[key], images)
+            texts = {key: str(totals[key]) for key in ("split", "data")}
+            found.append(totals | texts | {"protocol": f"{protocol}, every image once"})
+        except (OSError, DataError, ValueError, TypeError, KeyError, RecursionError):
+            continue
+    return found
+
+
 def _parse_counts(rows: list[list[str]], confusion: list[list[str]], classes: int) -> Evaluation:
     """Return the counts in the two tables, without the loss. Raises ValueError if they contradict each other."""
     matrix = np.array([[int(n) for n in row[1:]] for row in confusion[1:]], np.int64).reshape(classes, classes)

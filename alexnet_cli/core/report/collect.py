@@ -156,12 +156,6 @@ class Report:
         return self.data is None or self.about.get("data_hash", self.data.hash) == self.data.hash
 
 
-def make_names_unique(classes: Sequence[ClassName]) -> list[str]:
-    """Class names. A name that several classes share gets the wnid, or else the index of the class."""
-    counts = Counter(name for name, _ in classes)
-    return [name if counts[name] == 1 else f"{name} ({wnid or f'class {i}'})" for i, (name, wnid) in enumerate(classes)]
-
-
 def open_model(path: Path) -> OpenedModel:
     """Read a model file, also while a training replaces the checkpoint that the link `best` points to.
 

@@ -15,12 +15,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 import alexnet_cli
+from alexnet_cli.core.data.classes import make_names_unique
 from alexnet_cli.core.data.shards import ROOT
 from alexnet_cli.core.evaluation import baselines, results
 from alexnet_cli.core.files import write_text
 from alexnet_cli.core.report import sections
 from alexnet_cli.core.report.charts import INSTALL_HINT, can_draw, draw_charts
-from alexnet_cli.core.report.collect import Report, make_names_unique
+from alexnet_cli.core.report.collect import Report
 from alexnet_cli.core.report.history import get_number
 from alexnet_cli.core.runs.records import get_failure
 from alexnet_cli.core.runs.resolve import shorten_path

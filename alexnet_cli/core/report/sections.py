@@ -17,13 +17,14 @@ import numpy.typing as npt
 from PIL import Image
 
 from alexnet_cli.core.analysis import filter_picture
+from alexnet_cli.core.data.classes import make_names_unique
 from alexnet_cli.core.data.images import ImageArray
 from alexnet_cli.core.evaluation import results
 from alexnet_cli.core.evaluation.confusion_matrix import draw_confusion_matrix
 from alexnet_cli.core.evaluation.evaluate import Evaluation
 from alexnet_cli.core.model.architecture import LayerSpec, describe_kernel, describe_step, layer_specs
 from alexnet_cli.core.report.charts import Chart, draw_network
-from alexnet_cli.core.report.collect import Example, Report, make_names_unique
+from alexnet_cli.core.report.collect import Example, Report
 from alexnet_cli.core.report.history import get_number
 from alexnet_cli.recipe import PAPER, Recipe, describe_setting
 
