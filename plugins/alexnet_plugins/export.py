@@ -59,7 +59,10 @@ def export(
     json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
-    """Export to an ONNX file, checked against PyTorch; or to a folder for the Hugging Face Hub."""
+    """Export to an ONNX file, checked against PyTorch.
+
+    With --hub: to a folder with a model card, for the Hugging Face Hub.
+    """
     from alexnet_cli.core.export import export as exporting
     from alexnet_cli.core.model import model_file
     from alexnet_cli.core.runs.resolve import (
