@@ -22,7 +22,7 @@ import alexnet_cli as alexnet
 from alexnet_cli.core.data.classes import ClassName
 from alexnet_cli.core.export.hub import FILES, MeasuredError, write_hub_folder
 from alexnet_cli.core.model.model_file import Model, read_model
-from alexnet_cli.errors import StorageError, UsageError
+from alexnet_cli.errors import StorageError
 from alexnet_cli.recipe import CAFFE, PAPER
 from commands import alexnet as run_alexnet
 from model_files import draw, random_model, save_model
@@ -152,6 +152,7 @@ def test_without_an_evaluation_the_card_has_the_error_of_the_training(prepared: 
     assert read_results(tmp_path / "out") == [[protocol, "colors", "val", "unknown", "35.0%", "unknown"]]
     about = {"status": "finished", "data_path": str(prepared), "data_hash": digest}
     (tmp_path / "runs" / "mine" / "run.json").write_text(json.dumps(about))
+    shutil.rmtree(tmp_path / "out")
     assert export(tmp_path).returncode == 0
     low, high = binomtest(7, 20).proportion_ci(method="wilson")
     assert read_results(tmp_path / "out") == [
@@ -201,33 +202,16 @@ def test_imported_weights_have_the_origin_of_their_file(tmp_path: Path) -> None:
     assert "trained on" not in text
 
 
-def test_its_own_folder_is_written_again_and_other_files_stay(tmp_path: Path) -> None:
+def test_only_an_empty_folder_is_filled(tmp_path: Path) -> None:
     make_run(tmp_path, {})
     (tmp_path / "out" / ".git").mkdir(parents=True)
     assert export(tmp_path).returncode == 0
-    (tmp_path / "out" / "LICENSE").write_text("mine")
-    write_evaluation(tmp_path, "val-1")
-    assert export(tmp_path).returncode == 0
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted([".git", "LICENSE", *FILES])
-    assert read_results(tmp_path / "out")[0][4] == "27.0%"
-
-
-def test_what_a_person_wrote_is_not_replaced(tmp_path: Path) -> None:
-    make_run(tmp_path, {})
-    assert export(tmp_path).returncode == 0
-    card = tmp_path / "out" / "README.md"
-    edited = card.read_text(encoding="utf-8").replace("license: unknown", "license: mit")
-    card.write_text(edited, encoding="utf-8")
-    result = export(tmp_path)
-    assert result.returncode == 2
-    assert "README.md was edited" in result.stderr
-    assert card.read_text(encoding="utf-8") == edited
-    card.rename(tmp_path / "kept.md")
-    assert "the folder has other files" in export(tmp_path).stderr
-    result = run_alexnet("export", "-w", "mine", "--hub", "kept.md", folder=tmp_path)
-    assert (result.returncode, "is a file" in result.stderr) == (2, True)
-    result = run_alexnet("export", "-w", "mine", "--hub", "runs/mine", folder=tmp_path)
-    assert (result.returncode, (tmp_path / "runs" / "mine" / "config.json").exists()) == (2, False)
+    (tmp_path / "card.md").write_text("my own")
+    for folder, message in (("out", "not empty"), ("card.md", "is a file"), ("runs/mine", "not empty")):
+        before = sorted(tmp_path.rglob("*"))
+        result = run_alexnet("export", "-w", "mine", "--hub", folder, folder=tmp_path)
+        assert (result.returncode, message in result.stderr) == (2, True)
+        assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_failed_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,11 +236,3 @@ def test_options_of_onnx_files_are_refused(words: tuple[str, ...], tmp_path: Pat
     result = export(tmp_path, *words)
     assert result.returncode == 2
     assert f"{words[0]} has no effect with --hub" in result.stderr
-
-
-def test_an_edited_card_is_an_error_in_python_too(tmp_path: Path) -> None:
-    model = make_run(tmp_path, {})
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "README.md").write_text("my own")
-    with pytest.raises(UsageError, match="another program wrote it"):
-        write_hub_folder(model, tmp_path / "out", [])

@@ -5,12 +5,11 @@ model.safetensors is the model file itself, byte for byte, so that `-w FOLDER` a
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 import alexnet_cli
 from alexnet_cli.core.data.classes import make_names_unique
-from alexnet_cli.core.files import hash_file, replace_file, sync_folder, write_text
+from alexnet_cli.core.files import hash_file, replace_file, write_text
 from alexnet_cli.core.model.architecture import layer_specs
 from alexnet_cli.core.model.model_file import Model, describe_preprocessing
 from alexnet_cli.core.runs.run import MODEL
@@ -27,8 +26,7 @@ from alexnet_cli.errors import StorageError, UsageError
 from alexnet_cli.recipe import PAPER, compare_recipes, format_toml
 
 CONFIG, CARD = "config.json", "README.md"
-FILES = (MODEL, CONFIG, CARD)  # in the order in which they are replaced: the card, which marks the folder, comes last
-MARK = "<!-- written by alexnet export --hub, and not edited since: {} -->\n"
+FILES = (MODEL, CONFIG, CARD)
 LISTED_CLASSES = 20  # names in the card; config.json has all
 FEW_CLASSES = 5  # with so few, every answer is in the top 5
 MARKDOWN = re.compile(r"[\\`*_\[\]<>&|#~$!]")
@@ -48,63 +46,34 @@ class MeasuredError:
     top5_interval: tuple[float, float] | None
 
 
-def check_folder(folder: Path) -> None:
-    """Raise UsageError unless the folder is missing or empty, or this toolkit wrote it and its card was not edited.
-
-    Hidden files do not count, so that the clone of an empty repository can be filled.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"--hub {folder} is a file", "name a folder")
-    if not folder.is_dir() or all(path.name.startswith(".") for path in folder.iterdir()):
-        return
-    if not (folder / CARD).is_file():
-        raise UsageError(f"--hub {folder}: the folder has other files", "name a new folder")
-    text, _, last = (folder / CARD).read_bytes().rpartition(b"\n<!--")
-    if b"<!--" + last != _make_mark(text + b"\n").encode():
-        raise UsageError(
-            f"{folder / CARD} was edited, or another program wrote it", "name a new folder, or move this one"
-        )
-
-
 def write_hub_folder(model: Model, folder: Path, errors: Sequence[MeasuredError]) -> list[Path]:
     """Write the three files of a folder for the Hub. `model.path` is copied; `errors` go into the card.
 
-    A new folder appears with all of its files. In a folder that this function wrote, they are replaced one by one, and
-    other files stay. Returns the paths.
+    The folder may have hidden files, as the clone of a new repository has. Returns the paths.
 
     Raises:
-        UsageError: the folder holds something else, see `check_folder`.
-        StorageError: it cannot be written.
+        UsageError: the folder is a file, or has other files.
+        StorageError: it cannot be written; none of the files is left.
     """
-    check_folder(folder)
-    target = folder.resolve()
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--hub {folder} is a file", "name a folder")
+    if folder.is_dir() and any(not file.name.startswith(".") for file in folder.iterdir()):
+        raise UsageError(f"--hub {folder}: the folder is not empty", "name a new folder, or delete its files")
+    files = [folder / name for name in FILES]
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
-        try:
-            with replace_file(temporary / MODEL) as path:
-                shutil.copyfile(model.path, path)
-            write_text(temporary / CONFIG, json.dumps(_make_config(model), indent=2) + "\n")
-            card = _make_card(model, target.name, hash_file(temporary / MODEL), errors)
-            write_text(temporary / CARD, card + _make_mark(card.encode()))
-            if not target.exists():
-                temporary.rename(target)
-            else:
-                for name in FILES:
-                    (temporary / name).replace(target / name)
-            sync_folder(target)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        with replace_file(folder / MODEL) as path:
+            shutil.copyfile(model.path, path)
+        write_text(folder / CONFIG, json.dumps(_make_config(model), indent=2) + "\n")
+        write_text(folder / CARD, _make_card(model, folder.resolve().name, hash_file(folder / MODEL), errors))
     except OSError as error:
-        raise StorageError(
-            f"cannot write {folder}: {error.strerror}", "free space, or choose another folder"
-        ) from error
-    return [folder / name for name in FILES]
-
-
-def _make_mark(card: bytes) -> str:
-    return MARK.format(f"sha256 {hashlib.sha256(card).hexdigest()}")
+        for file in files:
+            file.unlink(missing_ok=True)
+        with suppress(OSError):
+            folder.rmdir()
+        what = f"cannot write {folder}: {error.strerror}"
+        raise StorageError(what, "free some space, or choose another folder") from error
+    return files
 
 
 def _make_config(model: Model) -> dict[str, Any]:
@@ -131,7 +100,7 @@ def _make_config(model: Model) -> dict[str, Any]:
 
 
 def _make_card(model: Model, name: str, sha256: str, errors: Sequence[MeasuredError]) -> str:
-    """Return the model card without its last line."""
+    """Return the model card."""
     recipe, info, labels = model.recipe, model.info, make_names_unique(model.classes)
     specs = layer_specs(recipe, len(labels))
     differences = compare_recipes(recipe, PAPER)
