@@ -59,7 +59,7 @@ class ResponseNorm(nn.Module):
 
 def within_map(x: Tensor, size: int, k: float, alpha: float, beta: float) -> Tensor:
     """Normalize by the squares in a size x size window of the same map (`rnorm` in the authors' code)."""
-    values = x.float()
+    values = x.to(torch.promote_types(x.dtype, torch.float32))  # the squares overflow float16; float64 stays
     mean = functional.avg_pool2d(values.square(), size, 1, size // 2, count_include_pad=True)
     return (values * (k + alpha * size**2 * mean).pow(-beta)).to(x.dtype)
 

@@ -31,8 +31,11 @@ def normalize_plain(
     x = torch.relu(x) if relu else x
     squares = (x * math.sqrt(alpha)).square().unflatten(-3, (towers, -1))
     padded = functional.pad(squares, (0, 0, 0, 0, size // 2, size // 2))
-    total = padded.unfold(-3, size, 1).sum(-1).flatten(-4, -3)
-    return x * (k + total).pow(-beta)
+    maps = squares.shape[-3]
+    total = padded.narrow(-3, 0, maps)
+    for first in range(1, size):  # not `unfold`, whose gradient is slow, with a warning, under `torch.func.vmap`
+        total = total + padded.narrow(-3, first, maps)
+    return x * (k + total.flatten(-4, -3)).pow(-beta)
 
 
 def normalize_fast(
