@@ -154,7 +154,7 @@ def test_folders_without_a_usable_layout(
     tmp_path: Path, files: tuple[str, ...], fraction: float | None, error: type[DataError], message: str
 ) -> None:
     touch(tmp_path, *files)
-    with pytest.raises(error, match=message) as caught:
+    with pytest.raises(error, match="(?m)" + message) as caught:
         detect_source(tmp_path, fraction)
     assert caught.value.hint
 
@@ -342,7 +342,7 @@ def test_parts_of_a_split_may_have_different_classes(tmp_path: Path) -> None:
     ],
 )
 def test_splits_that_do_not_fit_are_refused(files: list[str], message: str, hint: str, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=message) as caught:
+    with pytest.raises(DataError, match="(?m)" + message) as caught:
         detect_source(touch(tmp_path, *files))
     assert re.search(hint, caught.value.hint)
 

@@ -39,7 +39,7 @@ def mesh(monkeypatch: pytest.MonkeyPatch) -> ProcessMesh:
     ],
 )
 def test_a_missing_rank_is_named(mesh: ProcessMesh, message: str, event: str) -> None:
-    missing = pytest.raises(LostError, match=rf"^rank 1 {event} in step 7: ranks 0, 3 did not arrive$")
+    missing = pytest.raises(LostError, match=rf"(?m)^rank 1 {event} in step 7: ranks 0, 3 did not arrive$")
     with missing, mesh.name_errors("step 7"):
         raise RuntimeError(message)
 

@@ -31,18 +31,18 @@ def test_changes_of_the_result_are_refused() -> None:
         resume.check_recipe(run, replace(TINY, batch_size=32), {"batch_size"})
     assert run.recipe == TINY, "nothing is written before the run has really gone on"
     with pytest.raises(
-        UsageError, match=r"^the recipe differs from that of run r: learning_rate = 0.5 instead of 0.03$"
+        UsageError, match=r"(?m)^the recipe differs from that of run r: learning_rate = 0.5 instead of 0.03$"
     ) as caught:
         resume.check_recipe(run, replace(run.recipe, learning_rate=0.5), set())
     assert caught.value.hint == "remove it, or force it: --set learning_rate=0.5"
-    with pytest.raises(UsageError, match=r"crops = False instead of True$") as caught:
+    with pytest.raises(UsageError, match=r"(?m)crops = False instead of True$") as caught:
         resume.check_recipe(run, replace(TINY, crops=False), set())
     assert caught.value.hint.endswith(": --set crops=false")
     assert resume.check_recipe(run, replace(TINY, learning_rate=0.5), {"learning_rate"}).learning_rate == 0.5
     with pytest.raises(UsageError, match="makes another network"):
         resume.check_recipe(run, replace(TINY, width=0.5), {"width"})
     paper = Run.create("p", PAPER, {})
-    with pytest.raises(UsageError, match=r"^width = 0.25 makes another network than that of run p \(width = 1.0\)$"):
+    with pytest.raises(UsageError, match=r"(?m)^width = 0.25 makes another network than that of run p \(width = 1.0\)$"):
         resume.check_recipe(paper, TINY, set())  # not a word of a cycle that it does not have
 
 
@@ -67,7 +67,7 @@ def test_another_recipe_is_refused_with_the_hint_to_remove_it() -> None:
     assert caught.value.what.endswith(f", and {rest} more")
     for epoch in range(1, 41):
         paper.log({"event": "validation", "epoch": epoch, "step": epoch})
-    with pytest.raises(UsageError, match=r"^the recipe differs from that of run paper"):
+    with pytest.raises(UsageError, match=r"(?m)^the recipe differs from that of run paper"):
         resume.check_recipe(
             paper, replace(KRIZHEVSKY, epochs=20), set()
         )  # not a word of the epochs, which are the least
