@@ -29,7 +29,7 @@ from alexnet_cli.core.training import setup
 from alexnet_cli.core.training.fine_tuning import load_source, match_layers
 from alexnet_cli.core.training.loop import TrainingLoop
 from alexnet_cli.core.training.trainer import Trainer
-from alexnet_cli.errors import AlexNetError, DataError, Stopped
+from alexnet_cli.errors import AlexNetError, DataError, Stopped, UsageError
 from alexnet_cli.recipe import RECIPES, Recipe
 
 __all__ = (
@@ -210,11 +210,15 @@ def export(
         data: a prepared data set to check on, and to calibrate int8; by default the one the weights were trained on.
 
     Raises:
+        UsageError: the path has another suffix.
         VerificationError: the file differs from PyTorch, or int8 loses more than a point of accuracy.
         DataError: int8 has no data set to calibrate on.
     """
+    path = Path(path)
+    if path.suffix != ".onnx":
+        raise UsageError(f"{path} does not end in .onnx", f"such as {path.stem or 'alexnet'}.onnx")
     model = network.to_model() if isinstance(network, AlexNet) else _read_model(network)
-    path, data, side = Path(path), data or find_training_data(model.path), model.recipe.input_size
+    data, side = data or find_training_data(model.path), model.recipe.input_size
     exporting.check_names(model, path)
     dataset = _open(data) if data or precision == "int8" else None
     crops = exporting.sample_crops(dataset, model) if dataset else exporting.synthetic_crops(side)

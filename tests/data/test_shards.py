@@ -41,6 +41,7 @@ def test_files_and_counts_of_a_data_set(packed_shapes: Path) -> None:
     damaged = [json.loads(line) for line in (packed_shapes / "damaged.jsonl").read_text().splitlines()]
     assert [(line["split"], line["path"]) for line in damaged] == [("train", "train/circle/circle 04.jpg")]
     assert "premature end" in damaged[0]["reason"]
+    assert repr(dataset) == f"<Dataset {packed_shapes}: 3 classes, train 88, val 12>"
     record = dataset.record
     assert (record["rejected"], record["damaged"], record["turned"]) == (2, 1, 0)
     assert record["source_sizes"] == {

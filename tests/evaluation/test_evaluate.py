@@ -41,6 +41,12 @@ def test_errors_are_counted_by_hand() -> None:
     assert counts.confusion.sum() == 4
 
 
+def test_what_a_notebook_shows() -> None:
+    assert repr(Evaluation.empty(2)) == "<Evaluation of 0 images>"
+    shown = repr(Evaluation(np.array([[3, 1], [0, 4]]), np.array([4, 4])))
+    assert shown == "<Evaluation of 8 images: top-1 error 12.5%, top-5 error 0.0%>"
+
+
 def test_a_network_that_says_the_same_of_everything_is_wrong_most_of_the_time() -> None:
     """Equal probabilities must not count as right for every class."""
     counts = Evaluation.empty(10)

@@ -15,6 +15,7 @@ import pytest
 from typer import Typer
 from typer.testing import CliRunner, Result
 
+import alexnet_cli as alexnet
 from alexnet_cli.core.data import images
 from alexnet_cli.core.data.classes import ClassName
 from alexnet_cli.core.data.plan import Plan
@@ -52,6 +53,12 @@ def test_every_recipe_exports_and_agrees_with_pytorch(name: str, tmp_path: Path)
     assert result.top1_agreement == 1.0
     assert result.max_abs_difference < 1e-5
     assert [p.name for p in tmp_path.iterdir()] == ["a.onnx"]
+
+
+def test_python_refuses_another_suffix(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"a\.pt does not end in \.onnx"):
+        alexnet.export(alexnet.AlexNet(SMALL, 2), tmp_path / "a.pt")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -263,6 +263,12 @@ def test_what_is_no_image(image: Any, kind: type[AlexNetError], message: str) ->
         AlexNet(replace(PAPER, width=1 / 64), 2).preprocess(image)
 
 
+def test_a_folder_is_no_image(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="not a regular file") as error:
+        AlexNet(replace(PAPER, width=1 / 64), 2).preprocess(tmp_path)
+    assert error.value.hint == "give the path of an image"
+
+
 def test_wrong_inputs_and_names() -> None:
     network = AlexNet(replace(PAPER, width=1 / 64), 2)
     x = make_input(PAPER)

@@ -78,6 +78,8 @@ def test_records_and_metrics_csv(start: Start) -> None:
     )  # 48 images, batches of 16: three steps an epoch, a record at every second and at the end
     assert [r.step for r in records if r.event == "step"] == [2, 3, 4, 6]
     assert records[-1].reason == "finished"
+    assert repr(records[-1]).startswith("Record(event='end', epoch=2, step=6, top1_error=")
+    assert "None" not in repr(records[-1])
     assert training.run.records() == [r.as_dict() for r in records]
     rows = (training.run.path / "metrics.csv").read_text().splitlines()
     assert len(rows) == 3

@@ -120,6 +120,10 @@ class Dataset:
     record: dict[str, Any]
     """The content of dataset.json."""
 
+    def __repr__(self) -> str:
+        splits = ", ".join(f"{name} {split['images']:,}" for name, split in self.record["splits"].items())
+        return f"<Dataset {self.path}: {len(self.classes):,} classes, {splits}>"
+
     def mean_image(self) -> npt.NDArray[np.float32]:
         """float32 3 x 256 x 256, RGB, 0..255: mean image of the training split.
 

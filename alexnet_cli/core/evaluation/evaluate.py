@@ -32,6 +32,10 @@ class Evaluation:
     top5_hits: npt.NDArray[np.int64]
     loss_sum: float = 0.0
 
+    def __repr__(self) -> str:
+        errors = f": top-1 error {self.top1_error:.1%}, top-5 error {self.top5_error:.1%}" if self.images else ""
+        return f"<Evaluation of {self.images:,} images{errors}>"
+
     @classmethod
     def empty(cls, classes: int) -> Evaluation:
         """Return zero counts for so many classes."""

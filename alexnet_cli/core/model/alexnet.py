@@ -252,7 +252,7 @@ class AlexNet(nn.Module):
                 data = read_file(Path(image)) if isinstance(image, str | Path) else bytes(image)
                 rgb = image_files.decode(data)
             except DataError as error:
-                raise DataError(f"{name}{error.what}", error.hint) from error
+                raise DataError(f"{name}{error.what}", error.hint or "give the path of an image") from error
             except OSError as error:
                 raise DataError(f"{name}{error.strerror}", "check the path") from error
             rgb = image_files.apply_orientation(rgb, data) if should_rotate else rgb

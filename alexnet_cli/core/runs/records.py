@@ -56,6 +56,9 @@ class Record:
     hint: str | None = None
     reason: str | None = None
 
+    def __repr__(self) -> str:
+        return f"Record({', '.join(f'{key}={value!r}' for key, value in self.as_dict().items())})"
+
     def as_dict(self) -> dict[str, Any]:
         """The fields that have a value."""
         return {key: value for key, value in asdict(self).items() if value is not None}
