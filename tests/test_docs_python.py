@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import chdir
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,9 @@ def home(pictures: Path, prepared: Path, tmp_path_factory: pytest.TempPathFactor
     shutil.copytree(pictures / "val" / "red", folder / "pictures")
     shutil.copy(pictures / "val" / "blue" / "00.jpg", folder / "cat.jpg")
     shutil.copytree(pictures, folder / "tiny-imagenet-10")
-    with chdir(folder):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.delenv("ALEXNET_RUNS_DIR", raising=False)
         data = alexnet.prepare("tiny-imagenet-10")
         recipe = replace(alexnet.recipes["tiny"], width=1 / 16, epochs=1, precision="fp32")
         assert [r.event for r in alexnet.train(recipe, data, name="ten-classes", gpus="none")][-1] == "end"
