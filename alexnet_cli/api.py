@@ -17,16 +17,14 @@ from alexnet_cli.core.data.shards import Dataset
 from alexnet_cli.core.devices import count_cores
 from alexnet_cli.core.evaluation import evaluate as evaluation
 from alexnet_cli.core.evaluation.evaluate import Evaluation
-from alexnet_cli.core.export import export as exporting
-from alexnet_cli.core.export.quantize import CALIBRATION_IMAGES
 from alexnet_cli.core.model.alexnet import AlexNet
 from alexnet_cli.core.model.model_file import Model, read_model
-from alexnet_cli.core.parallel.placement import choose_decode_threads, place
+from alexnet_cli.core.parallel.placement import Placement, choose_decode_threads, place
 from alexnet_cli.core.runs.records import Record
 from alexnet_cli.core.runs.resolve import find_training_data, find_weights
 from alexnet_cli.core.runs.run import RUNNING, record_failure
 from alexnet_cli.core.training import setup
-from alexnet_cli.core.training.fine_tuning import load_source, match_layers
+from alexnet_cli.core.training.fine_tuning import Transfer, load_source, match_layers
 from alexnet_cli.core.training.loop import TrainingLoop
 from alexnet_cli.core.training.trainer import Trainer
 from alexnet_cli.errors import AlexNetError, DataError, Stopped, UsageError
@@ -98,7 +96,7 @@ def prepare(
 
 
 def train(
-    recipe: Recipe | str | None = None,
+    recipe: Recipe | str | Path | None = None,
     data: Dataset | str | Path | None = None,
     *,
     name: str | None = None,
@@ -107,10 +105,11 @@ def train(
     max_steps: int | None = None,
     jobs: int | None = None,
 ) -> Generator[Record]:
-    """Train a network on one device as a new run, and yield each record of metrics.jsonl as it is written.
+    """Train a network on one device as a new run: an iterator that trains while it yields the records of metrics.jsonl.
 
     `alexnet.load(name)` then loads the best epoch; without a name, `alexnet.load()`. If the loop over the records ends
-    early, `alexnet train --resume NAME` continues from the last checkpoint.
+    early, `alexnet train --resume NAME` continues from the last checkpoint. Unlike the command, this writes no ONNX
+    file and no report: `alexnet.export(name)` and `alexnet report -w NAME` do.
 
     Args:
         recipe: a recipe, the name of one, or a TOML file; `paper` by default, or that of `init_from`.
@@ -122,32 +121,47 @@ def train(
         jobs: threads that decode images; one per core by default.
 
     Raises:
-        AlexNetError: see `alexnet_cli.errors`; the run is marked as failed.
+        AlexNetError: see `alexnet_cli.errors`; once the run exists, it is marked as failed.
     """
-    initial = load_source(str(init_from), None) if init_from is not None else None
+    if max_steps is not None and max_steps < 1:
+        raise UsageError(f"max_steps is {max_steps}", "give at least 1")
+    weights = _format_weights(init_from)
+    initial = load_source(weights, None)
     if recipe is None and initial:
         recipe = recipe_io.apply_changes(initial.recipe, {"frozen": "none"})
-    resolved = recipe if isinstance(recipe, Recipe) else recipe_io.load_recipe(recipe or "paper")
+    resolved = recipe if isinstance(recipe, Recipe) else recipe_io.load_recipe(str(recipe or "paper"))
     dataset = _open(data)
     setup.check_data(dataset, None)
-    placement = place(gpus, resolved.precision)
-    transfer = match_layers(str(init_from), initial, resolved, dataset.classes) if initial else None
-    run = setup.open_run(None, name, resolved, placement, dataset, transfer, {}, ["alexnet.train"])
+    placement = place(gpus if gpus is None else str(gpus), resolved.precision)
+    transfer = match_layers(weights, initial, resolved, dataset.classes) if initial else None
+    return _train(resolved, dataset, placement, transfer, name, max_steps, choose_decode_threads(jobs))
+
+
+def _train(
+    recipe: Recipe,
+    dataset: Dataset,
+    placement: Placement,
+    transfer: Transfer | None,
+    name: str | None,
+    max_steps: int | None,
+    threads: int,
+) -> Generator[Record]:
+    run = setup.open_run(None, name, recipe, placement, dataset, transfer, {}, ["alexnet.train"])
     with run.locked():
         try:
-            trainer = Trainer.for_dataset(resolved, dataset, placement)
+            trainer = Trainer.for_dataset(recipe, dataset, placement)
             transfer = transfer.apply(trainer.network) if transfer else None
-            loop = TrainingLoop(trainer, dataset, run, choose_decode_threads(jobs), transfer=transfer)
+            loop, reason = TrainingLoop(trainer, dataset, run, threads, transfer=transfer), None
             run.update(RUNNING)
-            reason = None
             for record in loop.fit(max_steps=max_steps):
                 reason = record.reason
                 yield record
             run.update({"status": "finished" if reason == "finished" else "interrupted", "reason": reason})
-        except (GeneratorExit, KeyboardInterrupt):
+        except (GeneratorExit, KeyboardInterrupt) as stop:
             hint = f"alexnet train --resume {run.quoted}"
             stopped = Stopped("stopped: progress since the last checkpoint is lost", hint, 130)
-            record_failure(run, stopped, "Ctrl-C", "interrupted")
+            reason = "Ctrl-C" if isinstance(stop, KeyboardInterrupt) else "stopped"
+            record_failure(run, stopped, reason, "interrupted")
             raise
         except BaseException as error:
             record_failure(run, error)
@@ -165,7 +179,7 @@ def evaluate(
 
     Args:
         network: a network, on the device where it is; or weights, as for `load`.
-        data: a prepared data set, as for `open_dataset`; by default the one the weights were trained on.
+        data: a prepared data set, as for `open_dataset`. For weights, it is by default the one they were trained on.
         split: "val" or "train".
         views: 1, the center; or 10, the paper's ten views.
 
@@ -173,18 +187,18 @@ def evaluate(
         DataError: the network does not know the classes of the data set.
     """
     if isinstance(network, AlexNet):
-        device = network.mean.device
+        device, path = network.mean.device, Path("network in memory")
         placement = place(str(device.index) if device.type == "cuda" else "none", "fp32")
-        path = Path("network in memory")
     else:
-        path, placement = find_weights(str(network) if network is not None else None), place(None, "fp32")
+        path, placement = find_weights(_format_weights(network)), place(None, "fp32")
         data = data or find_training_data(path)
         network = load(path).to(placement.device)
     dataset = _open(data)
     images, output_of = dataset.split(split), evaluation.match_classes(network.classes, dataset.classes, path)
     if not len(images):
         raise DataError(f"{dataset.path}: split {split} has no images", "prepare it again with val_fraction=0.1")
-    augment = Augment(network.recipe, network.mean.float().cpu().numpy(), None, None, placement.device)
+    mean = network.mean.float().cpu().numpy()
+    augment = Augment(network.recipe, mean, None, None, placement.device, network.mean.dtype)
     classify = evaluation.TorchClassifier(network, augment, placement, views)
     counts, size = Evaluation.empty(len(network.classes)), min(BATCH, len(images))
     with loader.Loader(images, size, choose_decode_threads(None)) as decoder:
@@ -207,36 +221,50 @@ def export(
         network: a network, or weights as for `load`.
         path: NAME.onnx; the class names go to NAME.names.txt.
         precision: fp16 halves the file; int8 quarters it and is fastest on a CPU.
-        data: a prepared data set to check on, and to calibrate int8; by default the one the weights were trained on.
+        data: a prepared data set to check on, and to calibrate int8. For weights, it is by default the one they were
+            trained on. Without one, float files are checked on synthetic images.
 
     Raises:
-        UsageError: the path has another suffix.
+        UsageError: the path has another suffix, or see `AlexNet.to_model`.
         VerificationError: the file differs from PyTorch, or int8 loses more than a point of accuracy.
         DataError: int8 has no data set to calibrate on.
     """
+    from alexnet_cli.core.export import export as exporting
+
     path = Path(path)
     if path.suffix != ".onnx":
         raise UsageError(f"{path} does not end in .onnx", f"such as {path.stem or 'alexnet'}.onnx")
-    model = network.to_model() if isinstance(network, AlexNet) else _read_model(network)
-    data, side = data or find_training_data(model.path), model.recipe.input_size
-    exporting.check_names(model, path)
-    dataset = _open(data) if data or precision == "int8" else None
-    crops = exporting.sample_crops(dataset, model) if dataset else exporting.synthetic_crops(side)
-    if precision == "int8":
-        assert dataset
-        training, validation = dataset.split("train"), dataset.split("val")
-        calibration = exporting.center_crops(training, training.spread_rows(CALIBRATION_IMAGES), side)
-        output_of = evaluation.match_classes(model.classes, dataset.classes, model.path)
-        labeled = exporting.labeled_crops(validation, side, output_of)
-        exporting.export_int8(model, path, calibration, (crops, labeled))
+    if precision not in ("fp32", "fp16", "int8"):
+        raise UsageError(f"precision is {precision!r}", "use fp32, fp16 or int8")
+    if isinstance(network, AlexNet):
+        model = network.to_model()
     else:
-        exporting.export(model, path, crops, precision)
+        model = _read_model(network)
+        data = data or find_training_data(model.path)
+    exporting.check_names(model, path)
+    if precision == "int8":
+        dataset = _open(data)
+        output_of = evaluation.match_classes(model.classes, dataset.classes, model.path)
+        check = exporting.load_check_images(dataset, model, output_of)
+        exporting.export_int8(model, path, exporting.load_calibration_crops(dataset, model), check)
+    elif data:
+        exporting.export(model, path, exporting.sample_crops(_open(data), model), precision)
+    else:
+        exporting.export(model, path, exporting.synthetic_crops(model.recipe.input_size), precision)
     exporting.write_names(model, path)
     return path
 
 
 def _read_model(weights: str | Path | None) -> Model:
-    return read_model(find_weights(str(weights) if weights is not None else None))
+    return read_model(find_weights(_format_weights(weights)))
+
+
+def _format_weights(weights: str | Path | None) -> str | None:
+    if isinstance(weights, str | Path | None):
+        return None if weights is None else str(weights)
+    raise UsageError(
+        f"{type(weights).__name__} is no run or file", "save a network first: net.save('mine.safetensors')"
+    )
 
 
 def _open(data: Dataset | str | Path | None) -> Dataset:

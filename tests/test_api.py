@@ -86,6 +86,7 @@ def test_load_and_evaluate_equal_the_command(trained: tuple[Path, list[Record]],
     assert alexnet.evaluate(path).top1_error == alexnet.evaluate(network, data).top1_error
     errors = found.class_errors
     assert np.mean(errors) == pytest.approx(found.top1_error)  # all classes have the same number of images
+    assert alexnet.evaluate(alexnet.load(path).bfloat16(), data).loss == pytest.approx(expected["loss"], rel=0.1)
     with network.without_tower(1):
         assert alexnet.evaluate(network, data).loss != found.loss
 
@@ -119,6 +120,13 @@ def test_export_of_new_weights_without_data() -> None:
         alexnet.export(alexnet.AlexNet(RECIPE, 2), precision="int8")
 
 
+def test_export_refuses_what_it_cannot_write(trained: tuple[Path, list[Record]]) -> None:
+    with pytest.raises(UsageError, match="precision is 'int4'"):
+        alexnet.export(trained[0], precision="int4")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="AlexNet is no run or file"):
+        alexnet.train(init_from=alexnet.load(trained[0]))  # type: ignore[arg-type]
+
+
 def test_prepare_is_the_command(pictures: Path, prepared: Path) -> None:
     data = alexnet.prepare(pictures, "again")
     assert (
@@ -143,7 +151,8 @@ def test_a_loop_that_ends_early_leaves_a_run_to_resume(prepared: Path) -> None:
         if record.event == "checkpoint":
             break
     about = Run.open("short").about
-    assert (about["status"], about["hint"]) == ("interrupted", "alexnet train --resume short")
+    assert (about["status"], about["reason"]) == ("interrupted", "stopped")
+    assert about["hint"] == "alexnet train --resume short"
     result = run_command("train", "--resume", "short", "--gpus", "none", "-q")
     assert result.returncode == 0, result.stderr
     assert Run.open("short").about["status"] == "finished"

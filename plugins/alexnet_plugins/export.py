@@ -150,33 +150,26 @@ def _export_int8(
     from alexnet_cli.core.data.shards import find_dataset, open_dataset
     from alexnet_cli.core.evaluation.evaluate import match_classes
     from alexnet_cli.core.export import export as exporting
-    from alexnet_cli.core.export.quantize import CALIBRATION_IMAGES
     from alexnet_cli.core.inference.onnx_graph import save_graph
 
     data, calibrate = data_sets
     dataset = open_dataset(find_dataset(data or calibrate))
     calibration_set = open_dataset(find_dataset(calibrate)) if calibrate else dataset
-    training, validation = calibration_set.split("train"), dataset.split("val")
-    if not len(training):
-        raise DataError(f"{calibration_set.path} has no training images", "int8 needs some for calibration")
-    if verify and not len(validation):
-        raise DataError(
-            f"{dataset.path} has no validation images to measure the accuracy on",
-            "prepare it with --val-fraction 0.1, choose another set with --data, or use --no-verify",
-        )
-    side = model.recipe.input_size
-    crops = exporting.center_crops(training, training.spread_rows(CALIBRATION_IMAGES), side)
+    check = None
+    if verify:
+        try:
+            output_of = match_classes(model.classes, dataset.classes, model.path)
+        except DataError as error:
+            raise DataError(error.what, "use --data with a set of the network's classes, or --no-verify") from error
+        check = exporting.load_check_images(dataset, model, output_of)
+    crops = exporting.load_calibration_crops(calibration_set, model)
     reporter.line("ranges", f"calibrated on {len(crops):,} training images of {calibration_set.path}")
     calibration = {"calibration": {"images": len(crops), "data": str(calibration_set.path)}}
-    if not verify:
+    if check is None:
         save_graph(exporting.build_int8(model, crops), path)
         reporter.warn("the loss of accuracy was not measured", "leave out --no-verify to measure it")
         return _verification_record(None) | calibration | {"accuracy": None}
-    try:
-        output_of = match_classes(model.classes, dataset.classes, model.path)
-    except DataError as error:
-        raise DataError(error.what, "use --data with a set of the network's classes, or --no-verify") from error
-    check = (exporting.sample_crops(dataset, model), exporting.labeled_crops(validation, side, output_of))
+    validation = dataset.split("val")
     count = min(len(validation), exporting.ACCURACY_IMAGES)
     with reporter.waiting("check", f"float32 and int8 on {count:,} of {len(validation):,} validation images"):
         result = exporting.export_int8(model, path, crops, check, force)

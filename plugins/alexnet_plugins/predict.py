@@ -75,7 +75,7 @@ def predict(
     run_images: list[str] = []
     images = expand_inputs(inputs, getattr(sys.stdin, "buffer", None), run_images)
     if output and output.suffix == ".safetensors":
-        predicting.check_header(images)
+        predicting.check_paths_fit(images)
     model = find_weights(weights, (".safetensors",) if backend == "torch" else (".onnx", ".safetensors"))
     fast_start = len(images) * views <= predicting.FAST_START_VIEWS
     classifier = predicting.open_classifier(model, backend, fast_start, layers)
@@ -126,7 +126,8 @@ def predict(
         what = f"cannot read {len(errors):,} of {_count_images(len(images))}"
         if len(errors) == 1:
             raise PartialError(f"{what}: {errors[0]}", "check the file, or leave it out")
-        raise PartialError(f"{what}, first {errors[0]}", f"{csv or 'the output'} has the reason for each")
+        reasons = csv or ("a line above" if layers and not json else "the output")
+        raise PartialError(f"{what}, first {errors[0]}", f"{reasons} has the reason for each")
 
 
 def _check_output(layers: list[str], output: Path | None, tower: int | None) -> None:

@@ -98,11 +98,14 @@ def test_a_good_file_says_what_was_measured(tmp_path: Path) -> None:
 
 
 def test_images_to_measure_on_are_all_or_evenly_spaced(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    split = open_dataset(prepared).split("val")
+    dataset, model = open_dataset(prepared), random_model(SMALL, 4)
+    split = dataset.split("val")
     assert split.spread_rows(100).tolist() == list(range(20))
     assert split.spread_rows(3).tolist() == [0, 9, 19]
     monkeypatch.setattr(exporting, "BATCH", 8)
-    batches = list(exporting.labeled_crops(split, 224, np.array([3, 2, 1, 0])))
+    crops, labeled = exporting.load_check_images(dataset, model, np.array([3, 2, 1, 0]))
+    assert len(crops) == 20
+    batches = list(labeled)
     assert [len(crops) for crops, _ in batches] == [8, 8, 4]
     assert batches[0][0].shape == (8, 3, 224, 224)
     np.testing.assert_array_equal(np.concatenate([labels for _, labels in batches]), 3 - split.labels)

@@ -16,7 +16,6 @@ from PIL import Image
 from torch.nn import functional
 
 from alexnet_cli.core.data import images
-from alexnet_cli.core.data.classes import ClassName
 from alexnet_cli.core.inference.predict import compute_probabilities
 from alexnet_cli.core.inference.session import Session
 from alexnet_cli.core.model import model_file
@@ -173,7 +172,8 @@ def test_save_and_load(tmp_path: Path) -> None:
     network = AlexNet.from_model(random_model(SMALL, info={"epoch": 3}))
     network.half().save(tmp_path / "n.safetensors")
     model = model_file.read_model(tmp_path / "n.safetensors")
-    assert (model.recipe, model.classes, model.info) == (SMALL, network.classes, {"epoch": 3})
+    assert (model.recipe, model.classes) == (SMALL, network.classes)
+    assert model.info == {"exif_rotate": False}  # not the epoch: the weights may have changed since
     x = make_input(SMALL)
     torch.testing.assert_close(AlexNet.from_model(model)(x), network.float()(x))
     with pytest.raises(UsageError, match=r"n.pt does not end in .safetensors"):
@@ -185,9 +185,43 @@ def test_another_last_layer_is_saved_with_its_class_names(tmp_path: Path) -> Non
     network.fc8 = torch.nn.Linear(network.fc8.in_features, 2)
     with pytest.raises(UsageError, match=r"fc8\.(weight|bias) is .*10 classes"):
         network.save(tmp_path / "two.safetensors")
-    network.classes = tuple(map(ClassName, ("cat", "dog")))
+    network.classes = ["cat", "dog"]
     network.save(tmp_path / "two.safetensors")
     assert len(model_file.read_model(tmp_path / "two.safetensors").classes) == 2
+
+
+def test_what_a_file_could_not_say_is_not_saved(tmp_path: Path) -> None:
+    network = AlexNet.from_model(random_model(SMALL))
+    with network.without_tower(1), pytest.raises(UsageError, match="something else than its recipe"):
+        network.save(tmp_path / "n.safetensors")
+    network.relu5 = torch.nn.Identity()
+    with pytest.raises(UsageError, match="something else than its recipe"):
+        network.to_model()
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(UsageError, match=r"the folder .*missing does not exist"):
+        network.save(tmp_path / "missing" / "n.safetensors")
+
+
+@pytest.mark.parametrize("classes", ["cat", [], 0, [1, 2], [("cat", "n1")], ["cat", None]])
+def test_what_are_no_classes(classes: Any) -> None:
+    with pytest.raises(UsageError, match="are no classes"):
+        AlexNet(SMALL, classes)
+
+
+def test_the_mean_image_is_float32_of_256_pixels() -> None:
+    network = AlexNet(SMALL, np.int64(2), mean=np.ones((3, 256, 256), np.uint8))  # type: ignore[arg-type]
+    assert network.mean.dtype == torch.float32
+    with pytest.raises(UsageError, match="the mean image is 3 x 224 x 224"):
+        AlexNet(SMALL, 2, mean=np.ones((3, 224, 224), np.float32))
+
+
+def test_preprocess_works_on_a_pruned_or_replaced_first_layer(tmp_path: Path) -> None:
+    network, path = AlexNet.from_model(random_model(SMALL)), draw(tmp_path / "a.png", 3)
+    expected = network.preprocess(path)
+    torch.nn.utils.parametrizations.weight_norm(network.conv1)
+    assert torch.equal(network.preprocess(io.BytesIO(Path(path).read_bytes())), expected)
+    with pytest.raises(UsageError, match="parametrizations"):
+        network.to_model()
 
 
 def as_forms(path: str) -> dict[str, Any]:
@@ -254,7 +288,9 @@ def test_images_are_rotated_as_those_of_the_training_set(tmp_path: Path) -> None
         (np.zeros((5, 5, 3), np.int64), UsageError, "int64 5 x 5 x 3 is no image"),
         (np.full((5, 5, 3), 200.0), UsageError, "floats from 200 to 200"),
         (np.full((5, 5, 3), math.nan), UsageError, "floats from nan"),
-        (torch.zeros(5, 5, 3, dtype=torch.uint8), UsageError, "uint8 5 x 3 x 5 is no image"),
+        (torch.zeros(5, 5, 3, dtype=torch.uint8), UsageError, "uint8 5 x 5 x 3 is no image"),
+        (np.zeros(5, np.uint8), UsageError, "uint8 5 is no image"),
+        ([np.zeros((2, 5, 5, 3), np.uint8)], UsageError, "uint8 2 x 5 x 5 x 3 is no image"),
         ([], UsageError, "no images"),
     ],
 )
@@ -279,8 +315,11 @@ def test_wrong_inputs_and_names() -> None:
     with pytest.raises(UsageError, match="no layer 'rleu5'") as error:
         network.activations(x, ["rleu5"])
     assert error.value.__notes__[0].startswith("did you mean relu5? layers: conv1 relu1")
-    with pytest.raises(UsageError, match="no tower 3"), network.without_tower(3):
-        pass
+    for tower in (3, 1.5, "1"):
+        with pytest.raises(UsageError, match=f"no tower {tower!r}"), network.without_tower(tower):  # type: ignore[arg-type]
+            pass
+    with pytest.raises(UsageError, match="the input is a ndarray: the network takes"):
+        network(x.numpy())
     with pytest.raises(UsageError, match="views is 5"):
         network.preprocess(np.zeros((9, 9, 3), np.uint8), views=5)
     with pytest.raises(WeightsError):

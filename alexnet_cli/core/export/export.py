@@ -322,13 +322,36 @@ def _measure_int8(model: Model, path: Path, check: tuple[Crops, LabeledCrops]) -
     return Int8Check(against_torch, compare_accuracy(Session(model, provider="cpu").logits, session.logits, labeled))
 
 
-def labeled_crops(
-    split: Split, side: int, output_of: npt.NDArray[np.int64] | None
-) -> Iterator[tuple[Crops, npt.NDArray[np.int64]]]:
-    """Yield batches of center crops and labels, of at most `ACCURACY_IMAGES` images of a split, evenly spaced.
+def load_calibration_crops(dataset: Dataset, model: Model) -> Crops:
+    """Return center crops of training images to calibrate int8 on. Raises DataError if there are none."""
+    training = dataset.split("train")
+    if not len(training):
+        raise DataError(f"{dataset.path} has no training images", "int8 needs some for calibration")
+    return center_crops(training, training.spread_rows(quantize.CALIBRATION_IMAGES), model.recipe.input_size)
+
+
+def load_check_images(
+    dataset: Dataset, model: Model, output_of: npt.NDArray[np.int64] | None
+) -> tuple[Crops, LabeledCrops]:
+    """Return what `export_int8` checks a file on: crops, and labeled batches of at most `ACCURACY_IMAGES` images.
 
     `output_of[class of the data set]` is the network's output for it; None if both number their classes alike.
+
+    Raises:
+        DataError: there are no validation images.
     """
+    if not len(dataset.split("val")):
+        raise DataError(
+            f"{dataset.path} has no validation images to measure the accuracy on",
+            "prepare it with --val-fraction 0.1, choose another set with --data, or use --no-verify",
+        )
+    return sample_crops(dataset, model), _label_crops(dataset.split("val"), model.recipe.input_size, output_of)
+
+
+def _label_crops(
+    split: Split, side: int, output_of: npt.NDArray[np.int64] | None
+) -> Iterator[tuple[Crops, npt.NDArray[np.int64]]]:
+    """Yield batches of center crops and labels of a split, evenly spaced."""
     rows = split.spread_rows(ACCURACY_IMAGES)
     for start in range(0, len(rows), BATCH):
         batch = rows[start : start + BATCH]

@@ -161,7 +161,7 @@ def rank_labels(probabilities: Array, classes: Sequence[ClassName], k: int) -> t
     )
 
 
-def check_header(images: Sequence[ImageInput]) -> None:
+def check_paths_fit(images: Sequence[ImageInput]) -> None:
     """Raise UsageError if the paths of so many images do not fit into the header of a .safetensors file."""
     if sum(len(json.dumps(image)) + 4 for image in images if isinstance(image, str)) > MAX_PATH_BYTES:
         what = f"the paths of {len(images):,} images do not fit into the header of a .safetensors file"

@@ -13,7 +13,6 @@ from alexnet_cli.core.inference.session import Crops, LayerChoice
 from alexnet_cli.core.model import model_file
 from alexnet_cli.core.model.alexnet import AlexNet
 from alexnet_cli.core.model.architecture import check_layers
-from alexnet_cli.recipe import SIDE
 
 Array = npt.NDArray[np.float32]
 
@@ -39,12 +38,6 @@ class TorchSession:
         if self.device != "cpu":
             torch.backends.cudnn.allow_tf32 = False  # the same float32 as in ONNX Runtime
         self.network = AlexNet.from_model(self.model).to(self.device)
-        side = self.recipe.input_size
-        low = (SIDE - side) // 2
-        mean = self.model.mean[:, low : low + side, low : low + side]
-        if self.recipe.mean == "rgb":
-            mean = self.model.mean.mean((1, 2), keepdims=True, dtype=np.float64).astype(np.float32)
-        self._mean = torch.tensor(mean, device=self.device)
 
     def mean(self) -> Array:
         """Return the mean image, float32 3 x 256 x 256."""
@@ -61,15 +54,14 @@ class TorchSession:
     def probabilities_and_activations(self, crops: Crops) -> tuple[Array, dict[str, Array]]:
         """As `session.Session.probabilities_and_activations`."""
         with torch.inference_mode():
-            outputs = self.network.activations(self._preprocess(crops), [*self.layers, "fc8"])
+            outputs = self.network.activations(self._make_input(crops), [*self.layers, "fc8"])
         probabilities = torch.softmax(outputs["fc8"].float(), 1).cpu().numpy()
         return probabilities, {layer: outputs[layer].float().cpu().numpy() for layer in self.layers}
 
     @torch.inference_mode()
     def _logits(self, crops: Crops) -> torch.Tensor:
-        logits: torch.Tensor = self.network(self._preprocess(crops))
+        logits: torch.Tensor = self.network(self._make_input(crops))
         return logits.float()
 
-    def _preprocess(self, crops: Crops) -> torch.Tensor:
-        """Subtract the mean and divide, on the device."""
-        return (torch.from_numpy(crops).to(self.device).float() - self._mean) / self.recipe.input_divisor
+    def _make_input(self, crops: Crops) -> torch.Tensor:
+        return self.network.subtract_mean(torch.from_numpy(crops).to(self.device))

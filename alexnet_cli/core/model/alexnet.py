@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,7 @@ from torch.nn import functional
 from alexnet_cli import recipe_io
 from alexnet_cli.core.data import images as image_files
 from alexnet_cli.core.data.classes import ClassName
-from alexnet_cli.core.data.views import cut_views, make_views
+from alexnet_cli.core.data.views import make_views, mean_correction
 from alexnet_cli.core.files import read_file
 from alexnet_cli.core.model.architecture import (
     EDGE_PADDING,
@@ -43,7 +43,12 @@ from alexnet_cli.recipe import SIDE, Recipe
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
 
-ImageLike = str | Path | bytes | bytearray | memoryview | Image.Image | npt.NDArray[Any] | Tensor
+CANNOT_SAVE = (
+    "set net.classes to the names of new classes; remove hooks, pruning and parametrizations; save other networks with "
+    "torch.save"
+)
+
+ImageLike = str | Path | IO[bytes] | bytes | bytearray | memoryview | Image.Image | npt.NDArray[Any] | Tensor
 """A file, its content, or pixels: a PIL image, an array H x W (x 3 or 4), a tensor 3 x H x W.
 
 Arrays and tensors are uint8 in 0..255, or floats in 0..1.
@@ -59,11 +64,10 @@ class AlexNet(nn.Module):
 
     Attributes:
         recipe: every number of the network.
-        classes: names (and wnids) in the order of the logits.
         towers: 2, or 1 for the one-tower network of the footnote in section 3.2.
         layers: names of the layers, in order.
         mean: the mean image that `preprocess` subtracts, 3 x 256 x 256, RGB, 0..255.
-        info: where the weights come from (data, epoch, step, metrics); {} for a new network.
+        info: where the loaded weights come from (data, epoch, step, metrics); {} for a new network.
     """
 
     mean: Tensor
@@ -89,34 +93,54 @@ class AlexNet(nn.Module):
             recipe: a recipe, the name of one, or a TOML file.
             classes: how many, or their names.
             mean: the mean image of the training set, `Dataset.mean_image()`; zeros by default.
-            info: origin of the weights, for the model file.
+            info: where the weights come from.
+
+        Raises:
+            UsageError: a class name is no text, there are none, or the mean image has another shape.
         """
         super().__init__()
-        self.recipe = recipe_io.load_recipe(recipe) if isinstance(recipe, str) else recipe
-        names = [f"class {i}" for i in range(classes)] if isinstance(classes, int) else classes
-        self.classes = tuple(name if isinstance(name, ClassName) else ClassName(name) for name in names)
+        self.recipe = recipe if isinstance(recipe, Recipe) else recipe_io.load_recipe(str(recipe))
+        self.classes = classes
         self.towers, self.layers, self.info = self.recipe.towers, layer_names(self.recipe), dict(info or {})
-        for spec in layer_specs(self.recipe, len(self.classes)):
-            self.add_module(spec.name, _make_layer(spec, self.towers))
-            for step in spec.then:
-                self.add_module(step_name(self.recipe, spec.name, step), _make_step(step, spec, self.recipe))
-        self.register_buffer("mean", torch.zeros(3, SIDE, SIDE) if mean is None else torch.tensor(mean))
-        if not self.mean.is_meta:
-            self.load_state_dict(dict(initial_tensors(self.recipe, len(self.classes))), strict=False, assign=True)
+        device, image = torch.get_default_device(), np.zeros((3, SIDE, SIDE)) if mean is None else np.asarray(mean)
+        if image.shape != (3, SIDE, SIDE):
+            raise UsageError(f"the mean image is {_format_shape(image.shape)}", f"it is 3 x {SIDE} x {SIDE}")
+        with torch.device("meta"):  # PyTorch's own initial values would be drawn for nothing
+            for spec in layer_specs(self.recipe, len(self.classes)):
+                self.add_module(spec.name, _make_layer(spec, self.towers))
+                for step in spec.then:
+                    self.add_module(step_name(self.recipe, spec.name, step), _make_step(step, spec, self.recipe))
+            self.register_buffer("mean", torch.empty(image.shape))
+        if device.type != "meta":
+            tensors = dict(initial_tensors(self.recipe, len(self.classes)))
+            self.load_state_dict(tensors | {"mean": torch.tensor(image, dtype=torch.float32)}, assign=True)
+            self.to(device)
 
     @classmethod
     def from_model(cls, model: Model) -> AlexNet:
-        """The network of a model file, in evaluation mode."""
+        """The network of a model file, in evaluation mode on the CPU."""
         with torch.device("meta"):
             network = cls(model.recipe, model.classes, info=model.info)
         tensors = {name: torch.from_numpy(np.array(tensor)) for name, tensor in model.tensors.items()}
         network.load_state_dict(tensors, assign=True)
         return network.eval()
 
+    @property
+    def classes(self) -> tuple[ClassName, ...]:
+        """Names (and wnids) in the order of the logits. May be set: to names, or their number."""
+        return self._classes
+
+    @classes.setter
+    def classes(self, classes: int | Sequence[ClassName | str]) -> None:
+        if isinstance(classes, int | np.integer):
+            classes = [f"class {i}" for i in range(classes)]
+        if not classes or isinstance(classes, str) or not all(isinstance(name, ClassName | str) for name in classes):
+            raise UsageError(f"{classes!r} are no classes", "give their number, or a list of names")
+        self._classes = tuple(name if isinstance(name, ClassName) else ClassName(name) for name in classes)
+
     def forward(self, x: Tensor) -> Tensor:
         """Images to logits; softmax is left to the caller. One image without a batch dimension works too."""
-        if isinstance(x, Tensor):  # not a placeholder of torch.fx
-            self._check_input(x)
+        self._check_input(x)
         for layer in self.layers:
             x = self._run_layer(layer, x)
         return x
@@ -181,42 +205,74 @@ class AlexNet(nn.Module):
         """
         if views not in (1, 10):
             raise UsageError(f"views is {views!r}", "use 1 (center) or 10 (the paper's ten views)")
-        side, parameter = self.recipe.input_size, self.get_parameter("conv1.weight")
+        side = self.recipe.input_size
         many = [images] if _is_one_image(images) else images
         crops = [make_views(self._load_image(image), side, views) for image in many]  # type: ignore[union-attr, arg-type]
         if not crops:
             raise UsageError("there are no images to preprocess", "give at least one")
-        mean = self.mean.float().cpu().numpy()
+        x = torch.from_numpy(np.stack(crops)).to(self.mean.device).float()
+        if views > 1 and self.recipe.mean == "image-at-crop":
+            x += torch.from_numpy(mean_correction(self.mean.float().cpu().numpy(), side, views)).to(x.device)
+        return self.subtract_mean(x.flatten(0, 1))
+
+    def subtract_mean(self, crops: Tensor) -> Tensor:
+        """Center crops N x 3 x S x S, RGB, 0..255, to the network's input: minus the mean image, divided as trained."""
+        side = self.recipe.input_size
+        low = (SIDE - side) // 2
+        mean = self.mean.float()[:, low : low + side, low : low + side]
         if self.recipe.mean == "rgb":
-            mean = np.broadcast_to(mean.mean((1, 2), keepdims=True, dtype=np.float64).astype(np.float32), mean.shape)
-        center = torch.from_numpy(cut_views(mean, side, views if self.recipe.mean == "image-at-crop" else 1))
-        x = torch.from_numpy(np.stack(crops)).to(parameter.device).float() - center.to(parameter.device)
-        return (x / self.recipe.input_divisor).flatten(0, 1).to(parameter.dtype)
+            mean = self.mean.double().mean((1, 2), keepdim=True).float()
+        return ((crops.float() - mean) / self.recipe.input_divisor).to(self.mean.dtype)
 
     def save(self, path: str | Path) -> None:
         """Write a model file, NAME.safetensors, which `alexnet.load` and every command with -w reads.
 
         Raises:
-            UsageError: the path has another suffix, or a layer no longer fits recipe and classes.
+            UsageError: the path has another suffix or is in no folder, or the file could not say what this network
+                computes, see `to_model`.
             StorageError: the file cannot be written.
         """
         path = Path(path)
         if path.suffix != ".safetensors":
             raise UsageError(f"{path} does not end in .safetensors", f"such as {path.stem or 'alexnet'}.safetensors")
+        if not path.parent.is_dir():
+            raise UsageError(f"{path}: the folder {path.parent} does not exist", "create it first")
         write_model(self.to_model(path), path)
 
     def to_model(self, path: Path = Path("network in memory")) -> Model:
-        """The content of a model file, in float32. Raises UsageError if a layer no longer fits recipe and classes."""
+        """The content of a model file, in float32. Not the origin in `info`: the weights may have changed since.
+
+        Raises:
+            UsageError: recipe, class names and weights do not make this network: a layer was replaced, has a hook that
+                changes its output, or does not fit the class names.
+        """
         tensors = {name: tensor.detach().float().cpu().numpy() for name, tensor in self.state_dict().items()}
         expected = tensor_shapes(self.recipe, len(self.classes))
         for name in expected.keys() | tensors.keys():
             shape = tensors[name].shape if name in tensors else None
             if shape != expected.get(name):
-                what = f"{name} is {shape}, but recipe and {len(self.classes)} classes need {expected.get(name)}"
-                raise UsageError(what, "set net.classes to the names of the new classes; other changes cannot be saved")
-        return Model(
-            path, {name: np.ascontiguousarray(tensors[name]) for name in expected}, self.recipe, self.classes, self.info
-        )
+                what = f"{name} is {_format_shape(shape)}, but the recipe with {len(self.classes)} classes needs "
+                raise UsageError(what + _format_shape(expected.get(name)), CANNOT_SAVE)
+        info = {"exif_rotate": self._should_rotate}
+        tensors = {name: np.ascontiguousarray(tensors[name]) for name in expected}
+        model = Model(path, tensors, self.recipe, self.classes, info)
+        if not self._equals(AlexNet.from_model(model)):
+            raise UsageError("the network computes something else than its recipe and weights", CANNOT_SAVE)
+        return model
+
+    @torch.no_grad()
+    def _equals(self, other: AlexNet) -> bool:
+        """Whether two networks give the same logits for an image of noise, within rounding."""
+        side, was_training = self.recipe.input_size, self.training
+        noise = torch.randn(1, 3, side, side, generator=torch.Generator("cpu").manual_seed(2012), device="cpu")
+        x = noise * 60 / self.recipe.input_divisor
+        try:
+            logits = self.eval()(x.to(self.mean.device, self.mean.dtype)).float().cpu()
+        finally:
+            self.train(was_training)
+        expected = other(x)
+        tolerance = (1e-3 if self.mean.dtype.itemsize > 2 else 0.1) * expected.abs().max()
+        return bool((logits - expected).abs().max() <= tolerance)
 
     def extra_repr(self) -> str:
         """Recipe and classes, for `print(net)`."""
@@ -231,17 +287,27 @@ class AlexNet(nn.Module):
         output: Tensor = getattr(self, layer)(x.view_as(x))
         return output
 
-    def _check_input(self, x: Tensor) -> None:
+    def _check_input(self, x: Any) -> None:
+        if isinstance(x, torch.fx.Proxy):  # a placeholder while torch.fx traces
+            return
         side = self.recipe.input_size
         expected = f"the network takes float N x 3 x {side} x {side}, as net.preprocess returns it"
+        if not isinstance(x, Tensor):
+            raise UsageError(f"the input is a {type(x).__name__}: {expected}")
         if not x.is_floating_point():
             raise UsageError(f"the input is {str(x.dtype).removeprefix('torch.')}: {expected}")
         if x.ndim not in (3, 4) or x.shape[-3:] != (3, side, side):
-            raise UsageError(f"the input is {' x '.join(map(str, x.shape))}: {expected}")
+            raise UsageError(f"the input is {_format_shape(x.shape)}: {expected}")
+
+    @property
+    def _should_rotate(self) -> bool:
+        return bool(self.info.get("exif_rotate", False))
 
     def _load_image(self, image: ImageLike) -> image_files.ImageArray:
         """uint8 256 x 256 x 3."""
-        should_rotate = bool(self.info.get("exif_rotate", False))
+        should_rotate = self._should_rotate
+        if hasattr(image, "read"):
+            image = image.read()
         if isinstance(image, Tensor | np.ndarray):
             rgb = image_files.to_rgb(_make_pil_image(image))
         elif isinstance(image, Image.Image):
@@ -303,22 +369,27 @@ def _map_dimension(x: Tensor) -> int:
 def _is_one_image(images: Any) -> bool:
     if isinstance(images, Tensor | np.ndarray):
         return images.ndim < 4
-    return isinstance(images, str | Path | bytes | bytearray | memoryview | Image.Image) or not isinstance(
-        images, Iterable
-    )
+    is_file = isinstance(images, str | bytes | bytearray | memoryview) or hasattr(images, "read")
+    return is_file or not isinstance(images, Iterable)
 
 
 def _make_pil_image(pixels: Tensor | npt.NDArray[Any]) -> Image.Image:
     """A PIL image of an array H x W (x channels) or a tensor channels x H x W."""
+    shape = _format_shape(pixels.shape)
     if isinstance(pixels, Tensor):
-        pixels = pixels.detach().movedim(0, -1).cpu().numpy() if pixels.ndim == 3 else pixels.detach().cpu().numpy()
-    shape = " x ".join(map(str, pixels.shape))
+        pixels = pixels.detach().cpu().float() if pixels.is_floating_point() else pixels.detach().cpu()
+        pixels = (pixels.movedim(0, -1) if pixels.ndim == 3 else pixels).numpy()
     if pixels.dtype.kind == "f":
         if pixels.size and not (pixels.min() >= 0 and pixels.max() <= 1):  # NaN fails too
             what = f"the image has floats from {pixels.min():.3g} to {pixels.max():.3g}"
             raise UsageError(what, "floats are taken as 0 to 1; give uint8 for 0 to 255")
         pixels = np.rint(pixels * 255).astype(np.uint8)
-    if pixels.dtype != np.uint8 or not pixels.size or (pixels.ndim == 3 and pixels.shape[2] not in (1, 3, 4)):
+    has_channels = pixels.ndim == 3 and pixels.shape[2] in (1, 3, 4)
+    if pixels.dtype != np.uint8 or not pixels.size or not (has_channels or pixels.ndim == 2):
         hint = "an image is uint8 or floats 0 to 1: an array H x W x 3, or a tensor 3 x H x W"
         raise UsageError(f"{pixels.dtype} {shape} is no image", hint)
-    return Image.fromarray(pixels.squeeze(2) if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels)
+    return Image.fromarray(pixels.squeeze(2) if has_channels and pixels.shape[2] == 1 else pixels)
+
+
+def _format_shape(shape: Sequence[int] | None) -> str:
+    return "missing" if shape is None else " x ".join(map(str, shape)) or "a single number"

@@ -186,9 +186,9 @@ def initial_tensors(recipe: Recipe, classes: int) -> Iterator[tuple[str, Tensor]
             std = math.sqrt((1.0 if layer == "fc8" else 2.0) / math.prod(shape[1:]))
         if layer == "conv1":
             std *= recipe.conv1_scale
-        generator = torch.Generator().manual_seed(recipe.seed * 1000 + sorted(LAYERS).index(layer))
-        yield f"{layer}.weight", torch.empty(shape).normal_(0.0, std, generator=generator)
-        yield f"{layer}.bias", torch.full(shapes[f"{layer}.bias"], bias)
+        generator = torch.Generator("cpu").manual_seed(recipe.seed * 1000 + sorted(LAYERS).index(layer))
+        yield f"{layer}.weight", torch.empty(shape, device="cpu").normal_(0.0, std, generator=generator)
+        yield f"{layer}.bias", torch.full(shapes[f"{layer}.bias"], bias, device="cpu")
 
 
 @torch.no_grad()
