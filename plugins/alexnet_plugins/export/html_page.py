@@ -1,0 +1,177 @@
+"""`alexnet export --format html`: one HTML file in which the network runs. Its source is in page/, joined here.
+
+Weights are int8 with a float32 scale per row (a filter or unit), the mean image is int16. All numbers lie in one block
+of bytes, gzipped and written as base64; a JSON block has the geometry of `layer_specs`, the class names, and the
+offsets into the bytes. Text from files goes into JSON only, which the page never takes for HTML; the page's policy
+allows no request and no script but its own.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+import alexnet_cli
+from alexnet_cli.core.data.views import cut_views
+from alexnet_cli.core.files import replace_file
+from alexnet_cli.core.model.architecture import (
+    POOL_STRIDE,
+    WITHIN_NORM_ALPHA,
+    WITHIN_NORM_BETA,
+    WITHIN_NORM_SIZE,
+    LayerSpec,
+    Step,
+    layer_specs,
+    step_name,
+)
+from alexnet_cli.core.model.model_file import Model
+from alexnet_cli.errors import StorageError
+from alexnet_cli.recipe import SIDE, Recipe
+
+PART = 3 * 2**22  # bytes of gzip in one block of base64: a multiple of 3, so that no block but the last is padded
+ROWS = 256  # rows quantized at once, which bounds the memory
+NAME, CODE = re.compile(r"\{\{ ([\w.]+) \}\}"), re.compile(r"<(?:script|style)>(.*?)</(?:script|style)>", re.DOTALL)
+
+Array = npt.NDArray[np.float32]
+
+
+class _Bytes:
+    """The numbers of the network, one after the other; every array begins at a multiple of four bytes."""
+
+    def __init__(self) -> None:
+        self.chunks, self.size = list[bytes](), 0
+
+    def add(self, values: npt.NDArray[Any]) -> int:
+        """Append an array, little endian; returns its offset."""
+        content = values.astype(values.dtype.newbyteorder("<")).tobytes()
+        content += bytes(-len(content) % 4)
+        self.chunks.append(content)
+        self.size += len(content)
+        return self.size - len(content)
+
+    def add_rows(self, rows: Array, factor: float = 1.0, bits: int = 8) -> dict[str, int]:
+        """Append rows of weights as whole numbers and the scale of each row; returns where they are."""
+        highest = 2 ** (bits - 1) - 1
+        scales = np.abs(rows).max(1) / np.float32(highest)
+        codes = np.empty(rows.shape, np.int8 if bits == 8 else np.int16)
+        for first in range(0, len(rows), ROWS):
+            part = slice(first, first + ROWS)
+            codes[part] = np.rint(rows[part] / np.where(scales[part] > 0, scales[part], 1)[:, None])
+        return {
+            "codes": self.add(codes), "scales": self.add((scales * np.float32(factor)).astype(np.float32)),
+            "rows": len(rows), "columns": rows.shape[1], "bits": bits,
+        }  # fmt: skip
+
+
+def write_html_page(model: Model, path: Path, title: str, patches: dict[str, Any] | None = None) -> None:
+    """Write the page atomically. `patches` is what `find_patches` found. Raises StorageError."""
+    try:
+        with replace_file(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
+            file.writelines(build_page(model, title, patches))
+    except OSError as error:
+        what = f"cannot write a page to {path.parent}: {error.strerror}"
+        raise StorageError(what, "free some space, or choose another place with -o") from error
+
+
+def build_page(model: Model, title: str, patches: dict[str, Any] | None = None) -> Iterator[str]:
+    """Yield the pieces of the page."""
+    about, numbers = describe_network(model)
+    about |= {"title": title, "version": alexnet_cli.__version__, "patches": patches}
+    packed = gzip.compress(b"".join(numbers), mtime=0)
+    source = {name: _read_source(name) for name in ("page.html", "page.css", "network.js", "worker.js", "app.js")}
+    text = NAME.sub(lambda match: source.get(match[1], match[0]), source["page.html"])
+    before, after = text.split("{{ data }}")
+    yield before.replace("{{ policy }}", _make_policy(text), 1)
+    yield f'<script type="application/json" id="about">{_format_json(about)}</script>\n'
+    for first in range(0, len(packed), PART):
+        part = base64.b64encode(packed[first : first + PART]).decode()
+        yield f'<script type="text/plain" class="numbers">{part}</script>\n'
+    yield after
+
+
+def _read_source(name: str) -> str:
+    return files("alexnet_plugins.export").joinpath("page", name).read_text("utf-8")
+
+
+def _format_json(value: Any) -> str:
+    """JSON that cannot end the script element it lies in, and is ASCII even if a name has half a surrogate pair."""
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+
+
+def _make_policy(text: str) -> str:
+    """The content security policy: nothing is loaded; only the scripts and the style of the page run."""
+    hashes = [hashlib.sha256(code.encode()).digest() for code in CODE.findall(text)]
+    allowed = " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in hashes)
+    return f"default-src 'none'; script-src {allowed}; style-src {allowed}; worker-src blob:; img-src data: blob:"
+
+
+def describe_network(model: Model) -> tuple[dict[str, Any], list[bytes]]:
+    """Return what the page's JavaScript needs to know, and the bytes that the offsets in it point into."""
+    recipe, numbers, layers = model.recipe, _Bytes(), list[dict[str, Any]]()
+    mean = model.mean
+    if recipe.mean == "rgb":
+        mean = np.broadcast_to(mean.mean((1, 2), dtype=np.float64).astype(np.float32)[:, None, None], mean.shape)
+    center = cut_views(mean, recipe.input_size, 1)[0].transpose(1, 2, 0)
+    about = {
+        "recipe": recipe.name, "towers": recipe.towers, "classes": [name.name for name in model.classes],
+        "size": SIDE, "side": recipe.input_size, "signed": recipe.activation == "tanh",
+        "mean": numbers.add_rows(np.ascontiguousarray(center).reshape(1, -1), bits=16), "layers": layers,
+    }  # fmt: skip
+    maps, side = 3, recipe.input_size  # of all towers together, as the next layer sees them
+    for spec in layer_specs(recipe, len(model.classes)):
+        weight = model.tensors[f"{spec.name}.weight"]
+        if spec.is_conv:
+            weight = weight.transpose(0, 2, 3, 1)  # a filter's maps innermost, as the page keeps maps
+        layers.append({
+            "name": spec.name, "towers": spec.towers, "maps": spec.maps, "inputs": spec.inputs, "inputMaps": maps,
+            "seesBoth": spec.sees_both, "kernel": spec.kernel if spec.is_conv else 0, "stride": spec.stride,
+            "before": spec.padding[0], "inputSide": side, "side": spec.side,
+            "weight": numbers.add_rows(weight.reshape(len(weight), -1), _factor(spec, recipe)),
+            "bias": numbers.add(model.tensors[f"{spec.name}.bias"]),
+            "then": [_describe_step(step, spec, recipe) for step in spec.then],
+            "shown": step_name(recipe, spec.name, "activation"),
+            "last": step_name(recipe, spec.name, spec.then[-1]) if spec.then else spec.name,
+        })  # fmt: skip
+        maps, side = spec.biases, spec.pooled_side or spec.side
+    return about, numbers.chunks
+
+
+def _factor(spec: LayerSpec, recipe: Recipe) -> float:
+    """The input's divisor and dropout's test-time factor, which belong to the scale of the weights."""
+    if spec.name == "conv1":
+        return 1 / recipe.input_divisor
+    return 1 - recipe.dropout if spec.name in ("fc7", "fc8") and not recipe.dropout_inverted else 1.0
+
+
+def _describe_step(step: Step, spec: LayerSpec, recipe: Recipe) -> dict[str, Any]:
+    """What follows a layer, with all of its numbers. Alpha is that of one squared term."""
+    name, alpha = step_name(recipe, spec.name, step), recipe.lrn_alpha * recipe.input_divisor**2
+    if step == "activation":
+        return {"kind": "activation", "name": name, "function": recipe.activation}
+    if step == "pool":
+        return {
+            "kind": "pool", "name": name, "size": recipe.pool_size, "stride": POOL_STRIDE, "side": spec.pooled_side
+        }  # fmt: skip
+    if step == "dropout":
+        return {"kind": "dropout", "name": name}
+    if step == "within-norm":
+        size, alpha = WITHIN_NORM_SIZE, WITHIN_NORM_ALPHA * recipe.input_divisor**2
+        return {
+            "kind": "within", "name": name, "size": size, "k": 1.0, "alpha": alpha / size**2, "beta": WITHIN_NORM_BETA
+        }  # fmt: skip
+    numbers = {"name": name, "size": recipe.lrn_size, "k": recipe.lrn_k, "beta": recipe.lrn_beta}
+    if recipe.lrn == "across-maps":
+        terms = recipe.lrn_size if recipe.lrn_alpha_divided else 1
+        groups = 1 if recipe.lrn_joint else recipe.towers
+        return {"kind": "across", "alpha": alpha / terms, "groups": groups, **numbers}
+    return {"kind": "within", "alpha": alpha / (recipe.lrn_size**2 if recipe.lrn_alpha_divided else 1), **numbers}

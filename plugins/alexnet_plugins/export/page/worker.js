@@ -1,0 +1,93 @@
+// Runs the network away from the page, so that the page stays quick. network.js comes before this in the worker.
+//
+// In:  load {about, parts} · picture {rgba, width, height} · run {off, norm, gray} · occlude {..., target, count} · stop
+// Out: ready · picture {pixels} · layer {...} · answers {...} · compared {...} · occluded {...} · failed {message}
+
+"use strict";
+
+let network, picture; // `picture` is the crop in color
+let newest = 0; // number of the newest job; older ones stop at their next pause
+
+const tasks = {
+  async load({ about, parts }) {
+    network = new Network(about, await unpack(parts));
+    postMessage({ type: "ready" });
+  },
+
+  picture({ rgba, width, height }) {
+    const { size, side } = network.about;
+    picture = crop(prepare(rgba, width, height, size), size, side);
+    postMessage({ type: "picture", pixels: picture });
+  },
+
+  async run({ job, off, norm, gray }) {
+    newest = job;
+    const pixels = gray ? withoutColor(picture) : picture;
+    const start = performance.now();
+    let shown;
+    const probabilities = network.run(pixels, { off, norm }, (layer, step, values, side) => {
+      if (step === layer.shown) shown = { values: values.slice(), side }; // the next step may change them in place
+      if (step === layer.last && shown) postMessage({ type: "layer", job, layer: layer.name, ...shown }, [shown.values.buffer]);
+      if (step === layer.last) shown = undefined;
+    });
+    postMessage({ type: "answers", job, probabilities, milliseconds: performance.now() - start });
+    if (off.length < 2) return;
+    const alone = [[false, false], [false, true], [true, false]];
+    const compared = [];
+    for (const towers of alone) {
+      await pause();
+      if (job !== newest) return;
+      compared.push(network.run(pixels, { off: towers, norm }));
+    }
+    postMessage({ type: "compared", job, compared });
+  },
+
+  async occlude({ job, off, norm, gray, target, count }) {
+    newest = job;
+    const { side } = network.about, edge = side >> 2, corners = squareCorners(side, edge, count);
+    const pixels = gray ? withoutColor(picture) : picture;
+    const whole = network.run(pixels, { off, norm })[target];
+    const drops = new Float32Array(count * count);
+    for (let i = 0; i < drops.length; i++) {
+      const [left, top] = [corners[i % count], corners[Math.floor(i / count)]];
+      drops[i] = whole - network.run(cover(pixels, side, left, top, edge), { off, norm })[target];
+      await pause();
+      if (job !== newest) return;
+      postMessage({ type: "occluded", job, done: i + 1, count, drops, corners, edge, target, whole });
+    }
+  },
+
+  stop({ job }) {
+    newest = job;
+  },
+};
+
+onmessage = async ({ data }) => {
+  try {
+    await tasks[data.type](data);
+  } catch (error) {
+    postMessage({ type: "failed", message: String(error.message || error) });
+  }
+};
+
+/** Let waiting messages in. */
+function pause() {
+  return new Promise((resolve) => {
+    const { port1, port2 } = new MessageChannel();
+    port1.onmessage = resolve;
+    port2.postMessage(0);
+  });
+}
+
+/** From base64 texts of gzip to the bytes, in one buffer. */
+async function unpack(parts) {
+  const stream = new Blob(parts.map(decodeBase64)).stream().pipeThrough(new DecompressionStream("gzip"));
+  return new Response(stream).arrayBuffer();
+}
+
+function decodeBase64(text) {
+  if (Uint8Array.fromBase64) return Uint8Array.fromBase64(text);
+  const letters = atob(text), bytes = new Uint8Array(letters.length);
+  for (let i = 0; i < bytes.length; i++) bytes[i] = letters.charCodeAt(i);
+  return bytes;
+}
