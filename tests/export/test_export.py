@@ -163,7 +163,7 @@ def test_tolerance_follows_the_logits() -> None:
 
 
 def run(*words: str) -> Result:
-    from alexnet_plugins.export import export as command
+    from alexnet_plugins.export.command import export as command
 
     app = Typer()
     app.command()(command)

@@ -112,7 +112,7 @@ def test_images_to_measure_on_are_all_or_evenly_spaced(prepared: Path, monkeypat
 
 
 def run(*words: str) -> Result:
-    from alexnet_plugins.export import export as command
+    from alexnet_plugins.export.command import export as command
 
     app = Typer()
     app.command()(command)

@@ -398,7 +398,7 @@ def test_a_transposed_tensor() -> None:
 
 def test_every_command_uses_the_imported_run(tmp_path: Path) -> None:
     """predict, export and visualize-filters find it by its name and as the newest run."""
-    from alexnet_plugins.export import export
+    from alexnet_plugins.export.command import export
     from alexnet_plugins.predict import predict
     from alexnet_plugins.visualize.command import visualize_filters
 

@@ -108,21 +108,26 @@ class TopActivations:
 def find_top_activations(batches: Iterable[ActivationBatch], k: int) -> TopActivations | None:
     """Find the top `k` images of each unit in one pass. Returns None if there is no image."""
     best: TopActivations | None = None
-    for rows, values in batches:
-        new = _reduce_batch(rows, values)
-        if best:
-            new = TopActivations(
-                np.concatenate([best.values, new.values], axis=1),
-                np.concatenate([best.rows, new.rows], axis=1),
-                np.concatenate([best.positions, new.positions], axis=1),
-            )
-        order = np.argsort(-new.values, axis=1, kind="stable")[:, :k]
-        best = TopActivations(
-            np.take_along_axis(new.values, order, 1),
-            np.take_along_axis(new.rows, order, 1),
-            np.take_along_axis(new.positions, order[:, :, None], 1),
-        )
+    for batch in batches:
+        best = update_top_activations(best, batch, k)
     return best
+
+
+def update_top_activations(best: TopActivations | None, batch: ActivationBatch, k: int) -> TopActivations:
+    """Return the top `k` images of each unit among those found so far and those of a batch."""
+    new = _reduce_batch(*batch)
+    if best:
+        new = TopActivations(
+            np.concatenate([best.values, new.values], axis=1),
+            np.concatenate([best.rows, new.rows], axis=1),
+            np.concatenate([best.positions, new.positions], axis=1),
+        )
+    order = np.argsort(-new.values, axis=1, kind="stable")[:, :k]
+    return TopActivations(
+        np.take_along_axis(new.values, order, 1),
+        np.take_along_axis(new.rows, order, 1),
+        np.take_along_axis(new.positions, order[:, :, None], 1),
+    )
 
 
 def _reduce_batch(rows: Rows, values: npt.NDArray[np.float32]) -> TopActivations:

@@ -1,4 +1,4 @@
-"""`alexnet export`: write one ONNX file, checked before it is kept, or a folder for the Hugging Face Hub."""
+"""`alexnet export`: an ONNX file, checked before it is kept; a page in which the network runs; a folder for the Hub."""
 
 from __future__ import annotations
 
@@ -28,9 +28,21 @@ def export(
     output: Annotated[
         Path | None,
         typer.Option(
-            "-o", "--output", help="File to write [default: alexnet.onnx or alexnet-PRECISION.onnx in the run]"
+            "-o",
+            "--output",
+            help="File to write [default: alexnet.onnx, alexnet-PRECISION.onnx or alexnet.html in the run]",
         ),
     ] = None,
+    file_format: Annotated[
+        Literal["onnx", "html"],
+        typer.Option(
+            "--format", help="onnx, or html: one page in which the network runs and can be explored, without a server"
+        ),
+    ] = "onnx",
+    no_patches: Annotated[
+        bool,
+        typer.Option("--no-patches", help="With --format html: put no images of the data set into the page"),
+    ] = False,
     hub: Annotated[
         Path | None,
         typer.Option(
@@ -61,7 +73,7 @@ def export(
 ) -> None:
     """Export to an ONNX file, checked against PyTorch.
 
-    With --hub: to a folder with a model card, for the Hugging Face Hub.
+    With --format html: to a page that shows the network at work. With --hub: to a folder for the Hugging Face Hub.
     """
     from alexnet_cli.core.export import export as exporting
     from alexnet_cli.core.model import model_file
@@ -72,13 +84,14 @@ def export(
         find_weights,
     )
 
+    onnx_options = {"--precision": precision != "fp32", "--calibrate": calibrate, "--force": force}
+    file_options = {"-o": output, "--no-verify": not verify, "--data": data}
     if hub is not None:
-        onnx_options = {
-            "-o": output, "--precision": precision != "fp32", "--calibrate": calibrate, "--force": force,
-            "--no-verify": not verify, "--data": data,
-        }  # fmt: skip
-        if given := [option for option, value in onnx_options.items() if value]:
-            raise UsageError(f"{given[0]} has no effect with --hub, which writes no ONNX file", "leave one of them out")
+        _refuse(onnx_options | file_options | {"--format": file_format != "onnx"}, "--hub, which writes no ONNX file")
+    if file_format == "html":
+        _refuse(onnx_options, "--format html, which writes no ONNX file")
+    else:
+        _refuse({"--no-patches": no_patches}, "an ONNX file, which has no images")
     if precision != "int8" and (calibrate is not None or force):
         raise UsageError(f"{'--force' if force else '--calibrate'} only works with int8", "add --precision int8")
     if force and not verify:
@@ -87,7 +100,8 @@ def export(
     source = find_weights(weights)
     model = model_file.read_model(source if hub is None else source.resolve())  # links may change while it is copied
     if hub is None:
-        path = _choose_path(output, source, precision)
+        path = _choose_path(output, source, precision, file_format)
+    if hub is None and file_format == "onnx":
         exporting.check_names(model, path)
     description = describe_weights(source, model.info)
     reporter.line(
@@ -100,6 +114,9 @@ def export(
     if hub is not None:
         _export_hub(reporter, model, hub)
         return
+    if file_format == "html":
+        _export_html(reporter, model, path, data, verify=verify, with_patches=not no_patches)
+        return
     if precision == "int8":
         data_sets = (data or find_training_data(source), calibrate)
         result = _export_int8(reporter, model, path, data_sets, verify=verify, force=force)
@@ -111,16 +128,22 @@ def export(
     reporter.result({"path": str(path), "names": str(names), "bytes": size, "precision": precision, **result})
 
 
-def _choose_path(output: Path | None, source: Path, precision: str) -> Path:
+def _refuse(options: Mapping[str, object], target: str) -> None:
+    """Raise UsageError for the first of these options that was given."""
+    if given := [option for option, value in options.items() if value]:
+        raise UsageError(f"{given[0]} has no effect with {target}", "leave one of them out")
+
+
+def _choose_path(output: Path | None, source: Path, precision: str, suffix: str) -> Path:
     """Return -o, or a path in the run. Only the best checkpoint in float32 gets the name alexnet.onnx."""
     from alexnet_cli.core.runs.resolve import find_run_folder, is_best
     from alexnet_cli.core.runs.run import ONNX
 
     step = [] if is_best(source) else [source.resolve().parent.name]
     name = "-".join([Path(ONNX).stem, *step, *([] if precision == "fp32" else [precision])])
-    path = output or (find_run_folder(source) or Path()) / f"{name}.onnx"
-    if path.suffix != ".onnx":
-        raise UsageError(f"-o {path} does not end in .onnx", f"such as -o {path.stem or 'alexnet'}.onnx")
+    path = output or (find_run_folder(source) or Path()) / f"{name}.{suffix}"
+    if path.suffix != f".{suffix}":
+        raise UsageError(f"-o {path} does not end in .{suffix}", f"such as -o {path.stem or 'alexnet'}.{suffix}")
     if not path.parent.is_dir():
         raise UsageError(f"-o {path}: the folder {path.parent} does not exist", "create it first")
     return path
@@ -182,6 +205,54 @@ def _export_int8(
         f"(95 % interval {100 * (0 - high):+.2f} to {100 * (0 - low):+.2f})",
     )
     return _verification_record(result.against_torch) | calibration | {"accuracy": accuracy.as_dict()}
+
+
+def _export_html(
+    reporter: Reporter, model: Model, path: Path, data: str | None, *, verify: bool, with_patches: bool
+) -> None:
+    """Write the page, after comparing the rounded weights with the network on images."""
+    from alexnet_cli.core.export.export import verify as compare
+    from alexnet_cli.core.inference.session import Session
+    from alexnet_cli.core.runs.resolve import find_run_folder
+    from alexnet_plugins.export.html_page import build_page, round_weights, write_page
+
+    run = find_run_folder(model.path)
+    patches = _find_patches(reporter, model, data) if with_patches else None
+    page = build_page(model, run.name if run else model.path.stem, patches)
+    verification = None
+    if verify:
+        crops, description = _load_crops(model, data)
+        verification = compare(Session(model).logits, Session(round_weights(model)).logits, crops)
+        reporter.line(
+            "check",
+            f"weights of 8 bits on {len(crops)} {description}: probabilities differ by {verification.max_abs_difference:.1e} "
+            f"at most · top-1 agreement {verification.top1_agreement:.1%}",
+        )
+    write_page(page, path)
+    size = path.stat().st_size
+    if patches:
+        reporter.line("note", f"the page contains parts of images of {patches['data']} (--no-patches leaves them out)")
+    reporter.line("saved", f"{path} · {size / 1e6:,.1f} MB   next: open it in a browser")
+    reporter.result({
+        "path": str(path), "bytes": size, "patches": patches["images"] if patches else 0,
+        **_verification_record(verification),
+    })  # fmt: skip
+
+
+def _find_patches(reporter: Reporter, model: Model, data: str | None) -> dict[str, Any] | None:
+    """What excites each unit, from the run's own data set or that of --data; None without one."""
+    from alexnet_cli.core.data.shards import find_dataset, open_dataset
+    from alexnet_cli.core.runs.resolve import find_training_data
+    from alexnet_plugins.export.patches import IMAGES, find_patches
+
+    place = data or find_training_data(model.path)
+    dataset = open_dataset(find_dataset(place)) if place else None
+    split = dataset.split("val") if dataset else ()
+    if not dataset or not split:
+        reporter.line("note", "without validation images, the page cannot show what excites a unit (--data adds them)")
+        return None
+    with reporter.progress("val", min(IMAGES, len(split))) as progress:
+        return {"data": dataset.name, **find_patches(model, split, progress.advance)}
 
 
 def _export_hub(reporter: Reporter, model: Model, folder: Path) -> None:

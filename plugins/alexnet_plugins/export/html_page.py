@@ -13,7 +13,8 @@ import gzip
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,9 @@ import numpy.typing as npt
 
 import alexnet_cli
 from alexnet_cli.core.data.views import cut_views
-from alexnet_cli.core.files import replace_file
+from alexnet_cli.core.files import write_chunks
 from alexnet_cli.core.model.architecture import (
+    LAYERS,
     POOL_STRIDE,
     WITHIN_NORM_ALPHA,
     WITHIN_NORM_BETA,
@@ -35,10 +37,11 @@ from alexnet_cli.core.model.architecture import (
     step_name,
 )
 from alexnet_cli.core.model.model_file import Model
-from alexnet_cli.errors import StorageError
+from alexnet_cli.errors import StorageError, WeightsError
 from alexnet_cli.recipe import SIDE, Recipe
 
 PART = 3 * 2**22  # bytes of gzip in one block of base64: a multiple of 3, so that no block but the last is padded
+CONV_CODES, FC_CODES = 127, 95  # largest code of a weight; gzip makes 6 % less of 95, so that full width stays < 70 MB
 ROWS = 256  # rows quantized at once, which bounds the memory
 NAME, CODE = re.compile(r"\{\{ ([\w.]+) \}\}"), re.compile(r"<(?:script|style)>(.*?)</(?:script|style)>", re.DOTALL)
 
@@ -59,44 +62,64 @@ class _Bytes:
         self.size += len(content)
         return self.size - len(content)
 
-    def add_rows(self, rows: Array, factor: float = 1.0, bits: int = 8) -> dict[str, int]:
-        """Append rows of weights as whole numbers and the scale of each row; returns where they are."""
-        highest = 2 ** (bits - 1) - 1
-        scales = np.abs(rows).max(1) / np.float32(highest)
-        codes = np.empty(rows.shape, np.int8 if bits == 8 else np.int16)
-        for first in range(0, len(rows), ROWS):
-            part = slice(first, first + ROWS)
-            codes[part] = np.rint(rows[part] / np.where(scales[part] > 0, scales[part], 1)[:, None])
+    def add_rows(self, rows: Array, highest: int, factor: float = 1.0, bits: int = 8) -> dict[str, int]:
+        """Append rows as whole numbers up to `highest`, and the scale of each row; returns where they are."""
+        codes, scales = round_rows(rows, highest)
         return {
-            "codes": self.add(codes), "scales": self.add((scales * np.float32(factor)).astype(np.float32)),
+            "codes": self.add(codes.astype(np.int8 if bits == 8 else np.int16)),
+            "scales": self.add(scales * np.float32(factor)),
             "rows": len(rows), "columns": rows.shape[1], "bits": bits,
         }  # fmt: skip
 
 
-def write_html_page(model: Model, path: Path, title: str, patches: dict[str, Any] | None = None) -> None:
-    """Write the page atomically. `patches` is what `find_patches` found. Raises StorageError."""
-    try:
-        with replace_file(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.writelines(build_page(model, title, patches))
-    except OSError as error:
-        what = f"cannot write a page to {path.parent}: {error.strerror}"
-        raise StorageError(what, "free some space, or choose another place with -o") from error
+def round_rows(rows: Array, highest: int) -> tuple[npt.NDArray[np.int16], Array]:
+    """Return whole numbers from -highest to highest, and the scale of each row: rows = codes * scales, rounded."""
+    scales = np.abs(rows).max(1) / np.float32(highest)
+    codes = np.empty(rows.shape, np.int16)
+    for first in range(0, len(rows), ROWS):
+        part = slice(first, first + ROWS)
+        codes[part] = np.rint(rows[part] / np.where(scales[part] > 0, scales[part], 1)[:, None])
+    return codes, scales
 
 
-def build_page(model: Model, title: str, patches: dict[str, Any] | None = None) -> Iterator[str]:
-    """Yield the pieces of the page."""
+def round_weights(model: Model) -> Model:
+    """Return the model with the weights that the page computes with."""
+    tensors = dict(model.tensors)
+    for layer in LAYERS:
+        weight = model.tensors[f"{layer}.weight"]
+        codes, scales = round_rows(weight.reshape(len(weight), -1), FC_CODES if weight.ndim == 2 else CONV_CODES)
+        tensors[f"{layer}.weight"] = (codes * scales[:, None]).reshape(weight.shape)
+    return replace(model, tensors=tensors)
+
+
+def build_page(model: Model, title: str, patches: dict[str, Any] | None = None) -> list[str]:
+    """Return the pieces of the page. `patches` is what `patches.find_patches` found, and the name of the data set.
+
+    Raises:
+        WeightsError: weights are NaN or infinite.
+    """
     about, numbers = describe_network(model)
     about |= {"title": title, "version": alexnet_cli.__version__, "patches": patches}
     packed = gzip.compress(b"".join(numbers), mtime=0)
     source = {name: _read_source(name) for name in ("page.html", "page.css", "network.js", "worker.js", "app.js")}
     text = NAME.sub(lambda match: source.get(match[1], match[0]), source["page.html"])
     before, after = text.split("{{ data }}")
-    yield before.replace("{{ policy }}", _make_policy(text), 1)
-    yield f'<script type="application/json" id="about">{_format_json(about)}</script>\n'
-    for first in range(0, len(packed), PART):
-        part = base64.b64encode(packed[first : first + PART]).decode()
-        yield f'<script type="text/plain" class="numbers">{part}</script>\n'
-    yield after
+    parts = (base64.b64encode(packed[first : first + PART]).decode() for first in range(0, len(packed), PART))
+    return [
+        before.replace("{{ policy }}", _make_policy(text), 1),
+        f'<script type="application/json" id="about">{_format_json(about)}</script>\n',
+        *(f'<script type="text/plain" class="numbers">{part}</script>\n' for part in parts),
+        after,
+    ]
+
+
+def write_page(pieces: Iterable[str], path: Path) -> None:
+    """Write the page atomically. Raises StorageError."""
+    try:
+        write_chunks(path, (piece.encode() for piece in pieces))
+    except OSError as error:
+        what = f"cannot write a page to {path.parent}: {error.strerror}"
+        raise StorageError(what, "free some space, or choose another place with -o") from error
 
 
 def _read_source(name: str) -> str:
@@ -116,7 +139,11 @@ def _make_policy(text: str) -> str:
 
 
 def describe_network(model: Model) -> tuple[dict[str, Any], list[bytes]]:
-    """Return what the page's JavaScript needs to know, and the bytes that the offsets in it point into."""
+    """Return what the page's JavaScript needs to know, and the bytes that the offsets in it point into.
+
+    Raises:
+        WeightsError: weights are NaN or infinite.
+    """
     recipe, numbers, layers = model.recipe, _Bytes(), list[dict[str, Any]]()
     mean = model.mean
     if recipe.mean == "rgb":
@@ -125,18 +152,22 @@ def describe_network(model: Model) -> tuple[dict[str, Any], list[bytes]]:
     about = {
         "recipe": recipe.name, "towers": recipe.towers, "classes": [name.name for name in model.classes],
         "size": SIDE, "side": recipe.input_size, "signed": recipe.activation == "tanh",
-        "mean": numbers.add_rows(np.ascontiguousarray(center).reshape(1, -1), bits=16), "layers": layers,
+        "mean": numbers.add_rows(np.ascontiguousarray(center).reshape(1, -1), 2**15 - 1, bits=16), "layers": layers,
     }  # fmt: skip
     maps, side = 3, recipe.input_size  # of all towers together, as the next layer sees them
     for spec in layer_specs(recipe, len(model.classes)):
         weight = model.tensors[f"{spec.name}.weight"]
+        if not all(np.isfinite(model.tensors[f"{spec.name}.{part}"]).all() for part in ("weight", "bias")):
+            raise WeightsError(f"{model.path}: {spec.name} has weights that are NaN or infinite", "the file is corrupt")
         if spec.is_conv:
             weight = weight.transpose(0, 2, 3, 1)  # a filter's maps innermost, as the page keeps maps
         layers.append({
             "name": spec.name, "towers": spec.towers, "maps": spec.maps, "inputs": spec.inputs, "inputMaps": maps,
             "seesBoth": spec.sees_both, "kernel": spec.kernel if spec.is_conv else 0, "stride": spec.stride,
             "before": spec.padding[0], "inputSide": side, "side": spec.side,
-            "weight": numbers.add_rows(weight.reshape(len(weight), -1), _factor(spec, recipe)),
+            "weight": numbers.add_rows(
+                weight.reshape(len(weight), -1), CONV_CODES if spec.is_conv else FC_CODES, _factor(spec, recipe)
+            ),
             "bias": numbers.add(model.tensors[f"{spec.name}.bias"]),
             "then": [_describe_step(step, spec, recipe) for step in spec.then],
             "shown": step_name(recipe, spec.name, "activation"),

@@ -11,6 +11,7 @@ const BLOCK = 4; // filters and places that the inner loop computes at once
 class Network {
   constructor(about, data) {
     this.about = about;
+    this.data = data;
     this.mean = dequantize(data, about.mean);
     this.layers = about.layers.map((layer) => ({
       ...layer,
@@ -51,9 +52,26 @@ class Network {
     return softmax(values);
   }
 
+  /**
+   * The `count` maps (units) of the layer before to which a unit has the largest weights, largest first, with the
+   * weights: kernel x kernel; in layer 6, one for each place of the map; in layers 7 and 8, a single one.
+   */
+  strongestInputs(name, unit, count) {
+    const layer = this.about.layers.find((one) => one.name === name);
+    const { codes, scales, columns } = layer.weight, kernel = layer.kernel || layer.inputSide, places = kernel * kernel;
+    const row = new Int8Array(this.data, codes + unit * columns, columns), scale = new Float32Array(this.data, scales, layer.weight.rows)[unit];
+    const maps = columns / places, first = layer.inputMaps > maps ? Math.floor(unit / layer.maps) * maps : 0;
+    const inputs = Array.from({ length: maps }, (_, map) => {
+      const weights = new Float32Array(places);
+      for (let i = 0; i < places; i++) weights[i] = scale * row[layer.kernel ? i * maps + map : map * places + i];
+      return { map: first + map, weights, strength: weights.reduce((sum, weight) => sum + weight * weight, 0) };
+    });
+    return { kernel, inputs: inputs.sort((a, b) => b.strength - a.strength).slice(0, count) };
+  }
+
   /** Convolution as a matrix product: each place of the output becomes a row with all pixels that a filter sees. */
   convolve(input, layer) {
-    const { kernel, stride, before, inputSide, side, inputs, columns: length } = layer;
+    const { kernel, stride, before, inputSide, side, inputs } = layer;
     const maps = layer.towers * layer.maps;
     const groups = layer.inputMaps / inputs; // towers that keep to themselves, or 1
     const output = new Float32Array(side * side * maps);

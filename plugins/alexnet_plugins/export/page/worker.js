@@ -1,7 +1,7 @@
 // Runs the network away from the page, so that the page stays quick. network.js comes before this in the worker.
 //
-// In:  load {about, parts} · picture {rgba, width, height} · run {off, norm, gray} · occlude {..., target, count} · stop
-// Out: ready · picture {pixels} · layer {...} · answers {...} · compared {...} · occluded {...} · failed {message}
+// In:  load {about, parts} · picture {rgba, width, height} · run {off, norm, gray} · occlude {..., target, count} · filter {layer, unit} · stop
+// Out: ready {filters} · picture {pixels} · layer {...} · answers {...} · compared {...} · occluded {...} · filter {...} · failed {message}
 
 "use strict";
 
@@ -11,7 +11,7 @@ let newest = 0; // number of the newest job; older ones stop at their next pause
 const tasks = {
   async load({ about, parts }) {
     network = new Network(about, await unpack(parts));
-    postMessage({ type: "ready" });
+    postMessage({ type: "ready", filters: dequantize(network.data, about.layers[0].weight) });
   },
 
   picture({ rgba, width, height }) {
@@ -55,6 +55,10 @@ const tasks = {
       if (job !== newest) return;
       postMessage({ type: "occluded", job, done: i + 1, count, drops, corners, edge, target, whole });
     }
+  },
+
+  filter({ layer, unit }) {
+    postMessage({ type: "filter", layer, unit, ...network.strongestInputs(layer, unit, 6) });
   },
 
   stop({ job }) {

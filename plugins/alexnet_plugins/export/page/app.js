@@ -1,0 +1,724 @@
+// What people see and touch. The network runs in a worker (network.js, worker.js); this file sends pictures and draws.
+// All text from files (class names, the title) is set as textContent, never as HTML.
+
+"use strict";
+
+const byId = (id) => document.getElementById(id);
+const about = JSON.parse(byId("about").textContent);
+const layers = Object.fromEntries(about.layers.map((layer) => [layer.name, layer]));
+const hasTowers = about.towers > 1;
+const towers = Array.from({ length: about.towers }, (_, tower) => tower);
+const colors = [[90, 190, 220], [245, 150, 80]]; // of the maps of tower 1 and 2
+const strongestShown = 5;
+
+const settings = { off: towers.map(() => false), norm: 1, gray: false };
+const shown = {}; // layer name -> { values, side } of the newest run
+let probabilities, firstFilters, worker, picture;
+let job = 0, isBusy = false, isStale = false, occlusionJob = 0;
+let open; // { layer, unit } of the dialog
+
+// ---- Starting ----
+
+function start() {
+  describePage();
+  makeSwitches();
+  makeDrawings();
+  makeLayers();
+  const source = new Blob([byId("worker-source").textContent], { type: "text/javascript" });
+  worker = new Worker(URL.createObjectURL(source));
+  worker.onmessage = ({ data }) => messages[data.type](data);
+  worker.onerror = (event) => say(`The network cannot start: ${event.message || "this browser allows no worker"}`);
+  const numbers = [...document.querySelectorAll(".numbers")];
+  worker.postMessage({ type: "load", about, parts: numbers.map((element) => element.textContent) });
+  numbers.forEach((element) => element.remove()); // tens of megabytes of text
+}
+
+const messages = {
+  ready({ filters }) {
+    firstFilters = filters;
+    drawFirstFilters();
+    say("");
+    showCanvas(drawings[0].draw());
+    document.documentElement.dataset.ready = "";
+  },
+  picture({ pixels }) {
+    picture = pixels;
+    drawPicture();
+  },
+  layer({ layer, values, side }) {
+    shown[layer] = { values, side };
+    drawLayer(layers[layer]);
+  },
+  answers(message) {
+    probabilities = message.probabilities;
+    showAnswers(message.milliseconds);
+    isBusy = false;
+    document.documentElement.dataset.done = message.job;
+    if (open) fillDialog();
+    if (isStale) run();
+  },
+  compared({ compared }) {
+    showCompared(compared);
+    document.documentElement.dataset.compared = job;
+  },
+  occluded: showOcclusion,
+  filter: showFilter,
+  failed({ message }) {
+    isBusy = false;
+    say(`Something went wrong: ${message}`);
+  },
+};
+
+function say(text) {
+  byId("status").textContent = text;
+  byId("status").hidden = !text;
+}
+
+/** An element with attributes, text and children. */
+function make(name, attributes = {}, ...children) {
+  const element = document.createElement(name);
+  for (const [key, value] of Object.entries(attributes)) {
+    if (key.startsWith("on")) element[key] = value;
+    else element.setAttribute(key, value);
+  }
+  element.append(...children);
+  return element;
+}
+
+function percent(share) {
+  return share > 0.0995 || share === 0 ? `${Math.round(share * 100)} %` : `${(share * 100).toFixed(1)} %`;
+}
+
+function describePage() {
+  const count = about.layers.reduce((sum, layer) => sum + layer.weight.rows * (layer.weight.columns + 1), 0);
+  const size = count >= 1e6 ? `${(count / 1e6).toFixed(1)} million` : count.toLocaleString("en");
+  const split = hasTowers
+    ? " In 2012 it was too large for one graphics card. So it was split into two towers, one on each, which meet in a few layers only."
+    : " It has one tower, as the paper's network for a single graphics card.";
+  byId("lead").textContent = `A real network with ${size} weights, trained to tell ${about.classes.length.toLocaleString("en")} classes apart. It computes here, on your computer, layer by layer.${split}`;
+  document.title = `${about.title} · AlexNet at work`;
+  const patches = about.patches ? ` The patches come from ${about.patches.images.toLocaleString("en")} validation images of ${about.patches.data}.` : "";
+  byId("origin").textContent = `${about.title} · recipe ${about.recipe} · written by alexnet ${about.version}, alexnet export --format html. The weights are rounded to 8 bits.${patches}`;
+  byId("target").append(...about.classes.map((name, index) => make("option", { value: index }, name)));
+}
+
+// ---- Pictures ----
+
+async function showFile(file) {
+  try {
+    const bitmap = await createImageBitmap(file, { colorSpaceConversion: "none" });
+    const canvas = makeCanvas(bitmap.width, bitmap.height, "#fff"); // transparent pictures lie on white
+    canvas.getContext("2d").drawImage(bitmap, 0, 0);
+    showCanvas(canvas);
+  } catch (error) {
+    say(`${file.name || "This"} cannot be read as a picture. Try a JPEG or PNG file.`);
+  }
+}
+
+function makeCanvas(width, height, color) {
+  const canvas = make("canvas", { width, height });
+  const context = canvas.getContext("2d", { willReadFrequently: true });
+  if (color) {
+    context.fillStyle = color;
+    context.fillRect(0, 0, width, height);
+  }
+  return canvas;
+}
+
+function showCanvas(canvas) {
+  const { data, width, height } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+  say("");
+  clearOcclusion();
+  worker.postMessage({ type: "picture", rgba: data, width, height }, [data.buffer]);
+  byId("target").dataset.chosen = "";
+  run();
+}
+
+function drawPicture() {
+  const { side } = about, canvas = byId("picture");
+  canvas.width = canvas.height = side;
+  const image = new ImageData(side, side);
+  for (let i = 0; i < side * side; i++) {
+    const [red, green, blue] = picture.subarray(i * 3, i * 3 + 3);
+    const luma = Math.round(0.299 * red + 0.587 * green + 0.114 * blue);
+    image.data.set(settings.gray ? [luma, luma, luma, 255] : [red, green, blue, 255], i * 4);
+  }
+  canvas.getContext("2d").putImageData(image, 0, 0);
+  canvas.setAttribute("aria-label", `The picture as the network sees it, ${side} by ${side} pixels`);
+}
+
+const drawings = [
+  {
+    name: "Parachute",
+    draw() {
+      const canvas = makeCanvas(256, 256, "#7db7e8"), context = canvas.getContext("2d");
+      const stripes = ["#d62828", "#f8f8f8", "#1d4ed8", "#f8f8f8", "#f2b705", "#f8f8f8", "#d62828", "#f8f8f8"];
+      stripes.forEach((color, i) => {
+        context.fillStyle = color;
+        context.beginPath();
+        context.moveTo(128, 30);
+        context.ellipse(128, 112, 92, 82, 0, Math.PI * (1 + i / 8), Math.PI * (1 + (i + 1) / 8));
+        context.closePath();
+        context.fill();
+      });
+      context.strokeStyle = "#333";
+      context.lineWidth = 1.5;
+      for (let x = 36; x <= 220; x += 23) {
+        context.beginPath();
+        context.moveTo(x, 112);
+        context.lineTo(128, 205);
+        context.stroke();
+      }
+      context.fillStyle = "#222";
+      context.beginPath();
+      context.arc(128, 200, 7, 0, 7);
+      context.fill();
+      context.fillRect(121, 206, 14, 24);
+      return canvas;
+    },
+  },
+  {
+    name: "Golf ball",
+    draw() {
+      const canvas = makeCanvas(256, 256), context = canvas.getContext("2d");
+      const grass = context.createLinearGradient(0, 0, 0, 256);
+      grass.addColorStop(0, "#2f6b2a");
+      grass.addColorStop(1, "#5fa83c");
+      context.fillStyle = grass;
+      context.fillRect(0, 0, 256, 256);
+      for (let i = 0; i < 900; i++) { // blades, the same every time
+        const x = (i * 97) % 256, y = (i * 53 + (i >> 3)) % 256;
+        context.strokeStyle = i % 2 ? "#3f8a32" : "#79bf4d";
+        context.beginPath();
+        context.moveTo(x, y);
+        context.lineTo(x + ((i * 7) % 5) - 2, y - 9);
+        context.stroke();
+      }
+      const ball = context.createRadialGradient(105, 95, 10, 128, 125, 85);
+      ball.addColorStop(0, "#fff");
+      ball.addColorStop(1, "#b9bcc2");
+      context.fillStyle = ball;
+      context.beginPath();
+      context.arc(128, 128, 80, 0, 7);
+      context.fill();
+      context.fillStyle = "rgb(110 115 125 / .38)";
+      for (let row = -6; row <= 6; row++) {
+        for (let column = -6; column <= 6; column++) {
+          const x = column * 13 + (row % 2 ? 6 : 0), y = row * 12, distance = Math.hypot(x, y);
+          if (distance > 72) continue;
+          context.beginPath();
+          context.ellipse(128 + x, 128 + y, 4.5, 4.5 * Math.sqrt(1 - (distance / 82) ** 2), Math.atan2(y, x) + 1.57, 0, 7);
+          context.fill();
+        }
+      }
+      return canvas;
+    },
+  },
+  {
+    name: "Stripes and colors",
+    draw() {
+      const canvas = makeCanvas(256, 256, "#808080"), context = canvas.getContext("2d");
+      [0, 45, 90, 135].forEach((degrees, i) => { // gray stripes on the left
+        context.save();
+        context.beginPath();
+        context.rect(20 + (i % 2) * 54, 20 + (i >> 1) * 110, 50, 106);
+        context.clip();
+        context.translate(45 + (i % 2) * 54, 73 + (i >> 1) * 110);
+        context.rotate((degrees * Math.PI) / 180);
+        for (let x = -90; x < 90; x += 10) {
+          context.fillStyle = "#fff";
+          context.fillRect(x, -90, 5, 180);
+          context.fillStyle = "#000";
+          context.fillRect(x + 5, -90, 5, 180);
+        }
+        context.restore();
+      });
+      ["#e02020", "#18a030", "#2050e0", "#e8d010", "#d020c0", "#10b8c8"].forEach((color, i) => { // colors on the right
+        context.fillStyle = color;
+        context.beginPath();
+        context.arc(158 + (i % 2) * 52, 52 + (i >> 1) * 75, 24, 0, 7);
+        context.fill();
+      });
+      return canvas;
+    },
+  },
+];
+
+function makeDrawings() {
+  byId("drawings").append(...drawings.map(({ name, draw }) => make("button", { onclick: () => showCanvas(draw()) }, name)));
+}
+
+byId("file").onchange = ({ target }) => {
+  if (target.files[0]) showFile(target.files[0]);
+  target.value = ""; // so that the same file can be chosen again
+};
+document.addEventListener("paste", ({ clipboardData }) => clipboardData.files[0] && showFile(clipboardData.files[0]));
+document.addEventListener("dragover", (event) => {
+  event.preventDefault();
+  document.body.classList.add("dropping");
+});
+document.addEventListener("dragleave", () => document.body.classList.remove("dropping"));
+document.addEventListener("drop", (event) => {
+  event.preventDefault();
+  document.body.classList.remove("dropping");
+  if (event.dataTransfer.files[0]) showFile(event.dataTransfer.files[0]);
+});
+
+byId("webcam").onclick = async () => {
+  const video = byId("video"), button = byId("webcam");
+  if (!video.hidden) {
+    const canvas = makeCanvas(video.videoWidth, video.videoHeight);
+    canvas.getContext("2d").drawImage(video, 0, 0);
+    video.srcObject.getTracks().forEach((track) => track.stop());
+    video.hidden = true;
+    button.textContent = "Use the webcam";
+    showCanvas(canvas);
+    return;
+  }
+  try {
+    video.srcObject = await navigator.mediaDevices.getUserMedia({ video: true });
+    await video.play();
+    video.hidden = false;
+    button.textContent = "Take the picture";
+  } catch (error) {
+    say("The webcam cannot be used: there is none, or the browser does not allow it for this page.");
+  }
+};
+
+// ---- Running, switches, answers ----
+
+function run() {
+  isStale = isBusy;
+  if (isBusy) return;
+  isBusy = true;
+  occlusionJob = 0;
+  byId("cancel").hidden = byId("progress").hidden = true;
+  worker.postMessage({ type: "run", job: ++job, ...settings });
+}
+
+function makeSwitches() {
+  if (hasTowers) {
+    byId("tower-switches").append(...towers.map((tower) => {
+      const box = make("input", { type: "checkbox", id: `tower-${tower + 1}`, onchange: () => setTower(tower, !box.checked) });
+      box.checked = true;
+      return make("label", { class: "check" }, box, make("strong", { class: `tower-${tower + 1}` }, `Tower ${tower + 1}`));
+    }));
+  }
+  const hasNorm = about.layers.some((layer) => layer.then.some((step) => step.kind === "across" || step.kind === "within"));
+  byId("norm-label").hidden = !hasNorm;
+  byId("norm").oninput = ({ target }) => {
+    settings.norm = target.value / 100;
+    changed();
+  };
+  byId("gray").onchange = ({ target }) => {
+    settings.gray = target.checked;
+    if (picture) drawPicture();
+    changed();
+  };
+}
+
+function setTower(tower, isOff) {
+  settings.off[tower] = isOff;
+  document.querySelectorAll(`.tower[data-tower="${tower}"]`).forEach((element) => element.classList.toggle("is-off", isOff));
+  changed();
+}
+
+function changed() {
+  const { off, norm } = settings, text = [];
+  const names = towers.filter((tower) => off[tower]).map((tower) => tower + 1);
+  if (names.length) text.push(`Tower ${names.join(" and ")} is off: all it says in layers 1 to 7 counts as zero. The network did not learn to do without it.`);
+  byId("norm-value").textContent = norm === 1 ? "on" : norm === 0 ? "off" : percent(norm);
+  if (norm < 1) text.push(`Response normalization ${norm ? `at ${percent(norm)}` : "off"}: strong maps dampen their neighbors ${norm ? "less" : "no longer"}. Its constant factor stays, since the next layers learned with values of that size. This is not a network that was trained without it.`);
+  byId("switch-text").textContent = text.join(" ");
+  clearOcclusion();
+  run();
+}
+
+function best(values) {
+  return values.reduce((top, value, index) => (value > values[top] ? index : top), 0);
+}
+
+function showAnswers(milliseconds) {
+  const order = [...probabilities.keys()].sort((a, b) => probabilities[b] - probabilities[a]).slice(0, 5);
+  byId("answers").replaceChildren(...order.map((index) => {
+    const bar = make("span");
+    bar.style.width = `${probabilities[index] * 100}%`;
+    return make("li", {}, make("span", {}, about.classes[index]), make("span", { class: "number" }, percent(probabilities[index])), make("span", { class: "bar", "aria-hidden": "true" }, bar));
+  }));
+  byId("time").textContent = `Computed in ${(milliseconds / 1000).toFixed(2)} s. The network can only answer with a class that it has learned.`;
+  byId("occlude").disabled = false;
+  if (!byId("target").dataset.chosen) byId("target").value = order[0];
+  for (const [index, value] of order.entries()) {
+    const row = byId(`class-${index}`);
+    row.textContent = `${about.classes[value]}: ${percent(probabilities[value])}`;
+  }
+}
+
+function showCompared(compared) {
+  byId("compare").hidden = false;
+  const names = ["Both towers", "Tower 1 alone", "Tower 2 alone"];
+  byId("towers").replaceChildren(...compared.map((values, i) => {
+    const top = best(values);
+    return make("tr", {}, make("th", { scope: "row", class: i ? `tower-${i}` : "" }, names[i]), make("td", {}, about.classes[top]), make("td", { class: "number" }, percent(values[top])));
+  }));
+}
+
+// ---- Where it looks ----
+
+byId("target").onchange = ({ target }) => {
+  target.dataset.chosen = "yes";
+  clearOcclusion();
+};
+byId("occlude").onclick = () => {
+  clearOcclusion();
+  occlusionJob = ++job;
+  byId("progress").value = 0;
+  byId("progress").hidden = byId("cancel").hidden = false;
+  worker.postMessage({ type: "occlude", job, ...settings, target: Number(byId("target").value), count: Number(byId("count").value) });
+};
+byId("cancel").onclick = () => {
+  stopOcclusion();
+  byId("found").textContent = "Stopped. The picture shows the places done so far.";
+};
+byId("clear").onclick = () => clearOcclusion();
+
+function stopOcclusion() {
+  if (occlusionJob) worker.postMessage({ type: "stop", job: ++job });
+  occlusionJob = 0;
+  byId("cancel").hidden = byId("progress").hidden = true;
+}
+
+function clearOcclusion() {
+  stopOcclusion();
+  byId("heat").getContext("2d").clearRect(0, 0, byId("heat").width, byId("heat").height);
+  byId("found").textContent = "";
+  byId("clear").hidden = true;
+}
+
+/** Each pixel gets the mean drop of all squares that covered it: red where the class lost, blue where it gained. */
+function showOcclusion({ job: number, done, count, drops, corners, edge, target, whole }) {
+  if (number !== occlusionJob) return;
+  const { side } = about, sums = new Float32Array(side * side), counts = new Uint16Array(side * side);
+  for (let i = 0; i < done; i++) {
+    const left = corners[i % count], top = corners[Math.floor(i / count)];
+    for (let y = top; y < top + edge; y++) {
+      for (let at = y * side + left, end = at + edge; at < end; at++) {
+        sums[at] += drops[i];
+        counts[at]++;
+      }
+    }
+  }
+  let highest = 0.02; // a drop of less than two points stays pale
+  for (let i = 0; i < sums.length; i++) {
+    if (counts[i]) sums[i] /= counts[i];
+    highest = Math.max(highest, Math.abs(sums[i]));
+  }
+  const image = new ImageData(side, side);
+  for (let i = 0; i < sums.length; i++) {
+    const share = sums[i] / highest;
+    image.data.set(share > 0 ? [225, 0, 0, 190 * share] : [0, 70, 255, -190 * share], i * 4);
+  }
+  byId("heat").width = byId("heat").height = side;
+  byId("heat").getContext("2d").putImageData(image, 0, 0);
+  byId("progress").value = done / (count * count);
+  byId("clear").hidden = false;
+  if (done < count * count) return;
+  stopOcclusion();
+  const top = best(drops), row = Math.floor(top / count) / (count - 1), column = (top % count) / (count - 1);
+  const where = `${["at the top", "in the middle", "at the bottom"][Math.min(2, Math.floor(row * 3))]}${["left", "", "right"].map((word) => word && ` ${word}`)[Math.min(2, Math.floor(column * 3))]}`;
+  byId("found").textContent = `The square matters most ${where}: there, ${about.classes[target]} falls from ${percent(whole)} to ${percent(whole - drops[top])}. Red: needed. Blue: the class gains when it is hidden.`;
+  document.documentElement.dataset.occluded = JSON.stringify([...drops]);
+}
+
+// ---- Layers ----
+
+const sentences = {
+  conv1: "Filters of 11 × 11 pixels slide over the picture. A map is bright where the picture looks like its filter: an edge, stripes, a spot of color.",
+  conv2: "Each filter combines maps of layer 1 into corners, curves and textures.",
+  conv3: "Each filter combines maps of layer 2 into larger patterns.",
+  conv4: "Each filter combines maps of layer 3. The patterns become parts of things.",
+  conv5: "Maps of parts of things: bright where the part is, dark elsewhere.",
+  fc6: "No maps anymore: each unit looks at all maps at once and says a single number. A dot is a unit.",
+  fc7: "Each unit looks at all units of layer 6.",
+  fc8: "One number for each class, from all units of layer 7. Together they become 100 %.",
+};
+
+function makeLayers() {
+  about.layers.forEach((layer, index) => {
+    const number = layer.name.slice(-1), isLast = layer.name === "fc8";
+    byId("layers").append(makeJoin(index === 0 || layer.seesBoth, index === 0, isLast));
+    const size = layer.side > 1 ? ` of ${layer.side} × ${layer.side}` : "";
+    const parts = layer.kernel ? "maps" : "units";
+    const title = isLast ? `Layer ${number}: the answers` : `Layer ${number}: ${layer.maps} ${parts}${size}${hasTowers ? " in each tower" : ""}`;
+    const meeting = !hasTowers || index === 0 ? "" : layer.seesBoth ? "The towers meet: each sees both. " : "Each tower sees only itself. ";
+    const about_ = make("p", { class: "hint" }, make("span", { class: layer.seesBoth ? "meets" : "" }, meeting), sentences[layer.name], describeSteps(layer));
+    const section = make("section", { class: "layer", "aria-labelledby": `title-${layer.name}` }, make("h3", { id: `title-${layer.name}` }, title), about_);
+    if (isLast) section.append(make("ol", {}, ...Array.from({ length: Math.min(5, about.classes.length) }, (_, i) => make("li", { id: `class-${i}` }))));
+    else section.append(make("div", { class: hasTowers ? "columns two" : "columns" }, ...towers.map((tower) => makeTower(layer, tower))));
+    byId("layers").append(section);
+  });
+}
+
+function describeSteps(layer) {
+  const words = { pool: (step) => `pooling to ${step.side} × ${step.side}`, across: () => "response normalization", within: () => "normalization within the map", dropout: () => "", activation: (step) => ({ relu: "ReLU (negative becomes zero)" })[step.function] || step.function };
+  const steps = layer.then.map((step) => words[step.kind](step)).filter(Boolean);
+  return steps.length ? ` Then: ${steps.join(", ")}.` : "";
+}
+
+/** Lines between two layers: straight in each tower, or crossing where the towers meet. */
+function makeJoin(meets, isFirst, isLast) {
+  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+  svg.setAttribute("class", "join");
+  svg.setAttribute("viewBox", "0 0 100 40");
+  svg.setAttribute("preserveAspectRatio", "none");
+  svg.setAttribute("aria-hidden", "true");
+  const places = hasTowers ? [25, 75] : [50];
+  places.forEach((from, i) => places.forEach((to, j) => {
+    if (!meets && i !== j) return;
+    const [top, bottom] = [isFirst ? 50 : from, isLast ? 50 : to];
+    const path = document.createElementNS("http://www.w3.org/2000/svg", "path");
+    path.setAttribute("d", `M ${top} 0 C ${top} 20 ${bottom} 20 ${bottom} 40`);
+    path.setAttribute("class", `from-${(isFirst ? j : i) + 1}`);
+    svg.append(path);
+  }));
+  return svg;
+}
+
+function makeTower(layer, tower) {
+  const box = make("div", { class: `tower tower-${tower + 1}`, "data-tower": tower });
+  if (hasTowers) box.append(make("h4", {}, `Tower ${tower + 1}`));
+  if (layer.name === "conv1") {
+    box.append(make("canvas", { class: "filters", id: `filters-${tower}`, role: "img", "aria-label": `The ${layer.maps} filters of tower ${tower + 1}` }), make("p", {}, "Above: what each filter looks for. Below: its map, at the same place."));
+  }
+  const canvas = make("canvas", { class: "maps", id: `maps-${layer.name}-${tower}`, role: "img" });
+  canvas.onclick = (event) => {
+    const columns = gridColumns(layer.maps), rows = Math.ceil(layer.maps / columns);
+    const unit = Math.floor((event.offsetY / canvas.clientHeight) * rows) * columns + Math.floor((event.offsetX / canvas.clientWidth) * columns);
+    if (unit < layer.maps) openUnit(layer, tower * layer.maps + unit);
+  };
+  const what = layer.kernel ? "Strongest maps" : "Strongest units";
+  box.append(canvas, make("p", {}, `${what} (click for more):`), make("div", { class: "strongest", id: `strongest-${layer.name}-${tower}` }));
+  return box;
+}
+
+/** Columns of a grid that is about 2.5 times as wide as high, without gaps if possible. */
+function gridColumns(count) {
+  const ideal = Math.sqrt(2.5 * count);
+  const fitting = Array.from({ length: count }, (_, i) => i + 1).filter((columns) => count % columns === 0);
+  const nearest = fitting.reduce((a, b) => (Math.abs(b - ideal) < Math.abs(a - ideal) ? b : a));
+  return Math.abs(nearest - ideal) < ideal / 2 ? nearest : Math.ceil(ideal);
+}
+
+/** From dark over the tower's color to white. */
+function paint(data, at, share, [red, green, blue]) {
+  const s = Math.min(1, Math.max(0, share));
+  const mix = s < 0.6 ? (c) => (c * s) / 0.6 : (c) => c + ((255 - c) * (s - 0.6)) / 0.4;
+  data[at] = mix(red);
+  data[at + 1] = mix(green);
+  data[at + 2] = mix(blue);
+  data[at + 3] = 255;
+}
+
+/** What is black and what is white in a layer: zero, and the value that one in 500 exceeds; the same for both towers. */
+function brightness(values) {
+  const sample = values.filter((_, i) => i % Math.ceil(values.length / 20000) === 0).sort();
+  const low = about.signed ? -1 : 0;
+  const high = sample[Math.floor(sample.length * 0.998)];
+  return [low, high > low ? high - low : 1];
+}
+
+function drawLayer(layer) {
+  const { values, side } = shown[layer.name], all = layer.maps * layer.towers;
+  const [low, range] = brightness(values), gap = side > 1 ? 1 : 0, cell = side + gap;
+  const peaks = new Float32Array(all).fill(-Infinity);
+  for (let i = 0; i < values.length; i++) if (values[i] > peaks[i % all]) peaks[i % all] = values[i];
+  for (const tower of towers) {
+    const columns = gridColumns(layer.maps), rows = Math.ceil(layer.maps / columns);
+    const canvas = byId(`maps-${layer.name}-${tower}`);
+    canvas.width = columns * cell - gap;
+    canvas.height = rows * cell - gap;
+    canvas.style.imageRendering = side > 20 ? "auto" : "pixelated";
+    const context = canvas.getContext("2d"), image = context.createImageData(canvas.width, canvas.height);
+    for (let unit = 0; unit < layer.maps; unit++) {
+      const left = (unit % columns) * cell, top = Math.floor(unit / columns) * cell;
+      for (let y = 0; y < side; y++) {
+        for (let x = 0; x < side; x++) {
+          const value = values[(y * side + x) * all + tower * layer.maps + unit];
+          paint(image.data, ((top + y) * canvas.width + left + x) * 4, (value - low) / range, colors[tower]);
+        }
+      }
+    }
+    context.putImageData(image, 0, 0);
+    const first = tower * layer.maps;
+    const strongest = Array.from({ length: layer.maps }, (_, i) => first + i).sort((a, b) => peaks[b] - peaks[a]).slice(0, strongestShown);
+    const name = hasTowers ? `tower ${tower + 1}, ` : "";
+    canvas.setAttribute("aria-label", `Layer ${layer.name.slice(-1)}, ${name}${layer.maps} ${layer.kernel ? "maps" : "units"}; the strongest are listed below`);
+    byId(`strongest-${layer.name}-${tower}`).replaceChildren(...strongest.map((unit) => {
+      const button = make("button", { onclick: () => openUnit(layer, unit), "aria-label": `Unit ${unit} of layer ${layer.name.slice(-1)}` });
+      if (layer.kernel) {
+        const small = make("canvas", { "aria-hidden": "true" });
+        drawMap(small, layer, unit);
+        button.append(small);
+      }
+      button.append(String(unit));
+      return button;
+    }));
+  }
+}
+
+/** One map, as bright as in the grid. */
+function drawMap(canvas, layer, unit) {
+  const { values, side } = shown[layer.name], all = layer.maps * layer.towers, [low, range] = brightness(values);
+  canvas.width = canvas.height = side;
+  const context = canvas.getContext("2d"), image = context.createImageData(side, side);
+  for (let i = 0; i < side * side; i++) paint(image.data, i * 4, (values[i * all + unit] - low) / range, colors[Math.floor(unit / layer.maps)]);
+  context.putImageData(image, 0, 0);
+}
+
+/** Weights as colors (depth 3) or grays (depth 1): zero is middle gray, `highest` is as far as it goes. */
+function drawWeights(image, left, top, weights, kernel, depth, highest) {
+  for (let i = 0; i < kernel * kernel; i++) {
+    const at = ((top + Math.floor(i / kernel)) * image.width + left + (i % kernel)) * 4;
+    for (let c = 0; c < 3; c++) image.data[at + c] = 127.5 + (127.5 * weights[i * depth + (depth > 1 ? c : 0)]) / highest;
+    image.data[at + 3] = 255;
+  }
+}
+
+function highestOf(weights) {
+  return weights.reduce((a, b) => Math.max(a, Math.abs(b)), 1e-30);
+}
+
+function drawFirstFilters() {
+  const layer = layers.conv1, { kernel, maps } = layer, length = kernel * kernel * 3;
+  const columns = gridColumns(maps), rows = Math.ceil(maps / columns), cell = kernel + 1, highest = highestOf(firstFilters);
+  for (const tower of towers) {
+    const canvas = byId(`filters-${tower}`);
+    canvas.width = columns * cell - 1;
+    canvas.height = rows * cell - 1;
+    const context = canvas.getContext("2d"), image = context.createImageData(canvas.width, canvas.height);
+    for (let unit = 0; unit < maps; unit++) {
+      const from = (tower * maps + unit) * length;
+      drawWeights(image, (unit % columns) * cell, Math.floor(unit / columns) * cell, firstFilters.subarray(from, from + length), kernel, 3, highest);
+    }
+    context.putImageData(image, 0, 0);
+  }
+}
+
+// ---- One unit ----
+
+function openUnit(layer, unit) {
+  open = { layer, unit };
+  fillDialog();
+  if (!byId("unit").open) byId("unit").showModal();
+}
+
+function figure(canvas, caption) {
+  return make("figure", {}, canvas, make("figcaption", {}, caption));
+}
+
+function fillDialog() {
+  const { layer, unit } = open, number = layer.name.slice(-1), all = layer.maps * layer.towers;
+  const { values, side } = shown[layer.name];
+  const tower = Math.floor(unit / layer.maps) + 1;
+  let peak = -Infinity;
+  for (let i = unit; i < values.length; i += all) peak = Math.max(peak, values[i]);
+  byId("unit-title").textContent = `Layer ${number}, unit ${unit}${hasTowers ? `, tower ${tower}` : ""}`;
+  byId("unit-text").textContent = layer.kernel
+    ? `Its strongest place in this picture: ${peak.toPrecision(3)}. The brightest maps of this layer count as white.`
+    : `Its value for this picture: ${peak.toPrecision(3)}.`;
+  byId("figures").replaceChildren();
+  if (layer.kernel) {
+    const map = make("canvas", { role: "img", "aria-label": `Map of unit ${unit}` });
+    drawMap(map, layer, unit);
+    byId("figures").append(figure(map, `Its map, ${side} × ${side}`), figure(drawLookedAt(layer, unit, peak), "The picture where the map is bright"));
+  }
+  if (layer.name === "conv1") {
+    const { kernel } = layer, length = kernel * kernel * 3, canvas = make("canvas", { width: kernel, height: kernel, role: "img", "aria-label": `Filter of unit ${unit}` });
+    const image = new ImageData(kernel, kernel), weights = firstFilters.subarray(unit * length, (unit + 1) * length);
+    drawWeights(image, 0, 0, weights, kernel, 3, highestOf(weights));
+    canvas.getContext("2d").putImageData(image, 0, 0);
+    byId("figures").append(figure(canvas, "Its filter: what it looks for"));
+  }
+  showPatches(layer, unit);
+  byId("listens").replaceChildren();
+  if (layer.name !== "conv1") worker.postMessage({ type: "filter", layer: layer.name, unit });
+}
+
+/** The picture, dark where the map is dark. */
+function drawLookedAt(layer, unit, peak) {
+  const { values, side } = shown[layer.name], all = layer.maps * layer.towers, size = about.side;
+  const canvas = makeCanvas(size, size), context = canvas.getContext("2d");
+  const mask = new ImageData(side, side);
+  for (let i = 0; i < side * side; i++) mask.data[i * 4 + 3] = 235 * (1 - Math.min(1, Math.max(0, values[i * all + unit] / (peak > 0 ? peak : 1))));
+  const small = makeCanvas(side, side);
+  small.getContext("2d").putImageData(mask, 0, 0);
+  context.drawImage(byId("picture"), 0, 0);
+  context.drawImage(small, 0, 0, size, size);
+  canvas.setAttribute("role", "img");
+  canvas.setAttribute("aria-label", "The picture where the map is bright");
+  canvas.style.imageRendering = "auto";
+  return canvas;
+}
+
+const sheets = {};
+
+async function showPatches(layer, unit) {
+  const box = byId("excites"), { patches } = about;
+  box.replaceChildren();
+  if (!layer.kernel) return;
+  box.append(make("h3", {}, "What excites it"));
+  if (!patches) {
+    box.append(make("p", { class: "hint" }, "This page was written without a data set, so it has no pictures to search."));
+    return;
+  }
+  const source = patches.sheets[layer.name];
+  if (!sheets[layer.name]) {
+    const image = new Image();
+    image.src = source;
+    sheets[layer.name] = image.decode().then(() => image);
+  }
+  const image = await sheets[layer.name], { side, columns, count } = patches;
+  if (!open || open.layer !== layer || open.unit !== unit) return;
+  const tiles = Array.from({ length: count }, (_, i) => {
+    const tile = unit * count + i, canvas = make("canvas", { width: side, height: side, role: "img", "aria-label": `Patch ${i + 1}` });
+    canvas.getContext("2d").drawImage(image, (tile % columns) * side, Math.floor(tile / columns) * side, side, side, 0, 0, side, side);
+    canvas.style.imageRendering = "auto";
+    return canvas;
+  });
+  box.replaceChildren(make("h3", {}, "What excites it"), make("p", { class: "hint" }, `The patches with its highest values among ${patches.images.toLocaleString("en")} validation images:`), make("div", { class: "patches" }, ...tiles));
+}
+
+/** The units of the layer before that this one listens to most: the largest weights, whatever the picture. */
+function showFilter({ layer: name, unit, kernel, inputs }) {
+  if (!open || open.layer.name !== name || open.unit !== unit) return;
+  const before = about.layers[about.layers.indexOf(open.layer) - 1], highest = Math.max(...inputs.map((input) => highestOf(input.weights)));
+  const buttons = inputs.map((input) => {
+    const canvas = make("canvas", { width: kernel, height: kernel, "aria-hidden": "true" }), image = new ImageData(kernel, kernel);
+    drawWeights(image, 0, 0, input.weights, kernel, 1, highest);
+    canvas.getContext("2d").putImageData(image, 0, 0);
+    const tower = Math.floor(input.map / before.maps) + 1;
+    return make("button", { onclick: () => openUnit(before, input.map) }, canvas, `unit ${input.map}`, make("span", { class: `tower-${tower}` }, hasTowers ? `, tower ${tower}` : ""));
+  });
+  byId("listens").replaceChildren(
+    make("h3", {}, `Its filter: the units of layer ${before.name.slice(-1)} it listens to most`),
+    make("p", { class: "hint" }, "White: it wants the unit to be strong there. Black: it wants it weak."),
+    make("div", { class: "kernels" }, ...buttons),
+  );
+}
+
+function step(by) {
+  const count = open.layer.maps * open.layer.towers;
+  openUnit(open.layer, (open.unit + by + count) % count);
+}
+
+byId("close").onclick = () => byId("unit").close();
+byId("previous").onclick = () => step(-1);
+byId("next").onclick = () => step(1);
+byId("unit").onclose = () => (open = undefined);
+byId("unit").onclick = ({ target }) => target === byId("unit") && byId("unit").close();
+byId("unit").onkeydown = ({ key }) => {
+  if (key === "ArrowLeft") step(-1);
+  if (key === "ArrowRight") step(1);
+};
+
+start();
