@@ -29,7 +29,7 @@ from alexnet_cli.core.model.model_file import Model
 
 IMAGES = 1000  # of the validation split, spread evenly
 PATCHES = 4  # of each unit
-SIDE, COLUMNS, QUALITY = 40, 32, 50  # pixels of a patch, patches in a row of a sheet, quality of the WebP sheet
+SIDE, COLUMNS, QUALITY = 48, 32, 60  # pixels of a patch, patches in a row of a sheet, quality of the WebP sheet
 
 
 def find_patches(model: Model, split: Split, advance: Callable[[int], None]) -> dict[str, Any]:

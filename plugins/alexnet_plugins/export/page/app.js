@@ -93,7 +93,7 @@ function describePage() {
   const count = about.layers.reduce((sum, layer) => sum + layer.weight.rows * (layer.weight.columns + 1), 0);
   const size = count >= 1e6 ? `${(count / 1e6).toFixed(1)} million` : count.toLocaleString("en");
   const split = hasTowers
-    ? " In 2012 it was too large for one graphics card. So it was split into two towers, one on each, which meet in a few layers only."
+    ? " AlexNet was too large for one graphics card of 2012. So it was split into two towers, one on each card, which meet in a few layers only."
     : " It has one tower, as the paper's network for a single graphics card.";
   byId("lead").textContent = `A real network with ${size} weights, trained to tell ${about.classes.length.toLocaleString("en")} classes apart. It computes here, on your computer, layer by layer.${split}`;
   document.title = `${about.title} · AlexNet at work`;
@@ -152,18 +152,15 @@ const drawings = [
     name: "Parachute",
     draw() {
       const canvas = makeCanvas(256, 256, "#7db7e8"), context = canvas.getContext("2d");
-      const stripes = ["#d62828", "#f8f8f8", "#1d4ed8", "#f8f8f8", "#f2b705", "#f8f8f8", "#d62828", "#f8f8f8"];
-      stripes.forEach((color, i) => {
+      ["#d62828", "#f8f8f8", "#1d4ed8", "#f8f8f8", "#f2b705"].forEach((color, i) => { // panels, from the rim inwards
         context.fillStyle = color;
         context.beginPath();
-        context.moveTo(128, 30);
-        context.ellipse(128, 112, 92, 82, 0, Math.PI * (1 + i / 8), Math.PI * (1 + (i + 1) / 8));
-        context.closePath();
+        context.ellipse(128, 112, 94 - i * 19, 82, 0, Math.PI, 2 * Math.PI);
         context.fill();
       });
       context.strokeStyle = "#333";
       context.lineWidth = 1.5;
-      for (let x = 36; x <= 220; x += 23) {
+      for (let x = 34; x <= 222; x += 18.8) {
         context.beginPath();
         context.moveTo(x, 112);
         context.lineTo(128, 205);
@@ -357,10 +354,10 @@ function showAnswers(milliseconds) {
 function showCompared(compared) {
   byId("compare").hidden = false;
   const names = ["Both towers", "Tower 1 alone", "Tower 2 alone"];
-  byId("towers").replaceChildren(...compared.map((values, i) => {
-    const top = best(values);
-    return make("tr", {}, make("th", { scope: "row", class: i ? `tower-${i}` : "" }, names[i]), make("td", {}, about.classes[top]), make("td", { class: "number" }, percent(values[top])));
-  }));
+  byId("towers").replaceChildren(...names.map((name, i) => make(
+    "tr", {}, make("th", { scope: "row", class: i ? `tower-${i}` : "" }, name),
+    ...compared[i].map((values) => make("td", {}, `${about.classes[best(values)]} `, make("span", { class: "number" }, percent(values[best(values)])))),
+  )));
 }
 
 // ---- Where it looks ----
@@ -390,12 +387,12 @@ function stopOcclusion() {
 
 function clearOcclusion() {
   stopOcclusion();
-  byId("heat").getContext("2d").clearRect(0, 0, byId("heat").width, byId("heat").height);
+  byId("heat").hidden = true;
   byId("found").textContent = "";
   byId("clear").hidden = true;
 }
 
-/** Each pixel gets the mean drop of all squares that covered it: red where the class lost, blue where it gained. */
+/** The occlusion map so far. Each pixel gets the mean drop of all squares that covered it: red where the class lost, blue where it gained. */
 function showOcclusion({ job: number, done, count, drops, corners, edge, target, whole }) {
   if (number !== occlusionJob) return;
   const { side } = about, sums = new Float32Array(side * side), counts = new Uint16Array(side * side);
@@ -413,13 +410,16 @@ function showOcclusion({ job: number, done, count, drops, corners, edge, target,
     if (counts[i]) sums[i] /= counts[i];
     highest = Math.max(highest, Math.abs(sums[i]));
   }
-  const image = new ImageData(side, side);
-  for (let i = 0; i < sums.length; i++) {
-    const share = sums[i] / highest;
-    image.data.set(share > 0 ? [225, 0, 0, 190 * share] : [0, 70, 255, -190 * share], i * 4);
+  const canvas = byId("heat"), image = new ImageData(side, side);
+  for (let i = 0; i < sums.length; i++) { // a gray picture under the color
+    const share = sums[i] / highest, color = share > 0 ? [230, 20, 20] : [30, 90, 255], much = Math.abs(share) ** 0.8 * 0.8;
+    const gray = 0.299 * picture[i * 3] + 0.587 * picture[i * 3 + 1] + 0.114 * picture[i * 3 + 2];
+    for (let c = 0; c < 3; c++) image.data[i * 4 + c] = color[c] * much + gray * (1 - much);
+    image.data[i * 4 + 3] = 255;
   }
-  byId("heat").width = byId("heat").height = side;
-  byId("heat").getContext("2d").putImageData(image, 0, 0);
+  canvas.width = canvas.height = side;
+  canvas.hidden = false;
+  canvas.getContext("2d").putImageData(image, 0, 0);
   byId("progress").value = done / (count * count);
   byId("clear").hidden = false;
   if (done < count * count) return;
@@ -460,7 +460,7 @@ function makeLayers() {
 }
 
 function describeSteps(layer) {
-  const words = { pool: (step) => `pooling to ${step.side} × ${step.side}`, across: () => "response normalization", within: () => "normalization within the map", dropout: () => "", activation: (step) => ({ relu: "ReLU (negative becomes zero)" })[step.function] || step.function };
+  const words = { pool: (step) => `pooling to ${step.side} × ${step.side}`, across: () => "response normalization", within: () => "normalization within the map", dropout: () => "", activation: (step) => (step.function === "relu" ? (layer.name === "conv1" ? "ReLU (what is negative becomes zero)" : "ReLU") : step.function) };
   const steps = layer.then.map((step) => words[step.kind](step)).filter(Boolean);
   return steps.length ? ` Then: ${steps.join(", ")}.` : "";
 }
@@ -488,11 +488,11 @@ function makeTower(layer, tower) {
   const box = make("div", { class: `tower tower-${tower + 1}`, "data-tower": tower });
   if (hasTowers) box.append(make("h4", {}, `Tower ${tower + 1}`));
   if (layer.name === "conv1") {
-    box.append(make("canvas", { class: "filters", id: `filters-${tower}`, role: "img", "aria-label": `The ${layer.maps} filters of tower ${tower + 1}` }), make("p", {}, "Above: what each filter looks for. Below: its map, at the same place."));
+    box.append(make("p", {}, "Filters:"), make("canvas", { class: "filters", id: `filters-${tower}`, role: "img", "aria-label": `The ${layer.maps} filters of tower ${tower + 1}` }), make("p", {}, "Their maps, in the same places:"));
   }
   const canvas = make("canvas", { class: "maps", id: `maps-${layer.name}-${tower}`, role: "img" });
   canvas.onclick = (event) => {
-    const columns = gridColumns(layer.maps), rows = Math.ceil(layer.maps / columns);
+    const columns = gridColumns(layer), rows = Math.ceil(layer.maps / columns);
     const unit = Math.floor((event.offsetY / canvas.clientHeight) * rows) * columns + Math.floor((event.offsetX / canvas.clientWidth) * columns);
     if (unit < layer.maps) openUnit(layer, tower * layer.maps + unit);
   };
@@ -501,17 +501,17 @@ function makeTower(layer, tower) {
   return box;
 }
 
-/** Columns of a grid that is about 2.5 times as wide as high, without gaps if possible. */
-function gridColumns(count) {
-  const ideal = Math.sqrt(2.5 * count);
+/** Columns of a grid: maps about 2.5 times as wide as high, units 6 times, without gaps if possible. */
+function gridColumns({ maps: count, kernel }) {
+  const ideal = Math.sqrt((kernel ? 2.5 : 6) * count);
   const fitting = Array.from({ length: count }, (_, i) => i + 1).filter((columns) => count % columns === 0);
   const nearest = fitting.reduce((a, b) => (Math.abs(b - ideal) < Math.abs(a - ideal) ? b : a));
   return Math.abs(nearest - ideal) < ideal / 2 ? nearest : Math.ceil(ideal);
 }
 
-/** From dark over the tower's color to white. */
+/** From dark over the tower's color to white. The power lets weak values be seen. */
 function paint(data, at, share, [red, green, blue]) {
-  const s = Math.min(1, Math.max(0, share));
+  const s = Math.min(1, Math.max(0, share)) ** 0.7;
   const mix = s < 0.6 ? (c) => (c * s) / 0.6 : (c) => c + ((255 - c) * (s - 0.6)) / 0.4;
   data[at] = mix(red);
   data[at + 1] = mix(green);
@@ -533,7 +533,7 @@ function drawLayer(layer) {
   const peaks = new Float32Array(all).fill(-Infinity);
   for (let i = 0; i < values.length; i++) if (values[i] > peaks[i % all]) peaks[i % all] = values[i];
   for (const tower of towers) {
-    const columns = gridColumns(layer.maps), rows = Math.ceil(layer.maps / columns);
+    const columns = gridColumns(layer), rows = Math.ceil(layer.maps / columns);
     const canvas = byId(`maps-${layer.name}-${tower}`);
     canvas.width = columns * cell - gap;
     canvas.height = rows * cell - gap;
@@ -590,7 +590,7 @@ function highestOf(weights) {
 
 function drawFirstFilters() {
   const layer = layers.conv1, { kernel, maps } = layer, length = kernel * kernel * 3;
-  const columns = gridColumns(maps), rows = Math.ceil(maps / columns), cell = kernel + 1, highest = highestOf(firstFilters);
+  const columns = gridColumns(layer), rows = Math.ceil(maps / columns), cell = kernel + 1, highest = highestOf(firstFilters);
   for (const tower of towers) {
     const canvas = byId(`filters-${tower}`);
     canvas.width = columns * cell - 1;
@@ -624,7 +624,7 @@ function fillDialog() {
   for (let i = unit; i < values.length; i += all) peak = Math.max(peak, values[i]);
   byId("unit-title").textContent = `Layer ${number}, unit ${unit}${hasTowers ? `, tower ${tower}` : ""}`;
   byId("unit-text").textContent = layer.kernel
-    ? `Its strongest place in this picture: ${peak.toPrecision(3)}. The brightest maps of this layer count as white.`
+    ? `The highest value of its map for this picture: ${peak.toPrecision(3)}.`
     : `Its value for this picture: ${peak.toPrecision(3)}.`;
   byId("figures").replaceChildren();
   if (layer.kernel) {
@@ -649,7 +649,7 @@ function drawLookedAt(layer, unit, peak) {
   const { values, side } = shown[layer.name], all = layer.maps * layer.towers, size = about.side;
   const canvas = makeCanvas(size, size), context = canvas.getContext("2d");
   const mask = new ImageData(side, side);
-  for (let i = 0; i < side * side; i++) mask.data[i * 4 + 3] = 235 * (1 - Math.min(1, Math.max(0, values[i * all + unit] / (peak > 0 ? peak : 1))));
+  for (let i = 0; i < side * side; i++) mask.data[i * 4 + 3] = 200 * (1 - Math.min(1, Math.max(0, values[i * all + unit] / (peak > 0 ? peak : 1))) ** 0.5);
   const small = makeCanvas(side, side);
   small.getContext("2d").putImageData(mask, 0, 0);
   context.drawImage(byId("picture"), 0, 0);

@@ -32,12 +32,15 @@ const tasks = {
     });
     postMessage({ type: "answers", job, probabilities, milliseconds: performance.now() - start });
     if (off.length < 2) return;
-    const alone = [[false, false], [false, true], [true, false]];
     const compared = [];
-    for (const towers of alone) {
-      await pause();
-      if (job !== newest) return;
-      compared.push(network.run(pixels, { off: towers, norm }));
+    for (const towers of [[false, false], [false, true], [true, false]]) {
+      const answers = [];
+      for (const image of [picture, withoutColor(picture)]) {
+        await pause();
+        if (job !== newest) return;
+        answers.push(network.run(image, { off: towers, norm }));
+      }
+      compared.push(answers);
     }
     postMessage({ type: "compared", job, compared });
   },

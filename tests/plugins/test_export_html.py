@@ -1,0 +1,322 @@
+"""The page of `export --format html` in a real browser: it answers as ONNX Runtime does, and asks for nothing."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from typer import Typer
+from typer.testing import CliRunner, Result
+
+from alexnet_cli.core.data import images
+from alexnet_cli.core.data.classes import ClassName
+from alexnet_cli.core.data.views import make_views
+from alexnet_cli.core.inference.session import Session
+from alexnet_cli.core.model.model_file import Model
+from alexnet_cli.errors import UsageError, WeightsError
+from alexnet_cli.recipe import PAPER, RECIPES, Recipe
+from alexnet_plugins.export.html_page import build_page, round_weights, write_page
+from model_files import draw, random_model, save_model
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+NARROW = {name: replace(recipe, width=1 / 16) for name, recipe in RECIPES.items()}
+SMALL = NARROW["paper"]
+HOSTILE = ('</script><script>alert(1)</script>', '<img src=x onerror="alert(2)">', "{{ data }}", "\u202e\ud800", "<!--")
+ROUNDED, ORIGINAL = 2e-5, 0.03  # largest difference of a probability from the network with rounded weights, and without
+Rows = npt.NDArray[np.float32]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
+    found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
+    if found is None:
+        pytest.skip(f"no browser is installed: none of {', '.join(BROWSERS)}")
+    with playwright.sync_playwright() as tool:
+        started = tool.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return draw(tmp_path_factory.mktemp("picture") / "blotches.png", 3, (431, 300))
+
+
+class Opened:
+    """A page with a picture in it. `said` is what the console said, `asked` is what it asked for."""
+
+    def __init__(self, browser: Browser, model: Model, path: Path, size: tuple[int, int] = (1280, 800)) -> None:
+        write_page(build_page(model, path.stem), path)
+        self.page: Page = browser.new_page(viewport={"width": size[0], "height": size[1]})
+        self.said, self.asked = list[str](), list[str]()
+        self.page.on("console", lambda message: self.said.append(message.text))
+        self.page.on("pageerror", lambda error: self.said.append(str(error)))
+        self.page.on("request", lambda request: self.asked.append(request.url))
+        self.page.on("dialog", lambda dialog: self.said.append(dialog.message))
+        self.page.goto(path.as_uri())
+        self.wait("done", "1")
+
+    def wait(self, mark: str, value: str | None = None) -> str:
+        """Wait until the page has this mark (with this value); return the value."""
+        ends = "" if value is None else f'="{value}"'
+        self.page.wait_for_selector(f"html[data-{mark}{ends}]", state="attached", timeout=20_000)
+        return str(self.page.evaluate(f"document.documentElement.dataset.{mark}"))
+
+    def answers(self, action: str = "run()") -> Rows:
+        """The probabilities after a statement that makes the network run."""
+        job = int(self.page.evaluate("job"))
+        self.page.evaluate(f"() => {{ {action} }}")
+        self.wait("done", str(job + 1))
+        return np.array(self.page.evaluate("[...probabilities]"), np.float32)
+
+    def choose(self, picture: str) -> Rows:
+        """Open a file; return the probabilities."""
+        job = int(self.page.evaluate("job"))
+        self.page.set_input_files("#file", picture)
+        self.wait("done", str(job + 1))
+        return np.array(self.page.evaluate("[...probabilities]"), np.float32)
+
+
+@pytest.fixture
+def open_page(browser: Browser, tmp_path: Path) -> Iterator[Any]:
+    """Open the page of a model. The test fails if a page says or asks anything."""
+    opened: list[Opened] = []
+
+    def opener(model: Model, **options: Any) -> Opened:
+        opened.append(Opened(browser, model, tmp_path / f"page{len(opened)}.html", **options))
+        return opened[-1]
+
+    yield opener
+    for one in opened:
+        one.page.close()
+        assert one.said == []
+        assert [url for url in one.asked if not url.startswith(("file:", "blob:"))] == []
+        assert len([url for url in one.asked if url.startswith("file:")]) == 1
+
+
+def crop_of(picture: str, recipe: Recipe) -> npt.NDArray[np.uint8]:
+    """The center crop of a picture as `predict` makes it, 1 x 3 x S x S."""
+    return make_views(images.resize_and_crop(images.decode(Path(picture).read_bytes())), recipe.input_size, 1)
+
+
+VARIANTS = {
+    **NARROW,
+    "one tower, pools of 2": replace(NARROW["tiny"], towers=1, pool_size=2),
+    "tanh, within maps": replace(SMALL, activation="tanh", lrn="within-map", lrn_size=3, lrn_beta=0.5),
+    "sigmoid, no norm, floor": replace(SMALL, activation="sigmoid", lrn="none", pool_ceil="pool5", edge_padding=False),
+    "pool before norm, mean color": replace(
+        SMALL, stage1_order="relu-pool-norm", stage2_order="norm-pool-relu", mean="rgb", width=1 / 32
+    ),
+}
+
+
+EVERYDAY = ("krizhevsky", "caffe", "tiny", "one tower, pools of 2", "tanh, within maps")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in EVERYDAY else pytest.mark.slow) for name in VARIANTS]
+)
+def test_the_answers_are_those_of_onnx_runtime(open_page: Any, picture: str, name: str) -> None:
+    model = random_model(VARIANTS[name], 7)
+    answers, crop = open_page(model).choose(picture), crop_of(picture, model.recipe)
+    [exact], [original] = (Session(m).probabilities(crop) for m in (round_weights(model), model))
+    assert abs(answers - exact).max() < ROUNDED
+    assert abs(answers - original).max() < ORIGINAL
+    assert answers.argmax() == original.argmax()
+
+
+def test_pictures_are_resized_as_predict_does(open_page: Any, tmp_path: Path) -> None:
+    page = open_page(random_model(SMALL))
+    for number, size in enumerate([(900, 333), (256, 256), (60, 97), (1, 40)]):
+        path = draw(tmp_path / f"{number}.png", number, size)
+        page.choose(path)
+        text = page.page.evaluate("btoa(String.fromCharCode(...picture.subarray(0, 6e4)))")  # the rows at the top
+        seen = np.frombuffer(base64.b64decode(text), np.uint8)[: 89 * 672].reshape(89, 224, 3).transpose(2, 0, 1)
+        assert abs(seen.astype(int) - crop_of(path, SMALL)[0, :, :89]).max() <= 1
+
+
+@pytest.mark.parametrize("name", ["caffe", pytest.param("krizhevsky", marks=pytest.mark.slow)])
+def test_a_tower_that_is_off_is_without_tower(open_page: Any, picture: str, name: str) -> None:
+    import torch
+
+    from alexnet_cli.core.model.alexnet import AlexNet
+
+    model = random_model(NARROW[name], 7)
+    page, network = open_page(model), AlexNet.from_model(round_weights(model))
+    x = network.preprocess(picture)
+    page.choose(picture)
+    for tower in (1, 2):
+        answers = page.answers(f"byId('tower-{tower}').click()")
+        assert "is off" in page.page.inner_text("#switch-text")
+        with network.without_tower(tower), torch.inference_mode():
+            assert abs(answers - network(x).softmax(1)[0].numpy()).max() < 1e-4
+        page.answers(f"byId('tower-{tower}').click()")
+
+
+def test_normalization_that_is_off_has_alpha_zero(open_page: Any, picture: str) -> None:
+    model = random_model(replace(SMALL, lrn_alpha=0.02), 7)
+    page = open_page(model)
+    page.choose(picture)
+    answers = page.answers("byId('norm').value = 0; byId('norm').oninput({ target: byId('norm') })")
+    off = replace(round_weights(model), recipe=replace(model.recipe, lrn_alpha=0.0))
+    crop = crop_of(picture, SMALL)
+    assert abs(answers - Session(off).probabilities(crop)[0]).max() < ROUNDED
+    assert abs(answers - Session(model).probabilities(crop)[0]).max() > 100 * ROUNDED
+    assert "constant factor stays" in page.page.inner_text("#switch-text")
+
+
+def test_the_occlusion_map_is_a_loop_over_squares(open_page: Any, picture: str) -> None:
+    model = random_model(SMALL, 7)
+    page, session = open_page(model), Session(round_weights(model))
+    target = int(page.choose(picture).argmax())
+    page.page.select_option("#count", "7")
+    page.page.click("#occlude")
+    drops = np.array(json.loads(page.wait("occluded"))).reshape(7, 7)
+    crop = crop_of(picture, SMALL)
+    [whole] = session.probabilities(crop)[:, target]
+    for row in range(7):
+        for column in range(7):
+            top, left = 28 * row, 28 * column  # (224 - 56) / 6
+            covered = crop.copy()
+            covered[:, :, top : top + 56, left : left + 56] = 128
+            [left_over] = session.probabilities(covered)[:, target]
+            assert abs(drops[row, column] - (whole - left_over)) < 2 * ROUNDED
+    assert "%" in page.page.inner_text("#found")
+    assert page.page.is_visible("#heat")
+    assert page.page.is_hidden("#progress")
+
+
+def test_the_occlusion_map_can_be_stopped(open_page: Any) -> None:
+    page = open_page(random_model(SMALL))
+    page.page.select_option("#count", "15")
+    page.page.click("#occlude")
+    page.page.click("#cancel")
+    assert page.page.inner_text("#found").startswith("Stopped")
+    page.answers()
+    assert page.page.evaluate("document.documentElement.dataset.occluded") is None
+
+
+def test_hostile_names_are_only_text(open_page: Any, tmp_path: Path) -> None:
+    names = tuple(ClassName(name) for name in HOSTILE)
+    model = replace(random_model(SMALL, len(names)), classes=names)
+    page = open_page(model).page
+    assert page.evaluate("about.classes.slice(0, 3)") == list(HOSTILE[:3])
+    shown = page.inner_text("#answers")
+    assert "<img src=x" in shown
+    assert "</script><script>" in shown
+    assert page.evaluate("document.images.length") == 0
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "scheme"),
+    [
+        (390, 844, "dark"), (1280, 800, "light"),
+        pytest.param(390, 844, "light", marks=pytest.mark.slow),
+        pytest.param(1280, 800, "dark", marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_it_fits_the_screen_and_axe_finds_nothing(
+    open_page: Any, width: int, height: int, scheme: Literal["light", "dark"]
+) -> None:
+    page = open_page(random_model(SMALL), size=(width, height)).page
+    page.emulate_media(color_scheme=scheme)
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    wide = "[...document.querySelectorAll('body *')].filter(e => e.getBoundingClientRect().right > innerWidth + 1)"
+    assert page.evaluate(f"{wide}.map(e => e.outerHTML.slice(0, 80))") == []
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    for opens in ("", "#strongest-conv2-1 button"):
+        if opens:
+            page.click(opens)
+        found = axe.run(page).response["violations"]
+        assert [(v["id"], [node["html"] for node in v["nodes"]]) for v in found] == []
+
+
+def test_a_keyboard_opens_a_unit_and_walks_on(open_page: Any) -> None:
+    page = open_page(random_model(SMALL)).page
+    page.focus("#strongest-conv1-1 button")
+    page.keyboard.press("Enter")
+    first = int(page.inner_text("#unit-title").split("unit ")[1].split(",")[0])
+    assert 3 <= first < 6, "tower 2 has units 3 to 5"
+    page.keyboard.press("ArrowRight")
+    assert f"unit {(first + 1) % 6}," in page.inner_text("#unit-title")
+    assert "without a data set" in page.inner_text("#excites")
+    page.keyboard.press("Escape")
+    assert page.is_hidden("#unit")
+    assert page.evaluate("document.activeElement.closest('#strongest-conv1-1') !== null")
+
+
+def test_a_file_that_is_no_picture_is_named(open_page: Any, tmp_path: Path) -> None:
+    (tmp_path / "letter.png").write_text("Dear Sir")
+    page = open_page(random_model(SMALL)).page
+    page.set_input_files("#file", tmp_path / "letter.png")
+    page.wait_for_selector("#status:visible")
+    assert page.inner_text("#status").startswith("letter.png cannot be read as a picture")
+
+
+# ---- Without a browser ----
+
+
+def run(*words: str) -> Result:
+    from alexnet_plugins.export.command import export as command
+
+    app = Typer()
+    app.command()(command)
+    return CliRunner().invoke(app, list(words))
+
+
+def test_command_writes_the_page_and_its_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_model(random_model(SMALL), tmp_path / "model.safetensors")
+    result = run("-w", "model.safetensors", "--format", "html", "--json", "-q")
+    assert result.exception is None
+    record = json.loads(result.stdout)
+    assert record["schema"] == "alexnet.export/1"
+    assert record["path"] == "alexnet.html"
+    assert record["bytes"] == (tmp_path / "alexnet.html").stat().st_size
+    assert record["patches"] == 0
+    assert 0 < record["max_abs_difference"] < ORIGINAL
+    assert not list(tmp_path.glob(".*")), "no temporary file is left"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--format", "html", "--precision", "int8"), ("--format", "html", "--calibrate", "x"),
+        ("--format", "html", "--hub", "x"), ("--no-patches",), ("--format", "html", "-o", "page.onnx"),
+    ],
+)  # fmt: skip
+def test_options_that_make_no_sense_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_model(random_model(SMALL), tmp_path / "model.safetensors")
+    assert isinstance(run("-w", "model.safetensors", *words, "-q").exception, UsageError)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_damaged_weights_are_refused() -> None:
+    model = random_model(SMALL)
+    model.tensors["fc7.weight"][0, 0] = np.nan
+    with pytest.raises(WeightsError, match="fc7"):
+        build_page(model, "damaged")
+
+
+def test_the_file_at_quarter_width_is_under_six_megabytes() -> None:
+    assert sum(map(len, build_page(random_model(RECIPES["tiny"], 1000), "tiny"))) < 6e6
+
+
+@pytest.mark.slow
+def test_the_file_at_full_width_is_under_seventy_megabytes() -> None:
+    assert sum(map(len, build_page(random_model(PAPER, 1000), "paper"))) < 70e6
