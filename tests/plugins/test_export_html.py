@@ -13,17 +13,21 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 import pytest
+from PIL import Image
 from typer import Typer
 from typer.testing import CliRunner, Result
 
+from alexnet_cli.core.analysis.units import cut_receptive_field, find_top_activations, iterate_activations
 from alexnet_cli.core.data import images
 from alexnet_cli.core.data.classes import ClassName
+from alexnet_cli.core.data.shards import open_dataset
 from alexnet_cli.core.data.views import make_views
 from alexnet_cli.core.inference.session import Session
 from alexnet_cli.core.model.model_file import Model
 from alexnet_cli.errors import UsageError, WeightsError
 from alexnet_cli.recipe import PAPER, RECIPES, Recipe
 from alexnet_plugins.export.html_page import build_page, round_weights, write_page
+from alexnet_plugins.export.patches import find_patches
 from model_files import draw, random_model, save_model
 
 if TYPE_CHECKING:
@@ -32,7 +36,7 @@ if TYPE_CHECKING:
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 NARROW = {name: replace(recipe, width=1 / 16) for name, recipe in RECIPES.items()}
 SMALL = NARROW["paper"]
-HOSTILE = ('</script><script>alert(1)</script>', '<img src=x onerror="alert(2)">', "{{ data }}", "\u202e\ud800", "<!--")
+HOSTILE = ("</script><script>alert(1)</script>", '<img src=x onerror="alert(2)">', "{{ data }}", "\u202e\ud800", "<!--")
 ROUNDED, ORIGINAL = 2e-5, 0.03  # largest difference of a probability from the network with rounded weights, and without
 Rows = npt.NDArray[np.float32]
 
@@ -57,8 +61,10 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> str:
 class Opened:
     """A page with a picture in it. `said` is what the console said, `asked` is what it asked for."""
 
-    def __init__(self, browser: Browser, model: Model, path: Path, size: tuple[int, int] = (1280, 800)) -> None:
-        write_page(build_page(model, path.stem), path)
+    def __init__(
+        self, browser: Browser, model: Model, path: Path, size: tuple[int, int] = (1280, 800), patches: Any = None
+    ) -> None:
+        write_page(build_page(model, path.stem, patches), path)
         self.page: Page = browser.new_page(viewport={"width": size[0], "height": size[1]})
         self.said, self.asked = list[str](), list[str]()
         self.page.on("console", lambda message: self.said.append(message.text))
@@ -257,6 +263,23 @@ def test_a_keyboard_opens_a_unit_and_walks_on(open_page: Any) -> None:
     assert page.evaluate("document.activeElement.closest('#strongest-conv1-1') !== null")
 
 
+def test_a_unit_shows_the_patches_that_excite_it_most(open_page: Any, prepared: Path) -> None:
+    model, split = random_model(SMALL), open_dataset(prepared).split("val")
+    patches = {"data": "drawn", **find_patches(model, split, lambda _: None)}
+    top = find_top_activations(iterate_activations(split, Session(model, layers=["conv3"])), 1)
+    assert top is not None
+    page = open_page(model, patches=patches).page
+    page.evaluate("openUnit(layers.conv3, 5)")
+    page.wait_for_selector("#excites canvas")
+    assert page.locator("#excites canvas").count() == patches["count"]
+    pixels = "[...document.querySelector('#excites canvas').getContext('2d').getImageData(0, 0, 48, 48).data]"
+    seen = np.array(page.evaluate(pixels), np.uint8).reshape(48, 48, 4)[:, :, :3]
+    image = images.decode(bytes(split.jpeg(int(top.rows[5, 0]))))
+    y, x = top.positions[5, 0].tolist()
+    patch = Image.fromarray(cut_receptive_field(image, SMALL, "conv3", (y, x))).resize((48, 48))
+    assert abs(seen.astype(int) - np.asarray(patch)).mean() < 8, "but for the compression of the sheet"
+
+
 def test_a_file_that_is_no_picture_is_named(open_page: Any, tmp_path: Path) -> None:
     (tmp_path / "letter.png").write_text("Dear Sir")
     page = open_page(random_model(SMALL)).page
@@ -288,6 +311,20 @@ def test_command_writes_the_page_and_its_result(tmp_path: Path, monkeypatch: pyt
     assert record["patches"] == 0
     assert 0 < record["max_abs_difference"] < ORIGINAL
     assert not list(tmp_path.glob(".*")), "no temporary file is left"
+
+
+def test_no_patches_leaves_the_images_of_the_data_set_out(
+    tmp_path: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_model(random_model(SMALL), tmp_path / "model.safetensors")
+    words = ("-w", "model.safetensors", "--format", "html", "--data", str(prepared), "--json")
+    result = run(*words)
+    assert json.loads(result.stdout)["patches"] == len(open_dataset(prepared).split("val"))
+    assert "contains parts of images" in result.stderr
+    assert "image/webp" in (tmp_path / "alexnet.html").read_text("utf-8")
+    assert json.loads(run(*words, "--no-patches").stdout)["patches"] == 0
+    assert "image/webp" not in (tmp_path / "alexnet.html").read_text("utf-8")
 
 
 @pytest.mark.parametrize(

@@ -225,8 +225,8 @@ def _export_html(
         verification = compare(Session(model).logits, Session(round_weights(model)).logits, crops)
         reporter.line(
             "check",
-            f"weights of 8 bits on {len(crops)} {description}: probabilities differ by {verification.max_abs_difference:.1e} "
-            f"at most · top-1 agreement {verification.top1_agreement:.1%}",
+            f"8-bit weights on {len(crops)} {description}: largest difference {verification.max_abs_difference:.1e} "
+            f"in probabilities · top-1 agreement {verification.top1_agreement:.1%}",
         )
     write_page(page, path)
     size = path.stat().st_size

@@ -1,4 +1,4 @@
-"""What excites each unit of layers 1 to 5: small patches of validation images, for the page of `export --format html`."""
+"""What excites each unit of layers 1 to 5: patches of validation images for the page of `export --format html`."""
 
 from __future__ import annotations
 

@@ -9,12 +9,12 @@ const layers = Object.fromEntries(about.layers.map((layer) => [layer.name, layer
 const hasTowers = about.towers > 1;
 const towers = Array.from({ length: about.towers }, (_, tower) => tower);
 const colors = [[90, 190, 220], [245, 150, 80]]; // of the maps of tower 1 and 2
-const strongestShown = 5;
+const strongestShown = 6;
 
 const settings = { off: towers.map(() => false), norm: 1, gray: false };
 const shown = {}; // layer name -> { values, side } of the newest run
 let probabilities, firstFilters, worker, picture;
-let job = 0, isBusy = false, isStale = false, occlusionJob = 0;
+let job = 0, hasPicture = false, isBusy = false, isStale = false, occlusionJob = 0;
 let open; // { layer, unit } of the dialog
 
 // ---- Starting ----
@@ -38,11 +38,12 @@ const messages = {
     firstFilters = filters;
     drawFirstFilters();
     say("");
-    showCanvas(drawings[0].draw());
+    if (!hasPicture) showCanvas(drawings[0].draw());
     document.documentElement.dataset.ready = "";
   },
   picture({ pixels }) {
     picture = pixels;
+    say("");
     drawPicture();
   },
   layer({ layer, values, side }) {
@@ -127,7 +128,7 @@ function makeCanvas(width, height, color) {
 
 function showCanvas(canvas) {
   const { data, width, height } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
-  say("");
+  hasPicture = true;
   clearOcclusion();
   worker.postMessage({ type: "picture", rgba: data, width, height }, [data.buffer]);
   byId("target").dataset.chosen = "";
@@ -285,6 +286,7 @@ byId("webcam").onclick = async () => {
 // ---- Running, switches, answers ----
 
 function run() {
+  if (!hasPicture) return;
   isStale = isBusy;
   if (isBusy) return;
   isBusy = true;
@@ -418,8 +420,11 @@ function showOcclusion({ job: number, done, count, drops, corners, edge, target,
     image.data[i * 4 + 3] = 255;
   }
   canvas.width = canvas.height = side;
-  canvas.hidden = false;
   canvas.getContext("2d").putImageData(image, 0, 0);
+  if (canvas.hidden) {
+    canvas.hidden = false;
+    canvas.scrollIntoView({ block: "nearest" });
+  }
   byId("progress").value = done / (count * count);
   byId("clear").hidden = false;
   if (done < count * count) return;

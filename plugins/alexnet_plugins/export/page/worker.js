@@ -5,7 +5,7 @@
 
 "use strict";
 
-let network, picture; // `picture` is the crop in color
+let loading, network, picture; // `loading` is a promise; `picture` is the crop in color
 let newest = 0; // number of the newest job; older ones stop at their next pause
 
 const tasks = {
@@ -71,7 +71,9 @@ const tasks = {
 
 onmessage = async ({ data }) => {
   try {
-    await tasks[data.type](data);
+    if (data.type === "load") loading = tasks.load(data);
+    await loading;
+    if (data.type !== "load") await tasks[data.type](data);
   } catch (error) {
     postMessage({ type: "failed", message: String(error.message || error) });
   }
