@@ -154,7 +154,7 @@ def describe_network(model: Model) -> tuple[dict[str, Any], list[bytes]]:
         "size": SIDE, "side": recipe.input_size, "signed": recipe.activation == "tanh",
         "mean": numbers.add_rows(np.ascontiguousarray(center).reshape(1, -1), 2**15 - 1, bits=16), "layers": layers,
     }  # fmt: skip
-    maps, side = 3, recipe.input_size  # of all towers together, as the next layer sees them
+    maps, side = 3, int(recipe.input_size)  # of all towers together, as the next layer sees them
     for spec in layer_specs(recipe, len(model.classes)):
         weight = model.tensors[f"{spec.name}.weight"]
         if not all(np.isfinite(model.tensors[f"{spec.name}.{part}"]).all() for part in ("weight", "bias")):

@@ -87,7 +87,8 @@ function make(name, attributes = {}, ...children) {
 }
 
 function percent(share) {
-  return share > 0.0995 || share === 0 ? `${Math.round(share * 100)} %` : `${(share * 100).toFixed(1)} %`;
+  if (share < 0.0005) return "< 0.1 %";
+  return share > 0.0995 ? `${Math.round(share * 100)} %` : `${(share * 100).toFixed(1)} %`;
 }
 
 function describePage() {
@@ -431,7 +432,9 @@ function showOcclusion({ job: number, done, count, drops, corners, edge, target,
   stopOcclusion();
   const top = best(drops), row = Math.floor(top / count) / (count - 1), column = (top % count) / (count - 1);
   const where = `${["at the top", "in the middle", "at the bottom"][Math.min(2, Math.floor(row * 3))]}${["left", "", "right"].map((word) => word && ` ${word}`)[Math.min(2, Math.floor(column * 3))]}`;
-  byId("found").textContent = `The square matters most ${where}: there, ${about.classes[target]} falls from ${percent(whole)} to ${percent(whole - drops[top])}. Red: needed. Blue: the class gains when it is hidden.`;
+  byId("found").textContent = drops[top] < 0.005
+    ? "No square alone makes the network less sure of this class."
+    : `The square matters most ${where}: there, ${about.classes[target]} falls from ${percent(whole)} to ${percent(whole - drops[top])}. Red: needed. Blue: the class gains when it is hidden.`;
   document.documentElement.dataset.occluded = JSON.stringify([...drops]);
 }
 
