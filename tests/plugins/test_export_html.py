@@ -128,7 +128,7 @@ VARIANTS = {
 }
 
 
-EVERYDAY = ("krizhevsky", "caffe", "tiny", "one tower, pools of 2", "tanh, within maps")
+EVERYDAY = {"tiny", "krizhevsky"}
 
 
 @pytest.mark.parametrize(
@@ -204,6 +204,7 @@ def test_the_occlusion_map_is_a_loop_over_squares(open_page: Any, picture: str) 
     assert page.page.is_hidden("#progress")
 
 
+@pytest.mark.slow
 def test_the_occlusion_map_can_be_stopped(open_page: Any) -> None:
     page = open_page(random_model(SMALL))
     page.page.select_option("#count", "15")
@@ -228,7 +229,8 @@ def test_hostile_names_are_only_text(open_page: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("width", "height", "scheme"),
     [
-        (390, 844, "dark"), (1280, 800, "light"),
+        (390, 844, "dark"),
+        pytest.param(1280, 800, "light", marks=pytest.mark.slow),
         pytest.param(390, 844, "light", marks=pytest.mark.slow),
         pytest.param(1280, 800, "dark", marks=pytest.mark.slow),
     ],

@@ -21,7 +21,7 @@ def view_offsets(side: int, count: int) -> list[tuple[int, int]]:
 
 def make_views(image: npt.NDArray[np.uint8], side: int, count: int) -> npt.NDArray[np.uint8]:
     """Cut 1 view (the center) or 10 (corners, center, their mirrors): 256 x 256 x 3 -> count x 3 x side x side."""
-    return _cut_views(np.ascontiguousarray(image.transpose(2, 0, 1)), side, count)
+    return cut_views(np.ascontiguousarray(image.transpose(2, 0, 1)), side, count)
 
 
 def mean_correction(mean: npt.NDArray[np.float32], side: int, count: int) -> npt.NDArray[np.float32]:
@@ -29,9 +29,10 @@ def mean_correction(mean: npt.NDArray[np.float32], side: int, count: int) -> npt
 
     The exported graph always subtracts the center of the mean image.
     """
-    return _cut_views(mean, side, 1) - _cut_views(mean, side, count)
+    return cut_views(mean, side, 1) - cut_views(mean, side, count)
 
 
-def _cut_views(planes: npt.NDArray[T], side: int, count: int) -> npt.NDArray[T]:
+def cut_views(planes: npt.NDArray[T], side: int, count: int) -> npt.NDArray[T]:
+    """Cut 1 view or 10 out of planes: 3 x 256 x 256 -> count x 3 x side x side."""
     views = np.stack([planes[:, y : y + side, x : x + side] for y, x in view_offsets(side, count)])
     return views if count == 1 else np.concatenate([views, views[..., ::-1]])
