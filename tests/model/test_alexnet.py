@@ -143,6 +143,20 @@ def test_without_a_tower_its_units_are_zero_for_all_that_follows(tower: int) -> 
     assert torch.equal(network(x), before)
 
 
+@pytest.mark.parametrize("recipe", [*(replace(r, width=1 / 16) for r in RECIPES.values()), VARIANTS[5]])
+def test_a_silenced_model_is_the_network_without_that_tower(recipe: Recipe) -> None:
+    model, x = random_model(recipe), make_input(recipe)
+    network = AlexNet.from_model(model)
+    with network.without_tower(2):
+        expected = network(x)
+    torch.testing.assert_close(AlexNet.from_model(model_file.silence_tower(model, 2))(x), expected)
+
+
+def test_a_single_tower_cannot_be_silenced() -> None:
+    with pytest.raises(UsageError, match="has a single tower"):
+        model_file.silence_tower(random_model(replace(SMALL, towers=1)), 1)
+
+
 def test_training_drops_half_of_the_units_and_does_not_scale_them() -> None:
     """Section 4.2; recipe `fast` divides what it keeps by 1 - p instead."""
     x = make_input(SMALL, 4)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ from safetensors.numpy import save
 from alexnet_cli import recipe_io
 from alexnet_cli.core.data.classes import ClassName, parse_classes
 from alexnet_cli.core.files import write_chunks
-from alexnet_cli.core.model.architecture import tensor_shapes
-from alexnet_cli.errors import RecipeError, StorageError, WeightsError
+from alexnet_cli.core.model.architecture import check_layers, layer_specs, tensor_shapes
+from alexnet_cli.errors import RecipeError, StorageError, UsageError, WeightsError
 from alexnet_cli.recipe import SIDE, Recipe
 
 SCHEMA = "alexnet.model/1"
@@ -96,6 +96,28 @@ def read_model(path: Path) -> Model:
         raise WeightsError(f"{path} does not exist", "name a run, a checkpoint or a .safetensors file") from error
     except (SafetensorError, OSError, ValueError, TypeError, MemoryError) as error:
         raise WeightsError(f"{path} cannot be read: {error}", "the file is damaged; use another checkpoint") from error
+
+
+def silence_tower(model: Model, tower: int) -> Model:
+    """The network with a tower (from 1) switched off: its maps and units are zero wherever others could see them.
+
+    Every weight and bias of its layers 1 to 7 is zero, and every weight that reads them.
+
+    Raises:
+        UsageError: the network has no such tower, or only one.
+    """
+    check_layers(model.recipe, (), tower)
+    if model.recipe.towers == 1:
+        raise UsageError(f"{model.path} has a single tower", "only a network of two towers can do without one")
+    tensors = dict(model.tensors)
+    for spec in layer_specs(model.recipe, len(model.classes)):
+        weight, bias = tensors[f"{spec.name}.weight"].copy(), tensors[f"{spec.name}.bias"].copy()
+        if spec.towers > 1:
+            np.split(weight, spec.towers)[tower - 1][:] = np.split(bias, spec.towers)[tower - 1][:] = 0
+        if spec.sees_both:
+            np.split(weight, model.recipe.towers, axis=1)[tower - 1][:] = 0
+        tensors |= {f"{spec.name}.weight": weight, f"{spec.name}.bias": bias}
+    return replace(model, tensors=tensors, info={**model.info, "without_tower": tower})
 
 
 def write_model(model: Model, path: Path) -> None:
