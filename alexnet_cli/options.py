@@ -110,6 +110,10 @@ SettingsOption = Annotated[
         autocompletion=complete_setting,
     ),
 ]
+WithoutTowerOption = Annotated[
+    int | None,
+    typer.Option("--without-tower", metavar="1|2", help="Switch this tower off", show_default=False),
+]
 BatchOption = Annotated[int | None, typer.Option("--batch-size", "-b", min=1, help="Images per batch")]
 GpusOption = Annotated[
     str | None,

@@ -19,7 +19,7 @@ ROWS = (
     {"parallel", "inference"},
     {"runs", "model"},
     {"data"},
-    {"files", "signals", "drawing", "devices"},
+    {"files", "signals", "drawing", "devices", "intervals"},
 )
 WITHOUT_TORCH = ("data", "model/architecture.py", "model/model_file.py", "runs", "inference")
 WITH_TORCH = {

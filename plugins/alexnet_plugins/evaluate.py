@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import json as jsonlib
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from alexnet_cli.console import Reporter, make_printable
-from alexnet_cli.errors import DataError, StorageError
+from alexnet_cli.errors import DataError, StorageError, UsageError
 from alexnet_cli.options import (
     BatchOption,
     GpusOption,
@@ -22,6 +23,7 @@ from alexnet_cli.options import (
     QuietFlag,
     ViewsOption,
     WeightsOption,
+    WithoutTowerOption,
 )
 
 if TYPE_CHECKING:
@@ -32,10 +34,13 @@ if TYPE_CHECKING:
     from alexnet_cli.core.data.classes import ClassName
     from alexnet_cli.core.data.shards import Split
     from alexnet_cli.core.evaluation.evaluate import Classify, Evaluation
+    from alexnet_cli.core.evaluation.towers import ClassNeed, TowerCounts
+    from alexnet_cli.core.model.model_file import Model
     from alexnet_cli.recipe import Recipe
 
 DEFAULT_BATCH_SIZE = 128
 MOST_LISTED = 10  # classes and pairs of classes, but at most half of the classes
+NO_FILES = "none, because the weights are not in a run; use -o DIR to write per-class errors"
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,16 @@ def evaluate(
     data: OwnDataOption = None,
     split: Annotated[str, typer.Option(help="Split of the data set: train or val")] = "val",
     views: ViewsOption = 1,
+    without_tower: WithoutTowerOption = None,
+    grayscale: Annotated[
+        bool, typer.Option("--grayscale", help="Make the images gray first", show_default=False)
+    ] = False,
+    towers: Annotated[
+        bool,
+        typer.Option(
+            "--towers", help="Compare the whole network and each tower alone, in color and gray", show_default=False
+        ),
+    ] = False,
     batch_size: BatchOption = None,
     gpus: GpusOption = None,
     jobs: JobsOption = None,
@@ -72,8 +87,10 @@ def evaluate(
     """
     from alexnet_cli.core.data.shards import find_dataset, open_dataset
     from alexnet_cli.core.evaluation import results
-    from alexnet_cli.core.evaluation.evaluate import match_classes
+    from alexnet_cli.core.evaluation.evaluate import match_classes, to_gray
+    from alexnet_cli.core.evaluation.towers import NETWORKS
     from alexnet_cli.core.files import hash_file
+    from alexnet_cli.core.model.model_file import read_model, silence_tower
     from alexnet_cli.core.runs.resolve import (
         describe_unfinished_run,
         describe_weights,
@@ -84,20 +101,36 @@ def evaluate(
     )
 
     reporter = Reporter("evaluate", json=json, quiet=quiet)
-    path = find_weights(weights, (".safetensors", ".onnx"))
+    if towers and (without_tower is not None or grayscale or predictions):
+        what = "--towers does not go with --without-tower, --grayscale or --predictions"
+        raise UsageError(what, "it measures both towers and each alone, in color and gray; leave the others out")
+    has_silent_tower = towers or without_tower is not None
+    path = find_weights(weights, (".safetensors",) if has_silent_tower else (".safetensors", ".onnx"))
     dataset = open_dataset(find_dataset(data or find_training_data(path)))
     images = dataset.split(split)
     if not len(images):
         raise DataError(f"{dataset.path}: split {split} has no images", "prepare it again with --val-fraction 0.1")
     backend = "onnx" if path.suffix == ".onnx" else "torch"
-    model = _load_onnx(path, views, gpus) if backend == "onnx" else _load_torch(path, views, gpus)
+    if backend == "onnx":
+        networks = {without_tower: _load_onnx(path, views, gpus)}
+    else:
+        stored = read_model(path)
+        networks = {
+            tower: _load_torch(stored if tower is None else silence_tower(stored, tower), views, gpus)
+            for tower in (NETWORKS if towers else [without_tower])
+        }
+    model = networks[without_tower]
+    if grayscale:
+        classify = model.classify
+        model = replace(model, classify=lambda images: classify(to_gray(images)))
     classes = model.classes
     output_of = match_classes(classes, dataset.classes, path)
     reporter.line("weights", describe_weights(path, model.info), always=weights is None)
     if remark := describe_unfinished_run(path):
         reporter.line("note", remark)
     reporter.line("data", f"{dataset.path} · {split} · {len(images):,} images, each counted once")
-    reporter.line("mode", f"{results.PROTOCOL[views]} · {backend} · {model.device}")
+    gray = " · gray images" if grayscale else ""
+    reporter.line("mode", f"{results.PROTOCOL[views]} · {backend} · {model.device}{gray}")
     if len(dataset.classes) < len(classes):
         share = f"{len(dataset.classes):,} of the network's {len(classes):,} classes"
         reporter.line("note", f"the data set has {share}; predictions of the other classes count as errors")
@@ -105,22 +138,35 @@ def evaluate(
     folder = output or (run / "eval" if run else None)
     if folder:
         results.make_folder(folder)
+    source = results.describe_source(split, path, hash_file(path), dataset)
+    condition = [f"without-tower{without_tower}"] if without_tower else ["towers"] if towers else []
+    stem = results.make_file_stem(split, views, path, dataset, condition + ["gray"] * grayscale)
+    if towers:
+        classifiers = {tower: network.classify for tower, network in networks.items()}
+        tower_counts = _count_towers(reporter, path, classifiers, images, output_of, len(classes), batch_size, jobs)
+        record = _report_towers(reporter, tower_counts, classes, views, source)
+        _write_record(reporter, folder, stem, record)
+        return
     counts = _count_images(reporter, model, images, output_of, batch_size, jobs, predictions)
     published = results.find_published(model.recipe, dataset.classes)
     totals = results.summarize(counts, views, backend, published)
-    totals |= results.describe_source(split, path, hash_file(path), dataset)
+    totals |= source | ({"without_tower": without_tower} if without_tower else {})
+    totals |= {"grayscale": True} if grayscale else {}
     _report(reporter, counts, classes, totals)
     if published:
         reporter.show(f"known   {results.format_published(published, views, counts.images)}")
     _report_worst(reporter, counts, classes)
-    if (split, views, backend) == ("val", 1, "torch") and is_training_data(path, dataset):
+    if (
+        not (without_tower or grayscale)
+        and (split, views, backend) == ("val", 1, "torch")
+        and is_training_data(path, dataset)
+    ):
         _explain_difference(reporter, model.info, run, counts.top1_error)
     if folder:
-        stem = results.make_file_stem(split, views, path, dataset)
         files = results.write_results(folder, stem, counts, classes, totals)
         reporter.line("files", f"{files[0].parent}: {', '.join(file.name for file in files)}")
     else:
-        reporter.line("files", "none, because the weights are not in a run; use -o DIR to write per-class errors")
+        reporter.line("files", NO_FILES)
     reporter.line("next", f"alexnet predict IMAGE{f' -w {shlex.quote(weights)}' if weights else ''}")
 
 
@@ -142,9 +188,7 @@ def _count_images(
 
     counts = Evaluation.empty(len(model.classes))
     size = min(batch_size or DEFAULT_BATCH_SIZE, len(images))
-    classify = HalvingClassifier(
-        model.classify, lambda n: reporter.warn(f"out of memory: using a batch size of {n}", f"start with -b {n}")
-    )
+    classify = HalvingClassifier(model.classify, lambda n: _warn_of_halving(reporter, n))
     with contextlib.ExitStack() as stack:
         out = stack.enter_context(_open_predictions(predictions)) if predictions else None
         loader = stack.enter_context(loading.Loader(images, size, choose_decode_threads(jobs)))
@@ -161,19 +205,113 @@ def _count_images(
     return counts
 
 
-def _load_torch(path: Path, views: int, gpus: str | None) -> LoadedModel:
-    """Load a model file in PyTorch."""
+def _warn_of_halving(reporter: Reporter, batch_size: int) -> None:
+    reporter.warn(f"out of memory: using a batch size of {batch_size}", f"start with -b {batch_size}")
+
+
+def _count_towers(
+    reporter: Reporter,
+    path: Path,
+    classifiers: Mapping[int | None, Classify],
+    images: Split,
+    output_of: Any,
+    classes: int,
+    batch_size: int | None,
+    jobs: int | None,
+) -> TowerCounts:
+    """Classify every image of the split by the whole network and by each tower alone, in color and gray."""
+    from alexnet_cli.core.data.loader import Loader, all_batches
+    from alexnet_cli.core.evaluation.evaluate import HalvingClassifier
+    from alexnet_cli.core.evaluation.towers import TowerCounts, evaluate_towers
+    from alexnet_cli.core.parallel.placement import choose_decode_threads
+
+    counts, size = TowerCounts.empty(classes), min(batch_size or DEFAULT_BATCH_SIZE, len(images))
+    halving = {
+        tower: HalvingClassifier(classify, lambda n: _warn_of_halving(reporter, n))
+        for tower, classify in classifiers.items()
+    }
+    with (
+        Loader(images, size, choose_decode_threads(jobs)) as loader,
+        reporter.progress(images.name, total=len(images)) as bar,
+    ):
+        batches = loader.batches(all_batches(len(images), size))
+        for batch in evaluate_towers(halving, batches, counts, output_of):
+            counts.check_finite(path)
+            bar.advance(len(batch.rows))
+    return counts
+
+
+def _report_towers(
+    reporter: Reporter, counts: TowerCounts, classes: Sequence[ClassName], views: int, source: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Write what each tower does as JSON or as text. Returns the record."""
+    from alexnet_cli.core.evaluation import results, towers
+    from alexnet_cli.core.intervals import format_points
+
+    totals = results.summarize(counts.evaluations[towers.WHOLE], views, "torch")
+    errors, needs = counts.list_errors(), counts.list_classes(classes)
+    kept = ("images", "views", "protocol", "chance_error", "commonest_error", "backend")
+    record = {key: totals[key] for key in kept} | dict(source)
+    record |= {"towers": [asdict(row) for row in errors], "classes": [asdict(row) for row in needs]}
+    reporter.result(record)
+    reporter.show(f"{'top-1 error':<16}{'color':>7}{'gray':>8}   {'gray costs, points':<24}says most often, in color")
+    for color, gray in zip(errors[:3], errors[3:], strict=True):
+        answers = counts.evaluations[color.without_tower, False].confusion.sum(axis=0)
+        most = f"{classes[int(answers.argmax())].name}, {answers.max() / counts.images:.0%}"
+        cost = format_points(gray.lost_in_gray, gray.lost_in_gray_interval)
+        name = towers.describe_condition(color.without_tower)
+        numbers = f"{color.top1_error:>7.1%}{gray.top1_error:>8.1%}   {cost:<24}"
+        reporter.show(make_printable(f"{name:<16}{numbers}{most}"))
+    for color, gray in zip(errors[2:0:-1], errors[5:3:-1], strict=True):
+        costs = [format_points(row.lost_without_tower, row.lost_without_tower_interval) for row in (color, gray)]
+        reporter.show(f"switching tower {color.without_tower} off costs {costs[0]} points in color, {costs[1]} in gray")
+    _report_needs(reporter, needs)
+    return record
+
+
+def _report_needs(reporter: Reporter, needs: Sequence[ClassNeed]) -> None:
+    """Show the classes where it matters most which tower is left, in color."""
+    from alexnet_cli.core.intervals import format_points
+
+    half = MOST_LISTED // 2
+    listed = needs if len(needs) <= MOST_LISTED else [*needs[:half], *needs[-half:]]
+    width = max(14, *(len(row.name) for row in listed)) + 2
+    heads = "".join(f"{head:>16}" for head in ("both towers", "tower 1 alone", "tower 2 alone"))
+    reporter.show(f"{'right (answers)':<{width}}{heads}   tower 1 - tower 2, points")
+    for row in listed:
+        cells = [f"{1 - row.top1_errors[i]:.0%} ({row.answers[i]:,})" for i in range(3)]
+        difference = format_points(row.difference, row.difference_interval)
+        reporter.show(make_printable(f"{row.name:<{width}}{''.join(f'{cell:>16}' for cell in cells)}   {difference}"))
+    reporter.line("note", "a tower alone was not trained to work alone: it may answer one class for most images")
+
+
+def _write_record(reporter: Reporter, folder: Path | None, stem: str, record: Mapping[str, Any]) -> None:
+    """Write the record of --towers into the folder of results, if there is one."""
+    from alexnet_cli.core.files import write_text
+
+    if folder is None:
+        reporter.line("files", NO_FILES)
+        return
+    path = folder / f"{stem}.json"
+    try:
+        write_text(path, jsonlib.dumps(record, indent=2) + "\n")
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror}", "free space, or choose another -o") from error
+    reporter.line("files", str(path))
+
+
+def _load_torch(model: Model, views: int, gpus: str | None) -> LoadedModel:
+    """Load the content of a model file in PyTorch."""
     from alexnet_cli.core.data.augment import Augment
     from alexnet_cli.core.evaluation.evaluate import TorchClassifier
-    from alexnet_cli.core.model.model_file import read_model
     from alexnet_cli.core.model.network import network_from_model
     from alexnet_cli.core.parallel.placement import place
 
-    model, placement = read_model(path), place(gpus, "fp32")
+    placement = place(gpus, "fp32")
     augment = Augment(model.recipe, model.mean, None, None, placement.device)
     network = network_from_model(model).to(placement.device)
     classify = TorchClassifier(network, augment, placement, views)
-    return LoadedModel(path, classify, model.classes, model.recipe, f"{placement.name} · fp32", model.info)
+    return LoadedModel(model.path, classify, model.classes, model.recipe, f"{placement.name} · fp32", model.info)
 
 
 def _load_onnx(path: Path, views: int, gpus: str | None) -> LoadedModel:
@@ -195,11 +333,12 @@ def _load_onnx(path: Path, views: int, gpus: str | None) -> LoadedModel:
 def _report(reporter: Reporter, counts: Evaluation, classes: Sequence[ClassName], totals: dict[str, Any]) -> None:
     """Write the totals as JSON or as text, with remarks on a network that is no better than guessing."""
     from alexnet_cli.core.evaluation import baselines
+    from alexnet_cli.core.intervals import wilson_interval
 
     reporter.result(totals)
     for k, error in ((1, counts.top1_error), (5, counts.top5_error)):
         if k < len(classes):
-            low, high = baselines.wilson_interval(error, counts.images)
+            low, high = wilson_interval(error, counts.images)
             guessing = baselines.format_baselines(totals["chance_error"], totals["commonest_error"])
             prefix = f"{guessing}; " if k == 1 else ""
             reporter.show(
@@ -208,7 +347,10 @@ def _report(reporter: Reporter, counts: Evaluation, classes: Sequence[ClassName]
     if remark := baselines.describe_totals(totals):
         reporter.line("note", remark)
     if remark := baselines.describe_one_sided(counts.confusion, [name.name for name in classes]):
-        reporter.warn(remark, baselines.ONE_SIDED_HINT)
+        if "without_tower" in totals:
+            reporter.line("note", remark)
+        else:
+            reporter.warn(remark, baselines.ONE_SIDED_HINT)
 
 
 def _report_worst(reporter: Reporter, counts: Evaluation, classes: Sequence[ClassName]) -> None:

@@ -14,7 +14,7 @@ import typer
 
 from alexnet_cli.console import Reporter, format_probabilities, make_printable
 from alexnet_cli.errors import PartialError, StorageError, UsageError
-from alexnet_cli.options import JsonFlag, QuietFlag, ViewsOption, WeightsOption, complete_layers
+from alexnet_cli.options import JsonFlag, QuietFlag, ViewsOption, WeightsOption, WithoutTowerOption, complete_layers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -35,6 +35,7 @@ def predict(
     weights: WeightsOption = None,
     k: Annotated[int, typer.Option("-k", "--top-k", min=1, help="Number of labels to show")] = 5,
     views: ViewsOption = 1,
+    without_tower: WithoutTowerOption = None,
     csv: Annotated[Path | None, typer.Option(help="Write the predictions to this CSV file instead of stdout")] = None,
     features: Annotated[
         list[str] | None,
@@ -76,9 +77,10 @@ def predict(
     images = expand_inputs(inputs, getattr(sys.stdin, "buffer", None), run_images)
     if output and output.suffix == ".safetensors":
         predicting.check_paths_fit(images)
-    model = find_weights(weights, (".safetensors",) if backend == "torch" else (".onnx", ".safetensors"))
+    needs_model_file = backend == "torch" or without_tower is not None
+    model = find_weights(weights, (".safetensors",) if needs_model_file else (".onnx", ".safetensors"))
     fast_start = len(images) * views <= predicting.FAST_START_VIEWS
-    classifier = predicting.open_classifier(model, backend, fast_start, layers)
+    classifier = predicting.open_classifier(model, backend, fast_start, layers, without_tower)
     check_layers(classifier.recipe, layers, tower)
     reporter.line("weights", describe_weights(model, classifier.info), always=weights is None)
     if remark := describe_unfinished_run(model):
@@ -107,7 +109,7 @@ def predict(
                 write_activations(prediction)
             if progress:
                 progress.advance(1)
-            reporter.result(_make_record(prediction))
+            reporter.result(_make_record(prediction) | ({"without_tower": without_tower} if without_tower else {}))
             if shows_tables:
                 reporter.show(_format_table(prediction, with_path=len(images) > 1))
     seconds = time.perf_counter() - started

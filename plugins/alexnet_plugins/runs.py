@@ -290,7 +290,7 @@ def measure_pair(reporter: Reporter, pair: tuple[Run, Run], data: str | None) ->
         DataError: there is no common data set, or a run has no weights.
     """
     from alexnet_cli.core.data.shards import find_dataset, open_dataset
-    from alexnet_cli.core.export.export import paired_interval
+    from alexnet_cli.core.intervals import paired_interval
     from alexnet_cli.core.runs.resolve import find_training_data, find_weights
 
     weights = [find_weights(str(run.path.absolute())) for run in pair]

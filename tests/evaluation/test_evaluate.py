@@ -12,8 +12,8 @@ import torch
 from alexnet_cli.core.data.augment import Augment
 from alexnet_cli.core.data.classes import ClassName
 from alexnet_cli.core.data.loader import Batch
-from alexnet_cli.core.evaluation.baselines import wilson_interval
 from alexnet_cli.core.evaluation.evaluate import Evaluation, TorchClassifier, evaluate, match_classes, rank_classes
+from alexnet_cli.core.intervals import wilson_interval
 from alexnet_cli.core.model.network import Network, initialize
 from alexnet_cli.core.parallel.placement import Placement
 from alexnet_cli.errors import DataError

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from alexnet_cli.core.data.shards import open_dataset
-from alexnet_cli.core.export.export import paired_interval
+from alexnet_cli.core.intervals import paired_interval
 from alexnet_cli.core.runs.run import Run
 from alexnet_cli.recipe import PAPER, Recipe
 from commands import alexnet

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from alexnet_cli.core.intervals import wilson_interval
+
 ClassCounts = npt.NDArray[np.int64]
 """Number of images of each class."""
 
@@ -44,13 +46,6 @@ def constant_loss(counts: ClassCounts, smoothing: float = 0.0) -> float:
 def rank_network(error: float, loss: float, images: int) -> tuple[float, float]:
     """Return a key that sorts networks, best first: lowest error, then loss; with fewer than FEW_IMAGES, loss alone."""
     return (error if images >= FEW_IMAGES else 0.0, loss)
-
-
-def wilson_interval(error: float, images: int, z: float = 1.96) -> tuple[float, float]:
-    """Return Wilson's 95 % confidence interval of a share measured on so many images; it stays within 0 and 1."""
-    middle = (error + z**2 / (2 * images)) / (1 + z**2 / images)
-    half = z * math.sqrt(error * (1 - error) / images + z**2 / (4 * images**2)) / (1 + z**2 / images)
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def bound_lowest_error(error: float, images: int, epochs: int) -> float:

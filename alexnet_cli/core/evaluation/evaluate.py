@@ -95,6 +95,13 @@ def rank_classes(probabilities: npt.NDArray[np.float32], k: int) -> npt.NDArray[
     return order
 
 
+def to_gray(images: Tensor) -> Tensor:
+    """Uint8 N x H x W x 3, the same in gray: the luma of ITU-R BT.601 in each channel, as Pillow's convert("L")."""
+    red, green, blue = (channel.int() for channel in images.unbind(-1))
+    luma = (red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16
+    return luma.to(torch.uint8).unsqueeze(-1).repeat(1, 1, 1, 3)
+
+
 class TorchClassifier:
     """A network as a function from images to probabilities, averaged over `views` views (section 4.1)."""
 

@@ -19,6 +19,7 @@ from alexnet_cli.core.evaluation import baselines
 from alexnet_cli.core.evaluation.confusion_matrix import draw_confusion_matrix
 from alexnet_cli.core.evaluation.evaluate import Evaluation
 from alexnet_cli.core.files import read_file
+from alexnet_cli.core.intervals import wilson_interval
 from alexnet_cli.core.runs.resolve import is_best, is_training_data
 from alexnet_cli.errors import DataError, StorageError
 from alexnet_cli.recipe import Recipe
@@ -65,8 +66,8 @@ def summarize(counts: Evaluation, views: int, backend: str, published: Published
         "protocol": f"{PROTOCOL[views]}, every image once",
         "top1_error": counts.top1_error,
         "top5_error": counts.top5_error,
-        "top1_error_interval": baselines.wilson_interval(counts.top1_error, counts.images),
-        "top5_error_interval": baselines.wilson_interval(counts.top5_error, counts.images),
+        "top1_error_interval": wilson_interval(counts.top1_error, counts.images),
+        "top5_error_interval": wilson_interval(counts.top5_error, counts.images),
         "top1_accuracy": 1 - counts.top1_error,
         "top5_accuracy": 1 - counts.top5_error,
         "chance_error": baselines.guessing_error(len(counts.confusion)),
@@ -83,8 +84,11 @@ def describe_source(split: str, weights: Path, sha256: str, dataset: Dataset) ->
     return {"split": split, "weights": str(weights), **data, "weights_sha256": sha256}
 
 
-def make_file_stem(split: str, views: int, weights: Path, dataset: Dataset) -> str:
-    """Return the stem of the result files. It differs between the weights files and data sets of one run."""
+def make_file_stem(split: str, views: int, weights: Path, dataset: Dataset, condition: Sequence[str] = ()) -> str:
+    """Return the stem of the result files. It differs between the weights files and data sets of one run.
+
+    `condition` says what else differs from a usual evaluation, such as "gray".
+    """
     parts = [split, str(views)]
     if weights.suffix == ".onnx":
         parts.append(weights.stem)
@@ -92,7 +96,7 @@ def make_file_stem(split: str, views: int, weights: Path, dataset: Dataset) -> s
         parts.append(weights.resolve().parent.name)
     if not is_training_data(weights, dataset):
         parts.append(dataset.path.resolve().name)
-    return "-".join(parts)
+    return "-".join([*parts, *condition])
 
 
 def format_published(published: PublishedErrors, views: int, images: int) -> str:
@@ -207,6 +211,7 @@ def read_results(
 def find_evaluations(folder: Path, sha256: str) -> list[dict[str, Any]]:
     """Return the totals of every evaluation in a folder of the weights with this checksum, ordered by file name.
 
+    Only of the whole network on images as they are.
     The intervals are computed again. Files that are corrupt, or no evaluations, are left out.
     """
     found = []
@@ -216,11 +221,13 @@ def find_evaluations(folder: Path, sha256: str) -> list[dict[str, Any]]:
             images, protocol = totals["images"], PROTOCOL[totals["views"]]
             if totals["weights_sha256"] != sha256 or type(images) is not int or images < 1:
                 continue
+            if totals.keys() & {"without_tower", "grayscale"}:
+                continue
             for key in ("top1_error", "top5_error"):
                 totals[key] = float(totals[key])
                 if not 0 <= totals[key] <= 1:
                     raise ValueError(f"{key} is {totals[key]}")
-                totals[f"{key}_interval"] = baselines.wilson_interval(totals[key], images)
+                totals[f"{key}_interval"] = wilson_interval(totals[key], images)
             texts = {key: str(totals[key]) for key in ("split", "data")}
             found.append(totals | texts | {"protocol": f"{protocol}, every image once"})
         except (OSError, DataError, ValueError, TypeError, KeyError, RecursionError):

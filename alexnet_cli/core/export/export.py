@@ -6,7 +6,6 @@ many correct answers on validation images.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from alexnet_cli.core.files import replace_file, write_text
 from alexnet_cli.core.inference import onnx_metadata
 from alexnet_cli.core.inference.onnx_graph import build_graph, save_graph
 from alexnet_cli.core.inference.session import Session
+from alexnet_cli.core.intervals import paired_interval
 from alexnet_cli.core.model.model_file import Model
 from alexnet_cli.errors import DataError, StorageError, UsageError, VerificationError, WeightsError
 
@@ -200,18 +200,6 @@ def check_names(model: Model, path: Path) -> None:
 
 def _format_names(model: Model) -> str:
     return "".join(" ".join(c.name.splitlines()) + "\n" for c in model.classes)
-
-
-def paired_interval(only_first: int, only_second: int, images: int) -> tuple[float, float]:
-    """95 % interval of how much more often a first network is right than a second, on the same images.
-
-    `only_first` and `only_second` count the images that only one classifies correctly. The interval is that of Agresti
-    and Min (2005): not of width 0 if no answer differs.
-    """
-    images, different = images + 2, only_first + only_second + 1
-    difference = (only_first - only_second) / images
-    half = 1.96 * math.sqrt(different / images - difference**2) / math.sqrt(images)
-    return max(-1.0, difference - half), min(1.0, difference + half)
 
 
 @dataclass(frozen=True)

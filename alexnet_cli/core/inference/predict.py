@@ -6,10 +6,11 @@ conv3, drop7, ...        for each layer float32 N x maps x rows x columns, or N 
 paths                    N strings, without the images that could not be read
 labels, wnids, indices   N strings, N strings, int64 N: the most likely class
 probabilities            float32 N: of that class
-weights, tower           path of the model file; the tower, if only one was asked for
+weights                  path of the model file
+tower, without_tower     the tower, if only one was asked for; the one that was switched off, if any
 
-A .safetensors file has the same layers, `indices` and `probabilities`. Its metadata has as JSON `paths`, `weights` and
-`tower`, and `classes` and `wnids` by index, not by image: the format limits it to 100 MB.
+A .safetensors file has the same layers, `indices` and `probabilities`. Its metadata has as JSON the last two lines and
+`paths`, and `classes` and `wnids` by index, not by image: the format limits it to 100 MB.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ from alexnet_cli.core.data.images import ImageArray
 from alexnet_cli.core.data.views import make_views, mean_correction
 from alexnet_cli.core.files import replace_file
 from alexnet_cli.core.inference.inputs import ImageInput, prefetch
-from alexnet_cli.core.inference.session import LayerChoice, Session
+from alexnet_cli.core.inference.session import LayerChoice, ModelSource, Session
+from alexnet_cli.core.model.model_file import read_model, silence_tower
 from alexnet_cli.errors import StorageError, UsageError, WeightsError
 
 BATCH = 32  # views in one pass of the network
@@ -71,21 +73,28 @@ class Prediction:
 
 
 def open_classifier(
-    path: Path, backend: Literal["auto", "onnx", "torch"], fast_start: bool = False, layers: LayerChoice = ()
+    path: Path,
+    backend: Literal["auto", "onnx", "torch"],
+    fast_start: bool = False,
+    layers: LayerChoice = (),
+    without_tower: int | None = None,
 ) -> Classifier:
     """Open a model file; only backend `torch` imports torch. `layers`: compute the activations of these layers too.
 
+    `without_tower` (from 1) switches a tower off, which needs a .safetensors file.
+
     Raises:
         WeightsError: the file is missing, corrupt or another program's.
-        UsageError: backend `torch` with an ONNX file, or the network has no such layer.
+        UsageError: backend `torch` with an ONNX file, or the network has no such layer or tower, or a single tower.
     """
+    source: ModelSource = path if without_tower is None else silence_tower(read_model(path), without_tower)
     if backend != "torch":
-        return Session(path, fast_start=fast_start, layers=layers)
+        return Session(source, fast_start=fast_start, layers=layers)
     if path.suffix == ".onnx":
         raise UsageError(f"--backend torch cannot run {path}", "use a run, a checkpoint or a .safetensors file")
     from alexnet_cli.core.inference.torch_session import TorchSession
 
-    return TorchSession(path, layers=layers)
+    return TorchSession(source, layers=layers)
 
 
 def predict(images: Iterable[ImageInput], classifier: Classifier, k: int = 5, views: int = 1) -> Generator[Prediction]:
@@ -218,6 +227,12 @@ class _Feature:
         self.file.close()
 
 
+def _describe_towers(classifier: Classifier, tower: int | None) -> dict[str, int]:
+    """The tower whose activations are kept, and the tower that was switched off, if any."""
+    towers = {"tower": tower, "without_tower": classifier.info.get("without_tower")}
+    return {key: value for key, value in towers.items() if value}
+
+
 def _write_npz(
     path: Path, features: list[_Feature], kept: list[tuple[str, Label]], classifier: Classifier, tower: int | None
 ) -> None:
@@ -229,7 +244,7 @@ def _write_npz(
         "indices": np.array([label.index for label in best], np.int64),
         "probabilities": np.array([label.probability for label in best], np.float32),
         "weights": np.array(str(classifier.path)),
-    } | ({"tower": np.array(tower)} if tower else {})
+    } | {key: np.array(value) for key, value in _describe_towers(classifier, tower).items()}
     with zipfile.ZipFile(path, "w") as archive:
         for feature in features:
             with archive.open(f"{feature.layer}.npy", "w", force_zip64=True) as member:
@@ -249,7 +264,7 @@ def _write_safetensors(
         "paths": [path for path, _ in kept],
         "classes": [name for name, _ in classifier.classes],
         "wnids": [wnid or "" for _, wnid in classifier.classes],
-    } | ({"tower": tower} if tower else {})
+    } | _describe_towers(classifier, tower)
     indices = np.array([label.index for _, label in kept], "<i8")
     probabilities = np.array([label.probability for _, label in kept], "<f4")
     header, end = dict[str, Any]({"__metadata__": {key: json.dumps(value) for key, value in metadata.items()}}), 0

@@ -38,8 +38,9 @@ from alexnet_cli.core.evaluation.evaluate import (
     evaluate,
     match_classes,
 )
+from alexnet_cli.core.evaluation.towers import TowerCounts, evaluate_towers
 from alexnet_cli.core.files import hash_file, read_link
-from alexnet_cli.core.model.model_file import Model, read_model
+from alexnet_cli.core.model.model_file import Model, read_model, silence_tower
 from alexnet_cli.core.model.network import network_from_model
 from alexnet_cli.core.parallel.placement import Placement, choose_decode_threads
 from alexnet_cli.core.report.history import History, read_history
@@ -51,8 +52,9 @@ from alexnet_cli.recipe import PAPER, Recipe
 FEW_CLASSES = 5  # with so few classes every answer is in the top 5
 BATCH = 128
 SAMPLE = 256  # images among which examples are searched
+TOWER_IMAGES = 2000  # on which the towers are switched off, at most: it takes six passes
 EXAMPLES = 8  # correct ones, and as many wrong ones
-PARTS = ("results", "examples", "neighbors")
+PARTS = ("results", "towers", "examples", "neighbors")
 NOT_COMPUTED = "not computed yet; alexnet report adds it"
 ATTEMPTS = 3  # to open a checkpoint that a running training may just have replaced
 
@@ -86,6 +88,7 @@ class Measurements:
     """What the network predicts for the images of a data set. Parts that are missing are empty."""
 
     results: Results = ()
+    towers: TowerCounts | None = None
     correct: tuple[Example, ...] = ()
     wrong: tuple[Example, ...] = ()
     sampled: int = 0
@@ -300,8 +303,15 @@ def _compute_measurements(
         saved = ((totals, counts),)
         if run and not unsaved and is_best(model.path):
             unsaved = _save_results(run, opened, data, totals, counts)
+    towers = None
+    if model.recipe.towers > 1:
+        classifiers: dict[int | None, Classify] = {None: classify}
+        for tower in (1, 2):
+            network = network_from_model(silence_tower(model, tower)).to(placement.device)
+            classifiers[tower] = HalvingClassifier(TorchClassifier(network, augment, placement), lambda n: None)
+        towers = _count_towers(classifiers, model, val, output_of, advance)
     correct, wrong = find_examples(classify, val, output_of, advance)
-    measured = Measurements(saved, correct, wrong, len(val.spread_rows(SAMPLE)), unsaved=unsaved)
+    measured = Measurements(saved, towers, correct, wrong, len(val.spread_rows(SAMPLE)), unsaved=unsaved)
     try:
         neighborhoods = find_neighborhoods(
             model, opened.sha256, run.path if run else None, data, keep_index=not unsaved, advance=advance
@@ -331,6 +341,19 @@ def _evaluate(classify: Classify, model: Model, val: Split, output_of: OutputOf,
     with Loader(val, size, choose_decode_threads(None)) as loader:
         batches = loader.batches(all_batches(len(val), size))
         for batch, _, _ in evaluate(classify, batches, counts, output_of):
+            counts.check_finite(model.path)
+            advance(len(batch.rows))
+    return counts
+
+
+def _count_towers(
+    classify: Mapping[int | None, Classify], model: Model, val: Split, output_of: OutputOf, advance: Advance
+) -> TowerCounts:
+    """Count the predictions of the whole network and of each tower alone for a sample of the images."""
+    rows, counts = val.spread_rows(TOWER_IMAGES), TowerCounts.empty(len(model.classes))
+    plan = [rows[start : start + BATCH] for start in range(0, len(rows), BATCH)]
+    with Loader(val, min(BATCH, len(rows)), choose_decode_threads(None)) as loader:
+        for batch in evaluate_towers(classify, loader.batches(plan), counts, output_of):
             counts.check_finite(model.path)
             advance(len(batch.rows))
     return counts

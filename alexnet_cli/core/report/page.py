@@ -19,6 +19,7 @@ from alexnet_cli.core.data.classes import make_names_unique
 from alexnet_cli.core.data.shards import ROOT
 from alexnet_cli.core.evaluation import baselines, results
 from alexnet_cli.core.files import write_text
+from alexnet_cli.core.intervals import wilson_interval
 from alexnet_cli.core.report import sections
 from alexnet_cli.core.report.charts import INSTALL_HINT, can_draw, draw_charts
 from alexnet_cli.core.report.collect import Report
@@ -105,6 +106,7 @@ def render_page(report: Report) -> tuple[str, list[Section]]:
         curves=sections.describe_curves(report, charts),
         filters=sections.describe_filters(report, charts),
         results=sections.describe_results(report),
+        towers=sections.describe_towers(report),
         examples=sections.describe_examples(report),
         neighbors=sections.describe_neighbors(report),
         speed=_list_speed(report),
@@ -126,6 +128,7 @@ def list_sections(report: Report) -> list[Section]:
     listed += [
         Section("filters", "First-layer filters", filters if report.model else "The run has no checkpoint yet."),
         Section("results", "Errors and confusions", _explain_missing(missing.get("results"))),
+        Section("towers", "What each tower does", _explain_missing_towers(report)),
         Section("examples", "Correct and wrong predictions", _explain_missing(missing.get("examples"))),
         Section("neighbors", "Nearest training images", _explain_missing(missing.get("neighbors"))),
     ]
@@ -140,6 +143,12 @@ def _explain_missing_curves(report: Report) -> str:
     if not report.history.windows and not report.history.epochs:
         return "No step has been recorded yet."
     return "" if can_draw() else f"Curves need a plotting library: {INSTALL_HINT}, then alexnet report."
+
+
+def _explain_missing_towers(report: Report) -> str:
+    if report.model and report.model.recipe.towers == 1:
+        return "The network has a single tower: there is none to switch off."
+    return _explain_missing(report.measurements.missing.get("towers"))
 
 
 def _explain_missing(reason: str | None) -> str:
@@ -181,7 +190,7 @@ def _compare_with_guessing(report: Report, error: float) -> str:
         if report.data and report.is_own_data and len(labels := report.data.split("val").labels):
             counts = baselines.count_images(labels, len(report.classes))
             guessing, majority = baselines.guessing_error(len(report.classes)), baselines.majority_error(counts)
-            low, high = baselines.wilson_interval(error, len(labels))
+            low, high = wilson_interval(error, len(labels))
             return f" ({baselines.format_baselines(guessing, majority)}; 95 % interval {low:.1%} to {high:.1%})"
     return ""
 

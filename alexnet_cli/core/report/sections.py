@@ -19,9 +19,11 @@ from PIL import Image
 from alexnet_cli.core.analysis import filter_picture
 from alexnet_cli.core.data.classes import make_names_unique
 from alexnet_cli.core.data.images import ImageArray
-from alexnet_cli.core.evaluation import results
+from alexnet_cli.core.evaluation import baselines, results
 from alexnet_cli.core.evaluation.confusion_matrix import draw_confusion_matrix
 from alexnet_cli.core.evaluation.evaluate import Evaluation
+from alexnet_cli.core.evaluation.towers import ClassNeed, TowerError, describe_condition
+from alexnet_cli.core.intervals import format_points
 from alexnet_cli.core.model.architecture import LayerSpec, describe_kernel, describe_step, layer_specs
 from alexnet_cli.core.report.charts import Chart, draw_network
 from alexnet_cli.core.report.collect import Example, Report
@@ -284,6 +286,66 @@ def _published_rows(totals: Mapping[str, Any] | None) -> list[Row]:
     protocol = f"published: {known['source']}, {results.PROTOCOL[known['views']]}"
     images = f"{results.VALIDATION_IMAGES:,}"
     return [(protocol, images, f"{known['top1_error']:.1%}", f"{known['top5_error']:.1%}", "")]
+
+
+def describe_towers(report: Report) -> Values | None:
+    """The error of each tower alone, in color and gray, and the classes that each tower is needed for."""
+    counts = report.measurements.towers
+    if counts is None:
+        return None
+    names, errors = make_names_unique(report.classes), counts.list_errors()
+    pairs = list(zip(errors[:3], errors[3:], strict=True))
+    guessing = baselines.guessing_error(len(names))
+    words = (
+        "A tower alone is this network with the other tower switched off: the maps and units of that tower are zero. "
+        "It was not trained to work alone, and may give the same answer for most images. "
+        f"Measured on {counts.images:,} validation images, center view; guessing: {guessing:.1%}."
+    )
+    rows = []
+    for color, gray in pairs:
+        answers = counts.evaluations[color.without_tower, False].confusion.sum(axis=0)
+        rows.append((
+            describe_condition(color.without_tower).capitalize(), _format_error(color), _format_error(gray),
+            format_points(gray.lost_in_gray, gray.lost_in_gray_interval),
+            f"{names[int(answers.argmax())]}, {answers.max() / counts.images:.0%}",
+        ))  # fmt: skip
+    needs = counts.list_classes(report.classes)
+    listed = needs if len(needs) <= MOST else [*needs[: MOST // 2], *needs[-MOST // 2 :]]
+    return {
+        "words": words, "verdict": _explain_towers(pairs),
+        "heads": ("Network", "Error in color", "Error in gray", "Gray costs, points", "Most frequent answer in color"),
+        "rows": rows,
+        "class_heads": (
+            "Class", "Images", "Both towers", "Tower 1 alone", "Tower 2 alone", "Tower 1 minus tower 2, points"
+        ),
+        "classes": [_need_row(need, names) for need in listed],
+    }  # fmt: skip
+
+
+def _explain_towers(pairs: Sequence[tuple[TowerError, TowerError]]) -> str:
+    """Say what switching each tower off costs, what gray images cost, and which tower loses more in gray."""
+    (_, whole), (tower1, gray1), (tower2, gray2) = pairs
+    costs = [format_points(row.lost_without_tower, row.lost_without_tower_interval) for row in (tower2, tower1)]
+    text = (
+        f"Without tower 1 the error in color rises by {costs[0]} points, without tower 2 by {costs[1]}. "
+        f"Gray images cost both towers together {format_points(whole.lost_in_gray, whole.lost_in_gray_interval)}."
+    )
+    low1, high1 = gray1.lost_in_gray_interval or (0, 0)
+    low2, high2 = gray2.lost_in_gray_interval or (0, 0)
+    if max(low1, low2) <= min(high1, high2):
+        return f"{text} That one tower alone loses more in gray than the other is not certain."
+    more, less = (2, 1) if low2 > high1 else (1, 2)
+    return f"{text} Tower {more} alone loses more in gray than tower {less} alone."
+
+
+def _format_error(row: TowerError) -> str:
+    low, high = row.top1_error_interval
+    return f"{row.top1_error:.1%} ({low:.1%} to {high:.1%})"
+
+
+def _need_row(need: ClassNeed, names: Sequence[str]) -> Row:
+    cells = [f"{1 - need.top1_errors[i]:.0%} ({need.answers[i]:,})" for i in range(3)]
+    return names[need.index], f"{need.images:,}", *cells, format_points(need.difference, need.difference_interval)
 
 
 def describe_examples(report: Report) -> Values | None:

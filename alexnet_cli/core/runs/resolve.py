@@ -98,6 +98,8 @@ def describe_weights(path: Path, info: Mapping[str, Any]) -> str:
         parts.append(f"run {info['run']}")
     if "epoch" in info:
         parts.append(f"epoch {info['epoch']}{_best_or_last(run, info.get('step')) if run else ''}")
+    if "without_tower" in info:
+        parts.append(f"without tower {info['without_tower']}")
     return " · ".join(parts)
 
 

@@ -18,6 +18,7 @@ from alexnet_cli.core.data.loader import Batch
 from alexnet_cli.core.data.shards import DUPLICATES, Dataset
 from alexnet_cli.core.evaluation import baselines
 from alexnet_cli.core.evaluation.baselines import ClassCounts
+from alexnet_cli.core.intervals import wilson_interval
 from alexnet_cli.core.model.architecture import LAYERS
 from alexnet_cli.core.model.network import Network
 from alexnet_cli.core.runs.records import Record
@@ -106,7 +107,7 @@ def check_few_images(data: Dataset, is_fine_tuning: bool) -> Iterator[Record]:
     if has_few_images(train, len(data.classes)) and not is_fine_tuning:
         yield _warning(f"{_count(train, 'training image')} are few to learn from", FEW_IMAGES_HINT)
     if val < baselines.FEW_IMAGES:
-        low, high = baselines.wilson_interval(0.5, val)
+        low, high = wilson_interval(0.5, val)
         yield _warning(
             f"{_count(val, 'validation image')}: the error is uncertain (for 50%, the 95 % interval is {low:.0%} to "
             f"{high:.0%}); the best epoch is the one with the lowest loss",

@@ -277,9 +277,10 @@ def _export_hub(reporter: Reporter, model: Model, folder: Path) -> None:
 def _find_errors(model: Model) -> list[MeasuredError]:
     """The evaluations of exactly this weights file in its run; else the error that training recorded in the file."""
     from alexnet_cli.core.data.shards import find_dataset, open_dataset
-    from alexnet_cli.core.evaluation import baselines, results
+    from alexnet_cli.core.evaluation import results
     from alexnet_cli.core.export.hub import MeasuredError
     from alexnet_cli.core.files import hash_file
+    from alexnet_cli.core.intervals import wilson_interval
     from alexnet_cli.core.runs.resolve import find_run_folder, find_training_data
 
     run = find_run_folder(model.path)
@@ -304,7 +305,7 @@ def _find_errors(model: Model) -> list[MeasuredError]:
         with suppress(DataError):
             dataset = open_dataset(find_dataset(data))
             images = len(dataset.split("val")) if dataset.hash == model.info.get("data_hash") else None
-    intervals = [baselines.wilson_interval(error, images) if images else None for error in (top1, top5)]
+    intervals = [wilson_interval(error, images) if images else None for error in (top1, top5)]
     protocol, name = "center view, validation during training", str(model.info.get("data", "unknown"))
     return [MeasuredError(protocol, name, "val", images, top1, top5, *intervals)]
 

@@ -320,6 +320,7 @@ def write_onnx(reporter: Reporter, loop: TrainingLoop) -> None:
 def describe_result(loop: TrainingLoop) -> tuple[str, str]:
     """The error of the best epoch, compared with guessing if it is no better, and the next command or a hint."""
     from alexnet_cli.core.evaluation import baselines
+    from alexnet_cli.core.intervals import wilson_interval
     from alexnet_cli.core.training.diagnostics import next_command
 
     trainer, data = loop.trainer, loop.data
@@ -329,7 +330,7 @@ def describe_result(loop: TrainingLoop) -> tuple[str, str]:
     train, val = (baselines.count_images(data.split(name).labels, len(data.classes)) for name in ("train", "val"))
     reached, images = f" · best epoch: top-1 error {error:.1%}", int(val.sum())
     if images < baselines.FEW_IMAGES:
-        low, high = baselines.wilson_interval(error, images)
+        low, high = wilson_interval(error, images)
         reached += f" of {images} image{'' if images == 1 else 's'} (95 % interval {low:.1%} to {high:.1%})"
     upper_bound = baselines.bound_lowest_error(error, images, epochs)
     guessing, majority = baselines.guessing_error(len(val)), baselines.majority_error(val)

@@ -1,0 +1,144 @@
+"""What each tower does: the error of the whole network and of each tower alone, on color and on gray images.
+
+A tower alone is the network with the other one switched off (`model_file.silence_tower`), not trained again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from alexnet_cli.core.data.classes import ClassName
+from alexnet_cli.core.data.loader import Batch
+from alexnet_cli.core.evaluation.evaluate import Classify, Evaluation, to_gray
+from alexnet_cli.core.intervals import paired_interval, wilson_interval
+
+NETWORKS = (None, 2, 1)  # the tower that is switched off: none, tower 2, tower 1
+Condition = tuple[int | None, bool]
+"""The tower that is switched off, and whether the images are gray."""
+CONDITIONS: tuple[Condition, ...] = tuple((tower, gray) for gray in (False, True) for tower in NETWORKS)
+WHOLE, TOWER1, TOWER2 = CONDITIONS[:3]  # on color images
+
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class TowerError:
+    """The errors under one condition. Differences are in shares of the images, each with its 95 % interval."""
+
+    without_tower: int | None
+    grayscale: bool
+    top1_error: float
+    top1_error_interval: Interval
+    top5_error: float
+    top5_error_interval: Interval
+    loss: float
+    lost_without_tower: float | None
+    """How much higher the top-1 error is than that of the whole network on the same images; None for that network."""
+    lost_without_tower_interval: Interval | None
+    lost_in_gray: float | None
+    """How much higher the top-1 error is than that of the same network in color; None in color."""
+    lost_in_gray_interval: Interval | None
+
+
+@dataclass(frozen=True)
+class ClassNeed:
+    """How much the whole network and each tower alone know of one class; lists are in the order of CONDITIONS."""
+
+    index: int
+    wnid: str
+    name: str
+    images: int
+    top1_errors: list[float]
+    answers: list[int]
+    """How many images, of any class, are taken for this one."""
+    difference: float
+    """In color: top-1 error without tower 1, minus that without tower 2. Positive: tower 1 is needed more."""
+    difference_interval: Interval
+
+
+@dataclass
+class TowerCounts:
+    """Counts over the images so far, under every condition."""
+
+    evaluations: dict[Condition, Evaluation]
+    right: list[npt.NDArray[np.bool_]] = field(default_factory=list)
+    """For each batch, conditions x images: whether the top-1 answer is right."""
+    labels: list[npt.NDArray[np.int64]] = field(default_factory=list)
+
+    @classmethod
+    def empty(cls, classes: int) -> TowerCounts:
+        """Return zero counts for so many classes."""
+        return cls({condition: Evaluation.empty(classes) for condition in CONDITIONS})
+
+    @property
+    def images(self) -> int:
+        """Number of images counted."""
+        return sum(map(len, self.labels))
+
+    def check_finite(self, path: Path) -> None:
+        """Raise WeightsError if a probability was NaN."""
+        for evaluation in self.evaluations.values():
+            evaluation.check_finite(path)
+
+    def list_errors(self) -> list[TowerError]:
+        """Return the errors under each of CONDITIONS."""
+        right = dict(zip(CONDITIONS, np.concatenate(self.right, axis=1), strict=True))
+        rows = []
+        for (tower, gray), counts in self.evaluations.items():
+            lost_tower = _compare(right[None, gray], right[tower, gray]) if tower else (None, None)
+            lost_gray = _compare(right[tower, False], right[tower, True]) if gray else (None, None)
+            intervals = [wilson_interval(error, self.images) for error in (counts.top1_error, counts.top5_error)]
+            errors = (counts.top1_error, intervals[0], counts.top5_error, intervals[1], counts.loss)
+            rows.append(TowerError(tower, gray, *errors, *lost_tower, *lost_gray))
+        return rows
+
+    def list_classes(self, classes: Sequence[ClassName]) -> list[ClassNeed]:
+        """Return a row for each class with images, first those that need tower 1 more, last those that need tower 2."""
+        right, labels = np.concatenate(self.right, axis=1), np.concatenate(self.labels)
+        answers = [evaluation.confusion.sum(axis=0) for evaluation in self.evaluations.values()]
+        rows = []
+        for index in np.unique(labels).tolist():
+            of_class = right[:, labels == index]
+            alone = (of_class[CONDITIONS.index(condition)] for condition in (TOWER1, TOWER2))
+            errors, said = (1 - of_class.mean(axis=1)).tolist(), [int(counts[index]) for counts in answers]
+            name = classes[index]
+            head = (index, name.wnid or "", name.name, of_class.shape[1])
+            rows.append(ClassNeed(*head, errors, said, *_compare(*alone)))
+        return sorted(rows, key=lambda row: -row.difference)
+
+
+def evaluate_towers(
+    classify: Mapping[int | None, Classify],
+    batches: Iterable[Batch],
+    counts: TowerCounts,
+    output_of: npt.NDArray[np.int64] | None = None,
+) -> Iterator[Batch]:
+    """Count every batch in `counts` under each of CONDITIONS, and yield it.
+
+    `classify` has a classifier for each of NETWORKS; `output_of` is as for `evaluate.evaluate`.
+    """
+    for batch in batches:
+        labels = batch.labels.numpy()
+        labels = labels if output_of is None else output_of[labels]
+        images, answers = {False: batch.images, True: to_gray(batch.images)}, []
+        for (tower, gray), evaluation in counts.evaluations.items():
+            answers.append(evaluation.add(classify[tower](images[gray]), labels)[:, 0])
+        counts.right.append(np.stack(answers) == labels)
+        counts.labels.append(labels)
+        yield batch
+
+
+def describe_condition(tower: int | None) -> str:
+    """Name one of NETWORKS in words: "both towers", "tower 1 alone"."""
+    return "both towers" if tower is None else f"tower {3 - tower} alone"
+
+
+def _compare(first: npt.NDArray[np.bool_], second: npt.NDArray[np.bool_]) -> tuple[float, Interval]:
+    """How much more often `first` is right than `second` on the same images, with the 95 % interval."""
+    only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
+    return (only_first - only_second) / len(first), paired_interval(only_first, only_second, len(first))
