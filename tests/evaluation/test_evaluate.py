@@ -8,11 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from alexnet_cli.core.data.augment import Augment
 from alexnet_cli.core.data.classes import ClassName
 from alexnet_cli.core.data.loader import Batch
-from alexnet_cli.core.evaluation.evaluate import Evaluation, TorchClassifier, evaluate, match_classes, rank_classes
+from alexnet_cli.core.evaluation.evaluate import (
+    Evaluation,
+    TorchClassifier,
+    evaluate,
+    match_classes,
+    rank_classes,
+    to_gray,
+)
 from alexnet_cli.core.intervals import wilson_interval
 from alexnet_cli.core.model.network import Network, initialize
 from alexnet_cli.core.parallel.placement import Placement
@@ -65,6 +73,15 @@ def classifier(views: int) -> TorchClassifier:
     initialize(network)
     mean = np.full((3, 256, 256), 120, np.float32)
     return TorchClassifier(network, Augment(recipe, mean, None, None, CPU.device), CPU, views)
+
+
+def test_gray_is_pillows() -> None:
+    levels = np.array([0, 1, 2, 84, 127, 128, 171, 254, 255], np.uint8)
+    pixels = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(1, 27, 27, 3)
+    noise = np.random.default_rng(0).integers(0, 256, (3, 27, 27, 3), np.uint8)
+    images = np.concatenate([pixels, noise])
+    expected = np.stack([np.asarray(Image.fromarray(image).convert("L").convert("RGB")) for image in images])
+    np.testing.assert_array_equal(to_gray(torch.from_numpy(images)).numpy(), expected)
 
 
 def test_ten_views_average_probabilities_not_logits() -> None:

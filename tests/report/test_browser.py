@@ -118,7 +118,7 @@ def test_a_keyboard_reaches_the_skip_link_the_contents_and_wide_tables(page: Pag
 
 def test_a_screen_reader_hears_the_names(page: Page, pages: dict[str, Path]) -> None:
     page.goto(pages["full"].as_uri())
-    assert page.get_by_role("navigation", name="Contents").get_by_role("link").count() == 9
+    assert page.get_by_role("navigation", name="Contents").get_by_role("link").count() == 10
     assert page.get_by_role("main").count() == 1
     assert page.get_by_role("img", name="Loss over the epochs").count() == 1
     assert page.get_by_role("table", name="The most frequent mistakes").get_by_role("rowheader").count() > 0

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer import Typer
+from typer.testing import CliRunner
 
 from alexnet_cli.core.data.classes import ClassName
 from alexnet_cli.core.data.shards import Dataset
@@ -27,6 +29,7 @@ from alexnet_cli.core.report.history import History, read_history
 from alexnet_cli.core.runs.run import Run
 from alexnet_cli.errors import DataError, PartialError, UsageError, WeightsError
 from alexnet_cli.recipe import PAPER
+from alexnet_plugins.evaluate import evaluate
 from model_files import random_model, save_model
 from report_cases import HOSTILE, NAMES, RECIPE, Page, hostile_data, make_run, read_result, report
 from trainings import new_loop
@@ -90,6 +93,31 @@ def test_tables_agree_with_metrics_csv_and_eval(shown: Run) -> None:
     assert [row[1:] for row in page.tables[caption][1:]] == matrix
     assert f"Top-1 error {said['top1_error']:.1%} (guessing: 83.3%; " in page.all_text
     assert ("better than guessing (83.3%)." in page.all_text) == (high >= 5 / 6)
+
+
+def test_what_each_tower_does_agrees_with_evaluate(shown: Run, tmp_path: Path) -> None:
+    page = Page(shown.path / "report.html")
+    app = Typer()
+    app.command()(evaluate)
+    words = ["-w", str(shown.path), "--towers", "--json", "-q", "-o", str(tmp_path)]
+    table = json.loads(CliRunner().invoke(app, words).stdout)
+    rows = page.tables["Top-1 errors with their 95 % intervals, in color and gray"][1:]
+    assert [row[0] for row in rows] == ["Both towers", "Tower 1 alone", "Tower 2 alone"]
+    for row, color, gray in zip(rows, table["towers"][:3], table["towers"][3:], strict=True):
+        errors = [f"{kind['top1_error']:.1%} (" for kind in (color, gray)]
+        assert [cell[: len(error)] for cell, error in zip(row[1:], errors, strict=False)] == errors
+        assert row[3].startswith(f"{100 * gray['lost_in_gray']:+.1f} (")
+    (caption,) = (caption for caption in page.tables if caption.startswith("Share of the images of a class"))
+    shares = [[1 - float(cell.partition("%")[0]) / 100 for cell in row[2:5]] for row in page.tables[caption][1:]]
+    np.testing.assert_allclose(shares, [row["top1_errors"][:3] for row in table["classes"]], atol=0.005)
+
+
+def test_a_single_tower_cannot_be_switched_off(data: Dataset, tmp_path: Path, undrawn: None) -> None:
+    model = random_model(replace(RECIPE, towers=1), len(NAMES))
+    path = save_model(replace(model, classes=data.classes), tmp_path / "one.safetensors")
+    found = read_result(report("-w", str(path), "--data", str(data.path), "-o", f"{tmp_path}/r.html", "--json", "-q"))
+    notes = {section["id"]: section["note"] for section in found["sections"]}
+    assert notes["towers"] == "The network has a single tower: there is none to switch off."
 
 
 def test_a_number_has_the_same_digits_in_a_caption_and_in_a_table(shown: Run) -> None:
@@ -171,6 +199,7 @@ def test_it_has_every_section_and_a_table_of_contents(shown: Run) -> None:
         "curves",
         "filters",
         "results",
+        "towers",
         "examples",
         "neighbors",
         "speed",
@@ -342,8 +371,8 @@ def test_a_damaged_image_leaves_the_other_sections(copy: Run, data: Dataset, tmp
 @pytest.mark.parametrize(
     ("layer", "factor", "absent"),
     [
-        ("conv1", float("nan"), {"filters", "results", "examples", "neighbors"}),
-        ("fc8", float("nan"), {"results", "examples", "neighbors"}),
+        ("conv1", float("nan"), {"filters", "results", "towers", "examples", "neighbors"}),
+        ("fc8", float("nan"), {"results", "towers", "examples", "neighbors"}),
         ("fc7", 1e20, {"neighbors"}),
     ],
 )
@@ -357,7 +386,7 @@ def test_nan_weights_leave_the_other_sections(
     result = report("-w", str(copy.path), "--json", "-q")
     assert isinstance(result.exception, PartialError), result.exception
     sections = {s["id"]: s["note"] for s in json.loads(result.stdout)["sections"]}
-    image_sections = {"filters", "results", "examples", "neighbors"}
+    image_sections = {"filters", "results", "towers", "examples", "neighbors"}
     assert {name for name in image_sections if sections[name]} == absent
     assert ("output is NaN" if factor != factor else "too large to compare") in sections["neighbors"]
 
@@ -386,7 +415,7 @@ def test_an_imported_network_has_no_training_sections(
     run = Run.create("caffe", RECIPE, {"status": "finished", "imported": {"file": "x.caffemodel", "format": "Caffe"}})
     save_model(replace(random_model(RECIPE, len(NAMES)), classes=data.classes), run.path / "model.safetensors")
     found = read_result(report("-w", "caffe", "--json", "-q"))
-    sections = ["network", "recipe", "filters", "results", "examples", "neighbors", "origin"]
+    sections = ["network", "recipe", "filters", "results", "towers", "examples", "neighbors", "origin"]
     assert [s["id"] for s in found["sections"]] == sections
     assert "no prepared data set under prepared; name one with alexnet report --data D" in found["sections"][3]["note"]
     page = Page(Path("runs/caffe/report.html"))

@@ -106,9 +106,9 @@ def silence_tower(model: Model, tower: int) -> Model:
     Raises:
         UsageError: the network has no such tower, or only one.
     """
-    check_layers(model.recipe, (), tower)
     if model.recipe.towers == 1:
         raise UsageError(f"{model.path} has a single tower", "only a network of two towers can do without one")
+    check_layers(model.recipe, (), tower)
     tensors = dict(model.tensors)
     for spec in layer_specs(model.recipe, len(model.classes)):
         weight, bias = tensors[f"{spec.name}.weight"].copy(), tensors[f"{spec.name}.bias"].copy()
