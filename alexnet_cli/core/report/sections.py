@@ -22,7 +22,7 @@ from alexnet_cli.core.data.images import ImageArray
 from alexnet_cli.core.evaluation import baselines, results
 from alexnet_cli.core.evaluation.confusion_matrix import draw_confusion_matrix
 from alexnet_cli.core.evaluation.evaluate import Evaluation
-from alexnet_cli.core.evaluation.towers import ClassNeed, TowerError, describe_condition
+from alexnet_cli.core.evaluation.towers import WHOLE, ClassNeed, TowerCounts, TowerError, describe_condition
 from alexnet_cli.core.intervals import format_points
 from alexnet_cli.core.model.architecture import LayerSpec, describe_kernel, describe_step, layer_specs
 from alexnet_cli.core.report.charts import Chart, draw_network
@@ -295,11 +295,10 @@ def describe_towers(report: Report) -> Values | None:
         return None
     names, errors = make_names_unique(report.classes), counts.list_errors()
     pairs = list(zip(errors[:3], errors[3:], strict=True))
-    guessing = baselines.guessing_error(len(names))
     words = (
         "A tower alone is this network with the other tower switched off: the maps and units of that tower are zero. "
         "It was not trained to work alone, and may give the same answer for most images. "
-        f"Measured on {counts.images:,} validation images, center view; guessing: {guessing:.1%}."
+        f"Measured on {counts.images:,} validation images, center view."
     )
     rows = []
     for color, gray in pairs:
@@ -312,7 +311,7 @@ def describe_towers(report: Report) -> Values | None:
     needs = counts.list_classes(report.classes)
     listed = needs if len(needs) <= MOST else [*needs[: MOST // 2], *needs[-MOST // 2 :]]
     return {
-        "words": words, "verdict": _explain_towers(pairs),
+        "words": words, "verdict": _explain_towers(counts, pairs),
         "heads": ("Network", "Error in color", "Error in gray", "Gray costs, points", "Most frequent answer in color"),
         "rows": rows,
         "class_heads": (
@@ -322,20 +321,35 @@ def describe_towers(report: Report) -> Values | None:
     }  # fmt: skip
 
 
-def _explain_towers(pairs: Sequence[tuple[TowerError, TowerError]]) -> str:
-    """Say what switching each tower off costs, what gray images cost, and which tower loses more in gray."""
+def _explain_towers(counts: TowerCounts, pairs: Sequence[tuple[TowerError, TowerError]]) -> str:
+    """Say what each tower and color are worth, which tower loses more in gray, and what is no better than guessing."""
     (_, whole), (tower1, gray1), (tower2, gray2) = pairs
-    costs = [format_points(row.lost_without_tower, row.lost_without_tower_interval) for row in (tower2, tower1)]
-    text = (
-        f"Without tower 1 the error in color rises by {costs[0]} points, without tower 2 by {costs[1]}. "
-        f"Gray images cost both towers together {format_points(whole.lost_in_gray, whole.lost_in_gray_interval)}."
-    )
-    low1, high1 = gray1.lost_in_gray_interval or (0, 0)
-    low2, high2 = gray2.lost_in_gray_interval or (0, 0)
+    costs = [_format_rise(row.lost_without_tower, row.lost_without_tower_interval) for row in (tower2, tower1)] + [
+        _format_rise(row.lost_in_gray, row.lost_in_gray_interval) for row in (whole, gray1, gray2)
+    ]
+    text = [
+        f"Without tower 1 the error in color rises by {costs[0]}, without tower 2 by {costs[1]}.",
+        f"In gray the error of both towers together rises by {costs[2]}, of tower 1 alone by {costs[3]}, "
+        f"of tower 2 alone by {costs[4]}.",
+    ]
+    (low1, high1), (low2, high2) = gray1.lost_in_gray_interval or (0, 0), gray2.lost_in_gray_interval or (0, 0)
     if max(low1, low2) <= min(high1, high2):
-        return f"{text} That one tower alone loses more in gray than the other is not certain."
-    more, less = (2, 1) if low2 > high1 else (1, 2)
-    return f"{text} Tower {more} alone loses more in gray than tower {less} alone."
+        text.append("Which tower loses more in gray is not certain.")
+    else:
+        text.append(f"Tower {2 if low2 > high1 else 1} loses more in gray than tower {1 if low2 > high1 else 2}.")
+    confusion = counts.evaluations[WHOLE].confusion
+    guessing, majority = baselines.guessing_error(len(confusion)), baselines.majority_error(confusion.sum(axis=1))
+    for row in (tower1, gray1, tower2, gray2):
+        upper = row.top1_error_interval[1]
+        if remark := baselines.describe_no_better(row.top1_error, upper, guessing, majority):
+            where = f"{describe_condition(row.without_tower)} is {remark}"
+            text.append(f"In {'gray' if row.grayscale else 'color'}, {where}.")
+    return " ".join(text)
+
+
+def _format_rise(share: float | None, interval: tuple[float, float] | None) -> str:
+    low, high = interval or (0.0, 0.0)
+    return f"{100 * (share or 0.0):.1f} points ({100 * low:.1f} to {100 * high:.1f})"
 
 
 def _format_error(row: TowerError) -> str:
