@@ -41,8 +41,9 @@ def call(name: str, *words: object) -> Result:
     from alexnet_plugins.predict import predict
 
     app = Typer()
-    app.command()({"evaluate": evaluate, "predict": predict}[name])
-    return CliRunner().invoke(app, [str(word) for word in words])
+    app.command("evaluate")(evaluate)
+    app.command("predict")(predict)
+    return CliRunner().invoke(app, [name, *map(str, words)])
 
 
 def read(name: str, *words: object) -> dict[str, Any]:
