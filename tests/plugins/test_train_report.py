@@ -53,7 +53,7 @@ def test_no_picture_is_read_for_it(
     write_report(Reporter("train"), training)
     assert capsys.readouterr().err == f"report  {training.run.path / 'report.html'}\n"
     page = Page(training.run.path / "report.html")
-    assert page.all_text.count("not computed yet; alexnet report adds it") == 3
+    assert page.all_text.count("not computed yet; alexnet report adds it") == 4
     assert sum("filters of tower" in (image["alt"] or "") for image in page.images) == 2
     drawn = [image["alt"] for image in page.images if "over the epochs" in (image["alt"] or "")]
     assert len(drawn) == (4 if steps == 6 else 2)  # of one rate there is no curve

@@ -207,7 +207,7 @@ def test_a_checkpoint_that_is_dropped_after_it_was_read(
     monkeypatch.setattr(collect, "read_model", lambda real: (model_file.read_model(real), move())[0])
     found = read_result(report("-w", str(path.parents[2]), "--json", "-q"))
     assert found["path"] == str(path.parents[2] / "report.html")
-    assert [s["note"] for s in found["sections"] if s["id"] in collect.PARTS] == [None] * 3
+    assert [s["note"] for s in found["sections"] if s["id"] in collect.PARTS] == [None] * 4
     assert expected not in (path.parents[2] / "eval" / "val-1.json").read_text(), "it stands for another by now"
 
 
