@@ -1,4 +1,4 @@
-"""Fonts, contact sheets (rows of small images with text), matplotlib's settings, and saving figures. No torch."""
+"""Fonts, pages, contact sheets (rows of small images with text), matplotlib's settings, saving figures. No torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from alexnet_cli.errors import StorageError
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
-PAGE, INK = (255, 255, 255), (32, 32, 32)
+PAGE, INK, FAINT = (255, 255, 255), (32, 32, 32), (95, 95, 95)
+BAR, TRACK = (36, 92, 150), (228, 232, 238)
 SIDE, GAP, LINE, LETTERS = 128, 6, 20, 13  # pixels: side of an image, space between images, line and letter height
 MIN_WIDTH = 480  # pixels
 DEJAVU = "mpl-data/fonts/ttf/DejaVuSans.ttf"  # in matplotlib
@@ -82,6 +83,28 @@ def fit_text(text: str, width: int, font: Font) -> str:
         return plain
     letters = bisect_right(range(len(plain)), width, key=lambda n: int(font.getlength(plain[:n] + "…"))) - 1
     return plain[: max(0, letters)] + "…"
+
+
+class Page:
+    """An image to write on. Text that does not fit is cut."""
+
+    def __init__(self, image: Image.Image) -> None:
+        self.image, self.pen = image, ImageDraw.Draw(image)
+
+    def text(
+        self, left: int, top: int, text: str, size: int, width: int, ink: tuple[int, int, int] = INK, anchor: str = "la"
+    ) -> None:
+        """Write a line of letters of `size` pixels, at most `width` pixels long."""
+        font = load_font(size, text)
+        self.pen.text((left, top), fit_text(text, width, font), ink, font, anchor=anchor)
+
+    def bar(self, left: int, top: int, width: int, name: str, share: float, color: tuple[int, int, int] = BAR) -> None:
+        """Draw a name, a share in percent, and a bar below them: 41 pixels high."""
+        self.text(left, top, name, 19, width - 60)
+        self.text(left + width, top, f"{100 * share:.0f} %", 19, 60, anchor="ra")
+        self.pen.rectangle((left, top + 27, left + width - 1, top + 40), TRACK)
+        if length := round(width * share):
+            self.pen.rectangle((left, top + 27, left + length - 1, top + 40), color)
 
 
 class Tile(NamedTuple):

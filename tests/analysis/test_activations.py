@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from alexnet_cli.core import drawing
 from alexnet_cli.core.analysis import activations
 from alexnet_cli.core.analysis.activations import LayerActivations, Trace, make_layer_records, trace_image
 from alexnet_cli.core.data.classes import ClassName
@@ -143,7 +144,7 @@ def test_any_width_and_any_name_fit_the_page(units: int, towers: int) -> None:
 def test_answers_are_bars_as_long_as_they_are_likely() -> None:
     page = activations.draw_trace(make_trace(np.ones((2, 2, 2), np.float32)), [0, 1], "cat", [])
     pixels = np.asarray(page)
-    bar = (pixels == activations.BAR).all(-1)
+    bar = (pixels == drawing.BAR).all(-1)
     lengths = [int(row.sum()) for row in bar if row.any()]
     wanted = [round(activations.LEFT * p) for p in (0.5, 0.4, 0.3, 0.2, 0.1)]
     assert sorted(set(lengths), reverse=True) == wanted

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from alexnet_cli.core.data.images import ImageArray
 from alexnet_cli.core.data.views import make_views
-from alexnet_cli.core.drawing import INK, PAGE, fit_text, load_font
+from alexnet_cli.core.drawing import FAINT, PAGE, TRACK, Page
 from alexnet_cli.core.inference.predict import Label, rank_labels
 from alexnet_cli.core.inference.session import Session
 from alexnet_cli.core.model.architecture import CONV_LAYERS, last_step_name, step_name
@@ -127,7 +127,6 @@ COLUMNS, ROWS = 16, 2  # maps in a row (all towers together), rows of maps
 TILE = 70  # side of a map
 NUMBER, HEAD, STRIP = 19, 34, 68  # heights: number below a map, heading of a layer, strip of units
 LARGE, NORMAL, SMALL = 26, 19, 16  # letter heights
-FAINT, BAR, TRACK = (95, 95, 95), (36, 92, 150), (228, 232, 238)
 COLUMNS_TOP = MARGIN + 64  # top of the columns
 
 
@@ -140,7 +139,7 @@ def draw_trace(trace: Trace, towers: Sequence[int], name: str, caption: Sequence
         HEAD + (_count_rows(layer, towers) * (TILE + NUMBER) if layer.has_maps else STRIP) for layer in trace.layers
     ]
     height = max(COLUMNS_TOP + HEAD + sum(blocks) + MARGIN, 940)
-    page = _Page(Image.new("RGB", (WIDTH, height), PAGE))
+    page = Page(Image.new("RGB", (WIDTH, height), PAGE))
     page.text(MARGIN, MARGIN - 4, f"{name}: activations in every layer", LARGE, WIDTH - 2 * MARGIN)
     page.text(MARGIN, MARGIN + 32, " · ".join(caption), NORMAL, WIDTH - 2 * MARGIN, FAINT)
     _draw_input(page, trace)
@@ -173,20 +172,7 @@ def scale_to_gray(layer: LayerActivations) -> Gray:
     return grays
 
 
-class _Page:
-    """An image to write on. Text that does not fit is cut."""
-
-    def __init__(self, image: Image.Image) -> None:
-        self.image, self.pen = image, ImageDraw.Draw(image)
-
-    def text(
-        self, left: int, top: int, text: str, size: int, width: int, ink: tuple[int, int, int] = INK, anchor: str = "la"
-    ) -> None:
-        font = load_font(size, text)
-        self.pen.text((left, top), fit_text(text, width, font), ink, font, anchor=anchor)
-
-
-def _draw_input(page: _Page, trace: Trace) -> None:
+def _draw_input(page: Page, trace: Trace) -> None:
     """Draw the image, the most likely classes as in figure 4 of the paper, and the legend."""
     side = len(trace.seen)
     image = Image.fromarray(trace.seen).resize((LEFT, LEFT), Image.Resampling.LANCZOS)
@@ -194,7 +180,7 @@ def _draw_input(page: _Page, trace: Trace) -> None:
     page.text(MARGIN, COLUMNS_TOP + LEFT + 6, f"input of the network, {side} x {side}", SMALL, LEFT, FAINT)
     top = COLUMNS_TOP + LEFT + 44
     for label in trace.top:
-        _draw_class(page, label, top)
+        page.bar(MARGIN, top, LEFT, label.label, label.probability)
         top += 52
     for line in _legend_lines(trace.layers[0]):
         page.text(MARGIN, top + 8, line, NORMAL - 2, LEFT, FAINT)
@@ -218,17 +204,7 @@ def _legend_lines(layer: LayerActivations) -> tuple[str, ...]:
     )
 
 
-def _draw_class(page: _Page, label: Label, top: int) -> None:
-    """Draw a class with its probability and a bar."""
-    right = MARGIN + LEFT
-    page.text(MARGIN, top, label.label, NORMAL, LEFT - 60)
-    page.text(right, top, f"{100 * label.probability:.0f} %", NORMAL, 60, anchor="ra")
-    page.pen.rectangle((MARGIN, top + 27, right - 1, top + 40), TRACK)
-    if length := round(LEFT * label.probability):
-        page.pen.rectangle((MARGIN, top + 27, MARGIN + length - 1, top + 40), BAR)
-
-
-def _draw_heading(page: _Page, layer: LayerActivations, left: int, top: int, width: int) -> None:
+def _draw_heading(page: Page, layer: LayerActivations, left: int, top: int, width: int) -> None:
     """Write name and size of a layer, the share of active units and the highest activation."""
     count, *side = layer.values.shape
     size = f"{count:,} maps of {side[0]} x {side[1]}" if layer.has_maps else f"{count:,} units"
@@ -243,7 +219,7 @@ def _count_rows(layer: LayerActivations, towers: Sequence[int]) -> int:
     return min(ROWS, -(-len(layer.unit_range(towers[0])) // (COLUMNS // len(towers))))
 
 
-def _draw_maps(page: _Page, layer: LayerActivations, tower: int, corner: tuple[int, int], columns: int) -> None:
+def _draw_maps(page: Page, layer: LayerActivations, tower: int, corner: tuple[int, int], columns: int) -> None:
     """Draw the strongest maps of a tower, with the number of the unit below each."""
     grays = scale_to_gray(layer)
     for i, unit in enumerate(layer.sort_units(tower)[: columns * ROWS]):

@@ -1,0 +1,369 @@
+"""Where a network looked: occlusion maps, Grad-CAM and LayerCAM of one image. Only the last two import torch.
+
+Each map is made for the whole network, and for each tower with the other one switched off.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from difflib import get_close_matches
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from scipy.ndimage import map_coordinates
+
+from alexnet_cli.core.data.classes import ClassName, make_names_unique
+from alexnet_cli.core.data.images import ImageArray
+from alexnet_cli.core.data.views import make_views
+from alexnet_cli.core.drawing import BAR, FAINT, PAGE, Page, Row, Tile
+from alexnet_cli.core.inference.predict import Label, rank_labels
+from alexnet_cli.core.inference.session import Session
+from alexnet_cli.core.model.architecture import layer_specs, receptive_field, step_name
+from alexnet_cli.core.model.model_file import Model, silence_tower
+from alexnet_cli.errors import UsageError, WeightsError
+from alexnet_cli.recipe import SIDE
+
+Method = Literal["occlusion", "gradcam", "layercam"]
+Array = npt.NDArray[np.float32]
+Crop = npt.NDArray[np.uint8]
+"""The center view, 3 x S x S, RGB."""
+
+SQUARE, STRIDE = 48, 24  # pixels: side of the gray square, about how far it moves
+TOP_CLASSES = 5
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """What the whole network, or one tower alone, made of an image, and where it saw evidence for a class."""
+
+    without_tower: int | None
+    """The tower that is switched off, from 1; None for the whole network."""
+    top: tuple[Label, ...]
+    probability: float
+    """Of the class that is explained."""
+    values: Array
+    """Evidence by place, rows x columns."""
+
+    @property
+    def highest(self) -> float:
+        """The strongest evidence, that at the peak."""
+        return float(self.values.max())
+
+    def find_peak(self) -> tuple[int, int]:
+        """Row and column of the strongest evidence."""
+        row, column = divmod(int(self.values.argmax()), self.values.shape[1])
+        return row, column
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Where a network looked in one image."""
+
+    method: Method
+    seen: ImageArray
+    """The center crop, uint8 S x S x 3."""
+    index: int
+    """The class that is explained."""
+    name: ClassName
+    centers: npt.NDArray[np.float64]
+    """The pixel of the 256 x 256 image in the middle of each row, and of each column, of the maps."""
+    attributions: tuple[Attribution, ...]
+    """Of the whole network first, then of each tower alone."""
+
+
+class _Network(Protocol):
+    """A network and a method. `centers` is as in `Explanation`."""
+
+    centers: npt.NDArray[np.float64]
+
+    def explain(self, crop: Crop, index: int | None) -> tuple[Array, Array]:
+        """Return the probabilities of all classes, and a map for one class: by default the most probable one."""
+
+
+class Explainer:
+    """Explains images by one method: with the whole network and each tower alone, or without one tower."""
+
+    def __init__(self, model: Model, method: Method = "occlusion", without_tower: int | None = None) -> None:
+        """Open the networks.
+
+        Raises:
+            UsageError: the network has no such tower, or only one.
+        """
+        self.model, self.method = model, method
+        everything = (None, 2, 1) if model.recipe.towers == 2 else (None,)
+        self.networks: list[tuple[int | None, _Network]] = []
+        for silent in everything if without_tower is None else (without_tower,):
+            part = model if silent is None else silence_tower(model, silent)
+            network = _OccludedNetwork(part) if method == "occlusion" else _GradientNetwork(part, method)
+            self.networks.append((silent, network))
+
+    def explain(self, image: ImageArray, index: int | None = None) -> Explanation:
+        """Explain a class in a decoded image, uint8 256 x 256 x 3; by default the most probable class.
+
+        That is the first network's: of the whole one, unless it is without a tower.
+
+        Raises:
+            WeightsError: the network computes NaN or infinity.
+        """
+        [crop] = make_views(image, self.model.recipe.input_size, 1)
+        attributions = []
+        for silent, network in self.networks:
+            probabilities, values = network.explain(crop, index)
+            if not (np.isfinite(probabilities).all() and np.isfinite(values).all()):
+                raise WeightsError(
+                    f"{self.model.path}: the network computes NaN or infinity", "its weights are corrupt"
+                )
+            index = int(probabilities.argmax()) if index is None else index
+            top = rank_labels(probabilities, self.model.classes, TOP_CLASSES)
+            attributions.append(Attribution(silent, top, float(probabilities[index]), values))
+        assert index is not None
+        seen, name, centers = crop.transpose(1, 2, 0), self.model.classes[index], self.networks[0][1].centers
+        return Explanation(self.method, seen, index, name, centers, tuple(attributions))
+
+
+class _OccludedNetwork:
+    """Covers one place after the other with a gray square: the mean image, which is zero after subtraction."""
+
+    def __init__(self, model: Model) -> None:
+        self.session, side = Session(model), int(model.recipe.input_size)
+        low, last = (SIDE - side) // 2, side - SQUARE
+        mean = model.mean.mean((1, 2), keepdims=True) if model.recipe.mean == "rgb" else model.mean
+        self.gray = np.broadcast_to(mean, model.mean.shape)[:, low : low + side, low : low + side]
+        self.starts = np.rint(np.linspace(0, last, 1 + round(last / STRIDE))).astype(int)
+        self.centers = low + self.starts + SQUARE / 2
+
+    def explain(self, crop: Crop, index: int | None) -> tuple[Array, Array]:
+        places = [(top, left) for top in self.starts for left in self.starts]
+        crops = np.repeat(crop[None].astype(np.float32), 1 + len(places), axis=0)  # the first stays as it is
+        for covered, (top, left) in zip(crops[1:], places, strict=True):
+            window = (slice(None), slice(top, top + SQUARE), slice(left, left + SQUARE))
+            covered[window] = self.gray[window]
+        probabilities = self.session.probabilities(crops)
+        index = int(probabilities[0].argmax()) if index is None else index
+        drops = probabilities[0, index] - probabilities[1:, index]
+        return probabilities[0], drops.reshape(len(self.starts), -1)
+
+
+class _GradientNetwork:
+    """Weighs the maps of layer 5, after the nonlinearity, by the gradient of the class's logit.
+
+    Grad-CAM: each map times its mean gradient, summed over maps, zero where negative (Selvaraju et al. 2017).
+    LayerCAM: each place of a map times its own gradient where that is positive, summed (Jiang et al. 2021).
+    """
+
+    def __init__(self, model: Model, method: Method) -> None:
+        from alexnet_cli.core.inference.torch_session import TorchSession
+
+        self.session, self.method = TorchSession(model), method
+        self.layer = step_name(model.recipe, "conv5", "activation")
+        [spec] = [spec for spec in layer_specs(model.recipe, 1) if spec.name == "conv5"]
+        fields = [receptive_field(model.recipe, "conv5", place, clipped=False) for place in range(spec.side)]
+        self.centers = np.mean(fields, axis=1)
+
+    def explain(self, crop: Crop, index: int | None) -> tuple[Array, Array]:
+        import torch
+
+        network = self.session.network
+        x = network.subtract_mean(torch.from_numpy(crop[None]).to(self.session.device))
+        outputs = network.activations(x, [self.layer, "fc8"])
+        logits, maps = outputs["fc8"][0], outputs[self.layer]
+        chosen = logits[int(logits.argmax()) if index is None else index]
+        [gradients] = torch.autograd.grad(chosen, maps)
+        weights = gradients.mean((2, 3), keepdim=True) if self.method == "gradcam" else gradients.clamp(min=0)
+        values = (weights * maps).sum(1)[0].clamp(min=0)
+        return logits.softmax(0).detach().cpu().numpy(), values.detach().cpu().numpy()
+
+
+def find_class(classes: Sequence[ClassName], text: str) -> int:
+    """Return the index of the class that has this name, wnid or index. Names may be in any case.
+
+    Raises:
+        UsageError: there is no such class, or several have the name.
+    """
+    unique, lower = make_names_unique(classes), text.strip().lower()
+    kinds = (unique, [name.lower() for name in unique], [name.lower() for name, _ in classes])
+    for names in (*kinds, [wnid for _, wnid in classes], [str(index) for index in range(len(classes))]):
+        matches = [index for index, name in enumerate(names) if name == (text if names is unique else lower)]
+        if len(matches) == 1:
+            return matches[0]
+        if matches:
+            raise UsageError(f"several classes are named {text}", f"use {' or '.join(unique[i] for i in matches)}")
+    near = [name for name in unique if lower and lower in name.lower()] or [
+        unique[kinds[1].index(name)] for name in get_close_matches(lower, kinds[1], 3, 0.5)
+    ]
+    hint = f"did you mean {' or '.join(near[:3])}?" if near else f"its classes are {', '.join(unique[:10])}"
+    more = " ..." if not near and len(unique) > 10 else ""
+    raise UsageError(f"the network has no class {text!r} among its {len(classes):,}", hint + more)
+
+
+def make_record(explanation: Explanation) -> dict[str, Any]:
+    """Make the record of an image for `--json`. Places are pixels of the 256 x 256 image."""
+    centers, records = explanation.centers.tolist(), []
+    for attribution in explanation.attributions:
+        row, column = attribution.find_peak()
+        records.append({
+            "without_tower": attribution.without_tower,
+            "probability": attribution.probability,
+            "map": [[float(f"{value:.6g}") for value in row] for row in attribution.values.tolist()],
+            "peak": {"x": centers[column], "y": centers[row], "value": attribution.highest},
+            "top": [asdict(label) for label in attribution.top],
+        })  # fmt: skip
+    name, wnid = explanation.name
+    return {
+        "method": explanation.method, "label": name, "wnid": wnid, "index": explanation.index, "centers": centers,
+        "networks": records,
+    }  # fmt: skip
+
+
+# Drawing
+
+MARGIN, GUTTER, LARGE, NORMAL, SMALL = 24, 32, 26, 19, 17  # pixels: margins, between columns, letter heights
+SHOWN, TOP = 360, 132  # side of an image on the page, and where images begin
+LEGEND_LETTERS = 44  # in a line
+BAR_HEIGHT = 50  # of a class, its probability and the space below
+EXPLAINED = (190, 60, 50)  # color of the bar of the explained class
+SMALLEST_DROP = 0.01  # of probability, at full color: what is smaller stays dark, since it means little
+INFERNO = np.array([
+    (0, 0, 4), (31, 12, 72), (85, 15, 109), (136, 34, 106), (186, 54, 85), (227, 89, 51), (249, 140, 10),
+    (249, 201, 50), (252, 255, 164),
+])  # fmt: skip
+"""Every eighth part of matplotlib's color map of that name, which is perceptually even."""
+
+
+def draw_page(explanation: Explanation, image: str, caption: str) -> Image.Image:
+    """Draw the image, then for each network the map over it and the most likely classes. `caption`: which network."""
+    parts = explanation.attributions
+    width = 2 * MARGIN + (1 + len(parts)) * (SHOWN + GUTTER) - GUTTER
+    legend, top = _legend_lines(explanation), TOP + SHOWN + 82
+    height = top + max(25 * len(legend), BAR_HEIGHT * TOP_CLASSES) + MARGIN
+    page = Page(Image.new("RGB", (width, height), PAGE))
+    title = f"{image}: where the network sees “{explanation.name.name}”"
+    page.text(MARGIN, MARGIN - 4, title, LARGE, width - 2 * MARGIN)
+    page.text(MARGIN, MARGIN + 34, caption, SMALL, width - 2 * MARGIN, FAINT)
+    page.text(MARGIN, TOP - 32, "image", NORMAL, SHOWN)
+    seen = Image.fromarray(explanation.seen).resize((SHOWN, SHOWN), Image.Resampling.LANCZOS)
+    page.image.paste(seen, (MARGIN, TOP))
+    size = f"{len(explanation.seen)} x {len(explanation.seen)}"
+    page.text(MARGIN, TOP + SHOWN + 8, f"as the network sees it, {size}", SMALL, SHOWN, FAINT)
+    for number, line in enumerate(legend):
+        page.text(MARGIN, top + 25 * number, line, SMALL, SHOWN, FAINT)
+    _draw_scale(page, MARGIN, TOP + SHOWN + 42)
+    for number, attribution in enumerate(parts, 1):
+        left = MARGIN + number * (SHOWN + GUTTER)
+        page.text(left, TOP - 32, describe_network(attribution), NORMAL, SHOWN)
+        page.image.paste(Image.fromarray(draw_overlay(explanation, attribution, SHOWN)), (left, TOP))
+        if explanation.method == "occlusion":
+            _draw_square(page, explanation, attribution, left)
+        page.text(left, TOP + SHOWN + 8, describe_evidence(explanation, attribution), SMALL, SHOWN, FAINT)
+        _draw_classes(page, explanation, attribution, left, TOP + SHOWN + 48)
+    return page.image
+
+
+def make_sheet_row(explanation: Explanation, image: str) -> Row:
+    """Make a row of a contact sheet: the image, then the map of each network with the probability of the class."""
+    name = explanation.name.name
+    tiles = [Tile(explanation.seen, "image")]
+    for attribution in explanation.attributions:
+        words = describe_network(attribution).removesuffix(" network")
+        tile = draw_overlay(explanation, attribution, SIDE)
+        tiles.append(Tile(tile, f"{words}: {100 * attribution.probability:.0f} %"))
+    return Row(f"{image}: {name}", tiles, is_first_apart=True)
+
+
+def draw_overlay(explanation: Explanation, attribution: Attribution, side: int) -> npt.NDArray[np.uint8]:
+    """Draw the evidence in color over the image in gray: side x side x 3."""
+    gray = Image.fromarray(explanation.seen).convert("L").resize((side, side), Image.Resampling.LANCZOS)
+    crop = len(explanation.seen)
+    pixels = (SIDE - crop) // 2 + (np.arange(side) + 0.5) * crop / side
+    places = np.interp(pixels, explanation.centers, np.arange(len(explanation.centers)))
+    values = map_coordinates(attribution.values, np.meshgrid(places, places, indexing="ij"), order=3, mode="nearest")
+    end = max(float(values.max()), SMALLEST_DROP if explanation.method == "occlusion" else np.finfo(np.float32).tiny)
+    share = np.clip(values / end, 0, 1)
+    alpha = 0.9 * share[..., None] ** 0.6
+    overlay: npt.NDArray[np.uint8] = np.rint(
+        (1 - alpha) * 0.65 * np.asarray(gray, np.float64)[..., None] + alpha * _color(share)
+    ).astype(np.uint8)
+    return overlay
+
+
+def describe_method(method: Method) -> str:
+    """Name the method as people do."""
+    return {"occlusion": "occlusion map", "gradcam": "Grad-CAM", "layercam": "LayerCAM"}[method]
+
+
+def describe_network(attribution: Attribution) -> str:
+    """Say which part of the network this is: "whole network", "tower 2 alone"."""
+    silent = attribution.without_tower
+    return "whole network" if silent is None else f"tower {3 - silent} alone"
+
+
+def describe_evidence(explanation: Explanation, attribution: Attribution, place: str = "") -> str:
+    """Say how strong the evidence at the peak is: "98 % falls to 31 % if the square at (66, 90) is gray".
+
+    `place` is what to say of the place of the peak, such as " at (66, 90)".
+    """
+    before, after = attribution.probability, attribution.probability - max(0.0, attribution.highest)
+    if explanation.method != "occlusion":
+        return f"{100 * before:.0f} %, strongest evidence {attribution.highest:.2g}{place}"
+    digits = 0 if before - after >= 0.02 else 1 if before - after >= 0.002 else 2
+    return f"{100 * before:.{digits}f} % falls to {100 * after:.{digits}f} % if the square{place} is gray"
+
+
+def _legend_lines(explanation: Explanation) -> list[str]:
+    """How to read the page, in lines that fit the column."""
+    name, places = explanation.name.name, len(explanation.centers)
+    how = {
+        "occlusion": f"A gray square covers one place after the other, {places} x {places} in all. Bright: there it "
+        f"lowers the probability of “{name}” most. The white square is the place of the largest drop.",
+        "gradcam": f"Grad-CAM adds up the maps of layer 5, each times its mean gradient: how much it raises the "
+        f"logit of “{name}”. Bright: there the sum is highest.",
+        "layercam": f"LayerCAM adds up the maps of layer 5, each place times its own gradient where that raises the "
+        f"logit of “{name}”. Bright: there the sum is highest.",
+    }[explanation.method]
+    dark = " (below 1 % all is dark)" if explanation.method == "occlusion" else ""
+    towers = " Alone means that the other tower is switched off." if len(explanation.attributions) > 1 else ""
+    return [
+        *textwrap.wrap(how, LEGEND_LETTERS), "",
+        *textwrap.wrap(f"Each map has its own scale{dark}.{towers}", LEGEND_LETTERS), "",
+        *textwrap.wrap("Bars: what each network takes the image for. Red is the class explained.", LEGEND_LETTERS),
+    ]  # fmt: skip
+
+
+def _draw_scale(page: Page, left: int, top: int) -> None:
+    """Draw the color scale, from no evidence to the most."""
+    ends, width = ("none", "most"), SHOWN - 120
+    page.text(left, top, ends[0], SMALL, 60, FAINT)
+    page.text(left + SHOWN, top, ends[1], SMALL, 60, FAINT, anchor="ra")
+    colors = np.rint(_color(np.linspace(0, 1, width))).astype(np.uint8)
+    page.image.paste(Image.fromarray(np.repeat(colors[None], 16, axis=0)), (left + 60, top + 3))
+
+
+def _draw_square(page: Page, explanation: Explanation, attribution: Attribution, left: int) -> None:
+    """Draw the outline of the gray square where it lowers the probability most, if it does so anywhere."""
+    if attribution.highest <= 0:
+        return
+    crop = len(explanation.seen)
+    row, column = attribution.find_peak()
+    y, x = (explanation.centers[[row, column]] - (SIDE - crop) / 2 - SQUARE / 2) * SHOWN / crop
+    side = SQUARE * SHOWN / crop - 1
+    page.pen.rectangle((left + x, TOP + y, left + x + side, TOP + y + side), outline=PAGE, width=2)
+
+
+def _draw_classes(page: Page, explanation: Explanation, attribution: Attribution, left: int, top: int) -> None:
+    """Draw the most likely classes as bars, and the explained one even if it is not among them."""
+    bars = [(label.label, label.probability, label.index) for label in attribution.top]
+    if explanation.index not in (index for _, _, index in bars):
+        bars.append((explanation.name.name, attribution.probability, explanation.index))
+    for number, (name, probability, index) in enumerate(bars):
+        color = EXPLAINED if index == explanation.index else BAR
+        page.bar(left, top + BAR_HEIGHT * number, SHOWN, name, probability, color)
+
+
+def _color(share: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Color numbers from 0 to 1: red, green and blue in a further dimension."""
+    places = np.linspace(0, 1, len(INFERNO))
+    return np.stack([np.interp(share, places, INFERNO[:, channel]) for channel in range(3)], -1)
