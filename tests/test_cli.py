@@ -24,7 +24,7 @@ from commands import alexnet
 
 HEAVY = ("torch", "torchvision", "numpy", "PIL", "onnxruntime", "onnx", "safetensors")
 COMMANDS = (
-    "prepare", "train", "evaluate", "predict", "neighbors", "visualize-filters", "report", "export", "import-weights",
+    "prepare", "train", "evaluate", "predict", "explain", "neighbors", "visualize-filters", "report", "export", "import-weights",
     "ablate", "demo", "runs",
     "benchmark", "doctor", "plugins",
 )  # fmt: skip
