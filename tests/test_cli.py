@@ -24,9 +24,8 @@ from commands import alexnet
 
 HEAVY = ("torch", "torchvision", "numpy", "PIL", "onnxruntime", "onnx", "safetensors")
 COMMANDS = (
-    "prepare", "train", "evaluate", "predict", "explain", "neighbors", "visualize-filters", "report", "export", "import-weights",
-    "ablate", "demo", "runs",
-    "benchmark", "doctor", "plugins",
+    "prepare", "train", "evaluate", "predict", "explain", "neighbors", "visualize-filters", "report", "export",
+    "import-weights", "ablate", "demo", "runs", "benchmark", "doctor", "plugins",
 )  # fmt: skip
 
 
