@@ -81,7 +81,7 @@ def explain(
     reporter.line("weights", origin, always=weights is None)
     if run_images:
         reporter.line("note", f"skipped {len(run_images):,} images drawn for runs, such as {run_images[0]}")
-    explainer = Explainer(model, method, without_tower)
+    explainer = Explainer(model, method, [without_tower] if without_tower else None)
     options = [method, f"class{index}" if index is not None else "", f"without{without_tower}" if without_tower else ""]
     figures = _Figures(
         output,

@@ -134,7 +134,7 @@ def test_the_most_probable_class_is_that_of_the_first_network() -> None:
         assert whole.index == int(logits.argmax())
         with network.without_tower(1):
             index = int(network(network.preprocess(PICTURE)).argmax())
-        alone = Explainer(model, method, 1).explain(PICTURE)
+        alone = Explainer(model, method, [1]).explain(PICTURE)
         assert (alone.index, alone.name) == (index, model.classes[index])
         assert [part.without_tower for part in alone.attributions] == [1]
 
@@ -143,7 +143,7 @@ def test_a_single_tower_cannot_be_switched_off() -> None:
     model = random_model(replace(PAPER, width=1 / 32, towers=1))
     for tower in (1, 2):
         with pytest.raises(UsageError, match="has a single tower"):
-            Explainer(model, "occlusion", tower)
+            Explainer(model, "occlusion", [tower])
 
 
 @pytest.mark.parametrize("method", ["occlusion", "gradcam"])

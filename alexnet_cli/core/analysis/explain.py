@@ -85,10 +85,18 @@ class _Network(Protocol):
 
 
 class Explainer:
-    """Explains images by one method: with the whole network and each tower alone, or without one tower."""
+    """Explains images by one method, with the whole network or with one tower alone, or with several of these."""
 
-    def __init__(self, model: Model, method: Method = "occlusion", without_tower: int | None = None) -> None:
+    def __init__(
+        self, model: Model, method: Method = "occlusion", silenced: Sequence[int | None] | None = None
+    ) -> None:
         """Open the networks.
+
+        Args:
+            model: the whole network.
+            method: how to find the evidence.
+            silenced: for each network the tower to switch off, None for the whole network. By default the whole
+                network and, if there are two towers, each of them alone.
 
         Raises:
             UsageError: the network has no such tower, or only one.
@@ -96,7 +104,7 @@ class Explainer:
         self.model, self.method = model, method
         everything = (None, 2, 1) if model.recipe.towers == 2 else (None,)
         self.networks: list[tuple[int | None, _Network]] = []
-        for silent in everything if without_tower is None else (without_tower,):
+        for silent in everything if silenced is None else silenced:
             part = model if silent is None else silence_tower(model, silent)
             network = _OccludedNetwork(part) if method == "occlusion" else _GradientNetwork(part, method)
             self.networks.append((silent, network))
@@ -104,7 +112,7 @@ class Explainer:
     def explain(self, image: ImageArray, index: int | None = None) -> Explanation:
         """Explain a class in a decoded image, uint8 256 x 256 x 3; by default the most probable class.
 
-        That is the first network's: of the whole one, unless it is without a tower.
+        That is the first network's.
 
         Raises:
             WeightsError: the network computes NaN or infinity.
