@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -18,7 +18,7 @@ from alexnet_cli.core.inference.torch_session import TorchSession
 from alexnet_cli.core.model.alexnet import AlexNet
 from alexnet_cli.core.model.model_file import Model
 from alexnet_cli.errors import UsageError, WeightsError
-from alexnet_cli.recipe import CAFFE, KRIZHEVSKY, PAPER, TINY, Recipe
+from alexnet_cli.recipe import CAFFE, KRIZHEVSKY, PAPER, TINY
 from model_files import random_model
 
 PICTURE = np.random.default_rng(5).integers(0, 256, (256, 256, 3), np.uint8)
@@ -34,13 +34,12 @@ RECIPES = {
 }
 
 
-@pytest.fixture(params=RECIPES.values(), ids=RECIPES)
+@pytest.fixture(params=RECIPES)
 def model(request: pytest.FixtureRequest) -> Model:
-    recipe: Recipe = request.param
-    return random_model(replace(recipe, width=1 / 32, precision="fp32"))
+    return random_model(replace(RECIPES[request.param], width=1 / 32, precision="fp32"))
 
 
-def without(network: AlexNet, tower: int | None) -> object:
+def without(network: AlexNet, tower: int | None) -> AbstractContextManager[None]:
     return network.without_tower(tower) if tower else nullcontext()
 
 
@@ -62,7 +61,7 @@ def test_an_occlusion_map_is_the_drop_at_each_square_of_a_literal_loop(model: Mo
     assert (found.centers[0] - half, found.centers[-1] + half) == (low, low + side), "all of the crop is covered"
     assert np.diff(found.centers).max() <= 26
     for part in found.attributions:
-        with without(session.network, part.without_tower):  # type: ignore[attr-defined]
+        with without(session.network, part.without_tower):
             whole = session.probabilities(make_crop(model)[None])[0]
             assert part.probability == pytest.approx(whole[found.index], rel=1e-4)
             assert [label.index for label in part.top] == np.argsort(-whole, kind="stable")[:5].tolist()
@@ -85,7 +84,7 @@ def test_grad_cam_is_captums(model: Model) -> None:
     explainer, nonzero = Explainer(model, "gradcam"), 0
     for index in range(4):
         for part in explainer.explain(PICTURE, index).attributions:
-            with without(network, part.without_tower):  # type: ignore[attr-defined]
+            with without(network, part.without_tower):
                 x = network.preprocess(PICTURE)
                 expected = captum.LayerGradCam(network, layer).attribute(x, target=index, relu_attributions=True)
             nonzero += check_equal(part.values, expected[0, 0])
@@ -97,7 +96,7 @@ def test_layer_cam_is_torchcams(model: Model) -> None:
     layer = "tanh5" if model.recipe.activation == "tanh" else "relu5"
     for part in Explainer(model, "layercam").explain(PICTURE, 3).attributions:
         network = AlexNet.from_model(model)
-        with without(network, part.without_tower), methods.LayerCAM(network, target_layer=layer) as extractor:  # type: ignore[attr-defined]
+        with without(network, part.without_tower), methods.LayerCAM(network, target_layer=layer) as extractor:
             logits = network(network.preprocess(PICTURE))
             [expected] = extractor(3, logits, normalized=False)
         assert check_equal(part.values, expected[0])
@@ -188,11 +187,11 @@ def test_the_peak_is_bright_and_what_is_not_evidence_is_the_gray_image() -> None
     assert (overlay[112, 200] - explain.INFERNO[-1]).tolist() == pytest.approx([0, 0, 0], abs=30)
     gray = np.asarray(Image.fromarray(found.seen).convert("L"))[0, 0] * 0.65
     assert np.abs(overlay[200, 24] - gray).max() <= 1, "negative evidence stays dark"
-    tiny = replace(found.attributions[0], values=values / 500)
+    tiny = replace(found.attributions[0], values=(values / 500).astype(np.float32))
     assert explain.draw_overlay(found, tiny, 224)[112, 200].max() < 120, "a drop of 0.05 % means little"
     assert explain.make_record(found)["networks"][0]["peak"] == {"x": 216.0, "y": 128.0, "value": 0.25}
     assert explain.describe_evidence(found, tiny) == "40.00 % falls to 39.95 % if the square is gray"
-    none = replace(found.attributions[0], values=-np.ones((3, 3), np.float32))
+    none = replace(found.attributions[0], values=np.full((3, 3), -1, np.float32))
     assert explain.describe_evidence(found, none) == "40.00 % falls to 40.00 % if the square is gray"
 
 
