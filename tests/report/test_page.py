@@ -213,6 +213,8 @@ def test_it_has_every_section_and_a_table_of_contents(shown: Run) -> None:
     said = json.loads((shown.path / "eval" / "val-1.json").read_text())
     assert len(correct) == min(8, round(12 * said["top1_accuracy"]))
     assert len(wrong) == min(8, round(12 * said["top1_error"]))
+    evidence = [image for image in page.images if "where the network saw" in (image["alt"] or "")]
+    assert len(evidence) == len(wrong)
 
 
 def test_the_same_run_gives_the_same_bytes(shown: Run, copy: Run, tmp_path: Path) -> None:

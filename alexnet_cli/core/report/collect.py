@@ -21,6 +21,7 @@ import numpy.typing as npt
 import torch
 
 from alexnet_cli.core.analysis import filters
+from alexnet_cli.core.analysis.explain import Explainer, draw_overlay
 from alexnet_cli.core.analysis.filters import Kernels, Specialization
 from alexnet_cli.core.analysis.neighbors import Neighborhood, find_neighborhoods
 from alexnet_cli.core.analysis.units import read_images
@@ -81,6 +82,8 @@ class Example:
     true: int
     predicted: int
     probability: float
+    evidence: ImageArray | None = None
+    """The center crop with the occlusion map of the predicted class over it, uint8; of wrong predictions."""
 
 
 @dataclass(frozen=True)
@@ -311,7 +314,8 @@ def _compute_measurements(
             classifiers[tower] = HalvingClassifier(TorchClassifier(network, augment, placement), lambda n: None)
         towers = _count_towers(classifiers, model, val, output_of, advance)
     correct, wrong = find_examples(classify, val, output_of, advance)
-    measured = Measurements(saved, towers, correct, wrong, len(val.spread_rows(SAMPLE)), unsaved=unsaved)
+    evidence, sampled = _add_evidence(wrong, model), len(val.spread_rows(SAMPLE))
+    measured = Measurements(saved, towers, correct, evidence, sampled, unsaved=unsaved)
     try:
         neighborhoods = find_neighborhoods(
             model, opened.sha256, run.path if run else None, data, keep_index=not unsaved, advance=advance
@@ -386,6 +390,18 @@ def find_examples(
         )
 
     return choose(np.flatnonzero(predicted == true)), choose(np.flatnonzero(predicted != true))
+
+
+def _add_evidence(examples: tuple[Example, ...], model: Model) -> tuple[Example, ...]:
+    """Draw where the network saw the predicted class."""
+    if not examples:
+        return ()
+    explainer, explained = Explainer(model, silenced=[None]), []
+    for example in examples:
+        explanation = explainer.explain(example.image, example.predicted)
+        [whole] = explanation.attributions
+        explained.append(replace(example, evidence=draw_overlay(explanation, whole, len(explanation.seen))))
+    return tuple(explained)
 
 
 def _alternate_classes(order: Sequence[int], classes: npt.NDArray[np.int64]) -> list[int]:

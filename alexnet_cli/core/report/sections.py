@@ -375,17 +375,27 @@ def describe_examples(report: Report) -> Values | None:
         f"The most confident predictions among {sample}, each with its probability. "
         "Each class comes once before any class comes again."
     )
-    correct, wrong = ([_describe_example(names, e) for e in kind] for kind in (measured.correct, measured.wrong))
-    return {"words": words, "correct": correct, "wrong": wrong}
+    correct = [image for example in measured.correct for image in _describe_example(names, example)]
+    wrong = [image for example in measured.wrong for image in _describe_example(names, example)]
+    evidence = (
+        "After each image: where the network saw the class it predicted. Bright places are those where a gray square "
+        "lowers the probability of that class most; each map has its own scale. alexnet explain draws it for any image."
+    )
+    return {"words": words, "correct": correct, "wrong": wrong, "evidence": evidence}
 
 
-def _describe_example(names: Sequence[str], example: Example) -> Values:
+def _describe_example(names: Sequence[str], example: Example) -> list[Values]:
+    """The image, and where the network saw the predicted class if that was drawn."""
     true, predicted, probability = names[example.true], names[example.predicted], f"{example.probability:.0%}"
     if example.true == example.predicted:
         alt, caption = f"Image of {true}, predicted correctly.", f"{true}, {probability}"
     else:
         alt, caption = f"Image of {true}, predicted as {predicted}.", f"{true}, predicted as {predicted}, {probability}"
-    return {"uri": _encode_image(example.image), "alt": alt, "caption": caption}
+    images = [{"uri": _encode_image(example.image), "alt": alt, "caption": caption}]
+    if example.evidence is not None:
+        alt = f"The same image in gray. Bright: where the network saw {predicted}."
+        images.append({"uri": _encode_image(example.evidence), "alt": alt, "caption": f"evidence for {predicted}"})
+    return images
 
 
 def describe_neighbors(report: Report) -> Values | None:
