@@ -59,13 +59,13 @@ def test_an_occlusion_map_is_the_drop_at_each_square_of_a_literal_loop(model: Mo
         gray[:] = gray.mean((1, 2), keepdims=True)
     assert [part.without_tower for part in found.attributions] == ([None, 2, 1] if model.recipe.towers > 1 else [None])
     assert (found.centers[0] - half, found.centers[-1] + half) == (low, low + side), "all of the crop is covered"
-    assert np.diff(found.centers).max() <= 26
+    assert np.diff(found.centers).max() <= 30
     for part in found.attributions:
         with without(session.network, part.without_tower):
             whole = session.probabilities(make_crop(model)[None])[0]
             assert part.probability == pytest.approx(whole[found.index], rel=1e-4)
             assert [label.index for label in part.top] == np.argsort(-whole, kind="stable")[:5].tolist()
-            for row, column in ((0, 0), (2, 5), (7, 7), part.find_peak()):
+            for row, column in ((0, 0), (2, 5), (6, 6), part.find_peak()):
                 top, left = (int(found.centers[place]) - half for place in (row, column))
                 image = PICTURE.astype(np.float32).transpose(2, 0, 1).copy()
                 image[:, top : top + 48, left : left + 48] = gray[:, top : top + 48, left : left + 48]

@@ -32,7 +32,7 @@ Array = npt.NDArray[np.float32]
 Crop = npt.NDArray[np.uint8]
 """The center view, 3 x S x S, RGB."""
 
-SQUARE, STRIDE = 48, 24  # pixels: side of the gray square, about how far it moves
+SQUARE, STRIDE = 48, 28  # pixels: side of the gray square, about how far it moves
 TOP_CLASSES = 5
 
 
