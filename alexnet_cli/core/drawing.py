@@ -151,8 +151,8 @@ def _scale_tile(pixels: npt.NDArray[np.uint8]) -> Image.Image:
     return Image.fromarray(pixels).resize((SIDE, SIDE), resampling)
 
 
-def save_figure(figure: Image.Image | str, path: Path) -> None:
-    """Write a figure as PNG, or as SVG if it is text. Creates the folder.
+def save_figure(figure: Image.Image | str | bytes, path: Path) -> None:
+    """Write a figure as PNG, as SVG if it is text, or bytes as they are. Creates the folder.
 
     Raises:
         StorageError: the file cannot be written.
@@ -161,6 +161,8 @@ def save_figure(figure: Image.Image | str, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(figure, str):
             path.write_text(figure, encoding="utf-8")
+        elif isinstance(figure, bytes):
+            path.write_bytes(figure)
         else:
             figure.save(path, "PNG")
     except OSError as error:

@@ -56,13 +56,13 @@ def draw_grid(kernels: Kernels, limits: Limits, columns: int) -> Pixels:
     return page
 
 
-def draw_figure(panels: Panels, title: str) -> Image.Image:
-    """Draw the grids below each other with their captions, enlarged to about 800 pixels without smoothing."""
+def draw_figure(panels: Panels, title: str, wanted_width: int = WIDTH) -> Image.Image:
+    """Draw the grids below each other with their captions, enlarged without smoothing to about `wanted_width` pixels."""
     from PIL import Image, ImageDraw
 
     from alexnet_cli.core.drawing import load_font
 
-    zoom, width, height = _measure_layout(panels)
+    zoom, width, height = _measure_layout(panels, wanted_width)
     page = Image.new("RGB", (width, height), (PAGE, PAGE, PAGE))
     draw, font = ImageDraw.Draw(page), load_font(LETTERS, "".join([title, *(caption for caption, _ in panels)]))
 
@@ -110,8 +110,8 @@ def _draw_squares(pixels: Pixels) -> list[str]:
     return [f'<path fill="#{r:02x}{g:02x}{b:02x}" d="{"".join(d)}"/>' for (r, g, b), d in squares.items()]
 
 
-def _measure_layout(panels: Panels) -> tuple[int, int, int]:
+def _measure_layout(panels: Panels, wanted_width: int = WIDTH) -> tuple[int, int, int]:
     """Zoom, width and height of the figure: a line above each grid, two lines below the last."""
     widest = max(pixels.shape[1] for _, pixels in panels)
-    zoom = max(4, round(WIDTH / widest))
+    zoom = max(4, round(wanted_width / widest))
     return zoom, zoom * widest, 2 * LINE + sum(zoom * pixels.shape[0] + LINE for _, pixels in panels)

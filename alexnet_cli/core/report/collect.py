@@ -22,6 +22,7 @@ import torch
 
 from alexnet_cli.core.analysis import filters
 from alexnet_cli.core.analysis.explain import Explainer, draw_overlay
+from alexnet_cli.core.analysis.filter_replay import read_kept_filters
 from alexnet_cli.core.analysis.filters import Kernels, Specialization
 from alexnet_cli.core.analysis.neighbors import Neighborhood, find_neighborhoods
 from alexnet_cli.core.analysis.units import read_images
@@ -128,6 +129,8 @@ class Report:
     towers: tuple[Kernels, ...] = ()
     specialization: Specialization | None = None
     measurements: Measurements = field(default_factory=Measurements)
+    kept_filters: Mapping[int, Kernels] = field(default_factory=dict)
+    """The first-layer filters of each epoch, if a replay is to be shown."""
 
     @property
     def parameters(self) -> int | None:
@@ -229,7 +232,16 @@ def collect_report(
         towers=towers,
         specialization=filters.measure_specialization(towers) if towers else None,
         measurements=_collect_measurements(run, opened, data, placement, advance),
+        kept_filters=_collect_filters(run, model) if placement else {},
     )
+
+
+def _collect_filters(run: Run | None, model: Model | None) -> Mapping[int, Kernels]:
+    """The filters that `train` kept; none if one is damaged, which `visualize-filters --replay` explains."""
+    try:
+        return read_kept_filters(run, model.tensors["conv1.weight"].shape) if run and model else {}
+    except DataError:
+        return {}
 
 
 def _choose_recipe(run: Run | None, model: Model | None) -> Recipe:

@@ -9,7 +9,7 @@ import base64
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from alexnet_cli.core.analysis import filter_picture
+from alexnet_cli.core.analysis.filter_replay import FRAMES, draw_replay
 from alexnet_cli.core.data.classes import make_names_unique
 from alexnet_cli.core.data.images import ImageArray
 from alexnet_cli.core.evaluation import baselines, results
@@ -40,6 +41,8 @@ MAX_WIDTH = 1000  # pixels; the page shows a wider confusion matrix at this widt
 THUMBNAIL, QUALITY = 160, 85  # side in pixels and JPEG quality of images
 TOWER_KEYS = ("specialization", "chroma_tower1", "chroma_tower2")  # of a validation record
 ZOOM = 8  # pixels for each weight of a filter
+LEAST_EPOCHS = 3  # for a replay
+REPLAY_WEIGHTS = 700_000  # in all frames of a replay: one takes about a byte, which is 4/3 in the page
 COLORS = 128  # in the palette of the confusion matrix
 
 
@@ -168,12 +171,31 @@ def describe_filters(report: Report, charts: Mapping[str, Chart]) -> Values | No
         "words": "The first-layer filters, as in figure 3 of the paper. All filters share one scale, and zero is "
         "mid-gray, so a faint filter looks faint. Color share is 0 for gray, 0.67 for noise and 1 for opponent colors.",
         "towers": towers,
+        "replay": _draw_replay(report),
         "heads": (
             "Tower", "Filters", "Color share", "Cycles per pixel", "Orientation selectivity", "Dead", "Still noise"
         ),
         "rows": rows, "verdict": _compare_towers(report),
         "chart": _embed_chart(charts["towers"]) if "towers" in charts else None,
         "curve": epochs, "curve_heads": ("Epoch", "AUC", "Color share, tower 1", "Color share, tower 2"),
+    }  # fmt: skip
+
+
+def _draw_replay(report: Report) -> Values | None:
+    """An animation of the filters over the epochs, and its last frame for readers who want no motion."""
+    kept = report.kept_filters
+    if len(kept) < LEAST_EPOCHS:
+        return None
+    frames = min(FRAMES, max(LEAST_EPOCHS, REPLAY_WEIGHTS // sum(kernels.size for kernels in report.towers)))
+    replay = draw_replay(kept, len(report.towers), f", run {report.name}", most=frames)
+    curve = "" if len(report.towers) == 1 else " The curve is the AUC of the towers' color shares."
+    return {
+        "uri": _make_uri("image/webp", replay.encode("webp")),
+        "still": _make_uri("image/webp", replace(replay, frames=replay.frames[-1:], durations=[0]).encode("webp")),
+        "width": replay.frames[0].width, "height": replay.frames[0].height,
+        "alt": f"The filters of all towers from epoch {min(kept)} to {max(kept)}, and the curve of their color.",
+        "caption": f"How the filters formed, epoch {min(kept)} to {max(kept)}. One scale holds for all epochs, so "
+        f"filters leave gray as their weights grow.{curve}",
     }  # fmt: skip
 
 

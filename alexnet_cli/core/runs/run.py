@@ -3,6 +3,7 @@
 runs/NAME/run.json            status, command line, versions, devices, data set, seed
           recipe.toml         the resolved recipe; `alexnet train --recipe` repeats the run with it
           metrics.jsonl       one record per line, appended;  metrics.csv: one row per epoch
+          conv1/EPOCH.npy     the first-layer filters before the first step (0000) and after each epoch
           checkpoints/STEP/   one checkpoint each;  checkpoints/last, checkpoints/best link to two of them
           alexnet.onnx        the trained network, ready for `alexnet predict`
 runs/latest                   points to the newest run
@@ -22,8 +23,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from alexnet_cli.core.devices import suggest_train_command
-from alexnet_cli.core.files import follow_text_links, lock_file, read_file, read_link, replace_link, write_text
+from alexnet_cli.core.files import (
+    follow_text_links,
+    lock_file,
+    read_file,
+    read_link,
+    replace_file,
+    replace_link,
+    write_text,
+)
 from alexnet_cli.core.runs.records import Record, append_record, drop_later_records, format_csv, get_int, read_records
 from alexnet_cli.errors import DataError, StorageError, UsageError, format_error
 from alexnet_cli.recipe import Recipe
@@ -105,6 +117,12 @@ class Run:
         return self.path / "checkpoints"
 
     @property
+    def kept_filters(self) -> dict[int, Path]:
+        """The files of `keep_filters` by epoch, in order."""
+        files = {int(p.stem): p for p in (self.path / "conv1").glob("*.npy") if p.stem.isascii() and p.stem.isdigit()}
+        return dict(sorted(files.items()))
+
+    @property
     def recipe(self) -> Recipe:
         """The recipe in recipe.toml."""
         return load_recipe(str(self.path / "recipe.toml"))
@@ -173,10 +191,26 @@ class Run:
         """The records of metrics.jsonl; a last line cut short by a crash is left out."""
         return read_records(self.path / "metrics.jsonl")
 
+    def keep_filters(self, epoch: int, weight: npt.NDArray[np.float32]) -> None:
+        """Write the first-layer filters after `epoch` (0: before the first step), all towers, atomically.
+
+        A disk that is full or cannot be written costs this file alone: no training needs it.
+        """
+        file = self.path / "conv1" / f"{epoch:04}.npy"
+        if self.writes:
+            with suppress(OSError):
+                file.parent.mkdir(exist_ok=True)
+                with replace_file(file) as temporary:
+                    np.save(temporary, weight)
+
     def begin(self, recipe: Recipe, step: int, epoch: int) -> None:
-        """Prepare to train on from `step` in `epoch`: write the recipe, delete later records and the ONNX file."""
+        """Prepare to train on from `step` in `epoch`: write the recipe, delete what is later and the ONNX file."""
         if not self.writes:
             return
+        later = [file for number, file in self.kept_filters.items() if number >= epoch]
+        with suppress(OSError):
+            for file in (*later, *(self.path / "conv1").glob(".*.tmp.npy")):
+                file.unlink()
         kept = drop_later_records(self.records(), step, epoch)
         lines = [json.dumps(record, separators=(",", ":")) + "\n" for record in kept]
         with self.storing():

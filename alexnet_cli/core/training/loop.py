@@ -134,6 +134,8 @@ class TrainingLoop:
         metrics = self.restore(resume_from) if resume_from else {}
         self.first_step, is_fine_tuning = trainer.steps_done, self.is_fine_tuning
         self.run.begin(recipe, trainer.steps_done, trainer.epoch)
+        if trainer.steps_done == 0:
+            self._keep_filters(0)
         yield from self._log_start()
         split = self.data.split("train")
         class_counts = count_images(split.labels, len(self.data.classes))
@@ -377,7 +379,7 @@ class TrainingLoop:
             "train_loss": metrics.loss / metrics.images, "train_top1_error": metrics.errors / metrics.images,
             "lr": rate, "images_per_second": metrics.images_per_second,
         }  # fmt: skip
-        return fields | self._measure_specialization(), is_best
+        return fields | self._keep_filters(trainer.epoch), is_best
 
     def _is_best(self, evaluation: Evaluation) -> bool:
         """Whether an epoch is the best so far, which `best` then holds."""
@@ -387,11 +389,17 @@ class TrainingLoop:
         self.best = errors
         return True
 
-    def _measure_specialization(self) -> dict[str, float]:
-        """How strongly the first-layer filters of the towers differ in color (section 6.1); {} on most ranks."""
+    def _keep_filters(self, epoch: int) -> dict[str, float]:
+        """Keep the first-layer filters after `epoch` in the run, before its checkpoint, so that no epoch is missing.
+
+        Returns how strongly those of the towers differ in color (section 6.1); {} on most ranks.
+        """
         ranks, network = self.trainer.placement.ranks, self.trainer.network
         if not ranks.is_collecting:
             return {}
         with ranks.name_errors("collecting layer 1"):
             weight = network.gather_whole("conv1.weight", network.conv1.weight)
-        return {} if weight is None else filters.summarize_epoch(weight.numpy(), self.trainer.recipe.towers)
+        if weight is None:
+            return {}
+        self.run.keep_filters(epoch, weight.numpy())
+        return filters.summarize_epoch(weight.numpy(), self.trainer.recipe.towers)

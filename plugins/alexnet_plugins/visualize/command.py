@@ -1,6 +1,6 @@
-"""`alexnet visualize-filters`: options, and which of three figures to draw.
+"""`alexnet visualize-filters`: options, and which of the figures to draw.
 
-`filters` draws the first-layer filters, `unit_patches` what activates a unit, `image_layers` one image in all layers.
+`filters` draws the first-layer filters and their replay, `unit_patches` what activates a unit, `image_layers` one image in all layers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from alexnet_cli.console import Reporter
 from alexnet_cli.errors import UsageError
 from alexnet_cli.options import JsonFlag, OwnDataOption, QuietFlag, WeightsOption
 from alexnet_plugins.visualize.figure import FigureRequest
-from alexnet_plugins.visualize.filters import draw_filters
+from alexnet_plugins.visualize.filters import draw_filter_replay, draw_filters
 from alexnet_plugins.visualize.image_layers import draw_image_layers, find_image
 from alexnet_plugins.visualize.unit_patches import draw_unit_patches
 
@@ -48,10 +48,17 @@ def visualize_filters(
             help="Draw the activations of this image in all layers, instead of filters; - reads stdin",
         ),
     ] = None,
+    replay: Annotated[
+        bool,
+        typer.Option("--replay", help="Animate the filters over the epochs of the run", show_default=False),
+    ] = False,
     data: OwnDataOption = None,
     output: Annotated[
         Path | None,
-        typer.Option("-o", "--output", help="File to write: .png, or .svg for filters [default: figures/ of the run]"),
+        typer.Option(
+            "-o", "--output",
+            help="File to write: .png, .svg for filters, .webp or .gif for --replay [default: figures/ of the run]",
+        ),
     ] = None,
     no_terminal: Annotated[
         bool, typer.Option("--no-terminal", help="Do not draw in the terminal", show_default=False)
@@ -67,8 +74,9 @@ def visualize_filters(
     from alexnet_cli.core.runs.resolve import describe_weights, find_run_folder, find_weights
 
     options = {"--layer": layer, "--unit": unit, "--data": data, "--scale": scale, "--sort": sort}
-    _check_options([name for name, value in options.items() if value is not None], picture is not None)
-    _check_suffix(output, (".png", ".svg") if picture is None and layer is None else (".png",))
+    _check_options([name for name, value in options.items() if value is not None], picture is not None, replay)
+    filter_suffixes = (".webp", ".gif") if replay else (".png", ".svg")
+    _check_suffix(output, filter_suffixes if picture is None and layer is None else (".png",))
     image = find_image(picture, output) if picture is not None else None
     reporter = Reporter("visualize-filters", json=json, quiet=quiet)
     path = find_weights(weights)
@@ -80,13 +88,19 @@ def visualize_filters(
         draw_image_layers(request, image, tower)
     elif layer is not None:
         draw_unit_patches(request, layer, unit, data, tower)
+    elif replay:
+        draw_filter_replay(request, scale or "joint", is_sorted=sort is not None)
     else:
         draw_filters(request, scale or "joint", is_sorted=sort is not None, in_terminal=not no_terminal)
 
 
-def _check_options(given: list[str], has_picture: bool) -> None:
+def _check_options(given: list[str], has_picture: bool, is_replay: bool) -> None:
     """Refuse options without effect on the figure that was asked for."""
+    if has_picture and is_replay:
+        raise UsageError("--replay has no effect with --picture", "use only one of the two")
     for option in given:
+        if is_replay and option not in ("--scale", "--sort"):
+            raise UsageError(f"{option} has no effect with --replay", "use only one of the two")
         if has_picture:
             raise UsageError(f"{option} has no effect with --picture", "use only one of the two")
         if "--layer" in given and option in ("--scale", "--sort"):

@@ -1,4 +1,4 @@
-"""What the three kinds of figure of `visualize-filters` share: the model, the chosen towers, the file to write."""
+"""What the kinds of figure of `visualize-filters` share: the model, the chosen towers, the file to write."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class FigureRequest:
         known = ({"run": self.run.name} if self.run else {}) | dict(self.model.info)
         return [f"{key} {known[key]}" for key in ("run", "epoch") if key in known]
 
-    def save(self, figure: Image.Image | str, path: Path, record: dict[str, Any]) -> None:
+    def save(self, figure: Image.Image | str | bytes, path: Path, record: dict[str, Any]) -> None:
         """Write the figure, and report the path and the record. Raises StorageError."""
         from alexnet_cli.core.drawing import save_figure
 

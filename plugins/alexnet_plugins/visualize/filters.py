@@ -1,4 +1,7 @@
-"""`visualize-filters`: the first-layer filters of each tower (figure 3 of the paper), drawn and measured."""
+"""`visualize-filters`: the first-layer filters of each tower (figure 3 of the paper), drawn and measured.
+
+With `--replay`, an animation of how they formed.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from alexnet_cli.errors import WeightsError
+from alexnet_cli.errors import DataError, WeightsError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,11 +20,12 @@ if TYPE_CHECKING:
 
     from alexnet_cli.console import Reporter
     from alexnet_cli.core.analysis.filter_picture import Limits, Pixels
+    from alexnet_cli.core.analysis.filter_replay import Scale
     from alexnet_cli.core.analysis.filters import Kernels, Specialization
     from alexnet_plugins.visualize.figure import FigureRequest
 
 
-def draw_filters(request: FigureRequest, scale: str, *, is_sorted: bool, in_terminal: bool) -> None:
+def draw_filters(request: FigureRequest, scale: Scale, *, is_sorted: bool, in_terminal: bool) -> None:
     """Draw the filters of the chosen towers, and report their measurements."""
     import numpy as np
 
@@ -65,6 +69,40 @@ def draw_filters(request: FigureRequest, scale: str, *, is_sorted: bool, in_term
             f"the filters look like noise (smoothness {measured.smoothness:.2f}){epoch}",
             "color and orientation mean nothing yet; train longer or on more images",
         )
+
+
+def draw_filter_replay(request: FigureRequest, scale: Scale, *, is_sorted: bool) -> None:
+    """Draw the filters that `train` kept of each epoch as an animation, WebP unless -o names a .gif file.
+
+    Raises:
+        DataError: the run has none, or a file is damaged.
+    """
+    from alexnet_cli.core.analysis.filter_replay import draw_replay, read_kept_filters
+    from alexnet_cli.core.runs.run import Run
+
+    reporter, model, chosen = request.reporter, request.model, request.towers
+    kept = read_kept_filters(Run(request.run), model.tensors["conv1.weight"].shape) if request.run else {}
+    if len(kept) < 2:
+        what = f"{request.run or model.path} has no filters of its epochs to replay"
+        raise DataError(what, "train keeps them in conv1/ of each run; older and imported runs have none: train a new one")
+    options = ("" if scale == "joint" else f"scale-{scale}", "sort-chroma" if is_sorted else "")
+    usual = request.choose_path("conv1-replay", request.tower_name, *options)
+    path = request.output or usual.with_suffix(".webp")
+    origin = f", run {request.run.name}" if request.run else ""
+    replay = draw_replay(kept, model.recipe.towers, origin, chosen, scale, is_sorted)
+    animation = replay.encode("gif" if path.suffix.lower() == ".gif" else "webp")
+    seconds = sum(replay.durations) / 1000
+    epochs = f"epochs {min(kept)} to {max(kept)} · {len(replay.frames)} frames, {seconds:.1f} s"
+    reporter.line("replay", f"conv1 · {epochs} · {len(animation) / 1e6:.2f} MB")
+    request.save(animation, path, {
+        "bytes": len(animation),
+        "tower": "both" if len(chosen) == model.recipe.towers else str(chosen[0] + 1),
+        "scale": scale,
+        "frames": [
+            {"epoch": epoch, "milliseconds": duration, **measured}
+            for epoch, duration, measured in zip(replay.epochs, replay.durations, replay.measured, strict=True)
+        ],
+    })  # fmt: skip
 
 
 def _describe_towers(towers: Sequence[Kernels], chosen: list[int]) -> str:
