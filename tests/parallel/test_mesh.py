@@ -23,6 +23,7 @@ from alexnet_cli.core.parallel.process_group import (
     mesh_shape,
     read_rank_info,
 )
+from alexnet_cli.core.runs.run import Run
 from alexnet_cli.core.training.fine_tuning import freeze
 from alexnet_cli.errors import UsageError
 from alexnet_cli.recipe import CAFFE, PAPER, Recipe
@@ -70,6 +71,10 @@ def test_placement_does_not_change_the_numbers(results: Results, place: str, rec
     np.testing.assert_allclose(here["validation"], one["validation"], rtol=1e-5)
     for key in (key for key in one if key.startswith("weight")):
         np.testing.assert_allclose(here[key], one[key], rtol=0, atol=1e-6, err_msg=key)
+    kept, kept_here = (Run(found["folder"]).kept_filters for found in (one, here))
+    assert list(kept_here) == list(kept) == [0, 1, 2]
+    for epoch, path in kept.items():
+        np.testing.assert_allclose(np.load(kept_here[epoch]), np.load(path), rtol=0, atol=1e-6)
 
 
 MOVES = [("towers", "one"), ("one", "data x towers"), ("data", "towers")]

@@ -17,7 +17,8 @@ from alexnet_cli.core.analysis.units import iterate_activations
 from alexnet_cli.core.data.shards import open_dataset
 from alexnet_cli.core.inference.predict import open_classifier, predict
 from alexnet_cli.core.inference.session import Session
-from alexnet_cli.errors import UsageError, WeightsError
+from alexnet_cli.core.runs.run import Run
+from alexnet_cli.errors import DataError, UsageError, WeightsError
 from alexnet_cli.recipe import PAPER
 from alexnet_plugins.visualize.command import visualize_filters
 from alexnet_plugins.visualize.filters import draw_half_blocks
@@ -145,9 +146,43 @@ def test_the_suffix_asks_for_svg(run: Path) -> None:
     assert "conv1, run first, epoch 0" in text
 
 
+@pytest.mark.parametrize(("output", "kind"), [(None, "WEBP"), (Path("r.gif"), "GIF")])
+def test_the_replay_shows_the_filters_of_each_epoch(
+    run: Path, output: Path | None, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    last = random_model(SMALL).tensors["conv1.weight"]
+    for epoch in range(4):
+        Run(run).keep_filters(epoch, last * np.float32((1 + epoch) / 4))
+    visualize_filters(weights="first", replay=True, tower="2", output=output, json=True)
+    result = json.loads(capsys.readouterr().out)
+    assert Path(result["path"]).name == ("r.gif" if output else "conv1-replay-tower2.webp")
+    assert result["bytes"] == Path(result["path"]).stat().st_size
+    assert [(frame["epoch"], frame["milliseconds"]) for frame in result["frames"]] == [
+        (0, 500), (1, 500), (2, 500), (3, 3000)
+    ]  # fmt: skip
+    with Image.open(result["path"]) as image:
+        assert (image.format, image.n_frames) == (kind, 4)
+        image.seek(1)
+        pixels = np.asarray(image.convert("RGB"), int)[26:]
+    expected = filter_picture.draw_grid(last[12:] / 2, np.full(12, np.abs(last).max()), 6)
+    zoom = round(560 / expected.shape[1])
+    shown = pixels[: zoom * len(expected), : zoom * expected.shape[1]][zoom // 2 :: zoom, zoom // 2 :: zoom]
+    assert np.abs(shown - expected).mean() < (0.1 if kind == "WEBP" else 8)
+
+
+def test_a_run_without_kept_filters_says_so(run: Path) -> None:
+    Run(run).keep_filters(0, random_model(SMALL).tensors["conv1.weight"])
+    with pytest.raises(DataError, match=r"first has no filters of its epochs to replay") as caught:
+        visualize_filters(weights="first", replay=True)
+    assert "train a new one" in caught.value.hint
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
+        ({"replay": True, "layer": "conv2"}, "--layer has no effect with --replay"),
+        ({"replay": True, "picture": "x.jpg"}, "--replay has no effect with --picture"),
+        ({"replay": True, "output": Path("f.png")}, "not a .webp or .gif file"),
         ({"unit": 3}, "--unit needs --layer"),
         ({"data": "x"}, "--data needs --layer"),
         ({"layer": "conv2", "sort": "chroma"}, "--sort has no effect with --layer"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import io
 import json
 import re
 import shutil
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from typer import Typer
 from typer.testing import CliRunner
 
@@ -334,6 +336,31 @@ def test_the_page_names_the_data_set_it_measured_on(copy: Run, data: Dataset, tm
     assert "Measured onother" in text
     assert (copy.path / "neighbors" / "index.json").read_bytes() == index, "it is that of the run's own data"
     assert (copy.path / "eval" / "val-1-other.json").is_file()
+
+
+def find_replay(run: Run) -> list[bytes]:
+    """The animation of the filters on the page, and the still picture for readers who want no motion."""
+    text = (run.path / "report.html").read_text()
+    found = re.search(r'<source media="\(prefers-reduced-motion: reduce\)" srcset="([^"]*)"><img src="([^"]*)"', text)
+    uris = (found[2], found[1]) if found else ()
+    return [base64.b64decode(uri.removeprefix("data:image/webp;base64,")) for uri in uris]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_filters_are_replayed_from_three_epochs_on(copy: Run) -> None:
+    weight = read(copy).tensors["conv1.weight"]
+    for epoch in range(4):
+        copy.keep_filters(epoch, weight * np.float32((1 + epoch) / 4))
+        read_result(report("-w", str(copy.path), "--json"))
+        assert len(find_replay(copy)) == (2 if epoch >= 2 else 0)
+    animation, still = (Image.open(io.BytesIO(data)) for data in find_replay(copy))
+    assert animation.n_frames == 4
+    animation.seek(3)
+    assert not getattr(still, "is_animated", False)
+    assert (np.asarray(animation.convert("RGB")) == np.asarray(still.convert("RGB"))).all()
+    (copy.path / "conv1" / "0002.npy").write_bytes(b"damaged")
+    read_result(report("-w", str(copy.path), "--json"))
+    assert find_replay(copy) == []
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import errno
 import math
+import os
 import re
 import shutil
 import time
@@ -96,6 +98,57 @@ def test_each_epoch_records_the_specialization_of_the_towers(start: Start) -> No
     assert told[0].chroma_tower1 != told[1].chroma_tower1
     with (training.run.path / "metrics.csv").open(newline="") as file:
         assert [float(row["specialization"]) for row in csv.DictReader(file)] == [r.specialization for r in told]
+
+
+def test_the_filters_of_each_epoch_are_kept(start: Start) -> None:
+    """They are those of the checkpoints, and those before the first step."""
+    training = start()
+    training.keep = 5
+    first = training.trainer.network.conv1.weight.detach().numpy().copy()
+    records = [record for record in training.fit() if record.event == "validation"]
+    kept = {epoch: np.load(path) for epoch, path in training.run.kept_filters.items()}
+    assert list(kept) == [0, 1, 2]
+    assert (kept[0] == first).all()
+    for record in records:
+        saved = model_file.read_model(training.run.checkpoints / f"{record.step:08}" / "model.safetensors")
+        assert (kept[record.epoch] == saved.tensors["conv1.weight"]).all()
+        assert filters.summarize_epoch(kept[record.epoch], 2)["specialization"] == record.specialization
+
+
+def test_a_resumed_run_keeps_the_filters_of_each_epoch_once(start: Start) -> None:
+    """Also if it was killed before the checkpoint of an epoch, and then has more epochs."""
+    whole = start(replace(SMALL, schedule="fixed", epochs=3))
+    list(whole.fit())
+    training = start(replace(SMALL, schedule="fixed"))
+    for record in training.fit():
+        if record.event == "validation" and record.epoch == 2:
+            break  # as kill -9 there
+    assert list(training.run.kept_filters) == [0, 1, 2]
+    (training.run.path / "conv1" / ".0002.npy.1.tmp.npy").touch()
+    last = (training.run.checkpoints / "last").resolve()
+    training = start(replace(SMALL, schedule="fixed", epochs=3), Run(training.run.path))
+    records = training.fit(last)
+    next(records)
+    assert [path.name for path in sorted((training.run.path / "conv1").iterdir())] == ["0000.npy", "0001.npy"]
+    list(records)
+    expected, found = whole.run.kept_filters, training.run.kept_filters
+    assert list(found) == list(expected) == [0, 1, 2, 3]
+    for epoch, path in found.items():
+        assert path.read_bytes() == expected[epoch].read_bytes()
+
+
+def test_a_disk_too_full_for_the_filters_does_not_stop_the_training(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path, _: object) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(np, "save", fail)
+    training = start(replace(SMALL, epochs=1))
+    assert list(training.fit())[-1].reason == "finished"
+    assert training.run.kept_filters == {}
+    assert list((training.run.path / "conv1").iterdir()) == []
 
 
 def test_the_caller_can_take_records_and_leave(start: Start) -> None:

@@ -57,7 +57,7 @@ def draw_grid(kernels: Kernels, limits: Limits, columns: int) -> Pixels:
 
 
 def draw_figure(panels: Panels, title: str, wanted_width: int = WIDTH) -> Image.Image:
-    """Draw the grids below each other with their captions, enlarged without smoothing to about `wanted_width` pixels."""
+    """Draw the grids below each other with captions, enlarged to about `wanted_width` pixels without smoothing."""
     from PIL import Image, ImageDraw
 
     from alexnet_cli.core.drawing import load_font

@@ -25,7 +25,12 @@ Scale = Literal["joint", "each"]
 
 FRAMES = 60  # at most
 SECONDS, SHORTEST, LONGEST, PAUSE = 6, 100, 500, 3000  # length of the replay; milliseconds of a frame and of the last
-WIDTH, CHART, MARGIN, SMOOTHING = 560, 330, 40, 3  # pixels: of the filters, side of the chart; lines are drawn larger by that factor and reduced
+WIDTH, CHART, MARGIN, SMOOTHING = (
+    560,
+    330,
+    40,
+    3,
+)  # pixels: of the filters, side of the chart; lines are drawn larger by that factor and reduced
 GRID, CURVE = (210, 210, 210), (11, 83, 148)
 CURVES = {  # by number of towers: title, key in metrics.jsonl, lowest value; the highest is 1
     2: ("AUC of color{} (chance 0.5)", "specialization", 0.5),
@@ -47,7 +52,7 @@ class Replay:
         frames = self.frames
         if kind == "gif":  # one palette, so that colors do not flicker; a 16th of the pixels is enough to choose it
             sample = Image.fromarray(np.concatenate([np.asarray(frame)[::4, ::4] for frame in frames]))
-            palette = sample.quantize(256, dither=Image.Dither.NONE)
+            palette = sample.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
             frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
         options = {"lossless": True, "method": 2} if kind == "webp" else {"optimize": False}
         file = io.BytesIO()
@@ -128,9 +133,7 @@ def _make_panel(kernels: Kernels, limits: Limits, name: str) -> tuple[str, filte
     return f"{name}, {len(kernels)} filters", filter_picture.draw_grid(kernels, limits, columns)
 
 
-def _draw_curve(
-    points: Sequence[tuple[int, float]], title: str, lowest: float, last: int, height: int
-) -> Image.Image:
+def _draw_curve(points: Sequence[tuple[int, float]], title: str, lowest: float, last: int, height: int) -> Image.Image:
     """Draw the curve up to now on axes that stay: epochs 0 to `last`, values `lowest` to 1."""
     left, right, top, bottom = MARGIN, CHART - MARGIN // 2, LINE + LETTERS // 2, height - LINE
 

@@ -193,8 +193,8 @@ def _draw_replay(report: Report) -> Values | None:
         "uri": _make_uri("image/webp", replay.encode("webp")),
         "still": _make_uri("image/webp", replace(replay, frames=replay.frames[-1:], durations=[0]).encode("webp")),
         "width": replay.frames[0].width, "height": replay.frames[0].height,
-        "alt": f"The filters of all towers from epoch {min(kept)} to {max(kept)}, and the curve of their color.",
-        "caption": f"How the filters formed, epoch {min(kept)} to {max(kept)}. One scale holds for all epochs, so "
+        "alt": f"Animation of the filters from epoch {min(kept)} to {max(kept)}, with the curve of their color.",
+        "caption": f"Epoch {min(kept)} to {max(kept)}, over and over. One scale holds for all epochs, so "
         f"filters leave gray as their weights grow.{curve}",
     }  # fmt: skip
 

@@ -56,7 +56,8 @@ def visualize_filters(
     output: Annotated[
         Path | None,
         typer.Option(
-            "-o", "--output",
+            "-o",
+            "--output",
             help="File to write: .png, .svg for filters, .webp or .gif for --replay [default: figures/ of the run]",
         ),
     ] = None,
