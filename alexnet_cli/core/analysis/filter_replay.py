@@ -25,12 +25,8 @@ Scale = Literal["joint", "each"]
 
 FRAMES = 60  # at most
 SECONDS, SHORTEST, LONGEST, PAUSE = 6, 100, 500, 3000  # length of the replay; milliseconds of a frame and of the last
-WIDTH, CHART, MARGIN, SMOOTHING = (
-    560,
-    330,
-    40,
-    3,
-)  # pixels: of the filters, side of the chart; lines are drawn larger by that factor and reduced
+WIDTH, CHART, MARGIN = 560, 330, 40  # pixels: of the filters, side of the chart
+SMOOTHING = 3  # lines are drawn larger by this factor and reduced
 GRID, CURVE = (210, 210, 210), (11, 83, 148)
 CURVES = {  # by number of towers: title, key in metrics.jsonl, lowest value; the highest is 1
     2: ("AUC of color{} (chance 0.5)", "specialization", 0.5),
