@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from alexnet_cli.core.analysis import filters
 from alexnet_cli.core.analysis.filter_replay import Replay, draw_replay, read_kept_filters
@@ -28,11 +28,9 @@ def read_back(data: bytes) -> tuple[list[Image.Image], list[int], int]:
     """Frames, durations in milliseconds and number of repetitions (0: forever) of an animation."""
     with Image.open(io.BytesIO(data)) as image:
         frames, durations = [], []
-        for number in range(image.n_frames):
-            image.seek(number)
-            image.load()
-            frames.append(image.convert("RGB"))
-            durations.append(image.info["duration"])
+        for frame in ImageSequence.Iterator(image):
+            frames.append(frame.convert("RGB"))
+            durations.append(frame.info["duration"])
         return frames, durations, image.info["loop"]
 
 

@@ -24,8 +24,9 @@ from alexnet_cli.errors import DataError
 Scale = Literal["joint", "each"]
 
 FRAMES = 60  # at most
-SECONDS, SHORTEST, LONGEST, PAUSE = 6, 100, 500, 3000  # length of the replay; milliseconds of a frame and of the last
-WIDTH, CHART, MARGIN = 560, 330, 40  # pixels: of the filters, side of the chart
+SECONDS = 6  # length of a replay, as far as the next line allows
+SHORTEST, LONGEST, PAUSE = 100, 500, 3000  # milliseconds: of a frame, and of the last one
+WIDTH, CHART, MARGIN = 560, 330, 40  # pixels: width of the filters, side of the chart, its left margin
 SMOOTHING = 3  # lines are drawn larger by this factor and reduced
 GRID, CURVE = (210, 210, 210), (11, 83, 148)
 CURVES = {  # by number of towers: title, key in metrics.jsonl, lowest value; the highest is 1

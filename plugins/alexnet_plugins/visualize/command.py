@@ -1,7 +1,7 @@
 """`alexnet visualize-filters`: options, and which of the figures to draw.
 
-`filters` draws the first-layer filters and their replay, `unit_patches` what activates a unit, `image_layers` one
-image in all layers.
+`filters` draws the first-layer filters and their replay, `unit_patches` what activates a unit, `image_layers` one image
+in all layers.
 """
 
 from __future__ import annotations

@@ -84,9 +84,7 @@ def draw_filter_replay(request: FigureRequest, scale: Scale, *, is_sorted: bool)
     kept = read_kept_filters(Run(request.run), model.tensors["conv1.weight"].shape) if request.run else {}
     if len(kept) < 2:
         what = f"{request.run or model.path} has no filters of its epochs to replay"
-        raise DataError(
-            what, "train keeps them in conv1/ of each run; older and imported runs have none: train a new one"
-        )
+        raise DataError(what, "train keeps them in conv1/ of a run; older and imported runs have none: train a new one")
     options = ("" if scale == "joint" else f"scale-{scale}", "sort-chroma" if is_sorted else "")
     usual = request.choose_path("conv1-replay", request.tower_name, *options)
     path = request.output or usual.with_suffix(".webp")
