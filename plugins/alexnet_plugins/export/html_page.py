@@ -123,7 +123,7 @@ def write_page(pieces: Iterable[str], path: Path) -> None:
 
 
 def _read_source(name: str) -> str:
-    return files("alexnet_plugins.export").joinpath("page", name).read_text("utf-8")
+    return files("alexnet_plugins.export").joinpath("page", name).read_text(encoding="utf-8")
 
 
 def _format_json(value: Any) -> str:
