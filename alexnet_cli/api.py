@@ -17,22 +17,19 @@ from alexnet_cli.core.data.shards import Dataset
 from alexnet_cli.core.devices import count_cores
 from alexnet_cli.core.evaluation import evaluate as evaluation
 from alexnet_cli.core.evaluation.evaluate import Evaluation
-from alexnet_cli.core.model.alexnet import AlexNet
+from alexnet_cli.core.model.alexnet import AlexNet as AlexNet
 from alexnet_cli.core.model.model_file import Model, read_model
 from alexnet_cli.core.parallel.placement import Placement, choose_decode_threads, place
 from alexnet_cli.core.runs.records import Record
 from alexnet_cli.core.runs.resolve import find_training_data, find_weights
 from alexnet_cli.core.runs.run import RUNNING, record_failure
-from alexnet_cli.core.training import setup
 from alexnet_cli.core.training.fine_tuning import Transfer, load_source, match_layers
-from alexnet_cli.core.training.loop import TrainingLoop
+from alexnet_cli.core.training.loop import TrainingLoop, check_data, open_run
 from alexnet_cli.core.training.trainer import Trainer
-from alexnet_cli.errors import AlexNetError, DataError, Stopped, UsageError
-from alexnet_cli.recipe import RECIPES, Recipe
-
-__all__ = (
-    "AlexNet", "AlexNetError", "Recipe", "evaluate", "export", "load", "open_dataset", "prepare", "recipes", "train",
-)  # fmt: skip
+from alexnet_cli.errors import AlexNetError as AlexNetError
+from alexnet_cli.errors import DataError, Stopped, UsageError
+from alexnet_cli.recipe import RECIPES
+from alexnet_cli.recipe import Recipe as Recipe
 
 BATCH = 128
 
@@ -131,7 +128,7 @@ def train(
         recipe = recipe_io.apply_changes(initial.recipe, {"frozen": "none"})
     resolved = recipe if isinstance(recipe, Recipe) else recipe_io.load_recipe(str(recipe or "paper"))
     dataset = _open(data)
-    setup.check_data(dataset, None)
+    check_data(dataset, None)
     placement = place(gpus if gpus is None else str(gpus), resolved.precision)
     transfer = match_layers(weights, initial, resolved, dataset.classes) if initial else None
     return _train(resolved, dataset, placement, transfer, name, max_steps, choose_decode_threads(jobs))
@@ -146,7 +143,7 @@ def _train(
     max_steps: int | None,
     threads: int,
 ) -> Generator[Record]:
-    run = setup.open_run(None, name, recipe, placement, dataset, transfer, {}, ["alexnet.train"])
+    run = open_run(None, name, recipe, placement, dataset, transfer, {}, ["alexnet.train"])
     with run.locked():
         try:
             trainer = Trainer.for_dataset(recipe, dataset, placement)

@@ -110,6 +110,10 @@ SettingsOption = Annotated[
         autocompletion=complete_setting,
     ),
 ]
+ImagesArgument = Annotated[
+    list[str],
+    typer.Argument(metavar="IMAGE...", help="Images, folders or patterns; @FILE reads paths from a file, - from stdin"),
+]
 WithoutTowerOption = Annotated[
     int | None,
     typer.Option("--without-tower", metavar="1|2", help="Switch this tower off", show_default=False),

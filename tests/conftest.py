@@ -6,12 +6,13 @@ import errno
 import inspect
 import os
 import re
+import shutil
 import signal
 import sys
 import tarfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -24,6 +25,10 @@ from alexnet_cli.core.data.prepare import pack
 from alexnet_cli.core.data.sources import detect_source
 from documents import fields_of_json
 
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
@@ -60,6 +65,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if isinstance(item, pytest.Function) and POSIX.search(inspect.getsource(item.function)):
                 item.add_marker(pytest.mark.skip(reason="Windows lacks what it asks for"))
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """Return a headless Chromium; skip the test without playwright or a browser."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
+    found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
+    if found is None:
+        pytest.skip(f"no browser is installed: none of {', '.join(BROWSERS)}")
+    with playwright.sync_playwright() as tool:
+        started = tool.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield started
+        started.close()
 
 
 @pytest.fixture(scope="session")

@@ -90,7 +90,6 @@ def evaluate(
     from alexnet_cli.core.evaluation.evaluate import match_classes, to_gray
     from alexnet_cli.core.evaluation.towers import NETWORKS
     from alexnet_cli.core.files import hash_file
-    from alexnet_cli.core.model.model_file import read_model, silence_tower
     from alexnet_cli.core.runs.resolve import (
         describe_unfinished_run,
         describe_weights,
@@ -111,14 +110,7 @@ def evaluate(
     if not len(images):
         raise DataError(f"{dataset.path}: split {split} has no images", "prepare it again with --val-fraction 0.1")
     backend = "onnx" if path.suffix == ".onnx" else "torch"
-    if backend == "onnx":
-        networks = {without_tower: _load_onnx(path, views, gpus)}
-    else:
-        stored = read_model(path)
-        networks = {
-            tower: _load_torch(stored if tower is None else silence_tower(stored, tower), views, gpus)
-            for tower in (NETWORKS if towers else [without_tower])
-        }
+    networks = _load_networks(path, NETWORKS if towers else (without_tower,), views, gpus)
     model = networks[without_tower]
     if grayscale:
         classify = model.classify
@@ -156,11 +148,8 @@ def evaluate(
     if published:
         reporter.show(f"known   {results.format_published(published, views, counts.images)}")
     _report_worst(reporter, counts, classes)
-    if (
-        not (without_tower or grayscale)
-        and (split, views, backend) == ("val", 1, "torch")
-        and is_training_data(path, dataset)
-    ):
+    is_usual = (split, views, backend, without_tower, grayscale) == ("val", 1, "torch", None, False)
+    if is_usual and is_training_data(path, dataset):
         _explain_difference(reporter, model.info, run, counts.top1_error)
     if folder:
         files = results.write_results(folder, stem, counts, classes, totals)
@@ -298,6 +287,20 @@ def _write_record(reporter: Reporter, folder: Path | None, stem: str, record: Ma
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror}", "free space, or choose another -o") from error
     reporter.line("files", str(path))
+
+
+def _load_networks(
+    path: Path, silenced: Sequence[int | None], views: int, gpus: str | None
+) -> dict[int | None, LoadedModel]:
+    """Load the network once for each tower to switch off; None is the whole network. An ONNX file is always whole."""
+    from alexnet_cli.core.model.model_file import read_model, silence_tower
+
+    if path.suffix == ".onnx":
+        return {None: _load_onnx(path, views, gpus)}
+    model = read_model(path)
+    return {
+        tower: _load_torch(model if tower is None else silence_tower(model, tower), views, gpus) for tower in silenced
+    }
 
 
 def _load_torch(model: Model, views: int, gpus: str | None) -> LoadedModel:

@@ -12,7 +12,7 @@ import typer
 
 from alexnet_cli.console import Reporter, make_printable
 from alexnet_cli.errors import PartialError, UsageError
-from alexnet_cli.options import JsonFlag, QuietFlag, WeightsOption
+from alexnet_cli.options import ImagesArgument, JsonFlag, QuietFlag, WeightsOption, WithoutTowerOption
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,17 +22,11 @@ if TYPE_CHECKING:
     from alexnet_cli.core.inference.inputs import ImageInput
 
 MAX_ROWS = 50  # images on the contact sheet
-UNREADABLE = "the output has the reason for each"
 WINDOW = 4  # images decoded ahead
 
 
 def explain(
-    inputs: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="IMAGE...", help="Images, folders or patterns; @FILE reads paths from a file, - from stdin"
-        ),
-    ],
+    inputs: ImagesArgument,
     weights: WeightsOption = None,
     name: Annotated[
         str | None,
@@ -42,12 +36,7 @@ def explain(
         Literal["occlusion", "gradcam", "layercam"],
         typer.Option(help="Cover places with a gray square, or weigh the maps of layer 5 by their gradients"),
     ] = "occlusion",
-    without_tower: Annotated[
-        int | None,
-        typer.Option(
-            min=1, max=2, help="Switch this tower off: 1 or 2 [default: explain the whole network and each tower alone]"
-        ),
-    ] = None,
+    without_tower: WithoutTowerOption = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -62,8 +51,8 @@ def explain(
 ) -> None:
     """Show where in an image the network looked.
 
-    Draws the image, a map of the evidence for a class over it, and the most likely classes: of the whole network, and
-    of each tower alone. Several images share a contact sheet.
+    Draws the image, a map of the evidence for a class over it, and the most likely classes: for the whole network and
+    for each tower alone, or only for the tower that --without-tower leaves. Several images share a contact sheet.
     """
     from alexnet_cli.core.analysis.explain import Explainer, describe_method, find_class, make_record
     from alexnet_cli.core.inference.inputs import expand_inputs, name_inputs, prefetch
@@ -81,7 +70,7 @@ def explain(
     reporter.line("weights", origin, always=weights is None)
     if run_images:
         reporter.line("note", f"skipped {len(run_images):,} images drawn for runs, such as {run_images[0]}")
-    explainer = Explainer(model, method, [without_tower] if without_tower else None)
+    explainer = Explainer(model, method, None if without_tower is None else [without_tower])
     options = [method, f"class{index}" if index is not None else "", f"without{without_tower}" if without_tower else ""]
     figures = _Figures(
         output,
@@ -110,7 +99,8 @@ def explain(
     if line := figures.save(inputs):
         reporter.line("saved", line)
     if errors:
-        raise PartialError(f"cannot read {len(errors):,} of {len(sources):,} images, first {errors[0]}", UNREADABLE)
+        what = f"cannot read {len(errors):,} of {len(sources):,} images, first {errors[0]}"
+        raise PartialError(what, "the output has the reason for each")
 
 
 def _is_png(path: Path) -> bool:

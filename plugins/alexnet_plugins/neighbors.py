@@ -13,7 +13,7 @@ import typer
 
 from alexnet_cli.console import Reporter, make_printable
 from alexnet_cli.errors import PartialError, UsageError
-from alexnet_cli.options import JsonFlag, OwnDataOption, QuietFlag, WeightsOption
+from alexnet_cli.options import ImagesArgument, JsonFlag, OwnDataOption, QuietFlag, WeightsOption
 
 if TYPE_CHECKING:
     from alexnet_cli.core.analysis.neighbors import Vectors
@@ -28,12 +28,7 @@ MAX_ROWS = 50  # images on the contact sheet
 
 
 def neighbors(
-    inputs: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="IMAGE...", help="Images, folders or patterns; @FILE reads paths from a file, - from stdin"
-        ),
-    ],
+    inputs: ImagesArgument,
     weights: WeightsOption = None,
     data: OwnDataOption = None,
     k: Annotated[int, typer.Option("-k", "--neighbors", min=1, help="Number of neighbors to show")] = 6,

@@ -216,6 +216,14 @@ def test_what_a_file_could_not_say_is_not_saved(tmp_path: Path) -> None:
         network.save(tmp_path / "missing" / "n.safetensors")
 
 
+def test_saving_leaves_every_layer_in_its_mode(tmp_path: Path) -> None:
+    network = AlexNet.from_model(random_model(SMALL)).train()
+    network.get_submodule("drop6").eval()
+    before = {name: module.training for name, module in network.named_modules()}
+    network.save(tmp_path / "n.safetensors")
+    assert {name: module.training for name, module in network.named_modules()} == before
+
+
 @pytest.mark.parametrize("classes", ["cat", [], 0, [1, 2], [("cat", "n1")], ["cat", None]])
 def test_what_are_no_classes(classes: Any) -> None:
     with pytest.raises(UsageError, match="are no classes"):

@@ -359,7 +359,9 @@ def test_torch_export_with_any_batch_size(network: AlexNet) -> None:
     assert program.state_dict.keys() == network.state_dict().keys()
 
 
-@pytest.mark.parametrize("recipe", ["paper", "krizhevsky", "caffe"])
+@pytest.mark.parametrize(
+    "recipe", ["paper", *(pytest.param(name, marks=pytest.mark.slow) for name in ("krizhevsky", "caffe"))]
+)
 def test_the_onnx_export_of_torch_equals_ours(recipe: str, tmp_path: Path) -> None:
     """Ours takes pixels of 0 to 255 and subtracts the mean image itself."""
     pytest.importorskip("onnxscript", reason="the extra `research` brings onnxscript")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +32,6 @@ from model_files import draw, random_model, save_model
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 NARROW = {name: replace(recipe, width=1 / 16) for name, recipe in RECIPES.items()}
 SMALL = NARROW["paper"]
 HOSTILE = ("</script><script>alert(1)</script>", '<img src=x onerror="alert(2)">', "{{ data }}", "\u202e\ud800", "<!--")
@@ -42,35 +40,23 @@ Rows = npt.NDArray[np.float32]
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
-    found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
-    if found is None:
-        pytest.skip(f"no browser is installed: none of {', '.join(BROWSERS)}")
-    with playwright.sync_playwright() as tool:
-        started = tool.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        yield started
-        started.close()
-
-
-@pytest.fixture(scope="module")
 def picture(tmp_path_factory: pytest.TempPathFactory) -> str:
     return draw(tmp_path_factory.mktemp("picture") / "blotches.png", 3, (431, 300))
 
 
-class Opened:
-    """A page with a picture in it. `said` is what the console said, `asked` is what it asked for."""
+class OpenPage:
+    """A page with a picture in it. `messages` is what the console messages, `requests` is what it requests for."""
 
     def __init__(
         self, browser: Browser, model: Model, path: Path, size: tuple[int, int] = (1280, 800), patches: Any = None
     ) -> None:
         write_page(build_page(model, path.stem, patches), path)
         self.page: Page = browser.new_page(viewport={"width": size[0], "height": size[1]})
-        self.said, self.asked = list[str](), list[str]()
-        self.page.on("console", lambda message: self.said.append(message.text))
-        self.page.on("pageerror", lambda error: self.said.append(str(error)))
-        self.page.on("request", lambda request: self.asked.append(request.url))
-        self.page.on("dialog", lambda dialog: self.said.append(dialog.message))
+        self.messages, self.requests = list[str](), list[str]()
+        self.page.on("console", lambda message: self.messages.append(message.text))
+        self.page.on("pageerror", lambda error: self.messages.append(str(error)))
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.on("dialog", lambda dialog: self.messages.append(dialog.message))
         self.page.goto(path.as_uri())
         self.wait("done", "1")
 
@@ -98,18 +84,18 @@ class Opened:
 @pytest.fixture
 def open_page(browser: Browser, tmp_path: Path) -> Iterator[Any]:
     """Open the page of a model. The test fails if a page says or asks anything."""
-    opened: list[Opened] = []
+    pages: list[OpenPage] = []
 
-    def opener(model: Model, **options: Any) -> Opened:
-        opened.append(Opened(browser, model, tmp_path / f"page{len(opened)}.html", **options))
-        return opened[-1]
+    def opener(model: Model, **options: Any) -> OpenPage:
+        pages.append(OpenPage(browser, model, tmp_path / f"page{len(pages)}.html", **options))
+        return pages[-1]
 
     yield opener
-    for one in opened:
+    for one in pages:
         one.page.close()
-        assert one.said == []
-        assert [url for url in one.asked if not url.startswith(("file:", "blob:"))] == []
-        assert len([url for url in one.asked if url.startswith("file:")]) == 1
+        assert one.messages == []
+        assert [url for url in one.requests if not url.startswith(("file:", "blob:"))] == []
+        assert len([url for url in one.requests if url.startswith("file:")]) == 1
 
 
 def crop_of(picture: str, recipe: Recipe) -> npt.NDArray[np.uint8]:
@@ -143,6 +129,7 @@ def test_the_answers_are_those_of_onnx_runtime(open_page: Any, picture: str, nam
     assert answers.argmax() == original.argmax()
 
 
+@pytest.mark.slow
 def test_pictures_are_resized_as_predict_does(open_page: Any, tmp_path: Path) -> None:
     page = open_page(random_model(SMALL))
     for number, size in enumerate([(900, 333), (256, 256), (60, 97), (1, 40)]):

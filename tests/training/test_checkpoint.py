@@ -20,10 +20,10 @@ from alexnet_cli.core.parallel.placement import Placement
 from alexnet_cli.core.runs.run import Run
 from alexnet_cli.core.training import checkpoint
 from alexnet_cli.core.training.loop import TrainingLoop
-from alexnet_cli.core.training.setup import check_max_steps
 from alexnet_cli.errors import StorageError, UsageError, WeightsError
 from alexnet_cli.recipe import TINY
 from alexnet_plugins.train.command import train
+from alexnet_plugins.train.setup import check_max_steps
 from trainings import new_loop
 
 CPU = Placement(torch.device("cpu"), "CPU", "fp32")

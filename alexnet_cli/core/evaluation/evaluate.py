@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from alexnet_cli.core.data.augment import Augment
 from alexnet_cli.core.data.classes import ClassName
 from alexnet_cli.core.data.loader import Batch
+from alexnet_cli.core.model.network import evaluation_mode
 from alexnet_cli.core.parallel.placement import Placement
 from alexnet_cli.errors import DataError, MissingError, UsageError, WeightsError, is_out_of_memory
 
@@ -112,19 +113,14 @@ class TorchClassifier:
 
     def __call__(self, images: Tensor) -> npt.NDArray[np.float32]:
         """Return float32 B x classes for uint8 B x 256 x 256 x 3."""
-        was_training = self.network.training
-        self.network.eval()
-        try:
-            with torch.inference_mode(), self.placement.precision_context():
-                views: Iterable[Tensor] = (
-                    [self.augment.center_view(images)] if self.views == 1 else self.augment.ten_views(images)
-                )
-                total = sum(torch.softmax(self.network(view).float(), 1) for view in views)
-                assert isinstance(total, Tensor)
-                result: npt.NDArray[np.float32] = (total / self.views).cpu().numpy()
-                return result
-        finally:
-            self.network.train(was_training)
+        with evaluation_mode(self.network), torch.inference_mode(), self.placement.precision_context():
+            views: Iterable[Tensor] = (
+                [self.augment.center_view(images)] if self.views == 1 else self.augment.ten_views(images)
+            )
+            total = sum(torch.softmax(self.network(view).float(), 1) for view in views)
+            assert isinstance(total, Tensor)
+            result: npt.NDArray[np.float32] = (total / self.views).cpu().numpy()
+            return result
 
 
 class HalvingClassifier:

@@ -105,10 +105,10 @@ class TowerCounts:
         for index in np.unique(labels).tolist():
             of_class = right[:, labels == index]
             alone = (of_class[CONDITIONS.index(condition)] for condition in (TOWER1, TOWER2))
-            errors, said = (1 - of_class.mean(axis=1)).tolist(), [int(counts[index]) for counts in answers]
+            errors, times = (1 - of_class.mean(axis=1)).tolist(), [int(counts[index]) for counts in answers]
             name = classes[index]
             head = (index, name.wnid or "", name.name, of_class.shape[1])
-            rows.append(ClassNeed(*head, errors, said, *_compare(*alone)))
+            rows.append(ClassNeed(*head, errors, times, *_compare(*alone)))
         return sorted(rows, key=lambda row: -row.difference)
 
 

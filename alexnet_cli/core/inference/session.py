@@ -151,44 +151,35 @@ class Session:
         return self._run(["probabilities"], crops)[0]
 
     def activations(self, crops: Crops) -> dict[str, Array]:
-        """Return the activations of the session's layers: N x maps x rows x columns, or N x units in layers 6 to 8.
-
-        What comes after the last of them is not computed.
-        """
-        import onnxruntime
-
-        options = onnxruntime.RunOptions()
-        options.only_execute_path_to_fetches = True
-        return self._run_layers([], crops, options)[1]
+        """Return the activations of the session's layers: N x maps x rows x columns, or N x units in layers 6 to 8."""
+        return self._run_layers([], crops)[1]
 
     def probabilities_and_activations(self, crops: Crops) -> tuple[Array, dict[str, Array]]:
         """N x classes, and what `activations` returns, in one pass."""
         [probabilities], activations = self._run_layers(["probabilities"], crops)
         return probabilities, activations
 
-    def _run_layers(
-        self, outputs: list[str], crops: Crops, options: Any = None
-    ) -> tuple[list[Array], dict[str, Array]]:
+    def _run_layers(self, outputs: list[str], crops: Crops) -> tuple[list[Array], dict[str, Array]]:
         """Return some outputs, and each layer's activations; dropout's are times its test-time factor (section 4.2)."""
         keep = np.float32(1 if self.recipe.dropout_inverted else 1 - self.recipe.dropout)
         names = {layer: _output_name(layer, self.recipe) for layer in self.layers}
         unique = list(dict.fromkeys(names.values()))
-        values = self._run([*outputs, *unique], crops, options)
+        values = self._run([*outputs, *unique], crops)
         by_name = dict(zip(unique, values[len(outputs) :], strict=True))
         activations = {
             layer: by_name[name] * keep if layer.startswith("drop") else by_name[name] for layer, name in names.items()
         }
         return values[: len(outputs)], activations
 
-    def _run(self, outputs: list[str], crops: Crops, options: Any = None) -> list[Array]:
+    def _run(self, outputs: list[str], crops: Crops) -> list[Array]:
         batch = self._session.get_inputs()[0].shape[0]
         if isinstance(batch, int) and 0 < batch != len(crops):  # a tool has fixed it, often to 1
             starts = range(0, len(crops), batch)
             parts = [crops[start : start + batch] for start in starts]
-            results = [self._run(outputs, np.resize(part, (batch, *crops.shape[1:])), options) for part in parts]
+            results = [self._run(outputs, np.resize(part, (batch, *crops.shape[1:]))) for part in parts]
             return [np.concatenate(values)[: len(crops)] for values in zip(*results, strict=True)]
         try:
-            results = self._session.run(outputs, {"input": crops.astype(np.float32, copy=False)}, options)
+            results = self._session.run(outputs, {"input": crops.astype(np.float32, copy=False)})
         except Exception as error:
             if is_out_of_memory(error):
                 raise

@@ -36,7 +36,7 @@ from alexnet_cli.core.model.architecture import (
 )
 from alexnet_cli.core.model.layers import ResponseNorm, WithinMapNorm
 from alexnet_cli.core.model.model_file import Model, write_model
-from alexnet_cli.core.model.network import initial_tensors
+from alexnet_cli.core.model.network import evaluation_mode, initial_tensors
 from alexnet_cli.core.model.response_norm import normalize_plain
 from alexnet_cli.errors import DataError, UsageError
 from alexnet_cli.recipe import SIDE, Recipe
@@ -263,13 +263,11 @@ class AlexNet(nn.Module):
     @torch.no_grad()
     def _equals(self, other: AlexNet) -> bool:
         """Whether two networks give the same logits for an image of noise, within rounding."""
-        side, was_training = self.recipe.input_size, self.training
+        side = self.recipe.input_size
         noise = torch.randn(1, 3, side, side, generator=torch.Generator("cpu").manual_seed(2012), device="cpu")
         x = noise * 60 / self.recipe.input_divisor
-        try:
-            logits = self.eval()(x.to(self.mean.device, self.mean.dtype)).float().cpu()
-        finally:
-            self.train(was_training)
+        with evaluation_mode(self):
+            logits = self(x.to(self.mean.device, self.mean.dtype)).float().cpu()
         expected = other(x)
         tolerance = (1e-3 if self.mean.dtype.itemsize > 2 else 0.1) * expected.abs().max()
         return bool((logits - expected).abs().max() <= tolerance)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -202,6 +203,18 @@ def parameters_by_name(network: Network) -> Iterator[tuple[str, nn.Parameter]]:
     """(name as in a model file, parameter), layer by layer."""
     for name in PARAMETERS:
         yield name, network.get_parameter(name)
+
+
+@contextmanager
+def evaluation_mode(network: nn.Module) -> Iterator[None]:
+    """Put every layer into evaluation mode inside the block, and each into its own mode again after it."""
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def network_from_model(model: Model) -> Network:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -29,7 +30,7 @@ from alexnet_cli.core.signals import EXIT_CODES
 from alexnet_cli.core.training import checkpoint, diagnostics
 from alexnet_cli.core.training.fine_tuning import Transfer
 from alexnet_cli.core.training.trainer import NonFiniteLoss, StepMetrics, Trainer
-from alexnet_cli.errors import VerificationError, WeightsError
+from alexnet_cli.errors import DataError, VerificationError, WeightsError
 from alexnet_cli.recipe import Recipe
 
 
@@ -85,6 +86,42 @@ def describe_training(command: Sequence[str], placement: Placement, data: Datase
         "data_hash": data.hash,
         "seed": recipe.seed,
     }
+
+
+def check_data(data: Dataset, run: Run | None) -> None:
+    """Raise DataError if the data cannot be trained on, before a run is created."""
+    if run and run.about.get("data_hash") != data.hash:
+        own_data = f"its data set was {run.about.get('data_path')}"
+        raise DataError(
+            f"run {run.path.name} was not trained on {data.path}", f"{own_data}; give that, or start a new run"
+        )
+    for split in ("train", "val"):
+        if not len(data.split(split)):
+            hint = "prepare it again with --overwrite --val-fraction 0.1"
+            if max(Counter(data.split("train").labels.tolist()).values(), default=0) < 2:
+                hint = "prepare it again with --overwrite and at least two images per class, one for validation"
+            raise DataError(f"{data.path}: split {split} has no images", hint)
+    data.mean_image()  # raises DataError if it is damaged
+
+
+def open_run(
+    run: Run | None,
+    name: str | None,
+    recipe: Recipe,
+    placement: Placement,
+    data: Dataset,
+    transfer: Transfer | None,
+    saved_options: dict[str, Any],
+    command: Sequence[str],
+) -> Run:
+    """The resumed run, or a new one created by rank 0. Writes the description of this training to run.json."""
+    about, ranks = describe_training(command, placement, data, recipe), placement.ranks
+    if run:
+        run.update({"resumed": [*run.about.get("resumed", []), about], **saved_options})
+        return run
+    origin = {"init_from": transfer.about()} if transfer else {}
+    created = Run.create(name, recipe, about | origin | saved_options) if ranks.is_main else None
+    return Run(Path(ranks.broadcast(str(created.path) if created else "", "creating the run")), writes=ranks.is_main)
 
 
 @dataclass

@@ -99,10 +99,6 @@ def export(
     reporter = Reporter("export", json=json, quiet=quiet)
     source = find_weights(weights)
     model = model_file.read_model(source if hub is None else source.resolve())  # links may change while it is copied
-    if hub is None:
-        path = _choose_path(output, source, precision, file_format)
-    if hub is None and file_format == "onnx":
-        exporting.check_names(model, path)
     description = describe_weights(source, model.info)
     reporter.line(
         "weights",
@@ -114,9 +110,11 @@ def export(
     if hub is not None:
         _export_hub(reporter, model, hub)
         return
+    path = _choose_path(output, source, precision, file_format)
     if file_format == "html":
         _export_html(reporter, model, path, data, verify=verify, with_patches=not no_patches)
         return
+    exporting.check_names(model, path)
     if precision == "int8":
         data_sets = (data or find_training_data(source), calibrate)
         result = _export_int8(reporter, model, path, data_sets, verify=verify, force=force)

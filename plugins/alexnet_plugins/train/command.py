@@ -23,7 +23,16 @@ from alexnet_cli.options import (
     complete_weights,
 )
 from alexnet_plugins.train.display import finish, record_errors, run_loop, show_heading, show_start, show_unused_options
-from alexnet_plugins.train.setup import choose_data, find_run, load_base_recipe, merge_saved_options, show_config
+from alexnet_plugins.train.setup import (
+    check_max_steps,
+    check_placement,
+    choose_data,
+    find_run,
+    find_start,
+    load_base_recipe,
+    merge_saved_options,
+    show_config,
+)
 
 Cache = Literal["auto", "device", "none"]
 Frozen = Literal["none", "conv"]
@@ -132,9 +141,8 @@ def train(
     from alexnet_cli.core.parallel import placement as devices
     from alexnet_cli.core.parallel.process_group import join_process_group, launcher_pid, mesh_shape, read_rank_info
     from alexnet_cli.core.training.fine_tuning import load_source, match_layers
-    from alexnet_cli.core.training.loop import TrainingLoop
+    from alexnet_cli.core.training.loop import TrainingLoop, check_data, open_run
     from alexnet_cli.core.training.resume import check_recipe
-    from alexnet_cli.core.training.setup import check_data, check_max_steps, check_placement, find_start, open_run
     from alexnet_cli.core.training.tensorboard import check_installed
     from alexnet_cli.core.training.trainer import Trainer
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from alexnet_cli import recipe_io
 from alexnet_cli.console import Reporter
+from alexnet_cli.core.model.architecture import layer_widths
+from alexnet_cli.errors import UsageError
 from alexnet_cli.recipe import (
     CAFFE,
     FAST,
@@ -27,8 +29,10 @@ SHOWN_NAMES = 5  # in a message
 
 if TYPE_CHECKING:
     from alexnet_cli.core.model.model_file import Model
+    from alexnet_cli.core.parallel.placement import Placement
     from alexnet_cli.core.parallel.process_group import ProcessMesh
     from alexnet_cli.core.runs.run import Run
+    from alexnet_cli.core.training.loop import TrainingLoop
 
 
 LINEAGE = {  # named recipe -> (source of a change, recipe with it, recipe without it), latest change first
@@ -83,6 +87,40 @@ def choose_data(data: str | None, run: Run | None) -> tuple[Path, str]:
         return path, ""
     listed = f"{', '.join(others[:SHOWN_NAMES])}{' …' if len(others) > SHOWN_NAMES else ''}"
     return path, f"{path} is the newest prepared data set; --data selects another: {listed}"
+
+
+def check_max_steps(run: Run, max_steps: int | None) -> None:
+    """Raise UsageError if a run has already done more steps than --max-steps."""
+    from alexnet_cli.core.training.checkpoint import find_step_beyond
+
+    if max_steps and (done := find_step_beyond(run, max_steps)):
+        what = f"--max-steps {max_steps:,} counts from the start of the run, and {run.name} has done {done:,} steps"
+        raise UsageError(what, f"to train {max_steps:,} more: --max-steps {done + max_steps}")
+
+
+def find_start(loop: TrainingLoop) -> tuple[Path | None, list[Path]]:
+    """The checkpoint to continue from, and damaged newer ones. Rank 0 looks, and repairs what a crash left."""
+    from alexnet_cli.core.training.checkpoint import find_newest
+
+    newest = find_newest(loop.run) if loop.run.writes else None
+    return loop.trainer.placement.ranks.broadcast(newest, "finding the checkpoint") or (None, [])
+
+
+def check_placement(placement: Placement, recipe: Recipe, rows: int, micro_batch: int | None, compile: bool) -> None:
+    """Raise UsageError for options that do not work on these devices."""
+    ranks, batch = placement.ranks, min(recipe.batch_size, rows)
+    if ranks.size > 1 and compile:
+        raise UsageError("--compile works on one device only", "remove it, or train on one device")
+    if batch < ranks.replicas:
+        raise UsageError(f"a batch of {batch} images cannot be split over {ranks.replicas} replicas", "increase -b")
+    if ranks.columns and micro_batch:
+        raise UsageError("--micro-batch does not work with --parallel hybrid", "remove it, or use --parallel data")
+    units = recipe.towers * layer_widths(recipe)["fc6"]
+    if ranks.columns and units % ranks.size:
+        raise UsageError(
+            f"the {units:,} units of fc6 cannot be split evenly over {ranks.size} devices",
+            "use another number of devices",
+        )
 
 
 def find_sources(name_or_file: str) -> dict[str, str]:
