@@ -102,7 +102,7 @@ def evaluate(
     reporter = Reporter("evaluate", json=json, quiet=quiet)
     if towers and (without_tower is not None or grayscale or predictions):
         what = "--towers does not go with --without-tower, --grayscale or --predictions"
-        raise UsageError(what, "it measures both towers and each alone, in color and gray; leave the others out")
+        raise UsageError(what, "it measures all towers and each alone, in color and gray; leave the others out")
     has_silent_tower = towers or without_tower is not None
     path = find_weights(weights, (".safetensors",) if has_silent_tower else (".safetensors", ".onnx"))
     dataset = open_dataset(find_dataset(data or find_training_data(path)))
@@ -236,6 +236,7 @@ def _report_towers(
     """Write what each tower does as JSON or as text. Returns the record."""
     from alexnet_cli.core.evaluation import results, towers
     from alexnet_cli.core.intervals import format_points
+    from alexnet_cli.core.model.model_file import name_towers
 
     totals = results.summarize(counts.evaluations[towers.WHOLE], views, "torch")
     errors, needs = counts.list_errors(), counts.list_classes(classes)
@@ -248,7 +249,7 @@ def _report_towers(
         answers = counts.evaluations[color.without_tower, False].confusion.sum(axis=0)
         most = f"{classes[int(answers.argmax())].name}, {answers.max() / counts.images:.0%}"
         cost = format_points(gray.lost_in_gray, gray.lost_in_gray_interval)
-        name = towers.describe_condition(color.without_tower)
+        name = name_towers(color.without_tower)
         numbers = f"{color.top1_error:>7.1%}{gray.top1_error:>8.1%}   {cost:<24}"
         reporter.show(make_printable(f"{name:<16}{numbers}{most}"))
     for color, gray in zip(errors[2:0:-1], errors[5:3:-1], strict=True):
@@ -265,7 +266,7 @@ def _report_needs(reporter: Reporter, needs: Sequence[ClassNeed]) -> None:
     half = MOST_LISTED // 2
     listed = needs if len(needs) <= MOST_LISTED else [*needs[:half], *needs[-half:]]
     width = max(14, *(len(row.name) for row in listed)) + 2
-    heads = "".join(f"{head:>16}" for head in ("both towers", "tower 1 alone", "tower 2 alone"))
+    heads = "".join(f"{head:>16}" for head in ("whole network", "tower 1 alone", "tower 2 alone"))
     reporter.show(f"{'right (answers)':<{width}}{heads}   tower 1 - tower 2, points")
     for row in listed:
         cells = [f"{1 - row.top1_errors[i]:.0%} ({row.answers[i]:,})" for i in range(3)]

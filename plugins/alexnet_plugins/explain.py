@@ -156,12 +156,13 @@ class _Figures:
 
 def _format_explanation(path: str, explanation: Explanation) -> str:
     """Return the lines of an image: the class, and for each network its probability and the place of the peak."""
-    from alexnet_cli.core.analysis.explain import describe_evidence, describe_network
+    from alexnet_cli.core.analysis.explain import describe_evidence
+    from alexnet_cli.core.model.model_file import name_towers
 
     lines = [make_printable(f"{path}: {explanation.name.name}")]
     for attribution in explanation.attributions:
         row, column = attribution.find_peak()
         x, y = explanation.centers[[column, row]]
         evidence = describe_evidence(explanation, attribution, f" at ({x:.0f}, {y:.0f})")
-        lines.append(f"  {describe_network(attribution):<13}  {evidence}")
+        lines.append(f"  {name_towers(attribution.without_tower):<13}  {evidence}")
     return "\n".join(lines)

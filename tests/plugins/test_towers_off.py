@@ -159,7 +159,7 @@ def test_what_the_table_shows(prepared: Path, tmp_path: Path) -> None:
     table = json.loads((run / "eval" / "val-1-towers.json").read_text())
     lines = result.stdout.splitlines()
     for line, name, color, gray in zip(
-        lines[1:4], ("both towers", "tower 1 alone", "tower 2 alone"), table["towers"][:3], table["towers"][3:],
+        lines[1:4], ("whole network", "tower 1 alone", "tower 2 alone"), table["towers"][:3], table["towers"][3:],
         strict=True,
     ):  # fmt: skip
         assert line.startswith(name)

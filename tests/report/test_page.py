@@ -104,7 +104,7 @@ def test_what_each_tower_does_agrees_with_evaluate(shown: Run, tmp_path: Path) -
     words = ["-w", str(shown.path), "--towers", "--json", "-q", "-o", str(tmp_path)]
     table = json.loads(CliRunner().invoke(app, words).stdout)
     rows = page.tables["Top-1 errors with their 95 % intervals, in color and gray"][1:]
-    assert [row[0] for row in rows] == ["Both towers", "Tower 1 alone", "Tower 2 alone"]
+    assert [row[0] for row in rows] == ["Whole network", "Tower 1 alone", "Tower 2 alone"]
     for row, color, gray in zip(rows, table["towers"][:3], table["towers"][3:], strict=True):
         errors = [f"{kind['top1_error']:.1%} (" for kind in (color, gray)]
         assert [cell[: len(error)] for cell, error in zip(row[1:], errors, strict=False)] == errors

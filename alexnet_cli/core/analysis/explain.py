@@ -23,7 +23,7 @@ from alexnet_cli.core.drawing import BAR, FAINT, PAGE, Page, Row, Tile
 from alexnet_cli.core.inference.predict import Label, rank_labels
 from alexnet_cli.core.inference.session import Session
 from alexnet_cli.core.model.architecture import layer_specs, receptive_field, step_name
-from alexnet_cli.core.model.model_file import Model, silence_tower
+from alexnet_cli.core.model.model_file import Model, name_towers, silence_tower
 from alexnet_cli.errors import UsageError, WeightsError
 from alexnet_cli.recipe import SIDE
 
@@ -262,7 +262,7 @@ def draw_page(explanation: Explanation, image: str, caption: str) -> Image.Image
     _draw_scale(page, MARGIN, TOP + SHOWN + 42)
     for number, attribution in enumerate(parts, 1):
         left = MARGIN + number * (SHOWN + GUTTER)
-        page.text(left, TOP - 32, describe_network(attribution), NORMAL, SHOWN)
+        page.text(left, TOP - 32, name_towers(attribution.without_tower), NORMAL, SHOWN)
         page.image.paste(Image.fromarray(draw_overlay(explanation, attribution, SHOWN)), (left, TOP))
         if explanation.method == "occlusion":
             _draw_square(page, explanation, attribution, left)
@@ -276,7 +276,7 @@ def make_sheet_row(explanation: Explanation, image: str) -> Row:
     name = explanation.name.name
     tiles = [Tile(explanation.seen, "image")]
     for attribution in explanation.attributions:
-        words = describe_network(attribution).removesuffix(" network")
+        words = name_towers(attribution.without_tower).removesuffix(" network")
         tile = draw_overlay(explanation, attribution, SIDE)
         tiles.append(Tile(tile, f"{words}: {100 * attribution.probability:.0f} %"))
     return Row(f"{image}: {name}", tiles, is_first_apart=True)
@@ -301,12 +301,6 @@ def draw_overlay(explanation: Explanation, attribution: Attribution, side: int) 
 def describe_method(method: Method) -> str:
     """Name the method as people do."""
     return {"occlusion": "occlusion map", "gradcam": "Grad-CAM", "layercam": "LayerCAM"}[method]
-
-
-def describe_network(attribution: Attribution) -> str:
-    """Say which part of the network this is: "whole network", "tower 2 alone"."""
-    silent = attribution.without_tower
-    return "whole network" if silent is None else f"tower {3 - silent} alone"
 
 
 def describe_evidence(explanation: Explanation, attribution: Attribution, place: str = "") -> str:

@@ -133,11 +133,6 @@ def evaluate_towers(
         yield batch
 
 
-def describe_condition(tower: int | None) -> str:
-    """Name one of NETWORKS in words: "both towers", "tower 1 alone"."""
-    return "both towers" if tower is None else f"tower {3 - tower} alone"
-
-
 def _compare(first: npt.NDArray[np.bool_], second: npt.NDArray[np.bool_]) -> tuple[float, Interval]:
     """How much more often `first` is right than `second` on the same images, with the 95 % interval."""
     only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())

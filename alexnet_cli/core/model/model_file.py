@@ -26,6 +26,7 @@ from alexnet_cli.errors import RecipeError, StorageError, UsageError, WeightsErr
 from alexnet_cli.recipe import SIDE, Recipe
 
 SCHEMA = "alexnet.model/1"
+SILENT_SIGMOID = -100.0  # its sigmoid is zero; joint normalization would see the 0.5 of a bias of zero
 DAMAGED = "the file is damaged, or another program wrote it"
 OTHER_VERSION = "another version of alexnet wrote the file, or it is damaged; train or import it again"
 MAX_HEADER_BYTES = 2**24  # the header of a model with 20,000 classes has one or two million
@@ -101,7 +102,8 @@ def read_model(path: Path) -> Model:
 def silence_tower(model: Model, tower: int) -> Model:
     """The network with a tower (from 1) switched off: its maps and units are zero wherever others could see them.
 
-    Every weight and bias of its layers 1 to 7 is zero, and every weight that reads them.
+    In its layers 1 to 7 every weight is zero, and every bias the one whose activation is zero; so is every weight that
+    reads them.
 
     Raises:
         UsageError: the network has no such tower, or only one.
@@ -109,15 +111,21 @@ def silence_tower(model: Model, tower: int) -> Model:
     if model.recipe.towers == 1:
         raise UsageError(f"{model.path} has a single tower", "only a network of two towers can do without one")
     check_layers(model.recipe, (), tower)
-    tensors = dict(model.tensors)
+    tensors, silent = dict(model.tensors), SILENT_SIGMOID if model.recipe.activation == "sigmoid" else 0
     for spec in layer_specs(model.recipe, len(model.classes)):
         weight, bias = tensors[f"{spec.name}.weight"].copy(), tensors[f"{spec.name}.bias"].copy()
         if spec.towers > 1:
-            np.split(weight, spec.towers)[tower - 1][:] = np.split(bias, spec.towers)[tower - 1][:] = 0
+            np.split(weight, spec.towers)[tower - 1][:] = 0
+            np.split(bias, spec.towers)[tower - 1][:] = silent
         if spec.sees_both:
             np.split(weight, model.recipe.towers, axis=1)[tower - 1][:] = 0
         tensors |= {f"{spec.name}.weight": weight, f"{spec.name}.bias": bias}
     return replace(model, tensors=tensors, info={**model.info, "without_tower": tower})
+
+
+def name_towers(without_tower: int | None) -> str:
+    """Say which towers compute: "whole network", "tower 1 alone" (without tower 2)."""
+    return "whole network" if without_tower is None else f"tower {3 - without_tower} alone"
 
 
 def write_model(model: Model, path: Path) -> None:

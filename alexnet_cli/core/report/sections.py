@@ -23,9 +23,10 @@ from alexnet_cli.core.data.images import ImageArray
 from alexnet_cli.core.evaluation import baselines, results
 from alexnet_cli.core.evaluation.confusion_matrix import draw_confusion_matrix
 from alexnet_cli.core.evaluation.evaluate import Evaluation
-from alexnet_cli.core.evaluation.towers import WHOLE, ClassNeed, TowerCounts, TowerError, describe_condition
+from alexnet_cli.core.evaluation.towers import WHOLE, ClassNeed, TowerCounts, TowerError
 from alexnet_cli.core.intervals import format_points
 from alexnet_cli.core.model.architecture import LayerSpec, describe_kernel, describe_step, layer_specs
+from alexnet_cli.core.model.model_file import name_towers
 from alexnet_cli.core.report.charts import Chart, draw_network
 from alexnet_cli.core.report.collect import Example, Report
 from alexnet_cli.core.report.history import get_number
@@ -326,7 +327,7 @@ def describe_towers(report: Report) -> Values | None:
     for color, gray in pairs:
         answers = counts.evaluations[color.without_tower, False].confusion.sum(axis=0)
         rows.append((
-            describe_condition(color.without_tower).capitalize(), _format_error(color), _format_error(gray),
+            name_towers(color.without_tower).capitalize(), _format_error(color), _format_error(gray),
             format_points(gray.lost_in_gray, gray.lost_in_gray_interval),
             f"{names[int(answers.argmax())]}, {answers.max() / counts.images:.0%}",
         ))  # fmt: skip
@@ -337,7 +338,7 @@ def describe_towers(report: Report) -> Values | None:
         "heads": ("Network", "Error in color", "Error in gray", "Gray costs, points", "Most frequent answer in color"),
         "rows": rows,
         "class_heads": (
-            "Class", "Images", "Both towers", "Tower 1 alone", "Tower 2 alone", "Tower 1 minus tower 2, points"
+            "Class", "Images", "Whole network", "Tower 1 alone", "Tower 2 alone", "Tower 1 minus tower 2, points"
         ),
         "classes": [_need_row(need, names) for need in listed],
     }  # fmt: skip
@@ -351,7 +352,7 @@ def _explain_towers(counts: TowerCounts, pairs: Sequence[tuple[TowerError, Tower
     ]
     text = [
         f"Without tower 1 the error in color rises by {costs[0]}, without tower 2 by {costs[1]}.",
-        f"In gray the error of both towers together rises by {costs[2]}, of tower 1 alone by {costs[3]}, "
+        f"In gray the error of the whole network rises by {costs[2]}, of tower 1 alone by {costs[3]}, "
         f"of tower 2 alone by {costs[4]}.",
     ]
     (low1, high1), (low2, high2) = gray1.lost_in_gray_interval or (0, 0), gray2.lost_in_gray_interval or (0, 0)
@@ -364,7 +365,7 @@ def _explain_towers(counts: TowerCounts, pairs: Sequence[tuple[TowerError, Tower
     for row in (tower1, gray1, tower2, gray2):
         upper = row.top1_error_interval[1]
         if remark := baselines.describe_no_better(row.top1_error, upper, guessing, majority):
-            where = f"{describe_condition(row.without_tower)} is {remark}"
+            where = f"{name_towers(row.without_tower)} is {remark}"
             text.append(f"In {'gray' if row.grayscale else 'color'}, {where}.")
     return " ".join(text)
 
