@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from alexnet_cli.errors import UsageError, WeightsError
 from alexnet_cli.recipe import PAPER, RECIPES, Recipe
 from alexnet_plugins.export.html_page import build_page, round_weights, write_page
 from alexnet_plugins.export.patches import find_patches
+from firefox import open_firefox, wait_until
 from model_files import draw, random_model, save_model
 
 if TYPE_CHECKING:
@@ -127,6 +129,26 @@ def test_the_answers_are_those_of_onnx_runtime(open_page: Any, picture: str, nam
     assert abs(answers - exact).max() < ROUNDED
     assert abs(answers - original).max() < ORIGINAL
     assert answers.argmax() == original.argmax()
+
+
+@pytest.mark.slow
+def test_firefox_answers_the_same(tmp_path: Path, picture: str) -> None:
+    program = shutil.which("firefox-esr") or shutil.which("firefox")
+    if program is None:
+        pytest.skip("Firefox is not installed")
+    model, page = random_model(NARROW["krizhevsky"], 7), tmp_path / "page.html"
+    write_page(build_page(model, "page"), page)
+    done = "return document.documentElement.dataset.done"
+    bars = "return [...document.querySelectorAll('#answers .bar span')].map((bar) => parseFloat(bar.style.width) / 100)"
+    with open_firefox(program, tmp_path) as call:
+        call("Navigate", url=page.as_uri())
+        wait_until(lambda: call("ExecuteScript", script=done) == "1")
+        [field] = call("FindElement", using="css selector", value="#file").values()
+        call("ElementSendKeys", id=field, text=picture)
+        wait_until(lambda: call("ExecuteScript", script=done) == "2")
+        shown = np.array(call("ExecuteScript", script=bars))
+    [exact] = Session(round_weights(model)).probabilities(crop_of(picture, model.recipe))
+    assert abs(shown - np.sort(exact)[:-6:-1]).max() < ROUNDED
 
 
 @pytest.mark.slow
