@@ -299,6 +299,48 @@ def test_a_file_that_is_no_picture_is_named(open_page: Any, tmp_path: Path) -> N
     assert page.inner_text("#status").startswith("letter.png cannot be read as a picture")
 
 
+def test_the_picture_chosen_last_is_shown(open_page: Any) -> None:
+    page, shown = open_page(random_model(SMALL)), "byId('picture').toDataURL()"
+    page.answers("showCanvas(drawings[1].draw())")
+    expected = page.page.evaluate(shown)
+    page.page.evaluate("""async () => {
+        const file = await new Promise((resolve) => drawings[2].draw().toBlob(resolve)), late = showFile(file);
+        showCanvas(drawings[1].draw());
+        await late;
+    }""")
+    page.answers()
+    assert page.page.evaluate(shown) == expected
+
+
+@pytest.mark.slow
+def test_a_large_picture_is_made_smaller_first(open_page: Any, tmp_path: Path) -> None:
+    large = tmp_path / "large.png"
+    Image.new("RGB", (8000, 3000), (200, 40, 10)).save(large)
+    page = open_page(random_model(SMALL))
+    page.page.evaluate("makeCanvas = ((make) => (...size) => (window.size = size, make(...size)))(makeCanvas)")
+    page.choose(large)
+    width, height = page.page.evaluate("size.slice(0, 2)")
+    assert 0.99 * 2**24 < width * height < 1.01 * 2**24
+    assert page.page.evaluate("[...picture.subarray(0, 3)]") == [200, 40, 10]
+
+
+def test_the_webcam_is_released(open_page: Any) -> None:
+    page = open_page(random_model(SMALL))
+    page.page.evaluate("""() => {
+        const canvas = drawings[1].draw();
+        navigator.mediaDevices.getUserMedia = async () => (window.stream = canvas.captureStream(30));
+        setInterval(() => canvas.getContext("2d").fillRect(0, 0, 9, 9), 20);
+    }""")
+    for statement in ("byId('webcam').click()", "showCanvas(drawings[0].draw())"):
+        page.page.click("#webcam")
+        page.page.wait_for_selector("#video:visible")
+        assert page.page.inner_text("#webcam") == "Take the picture"
+        page.answers(statement)
+        assert page.page.evaluate("stream.getTracks().map((track) => track.readyState)") == ["ended"]
+        assert page.page.is_hidden("#video")
+        assert page.page.inner_text("#webcam") == "Use the webcam"
+
+
 # ---- Without a browser ----
 
 

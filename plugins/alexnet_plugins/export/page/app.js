@@ -10,10 +10,12 @@ const hasTowers = about.towers > 1;
 const towers = Array.from({ length: about.towers }, (_, tower) => tower);
 const colors = [[90, 190, 220], [245, 150, 80]]; // of the maps of tower 1 and 2
 const strongestShown = 6;
+const largestCanvas = 2 ** 24; // pixels, the limit of phones; larger pictures are made smaller first
 
 const settings = { off: towers.map(() => false), norm: 1, gray: false };
 const shown = {}; // layer name -> { values, side } of the newest run
 let probabilities, firstFilters, worker, picture;
+let choices = 0; // of pictures, so that the last one chosen is shown
 let job = 0, hasPicture = false, isBusy = false, isStale = false, occlusionJob = 0;
 let open; // { layer, unit } of the dialog
 
@@ -107,13 +109,19 @@ function describePage() {
 // ---- Pictures ----
 
 async function showFile(file) {
+  const choice = ++choices;
   try {
     const bitmap = await createImageBitmap(file, { colorSpaceConversion: "none" });
-    const canvas = makeCanvas(bitmap.width, bitmap.height, "#fff"); // transparent pictures lie on white
-    canvas.getContext("2d").drawImage(bitmap, 0, 0);
+    if (choice !== choices) return; // another picture was chosen while this one was read
+    const scale = Math.min(1, Math.sqrt(largestCanvas / (bitmap.width * bitmap.height)));
+    const canvas = makeCanvas(Math.ceil(bitmap.width * scale), Math.ceil(bitmap.height * scale), "#fff"); // transparent pictures lie on white
+    const context = canvas.getContext("2d");
+    context.imageSmoothingQuality = "high";
+    context.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
+    bitmap.close();
     showCanvas(canvas);
   } catch (error) {
-    say(`${file.name || "This"} cannot be read as a picture. Try a JPEG or PNG file.`);
+    if (choice === choices) say(`${file.name || "This"} cannot be read as a picture. Try a JPEG or PNG file.`);
   }
 }
 
@@ -130,6 +138,8 @@ function makeCanvas(width, height, color) {
 function showCanvas(canvas) {
   const { data, width, height } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
   hasPicture = true;
+  choices++;
+  stopWebcam();
   clearOcclusion();
   worker.postMessage({ type: "picture", rgba: data, width, height }, [data.buffer]);
   byId("target").dataset.chosen = "";
@@ -261,6 +271,7 @@ document.addEventListener("drop", (event) => {
   event.preventDefault();
   document.body.classList.remove("dropping");
   if (event.dataTransfer.files[0]) showFile(event.dataTransfer.files[0]);
+  else say("This is not a file. Save the picture on this computer, then open it.");
 });
 
 byId("webcam").onclick = async () => {
@@ -268,21 +279,30 @@ byId("webcam").onclick = async () => {
   if (!video.hidden) {
     const canvas = makeCanvas(video.videoWidth, video.videoHeight);
     canvas.getContext("2d").drawImage(video, 0, 0);
-    video.srcObject.getTracks().forEach((track) => track.stop());
-    video.hidden = true;
-    button.textContent = "Use the webcam";
     showCanvas(canvas);
     return;
   }
+  button.disabled = true; // until it is known whether there is a webcam
   try {
     video.srcObject = await navigator.mediaDevices.getUserMedia({ video: true });
     await video.play();
     video.hidden = false;
     button.textContent = "Take the picture";
+    say("");
   } catch (error) {
+    stopWebcam();
     say("The webcam cannot be used: there is none, or the browser does not allow it for this page.");
   }
+  button.disabled = false;
 };
+
+function stopWebcam() {
+  const video = byId("video");
+  video.srcObject?.getTracks().forEach((track) => track.stop());
+  video.srcObject = null;
+  video.hidden = true;
+  byId("webcam").textContent = "Use the webcam";
+}
 
 // ---- Running, switches, answers ----
 
@@ -345,6 +365,7 @@ function showAnswers(milliseconds) {
     bar.style.width = `${probabilities[index] * 100}%`;
     return make("li", {}, make("span", {}, about.classes[index]), make("span", { class: "number" }, percent(probabilities[index])), make("span", { class: "bar", "aria-hidden": "true" }, bar));
   }));
+  byId("first-answer").textContent = `${about.classes[order[0]]} ${percent(probabilities[order[0]])}`; // where the list is out of sight
   byId("time").textContent = `Computed in ${(milliseconds / 1000).toFixed(2)} s. The network can only answer with a class that it has learned.`;
   byId("occlude").disabled = false;
   if (!byId("target").dataset.chosen) byId("target").value = order[0];
@@ -496,7 +517,7 @@ function makeTower(layer, tower) {
   const box = make("div", { class: `tower tower-${tower + 1}`, "data-tower": tower });
   if (hasTowers) box.append(make("h4", {}, `Tower ${tower + 1}`));
   if (layer.name === "conv1") {
-    box.append(make("p", {}, "Filters:"), make("canvas", { class: "filters", id: `filters-${tower}`, role: "img", "aria-label": `The ${layer.maps} filters of tower ${tower + 1}` }), make("p", {}, "Their maps, in the same places:"));
+    box.append(make("p", {}, `Filters, ${percent(about.colorShares[tower])} color:`), make("canvas", { class: "filters", id: `filters-${tower}`, role: "img", "aria-label": `The ${layer.maps} filters of tower ${tower + 1}` }), make("p", {}, "Their maps, in the same places:"));
   }
   const canvas = make("canvas", { class: "maps", id: `maps-${layer.name}-${tower}`, role: "img" });
   canvas.onclick = (event) => {
