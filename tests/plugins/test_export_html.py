@@ -220,6 +220,7 @@ def test_the_occlusion_map_can_be_stopped(open_page: Any) -> None:
     page.page.click("#occlude")
     page.page.click("#cancel")
     assert page.page.inner_text("#found").startswith("Stopped")
+    assert page.page.evaluate("document.activeElement.id") == "occlude"
     page.answers()
     assert page.page.evaluate("document.documentElement.dataset.occluded") is None
 

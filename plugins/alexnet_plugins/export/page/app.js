@@ -400,8 +400,12 @@ byId("occlude").onclick = () => {
 byId("cancel").onclick = () => {
   stopOcclusion();
   byId("found").textContent = "Stopped. The picture shows the places done so far.";
+  byId("occlude").focus(); // the button that had it is gone
 };
-byId("clear").onclick = () => clearOcclusion();
+byId("clear").onclick = () => {
+  clearOcclusion();
+  byId("occlude").focus();
+};
 
 function stopOcclusion() {
   if (occlusionJob) worker.postMessage({ type: "stop", job: ++job });
