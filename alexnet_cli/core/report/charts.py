@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -30,6 +31,8 @@ STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "legend.frameon": False,
+    "savefig.facecolor": "none",  # the page's color, light or dark
+    "axes.facecolor": "none",
 }
 INKS = ("#0b5394", "#b45f06", "#38761d")  # each at least 4.5 : 1 on white
 DROP_COLOR = "#555555"
@@ -42,10 +45,11 @@ def can_draw() -> bool:
 
 
 class Chart(NamedTuple):
-    """A drawing, its text alternative, and the caption that says what it shows."""
+    """A drawing, its text alternative, the one thing to see in it, and the rest of its caption."""
 
     svg: str
     alt: str
+    point: str
     caption: str
 
 
@@ -77,27 +81,99 @@ def draw_charts(history: History, few_classes: bool = False) -> dict[str, Chart]
         Line("color share, tower 1", history.epoch_curve("chroma_tower1")),
         Line("color share, tower 2", history.epoch_curve("chroma_tower2")),
     ]
+    loss_point = _describe_lowest("Validation loss", loss[1].points, ".3f")
+    error_point = _describe_lowest("Validation error", errors[1].points, ".1%")
+    rate_point = _describe_rate(rate[0].points, history.drops_text if history.drops else "")
+    drops = history.drops
     drawn = {
-        "loss": _draw_curves("Loss", "nats per image", history, loss, ".3f"),
-        "errors": _draw_curves("Error", "% of images", history, errors, ".1%"),
-        "rate": _draw_curves("Learning rate", "learning rate", history, rate, ".3g", is_log=True),
-        "towers": _draw_curves("Specialization of the towers", "AUC, color share", history, towers, ".2f", True),
-    }
+        "loss": _draw_curves(loss_point, "Loss", "nats per image", loss, ".3f", drops),
+        "errors": _draw_curves(error_point, "Error", "% of images", errors, ".1%", drops),
+        "rate": _draw_curves(rate_point, "Learning rate", "learning rate", rate, ".3g", drops, is_log=True),
+        "towers": _draw_curves(
+            _describe_separation(towers), "Specialization of the towers", "AUC, color share", towers, ".2f", drops,
+            level=(CHANCE, "color share of noise"),
+        ),
+    }  # fmt: skip
     return {name: chart for name, chart in drawn.items() if chart}
 
 
+def draw_comparison(names: Sequence[str], histories: Sequence[History]) -> list[Chart]:
+    """Draw the validation errors, training losses, learning rates and AUCs of several trainings, if they have any."""
+
+    def trace(read_curve: Callable[[History], Curve], has_markers: bool = False) -> list[Line]:
+        return [Line(name, read_curve(history), has_markers) for name, history in zip(names, histories, strict=True)]
+
+    errors = trace(lambda history: history.epoch_curve("top1_error"), has_markers=True)
+    losses = trace(lambda history: history.step_curve("loss"))
+    rates = trace(History.rate_curve)
+    auc = trace(lambda history: history.epoch_curve("specialization"), has_markers=True)
+    error_point = _compare_lines("Lowest validation error", errors, min, ".1%")
+    loss_point = _compare_lines("Lowest training loss", losses, min, ".3f")
+    rate_point = _compare_lines("Highest learning rate", rates, max, ".3g")
+    auc_point = _compare_lines("AUC at the end", auc, lambda values: values[-1], ".2f")
+    drawn = (
+        _draw_curves(error_point, "Validation error", "% of images", errors, ".1%"),
+        _draw_curves(loss_point, "Training loss", "nats per image", losses, ".3f"),
+        _draw_curves(rate_point, "Learning rate", "learning rate", rates, ".3g", is_log=True),
+        _draw_curves(auc_point, "Color separates the towers", "AUC", auc, ".2f", level=(0.5, "chance")),
+    )
+    return [chart for chart in drawn if chart]
+
+
+def _compare_lines(what: str, lines: Sequence[Line], choose: Callable[[list[float]], float], form: str) -> str:
+    """For example "Lowest validation error: 26.8% in one, 30.1% in two."."""
+    chosen = [(line.name, choose([value for _, value in line.points])) for line in lines if line.points]
+    return f"{what}: {', '.join(f'{value:{form}} in {name}' for name, value in chosen)}."
+
+
+def _describe_lowest(what: str, points: Curve, form: str) -> str:
+    """Say when a curve over the epochs was lowest: "Validation error stopped falling at epoch 12: 26.8%."."""
+    if not points:
+        return ""
+    epoch, lowest = min(points, key=lambda point: point[1])
+    value = format(lowest, form)
+    if len(points) == 1:
+        return f"{what} is {value} after epoch {epoch:g}."
+    if epoch == points[-1][0]:
+        return f"{what} is at its lowest after epoch {epoch:g}: {value}."
+    if epoch == points[0][0]:
+        return f"{what} never fell below that of epoch {epoch:g}: {value}."
+    return f"{what} stopped falling at epoch {epoch:g}: {value}."
+
+
+def _describe_rate(points: Curve, drops: str) -> str:
+    if not points:
+        return ""
+    first, last = points[0][1], points[-1][1]
+    epoch, peak = max(points, key=lambda point: point[1])
+    if drops:
+        return f"The learning rate drops after {drops}, from {peak:.3g} to {last:.3g}."
+    if peak in (first, last):
+        return f"The learning rate {_describe_line(Line('', points), '.3g')}."
+    return f"The learning rate peaks at {peak:.3g} in epoch {math.ceil(epoch)}, then falls to {last:.3g}."
+
+
+def _describe_separation(towers: Sequence[Line]) -> str:
+    """Say how far the towers' colors have come apart, from their AUC, or else their color shares."""
+    auc, *shares = (line.points for line in towers)
+    if auc:
+        return f"Color separates the towers with an AUC of {auc[-1][1]:.2f} after epoch {auc[-1][0]:g} (0.5 is chance)."
+    return f"The last color shares are {' and '.join(f'{points[-1][1]:.2f}' for points in shares if points)}."
+
+
 def _draw_curves(
+    point: str,
     title: str,
     unit: str,
-    history: History,
     lines: Sequence[Line],
     form: str,
-    has_noise: bool = False,
+    drops: Sequence[int] = (),
+    level: tuple[float, str] | None = None,
     is_log: bool = False,
 ) -> Chart | None:
     """The lines over the epochs, with the drops of the learning rate; None if there is nothing to draw.
 
-    `form` is the format of values in the caption, as in the tables; `has_noise` marks the color share of noise.
+    `form` is the format of values in the caption, as in the tables; `level` is a value to mark, and its name.
     """
     shown = [line for line in lines if line.points]
     if not shown or (is_log and max(len(line.points) for line in shown) == 1):
@@ -116,25 +192,23 @@ def _draw_curves(
                 epochs, values, color=color, linestyle=style, marker="o" if has_markers else None, ms=4,
                 ds="steps-pre" if line.is_stepped else "default", label=line.name,
             )  # fmt: skip
-        for number, drop in enumerate(history.drops):
+        for number, drop in enumerate(drops):
             axes.axvline(drop, color=DROP_COLOR, linestyle="dotted", label=None if number else "learning rate drops")
-        if has_noise:
-            axes.axhline(CHANCE, color=DROP_COLOR, linewidth=0.8, label="color share of noise")
+        if level:
+            axes.axhline(level[0], color=DROP_COLOR, linewidth=0.8, label=level[1])
         if is_log and min(value for line in shown for _, value in line.points) > 0:
             axes.set_yscale("log")
-        elif not has_noise:
+        elif not level:
             axes.set_ylim(bottom=0)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("epochs")
         axes.set_ylabel(unit)
-        if len(shown) > 1 or history.drops:
+        if len(shown) > 1 or drops:
             axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.46, -0.17), ncols=2)
 
-    points = [(f"{line.name} " if len(shown) > 1 else "") + _describe_line(line, form) for line in shown]
-    caption = f"{title}: {'; '.join(points)}."
-    if history.drops:
-        caption += f" Dotted: the learning rate drops after {history.drops_text}."
-    return Chart(render_svg(draw), f"{title} over the epochs", caption)
+    texts = [(f"{line.name} " if len(shown) > 1 else "") + _describe_line(line, form) for line in shown]
+    caption = f"{title}: {'; '.join(texts)}." + (" Dotted: the learning rate drops." if drops else "")
+    return Chart(render_svg(draw), f"{title} over the epochs", point, caption)
 
 
 def _describe_line(line: Line, form: str) -> str:
@@ -194,18 +268,21 @@ def draw_network(recipe: Recipe, specs: Sequence[LayerSpec]) -> Chart:
             above = boxes
 
     if towers > 1:
-        caption = "Each layer reads its own tower. Dashed arrows: the layers that also read the other tower."
+        point = f"The towers meet in {_join_names([spec.name for spec in specs if spec.sees_both])}."
+        caption = "Dashed arrows: these layers also read the other tower. Every other layer reads its own."
     else:
-        caption = "The network has a single tower, from the image to the classes."
-    return Chart(render_svg(draw, 6.0, 0), _describe_network(specs, towers, side), caption)
+        point, caption = "The network has a single tower.", "Every layer reads the whole layer above."
+    return Chart(render_svg(draw, 6.0, 0), _describe_network(specs, towers, side), point, caption)
+
+
+def _join_names(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _describe_network(specs: Sequence[LayerSpec], towers: int, side: int) -> str:
     """The drawing in words."""
     shared = [spec.name for spec in specs if spec.sees_both]
-    sees = (
-        f"; each layer reads its own tower, but {', '.join(shared[:-1])} and {shared[-1]} read both" if shared else ""
-    )
+    sees = f"; each layer reads its own tower, but {_join_names(shared)} read both" if shared else ""
     kind, each = ("two towers side by side", " in each") if towers > 1 else ("one tower", "")
     sizes = ", ".join(f"{spec.name} {_describe_size(spec)}" for spec in specs[:-1])
     start = f"The network, {kind}: an image of {side} by {side} pixels"

@@ -118,12 +118,8 @@ def render_page(report: Report) -> tuple[str, list[Section]]:
 def list_sections(report: Report) -> list[Section]:
     """The sections of the page; some belong to training runs only."""
     missing = report.measurements.missing
-    listed = [
-        Section("network", "The network", "" if report.classes else "The number of classes is not known yet."),
-        Section("recipe", "Recipe, compared with the paper"),
-    ]
-    if report.is_trained:
-        listed.append(Section("curves", "Loss, error and learning rate", _explain_missing_curves(report)))
+    listed = [Section("curves", "Loss, error and learning rate", _explain_missing_curves(report))]
+    listed = listed if report.is_trained else []
     filters = "" if report.towers else "Layer 1 has weights that are NaN or infinite."
     listed += [
         Section("filters", "First-layer filters", filters if report.model else "The run has no checkpoint yet."),
@@ -131,6 +127,8 @@ def list_sections(report: Report) -> list[Section]:
         Section("towers", "What each tower does", _explain_missing_towers(report)),
         Section("examples", "Correct and wrong predictions", _explain_missing(missing.get("examples"))),
         Section("neighbors", "Nearest training images", _explain_missing(missing.get("neighbors"))),
+        Section("network", "The network", "" if report.classes else "The number of classes is not known yet."),
+        Section("recipe", "Recipe, compared with the paper"),
     ]
     if report.is_trained:
         listed.append(Section("speed", "Speed and devices"))

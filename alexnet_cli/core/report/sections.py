@@ -16,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from alexnet_cli.core.analysis import filter_picture
+from alexnet_cli.core.analysis import filter_picture, filters
 from alexnet_cli.core.analysis.filter_replay import FRAMES, draw_replay
+from alexnet_cli.core.analysis.filters import Kernels
 from alexnet_cli.core.data.classes import make_names_unique
 from alexnet_cli.core.data.images import ImageArray
 from alexnet_cli.core.evaluation import baselines, results
@@ -154,11 +155,7 @@ def describe_filters(report: Report, charts: Mapping[str, Chart]) -> Values | No
     for number, (kernels, limit, tower, share) in enumerate(
         zip(report.towers, limits, measured.towers, measured.means, strict=True), 1
     ):
-        grid = filter_picture.draw_grid(kernels, limit, filter_picture.count_columns(len(kernels)))
-        size = f"{kernels.shape[2]}×{kernels.shape[3]}"
-        alt = f"The {len(kernels)} first-layer filters of tower {number} as tiles."
-        caption = f"Tower {number} of {len(report.towers)}: {len(kernels)} filters of {size}, color share {share:.2f}"
-        towers.append({"uri": _encode_filters(grid), "alt": alt, "caption": caption})
+        towers.append(_draw_tower(kernels, limit, number, measured.means))
         rows.append((
             f"Tower {number}", len(kernels), f"{share:.2f}", f"{tower.mean(tower.frequency):.2f}",
             f"{tower.mean(tower.selectivity):.2f}", int(tower.dead.sum()), int(tower.undertrained.sum()),
@@ -182,6 +179,19 @@ def describe_filters(report: Report, charts: Mapping[str, Chart]) -> Values | No
     }  # fmt: skip
 
 
+def _draw_tower(kernels: Kernels, limit: float, number: int, shares: Sequence[float]) -> Values:
+    """The filters of a tower as tiles; the caption says whether it has more color than the other."""
+    grid = filter_picture.draw_grid(kernels, limit, filter_picture.count_columns(len(kernels)))
+    share, others = f"{shares[number - 1]:.2f}", [f"{share:.2f}" for share in shares]
+    rank = "" if len(set(others)) == 1 else ", the higher one" if share == max(others) else ", the lower one"
+    return {
+        "uri": _encode_filters(grid),
+        "alt": f"The {len(kernels)} first-layer filters of tower {number} as tiles.",
+        "point": f"Tower {number} has color share {share}{rank}.",
+        "caption": f"{len(kernels)} filters of {kernels.shape[2]}×{kernels.shape[3]}.",
+    }
+
+
 def _draw_replay(report: Report) -> Values | None:
     """An animation of the filters over the epochs, and its last frame for readers who want no motion."""
     kept = report.kept_filters
@@ -190,11 +200,20 @@ def _draw_replay(report: Report) -> Values | None:
     frames = min(FRAMES, max(LEAST_EPOCHS, REPLAY_WEIGHTS // sum(kernels.size for kernels in report.towers)))
     replay = draw_replay(kept, len(report.towers), f", run {report.name}", most=frames)
     curve = "" if len(report.towers) == 1 else " The curve is the AUC of the towers' color shares."
+    first, last = (
+        filters.measure_specialization(filters.split_towers(kept[epoch], len(report.towers))).means
+        for epoch in (min(kept), max(kept))
+    )
+    changes = [
+        f"from {one:.2f} to {other:.2f} in tower {number}"
+        for number, (one, other) in enumerate(zip(first, last, strict=True), 1)
+    ]
     return {
         "uri": _make_uri("image/webp", replay.encode("webp")),
         "still": _make_uri("image/webp", replace(replay, frames=replay.frames[-1:], durations=[0]).encode("webp")),
         "width": replay.frames[0].width, "height": replay.frames[0].height,
         "alt": f"Animation of the filters from epoch {min(kept)} to {max(kept)}, with the curve of their color.",
+        "point": f"The color share goes {', '.join(changes)}.",
         "caption": f"Epoch {min(kept)} to {max(kept)}, over and over. One scale holds for all epochs, so "
         f"filters leave gray as their weights grow.{curve}",
     }  # fmt: skip
@@ -249,18 +268,17 @@ def _draw_confusion(counts: Evaluation, names: Sequence[str], mistakes: Sequence
     """The confusion matrix as an image."""
     title = f"{counts.images:,} validation images, top-1 error {counts.top1_error:.1%}"
     image = draw_confusion_matrix(counts.confusion, names, title)
-    caption = (
-        f"{1 - counts.top1_error:.1%} of the images are on the diagonal. Rows are true classes, columns predicted "
-        "classes; blue is correct, red is a mistake, and a darker cell is a larger share of its row."
-    )
+    point = f"{1 - counts.top1_error:.1%} of the images are on the diagonal."
     if mistakes:
         true, predicted, times = mistakes[0]
-        caption += f" The most frequent mistake: {true} predicted as {predicted}, {_format_times(times)}."
+        point += f" The most frequent mistake: {true} predicted as {predicted}, {_format_times(times)}."
     return {
         "uri": _encode_drawing(image),
         "alt": f"Confusion matrix of {len(names)} classes",
         "width": min(image.width, MAX_WIDTH),
-        "caption": caption,
+        "point": point,
+        "caption": "Rows are true classes, columns predicted classes; blue is correct, red is a mistake, "
+        "and a darker cell is a larger share of its row.",
     }
 
 
@@ -444,7 +462,7 @@ def describe_neighbors(report: Report) -> Values | None:
 
 def _embed_chart(chart: Chart) -> Values:
     """A chart as an image. Inline SVG would share its style and ids with the page."""
-    return {"uri": _make_uri("image/svg+xml", chart.svg.encode("utf-8")), "alt": chart.alt, "caption": chart.caption}
+    return {"uri": _make_uri("image/svg+xml", chart.svg.encode("utf-8"))} | chart._asdict()
 
 
 def _format_number(record: Mapping[str, Any], key: str, form: str = ".3f") -> str:
