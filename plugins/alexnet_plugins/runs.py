@@ -20,11 +20,9 @@ from alexnet_cli.options import JsonFlag, QuietFlag, complete_data, complete_wei
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from alexnet_cli.core.data.shards import Dataset
     from alexnet_cli.core.runs.run import Run
 
 PARTS_OF_A_RUN = ("run.json", "recipe.toml", "metrics.jsonl", "checkpoints")
-BATCH = 128
 LONGEST_TEXT = 60  # characters of a cell; --json has the whole text
 DATE = "%Y-%m-%dT%H:%M:%S%z"
 HEADS = ("run", "data", "recipe", "epochs", "top-1 error", "weights", "date", "status")
@@ -235,6 +233,8 @@ def compare_runs(reporter: Reporter, pair: tuple[Run, Run], data: str | None) ->
     from rich.table import Table
     from rich.text import Text
 
+    from alexnet_cli.core.evaluation.compare import find_differences
+
     summaries = [summarize_run(run) for run in pair]
     if broken := next((summary for summary in summaries if summary.status == "broken"), None):
         raise DataError(f"run {broken.name} cannot be read: {broken.problem}", "alexnet runs lists those that can")
@@ -262,93 +262,23 @@ def _format_value(value: Any) -> str:
     return text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]}…"
 
 
-def find_differences(one: Run, other: Run) -> list[dict[str, Any]]:
-    """Return what differs in recipe, training data, versions and devices: `key` and both `values`."""
-    from alexnet_cli.recipe import compare_recipes
-
-    values = {f"recipe {key}": pair for key, pair in compare_recipes(one.recipe, other.recipe).items()}
-    abouts = [_flatten_about(run.about) for run in (one, other)]
-    for key in dict.fromkeys([*abouts[0], *abouts[1]]):
-        pair = abouts[0].get(key, "-"), abouts[1].get(key, "-")
-        if pair[0] != pair[1]:
-            values[key] = pair
-    return [{"key": key, "values": list(pair)} for key, pair in values.items()]
-
-
-def _flatten_about(about: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those entries of run.json that can change the result of a training."""
-    versions = about.get("versions")
-    kept = {key: about[key] for key in ("data_hash", "precision", "devices", "init_from", "changed") if about.get(key)}
-    kept |= {f"version {key}": value for key, value in versions.items()} if isinstance(versions, dict) else {}
-    return kept
-
-
 def measure_pair(reporter: Reporter, pair: tuple[Run, Run], data: str | None) -> dict[str, Any]:
     """Classify the validation images with the best weights of both runs, center view, and count who is right.
 
     Raises:
         DataError: there is no common data set, or a run has no weights.
     """
-    from alexnet_cli.core.data.shards import find_dataset, open_dataset
-    from alexnet_cli.core.intervals import paired_interval
-    from alexnet_cli.core.runs.resolve import find_training_data, find_weights
-
-    weights = [find_weights(str(run.path.absolute())) for run in pair]
-    if data is None and len({str(run.about["data_hash"]) for run in pair if run.about.get("data_hash")}) > 1:
-        raise DataError("they were trained on different data sets", "name one: alexnet runs A B --data D")
-    dataset = open_dataset(find_dataset(data or next(filter(None, map(find_training_data, weights)), None)))
-    neither, only_second, only_first, both = count_correct(reporter, weights, dataset)
-    images = neither + only_second + only_first + both
-    return {
-        "data": str(dataset.path), "data_hash": dataset.hash, "images": images,
-        "top1_error": [1 - (both + only_first) / images, 1 - (both + only_second) / images],
-        "both_right": both, "only_right": [only_first, only_second],
-        "difference": (only_first - only_second) / images,
-        "difference_interval": list(paired_interval(only_first, only_second, images)),
-    }  # fmt: skip
-
-
-def count_correct(reporter: Reporter, weights: Sequence[Path], dataset: Dataset) -> list[int]:
-    """Return how many validation images neither, only the second, only the first, and both networks get right.
-
-    Raises:
-        DataError: there are no validation images, or a network does not know a class.
-    """
-    import numpy as np
-
-    from alexnet_cli.core.data.augment import Augment
-    from alexnet_cli.core.data.loader import Loader, all_batches
-    from alexnet_cli.core.evaluation.evaluate import Evaluation, HalvingClassifier, TorchClassifier, match_classes
+    from alexnet_cli.core.evaluation.compare import classify_pair, find_common_data
     from alexnet_cli.core.model.model_file import read_model
-    from alexnet_cli.core.model.network import network_from_model
-    from alexnet_cli.core.parallel.placement import choose_decode_threads, place
+    from alexnet_cli.core.parallel.placement import place
+    from alexnet_cli.core.runs.resolve import find_weights
 
-    images, placement = dataset.split("val"), place(None, "fp32")
-    if not len(images):
-        raise DataError(f"{dataset.path}: split val has no images", "prepare it again with --val-fraction 0.1")
-    networks = []
-    for path in weights:
-        model = read_model(path)
-        augment = Augment(model.recipe, model.mean, None, None, placement.device)
-        classifier = TorchClassifier(network_from_model(model).to(placement.device), augment, placement)
-        output_of = match_classes(model.classes, dataset.classes, path)
-        outputs = np.arange(len(dataset.classes)) if output_of is None else output_of
-        networks.append(
-            (path, HalvingClassifier(classifier, lambda n: None), outputs, Evaluation.empty(len(model.classes)))
-        )
-    reporter.line("data", f"{dataset.path} · val · {len(images):,} images, center view · {placement.name} · fp32")
-    counts, size = np.zeros(4, np.int64), min(BATCH, len(images))
-    with Loader(images, size, choose_decode_threads(None)) as loader, reporter.progress("val", len(images)) as bar:
-        for batch in loader.batches(all_batches(len(images), size)):
-            right = []
-            for path, classify, outputs, evaluation in networks:
-                labels = outputs[batch.labels.numpy()]
-                right.append(evaluation.add(classify(batch.images), labels)[:, 0] == labels)
-                evaluation.check_finite(path)
-            counts += np.bincount(2 * right[0] + right[1], minlength=4)
-            bar.advance(len(batch.rows))
-    counted: list[int] = counts.tolist()
-    return counted
+    models = [read_model(find_weights(str(run.path.absolute()))) for run in pair]
+    dataset = find_common_data(pair, data, "name one: alexnet runs A B --data D")
+    images, placement = len(dataset.split("val")), place(None, "fp32")
+    reporter.line("data", f"{dataset.path} · val · {images:,} images, center view · {placement.name} · fp32")
+    with reporter.progress("val", images) as bar:
+        return classify_pair(models, dataset, placement, bar.advance).summarize()
 
 
 def _show_measured(reporter: Reporter, names: Sequence[str], measured: Mapping[str, Any]) -> None:

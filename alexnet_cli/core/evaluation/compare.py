@@ -1,0 +1,168 @@
+"""Compare two runs: what differs between them, and which of their networks is right on the same images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from alexnet_cli.core.data.augment import Augment
+from alexnet_cli.core.data.loader import Loader, all_batches
+from alexnet_cli.core.data.shards import Dataset, find_dataset, open_dataset
+from alexnet_cli.core.evaluation.evaluate import (
+    Evaluation,
+    HalvingClassifier,
+    TorchClassifier,
+    match_classes,
+)
+from alexnet_cli.core.intervals import paired_interval
+from alexnet_cli.core.model.model_file import Model
+from alexnet_cli.core.model.network import network_from_model
+from alexnet_cli.core.parallel.placement import Placement, choose_decode_threads
+from alexnet_cli.core.runs.resolve import find_recorded_data
+from alexnet_cli.core.runs.run import Run
+from alexnet_cli.errors import DataError
+from alexnet_cli.recipe import compare_recipes
+
+BATCH = 128
+
+
+@dataclass(frozen=True)
+class PairedClass:
+    """The images of a class: how many there are, both networks get right, and only the first or the second does."""
+
+    index: int
+    images: int
+    both_right: int
+    only_right: tuple[int, int]
+
+    @property
+    def top1_errors(self) -> tuple[float, float]:
+        """The error of each network."""
+        first, second = (1 - (self.both_right + only) / self.images for only in self.only_right)
+        return first, second
+
+    @property
+    def difference(self) -> float:
+        """The error of the second network minus that of the first."""
+        return (self.only_right[0] - self.only_right[1]) / self.images
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval of the difference."""
+        return paired_interval(*self.only_right, self.images)
+
+
+@dataclass(frozen=True)
+class PairedAnswers:
+    """What two networks predict for the center view of the N validation images of a data set."""
+
+    data: Dataset
+    labels: npt.NDArray[np.int64]
+    """N: the true class of each image."""
+    predicted: npt.NDArray[np.int64]
+    """2 x N: the most probable class; -1 if the data set does not have it."""
+    probabilities: npt.NDArray[np.float32]
+    """2 x N: the probability of that class."""
+
+    @property
+    def right(self) -> npt.NDArray[np.bool_]:
+        """2 x N: whether each network is right."""
+        return self.predicted == self.labels
+
+    @property
+    def whole(self) -> PairedClass:
+        """The counts of all images together, as if they were of one class."""
+        return _count_pair(0, self.right)
+
+    def list_classes(self) -> list[PairedClass]:
+        """The classes that have images, largest difference first."""
+        counts = [_count_pair(i, self.right[:, self.labels == i]) for i in np.unique(self.labels).tolist()]
+        return sorted(counts, key=lambda count: -abs(count.difference))
+
+    def summarize(self) -> dict[str, Any]:
+        """The totals for --json: errors and their difference as shares."""
+        whole = self.whole
+        return {
+            "data": str(self.data.path), "data_hash": self.data.hash, "images": whole.images,
+            "top1_error": list(whole.top1_errors),
+            "both_right": whole.both_right, "only_right": list(whole.only_right),
+            "difference": whole.difference, "difference_interval": list(whole.interval),
+        }  # fmt: skip
+
+
+def _count_pair(index: int, right: npt.NDArray[np.bool_]) -> PairedClass:
+    first, second = right
+    only = int((first & ~second).sum()), int((second & ~first).sum())
+    return PairedClass(index, len(first), int((first & second).sum()), only)
+
+
+def find_differences(one: Run, other: Run) -> list[dict[str, Any]]:
+    """Return what differs in recipe, training data, versions and devices: `key` and both `values`."""
+    values = {f"recipe {key}": pair for key, pair in compare_recipes(one.recipe, other.recipe).items()}
+    abouts = [_flatten_about(run.about) for run in (one, other)]
+    for key in dict.fromkeys([*abouts[0], *abouts[1]]):
+        pair = abouts[0].get(key, "-"), abouts[1].get(key, "-")
+        if pair[0] != pair[1]:
+            values[key] = pair
+    return [{"key": key, "values": list(pair)} for key, pair in values.items()]
+
+
+def _flatten_about(about: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those entries of run.json that can change the result of a training."""
+    versions = about.get("versions")
+    kept = {key: about[key] for key in ("data_hash", "precision", "devices", "init_from", "changed") if about.get(key)}
+    kept |= {f"version {key}": value for key, value in versions.items()} if isinstance(versions, dict) else {}
+    return kept
+
+
+def find_common_data(pair: Sequence[Run], spec: str | None, hint: str) -> Dataset:
+    """Open the data set named by `spec`, or else the one on which both runs were trained. `hint` says how to name one.
+
+    Raises:
+        DataError: there is no common data set, or it has no validation images.
+    """
+    if spec is None and len({str(run.about["data_hash"]) for run in pair if run.about.get("data_hash")}) > 1:
+        raise DataError("they were trained on different data sets", hint)
+    recorded = next(filter(None, map(find_recorded_data, pair)), None)
+    dataset = open_dataset(find_dataset(spec or (str(recorded) if recorded else None)))
+    if not len(dataset.split("val")):
+        raise DataError(f"{dataset.path}: split val has no images", "prepare it again with --val-fraction 0.1")
+    return dataset
+
+
+def classify_pair(
+    models: Sequence[Model], dataset: Dataset, placement: Placement, advance: Callable[[int], None]
+) -> PairedAnswers:
+    """Classify the validation images with two networks; `advance` is called with the number of images done.
+
+    Raises:
+        DataError: a network does not know a class of the data set.
+        WeightsError: the output of a network is NaN.
+    """
+    val, networks = dataset.split("val"), []
+    for model in models:
+        augment = Augment(model.recipe, model.mean, None, None, placement.device)
+        classifier = TorchClassifier(network_from_model(model).to(placement.device), augment, placement)
+        output_of = match_classes(model.classes, dataset.classes, model.path)
+        outputs = np.arange(len(dataset.classes)) if output_of is None else output_of
+        class_of = np.full(len(model.classes), -1)
+        class_of[outputs] = np.arange(len(outputs))
+        counts = Evaluation.empty(len(model.classes))
+        networks.append((model.path, HalvingClassifier(classifier, lambda n: None), outputs, class_of, counts))
+    labels, predicted = np.empty(len(val), np.int64), np.empty((2, len(val)), np.int64)
+    probabilities, size = np.empty((2, len(val)), np.float32), min(BATCH, len(val))
+    with Loader(val, size, choose_decode_threads(None)) as loader:
+        for batch in loader.batches(all_batches(len(val), size)):
+            labels[batch.rows] = true = batch.labels.numpy()
+            for number, (path, classify, outputs, class_of, counts) in enumerate(networks):
+                output = classify(batch.images)
+                best = counts.add(output, outputs[true])[:, 0]
+                counts.check_finite(path)
+                predicted[number, batch.rows] = class_of[best]
+                probabilities[number, batch.rows] = output[np.arange(len(best)), best]
+            advance(len(batch.rows))
+    return PairedAnswers(dataset, labels, predicted, probabilities)
