@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import pytest
 
@@ -14,21 +14,23 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
 SIZES = ((360, 740), (1280, 800))
-PAGES = ("full", "bare", "tables")
+PAGES = ("full", "bare", "tables", "compared")
 
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A report with everything, one of a run that has nothing yet, and one without the plotting library."""
+    """A report with everything, one of a run without anything yet, one without charts, one of two runs."""
     folder = tmp_path_factory.mktemp("browser")
     data = hostile_data(folder / "data")
-    runs = {name: make_run(folder / "runs", data, name, epochs=0 if name == "bare" else 6) for name in PAGES}
+    runs = {name: make_run(folder / "runs", data, name, epochs=0 if name == "bare" else 6) for name in PAGES[:3]}
+    compared = folder / "compared.html"
+    assert report(str(runs["full"].path), str(runs["tables"].path), "-o", str(compared), "-q").exit_code == 0
     with pytest.MonkeyPatch.context() as patch:
         for name, run in runs.items():
             if name == "tables":
                 patch.setattr("alexnet_cli.core.report.page.can_draw", lambda: False)
             assert report("-w", str(run.path), "-q").exit_code == 0
-    return {name: run.path / "report.html" for name, run in runs.items()}
+    return {name: run.path / "report.html" for name, run in runs.items()} | {"compared": compared}
 
 
 @pytest.fixture
@@ -63,11 +65,15 @@ def test_it_loads_nothing_and_fits_the_screen(
 
 
 @pytest.mark.parametrize(
-    ("name", "size"), [("full", SIZES[0]), ("full", SIZES[1]), *((p, SIZES[0]) for p in PAGES[1:])]
+    ("name", "size", "scheme"),
+    [("full", SIZES[0], "light"), ("full", SIZES[1], "dark"), *((p, SIZES[0], "light") for p in PAGES[1:])],
 )
-def test_axe_finds_nothing(page: Page, pages: dict[str, Path], name: str, size: tuple[int, int]) -> None:
+def test_axe_finds_nothing(
+    page: Page, pages: dict[str, Path], name: str, size: tuple[int, int], scheme: Literal["light", "dark"]
+) -> None:
     """Contrast, labels, order of headings, landmarks, boxes that a keyboard cannot scroll, and a hundred more."""
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    page.emulate_media(color_scheme=scheme)
     page.set_viewport_size({"width": size[0], "height": size[1]})
     page.goto(pages[name].as_uri())
     page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
@@ -100,6 +106,32 @@ def test_a_keyboard_reaches_the_skip_link_the_contents_and_wide_tables(page: Pag
     else:
         pytest.fail(f"no box to scroll was reached, but {reached}")
     assert page.evaluate(f"getComputedStyle({focused}).outlineStyle") == "solid"
+
+
+def test_wide_tables_scroll_inside_their_box_on_a_phone(page: Page, pages: dict[str, Path]) -> None:
+    page.set_viewport_size({"width": 390, "height": 844})
+    for name in ("full", "compared"):
+        page.goto(pages[name].as_uri())
+        widest = "[...document.querySelectorAll('.scroll')].sort((a, b) => a.scrollWidth - b.scrollWidth).at(-1)"
+        moved = f"(e => (e.scrollLeft = 50, [e.scrollLeft, e.tabIndex, e.clientWidth <= 390 - 32]))({widest})"
+        assert page.evaluate(moved) == [50, 0, True]
+        assert page.evaluate("document.documentElement.scrollWidth") == 390
+
+
+def test_on_a_desktop_the_contents_stay_left_of_the_report(page: Page, pages: dict[str, Path]) -> None:
+    page.set_viewport_size({"width": 1440, "height": 900})
+    page.goto(pages["full"].as_uri())
+    page.evaluate("document.documentElement.style.scrollBehavior = 'auto'; scrollTo(0, document.body.scrollHeight)")
+    contents, section = (page.locator(name).bounding_box() for name in ("nav", "main"))
+    assert contents
+    assert section
+    assert 0 <= contents["y"] < 900
+    assert contents["x"] + contents["width"] < section["x"]
+    assert section["width"] > 0.75 * 1440
+    speed, origin = (page.locator(f"#{name}").bounding_box() for name in ("speed", "origin"))
+    assert speed
+    assert origin
+    assert speed["y"] == origin["y"]
 
 
 def test_a_screen_reader_hears_the_names(page: Page, pages: dict[str, Path]) -> None:

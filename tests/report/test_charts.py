@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from alexnet_cli.core.model.architecture import layer_specs
-from alexnet_cli.core.report.charts import draw_network
+from alexnet_cli.core.report.charts import draw_charts, draw_network
+from alexnet_cli.core.report.history import read_history
 from alexnet_cli.recipe import PAPER
 
 DRAW = """
@@ -45,3 +46,34 @@ def test_the_users_settings_backend_and_home_do_not_count(tmp_path: Path, encodi
     done = subprocess.run([sys.executable, "-c", DRAW], env=odd, capture_output=True, check=True, timeout=60)
     assert done.stdout.decode().strip() == expected.strip()
     assert done.stderr == b""
+
+
+@pytest.mark.parametrize(
+    ("errors", "point"),
+    [
+        ([0.5, 0.3, 0.4], "Validation error stopped falling at epoch 2: 30.0%."),
+        ([0.5, 0.4, 0.3], "Validation error is at its lowest after epoch 3: 30.0%."),
+        ([0.3, 0.5, 0.4], "Validation error never fell below that of epoch 1: 30.0%."),
+        ([0.3], "Validation error is 30.0% after epoch 1."),
+    ],
+)
+def test_a_caption_begins_with_what_the_curve_shows(errors: list[float], point: str) -> None:
+    epochs = [{"event": "validation", "epoch": i, "top1_error": error} for i, error in enumerate(errors, 1)]
+    assert draw_charts(read_history(epochs, PAPER))["errors"].point == point
+
+
+@pytest.mark.parametrize(
+    ("rates", "schedule", "point"),
+    [
+        ([0.01, 0.03, 0.002], "one-cycle", "The learning rate peaks at 0.03 in epoch 2, then falls to 0.002."),
+        ([0.01, 0.01, 0.001], "fixed", "The learning rate drops after epoch 2, from 0.01 to 0.001."),
+        ([0.01, 0.01, 0.01], "fixed", "The learning rate stays at 0.01."),
+    ],
+)
+def test_the_caption_of_the_learning_rate(rates: list[float], schedule: str, point: str) -> None:
+    records: list[dict[str, object]] = [{"event": "start", "step": 0, "steps_per_epoch": 10}]
+    for epoch, rate in enumerate(rates, 1):
+        records.append({"event": "step", "epoch": epoch, "step": 10 * epoch, "lr": rate})
+        records.append({"event": "validation", "epoch": epoch, "lr": rate})
+    recipe = PAPER if schedule == "fixed" else replace(PAPER, schedule="one-cycle")
+    assert draw_charts(read_history(records, recipe))["rate"].point == point

@@ -447,9 +447,9 @@ def test_an_imported_network_has_no_training_sections(
     run = Run.create("caffe", RECIPE, {"status": "finished", "imported": {"file": "x.caffemodel", "format": "Caffe"}})
     save_model(replace(random_model(RECIPE, len(NAMES)), classes=data.classes), run.path / "model.safetensors")
     found = read_result(report("-w", "caffe", "--json", "-q"))
-    sections = ["network", "recipe", "filters", "results", "towers", "examples", "neighbors", "origin"]
+    sections = ["filters", "results", "towers", "examples", "neighbors", "network", "recipe", "origin"]
     assert [s["id"] for s in found["sections"]] == sections
-    assert "no prepared data set under prepared; name one with alexnet report --data D" in found["sections"][3]["note"]
+    assert "no prepared data set under prepared; name one with alexnet report --data D" in found["sections"][1]["note"]
     page = Page(Path("runs/caffe/report.html"))
     assert "x.caffemodel" in page.all_text
     assert [image["alt"] for image in page.images if "filters of tower" in (image["alt"] or "")]
@@ -462,7 +462,7 @@ def test_an_unrelated_data_set_nearby_is_no_error(
     shutil.copytree(prepared, "prepared/colors")
     save_model(random_model(RECIPE), Path("net.safetensors"))
     assert (
-        "unknown to the network" in read_result(report("-w", "net.safetensors", "--json", "-q"))["sections"][3]["note"]
+        "unknown to the network" in read_result(report("-w", "net.safetensors", "--json", "-q"))["sections"][1]["note"]
     )
 
 

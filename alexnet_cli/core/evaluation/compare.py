@@ -12,12 +12,7 @@ import numpy.typing as npt
 from alexnet_cli.core.data.augment import Augment
 from alexnet_cli.core.data.loader import Loader, all_batches
 from alexnet_cli.core.data.shards import Dataset, find_dataset, open_dataset
-from alexnet_cli.core.evaluation.evaluate import (
-    Evaluation,
-    HalvingClassifier,
-    TorchClassifier,
-    match_classes,
-)
+from alexnet_cli.core.evaluation.evaluate import Evaluation, HalvingClassifier, TorchClassifier, match_classes
 from alexnet_cli.core.intervals import paired_interval
 from alexnet_cli.core.model.model_file import Model
 from alexnet_cli.core.model.network import network_from_model
@@ -71,7 +66,7 @@ class PairedAnswers:
     @property
     def right(self) -> npt.NDArray[np.bool_]:
         """2 x N: whether each network is right."""
-        return self.predicted == self.labels
+        return np.equal(self.predicted, self.labels)
 
     @property
     def whole(self) -> PairedClass:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from alexnet_cli.core.drawing import use_own_style
 from alexnet_cli.core.model.architecture import describe_kernel
-from alexnet_cli.core.report.history import Curve, History
+from alexnet_cli.core.report.history import Curve, History, describe_drops
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,6 +28,7 @@ STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: smaller and sharper
     "svg.hashsalt": "alexnet",  # the same ids in every drawing
     "font.family": "sans-serif",
+    "font.size": 11,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "legend.frameon": False,
@@ -83,7 +84,7 @@ def draw_charts(history: History, few_classes: bool = False) -> dict[str, Chart]
     ]
     loss_point = _describe_lowest("Validation loss", loss[1].points, ".3f")
     error_point = _describe_lowest("Validation error", errors[1].points, ".1%")
-    rate_point = _describe_rate(rate[0].points, history.drops_text if history.drops else "")
+    rate_point = _describe_rate(rate[0].points, history.drops)
     drops = history.drops
     drawn = {
         "loss": _draw_curves(loss_point, "Loss", "nats per image", loss, ".3f", drops),
@@ -141,13 +142,13 @@ def _describe_lowest(what: str, points: Curve, form: str) -> str:
     return f"{what} stopped falling at epoch {epoch:g}: {value}."
 
 
-def _describe_rate(points: Curve, drops: str) -> str:
+def _describe_rate(points: Curve, drops: Sequence[int]) -> str:
     if not points:
         return ""
     first, last = points[0][1], points[-1][1]
     epoch, peak = max(points, key=lambda point: point[1])
     if drops:
-        return f"The learning rate drops after {drops}, from {peak:.3g} to {last:.3g}."
+        return f"The learning rate drops after {describe_drops(drops)}, from {peak:.3g} to {last:.3g}."
     if peak in (first, last):
         return f"The learning rate {_describe_line(Line('', points), '.3g')}."
     return f"The learning rate peaks at {peak:.3g} in epoch {math.ceil(epoch)}, then falls to {last:.3g}."
@@ -190,7 +191,7 @@ def _draw_curves(
             epochs, values = [epoch for epoch, _ in line.points], [factor * value for _, value in line.points]
             axes.plot(
                 epochs, values, color=color, linestyle=style, marker="o" if has_markers else None, ms=4,
-                ds="steps-pre" if line.is_stepped else "default", label=line.name,
+                ds="steps-pre" if line.is_stepped else "default", label=line.name.replace("$", r"\$"),
             )  # fmt: skip
         for number, drop in enumerate(drops):
             axes.axvline(drop, color=DROP_COLOR, linestyle="dotted", label=None if number else "learning rate drops")
@@ -207,7 +208,9 @@ def _draw_curves(
             axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.46, -0.17), ncols=2)
 
     texts = [(f"{line.name} " if len(shown) > 1 else "") + _describe_line(line, form) for line in shown]
-    caption = f"{title}: {'; '.join(texts)}." + (" Dotted: the learning rate drops." if drops else "")
+    caption = f"{title}: {'; '.join(texts)}." + (
+        f" Dotted: the learning rate drops after {describe_drops(drops)}." if drops else ""
+    )
     return Chart(render_svg(draw), f"{title} over the epochs", point, caption)
 
 

@@ -394,7 +394,7 @@ def find_examples(
 
     def choose(candidates: npt.NDArray[np.int64]) -> tuple[Example, ...]:
         order = candidates[np.argsort(-confidence[candidates], kind="stable")].tolist()
-        best = _alternate_classes(order, true)
+        best = alternate_classes(order, true)
         images = read_images(split, rows[best].tolist())
         return tuple(
             Example(image, int(true[i]), int(predicted[i]), float(confidence[i]))
@@ -416,7 +416,7 @@ def _add_evidence(examples: tuple[Example, ...], model: Model) -> tuple[Example,
     return tuple(explained)
 
 
-def _alternate_classes(order: Sequence[int], classes: npt.NDArray[np.int64]) -> list[int]:
+def alternate_classes(order: Sequence[int], classes: npt.NDArray[np.int64]) -> list[int]:
     """The first EXAMPLES of `order`, after sorting by how often their class came before."""
     seen: Counter[int] = Counter()
     rounds = {}

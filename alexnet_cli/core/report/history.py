@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,11 +79,6 @@ class History:
         return window.step / (self.steps_per_epoch or 1)
 
     @property
-    def drops_text(self) -> str:
-        """The epochs with a drop in words: "epoch 20", or "epochs 20, 40"."""
-        return f"epoch{'s' if len(self.drops) > 1 else ''} {', '.join(map(str, self.drops))}"
-
-    @property
     def begun(self) -> int:
         """The epoch of the last step; 0 if unknown."""
         return math.ceil(self._epochs_at(self.windows[-1])) if self.windows and self.steps_per_epoch else 0
@@ -129,6 +124,11 @@ def read_history(records: Iterable[Mapping[str, Any]], recipe: Recipe) -> Histor
             if step > before:
                 windows.append(StepWindow(step, step - before, values))
     return History(tuple(epochs), tuple(windows), per_epoch, recipe.batch_size, _find_drops(epochs, recipe))
+
+
+def describe_drops(drops: Sequence[int]) -> str:
+    """The epochs with a drop in words: "epoch 20", or "epochs 20, 40"."""
+    return f"epoch{'s' if len(drops) > 1 else ''} {', '.join(map(str, drops))}"
 
 
 def get_number(record: Mapping[str, Any], key: str) -> float | None:

@@ -56,7 +56,7 @@ def check_writable(path: Path) -> None:
     """
     if path.is_dir():
         raise UsageError(f"{path} is a folder", f"name a file in it, such as -o {path / FILE}")
-    with _storage_errors(path):
+    with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
 
@@ -68,13 +68,14 @@ def write_page(report: Report, path: Path) -> list[Section]:
         StorageError: the page cannot be written.
     """
     text, shown = render_page(report)
-    with _storage_errors(path):
+    with storage_errors(path):
         write_text(path, text)
     return shown
 
 
 @contextmanager
-def _storage_errors(path: Path) -> Iterator[None]:
+def storage_errors(path: Path) -> Iterator[None]:
+    """Raise StorageError if `path` cannot be written inside the `with` block."""
     try:
         yield
     except OSError as error:
@@ -84,21 +85,12 @@ def _storage_errors(path: Path) -> Iterator[None]:
 def render_page(report: Report) -> tuple[str, list[Section]]:
     """Return the page as HTML, and its sections."""
     charts = draw_charts(report.history, report.has_few_classes) if can_draw() else {}
-    environment = Environment(
-        loader=PackageLoader("alexnet_cli.core.report", "pages"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=_make_printable,
-    )
     shown = list_sections(report)
-    text = environment.get_template("report.html").render(
+    text = render_template(
+        "report.html",
         title=f"AlexNet, {'run' if report.is_trained else 'network'} {report.name}",
-        style=Markup(environment.get_template("report.css").render()),
-        version=alexnet_cli.__version__,
         lead=_write_lead(report),
-        remarks=_list_remarks(report),
+        remarks=list_remarks(report),
         facts=_list_facts(report),
         sections=shown,
         network=sections.describe_network(report, can_draw()),
@@ -113,6 +105,20 @@ def render_page(report: Report) -> tuple[str, list[Section]]:
         origin=_list_origin(report),
     )
     return text, shown
+
+
+def render_template(name: str, **values: Any) -> str:
+    """Fill in a template of pages/; all values are escaped."""
+    environment = Environment(
+        loader=PackageLoader("alexnet_cli.core.report", "pages"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=make_printable,
+    )
+    style = Markup(environment.get_template("report.css").render())
+    return environment.get_template(name).render(style=style, version=alexnet_cli.__version__, **values)
 
 
 def list_sections(report: Report) -> list[Section]:
@@ -197,7 +203,7 @@ def _name_data(name: Any) -> str:
     return f" of {name}" if name else ""
 
 
-def _list_remarks(report: Report) -> list[str]:
+def list_remarks(report: Report) -> list[str]:
     """What the reader should know first: that the run is not finished, or the page not complete."""
     about, failed = report.about, report.measurements.failed
     error, hint = get_failure(about)
@@ -304,7 +310,7 @@ def _format_duration(seconds: float | None) -> str:
     return f"{whole // 3600:,} h {whole % 3600 // 60} min"
 
 
-def _make_printable(value: Any) -> Any:
+def make_printable(value: Any) -> Any:
     """Replace invisible characters and direction marks, which names may contain, by question marks."""
     if isinstance(value, Markup):
         return value

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from alexnet_cli.core.analysis import filter_picture, filters
+from alexnet_cli.core.analysis.filter_picture import Limits
 from alexnet_cli.core.analysis.filter_replay import FRAMES, draw_replay
 from alexnet_cli.core.analysis.filters import Kernels
 from alexnet_cli.core.data.classes import make_names_unique
@@ -30,7 +31,7 @@ from alexnet_cli.core.model.architecture import LayerSpec, describe_kernel, desc
 from alexnet_cli.core.model.model_file import name_towers
 from alexnet_cli.core.report.charts import Chart, draw_network
 from alexnet_cli.core.report.collect import Example, Report
-from alexnet_cli.core.report.history import get_number
+from alexnet_cli.core.report.history import describe_drops, get_number
 from alexnet_cli.recipe import PAPER, Recipe, describe_setting
 
 Row = tuple[Any, ...]
@@ -66,7 +67,7 @@ def describe_network(report: Report, has_charts: bool) -> Values | None:
         "words": words,
         "heads": ("Layer", "Kernel", "Inputs", "Maps or units", "Map size", "Then", "Parameters"),
         "rows": [_input_row(recipe, specs[0]), *(_layer_row(recipe, spec) for spec in specs), total],
-        "chart": _embed_chart(draw_network(recipe, specs)) if has_charts else None,
+        "chart": embed_chart(draw_network(recipe, specs)) if has_charts else None,
     }
 
 
@@ -97,7 +98,7 @@ def compare_recipe(report: Report) -> Values:
         about[key], source = describe_setting(key)
         place = f"section {source}" if source[:1].isdigit() else SOURCES[source]
         rows = same if value == paper[key] else changed
-        rows.append((key, _format_value(value), _format_value(paper[key]), place))
+        rows.append((key, format_value(value), format_value(paper[key]), place))
     words = (
         f"Recipe {report.recipe.name}: {len(same)} of {len(about)} settings have the paper's value. The paper's "
         "values include one correction, without which the network does not start to learn: the initial weights of "
@@ -107,7 +108,8 @@ def compare_recipe(report: Report) -> Values:
     return {"words": words, "heads": heads, "changed": changed, "same": same, "about": about}
 
 
-def _format_value(value: Any) -> str:
+def format_value(value: Any) -> str:
+    """Format the value of a setting as JSON does, but texts without quotes and an empty list as "none"."""
     if isinstance(value, float):
         return f"{value:g}"
     return value if isinstance(value, str) else json.dumps(value) if value != () else "none"
@@ -119,7 +121,7 @@ def describe_curves(report: Report, charts: Mapping[str, Chart]) -> Values:
     if report.recipe.schedule == "one-cycle":
         words = "The learning rate follows one cycle and changes at every step."
     elif history.drops:
-        words = f"The learning rate drops after {history.drops_text} (dotted lines)."
+        words = f"The learning rate drops after {describe_drops(history.drops)} (dotted lines)."
     else:
         words = "The learning rate has not dropped yet."
     words += " Training curves are means over steps, with dropout and augmentation. Validation uses neither."
@@ -141,7 +143,7 @@ def describe_curves(report: Report, charts: Mapping[str, Chart]) -> Values:
         for epoch in history.epochs
     ]  # fmt: skip
     heads, *rows = _drop_top5([heads, *rows], 5, report)
-    shown = [_embed_chart(charts[name]) for name in ("loss", "errors", "rate") if name in charts]
+    shown = [embed_chart(charts[name]) for name in ("loss", "errors", "rate") if name in charts]
     return {"charts": shown, "words": words, "heads": heads, "rows": rows}
 
 
@@ -155,7 +157,7 @@ def describe_filters(report: Report, charts: Mapping[str, Chart]) -> Values | No
     for number, (kernels, limit, tower, share) in enumerate(
         zip(report.towers, limits, measured.towers, measured.means, strict=True), 1
     ):
-        towers.append(_draw_tower(kernels, limit, number, measured.means))
+        towers.append(draw_tower(kernels, limit, number, measured.means))
         rows.append((
             f"Tower {number}", len(kernels), f"{share:.2f}", f"{tower.mean(tower.frequency):.2f}",
             f"{tower.mean(tower.selectivity):.2f}", int(tower.dead.sum()), int(tower.undertrained.sum()),
@@ -174,12 +176,12 @@ def describe_filters(report: Report, charts: Mapping[str, Chart]) -> Values | No
             "Tower", "Filters", "Color share", "Cycles per pixel", "Orientation selectivity", "Dead", "Still noise"
         ),
         "rows": rows, "verdict": _compare_towers(report),
-        "chart": _embed_chart(charts["towers"]) if "towers" in charts else None,
+        "chart": embed_chart(charts["towers"]) if "towers" in charts else None,
         "curve": epochs, "curve_heads": ("Epoch", "AUC", "Color share, tower 1", "Color share, tower 2"),
     }  # fmt: skip
 
 
-def _draw_tower(kernels: Kernels, limit: float, number: int, shares: Sequence[float]) -> Values:
+def draw_tower(kernels: Kernels, limit: Limits, number: int, shares: Sequence[float]) -> Values:
     """The filters of a tower as tiles; the caption says whether it has more color than the other."""
     grid = filter_picture.draw_grid(kernels, limit, filter_picture.count_columns(len(kernels)))
     share, others = f"{shares[number - 1]:.2f}", [f"{share:.2f}" for share in shares]
@@ -432,10 +434,10 @@ def _describe_example(names: Sequence[str], example: Example) -> list[Values]:
         alt, caption = f"Image of {true}, predicted correctly.", f"{true}, {probability}"
     else:
         alt, caption = f"Image of {true}, predicted as {predicted}.", f"{true}, predicted as {predicted}, {probability}"
-    images = [{"uri": _encode_image(example.image), "alt": alt, "caption": caption}]
+    images = [{"uri": encode_image(example.image), "alt": alt, "caption": caption}]
     if example.evidence is not None:
         alt = f"The same image in gray. Bright: where the network saw {predicted}."
-        images.append({"uri": _encode_image(example.evidence), "alt": alt, "caption": f"evidence for {predicted}"})
+        images.append({"uri": encode_image(example.evidence), "alt": alt, "caption": f"evidence for {predicted}"})
     return images
 
 
@@ -446,10 +448,10 @@ def describe_neighbors(report: Report) -> Values | None:
     names, rows = make_names_unique(report.data.classes), []
     for number, neighborhood in enumerate(report.measurements.neighborhoods, 1):
         name = names[neighborhood.label]
-        images = [{"uri": _encode_image(neighborhood.image), "alt": f"Validation image of {name}.", "caption": name}]
+        images = [{"uri": encode_image(neighborhood.image), "alt": f"Validation image of {name}.", "caption": name}]
         for image, label, distance in neighborhood.nearest:
             alt, caption = f"Training image of {names[label]}.", f"{names[label]}, {distance:.3g}"
-            images.append({"uri": _encode_image(image), "alt": alt, "caption": caption})
+            images.append({"uri": encode_image(image), "alt": alt, "caption": caption})
         same = sum(label == neighborhood.label for _, label, _ in neighborhood.nearest)
         title = f"Image {number}: {name}, {same} of {len(neighborhood.nearest)} neighbors have its class"
         rows.append({"title": title, "images": images})
@@ -460,7 +462,7 @@ def describe_neighbors(report: Report) -> Values | None:
     return {"words": words, "rows": rows}
 
 
-def _embed_chart(chart: Chart) -> Values:
+def embed_chart(chart: Chart) -> Values:
     """A chart as an image. Inline SVG would share its style and ids with the page."""
     return {"uri": _make_uri("image/svg+xml", chart.svg.encode("utf-8"))} | chart._asdict()
 
@@ -474,7 +476,7 @@ def _format_times(count: int) -> str:
     return "once" if count == 1 else f"{count:,} times"
 
 
-def _encode_image(image: ImageArray) -> str:
+def encode_image(image: ImageArray) -> str:
     """An image, uint8 S x S x 3, as a JPEG thumbnail."""
     small = Image.fromarray(image).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
     file = io.BytesIO()
