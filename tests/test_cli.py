@@ -125,7 +125,7 @@ def test_version_is_one_line() -> None:
         (("trian",), "No such command 'trian'", "did you mean 'train'?"),
         (("classify", "x.jpg"), "No such command 'classify'", "did you mean predict?"),
         (("fit",), "No such command 'fit'", "alexnet --help"),
-        (("report", "mine"), "(mine)", "alexnet report --help"),
+        (("evaluate", "mine"), "(mine)", "alexnet evaluate --help"),
         (("predict", "x", "--features", "fc7", "-o", "no/f.npz"), "the folder no does not exist", ""),
         (("train", "--epoch", "3"), "No such option: --epoch", "--epochs"),
         (("train", "--epochs", "x"), "'--epochs'", "alexnet train --help"),

@@ -44,7 +44,7 @@ def report(
     json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
-    """Write an HTML report of a run, or one that compares two.
+    """Write an HTML report of a run, or compare two.
 
     The report of a run shows recipe, curves, filters, confusions, examples, neighbors and speed. Reuses the results of
     `evaluate` and `neighbors` if they belong to these weights, and computes them otherwise. The report of two runs
