@@ -119,7 +119,7 @@ def compare(reporter: Reporter, first: str, second: str, data: str | None, outpu
     pair = Run.open(first), Run.open(second)
     if pair[0].path.resolve() == pair[1].path.resolve():
         raise UsageError(f"{first} and {second} are the same run", f"for one run: alexnet report {pair[0].quoted}")
-    target = output or Path(f"report-{'-vs-'.join(run.name.replace('/', '-') for run in pair)}.html")
+    target = output or Path(f"report-{'-vs-'.join('-'.join(Path(run.name).parts) for run in pair)}.html")
     page.check_writable(target)
     opened: list[OpenedModel | None] = []
     for name in (first, second):

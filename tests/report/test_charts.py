@@ -55,11 +55,13 @@ def test_the_users_settings_backend_and_home_do_not_count(tmp_path: Path, encodi
         ([0.5, 0.4, 0.3], "Validation error is at its lowest after epoch 3: 30.0%."),
         ([0.3, 0.5, 0.4], "Validation error never fell below that of epoch 1: 30.0%."),
         ([0.3], "Validation error is 30.0% after epoch 1."),
+        ([], "No epoch has been validated yet."),
     ],
 )
 def test_a_caption_begins_with_what_the_curve_shows(errors: list[float], point: str) -> None:
+    steps: list[dict[str, object]] = [{"event": "step", "step": 1, "top1_error": 0.9}]
     epochs = [{"event": "validation", "epoch": i, "top1_error": error} for i, error in enumerate(errors, 1)]
-    assert draw_charts(read_history(epochs, PAPER))["errors"].point == point
+    assert draw_charts(read_history(steps + epochs, PAPER))["errors"].point == point
 
 
 @pytest.mark.parametrize(

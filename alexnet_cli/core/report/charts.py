@@ -28,7 +28,6 @@ STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: smaller and sharper
     "svg.hashsalt": "alexnet",  # the same ids in every drawing
     "font.family": "sans-serif",
-    "font.size": 11,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "legend.frameon": False,
@@ -89,7 +88,7 @@ def draw_charts(history: History, few_classes: bool = False) -> dict[str, Chart]
     drawn = {
         "loss": _draw_curves(loss_point, "Loss", "nats per image", loss, ".3f", drops),
         "errors": _draw_curves(error_point, "Error", "% of images", errors, ".1%", drops),
-        "rate": _draw_curves(rate_point, "Learning rate", "learning rate", rate, ".3g", drops, is_log=True),
+        "rate": _draw_curves(rate_point, "Learning rate", "", rate, ".3g", drops, is_log=True),
         "towers": _draw_curves(
             _describe_separation(towers), "Specialization of the towers", "AUC, color share", towers, ".2f", drops,
             level=(CHANCE, "color share of noise"),
@@ -115,7 +114,7 @@ def draw_comparison(names: Sequence[str], histories: Sequence[History]) -> list[
     drawn = (
         _draw_curves(error_point, "Validation error", "% of images", errors, ".1%"),
         _draw_curves(loss_point, "Training loss", "nats per image", losses, ".3f"),
-        _draw_curves(rate_point, "Learning rate", "learning rate", rates, ".3g", is_log=True),
+        _draw_curves(rate_point, "Learning rate", "", rates, ".3g", is_log=True),
         _draw_curves(auc_point, "Color separates the towers", "AUC", auc, ".2f", level=(0.5, "chance")),
     )
     return [chart for chart in drawn if chart]
@@ -130,7 +129,7 @@ def _compare_lines(what: str, lines: Sequence[Line], choose: Callable[[list[floa
 def _describe_lowest(what: str, points: Curve, form: str) -> str:
     """Say when a curve over the epochs was lowest: "Validation error stopped falling at epoch 12: 26.8%."."""
     if not points:
-        return ""
+        return "No epoch has been validated yet."
     epoch, lowest = min(points, key=lambda point: point[1])
     value = format(lowest, form)
     if len(points) == 1:

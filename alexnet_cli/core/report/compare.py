@@ -22,6 +22,7 @@ from alexnet_cli.core.report.page import Section
 from alexnet_cli.core.report.sections import MOST, Row, Values
 from alexnet_cli.recipe import describe_setting
 
+LONGEST_NAME = 24  # characters of a run's name in a chart
 OTHER_CLASS = "a class that the data set lacks"
 
 
@@ -49,7 +50,7 @@ def write_comparison(comparison: Comparison, path: Path) -> list[Section]:
     """
     names, answers, charts = comparison.names, comparison.answers, []
     if can_draw():
-        charts = draw_comparison([f"run {name}" for name in names], [r.history for r in comparison.reports])
+        charts = draw_comparison([f"run {_shorten(name)}" for name in names], [r.history for r in comparison.reports])
     shown = _list_sections(comparison, len(charts))
     text = page.render_template(
         "compare.html",
@@ -67,6 +68,11 @@ def write_comparison(comparison: Comparison, path: Path) -> list[Section]:
     with page.storage_errors(path):
         write_text(path, text)
     return shown
+
+
+def _shorten(name: str) -> str:
+    """A name that fits into the legend of a chart."""
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME // 2]}…{name[-LONGEST_NAME // 2 :]}"
 
 
 def _list_sections(comparison: Comparison, charts: int) -> list[Section]:
