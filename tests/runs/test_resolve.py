@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -94,10 +95,6 @@ def test_find_weights_errors() -> None:
         find_weights(None)
     assert caught.value.hint == f"train one first: {devices.suggest_train_command()}"
     Run.create("r", PAPER, {})
-    (Path("runs") / "latest").unlink()
-    with pytest.raises(WeightsError, match="there is no latest run in") as caught:
-        find_weights(None)
-    assert caught.value.hint == "existing runs: r"
     with pytest.raises(WeightsError, match="there is no run, folder or file named nothing") as caught:
         find_weights("nothing")
     assert "existing runs: r" in caught.value.hint
@@ -121,6 +118,14 @@ def test_latest_resolves_to_the_run_itself() -> None:
     for spec in ("", "."):
         with pytest.raises(WeightsError):
             find_weights(spec)
+
+
+def test_the_newest_run_is_the_latest_where_the_link_was_not_copied() -> None:
+    for age, name in ((2, "newer"), (3, "older")):
+        checkpoint(Run.create(name, PAPER, {}), 1, "last")
+        os.utime(Path("runs") / name / "run.json", (1e9 - age, 1e9 - age))
+    (Path("runs") / "latest").unlink()
+    assert find_run_folder(find_weights(None)) == Run.open("latest").path == Path("runs/newer")
 
 
 def test_hints_guess_the_run_that_was_meant() -> None:

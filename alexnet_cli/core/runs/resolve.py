@@ -10,7 +10,7 @@ from typing import Any
 from alexnet_cli.core.data.shards import RECORD, ROOT, Dataset, list_datasets
 from alexnet_cli.core.files import follow_text_links, hash_file, read_link
 from alexnet_cli.core.runs.records import explain_missing_checkpoint, get_failure, get_int
-from alexnet_cli.core.runs.run import MODEL, ONNX, Run, list_runs, runs_root
+from alexnet_cli.core.runs.run import MODEL, ONNX, Run, find_run, list_runs, runs_root
 from alexnet_cli.errors import AlexNetError, WeightsError
 
 
@@ -25,7 +25,7 @@ def find_weights(spec: str | None, suffixes: Sequence[str] = (".safetensors",)) 
     """
     if spec == "":
         raise WeightsError("-w is empty", list_runs())
-    path = follow_text_links(runs_root() / (spec or "latest"))
+    path = find_run(spec or "latest")
     path = read_link(path) or path
     typed = follow_text_links(Path(spec or ""))
     if spec is not None and not (path / "run.json").is_file() and typed.exists():
@@ -40,8 +40,7 @@ def find_weights(spec: str | None, suffixes: Sequence[str] = (".safetensors",)) 
             raise WeightsError(f"{path} is not a {' or '.join(suffixes)} file", hint)
         return path
     if spec is None and not path.exists():
-        what = "latest run" if any(runs_root().glob("*/run.json")) else "run"
-        raise WeightsError(f"there is no {what} in {runs_root().absolute()}", list_runs())
+        raise WeightsError(f"there is no run in {runs_root().absolute()}", list_runs())
     checkpoints = [f"checkpoints/{name}/{MODEL}" for name in ("best", "last")]
     inside = {".onnx": (ONNX,), ".safetensors": (MODEL, *checkpoints)}
     for suffix in suffixes:

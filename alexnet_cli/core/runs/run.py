@@ -95,7 +95,7 @@ class Run:
     @classmethod
     def open(cls, name: str) -> Run:
         """The run with this name or path, or `latest`. Raises UsageError if there is none."""
-        for path in map(follow_text_links, (runs_root() / name, Path(name))):
+        for path in (find_run(name), follow_text_links(Path(name))):
             if (path / "run.json").is_file():
                 return cls(read_link(path) or path)
         raise UsageError(f"there is no run {name} in {runs_root()}", list_runs(name))
@@ -225,6 +225,15 @@ class Run:
         if self.writes:
             with self.storing():
                 write_text(self.path / "metrics.csv", format_csv(self.records()))
+
+
+def find_run(name: str) -> Path:
+    """The folder that a run of this name has or would have. `latest` is the newest run if that link is missing."""
+    path = follow_text_links(runs_root() / name)
+    if name == "latest" and not path.exists():  # a link that was not copied along, or whose run was deleted
+        files = sorted(runs_root().glob("*/run.json"), key=lambda file: file.stat().st_mtime)
+        path = files[-1].parent if files else path
+    return path
 
 
 def is_plain_name(name: str) -> bool:
