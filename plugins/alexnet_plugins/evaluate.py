@@ -261,17 +261,17 @@ def _report_towers(
 
 def _report_needs(reporter: Reporter, needs: Sequence[ClassNeed]) -> None:
     """Show the classes where it matters most which tower is left, in color."""
-    from alexnet_cli.core.intervals import format_points
 
     half = MOST_LISTED // 2
     listed = needs if len(needs) <= MOST_LISTED else [*needs[:half], *needs[-half:]]
     width = max(14, *(len(row.name) for row in listed)) + 2
     heads = "".join(f"{head:>16}" for head in ("whole network", "tower 1 alone", "tower 2 alone"))
-    reporter.show(f"{'right (answers)':<{width}}{heads}   tower 1 - tower 2, points")
+    reporter.show("images of each class that are right (in brackets: images of any class with this answer)")
+    reporter.show(f"{'':<{width}}{heads}   points lost without tower 1, 2")
     for row in listed:
         cells = [f"{1 - row.top1_errors[i]:.0%} ({row.answers[i]:,})" for i in range(3)]
-        difference = format_points(row.difference, row.difference_interval)
-        reporter.show(make_printable(f"{row.name:<{width}}{''.join(f'{cell:>16}' for cell in cells)}   {difference}"))
+        lost = " ".join(f"{100 * share:>6.0f}" for share in row.lost_without)
+        reporter.show(make_printable(f"{row.name:<{width}}{''.join(f'{cell:>16}' for cell in cells)}  {lost}"))
     reporter.line("note", "a tower alone was not trained to work alone: it may answer one class for most images")
 
 

@@ -60,6 +60,12 @@ class ClassNeed:
     """In color: top-1 error without tower 1, minus that without tower 2. Positive: tower 1 is needed more."""
     difference_interval: Interval
 
+    @property
+    def lost_without(self) -> tuple[float, float]:
+        """In color: how much the top-1 error rises without tower 1, and without tower 2."""
+        whole, tower1, tower2 = self.top1_errors[:3]
+        return tower2 - whole, tower1 - whole
+
 
 @dataclass
 class TowerCounts:

@@ -338,10 +338,12 @@ def describe_towers(report: Report) -> Values | None:
         return None
     names, errors = make_names_unique(report.classes), counts.list_errors()
     pairs = list(zip(errors[:3], errors[3:], strict=True))
+    total = len(report.data.split("val")) if report.data else counts.images
+    sample = f"{counts.images:,}" if counts.images == total else f"{counts.images:,} of the {total:,}"
     words = (
         "A tower alone is this network with the other tower switched off: the maps and units of that tower are zero. "
         "It was not trained to work alone, and may give the same answer for most images. "
-        f"Measured on {counts.images:,} validation images, center view."
+        f"Measured on {sample} validation images, center view."
     )
     rows = []
     for color, gray in pairs:
@@ -358,14 +360,15 @@ def describe_towers(report: Report) -> Values | None:
         "heads": ("Network", "Error in color", "Error in gray", "Gray costs, points", "Most frequent answer in color"),
         "rows": rows,
         "class_heads": (
-            "Class", "Images", "Whole network", "Tower 1 alone", "Tower 2 alone", "Tower 1 minus tower 2, points"
+            "Class", "Images", "Whole network", "Tower 1 alone", "Tower 2 alone",
+            "Lost without tower 1, points", "Lost without tower 2, points",
         ),
         "classes": [_need_row(need, names) for need in listed],
     }  # fmt: skip
 
 
 def _explain_towers(counts: TowerCounts, pairs: Sequence[tuple[TowerError, TowerError]]) -> str:
-    """Say what each tower and color are worth, which tower loses more in gray, and what is no better than guessing."""
+    """Say what each tower and color are worth, which tower is no better than guessing, and which loses more in gray."""
     (_, whole), (tower1, gray1), (tower2, gray2) = pairs
     costs = [_format_rise(row.lost_without_tower, row.lost_without_tower_interval) for row in (tower2, tower1)] + [
         _format_rise(row.lost_in_gray, row.lost_in_gray_interval) for row in (whole, gray1, gray2)
@@ -375,18 +378,20 @@ def _explain_towers(counts: TowerCounts, pairs: Sequence[tuple[TowerError, Tower
         f"In gray the error of the whole network rises by {costs[2]}, of tower 1 alone by {costs[3]}, "
         f"of tower 2 alone by {costs[4]}.",
     ]
+    confusion = counts.evaluations[WHOLE].confusion
+    guessing, majority = baselines.guessing_error(len(confusion)), baselines.majority_error(confusion.sum(axis=1))
+    remarks = [
+        baselines.describe_no_better(row.top1_error, row.top1_error_interval[1], guessing, majority)
+        for row in (tower1, tower2)
+    ]
+    text += [f"Tower {number} alone is {remark}." for number, remark in enumerate(remarks, 1) if remark]
     (low1, high1), (low2, high2) = gray1.lost_in_gray_interval or (0, 0), gray2.lost_in_gray_interval or (0, 0)
-    if max(low1, low2) <= min(high1, high2):
+    if any(remarks):
+        text.append("So it has nothing to lose in gray: this cannot say which tower needs color.")
+    elif max(low1, low2) <= min(high1, high2):
         text.append("Which tower loses more in gray is not certain.")
     else:
         text.append(f"Tower {2 if low2 > high1 else 1} loses more in gray than tower {1 if low2 > high1 else 2}.")
-    confusion = counts.evaluations[WHOLE].confusion
-    guessing, majority = baselines.guessing_error(len(confusion)), baselines.majority_error(confusion.sum(axis=1))
-    for row in (tower1, gray1, tower2, gray2):
-        upper = row.top1_error_interval[1]
-        if remark := baselines.describe_no_better(row.top1_error, upper, guessing, majority):
-            where = f"{name_towers(row.without_tower)} is {remark}"
-            text.append(f"In {'gray' if row.grayscale else 'color'}, {where}.")
     return " ".join(text)
 
 
@@ -402,7 +407,7 @@ def _format_error(row: TowerError) -> str:
 
 def _need_row(need: ClassNeed, names: Sequence[str]) -> Row:
     cells = [f"{1 - need.top1_errors[i]:.0%} ({need.answers[i]:,})" for i in range(3)]
-    return names[need.index], f"{need.images:,}", *cells, format_points(need.difference, need.difference_interval)
+    return names[need.index], f"{need.images:,}", *cells, *(f"{100 * lost:.0f}" for lost in need.lost_without)
 
 
 def describe_examples(report: Report) -> Values | None:
