@@ -6,10 +6,11 @@ net #145, which made the paper's ILSVRC-2012 numbers; "Caffe" is bvlc_alexnet; "
 
 from __future__ import annotations
 
+import difflib
 import re
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -20,6 +21,7 @@ from alexnet_cli.errors import RecipeError
 SIDE = 256  # section 2: a prepared image is 256 x 256 pixels
 
 Order = Literal["relu-norm-pool", "norm-pool-relu", "relu-pool-norm"]
+CrossTalkLayer = Literal["conv2", "conv3", "conv4", "conv5", "fc6", "fc7"]
 
 _KIND_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 _EXAMPLE_EPOCHS = [25, 51, 79]
@@ -39,7 +41,11 @@ class Recipe:
     # 3 The architecture
     activation: Literal["relu", "tanh", "sigmoid"] = setting("relu", "3.1", "nonlinearity of layers 1 to 7")
     towers: int = setting(2, "3.2", "2, or 1 for the one-GPU network of the paper's footnote", 1, 2)
+    cross_talk: tuple[CrossTalkLayer, ...] = setting(
+        ("conv3", "fc6", "fc7"), "3.2", "layers whose filters see both towers; layer 8 always does"
+    )
     width: float = setting(1.0, "-", "fraction of the paper's channels in every layer but the last", 1 / 64, 4)
+    conv1_width: float = setting(0.0, "-", "fraction of the paper's channels in layer 1; 0 = width", 0, 4)
     input_size: Literal[224, 227] = setting(224, "3.5", "side of the crop in pixels (227: Caffe, unpadded)")
     edge_padding: bool = setting(True, "code", "zeros right of and below 224 pixels: maps of 55 in layer 1, else 54")
     lrn: Literal["across-maps", "within-map", "none"] = setting("across-maps", "3.3", "kind of response normalization")
@@ -116,7 +122,7 @@ class Recipe:
 
     def to_toml(self) -> str:
         """Return the recipe as a TOML document that `recipe_io.load_recipe` reads back to an equal recipe."""
-        return tomli_w.dumps(asdict(self) | {"drop_epochs": list(self.drop_epochs)})
+        return tomli_w.dumps(asdict(self))
 
 
 FIELDS = {f.name: f for f in fields(Recipe)}
@@ -141,6 +147,8 @@ def check_value(key: str, value: Any, typed: bool = False) -> Any:
             allowed = ", ".join(str(v) for v in get_args(kind))
             raise RecipeError(f"recipe: {key} = {value!r} is not one of its values", f"use one of: {allowed}")
         return value
+    if kind == tuple[CrossTalkLayer, ...]:
+        return _check_layers(key, value, get_args(CrossTalkLayer), format_example)
     if get_origin(kind) is tuple:
         if not isinstance(value, list | tuple) or not all(type(v) is int and v > 0 for v in value):
             raise RecipeError(f"recipe: {key} = {value!r} is not a list of epochs", format_example(_EXAMPLE_EPOCHS))
@@ -156,6 +164,21 @@ def check_value(key: str, value: Any, typed: bool = False) -> Any:
         key, value, meta["low"], sys.float_info.max if kind is float and meta["high"] is None else meta["high"]
     )
     return value
+
+
+def _check_layers(key: str, value: Any, layers: Sequence[str], format_example: Callable[[Any], str]) -> tuple[str, ...]:
+    """Return a list of layers as a tuple. Raises RecipeError unless each is one of `layers`, once, in their order."""
+    if not isinstance(value, list | tuple) or not all(isinstance(layer, str) for layer in value):
+        raise RecipeError(f"recipe: {key} = {value!r} is not a list of layers", format_example(FIELDS[key].default))
+    for layer in value:
+        if layer not in layers:
+            near = difflib.get_close_matches(layer, layers, 1)
+            hint = f"{f'did you mean {near[0]}? ' if near else ''}layers: {', '.join(layers)}"
+            raise RecipeError(f"recipe: {key} has {layer!r}, which is not one of its layers", hint)
+    if list(value) != (ordered := [layer for layer in layers if layer in value]):
+        what = f"recipe: {key} = {list(value)} is not in the network's order"
+        raise RecipeError(what, f"write {format_example(ordered).removeprefix('such as ')}")
+    return tuple(value)
 
 
 def _check_range(key: str, value: Any, low: float | None, high: float | None) -> None:

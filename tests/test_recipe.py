@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -61,6 +62,20 @@ def test_toml_round_trip(name: str, tmp_path: Path) -> None:
     file = tmp_path / "recipe.toml"
     file.write_text(RECIPES[name].to_toml(), encoding="utf-8")
     assert recipe_io.load_recipe(str(file)) == RECIPES[name] == recipe_io.load_recipe(name)
+    changed = replace(RECIPES[name], cross_talk=("conv2", "fc6"), conv1_width=0.5)
+    file.write_text(changed.to_toml(), encoding="utf-8")
+    assert (
+        recipe_io.load_recipe(str(file))
+        == changed
+        == recipe_io.recipe_from_dict(json.loads(json.dumps(asdict(changed))))
+    )
+
+
+def test_a_run_from_before_cross_talk_has_its_defaults() -> None:
+    old = asdict(TINY)
+    del old["cross_talk"], old["conv1_width"]
+    assert recipe_io.recipe_from_dict(old) == TINY
+    assert recipe_io.recipe_from_dict(old | {"name": "mine"}) == replace(TINY, name="mine")
 
 
 def test_a_file_may_name_its_base(tmp_path: Path) -> None:
@@ -134,6 +149,7 @@ def test_keys_with_few_values_list_them() -> None:
     [("dropout=0", "dropout", 0.0), ("lrn=none", "lrn", "none"), ("crops = false", "crops", False),
      ("crops=False", "crops", False), ("flips=TRUE", "flips", True), ("name=2012", "name", "2012"),
      ('lrn="none"', "lrn", "none"), ("drop_epochs=[3, 5]", "drop_epochs", (3, 5)),
+     ('cross_talk=["conv2", "fc7"]', "cross_talk", ("conv2", "fc7")), ("cross_talk=[]", "cross_talk", ()),
      ("learning_rate=1e-3", "learning_rate", 0.001)],
 )  # fmt: skip
 def test_settings_of_the_command_line(setting: str, key: str, value: object) -> None:
@@ -158,6 +174,12 @@ def test_settings_of_the_command_line(setting: str, key: str, value: object) -> 
         ("lrn_size=4", "even", "odd"),
         ("drop_epochs=[5, 3]", "must rise", "[25, 51, 79]"),
         ("drop_epochs=5", "not a list", "such as --set 'drop_epochs=[25, 51, 79]'"),
+        ("cross_talk=[conv3]", "'[conv3]' is not a list of layers", 'such as --set \'cross_talk=["conv3", "fc6",'),
+        ("cross_talk=[3]", "cross_talk = [3] is not a list of layers", "--set 'cross_talk=["),
+        ('cross_talk=["conf3"]', "cross_talk has 'conf3'", "did you mean conv3? layers: conv2, conv3"),
+        ('cross_talk=["fc8"]', "cross_talk has 'fc8'", "layers: conv2, conv3, conv4, conv5, fc6, fc7"),
+        ('cross_talk=["fc6", "conv3"]', "not in the network's order", '--set \'cross_talk=["conv3", "fc6"]\''),
+        ('cross_talk=["fc6", "fc6"]', "not in the network's order", "write --set 'cross_talk=[\"fc6\"]'"),
         ("towers=3", "out of range", "at most 2"),
         ("learning_rate=inf", "out of range", "finite"),
         ("name=../up", "not a plain name", "letters"),

@@ -30,6 +30,8 @@ VARIANTS = [
     *(replace(recipe, width=1 / 8) for recipe in RECIPES.values()),
     replace(SMALL, activation="tanh", lrn="none", dropout=0.0),
     replace(SMALL, towers=1, pool_size=2, lrn="within-map", mean="rgb"),
+    replace(SMALL, name="conv2", cross_talk=("conv2", "conv3", "fc6", "fc7")),
+    replace(SMALL, name="none", cross_talk=(), conv1_width=1 / 8),
 ]
 
 
@@ -146,7 +148,9 @@ def test_without_a_tower_its_units_are_zero_for_all_that_follows(tower: int) -> 
 SIGMOID = replace(CAFFE, width=1 / 16, activation="sigmoid", lrn_alpha=1.0)  # norm1 would see the 0.5 of a zero
 
 
-@pytest.mark.parametrize("recipe", [*(replace(r, width=1 / 16) for r in RECIPES.values()), VARIANTS[5], SIGMOID])
+@pytest.mark.parametrize(
+    "recipe", [*(replace(r, width=1 / 16) for r in RECIPES.values()), VARIANTS[5], *VARIANTS[7:], SIGMOID]
+)
 def test_a_silenced_model_is_the_network_without_that_tower(recipe: Recipe) -> None:
     model, x = random_model(recipe), make_input(recipe)
     network = AlexNet.from_model(model)

@@ -20,7 +20,7 @@ from alexnet_cli.core.model.architecture import (
 )
 from alexnet_cli.core.model.network import Network
 from alexnet_cli.errors import UsageError
-from alexnet_cli.recipe import CAFFE, KRIZHEVSKY, PAPER, RECIPES, Recipe
+from alexnet_cli.recipe import CAFFE, KRIZHEVSKY, PAPER, RECIPES, TINY, Recipe
 
 VARIANTS = [
     *RECIPES.values(),
@@ -28,6 +28,7 @@ VARIANTS = [
     replace(PAPER, edge_padding=False, pool_ceil="pool5"),
     replace(PAPER, pool_size=2),
     replace(PAPER, towers=1),
+    replace(PAPER, cross_talk=("conv2", "fc7"), conv1_width=0.25),
 ]
 
 
@@ -65,6 +66,38 @@ def test_the_one_gpu_network_and_other_widths() -> None:
     assert sum(spec.parameters for spec in specs) == 59_798_312
     assert not any(spec.sees_both for spec in specs)
     assert [spec.maps for spec in layer_specs(replace(PAPER, width=0.25), 7)] == [12, 32, 48, 48, 32, 512, 512, 7]
+
+
+ALL_SIX = ("conv2", "conv3", "conv4", "conv5", "fc6", "fc7")
+
+
+@pytest.mark.parametrize(
+    ("cross_talk", "parameters"),
+    [
+        (ALL_SIX, 62_378_344),  # the same widths without groups
+        ((), 2 * (17_472 + 153_728 + 192 * (128 * 9 + 1) + 331_968 + 221_312 + 2048 * 4609 + 2048 * 2049) + 4_097_000),
+        (("fc6", "fc7"), 60_965_224 - 384 * 128 * 9),
+        (("conv2", "conv3", "fc6", "fc7"), 60_965_224 + 256 * 48 * 25),
+        (("conv4", "fc6", "fc7"), 60_965_224 - 384 * 128 * 9 + 384 * 192 * 9),
+    ],
+)
+def test_cross_talk_gives_a_filter_the_maps_of_the_other_tower_too(
+    cross_talk: tuple[Any, ...], parameters: int
+) -> None:
+    recipe = replace(PAPER, cross_talk=cross_talk)
+    specs = layer_specs(recipe, 1000)
+    assert sum(spec.parameters for spec in specs) == parameters
+    assert [spec.name for spec in specs if spec.sees_both] == [*cross_talk, "fc8"]
+    with torch.device("meta"):
+        assert sum(parameter.numel() for parameter in Network(recipe, 1000).parameters()) == parameters
+    alone = replace(recipe, towers=1)
+    assert layer_specs(alone, 7) == layer_specs(replace(PAPER, towers=1), 7)
+
+
+def test_layer_1_has_a_width_of_its_own() -> None:
+    specs = layer_specs(replace(TINY, conv1_width=1.0), 7)
+    assert [spec.maps for spec in specs] == [48, 32, 48, 48, 32, 512, 512, 7]
+    assert [spec.parameters for spec in specs][:3] == [34_944, 64 * (48 * 25 + 1), 96 * (64 * 9 + 1)]
 
 
 @pytest.mark.parametrize("recipe", VARIANTS, ids=lambda recipe: recipe.name)

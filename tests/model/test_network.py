@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -99,27 +100,36 @@ def test_a_stage_does_what_its_order_says(order: str, change: dict[str, str]) ->
     torch.testing.assert_close(network.stage1(x), expected)
 
 
-def test_towers_meet_at_layers_3_6_7_8_only() -> None:
-    """Silence tower 2 of a layer's input: tower 1 of the output must not notice in layers 2, 4, 5, and must in 3."""
-    network = Network(SMALL, 10)
+@pytest.mark.parametrize("cross_talk", [PAPER.cross_talk, ("conv2", "conv5", "fc6"), ("conv4", "fc7"), ()])
+def test_towers_meet_in_the_layers_with_cross_talk_only(cross_talk: tuple[Any, ...]) -> None:
+    """Silence tower 2 of a layer's input: tower 1 of the output notices if the layer has cross-talk."""
+    network = Network(replace(SMALL, cross_talk=cross_talk), 10)
     initialize(network)
-    for layer, meets in (
-        ("conv2", False),
-        ("conv3", True),
-        ("conv4", False),
-        ("conv5", False),
-        ("fc6", True),
-        ("fc7", True),
-    ):
+    maps = {"conv2": 6, "conv3": 16, "conv4": 24, "conv5": 24, "fc6": 16 * 36, "fc7": 256}  # of both towers
+    for layer, inputs in maps.items():
         module = network.get_submodule(layer)
         weight = module.get_parameter("weight")
-        inputs = weight.shape[1] * int(getattr(module, "groups", 1))
         shape = (1, inputs) if weight.ndim == 2 else (1, inputs, 7, 7)
         x = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
         silent = x.clone()
         silent[:, inputs // 2 :] = 0
         half = weight.shape[0] // 2
-        assert bool((module(x)[:, :half] != module(silent)[:, :half]).any()) is meets, layer
+        assert bool((module(x)[:, :half] != module(silent)[:, :half]).any()) is (layer in cross_talk), layer
+
+
+def test_without_cross_talk_the_logits_are_those_of_two_networks_of_half_the_size() -> None:
+    network = Network(replace(SMALL, cross_talk=()), 10).eval()
+    initialize(network)
+    half = Network(replace(SMALL, cross_talk=()), 10, TowerGroup(2, 1)).eval()
+    x = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0)) * 60
+    logits = torch.zeros(2, 10)
+    for tower in (0, 1):
+        for name, parameter in half.named_parameters():
+            dimension = 1 if name == "fc8.weight" else 0
+            whole = network.get_parameter(name).detach()
+            parameter.data = whole if name == "fc8.bias" else whole.chunk(2, dimension)[tower].contiguous()
+        logits += half(x)
+    torch.testing.assert_close(network(x), logits - network.fc8.bias)
 
 
 def test_initial_values_follow_the_table() -> None:

@@ -31,6 +31,7 @@ from rank_cases import PLACES, train_in_ranks
 
 SMALL = replace(PAPER, width=1 / 16, batch_size=11, epochs=3)  # 11 divides by no number of replicas
 JOINT = replace(CAFFE, width=1 / 16, batch_size=12, epochs=3, color_shift=0.1)
+FEW = replace(SMALL, name="few", cross_talk=("conv2", "conv4"))  # not in layers 6 and 7
 TEN = 10
 Results = Callable[..., Any]
 
@@ -51,7 +52,11 @@ def results(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Results
 
 TABLE = [
     pytest.param(place, recipe, id=f"{place}, {recipe.name}")
-    for place, recipe in [*((place, SMALL) for place in PLACES if place != "one"), ("towers", JOINT)]
+    for place, recipe in [
+        *((place, SMALL) for place in PLACES if place != "one"),
+        ("towers", JOINT),
+        *((place, FEW) for place in ("towers", "hybrid", "hybrid of four")),
+    ]
 ]
 
 

@@ -113,10 +113,12 @@ VARIANTS = {
     "pool before norm, mean color": replace(
         SMALL, stage1_order="relu-pool-norm", stage2_order="norm-pool-relu", mean="rgb", width=1 / 32
     ),
+    "cross-talk in layers 2 and 6": replace(SMALL, cross_talk=("conv2", "fc6"), conv1_width=1 / 8),
+    "no cross-talk": replace(SMALL, cross_talk=()),
 }
 
 
-EVERYDAY = {"tiny", "krizhevsky"}
+EVERYDAY = {"tiny", "krizhevsky", "no cross-talk"}
 
 
 @pytest.mark.parametrize(

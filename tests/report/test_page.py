@@ -172,7 +172,7 @@ def test_parameter_counts_are_those_of_the_weights(shown: Run) -> None:
     assert rows[3] == ["conv3", "3×3", "8, both towers", "6 + 6", "13×13", "ReLU", "876"]
     drawn = [image["alt"] or "" for image in page.images if (image["alt"] or "").startswith("The network")]
     assert [alt.partition("; ")[2] for alt in drawn] == [
-        "each layer reads its own tower, but conv3, fc6, fc7 and fc8 read both."
+        "each layer reads its own tower, and the towers meet in conv3, fc6, fc7 and fc8."
     ]
 
 

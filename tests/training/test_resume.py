@@ -41,6 +41,10 @@ def test_changes_of_the_result_are_refused() -> None:
     assert resume.check_recipe(run, replace(TINY, learning_rate=0.5), {"learning_rate"}).learning_rate == 0.5
     with pytest.raises(UsageError, match="makes another network"):
         resume.check_recipe(run, replace(TINY, width=0.5), {"width"})
+    with pytest.raises(
+        UsageError, match=r'cross_talk = \["fc6"\] makes another network than .* \["conv3", "fc6", "fc7"\]'
+    ):
+        resume.check_recipe(run, replace(TINY, cross_talk=("fc6",)), {"cross_talk"})
     paper = Run.create("p", PAPER, {})
     with pytest.raises(UsageError, match=r"^width = 0.25 makes another network than that of run p"):
         resume.check_recipe(paper, TINY, set())  # not a word of a cycle that it does not have

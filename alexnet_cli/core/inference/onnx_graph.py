@@ -9,7 +9,8 @@ drop6 and drop7 have none.
 
 The graph subtracts the mean image, divides and pads, so that a caller only cuts the crop. Response normalization is a
 banded 1x1 convolution of the squares, two square roots and a division: on a CPU that is faster than ONNX's LRN
-operator. The input's divisor and dropout's test-time factor (section 4.2) are folded into the weights of a layer.
+operator. The input's divisor and dropout's test-time factor (section 4.2) are folded into the weights of a layer. A
+fully connected layer without cross-talk gets zeros for the other tower, since ONNX has no grouped matrix product.
 """
 
 from __future__ import annotations
@@ -186,7 +187,7 @@ def _subtract_mean(graph: _GraphBuilder, model: Model) -> str:
 
 def _add_layers(graph: _GraphBuilder, x: str, model: Model) -> str:
     """Add the eight layers and what follows each; returns the name of the logits."""
-    recipe, channels = model.recipe, 3
+    recipe, channels, side = model.recipe, 3, 0
     for spec in layer_specs(recipe, len(model.classes)):
         weight, bias = _fold_factors(spec, model), model.tensors[f"{spec.name}.bias"]
         if spec.is_conv:
@@ -195,7 +196,8 @@ def _add_layers(graph: _GraphBuilder, x: str, model: Model) -> str:
             x = graph.conv(x, spec.name, weight, bias, group=channels // spec.inputs, pads=pads, strides=strides)
         else:
             if spec.name == "fc6":
-                x = graph.node("Flatten", [x], "flat", axis=1)
+                x, channels = graph.node("Flatten", [x], "flat", axis=1), channels * side**2
+            weight = _fill_with_zeros(weight, channels // spec.inputs)
             x = graph.linear(x, "logits" if spec.name == "fc8" else spec.name, weight, bias)
         channels, side = spec.biases, spec.side
         for step in spec.then:
@@ -216,6 +218,16 @@ def _add_layers(graph: _GraphBuilder, x: str, model: Model) -> str:
                 alpha = WITHIN_NORM_ALPHA * recipe.input_divisor**2 / size**2
                 x = graph.norm_within_map(x, name, channels, size, alpha, 1.0, beta)
     return x
+
+
+def _fill_with_zeros(weight: Array, groups: int) -> Array:
+    """Return the weights of a layer without cross-talk, units x inputs of a tower, as those of a layer with it."""
+    if groups == 1:
+        return weight
+    whole = np.zeros((groups, len(weight) // groups, groups, weight.shape[1]), np.float32)
+    for tower, part in enumerate(np.split(weight, groups)):
+        whole[tower, :, tower] = part
+    return whole.reshape(len(weight), -1)
 
 
 def _fold_factors(spec: LayerSpec, model: Model) -> Array:

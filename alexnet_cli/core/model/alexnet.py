@@ -34,7 +34,7 @@ from alexnet_cli.core.model.architecture import (
     step_name,
     tensor_shapes,
 )
-from alexnet_cli.core.model.layers import ResponseNorm, WithinMapNorm
+from alexnet_cli.core.model.layers import ResponseNorm, TowerLinear, WithinMapNorm
 from alexnet_cli.core.model.model_file import Model, write_model
 from alexnet_cli.core.model.network import evaluation_mode, initial_tensors
 from alexnet_cli.core.model.response_norm import normalize_plain
@@ -338,9 +338,10 @@ class PlainDropout(nn.Module):
 
 
 def _make_layer(spec: LayerSpec, towers: int) -> nn.Module:
-    """One of the eight layers with weights; a layer that sees its own tower only is a grouped convolution."""
+    """One of the eight layers with weights; a convolution that sees its own tower only is grouped."""
     if not spec.is_conv:
-        return nn.Linear(spec.inputs, spec.biases)
+        is_whole = spec.towers == 1 or spec.sees_both
+        return nn.Linear(spec.inputs, spec.biases) if is_whole else TowerLinear(spec.inputs, spec.biases, range(towers))
     groups = 1 if spec.name == "conv1" or spec.sees_both else towers
     padding = 0 if spec.name == "conv1" else spec.padding[0]  # `_run_layer` pads the input of conv1, on two sides only
     return nn.Conv2d(spec.inputs * groups, spec.biases, spec.kernel, spec.stride, padding, groups=groups)

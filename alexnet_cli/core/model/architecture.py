@@ -32,8 +32,8 @@ PER_TOWER = {"conv1": 48, "conv2": 128, "conv3": 192, "conv4": 192, "conv5": 128
 ONE_TOWER = PER_TOWER | {"conv5": 256, "fc6": 4096, "fc7": 4096}  # the one-GPU network of the footnote in 3.2
 KERNELS = {"conv1": 11, "conv2": 5, "conv3": 3, "conv4": 3, "conv5": 3}
 STRIDES = {"conv1": 4, "conv2": 1, "conv3": 1, "conv4": 1, "conv5": 1}
-SEE_BOTH_TOWERS = ("conv3", "fc6", "fc7", "fc8")
 POOL_STRIDE = 2
+SHAPE_KEYS = ("towers", "width", "conv1_width", "cross_talk")  # recipe keys that change the shapes of weights
 EDGE_PADDING = 3  # zero columns right, zero rows below 224 pixels: the last of 55 windows reaches pixel 226
 WITHIN_NORM_SIZE = 5  # side of the window of net #145's extra normalization in stage 2, "cnorm2"
 WITHIN_NORM_ALPHA, WITHIN_NORM_BETA = 1e-3, 0.75
@@ -96,7 +96,8 @@ class LayerSpec:
 def layer_widths(recipe: Recipe) -> dict[str, int]:
     """Maps (units) of each hidden layer in one tower."""
     table = PER_TOWER if recipe.towers == 2 else ONE_TOWER
-    return {layer: max(1, round(maps * recipe.width)) for layer, maps in table.items()}
+    widths = dict.fromkeys(table, recipe.width) | {"conv1": recipe.conv1_width or recipe.width}
+    return {layer: max(1, round(maps * widths[layer])) for layer, maps in table.items()}
 
 
 def layer_specs(recipe: Recipe, classes: int) -> tuple[LayerSpec, ...]:
@@ -104,7 +105,7 @@ def layer_specs(recipe: Recipe, classes: int) -> tuple[LayerSpec, ...]:
     widths, specs = layer_widths(recipe), list[LayerSpec]()
     channels, side = 3, int(recipe.input_size)  # input of the next layer: channels per tower, side of the maps
     for layer in LAYERS:
-        sees_both = recipe.towers > 1 and layer in SEE_BOTH_TOWERS
+        sees_both = recipe.towers > 1 and layer in (*recipe.cross_talk, "fc8")
         inputs = channels * (recipe.towers if sees_both else 1)
         then = _following_steps(recipe, layer)
         if layer in CONV_LAYERS:

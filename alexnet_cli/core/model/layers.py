@@ -1,6 +1,8 @@
-"""The layers without weights: activation (3.1), response normalization (3.3), overlapping pooling (3.4), dropout (4.2).
+"""The layers that PyTorch does not have: activation (3.1), response normalization (3.3), overlapping pooling (3.4),
+dropout (4.2), fully connected layers without cross-talk (3.2).
 
-Each maps N x C x H x W (dropout N x C) to the same kind; towers lie side by side in C, tower 1 first.
+Each maps N x C x H x W (dropout, fully connected layers: N x C) to the same kind; towers lie side by side in C, tower 1
+first.
 """
 
 from __future__ import annotations
@@ -21,6 +23,23 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
 }
+
+
+class TowerLinear(nn.Linear):
+    """A fully connected layer without cross-talk: units see the inputs of their own tower, as in a grouped convolution.
+
+    The weights are units x inputs of one tower; the units are those of the towers `numbers`, counted in the input.
+    """
+
+    def __init__(self, inputs: int, units: int, numbers: range) -> None:
+        super().__init__(inputs, units)
+        self.numbers = numbers
+
+    def forward(self, x: Tensor) -> Tensor:
+        """N x towers*inputs -> N x units."""
+        parts = [x.narrow(-1, number * self.in_features, self.in_features) for number in self.numbers]
+        weights, biases = self.weight.chunk(len(parts)), self.bias.chunk(len(parts))
+        return torch.cat([functional.linear(*part) for part in zip(parts, weights, biases, strict=True)], -1)
 
 
 class ResponseNorm(nn.Module):

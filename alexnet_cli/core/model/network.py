@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from alexnet_cli.core.model.architecture import EDGE_PADDING, LAYERS, PARAMETERS, layer_specs, tensor_shapes
-from alexnet_cli.core.model.layers import Activation, Dropout, OverlappingPooling, ResponseNorm, WithinMapNorm
+from alexnet_cli.core.model.layers import (
+    Activation,
+    Dropout,
+    OverlappingPooling,
+    ResponseNorm,
+    TowerLinear,
+    WithinMapNorm,
+)
 from alexnet_cli.core.model.model_file import Model
 from alexnet_cli.core.model.towers import HybridGather, TowerGroup
 from alexnet_cli.recipe import Recipe
@@ -46,10 +53,18 @@ class Network(nn.Module):
         def units(name: str) -> int:
             return specs[name].biases // self.columns.total * self.columns.held
 
+        def linear(name: str) -> nn.Linear:
+            spec, held = specs[name], self.columns.held
+            if recipe.towers == 1 or spec.sees_both:
+                return nn.Linear(spec.inputs, units(name))
+            # Hybrid: the inputs of both towers come in, and the units are some of one tower.
+            first = columns.start * recipe.towers // columns.total if columns else 0
+            return TowerLinear(spec.inputs, units(name), range(first, first + held))
+
+        self.cross_talk = {spec.name for spec in specs.values() if spec.sees_both}
         self.conv1, self.conv2, self.conv3 = conv("conv1"), conv("conv2"), conv("conv3")
         self.conv4, self.conv5 = conv("conv4"), conv("conv5")
-        self.fc6 = nn.Linear(specs["fc6"].inputs, units("fc6"))
-        self.fc7 = nn.Linear(specs["fc7"].inputs, units("fc7"))
+        self.fc6, self.fc7 = linear("fc6"), linear("fc7")
         self.fc8 = nn.Linear(units("fc7"), classes)
         self.act = Activation(recipe)
         pool1, pool2, self.pool = (
@@ -64,19 +79,25 @@ class Network(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images to logits; softmax belongs to the loss."""
-        towers, columns, images = self.towers, self.columns, x
+        images = x
         if self.recipe.input_size == 224 and self.recipe.edge_padding:
             x = pad_right_and_bottom(x)
         x = self.stage1(self.conv1(x.contiguous(memory_format=torch.channels_last)))
-        x = self.stage2(self.conv2(x))
-        x = self.act(self.conv3(towers.share(x, "conv3")))
-        x = self.act(self.conv4(x))
-        x = self.pool(self.act(self.conv5(x)))
-        x = self.hybrid.gather_images(towers.share(x, "fc6").flatten(1))
+        x = self.stage2(self.conv2(self._share(x, "conv2")))
+        x = self.act(self.conv3(self._share(x, "conv3")))
+        x = self.act(self.conv4(self._share(x, "conv4")))
+        x = self.pool(self.act(self.conv5(self._share(x, "conv5"))))
+        x = self.hybrid.gather_images(self._share(x, "fc6").flatten(1))
         x = self.drop6(self.act(self.fc6(x)))
-        x = self.drop7(self.act(self.fc7(columns.share(x, "fc7"))))
-        x = columns.sum(functional.linear(x, self.fc8.weight), "fc8") + self.fc8.bias
+        x = self.drop7(self.act(self.fc7(self._share(x, "fc7"))))
+        x = self.columns.sum(functional.linear(x, self.fc8.weight), "fc8") + self.fc8.bias
         return self.hybrid.keep_own(x, images)
+
+    def _share(self, x: Tensor, layer: str) -> Tensor:
+        """The maps or units that this process's filters of a layer see: of both towers if it has cross-talk."""
+        if layer == "fc7" and self.hybrid.columns:
+            return self.columns.share(x, layer)  # a tower's units are in several processes
+        return self.towers.share(x, layer) if layer in self.cross_talk else x
 
     def split_of(self, name: str) -> tuple[TowerGroup, int] | None:
         """The group that a parameter is split over, and the dimension; None if every process has all of it."""

@@ -270,21 +270,23 @@ def draw_network(recipe: Recipe, specs: Sequence[LayerSpec]) -> Chart:
             above = boxes
 
     if towers > 1:
-        point = f"The towers meet in {_join_names([spec.name for spec in specs if spec.sees_both])}."
-        caption = "Dashed arrows: these layers also read the other tower. Every other layer reads its own."
+        point = f"The towers meet in {join_names([spec.name for spec in specs if spec.sees_both])}."
+        dashed = "Dashed arrows: these layers also read the other tower. " if recipe.cross_talk else ""
+        caption = f"{dashed}Every other layer reads its own."
     else:
         point, caption = "The network has a single tower.", "Every layer reads the whole layer above."
     return Chart(render_svg(draw, 6.0, 0), _describe_network(specs, towers, side), point, caption)
 
 
-def _join_names(names: Sequence[str]) -> str:
-    return f"{', '.join(names[:-1])} and {names[-1]}"
+def join_names(names: Sequence[str]) -> str:
+    """Return "conv3, fc6 and fc8", or a single name as it is."""
+    return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0]
 
 
 def _describe_network(specs: Sequence[LayerSpec], towers: int, side: int) -> str:
     """The drawing in words."""
     shared = [spec.name for spec in specs if spec.sees_both]
-    sees = f"; each layer reads its own tower, but {_join_names(shared)} read both" if shared else ""
+    sees = f"; each layer reads its own tower, and the towers meet in {join_names(shared)}" if shared else ""
     kind, each = ("two towers side by side", " in each") if towers > 1 else ("one tower", "")
     sizes = ", ".join(f"{spec.name} {_describe_size(spec)}" for spec in specs[:-1])
     start = f"The network, {kind}: an image of {side} by {side} pixels"

@@ -29,7 +29,7 @@ from alexnet_cli.core.evaluation.towers import WHOLE, ClassNeed, TowerCounts, To
 from alexnet_cli.core.intervals import format_points
 from alexnet_cli.core.model.architecture import LayerSpec, describe_kernel, describe_step, layer_specs
 from alexnet_cli.core.model.model_file import name_towers
-from alexnet_cli.core.report.charts import Chart, draw_network
+from alexnet_cli.core.report.charts import Chart, draw_network, join_names
 from alexnet_cli.core.report.collect import Example, Report
 from alexnet_cli.core.report.history import describe_drops, get_number
 from alexnet_cli.recipe import PAPER, Recipe, describe_setting
@@ -55,8 +55,8 @@ def describe_network(report: Report, has_charts: bool) -> Values | None:
         return None
     recipe = report.model.recipe if report.model else report.recipe
     specs = layer_specs(recipe, len(report.classes))
-    shared = [spec.name[-1] for spec in specs if spec.sees_both]
-    towers = f"Two towers, connected in layers {', '.join(shared[:-1])} and {shared[-1]}" if shared else "One tower"
+    shared = [spec.name for spec in specs if spec.sees_both]
+    towers = f"Two towers, connected in {join_names(shared)}" if shared else "One tower"
     count = sum(spec.multiplications for spec in specs)
     words = (
         f"{towers}: the network of figure 2 of the paper, with the changes of this recipe. "

@@ -16,13 +16,13 @@ import torch
 from alexnet_cli.core.data.classes import ClassName
 from alexnet_cli.core.files import hash_file
 from alexnet_cli.core.model import model_file
-from alexnet_cli.core.model.architecture import LAYERS
+from alexnet_cli.core.model.architecture import LAYERS, SHAPE_KEYS
 from alexnet_cli.core.model.model_file import Model
 from alexnet_cli.core.model.network import Network
 from alexnet_cli.core.runs.resolve import find_weights
 from alexnet_cli.core.runs.run import Run
 from alexnet_cli.errors import UsageError, WeightsError
-from alexnet_cli.recipe import Recipe, compare_recipes
+from alexnet_cli.recipe import Recipe, compare_recipes, format_set_option
 
 FROZEN = {"none": (), "conv": ("conv1", "conv2", "conv3", "conv4", "conv5")}
 SEMANTIC_KEYS = {  # recipe keys that change what a trained weight computes
@@ -117,7 +117,8 @@ def match_layers(spec: str | None, model: Model, recipe: Recipe, classes: Sequen
         else:
             loaded.append(layer)
     if not loaded:
-        settings = f"--set width={model.recipe.width:g} --set towers={model.recipe.towers}"
+        values = compare_recipes(model.recipe, recipe)
+        settings = " ".join(format_set_option(key, values[key][0]) for key in SHAPE_KEYS if key in values)
         raise WeightsError(
             f"no layer of {model.path} fits this network, not even {LAYERS[0]} ({initialized[LAYERS[0]]})",
             f"remove --recipe to use the recipe of the weights, or give {settings}",

@@ -8,13 +8,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from alexnet_cli.core.model.architecture import SHAPE_KEYS
 from alexnet_cli.core.runs.records import epochs_begun
 from alexnet_cli.core.runs.resolve import find_run_folder
 from alexnet_cli.core.runs.run import Run, runs_root
 from alexnet_cli.errors import UsageError
-from alexnet_cli.recipe import Recipe, compare_recipes, format_set_option
-
-SHAPE_KEYS = {"towers", "width"}  # recipe keys that change the shape of the network
+from alexnet_cli.recipe import Recipe, compare_recipes, format_set_option, format_toml
 
 
 def find_run_to_resume(resume: str | None, name: str | None) -> Run | None:
@@ -73,8 +72,8 @@ def check_recipe(run: Run, wanted: Recipe, forced: Collection[str], from_file: C
     def remove_option(*keys: str) -> str:
         return f"remove --recipe ({name} has its own)" if set(keys) & set(from_file) else "remove it"
 
-    for key in sorted(SHAPE_KEYS & set(differences)):
-        here, there = differences[key]
+    for key in (key for key in SHAPE_KEYS if key in differences):
+        here, there = map(format_toml, differences[key])
         what = f"{key} = {here} makes another network than that of run {name} ({key} = {there})"
         raise UsageError(what, f"{remove_option(key)}, or start a new run")
     if "batch_size" in differences:

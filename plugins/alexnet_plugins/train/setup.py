@@ -121,6 +121,9 @@ def check_placement(placement: Placement, recipe: Recipe, rows: int, micro_batch
             f"the {units:,} units of fc6 cannot be split evenly over {ranks.size} devices",
             "use another number of devices",
         )
+    if ranks.columns and ranks.size % recipe.towers and not {"fc6", "fc7"} <= set(recipe.cross_talk):
+        what = f"{ranks.size} devices cannot hold whole towers of fc6 and fc7 without cross-talk"
+        raise UsageError(what, "use an even number of devices, or --parallel data")
 
 
 def find_sources(name_or_file: str) -> dict[str, str]:

@@ -126,9 +126,19 @@ function multiply(columns, places, filters, count, length, output, first, stride
 
 /** A fully connected layer. Its int8 codes are used as they are, which saves three quarters of the memory. */
 function connect(input, layer) {
-  const { codes, scales } = layer.filters;
-  const rows = scales.length, length = input.length;
-  const output = new Float32Array(rows);
+  const { scales } = layer.filters, length = layer.inputs;
+  const output = new Float32Array(scales.length), share = (scales.length * length) / input.length; // units that see the same
+  for (let first = 0; first < scales.length; first += share) {
+    const from = (first / share) * length;
+    multiplyCodes(input.subarray(from, from + length), layer.filters.codes.subarray(first * length), output.subarray(first, first + share));
+  }
+  for (let row = 0; row < scales.length; row++) output[row] = output[row] * scales[row] + layer.bias[row];
+  return output;
+}
+
+/** output[row] = input . codes[row], four by four. */
+function multiplyCodes(input, codes, output) {
+  const rows = output.length, length = input.length;
   let row = 0;
   for (; row + BLOCK <= rows; row += BLOCK) {
     const w0 = row * length, w1 = w0 + length, w2 = w1 + length, w3 = w2 + length;
@@ -145,8 +155,6 @@ function connect(input, layer) {
     for (let i = 0; i < length; i++) sum += input[i] * codes[row * length + i];
     output[row] = sum;
   }
-  for (row = 0; row < rows; row++) output[row] = output[row] * scales[row] + layer.bias[row];
-  return output;
 }
 
 /** The nonlinearity, in place. Towers that are off become zero. */
