@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from alexnet_cli import recipe as recipes
 from alexnet_cli import recipe_io
+from alexnet_cli.errors import UsageError
 from alexnet_cli.recipe import PAPER, TINY
-from alexnet_plugins.train.setup import find_sources
+from alexnet_plugins.train.setup import check_placement, find_sources
 from commands import alexnet
 
 
@@ -61,3 +64,11 @@ def test_json_has_sources_and_plain_values(recipe_file: str) -> None:
     assert (rows["crops"]["value"], rows["crops"]["from"], rows["crops"]["section"]) == (True, "paper", "4.1")
     assert (rows["width"]["value"], rows["width"]["from"], rows["width"]["paper"]) == (0.25, "tiny", 1.0)
     assert (rows["dropout"]["from"], rows["conv345_std"]["paper"]) == (recipe_file, 0.01)
+
+
+def test_layers_6_and_7_of_separate_towers_are_not_split_over_three_devices() -> None:
+    three: Any = SimpleNamespace(ranks=SimpleNamespace(size=3, replicas=1, columns=object()))
+    check_placement(three, replace(PAPER, width=0.75), 128, None, False)
+    with pytest.raises(UsageError, match="3 devices cannot hold whole towers") as caught:
+        check_placement(three, replace(PAPER, width=0.75, cross_talk=("conv3", "fc6")), 128, None, False)
+    assert "an even number of devices" in caught.value.hint

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,6 +36,19 @@ def test_the_drawing_has_the_towers_and_where_they_meet(towers: int, boxes: int,
     assert chart.svg.count("stroke-dasharray") == 2 * crossing, "the line of an arrow, and its head"
     assert ("two towers" in chart.alt) is (towers == 2)
     assert draw_network(recipe, specs) == chart, "to the byte"
+
+
+@pytest.mark.parametrize(
+    ("cross_talk", "crossing", "meeting"),
+    [(("conv2", "conv4"), 4, "conv2, conv4 and fc8"), (("fc7",), 2, "fc7 and fc8"), ((), 0, "fc8")],
+)
+def test_the_drawing_shows_cross_talk(cross_talk: tuple[Any, ...], crossing: int, meeting: str) -> None:
+    recipe = replace(PAPER, cross_talk=cross_talk)
+    chart = draw_network(recipe, layer_specs(recipe, 1000))
+    assert chart.svg.count("stroke-dasharray") == 2 * crossing
+    assert chart.alt.endswith(f"; each layer reads its own tower, and the towers meet in {meeting}.")
+    assert chart.point == f"The towers meet in {meeting}."
+    assert ("Dashed" in chart.caption) is bool(cross_talk)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
