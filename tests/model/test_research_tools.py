@@ -349,6 +349,15 @@ def test_torch_fx_traces_the_network(network: AlexNet) -> None:
     assert torch.equal(graph(x), network(x))
 
 
+def test_layers_6_and_7_without_cross_talk_can_be_traced_and_mapped() -> None:
+    """They are no layer of PyTorch: torch.fx traces through them."""
+    network = AlexNet.from_model(random_model(replace(RECIPES["paper"], width=1 / 16, cross_talk=())))
+    x = make_input(network)
+    assert torch.equal(torch.fx.symbolic_trace(network)(x), network(x))
+    check_equal(torch.func.vmap(network)(x), network(x))
+    check_equal(torch.export.export(network, (x,)).module()(x), network(x))
+
+
 def test_torch_export_with_any_batch_size(network: AlexNet) -> None:
     shapes = {"x": {0: torch.export.Dim("images")}}
     program = torch.export.export(network, (make_input(network),), dynamic_shapes=shapes)

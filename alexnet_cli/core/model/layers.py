@@ -37,9 +37,14 @@ class TowerLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """N x towers*inputs -> N x units."""
-        parts = [x.narrow(-1, number * self.in_features, self.in_features) for number in self.numbers]
-        weights, biases = self.weight.chunk(len(parts)), self.bias.chunk(len(parts))
-        return torch.cat([functional.linear(*part) for part in zip(parts, weights, biases, strict=True)], -1)
+        outputs, units = [], self.out_features // len(self.numbers)
+        for place, number in enumerate(self.numbers):  # not `chunk`, which torch.fx cannot trace
+            own, rows = (
+                x.narrow(-1, number * self.in_features, self.in_features),
+                slice(place * units, (place + 1) * units),
+            )
+            outputs.append(functional.linear(own, self.weight[rows], self.bias[rows]))
+        return torch.cat(outputs, -1)
 
 
 class ResponseNorm(nn.Module):
