@@ -192,7 +192,9 @@ def test_the_peak_is_bright_and_what_is_not_evidence_is_the_gray_image() -> None
     assert explain.make_record(found)["networks"][0]["peak"] == {"x": 216.0, "y": 128.0, "value": 0.25}
     assert explain.describe_evidence(found, tiny) == "40.00 % falls to 39.95 % if the square is gray"
     none = replace(found.attributions[0], values=np.full((3, 3), -1, np.float32))
-    assert explain.describe_evidence(found, none) == "40.00 % falls to 40.00 % if the square is gray"
+    assert explain.describe_evidence(found, none, " at (1, 2)") == "40 %, which no gray square lowers"
+    none = replace(none, values=np.zeros((3, 3), np.float32))
+    assert explain.describe_evidence(replace(found, method="gradcam"), none, " at (1, 2)") == "40 %, no evidence"
 
 
 @pytest.mark.parametrize("method", ["occlusion", "gradcam", "layercam"])

@@ -308,7 +308,10 @@ def describe_evidence(explanation: Explanation, attribution: Attribution, place:
 
     `place` is what to say of the place of the peak, such as " at (66, 90)".
     """
-    before, after = attribution.probability, attribution.probability - max(0.0, attribution.highest)
+    before, after = attribution.probability, attribution.probability - attribution.highest
+    if attribution.highest <= 0:
+        none = "which no gray square lowers" if explanation.method == "occlusion" else "no evidence"
+        return f"{100 * before:.0f} %, {none}"
     if explanation.method != "occlusion":
         return f"{100 * before:.0f} %, strongest evidence {attribution.highest:.2g}{place}"
     digits = 0 if before - after >= 0.02 else 1 if before - after >= 0.002 else 2
