@@ -238,6 +238,17 @@ def test_hostile_names_are_only_text(open_page: Any, tmp_path: Path) -> None:
     assert page.evaluate("document.images.length") == 0
 
 
+def test_a_name_from_right_to_left_does_not_turn_the_sentence_around(open_page: Any) -> None:
+    names = tuple(ClassName(f"\u202e{number}") for number in "abcde")
+    page = open_page(replace(random_model(SMALL, len(names)), classes=names))
+    page.wait("compared")
+    left = "e => e.getBoundingClientRect().left"
+    ends = page.page.evaluate(f"[...document.querySelectorAll('#towers .number')].map({left})")
+    starts = page.page.evaluate(f"[...document.querySelectorAll('#towers td')].map({left})")
+    assert len(ends) == 6
+    assert all(end > start + 5 for start, end in zip(starts, ends, strict=True)), "a percentage follows its class"
+
+
 @pytest.mark.parametrize(
     ("width", "height", "scheme"),
     [

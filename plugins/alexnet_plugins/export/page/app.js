@@ -93,6 +93,11 @@ function percent(share) {
   return share > 0.0995 ? `${Math.round(share * 100)} %` : `${(share * 100).toFixed(1)} %`;
 }
 
+/** A class name for a sentence: isolated, so that a name written from right to left does not turn the rest around. */
+function className(index) {
+  return `\u2068${about.classes[index]}\u2069`;
+}
+
 function describePage() {
   const count = about.layers.reduce((sum, layer) => sum + layer.weight.rows * (layer.weight.columns + 1), 0);
   const size = count >= 1e6 ? `${(count / 1e6).toFixed(1)} million` : count.toLocaleString("en");
@@ -365,13 +370,13 @@ function showAnswers(milliseconds) {
     bar.style.width = `${probabilities[index] * 100}%`;
     return make("li", {}, make("span", {}, about.classes[index]), make("span", { class: "number" }, percent(probabilities[index])), make("span", { class: "bar", "aria-hidden": "true" }, bar));
   }));
-  byId("first-answer").textContent = `${about.classes[order[0]]} ${percent(probabilities[order[0]])}`; // where the list is out of sight
+  byId("first-answer").textContent = `${className(order[0])} ${percent(probabilities[order[0]])}`; // where the list is out of sight
   byId("time").textContent = `Computed in ${(milliseconds / 1000).toFixed(2)} s. The network can only answer with a class that it has learned.`;
   byId("occlude").disabled = false;
   if (!byId("target").dataset.chosen) byId("target").value = order[0];
   for (const [index, value] of order.entries()) {
     const row = byId(`class-${index}`);
-    row.textContent = `${about.classes[value]}: ${percent(probabilities[value])}`;
+    row.textContent = `${className(value)}: ${percent(probabilities[value])}`;
   }
 }
 
@@ -380,7 +385,7 @@ function showCompared(compared) {
   const names = ["Both towers", "Tower 1 alone", "Tower 2 alone"];
   byId("towers").replaceChildren(...names.map((name, i) => make(
     "tr", {}, make("th", { scope: "row", class: i ? `tower-${i}` : "" }, name),
-    ...compared[i].map((values) => make("td", {}, `${about.classes[best(values)]} `, make("span", { class: "number" }, percent(values[best(values)])))),
+    ...compared[i].map((values) => make("td", {}, `${className(best(values))} `, make("span", { class: "number" }, percent(values[best(values)])))),
   )));
 }
 
@@ -459,7 +464,7 @@ function showOcclusion({ job: number, done, count, drops, corners, edge, target,
   const where = `${["at the top", "in the middle", "at the bottom"][Math.min(2, Math.floor(row * 3))]}${["left", "", "right"].map((word) => word && ` ${word}`)[Math.min(2, Math.floor(column * 3))]}`;
   byId("found").textContent = drops[top] < 0.005
     ? "No square alone makes the network less sure of this class."
-    : `The square matters most ${where}: there, ${about.classes[target]} falls from ${percent(whole)} to ${percent(whole - drops[top])}. Red: needed. Blue: the class gains when it is hidden.`;
+    : `The square matters most ${where}: there, ${className(target)} falls from ${percent(whole)} to ${percent(whole - drops[top])}. Red: needed. Blue: the class gains when it is hidden.`;
   document.documentElement.dataset.occluded = JSON.stringify([...drops]);
 }
 
