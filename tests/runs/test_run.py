@@ -150,6 +150,7 @@ def test_two_commands_cannot_train_one_run() -> None:
 def test_a_run_in_a_subfolder_has_both_names() -> None:
     run = Run.create("cell", PAPER, {}, Path("runs/several"))
     assert (run.name, Run.open("several/cell").path) == ("several/cell", run.path)
-    assert Run(Path("elsewhere/cell")).name == "cell"
+    elsewhere = Run(Path("elsewhere/cell"))
+    assert (elsewhere.name, elsewhere.quoted) == ("cell", "elsewhere/cell")
     assert "alexnet train --resume several/cell" in run.storage_hint()
     assert not Path("runs/latest").exists()

@@ -102,14 +102,15 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The name to give to -w and --resume, such as NAME or ABLATION/CELL."""
+        """The name, such as NAME or ABLATION/CELL; of a run outside the folder of runs, the name of its own folder."""
         path, root = self.path.resolve(), runs_root().resolve()
         return str(path.relative_to(root)) if path.is_relative_to(root) else path.name
 
     @property
     def quoted(self) -> str:
-        """The name, quoted for a shell."""
-        return shlex.quote(self.name)
+        """What to give to -w and --resume, quoted for a shell: the name, or the path outside the folder of runs."""
+        is_inside = self.path.resolve().is_relative_to(runs_root().resolve())
+        return shlex.quote(self.name if is_inside else str(self.path))
 
     @property
     def checkpoints(self) -> Path:
