@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 
     from alexnet_cli.core.evaluation.compare import PairedAnswers
     from alexnet_cli.core.report.collect import OpenedModel
+    from alexnet_cli.core.report.page import Section
     from alexnet_cli.core.runs.run import Run
 
 
@@ -54,9 +57,9 @@ def report(
     if output is not None and output.suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"-o {output}: not an .html file", "for example: -o report.html")
     if len(names) > 2:
-        raise UsageError(f"{len(names)} runs: only two can be compared", f"alexnet report {names[0]} {names[1]}")
+        raise UsageError(f"{len(names)} runs: only two can be compared", f"alexnet report {shlex.join(names[:2])}")
     if names and weights is not None:
-        raise UsageError("-w and a RUN are given", f"name a run once: alexnet report {names[0]}")
+        raise UsageError("-w and a RUN are given", f"leave -w out: alexnet report {shlex.join(names)}")
     if len(names) == 2:
         compare(reporter, names[0], names[1], data, output)
     else:
@@ -68,7 +71,6 @@ def report_run(reporter: Reporter, weights: str | None, data: str | None, output
     from alexnet_cli.core.data.shards import Dataset
     from alexnet_cli.core.parallel.placement import place
     from alexnet_cli.core.report import page
-    from alexnet_cli.core.report.charts import INSTALL_HINT, can_draw
     from alexnet_cli.core.report.collect import collect_report, find_run_data, open_model
     from alexnet_cli.core.runs.resolve import describe_weights, is_best, shorten_path
 
@@ -89,17 +91,11 @@ def report_run(reporter: Reporter, weights: str | None, data: str | None, output
     measured = collected.measurements
     if measured.unsaved:
         reporter.line("note", f"the computed results are only on the page: {measured.unsaved}")
-    sections = page.write_page(collected, target)
-    size = target.stat().st_size
-    reporter.result({
-        "path": str(target), "bytes": size, "weights": str(path) if path else None, "charts": can_draw(),
+    _show_result(reporter, target, page.write_page(collected, target), {
+        "weights": str(path) if path else None,
         "data": str(dataset.path) if isinstance(dataset, Dataset) else None,
         "top1_error": measured.totals["top1_error"] if measured.totals else None,
-        "sections": [{"id": s.id, "title": s.title, "note": s.note or None} for s in sections],
     })  # fmt: skip
-    if not can_draw():
-        reporter.warn("the page has tables instead of curves: no plotting library is installed", INSTALL_HINT)
-    reporter.line("saved", f"{target} · {size / 1e6:.1f} MB, {len(sections)} sections: open it in a browser")
     if measured.failed and (data or "data_path" in collected.about):  # not for a data set that nobody named
         raise PartialError(
             f"{target} is not complete: {measured.failed}", "the page says what is missing; --data D uses another set"
@@ -110,10 +106,9 @@ def compare(reporter: Reporter, first: str, second: str, data: str | None, outpu
     """Write the page that compares two runs. Without common data or weights it has the rest, and says why."""
     from alexnet_cli.core.evaluation.compare import find_differences
     from alexnet_cli.core.report import page
-    from alexnet_cli.core.report.charts import INSTALL_HINT, can_draw
     from alexnet_cli.core.report.collect import collect_report, open_model
     from alexnet_cli.core.report.compare import Comparison, write_comparison
-    from alexnet_cli.core.runs.resolve import describe_weights
+    from alexnet_cli.core.runs.resolve import describe_weights, shorten_path
     from alexnet_cli.core.runs.run import Run
 
     pair = Run.open(first), Run.open(second)
@@ -121,13 +116,19 @@ def compare(reporter: Reporter, first: str, second: str, data: str | None, outpu
         raise UsageError(f"{first} and {second} are the same run", f"for one run: alexnet report {pair[0].quoted}")
     target = output or Path(f"report-{'-vs-'.join('-'.join(Path(run.name).parts) for run in pair)}.html")
     page.check_writable(target)
+    names = [run.name for run in pair]
+    if names[0] == names[1]:
+        names = [str(shorten_path(run.path)) for run in pair]
     opened: list[OpenedModel | None] = []
     for name in (first, second):
         _, path = _resolve_weights(name)
         opened.append(open_model(path) if path else None)
         info = opened[-1].model.info if opened[-1] else {}
         reporter.line("weights", describe_weights(path, info) if path else f"{name} has none yet")
-    one, other = (collect_report(run, network, "") for run, network in zip(pair, opened, strict=True))
+    one, other = (
+        replace(collect_report(run, network, ""), name=name)
+        for run, network, name in zip(pair, opened, names, strict=True)
+    )
     answers, missing = None, ""
     try:
         answers = _measure_pair(reporter, pair, opened, data)
@@ -137,17 +138,23 @@ def compare(reporter: Reporter, first: str, second: str, data: str | None, outpu
         reporter.warn(f"not compared on the same images: {error.what}", error.hint)
         missing = error.what
     comparison = Comparison((one, other), find_differences(*pair), answers, missing)
-    shown = write_comparison(comparison, target)
-    size = target.stat().st_size
-    reporter.result({
-        "path": str(target), "bytes": size, "charts": can_draw(), "runs": [run.name for run in pair],
+    _show_result(reporter, target, write_comparison(comparison, target), {
+        "runs": names,
         "weights": [str(network.model.path) if network else None for network in opened],
         "differences": comparison.differences, **(answers.summarize() if answers else {}),
-        "sections": [{"id": s.id, "title": s.title, "note": s.note or None} for s in shown],
     })  # fmt: skip
+
+
+def _show_result(reporter: Reporter, target: Path, sections: Sequence[Section], record: dict[str, Any]) -> None:
+    """Report the page that was written, and what no plotting library means for it."""
+    from alexnet_cli.core.report.charts import INSTALL_HINT, can_draw
+
+    size = target.stat().st_size
+    listed = [{"id": s.id, "title": s.title, "note": s.note or None} for s in sections]
+    reporter.result({"path": str(target), "bytes": size, "charts": can_draw(), **record, "sections": listed})
     if not can_draw():
         reporter.warn("the page has no curves: no plotting library is installed", INSTALL_HINT)
-    reporter.line("saved", f"{target} · {size / 1e6:.1f} MB, {len(shown)} sections: open it in a browser")
+    reporter.line("saved", f"{target} · {size / 1e6:.1f} MB, {len(sections)} sections: open it in a browser")
 
 
 def _measure_pair(

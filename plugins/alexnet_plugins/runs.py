@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -83,7 +84,7 @@ def runs(
 
     reporter, names = Reporter("runs", json=json, quiet=quiet), names or []
     if len(names) > 2:
-        raise UsageError(f"{len(names)} runs: only two can be compared", f"alexnet runs {names[0]} {names[1]}")
+        raise UsageError(f"{len(names)} runs: only two can be compared", f"alexnet runs {shlex.join(names[:2])}")
     if len(names) == 2:
         compare_runs(reporter, (Run.open(names[0]), Run.open(names[1])), data)
         return

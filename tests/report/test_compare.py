@@ -127,6 +127,25 @@ def test_runs_of_different_data_are_compared_without_images(data: Dataset, prepa
     assert "unknown to the network" in error.what
 
 
+def test_images_of_another_data_set_are_not_taken_for_those_of_the_runs(data: Dataset) -> None:
+    for name in ("one", "two"):  # the set was prepared anew, or is gone and this is the only other one
+        Run(Path("runs", name)).update({"data_hash": "of a set that is gone"})
+    found = compare()
+    assert "top1_error" not in found
+    notes = {section["id"]: section["note"] for section in found["sections"]}
+    assert notes["results"] == (
+        f"Not compared on the same images: they were trained on another data set than {data.path}."
+    )
+    assert compare("--data", str(data.path))["images"] == 12
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders() -> None:
+    shutil.copytree("runs/one", "copy/one")
+    found = read_result(report("one", "copy/one", "--json", "-q"))
+    assert found["runs"] == ["runs/one", "copy/one"]
+    assert "AlexNet, run runs/one and run copy/one" in Page(Path(found["path"])).all_text
+
+
 def test_a_run_without_a_checkpoint_still_has_recipe_and_curves() -> None:
     shutil.rmtree("runs/two/checkpoints/best")
     found = compare()

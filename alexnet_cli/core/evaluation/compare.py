@@ -117,13 +117,18 @@ def _flatten_about(about: Mapping[str, Any]) -> dict[str, Any]:
 def find_common_data(pair: Sequence[Run], spec: str | None, hint: str) -> Dataset:
     """Open the data set named by `spec`, or else the one on which both runs were trained. `hint` says how to name one.
 
+    Imported networks were trained on none, and go with any.
+
     Raises:
         DataError: there is no common data set, or it has no validation images.
     """
-    if spec is None and len({str(run.about["data_hash"]) for run in pair if run.about.get("data_hash")}) > 1:
+    hashes = {str(run.about["data_hash"]) for run in pair if run.about.get("data_hash")}
+    if spec is None and len(hashes) > 1:
         raise DataError("they were trained on different data sets", hint)
     recorded = next(filter(None, map(find_recorded_data, pair)), None)
     dataset = open_dataset(find_dataset(spec or (str(recorded) if recorded else None)))
+    if spec is None and not hashes <= {dataset.hash}:
+        raise DataError(f"they were trained on another data set than {dataset.path}", hint)
     if not len(dataset.split("val")):
         raise DataError(f"{dataset.path}: split val has no images", "prepare it again with --val-fraction 0.1")
     return dataset
