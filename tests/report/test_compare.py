@@ -15,6 +15,7 @@ import pytest
 from alexnet_cli.core.data.shards import Dataset
 from alexnet_cli.core.evaluation.compare import PairedAnswers
 from alexnet_cli.core.report.charts import draw_comparison
+from alexnet_cli.core.report.compare import name_lines
 from alexnet_cli.core.report.history import read_history
 from alexnet_cli.core.runs.run import Run
 from alexnet_cli.errors import DataError, UsageError
@@ -45,6 +46,8 @@ def compare(*words: str) -> dict[str, Any]:
 
 
 def test_errors_and_differences_are_those_of_runs() -> None:
+    Run(Path("runs/one")).update({"devices": ["CPU, 2 threads"]})
+    Run(Path("runs/two")).update({"devices": ["GPU 0", "GPU 1"]})
     found, listed = compare(), json.loads(alexnet("runs", "one", "two", "--json", "-q").stdout)
     shared = listed.keys() - {"schema", "runs"}
     assert {key: found[key] for key in shared} == {key: listed[key] for key in shared}
@@ -53,6 +56,7 @@ def test_errors_and_differences_are_those_of_runs() -> None:
     assert page.tables["Recipe, training data, versions and devices"] == [
         ["", "one", "two"],
         ["recipe dropout probability of dropping a unit of layers 6 and 7", "0.5", "0.25"],
+        ["devices", "CPU, 2 threads", "GPU 0, GPU 1"],
     ]
     low, high = listed["difference_interval"]
     rows = dict(page.tables["Top-1 errors with their 95 % intervals; that of the difference is paired"][1:])
@@ -144,6 +148,18 @@ def test_runs_of_one_name_are_told_apart_by_their_folders() -> None:
     found = read_result(report("one", "copy/one", "--json", "-q"))
     assert found["runs"] == ["runs/one", "copy/one"]
     assert "AlexNet, run runs/one and run copy/one" in Page(Path(found["path"])).all_text
+
+
+@pytest.mark.parametrize(
+    ("names", "lines"),
+    [
+        (("one", "two"), ["run one", "run two"]),
+        (("short", "much-too-long-for-a-legend"), ["run short", "run much-too-lon…for-a-legend"]),
+        (("study-of-lr-0.01-in-epoch-10", "study-of-lr-0.02-in-epoch-10"), ["first run", "second run"]),
+    ],
+)
+def test_the_lines_of_a_chart_have_short_and_different_names(names: tuple[str, str], lines: list[str]) -> None:
+    assert name_lines(names) == lines
 
 
 def test_a_run_without_a_checkpoint_still_has_recipe_and_curves() -> None:

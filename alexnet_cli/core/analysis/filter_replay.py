@@ -68,7 +68,7 @@ def read_kept_filters(run: Run, shape: tuple[int, ...]) -> dict[int, Kernels]:
     kept = {}
     for epoch, path in run.kept_filters.items():
         try:
-            weight = np.load(io.BytesIO(read_file(path)), allow_pickle=False)
+            weight = np.lib.format.read_array(io.BytesIO(read_file(path)), allow_pickle=False)
             if weight.shape != shape or weight.dtype != np.float32 or not np.isfinite(weight).all():
                 raise ValueError(f"{weight.dtype} {weight.shape}, not finite float32 {shape}")
         except Exception as error:  # numpy raises nearly anything for a damaged header

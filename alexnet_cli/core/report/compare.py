@@ -50,7 +50,7 @@ def write_comparison(comparison: Comparison, path: Path) -> list[Section]:
     """
     names, answers, charts = comparison.names, comparison.answers, []
     if can_draw():
-        charts = draw_comparison([f"run {_shorten(name)}" for name in names], [r.history for r in comparison.reports])
+        charts = draw_comparison(name_lines(names), [report.history for report in comparison.reports])
     shown = _list_sections(comparison, len(charts))
     text = page.render_template(
         "compare.html",
@@ -70,9 +70,11 @@ def write_comparison(comparison: Comparison, path: Path) -> list[Section]:
     return shown
 
 
-def _shorten(name: str) -> str:
-    """A name that fits into the legend of a chart."""
-    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME // 2]}…{name[-LONGEST_NAME // 2 :]}"
+def name_lines(names: tuple[str, str]) -> list[str]:
+    """Names that fit into the legend of a chart, and differ."""
+    half = LONGEST_NAME // 2
+    short = [name if len(name) <= LONGEST_NAME else f"{name[:half]}…{name[-half:]}" for name in names]
+    return ["first run", "second run"] if short[0] == short[1] else [f"run {name}" for name in short]
 
 
 def _list_sections(comparison: Comparison, charts: int) -> list[Section]:
@@ -114,7 +116,8 @@ def _list_differences(comparison: Comparison) -> Values:
     rows, about = list[Row](), {}
     for difference in comparison.differences:
         key = str(difference["key"])
-        rows.append((key, *map(sections.format_value, difference["values"])))
+        values = (", ".join(map(str, v)) if isinstance(v, list) else v for v in difference["values"])
+        rows.append((key, *map(sections.format_value, values)))
         kind, _, setting = key.partition(" ")
         about[key] = describe_setting(setting)[0] if kind == "recipe" and setting != "name" else ""
     return {"heads": ("", *comparison.names), "rows": rows, "about": about}
