@@ -23,11 +23,12 @@ from alexnet_cli.core.data.classes import ClassName
 from alexnet_cli.core.data.shards import open_dataset
 from alexnet_cli.core.data.views import make_views
 from alexnet_cli.core.inference.session import Session
-from alexnet_cli.core.model.model_file import Model
+from alexnet_cli.core.model.model_file import Model, silence_tower
 from alexnet_cli.errors import UsageError, WeightsError
 from alexnet_cli.recipe import PAPER, RECIPES, Recipe
 from alexnet_plugins.export.html_page import build_page, round_weights, write_page
 from alexnet_plugins.export.patches import find_patches
+from alexnet_plugins.export.towers import measure_towers
 from firefox import open_firefox, wait_until
 from model_files import draw, random_model, save_model
 
@@ -50,9 +51,15 @@ class OpenPage:
     """A page with a picture in it. `messages` is what the console messages, `requests` is what it requests for."""
 
     def __init__(
-        self, browser: Browser, model: Model, path: Path, size: tuple[int, int] = (1280, 800), patches: Any = None
+        self,
+        browser: Browser,
+        model: Model,
+        path: Path,
+        size: tuple[int, int] = (1280, 800),
+        patches: Any = None,
+        towers: Any = None,
     ) -> None:
-        write_page(build_page(model, path.stem, patches), path)
+        write_page(build_page(model, path.stem, patches, towers), path)
         self.page: Page = browser.new_page(viewport={"width": size[0], "height": size[1]})
         self.messages, self.requests = list[str](), list[str]()
         self.page.on("console", lambda message: self.messages.append(message.text))
@@ -182,6 +189,29 @@ def test_a_tower_that_is_off_is_without_tower(open_page: Any, picture: str, name
         page.answers(f"byId('tower-{tower}').click()")
 
 
+def test_without_both_towers_only_biases_are_left(open_page: Any, picture: str) -> None:
+    model = random_model(SMALL, 7)
+    page = open_page(model)
+    page.choose(picture)
+    page.answers("byId('tower-1').click()")
+    assert page.page.locator(".strongest:visible").count() == 7, "of tower 2 alone"
+    answers = page.answers("byId('tower-2').click()")
+    powers = np.exp(model.tensors["fc8.bias"])
+    assert abs(answers - powers / powers.sum()).max() < 1e-6
+    assert page.page.inner_text("#switch-text").startswith("Towers 1 and 2 are off")
+    assert "the same for every picture" in page.page.inner_text("#time")
+    assert page.page.locator(".strongest:visible").count() == 0
+
+
+def test_a_changed_normalization_stays_marked_with_the_next_picture(open_page: Any, picture: str) -> None:
+    page, mark = open_page(random_model(SMALL, 7)), "getComputedStyle(byId('norm-value')).backgroundColor"
+    unmarked = page.page.evaluate(mark)
+    page.answers("byId('norm').value = 50; byId('norm').oninput({ target: byId('norm') })")
+    page.choose(picture)
+    assert page.page.inner_text("#norm-value") == "50 %"
+    assert page.page.evaluate(mark) != unmarked
+
+
 def test_normalization_that_is_off_has_alpha_zero(open_page: Any, picture: str) -> None:
     model = random_model(replace(SMALL, lrn_alpha=0.02), 7)
     page = open_page(model)
@@ -210,9 +240,33 @@ def test_the_occlusion_map_is_a_loop_over_squares(open_page: Any, picture: str) 
             covered[:, :, top : top + 56, left : left + 56] = 128
             [left_over] = session.probabilities(covered)[:, target]
             assert abs(drops[row, column] - (whole - left_over)) < 2 * ROUNDED
-    assert page.page.inner_text("#found").startswith("The square matters most" if drops.max() > 0.005 else "No square")
+    assert page.page.inner_text("#found").startswith("The square matters" if drops.max() > 0.05 else "No square")
     assert page.page.is_visible("#heat")
     assert page.page.is_hidden("#progress")
+
+
+def test_weak_evidence_is_drawn_weakly(open_page: Any) -> None:
+    page = open_page(random_model(SMALL)).page
+    texts, tints = [], []
+    for drop in (0.02, 0.5):
+        red, _, blue, _ = page.evaluate(
+            """(drop) => {
+                occlusionJob = ++job;
+                const square = { count: 2, corners: [0, 112], edge: 112, drops: [drop, 0, 0, 0] };
+                showOcclusion({ job, done: 4, target: 0, whole: 0.6, ...square });
+                const pixel = makeCanvas(1, 1).getContext("2d");
+                pixel.drawImage(byId("heat"), -9, -9);
+                return [...pixel.getImageData(0, 0, 1, 1).data];
+            }""",
+            drop,
+        )
+        tints.append(red - blue)
+        texts.append((page.inner_text("#found"), page.inner_text("#scale")))
+    assert abs(tints[0]) < 30
+    assert tints[1] > 100
+    assert "only falls from 60 % to 58 %" in texts[0][0]
+    assert "most at the top left: there, class 0 falls from 60 % to 10 %" in texts[1][0]
+    assert [scale.rsplit(": ")[-1] for _, scale in texts] == ["20 points.", "50 points."]
 
 
 @pytest.mark.slow
@@ -278,10 +332,11 @@ def test_a_keyboard_opens_a_unit_and_walks_on(open_page: Any) -> None:
     page = open_page(random_model(SMALL)).page
     page.focus("#strongest-conv1-1 button")
     page.keyboard.press("Enter")
-    first = int(page.inner_text("#unit-title").split("unit ")[1].split(",")[0])
-    assert 3 <= first < 6, "tower 2 has units 3 to 5"
+    first = int(page.inner_text("#unit-title").split("unit ")[1].split(" (tower 2)")[0])
+    assert 3 <= first < 6
+    assert "units 3 to 5" in page.inner_text(".tower-2 h4 >> nth=0")
     page.keyboard.press("ArrowRight")
-    assert f"unit {(first + 1) % 6}," in page.inner_text("#unit-title")
+    assert f"unit {(first + 1) % 6} (tower" in page.inner_text("#unit-title")
     assert "without a data set" in page.inner_text("#excites")
     page.keyboard.press("Escape")
     assert page.is_hidden("#unit")
@@ -296,6 +351,7 @@ def test_a_unit_shows_the_patches_that_excite_it_most(open_page: Any, prepared: 
     page = open_page(model, patches=patches).page
     page.evaluate("openUnit(layers.conv3, 5)")
     page.wait_for_selector("#excites canvas")
+    assert "gray: beyond the edge" in page.inner_text("#excites")
     assert page.locator("#excites canvas").count() == patches["count"]
     pixels = "[...document.querySelector('#excites canvas').getContext('2d').getImageData(0, 0, 48, 48).data]"
     seen = np.array(page.evaluate(pixels), np.uint8).reshape(48, 48, 4)[:, :, :3]
@@ -305,12 +361,63 @@ def test_a_unit_shows_the_patches_that_excite_it_most(open_page: Any, prepared: 
     assert abs(seen.astype(int) - np.asarray(patch)).mean() < 8, "but for the compression of the sheet"
 
 
-def test_a_file_that_is_no_picture_is_named(open_page: Any, tmp_path: Path) -> None:
+def test_a_file_that_is_no_picture_is_named_where_the_reader_is(open_page: Any, tmp_path: Path, picture: str) -> None:
     (tmp_path / "letter.png").write_text("Dear Sir")
+    page = open_page(random_model(SMALL), size=(390, 844))
+    page.page.evaluate("byId('title-conv3').scrollIntoView()")
+    page.page.set_input_files("#file", tmp_path / "letter.png")
+    page.page.wait_for_selector("#status:visible")
+    assert page.page.inner_text("#status").startswith("letter.png cannot be read as a picture")
+    box = page.page.locator("#status").bounding_box()
+    assert 0 < box["y"] < box["y"] + box["height"] < 844
+    page.choose(picture)
+    assert page.page.is_hidden("#status")
+
+
+def test_nothing_is_hidden_in_a_column_that_scrolls(open_page: Any) -> None:
     page = open_page(random_model(SMALL)).page
-    page.set_input_files("#file", tmp_path / "letter.png")
-    page.wait_for_selector("#status:visible")
-    assert page.inner_text("#status").startswith("letter.png cannot be read as a picture")
+    assert page.evaluate("document.querySelector('.side').scrollHeight <= document.querySelector('.side').clientHeight")
+    assert page.locator("#occlude").bounding_box()["y"] < 800 - 40
+
+
+def test_each_row_says_how_sure_it_is_of_the_answer_of_both_towers(open_page: Any) -> None:
+    page = open_page(random_model(SMALL, 3))
+    page.wait("compared", "1")
+    page.page.evaluate(
+        "showCompared([[[.7, .2, .1], [.5, .4, .1]], [[.1, .3, .6], [0, 1, 0]], [[.8, .2, 0], [1, 0, 0]]])"
+    )
+    cells = page.page.evaluate(
+        "[...document.querySelectorAll('#towers td')].map((cell) => cell.innerText.split('\\n'))"
+    )
+    assert cells == [
+        ["class 0 70 %"], ["class 0 50 %"],
+        ["class 2 60 %", "class 0 10 %"], ["class 1 100 %", "class 0 < 0.1 %"],
+        ["class 0 80 %"], ["class 0 100 %"],
+    ]  # fmt: skip
+
+
+def test_the_page_says_how_often_each_tower_alone_is_right(open_page: Any, prepared: Path) -> None:
+    dataset = open_dataset(prepared)
+    split, names = dataset.split("val"), [name.name for name in dataset.classes]
+    model = replace(random_model(SMALL, len(names)), classes=dataset.classes)
+    measured = measure_towers(model, dataset, lambda _: None)
+    page = open_page(model, towers={"data": "drawn", **measured}).page
+    lines = page.locator("#right li").all_inner_texts()
+    pictures = [Image.fromarray(images.decode(bytes(split.jpeg(row)))) for row in range(len(split))]
+    for line, silenced in zip(lines, (None, 2, 1), strict=True):
+        session = Session(model if silenced is None else silence_tower(model, silenced))
+        for mode, before in (("RGB", "alone: " if silenced else "towers: "), ("L", "without color ")):
+            crops = [make_views(np.asarray(picture.convert(mode).convert("RGB")), 224, 1) for picture in pictures]
+            answers = session.probabilities(np.concatenate(crops)).argmax(1)
+            assert f"{before}{format_share((answers == split.labels).mean())}" in line
+            if silenced and mode == "RGB":
+                most = np.bincount(answers, minlength=len(names))
+                assert f"says {names[most.argmax()]} for {format_share(most.max() / len(split))} of" in line
+    assert all("better than" in line for line in lines[1:]), "random weights know nothing"
+
+
+def format_share(share: float) -> str:
+    return f"{share:.0%}".replace("%", " %") if share > 0.0995 else f"{share:.1%}".replace("%", " %")
 
 
 def test_the_picture_chosen_last_is_shown(open_page: Any) -> None:
@@ -392,6 +499,21 @@ def test_no_patches_leaves_the_images_of_the_data_set_out(
     assert "image/webp" in (tmp_path / "alexnet.html").read_text("utf-8")
     assert json.loads(run(*words, "--no-patches").stdout)["patches"] == 0
     assert "image/webp" not in (tmp_path / "alexnet.html").read_text("utf-8")
+
+
+def test_no_patches_keeps_how_often_each_tower_is_right(
+    tmp_path: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    dataset, words = open_dataset(prepared), ("--format", "html", "--data", str(prepared), "--no-patches")
+    for name, classes in (("same", dataset.classes), ("other", tuple(ClassName(f"{i}") for i in range(9)))):
+        save_model(replace(random_model(SMALL, len(classes)), classes=classes), tmp_path / f"{name}.safetensors")
+        result = run("-w", f"{name}.safetensors", *words, "-o", f"{name}.html", "--no-verify")
+        assert result.exception is None
+        text = (tmp_path / f"{name}.html").read_text("utf-8")
+        about = json.loads(text.split('id="about">')[1].split("</script>")[0])
+        assert bool(about["measured"]) == (name == "same")
+        assert ("cannot show how often each tower is right" in result.stderr) == (name == "other")
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from alexnet_cli.core.data.shards import Dataset
     from alexnet_cli.core.export.export import Precision, Verification
     from alexnet_cli.core.export.hub import MeasuredError
     from alexnet_cli.core.model.model_file import Model
@@ -214,9 +215,10 @@ def _export_html(
     from alexnet_cli.core.runs.resolve import find_run_folder
     from alexnet_plugins.export.html_page import build_page, round_weights, write_page
 
-    run = find_run_folder(model.path)
-    patches = _find_patches(reporter, model, data) if with_patches else None
-    page = build_page(model, run.name if run else model.path.stem, patches)
+    run, dataset = find_run_folder(model.path), _open_validation(reporter, model, data)
+    patches = _find_patches(reporter, model, dataset) if dataset and with_patches else None
+    towers = _measure_towers(reporter, model, dataset) if dataset and model.recipe.towers > 1 else None
+    page = build_page(model, run.name if run else model.path.stem, patches, towers)
     verification = None
     if verify:
         crops, description = _load_crops(model, data)
@@ -237,20 +239,40 @@ def _export_html(
     })  # fmt: skip
 
 
-def _find_patches(reporter: Reporter, model: Model, data: str | None) -> dict[str, Any] | None:
-    """What excites each unit, from the run's own data set or that of --data; None without one."""
+def _open_validation(reporter: Reporter, model: Model, data: str | None) -> Dataset | None:
+    """The run's own data set or that of --data, if it has validation images."""
     from alexnet_cli.core.data.shards import find_dataset, open_dataset
     from alexnet_cli.core.runs.resolve import find_training_data
-    from alexnet_plugins.export.patches import IMAGES, find_patches
 
     place = data or find_training_data(model.path)
     dataset = open_dataset(find_dataset(place)) if place else None
-    split = dataset.split("val") if dataset else ()
-    if not dataset or not split:
-        reporter.line("note", "without validation images, the page cannot show what excites a unit (--data adds them)")
-        return None
+    if dataset and len(dataset.split("val")):
+        return dataset
+    what = "what excites a unit" + (", or how often each tower is right" if model.recipe.towers > 1 else "")
+    reporter.line("note", f"without validation images, the page cannot show {what} (--data adds them)")
+    return None
+
+
+def _find_patches(reporter: Reporter, model: Model, dataset: Dataset) -> dict[str, Any]:
+    """What excites each unit."""
+    from alexnet_plugins.export.patches import IMAGES, find_patches
+
+    split = dataset.split("val")
     with reporter.progress("val", min(IMAGES, len(split))) as progress:
         return {"data": dataset.name, **find_patches(model, split, progress.advance)}
+
+
+def _measure_towers(reporter: Reporter, model: Model, dataset: Dataset) -> dict[str, Any] | None:
+    """How often each tower alone is right; None if the network does not know the classes of the data set."""
+    from alexnet_cli.core.report.collect import TOWER_IMAGES
+    from alexnet_plugins.export.towers import measure_towers
+
+    try:
+        with reporter.progress("towers", min(TOWER_IMAGES, len(dataset.split("val")))) as progress:
+            return {"data": dataset.name, **measure_towers(model, dataset, progress.advance)}
+    except DataError as error:
+        reporter.line("note", f"the page cannot show how often each tower is right: {error.what}")
+        return None
 
 
 def _export_hub(reporter: Reporter, model: Model, folder: Path) -> None:

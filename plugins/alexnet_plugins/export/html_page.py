@@ -93,14 +93,19 @@ def round_weights(model: Model) -> Model:
     return replace(model, tensors=tensors)
 
 
-def build_page(model: Model, title: str, patches: dict[str, Any] | None = None) -> list[str]:
-    """Return the pieces of the page. `patches` is what `patches.find_patches` found, and the name of the data set.
+def build_page(
+    model: Model, title: str, patches: dict[str, Any] | None = None, towers: dict[str, Any] | None = None
+) -> list[str]:
+    """Return the pieces of the page.
+
+    `patches` is what `patches.find_patches` found, `towers` what `towers.measure_towers` measured; either with the name
+    of the data set as `data`.
 
     Raises:
         WeightsError: weights are NaN or infinite.
     """
     about, numbers = describe_network(model)
-    about |= {"title": title, "version": alexnet_cli.__version__, "patches": patches}
+    about |= {"title": title, "version": alexnet_cli.__version__, "patches": patches, "measured": towers}
     packed = gzip.compress(b"".join(numbers), mtime=0)
     source = {name: _read_source(name) for name in ("page.html", "page.css", "network.js", "worker.js", "app.js")}
     text = NAME.sub(lambda match: source.get(match[1], match[0]), source["page.html"])

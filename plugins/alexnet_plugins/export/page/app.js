@@ -10,6 +10,8 @@ const hasTowers = about.towers > 1;
 const towers = Array.from({ length: about.towers }, (_, tower) => tower);
 const colors = [[90, 190, 220], [245, 150, 80]]; // of the maps of tower 1 and 2
 const strongestShown = 6;
+const leastRange = 0.2; // of the occlusion map: full color is a change of 20 points at least, so that noise stays pale
+const weakDrop = 0.05; // a square that costs less than 5 points says little
 const largestCanvas = 2 ** 24; // pixels, the limit of phones; larger pictures are made smaller first
 
 const settings = { off: towers.map(() => false), norm: 1, gray: false };
@@ -26,6 +28,8 @@ function start() {
   makeSwitches();
   makeDrawings();
   makeLayers();
+  byId("compare").hidden = !hasTowers;
+  showMeasured();
   const source = new Blob([byId("worker-source").textContent], { type: "text/javascript" });
   worker = new Worker(URL.createObjectURL(source));
   worker.onmessage = ({ data }) => messages[data.type](data);
@@ -348,11 +352,15 @@ function setTower(tower, isOff) {
   changed();
 }
 
+const onlyBiases = "Only the biases of layer 8 are left, so the answer is the same for every picture.";
+
 function changed() {
   const { off, norm } = settings, text = [];
   const names = towers.filter((tower) => off[tower]).map((tower) => tower + 1);
-  if (names.length) text.push(`Tower ${names.join(" and ")} is off: all it says in layers 1 to 7 counts as zero. The network did not learn to do without it.`);
+  if (names.length === 1) text.push(`Tower ${names[0]} is off: all it says in layers 1 to 7 counts as zero. The network did not learn to do without it.`);
+  if (names.length > 1) text.push(`Towers ${names.join(" and ")} are off: all they say in layers 1 to 7 counts as zero. ${onlyBiases}`);
   byId("norm-value").textContent = norm === 1 ? "on" : norm === 0 ? "off" : percent(norm);
+  byId("norm-value").classList.toggle("changed", norm < 1); // it stays so with the next picture
   if (norm < 1) text.push(`Response normalization ${norm ? `at ${percent(norm)}` : "off"}: strong maps dampen their neighbors ${norm ? "less" : "no longer"}. Its constant factor stays, since the next layers learned with values of that size. This is not a network that was trained without it.`);
   byId("switch-text").textContent = text.join(" ");
   clearOcclusion();
@@ -371,7 +379,8 @@ function showAnswers(milliseconds) {
     return make("li", {}, make("span", {}, about.classes[index]), make("span", { class: "number" }, percent(probabilities[index])), make("span", { class: "bar", "aria-hidden": "true" }, bar));
   }));
   byId("first-answer").textContent = `${className(order[0])} ${percent(probabilities[order[0]])}`; // where the list is out of sight
-  byId("time").textContent = `Computed in ${(milliseconds / 1000).toFixed(2)} s. The network can only answer with a class that it has learned.`;
+  const note = hasTowers && settings.off.every(Boolean) ? onlyBiases : "The network can only answer with a class that it has learned.";
+  byId("time").textContent = `Computed in ${(milliseconds / 1000).toFixed(2)} s. ${note}`;
   byId("occlude").disabled = false;
   if (!byId("target").dataset.chosen) byId("target").value = order[0];
   for (const [index, value] of order.entries()) {
@@ -380,13 +389,38 @@ function showAnswers(milliseconds) {
   }
 }
 
+const networks = ["Both towers", "Tower 1 alone", "Tower 2 alone"];
+
+/** What the networks say about the picture. compared[network][0 in color, 1 without] are probabilities. */
 function showCompared(compared) {
-  byId("compare").hidden = false;
-  const names = ["Both towers", "Tower 1 alone", "Tower 2 alone"];
-  byId("towers").replaceChildren(...names.map((name, i) => make(
-    "tr", {}, make("th", { scope: "row", class: i ? `tower-${i}` : "" }, name),
-    ...compared[i].map((values) => make("td", {}, `${className(best(values))} `, make("span", { class: "number" }, percent(values[best(values)])))),
+  const expected = best(compared[0][0]), name = className(expected);
+  byId("compare-text").textContent = `The surest answers for this picture, and how sure each is of ${name}, the answer of both in color. Alone: the other tower is switched off.`;
+  byId("towers").replaceChildren(...networks.map((network, i) => make(
+    "tr", {}, make("th", { scope: "row", class: i ? `tower-${i}` : "" }, network),
+    ...compared[i].map((values) => {
+      const top = best(values), cell = make("td", {}, `${className(top)} `, make("span", { class: "number" }, percent(values[top])));
+      if (top !== expected) cell.append(make("span", { class: "hint" }, `${name} ${percent(values[expected])}`));
+      return cell;
+    }),
   )));
+}
+
+/** How often the networks were right on validation images when the page was written. */
+function showMeasured() {
+  if (!about.measured) return;
+  const { images, data, constant, networks: measured } = about.measured, guessing = 1 / about.classes.length;
+  const always = percent(constant) === percent(guessing) ? "" : `, always the most frequent class: ${percent(constant)}`;
+  byId("measured-text").textContent = `Right for ${images.toLocaleString("en")} validation images of ${data} (guessing: ${percent(guessing)}${always}):`;
+  byId("right").replaceChildren(...networks.map((network, i) => {
+    const [color, gray] = measured[i], isSame = color.remark === gray.remark;
+    const note = (remark) => (remark && !isSame ? ` (${remark})` : "");
+    const text = `: ${percent(color.right)}${note(color.remark)}, without color ${percent(gray.right)}${note(gray.remark)}`;
+    const most = i ? ` It says ${about.classes[color.answer]} for ${percent(color.share)} of them.` : "";
+    return make("li", {}, make("span", { class: i ? `tower-${i}` : "" }, network), `${text}${isSame && color.remark ? `; ${color.remark}` : ""}.${most}`);
+  }));
+  const [whole, first, second] = measured.map(([color]) => color.right), points = (share) => Math.round(100 * (whole - share));
+  byId("costs").textContent = `Switching tower 1 off costs ${points(second)} points, tower 2 ${points(first)}: the towers learned to answer together, not alone.`;
+  byId("measured").hidden = false;
 }
 
 // ---- Where it looks ----
@@ -420,7 +454,7 @@ function stopOcclusion() {
 
 function clearOcclusion() {
   stopOcclusion();
-  byId("heat").hidden = true;
+  byId("heat").hidden = byId("scale").hidden = true;
   byId("found").textContent = "";
   byId("clear").hidden = true;
 }
@@ -438,7 +472,7 @@ function showOcclusion({ job: number, done, count, drops, corners, edge, target,
       }
     }
   }
-  let highest = 0.02; // a drop of less than two points stays pale
+  let highest = leastRange;
   for (let i = 0; i < sums.length; i++) {
     if (counts[i]) sums[i] /= counts[i];
     highest = Math.max(highest, Math.abs(sums[i]));
@@ -453,25 +487,29 @@ function showOcclusion({ job: number, done, count, drops, corners, edge, target,
   canvas.width = canvas.height = side;
   canvas.getContext("2d").putImageData(image, 0, 0);
   if (canvas.hidden) {
-    canvas.hidden = false;
+    canvas.hidden = byId("scale").hidden = false;
     canvas.scrollIntoView({ block: "nearest" });
   }
+  byId("scale").textContent = `Red: the class loses when this is hidden. Blue: it gains. Full color: ${Math.round(highest * 100)} points.`;
   byId("progress").value = done / (count * count);
   byId("clear").hidden = false;
   if (done < count * count) return;
   stopOcclusion();
   const top = best(drops), row = Math.floor(top / count) / (count - 1), column = (top % count) / (count - 1);
   const where = `${["at the top", "in the middle", "at the bottom"][Math.min(2, Math.floor(row * 3))]}${["left", "", "right"].map((word) => word && ` ${word}`)[Math.min(2, Math.floor(column * 3))]}`;
+  const fall = `falls from ${percent(whole)} to ${percent(whole - drops[top])}`;
   byId("found").textContent = drops[top] < 0.005
     ? "No square alone makes the network less sure of this class."
-    : `The square matters most ${where}: there, ${className(target)} falls from ${percent(whole)} to ${percent(whole - drops[top])}. Red: needed. Blue: the class gains when it is hidden.`;
+    : drops[top] < weakDrop
+      ? `No square matters much: even ${where}, ${className(target)} only ${fall}.`
+      : `The square matters most ${where}: there, ${className(target)} ${fall}.`;
   document.documentElement.dataset.occluded = JSON.stringify([...drops]);
 }
 
 // ---- Layers ----
 
 const sentences = {
-  conv1: "Filters of 11 × 11 pixels slide over the picture. A map is bright where the picture looks like its filter: an edge, stripes, a spot of color.",
+  conv1: "Filters of 11 × 11 pixels slide over the picture. A map is bright where the picture looks like its filter. Large networks learn edges, stripes and spots of color; in small ones, many filters stay blurs.",
   conv2: "Each filter combines maps of layer 1 into corners, curves and textures.",
   conv3: "Each filter combines maps of layer 2 into larger patterns.",
   conv4: "Each filter combines maps of layer 3. The patterns become parts of things.",
@@ -524,7 +562,7 @@ function makeJoin(meets, isFirst, isLast) {
 
 function makeTower(layer, tower) {
   const box = make("div", { class: `tower tower-${tower + 1}`, "data-tower": tower });
-  if (hasTowers) box.append(make("h4", {}, `Tower ${tower + 1}`));
+  if (hasTowers) box.append(make("h4", {}, `Tower ${tower + 1}, units ${tower * layer.maps} to ${(tower + 1) * layer.maps - 1}`));
   if (layer.name === "conv1") {
     box.append(make("p", {}, `Filters, ${percent(about.colorShares[tower])} color:`), make("canvas", { class: "filters", id: `filters-${tower}`, role: "img", "aria-label": `The ${layer.maps} filters of tower ${tower + 1}` }), make("p", {}, "Their maps, in the same places:"));
   }
@@ -535,7 +573,7 @@ function makeTower(layer, tower) {
     if (unit < layer.maps) openUnit(layer, tower * layer.maps + unit);
   };
   const what = layer.kernel ? "Strongest maps" : "Strongest units";
-  box.append(canvas, make("p", {}, `${what} (click for more):`), make("div", { class: "strongest", id: `strongest-${layer.name}-${tower}` }));
+  box.append(canvas, make("div", { class: "listing" }, make("p", {}, `${what} (click for more):`), make("div", { class: "strongest", id: `strongest-${layer.name}-${tower}` })));
   return box;
 }
 
@@ -590,9 +628,9 @@ function drawLayer(layer) {
     const first = tower * layer.maps;
     const strongest = Array.from({ length: layer.maps }, (_, i) => first + i).sort((a, b) => peaks[b] - peaks[a]).slice(0, strongestShown);
     const name = hasTowers ? `tower ${tower + 1}, ` : "";
-    canvas.setAttribute("aria-label", `Layer ${layer.name.slice(-1)}, ${name}${layer.maps} ${layer.kernel ? "maps" : "units"}; the strongest are listed below`);
+    canvas.setAttribute("aria-label", `Layer ${layer.name.slice(-1)}, ${name}${layer.maps} ${layer.kernel ? "maps" : "units"}${settings.off[tower] ? ", off" : "; the strongest are listed below"}`);
     byId(`strongest-${layer.name}-${tower}`).replaceChildren(...strongest.map((unit) => {
-      const button = make("button", { onclick: () => openUnit(layer, unit), "aria-label": `Unit ${unit} of layer ${layer.name.slice(-1)}` });
+      const button = make("button", { onclick: () => openUnit(layer, unit), "aria-label": `${nameUnit(layer, unit)} of layer ${layer.name.slice(-1)}` });
       if (layer.kernel) {
         const small = make("canvas", { "aria-hidden": "true" });
         drawMap(small, layer, unit);
@@ -650,6 +688,11 @@ function openUnit(layer, unit) {
   if (!byId("unit").open) byId("unit").showModal();
 }
 
+/** Units are numbered on from tower 1 to tower 2, so their tower is named. */
+function nameUnit(layer, unit) {
+  return `unit ${unit}${hasTowers ? ` (tower ${Math.floor(unit / layer.maps) + 1})` : ""}`;
+}
+
 function figure(canvas, caption) {
   return make("figure", {}, canvas, make("figcaption", {}, caption));
 }
@@ -657,10 +700,9 @@ function figure(canvas, caption) {
 function fillDialog() {
   const { layer, unit } = open, number = layer.name.slice(-1), all = layer.maps * layer.towers;
   const { values, side } = shown[layer.name];
-  const tower = Math.floor(unit / layer.maps) + 1;
   let peak = -Infinity;
   for (let i = unit; i < values.length; i += all) peak = Math.max(peak, values[i]);
-  byId("unit-title").textContent = `Layer ${number}, unit ${unit}${hasTowers ? `, tower ${tower}` : ""}`;
+  byId("unit-title").textContent = `Layer ${number}, ${nameUnit(layer, unit)}`;
   byId("unit-text").textContent = layer.kernel
     ? `The highest value of its map for this picture: ${peak.toPrecision(3)}.`
     : `Its value for this picture: ${peak.toPrecision(3)}.`;
@@ -723,7 +765,7 @@ async function showPatches(layer, unit) {
     canvas.style.imageRendering = "auto";
     return canvas;
   });
-  box.replaceChildren(make("h3", {}, "What excites it"), make("p", { class: "hint" }, `The patches with its highest values among ${patches.images.toLocaleString("en")} validation images:`), make("div", { class: "patches" }, ...tiles));
+  box.replaceChildren(make("h3", {}, "What excites it"), make("p", { class: "hint" }, `The patches with its highest values among ${patches.images.toLocaleString("en")} validation images (gray: beyond the edge of the image):`), make("div", { class: "patches" }, ...tiles));
 }
 
 /** The units of the layer before that this one listens to most: the largest weights, whatever the picture. */
@@ -734,8 +776,7 @@ function showFilter({ layer: name, unit, kernel, inputs }) {
     const canvas = make("canvas", { width: kernel, height: kernel, "aria-hidden": "true" }), image = new ImageData(kernel, kernel);
     drawWeights(image, 0, 0, input.weights, kernel, 1, highest);
     canvas.getContext("2d").putImageData(image, 0, 0);
-    const tower = Math.floor(input.map / before.maps) + 1;
-    return make("button", { onclick: () => openUnit(before, input.map) }, canvas, `unit ${input.map}`, make("span", { class: `tower-${tower}` }, hasTowers ? `, tower ${tower}` : ""));
+    return make("button", { onclick: () => openUnit(before, input.map), class: `tower-${Math.floor(input.map / before.maps) + 1}` }, canvas, nameUnit(before, input.map));
   });
   byId("listens").replaceChildren(
     make("h3", {}, `Its filter: the units of layer ${before.name.slice(-1)} it listens to most`),
