@@ -5,7 +5,7 @@ A tower alone is the network with the other one switched off (`model_file.silenc
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,10 +13,15 @@ import numpy as np
 import numpy.typing as npt
 
 from alexnet_cli.core.data.classes import ClassName
-from alexnet_cli.core.data.loader import Batch
+from alexnet_cli.core.data.loader import Batch, Loader
+from alexnet_cli.core.data.shards import Split
 from alexnet_cli.core.evaluation.evaluate import Classify, Evaluation, to_gray
 from alexnet_cli.core.intervals import paired_interval, wilson_interval
+from alexnet_cli.core.model.model_file import Model
+from alexnet_cli.core.parallel.placement import choose_decode_threads
 
+BATCH = 128
+SAMPLE = 500  # images: six passes of a full-width network over more take minutes
 NETWORKS = (None, 2, 1)  # the tower that is switched off: none, tower 2, tower 1
 Condition = tuple[int | None, bool]
 """The tower that is switched off, and whether the images are gray."""
@@ -137,6 +142,29 @@ def evaluate_towers(
         counts.right.append(np.stack(answers) == labels)
         counts.labels.append(labels)
         yield batch
+
+
+def count_sample(
+    classify: Mapping[int | None, Classify],
+    model: Model,
+    split: Split,
+    output_of: npt.NDArray[np.int64] | None,
+    advance: Callable[[int], None],
+) -> TowerCounts:
+    """Count SAMPLE images of a split, or all if it has fewer, under each of CONDITIONS.
+
+    `advance` is called with the number of images of each batch.
+
+    Raises:
+        WeightsError: a probability is NaN.
+    """
+    rows, counts = split.spread_rows(SAMPLE), TowerCounts.empty(len(model.classes))
+    plan = [rows[start : start + BATCH] for start in range(0, len(rows), BATCH)]
+    with Loader(split, min(BATCH, len(rows)), choose_decode_threads(None)) as loader:
+        for batch in evaluate_towers(classify, loader.batches(plan), counts, output_of):
+            counts.check_finite(model.path)
+            advance(len(batch.rows))
+    return counts
 
 
 def _compare(first: npt.NDArray[np.bool_], second: npt.NDArray[np.bool_]) -> tuple[float, Interval]:

@@ -40,7 +40,7 @@ from alexnet_cli.core.evaluation.evaluate import (
     evaluate,
     match_classes,
 )
-from alexnet_cli.core.evaluation.towers import TowerCounts, evaluate_towers
+from alexnet_cli.core.evaluation.towers import TowerCounts, count_sample
 from alexnet_cli.core.files import hash_file, read_link
 from alexnet_cli.core.model.model_file import Model, read_model, silence_tower
 from alexnet_cli.core.model.network import network_from_model
@@ -54,7 +54,6 @@ from alexnet_cli.recipe import PAPER, Recipe
 FEW_CLASSES = 5  # with so few classes every answer is in the top 5
 BATCH = 128
 SAMPLE = 256  # images among which examples are searched
-TOWER_IMAGES = 500  # on which the towers are switched off, at most: six passes of a full-width network take minutes
 EXAMPLES = 8  # correct ones, and as many wrong ones
 PARTS = ("results", "towers", "examples", "neighbors")
 NOT_COMPUTED = "not computed yet; alexnet report adds it"
@@ -324,7 +323,7 @@ def _compute_measurements(
         for tower in (1, 2):
             network = network_from_model(silence_tower(model, tower)).to(placement.device)
             classifiers[tower] = HalvingClassifier(TorchClassifier(network, augment, placement), lambda n: None)
-        towers = _count_towers(classifiers, model, val, output_of, advance)
+        towers = count_sample(classifiers, model, val, output_of, advance)
     correct, wrong = find_examples(classify, val, output_of, advance)
     evidence, sampled = _add_evidence(wrong, model), len(val.spread_rows(SAMPLE))
     measured = Measurements(saved, towers, correct, evidence, sampled, unsaved=unsaved)
@@ -357,19 +356,6 @@ def _evaluate(classify: Classify, model: Model, val: Split, output_of: OutputOf,
     with Loader(val, size, choose_decode_threads(None)) as loader:
         batches = loader.batches(all_batches(len(val), size))
         for batch, _, _ in evaluate(classify, batches, counts, output_of):
-            counts.check_finite(model.path)
-            advance(len(batch.rows))
-    return counts
-
-
-def _count_towers(
-    classify: Mapping[int | None, Classify], model: Model, val: Split, output_of: OutputOf, advance: Advance
-) -> TowerCounts:
-    """Count the predictions of the whole network and of each tower alone for a sample of the images."""
-    rows, counts = val.spread_rows(TOWER_IMAGES), TowerCounts.empty(len(model.classes))
-    plan = [rows[start : start + BATCH] for start in range(0, len(rows), BATCH)]
-    with Loader(val, min(BATCH, len(rows)), choose_decode_threads(None)) as loader:
-        for batch in evaluate_towers(classify, loader.batches(plan), counts, output_of):
             counts.check_finite(model.path)
             advance(len(batch.rows))
     return counts

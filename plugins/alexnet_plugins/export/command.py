@@ -264,11 +264,11 @@ def _find_patches(reporter: Reporter, model: Model, dataset: Dataset) -> dict[st
 
 def _measure_towers(reporter: Reporter, model: Model, dataset: Dataset) -> dict[str, Any] | None:
     """How often each tower alone is right; None if the network does not know the classes of the data set."""
-    from alexnet_cli.core.report.collect import TOWER_IMAGES
+    from alexnet_cli.core.evaluation.towers import SAMPLE
     from alexnet_plugins.export.towers import measure_towers
 
     try:
-        with reporter.progress("towers", min(TOWER_IMAGES, len(dataset.split("val")))) as progress:
+        with reporter.progress("towers", min(SAMPLE, len(dataset.split("val")))) as progress:
             return {"data": dataset.name, **measure_towers(model, dataset, progress.advance)}
     except DataError as error:
         reporter.line("note", f"the page cannot show how often each tower is right: {error.what}")

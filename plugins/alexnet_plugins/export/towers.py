@@ -8,20 +8,17 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from alexnet_cli.core.data.loader import Loader
 from alexnet_cli.core.data.shards import Dataset
 from alexnet_cli.core.data.views import make_views
 from alexnet_cli.core.evaluation import baselines
 from alexnet_cli.core.evaluation.evaluate import Classify, match_classes
-from alexnet_cli.core.evaluation.towers import NETWORKS, WHOLE, TowerCounts, evaluate_towers
+from alexnet_cli.core.evaluation.towers import NETWORKS, WHOLE, count_sample
 from alexnet_cli.core.inference.session import Session
 from alexnet_cli.core.model.model_file import Model, silence_tower
-from alexnet_cli.core.parallel.placement import choose_decode_threads
-from alexnet_cli.core.report.collect import BATCH, TOWER_IMAGES
 
 
 def measure_towers(model: Model, data: Dataset, advance: Callable[[int], None]) -> dict[str, Any]:
-    """Return what the page shows of the answers to at most TOWER_IMAGES validation images.
+    """Return what the page shows of the answers to at most SAMPLE validation images.
 
     For each of NETWORKS, in color and in gray: the share of right answers, the most frequent answer with its share, and
     a remark if guessing is as good. `constant` is the share of right answers of always saying the most frequent class.
@@ -32,12 +29,7 @@ def measure_towers(model: Model, data: Dataset, advance: Callable[[int], None]) 
     """
     output_of, split = match_classes(model.classes, data.classes, model.path), data.split("val")
     classify = {tower: _make_classifier(model if tower is None else silence_tower(model, tower)) for tower in NETWORKS}
-    rows, counts = split.spread_rows(TOWER_IMAGES), TowerCounts.empty(len(model.classes))
-    plan = [rows[start : start + BATCH] for start in range(0, len(rows), BATCH)]
-    with Loader(split, min(BATCH, len(rows)), choose_decode_threads(None)) as loader:
-        for batch in evaluate_towers(classify, loader.batches(plan), counts, output_of):
-            counts.check_finite(model.path)
-            advance(len(batch.rows))
+    counts = count_sample(classify, model, split, output_of, advance)
     true = counts.evaluations[WHOLE].confusion.sum(axis=1)
     guessing, majority = baselines.guessing_error(len(true)), baselines.majority_error(true)
     shown = []

@@ -415,7 +415,7 @@ function showMeasured() {
     const [color, gray] = measured[i], isSame = color.remark === gray.remark;
     const note = (remark) => (remark && !isSame ? ` (${remark})` : "");
     const text = `: ${percent(color.right)}${note(color.remark)}, without color ${percent(gray.right)}${note(gray.remark)}`;
-    const most = i ? ` It says ${about.classes[color.answer]} for ${percent(color.share)} of them.` : "";
+    const most = i ? ` It says ${className(color.answer)} for ${percent(color.share)} of them.` : "";
     return make("li", {}, make("span", { class: i ? `tower-${i}` : "" }, network), `${text}${isSame && color.remark ? `; ${color.remark}` : ""}.${most}`);
   }));
   const [whole, first, second] = measured.map(([color]) => color.right), points = (share) => Math.round(100 * (whole - share));
