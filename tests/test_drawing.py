@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -39,3 +41,14 @@ def test_pictures_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
         draw_sheet([Row("x", tiles)], "t"),
     ]
     assert all(page.tobytes() != box.tobytes() for page, box in zip(pages, boxes, strict=True))
+
+
+def test_many_rows_lie_in_columns() -> None:
+    """So that a sheet is not a strip: three tiles a row, rows in order down the columns."""
+    tiles = [Tile(np.full((8, 8, 3), value, np.uint8)) for value in range(0, 240, 20)]
+    sheet = np.asarray(draw_sheet([Row("", [tile] * 3) for tile in tiles], ""))
+    assert sheet.shape[0] < 1.5 * sheet.shape[1] < 2.5 * sheet.shape[0]
+    middle = sheet.shape[1] // 2
+    values = [[row[x] for row in sheet[:, :, 0]] for x in (40, middle + 40)]
+    seen = [value for column in values for value, _ in itertools.groupby(column) if value < 240 and value % 20 == 0]
+    assert seen == [tile.pixels[0, 0, 0] for tile in tiles]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import math
 import os
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
@@ -123,21 +124,26 @@ class Row(NamedTuple):
 
 
 def draw_sheet(rows: Sequence[Row], title: str) -> Image.Image:
-    """Draw the rows below each other, and the title below them. Small images are enlarged without smoothing."""
-    width = max([MIN_WIDTH, *(_tile_left(row, len(row.tiles)) for row in rows)])
-    height = len(rows) * (SIDE + 2 * LINE + GAP) + LINE + GAP
+    """Draw the rows below each other, many of them in several columns, and the title below them.
+
+    Small images are enlarged without smoothing.
+    """
+    row_width = max([MIN_WIDTH, *(_tile_left(row, len(row.tiles)) for row in rows)])
+    row_height = SIDE + 2 * LINE + GAP
+    columns = max(1, round(math.sqrt(len(rows) * row_height / row_width)))  # about as wide as high
+    lines = -(-len(rows) // columns)
+    width, height = columns * row_width, lines * row_height + LINE + GAP
     page = Image.new("RGB", (width, height), PAGE)
     texts = [title, *(row.caption for row in rows), *(tile.text for row in rows for tile in row.tiles)]
     draw, font = ImageDraw.Draw(page), load_font(LETTERS, "".join(texts))
-    top = 0
-    for row in rows:
-        draw.text((GAP, top + 3), fit_text(row.caption, width - 2 * GAP, font), INK, font)
+    for index, row in enumerate(rows):
+        start, top = index // lines * row_width, index % lines * row_height
+        draw.text((start + GAP, top + 3), fit_text(row.caption, row_width - 2 * GAP, font), INK, font)
         for number, tile in enumerate(row.tiles):
-            left = _tile_left(row, number)
+            left = start + _tile_left(row, number)
             page.paste(_scale_tile(tile.pixels), (left, top + LINE))
             draw.text((left, top + LINE + SIDE + 2), fit_text(tile.text, SIDE, font), INK, font)
-        top += SIDE + 2 * LINE + GAP
-    draw.text((GAP, top + 3), fit_text(title, width - 2 * GAP, font), INK, font)
+    draw.text((GAP, height - LINE - GAP + 3), fit_text(title, width - 2 * GAP, font), INK, font)
     return page
 
 

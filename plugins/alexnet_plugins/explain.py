@@ -149,7 +149,8 @@ class _Figures:
             more = f" and {len(self.saved) - 1:,} more" if len(self.saved) > 1 else ""
             return f"{self.saved[0]}{more}" if self.saved else ""
         target = self.output or self.choose_path(*inputs)
-        save_figure(draw_sheet(self.rows, f"bright: most evidence for the class · {self.caption}"), target)
+        title = f"bright: most evidence for the class; 60 → 20 %: with a gray square there · {self.caption}"
+        save_figure(draw_sheet(self.rows, title), target)
         part = f" · the first {MAX_ROWS} of {self.count:,} images" if self.count > MAX_ROWS else ""
         return f"{target}{part}{' · for a page of each image: -o DIR' if not self.output else ''}"
 

@@ -164,8 +164,8 @@ def test_a_class_is_found_by_name_wnid_and_index_and_otherwise_the_nearest_are_n
         "cat": "did you mean Egyptian cat?",
         "taby": "did you mean tabby?",
         "crane": "crane (n02012849) or crane (n03126707)",
-        "99": "its classes are tabby, Egyptian cat",
-        "": "its classes are tabby",
+        "99": "classes 0 to 7: tabby, Egyptian cat",
+        "": "classes 0 to 7: tabby",
     }.items():
         with pytest.raises(UsageError) as error:
             find_class(classes, text)

@@ -141,10 +141,10 @@ def test_every_layer_has_a_name_in_the_order_of_the_recipe() -> None:
 @pytest.mark.parametrize(
     ("layers", "tower", "what", "hint"),
     [
-        (["conv1", "conv33"], None, "recipe paper has no layer 'conv33'", "did you mean conv3? layers: conv1 relu1"),
-        (["attention"], None, "recipe paper has no layer 'attention'", "layers: conv1 relu1"),
-        (["conv1"], 3, "recipe paper has no tower 3", "towers: 1 2"),
-        (["conv1"], 0, "recipe paper has no tower 0", "towers: 1 2"),
+        (["conv1", "conv33"], None, "the network has no layer 'conv33'", "did you mean conv3? layers: conv1 relu1"),
+        (["attention"], None, "the network has no layer 'attention'", "layers: conv1 relu1"),
+        (["conv1"], 3, "the network has no tower 3", "towers: 1 2"),
+        (["conv1"], 0, "the network has no tower 0", "towers: 1 2"),
         (["conv1", "fc8"], 1, "fc8 has no towers", "read fc8 without a tower"),
     ],
 )

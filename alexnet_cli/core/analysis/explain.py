@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -203,9 +204,10 @@ def find_class(classes: Sequence[ClassName], text: str) -> int:
     near = [name for name in unique if lower and lower in name.lower()] or [
         unique[kinds[1].index(name)] for name in get_close_matches(lower, kinds[1], 3, 0.5)
     ]
-    hint = f"did you mean {' or '.join(near[:3])}?" if near else f"its classes are {', '.join(unique[:10])}"
-    more = " ..." if not near and len(unique) > 10 else ""
-    raise UsageError(f"the network has no class {text!r} among its {len(classes):,}", hint + more)
+    more = " ..." if len(unique) > 10 else ""
+    listed = f"classes 0 to {len(unique) - 1}: {', '.join(unique[:10])}{more}"
+    hint = f"did you mean {' or '.join(near[:3])}?" if near else listed
+    raise UsageError(f"the network has no class {text!r} among its {len(classes):,}", hint)
 
 
 def make_record(explanation: Explanation) -> dict[str, Any]:
@@ -234,7 +236,7 @@ SHOWN, TOP = 360, 132  # side of an image on the page, and where images begin
 LEGEND_LETTERS = 44  # in a line
 BAR_HEIGHT = 50  # of a class, its probability and the space below
 EXPLAINED = (190, 60, 50)  # color of the bar of the explained class
-SMALLEST_DROP = 0.01  # of probability, at full color: what is smaller stays dark, since it means little
+SMALLEST_DROP = 0.05  # of probability, at full color: maps of smaller drops stay dark, since they mean little
 INFERNO = np.array([
     (0, 0, 4), (31, 12, 72), (85, 15, 109), (136, 34, 106), (186, 54, 85), (227, 89, 51), (249, 140, 10),
     (249, 201, 50), (252, 255, 164),
@@ -272,14 +274,19 @@ def draw_page(explanation: Explanation, image: str, caption: str) -> Image.Image
 
 
 def make_sheet_row(explanation: Explanation, image: str) -> Row:
-    """Make a row of a contact sheet: the image, then the map of each network with the probability of the class."""
+    """Make a row of a contact sheet: the image, then the map of each network with the probability of the class.
+
+    An arrow points to the probability with the gray square at the peak.
+    """
     name = explanation.name.name
     tiles = [Tile(explanation.seen, "image")]
     for attribution in explanation.attributions:
-        words = name_towers(attribution.without_tower).removesuffix(" network")
+        words = name_towers(attribution.without_tower).removesuffix(" network").removesuffix(" alone")
         tile = draw_overlay(explanation, attribution, SIDE)
-        tiles.append(Tile(tile, f"{words}: {100 * attribution.probability:.0f} %"))
-    return Row(f"{image}: {name}", tiles, is_first_apart=True)
+        after = attribution.probability - attribution.highest
+        fall = f" → {100 * after:.0f}" if explanation.method == "occlusion" else ""
+        tiles.append(Tile(tile, f"{words}: {100 * attribution.probability:.0f}{fall} %"))
+    return Row(f"{Path(image).name}: {name}", tiles, is_first_apart=True)
 
 
 def draw_overlay(explanation: Explanation, attribution: Attribution, side: int) -> npt.NDArray[np.uint8]:
@@ -329,7 +336,7 @@ def _legend_lines(explanation: Explanation) -> list[str]:
         "layercam": f"LayerCAM adds up the maps of layer 5, each place times its own gradient where that raises the "
         f"logit of “{name}”. Bright: there the sum is highest.",
     }[explanation.method]
-    dark = " (below 1 % all is dark)" if explanation.method == "occlusion" else ""
+    dark = f", up to a drop of {100 * SMALLEST_DROP:.0f} points or more" if explanation.method == "occlusion" else ""
     towers = " Alone means that the other tower is switched off." if len(explanation.attributions) > 1 else ""
     return [
         *textwrap.wrap(how, LEGEND_LETTERS), "",

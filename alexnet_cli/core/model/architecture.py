@@ -183,9 +183,9 @@ def check_layers(recipe: Recipe, layers: Sequence[str], tower: int | None = None
         if layer not in names:
             near = get_close_matches(layer, names, 1)
             hint = f"{f'did you mean {near[0]}? ' if near else ''}layers: {' '.join(names)}"
-            raise UsageError(f"recipe {recipe.name} has no layer {layer!r}", hint)
+            raise UsageError(f"the network has no layer {layer!r}", hint)
     if tower is not None and tower not in range(1, recipe.towers + 1):
-        what = f"recipe {recipe.name} has no tower {tower!r}"
+        what = f"the network has no tower {tower!r}"
         raise UsageError(what, f"towers: {' '.join(str(number + 1) for number in range(recipe.towers))}")
     if tower is not None and "fc8" in layers:
         raise UsageError("fc8 has no towers: its logits are a sum over them", "read fc8 without a tower")
