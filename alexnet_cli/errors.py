@@ -18,7 +18,7 @@ A message is two lines: what and where, then what to do. The shell prints them; 
 import errno
 
 STORAGE_ERRORS = {errno.ENOSPC, errno.EROFS, errno.EDQUOT}
-# Of PyTorch on a GPU and on a CPU, cuDNN and ONNX Runtime, which share no exception class.
+# Of PyTorch on a GPU and on a CPU, cuDNN, cuBLAS and ONNX Runtime, which share no exception class.
 OUT_OF_MEMORY_SIGNS = (
     "OutOfMemoryError",
     "out of memory",
@@ -26,6 +26,9 @@ OUT_OF_MEMORY_SIGNS = (
     "ALLOC_FAILED",
     "Failed to allocate",
     "bad_alloc",
+    "unable to find an engine",  # cuDNN: the workspace of every algorithm is too large
+    "ALLOCATION_FAILED",
+    "STATUS_NOT_INITIALIZED",  # cuDNN, cuBLAS: no memory for the library itself
 )
 
 

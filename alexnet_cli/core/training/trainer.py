@@ -121,18 +121,18 @@ class Trainer:
             MissingError: the GPU cannot hold even one image.
         """
         with self.placement.ranks.name_errors(f"step {self.steps_done + 1}"):
-            while (metrics := self.compute_gradient(batch)) is None:  # out of memory
-                self._halve_micro_batch(len(batch.rows))
+            while isinstance(metrics := self.compute_gradient(batch), str):  # out of memory
+                self._halve_micro_batch(len(batch.rows), metrics)
         if self.checks_every_step and not bool(torch.isfinite(metrics.loss)):
             raise NonFiniteLoss(float(metrics.loss))
         self.optimizer.step(self.schedule.learning_rate(self.steps_done), self.epoch)
         self.steps_done += 1
         return metrics
 
-    def compute_gradient(self, batch: Batch) -> StepMetrics | None:
+    def compute_gradient(self, batch: Batch) -> StepMetrics | str:
         """Set each parameter's `grad` to the gradient of the mean loss of the whole batch, over all ranks.
 
-        Returns None if the GPU ran out of memory. Micro-batches change the result by rounding only: dropout masks
+        Returns the error if the GPU ran out of memory. Micro-batches change the result by rounding only: dropout masks
         belong to an image's place in the whole batch, and each loss counts by its number of images.
         """
         first_image = self.placement.ranks.batch_slice(self.batch_size).start
@@ -157,7 +157,7 @@ class Trainer:
         except RuntimeError as error:
             if not is_gpu_out_of_memory(error, self.placement.device):
                 raise
-            return None
+            return str(error).partition("\n")[0]  # the error itself would keep the memory
         return StepMetrics(*sums)
 
     def _all_reduce(self, is_last: bool) -> AbstractContextManager[object]:
@@ -166,7 +166,7 @@ class Trainer:
             return self.forward.no_sync()
         return nullcontext()
 
-    def _halve_micro_batch(self, images: int) -> None:
+    def _halve_micro_batch(self, images: int, reason: str) -> None:
         """Compute half as many images at once from now on. Raises MissingError if that is impossible."""
         if self.placement.ranks.size > 1:  # other ranks wait inside this step's all-reduce: it cannot be repeated
             raise MissingError(
@@ -175,7 +175,7 @@ class Trainer:
             )
         if self.micro_batch == 1:
             raise MissingError(
-                f"{self.placement.name} ran out of memory with a single image",
+                f"{self.placement.name} ran out of memory with a single image: {reason}",
                 "train on the CPU (--gpus none), or a narrower network (--set width=0.5)",
             )
         self.micro_batch = (min(self.micro_batch, images) + 1) // 2
