@@ -87,14 +87,19 @@ def test_each_process_gets_its_own_gpu(place_second: Callable[..., Any]) -> None
     assert (found.device, found.precision) == (torch.device("cuda", 1), "bf16")
     assert found.names == ("GPU 0 T4", "GPU 1 H100")
     alone = replace(H100, index=0)  # all that a launcher lets it see, as with Slurm's --gpus-per-task=1
-    assert place_second(None, [alone], ("GPU 0 H100", "bf16", "GPU-a")).device == torch.device("cuda", 0)
+    found = place_second(None, [alone], ("GPU 0 H100", "bf16", "GPU-a"))
+    assert found.device == torch.device("cuda", 0)
+    assert found.names == ("GPU 0 H100 (GPU-a)", "GPU 0 H100 (GPU-b)")
+    assert found.processes_per_device == 1
 
 
 def test_two_processes_on_one_gpu_must_ask_for_it(place_second: Callable[..., Any]) -> None:
     with pytest.raises(MissingError, match="2 processes need a GPU each, but only 1 found") as caught:
         place_second(None, [T4], ("GPU 0 T4", "fp32", "GPU-a"))
     assert "--gpus 0,0" in caught.value.hint
-    assert place_second("0,0", [T4], ("GPU 0 T4", "fp32", "GPU-a")).device == torch.device("cuda", 0)
+    found = place_second("0,0", [T4], ("GPU 0 T4", "fp32", "GPU-a"))
+    assert found.device == torch.device("cuda", 0)
+    assert found.processes_per_device == 2
     with pytest.raises(MissingError, match="names 1 for 2 or more processes"):
         place_second("0", [T4], ("GPU 0 T4", "fp32", "GPU-a"))
 

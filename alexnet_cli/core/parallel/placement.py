@@ -135,6 +135,8 @@ def place_ranks(ranks: ProcessMesh, gpus: str | None, precision: str, parallel: 
     name = placed.name if info.local_size == ranks.size else f"{placed.name} of {socket.gethostname()}"
     uuid = "" if gpu_id is None else _find_gpu(gpu_id).uuid
     names, precisions, uuids = zip(*ranks.gather_values((name, placed.precision, uuid)), strict=True)
+    if len(set(zip(names, uuids, strict=True))) > len(set(names)):  # each process sees one GPU, and calls it GPU 0
+        names = tuple(f"{name} ({uuid[:8]})" for name, uuid in zip(names, uuids, strict=True))
     if ids and "nccl" in choose_backend(gpus) and len(set(uuids)) < ranks.size:
         raise MissingError(f"{ranks.size} processes need a GPU each, but only {len(set(uuids))} found", COUNT_HINT)
     if len(set(precisions)) > 1:  # ranks must send each other the same dtype
