@@ -12,7 +12,7 @@ import torch
 from alexnet_cli.core.devices import Gpu
 from alexnet_cli.core.model import triton_kernels
 from alexnet_cli.core.parallel import placement
-from alexnet_cli.core.parallel.placement import place, place_ranks, single_gpu
+from alexnet_cli.core.parallel.placement import choose_decode_threads, place, place_ranks, single_gpu
 from alexnet_cli.core.parallel.process_group import ProcessMesh, RankInfo
 from alexnet_cli.errors import MissingError, UsageError
 
@@ -102,6 +102,17 @@ def test_two_processes_on_one_gpu_must_ask_for_it(place_second: Callable[..., An
     assert found.processes_per_device == 2
     with pytest.raises(MissingError, match="names 1 for 2 or more processes"):
         place_second("0", [T4], ("GPU 0 T4", "fp32", "GPU-a"))
+
+
+@pytest.mark.parametrize(("cores", "local_size", "threads"), [(64, 4, 16), (2, 4, 1), (192, None, 192)])
+def test_images_are_decoded_by_all_cores(
+    cores: int, local_size: int | None, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = RankInfo(1, 8, 1, local_size) if local_size else None
+    monkeypatch.setattr(placement, "read_rank_info", lambda: info)
+    monkeypatch.setattr(placement, "count_cores", lambda: cores)
+    assert choose_decode_threads(None) == threads
+    assert choose_decode_threads(3) == 3
 
 
 def test_all_ranks_use_a_precision_that_each_supports(place_second: Callable[..., Any]) -> None:

@@ -234,6 +234,6 @@ def keep_freed_memory() -> None:
 
 
 def choose_decode_threads(threads: int | None) -> int:
-    """How many threads decode images: `threads` if given, otherwise one per core of this process, at most 8."""
+    """How many threads decode images: `threads` if given, otherwise one per core of this process."""
     info = read_rank_info()
-    return threads or min(8, max(1, count_cores() // (info.local_size if info else 1)))
+    return threads or max(1, count_cores() // (info.local_size if info else 1))
