@@ -5,21 +5,25 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+import torch
 
 from alexnet_cli.core.export.export import synthetic_crops
 from alexnet_cli.core.inference import onnx_graph
 from alexnet_cli.core.inference.session import Session
+from alexnet_cli.core.parallel.placement import Placement, place
 from alexnet_cli.recipe import CAFFE, PAPER, Recipe
 from alexnet_plugins.benchmark import inference
 from alexnet_plugins.benchmark.command import Topic, benchmark
 from alexnet_plugins.benchmark.sample_images import draw_jpeg
 from alexnet_plugins.benchmark.stock_network import GRAY
+from alexnet_plugins.benchmark.timing import BenchmarkOptions
 from alexnet_plugins.benchmark.training import Conditions
 from model_files import random_model
 
@@ -68,6 +72,23 @@ def test_the_script_gives_the_answers_of_predict(tmp_path: Path, monkeypatch: py
     indices, chances = [int(w) for w in said[1::3]], [float(w) for w in said[2::3]]
     assert set(indices[:2]) <= {label.index for label in found.top}
     np.testing.assert_allclose(chances, [label.probability for label in found.top], atol=0.03)
+
+
+def test_all_are_measured_on_the_cpu_if_only_torch_has_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with the package onnxruntime beside a CUDA build of torch."""
+    gpu = Placement(torch.device("cuda", 0), "GPU 0 H200", "bf16")
+    monkeypatch.setattr(inference, "RECIPE", SMALL)
+    monkeypatch.setattr(inference, "place", lambda gpus, precision: gpu if gpus is None else place(gpus, precision))
+    monkeypatch.setattr(inference, "check_onnx_providers", lambda: {"CPUExecutionProvider": "ok"})
+    monkeypatch.setattr(inference, "start_script_process", lambda: ThreadPoolExecutor(1))
+    monkeypatch.setattr(inference, "run_stock", lambda conditions, *_: conditions.device)
+    cases = inference.compare_inference(BenchmarkOptions(tmp_path, None, None, 1, 1, 2, None))
+    case = next(cases)
+    assert case.ours() == 2
+    assert str(case.peers["stock: contiguous, float32"]()) == "cpu"
+    assert case.notes[0].startswith("cpu, 2 crops")
+    assert case.notes[1] == "on the CPU: ONNX Runtime cannot use GPU 0 H200 (CUDAExecutionProvider: not installed)"
+    cases.close()
 
 
 def test_infer_says_what_it_should(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,10 +22,11 @@ from onnx import helper, numpy_helper
 from torch import nn
 
 from alexnet_cli.core.data.classes import ClassName
+from alexnet_cli.core.devices import check_onnx_providers
 from alexnet_cli.core.export.export import build_onnx
 from alexnet_cli.core.export.quantize import measure_ranges, to_int8
 from alexnet_cli.core.inference import onnx_graph
-from alexnet_cli.core.inference.session import Session
+from alexnet_cli.core.inference.session import CUDA, Session
 from alexnet_cli.core.model.architecture import PARAMETERS
 from alexnet_cli.core.model.model_file import Model
 from alexnet_cli.core.model.network import Network, initialize, parameters_by_name
@@ -53,9 +54,17 @@ Crops = npt.NDArray[np.float32]
 
 
 def compare_inference(options: BenchmarkOptions) -> Generator[BenchmarkCase]:
-    """Yield for each number of crops at a time a case of the float32 file and one of the int8 file."""
-    placement, workers = place(options.gpus, "fp32"), options.workers
-    has_bf16 = place(options.gpus, "bf16").precision == "bf16"
+    """Yield for each number of crops at a time a case of the float32 file and one of the int8 file.
+
+    All run on the CPU if ONNX Runtime cannot use the GPU.
+    """
+    gpus, workers, remarks = options.gpus, options.workers, list[str]()
+    placement = place(gpus, "fp32")
+    if placement.device.type == "cuda" and (state := check_onnx_providers().get(CUDA, "not installed")) != "ok":
+        remarks = [f"on the CPU: ONNX Runtime cannot use {placement.name} ({CUDA}: {state})"]
+        gpus = "none"
+        placement = place(gpus, "fp32")
+    has_bf16 = place(gpus, "bf16").precision == "bf16"
     device, on_gpu = placement.device, placement.device.type == "cuda"
     sessions = {
         name: Session(path, provider="cuda" if on_gpu else "cpu", gpu=device.index or 0, threads=workers)
@@ -74,7 +83,7 @@ def compare_inference(options: BenchmarkOptions) -> Generator[BenchmarkCase]:
             crops = make_crops(size)
             ours = {name: functools.partial(_run_session, session, crops) for name, session in sessions.items()}
             where, noun = placement.name if on_gpu else "cpu", "crop" if size == 1 else "crops"
-            notes = [f"{where}, {size} {noun} at a time, float32; random weights"]
+            notes = [f"{where}, {size} {noun} at a time, float32; random weights", *remarks]
             fp32_peers = stock | {
                 "ours, fp16": ours["fp16"],
                 "ONNX's own LRN operator": ours["operator"],
