@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import sys
 from datetime import timedelta
 from typing import Any
 
@@ -9,7 +12,7 @@ import pytest
 from torch._C._distributed_c10d import HashStore
 
 from alexnet_cli.core.parallel import process_group
-from alexnet_cli.core.parallel.process_group import ProcessMesh
+from alexnet_cli.core.parallel.process_group import ProcessMesh, RankInfo, join_process_group
 from alexnet_cli.errors import LostError, MissingError
 
 NCCL = (
@@ -50,6 +53,54 @@ def test_gpus_that_cannot_exchange_data_are_not_a_missing_rank(mesh: ProcessMesh
         raise RuntimeError(SHARED_MEMORY)
     assert not isinstance(caught.value, LostError)
     assert "NCCL_DEBUG=INFO" in caught.value.hint
+
+
+INTERFACES = {"first-machine": "ib0", process_group.ELSEWHERE: "eth0", "127.0.1.1": "lo"}
+
+
+@pytest.mark.parametrize(
+    ("own", "main", "already", "expected"),
+    [
+        ("10.0.0.7", "first-machine", None, None),  # gloo takes the address of the host's name
+        ("127.0.1.1", "first-machine", None, "ib0"),
+        ("127.0.1.1", "127.0.1.1", None, "eth0"),  # this is the first machine, and its name means itself
+        ("127.0.1.1", "first-machine", "bond0", "bond0"),
+        ("", "unknown", None, "eth0"),
+    ],
+)
+def test_other_machines_can_reach_gloo(
+    own: str, main: str, already: str | None, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def look_up(name: str) -> str:
+        if not own:
+            raise socket.gaierror
+        return own
+
+    monkeypatch.setattr(socket, "gethostbyname", look_up)
+    monkeypatch.setattr(process_group, "_find_interface", lambda address: INTERFACES.get(address, ""))
+    monkeypatch.setenv("MASTER_ADDR", main)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", already or "")
+    if not already:
+        monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    process_group._set_gloo_interface()
+    assert os.environ.get("GLOO_SOCKET_IFNAME") == expected
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can tell")
+def test_the_interface_of_an_address() -> None:
+    assert process_group._find_interface("127.0.0.1") == "lo"
+    assert process_group._find_interface("no such host") == ""
+
+
+def test_the_hint_of_ranks_that_do_not_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "ALEXNET_TIMEOUT": "0.2"}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("RANK", "WORLD_SIZE", "GLOO_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "1")  # restored at the end
+    with pytest.raises(MissingError) as caught, join_process_group(RankInfo(1, 2, 0, 1), "gloo"):
+        pass
+    assert "MASTER_ADDR" in caught.value.hint
+    assert "GLOO_SOCKET_IFNAME=eth0" in caught.value.hint
 
 
 def test_other_errors_stay_as_they_are(mesh: ProcessMesh) -> None:

@@ -7,6 +7,9 @@ and so on. A launcher passes each process its rank in environment variables: tor
 from __future__ import annotations
 
 import os
+import socket
+import struct
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +33,8 @@ Parallel = Literal["auto", "tower", "data", "hybrid"]
 LAUNCHER_VARIABLE = "ALEXNET_LAUNCHER"  # process id of the `alexnet` command that started this rank
 TIMEOUT_VARIABLE = "ALEXNET_TIMEOUT"  # seconds that a rank waits for the others
 DEFAULT_TIMEOUT = 600.0
+INTERFACE_VARIABLE = "GLOO_SOCKET_IFNAME"  # gloo's own: the network interface it listens on
+ELSEWHERE = "192.0.2.1"  # an address for documentation (RFC 5737): it has the default route, and nothing is sent to it
 NCCL_TIMEOUT_FACTOR = 2  # NCCL waits this many times longer than gloo
 REPORT_SECONDS = 3.0  # after a failure, how long the other ranks have to report that they see it too
 # Words in the errors of gloo, NCCL and the store, which share no exception class.
@@ -254,6 +259,8 @@ def join_process_group(info: RankInfo | None, backend: str) -> Iterator[ProcessM
         yield SINGLE_PROCESS
         return
     timeout = read_timeout()
+    if info.local_size < info.size:
+        _set_gloo_interface()
     os.environ.update({"RANK": str(info.rank), "WORLD_SIZE": str(info.size)})
     try:
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -264,9 +271,42 @@ def join_process_group(info: RankInfo | None, backend: str) -> Iterator[ProcessM
     except (RuntimeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         what = f"rank {info.rank} of {info.size} cannot join the process group: {reason}"
-        raise MissingError(what, "MASTER_ADDR and MASTER_PORT must name the same machine for all ranks") from error
+        hint = (
+            "MASTER_ADDR and MASTER_PORT must name the same machine for all ranks; on several machines, "
+            f"{INTERFACE_VARIABLE}=eth0 and NCCL_SOCKET_IFNAME=eth0 choose the network interface"
+        )
+        raise MissingError(what, hint) from error
     yield ProcessMesh(info.rank, info.size, store=store)
     dist.destroy_process_group()  # not after an error: it would wait for ranks that have ended
+
+
+def _set_gloo_interface() -> None:
+    """Let other machines reach gloo where the name of this host is a loopback address, as on Debian and Ubuntu.
+
+    gloo listens on the address of that name, unless its variable says otherwise.
+    """
+    with suppress(OSError):
+        if not socket.gethostbyname(socket.gethostname()).startswith("127."):
+            return
+    for address in (os.environ.get("MASTER_ADDR", ""), ELSEWHERE):
+        if (name := _find_interface(address)) not in ("", "lo"):
+            os.environ.setdefault(INTERFACE_VARIABLE, name)
+
+
+def _find_interface(address: str) -> str:
+    """The network interface through which this machine reaches an address; "" if unknown. Linux only."""
+    if sys.platform != "linux":
+        return ""
+    import fcntl
+
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((address, 9))  # UDP: chooses the way, sends nothing
+        own = socket.inet_aton(probe.getsockname()[0])
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):  # an interface without an address
+                if fcntl.ioctl(probe, 0x8915, struct.pack("256s", name.encode()))[20:24] == own:  # SIOCGIFADDR
+                    return name
+    return ""
 
 
 def arrange_mesh(ranks: ProcessMesh, parallel: Parallel, towers: int, device: torch.device) -> ProcessMesh:
