@@ -198,7 +198,7 @@ def evaluate(
     augment = Augment(network.recipe, mean, None, None, placement.device, network.mean.dtype)
     classify = evaluation.TorchClassifier(network, augment, placement, views)
     counts, size = Evaluation.empty(len(network.classes)), min(BATCH, len(images))
-    with loader.Loader(images, size, choose_decode_threads(None)) as decoder:
+    with loader.Loader(images, size, choose_decode_threads(None), placement.device) as decoder:
         batches = decoder.batches(loader.all_batches(len(images), size))
         for _ in evaluation.evaluate(classify, batches, counts, output_of):
             counts.check_finite(path)

@@ -29,6 +29,7 @@ from alexnet_cli.options import (
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+    import torch
     from torch import Tensor
 
     from alexnet_cli.core.data.classes import ClassName
@@ -45,14 +46,16 @@ NO_FILES = "none, because the weights are not in a run; use -o DIR to write per-
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A network ready to classify. `device` is for people, `info` is the metadata of its file."""
+    """A network ready to classify. `device_name` is for people, `info` is the metadata of its file."""
 
     path: Path
     classify: Classify
     classes: Sequence[ClassName]
     recipe: Recipe
-    device: str
+    device_name: str
     info: Mapping[str, Any]
+    device: torch.device | None = None
+    """Where it takes images; None is the CPU."""
 
 
 def evaluate(
@@ -122,7 +125,7 @@ def evaluate(
         reporter.line("note", remark)
     reporter.line("data", f"{dataset.path} · {split} · {len(images):,} images, each counted once")
     gray = " · gray images" if grayscale else ""
-    reporter.line("mode", f"{results.PROTOCOL[views]} · {backend} · {model.device}{gray}")
+    reporter.line("mode", f"{results.PROTOCOL[views]} · {backend} · {model.device_name}{gray}")
     if len(dataset.classes) < len(classes):
         share = f"{len(dataset.classes):,} of the network's {len(classes):,} classes"
         reporter.line("note", f"the data set has {share}; predictions of the other classes count as errors")
@@ -134,8 +137,7 @@ def evaluate(
     condition = [f"without-tower{without_tower}"] if without_tower else ["towers"] if towers else []
     stem = results.make_file_stem(split, views, path, dataset, condition + ["gray"] * grayscale)
     if towers:
-        classifiers = {tower: network.classify for tower, network in networks.items()}
-        tower_counts = _count_towers(reporter, path, classifiers, images, output_of, len(classes), batch_size, jobs)
+        tower_counts = _count_towers(reporter, networks, images, output_of, batch_size, jobs)
         record = _report_towers(reporter, tower_counts, classes, views, source)
         _write_record(reporter, folder, stem, record)
         return
@@ -180,7 +182,7 @@ def _count_images(
     classify = HalvingClassifier(model.classify, lambda n: _warn_of_halving(reporter, n))
     with contextlib.ExitStack() as stack:
         out = stack.enter_context(_open_predictions(predictions)) if predictions else None
-        loader = stack.enter_context(loading.Loader(images, size, choose_decode_threads(jobs)))
+        loader = stack.enter_context(loading.Loader(images, size, choose_decode_threads(jobs), model.device))
         bar = stack.enter_context(reporter.progress(images.name, total=len(images)))
         batches = loader.batches(loading.all_batches(len(images), size))
         for batch, top, probabilities in evaluate_batches(classify, batches, counts, output_of):
@@ -200,11 +202,9 @@ def _warn_of_halving(reporter: Reporter, batch_size: int) -> None:
 
 def _count_towers(
     reporter: Reporter,
-    path: Path,
-    classifiers: Mapping[int | None, Classify],
+    networks: Mapping[int | None, LoadedModel],
     images: Split,
     output_of: Any,
-    classes: int,
     batch_size: int | None,
     jobs: int | None,
 ) -> TowerCounts:
@@ -214,18 +214,19 @@ def _count_towers(
     from alexnet_cli.core.evaluation.towers import TowerCounts, evaluate_towers
     from alexnet_cli.core.parallel.placement import choose_decode_threads
 
-    counts, size = TowerCounts.empty(classes), min(batch_size or DEFAULT_BATCH_SIZE, len(images))
+    whole, size = networks[None], min(batch_size or DEFAULT_BATCH_SIZE, len(images))
+    counts = TowerCounts.empty(len(whole.classes))
     halving = {
-        tower: HalvingClassifier(classify, lambda n: _warn_of_halving(reporter, n))
-        for tower, classify in classifiers.items()
+        tower: HalvingClassifier(network.classify, lambda n: _warn_of_halving(reporter, n))
+        for tower, network in networks.items()
     }
     with (
-        Loader(images, size, choose_decode_threads(jobs)) as loader,
+        Loader(images, size, choose_decode_threads(jobs), whole.device) as loader,
         reporter.progress(images.name, total=len(images)) as bar,
     ):
         batches = loader.batches(all_batches(len(images), size))
         for batch in evaluate_towers(halving, batches, counts, output_of):
-            counts.check_finite(path)
+            counts.check_finite(whole.path)
             bar.advance(len(batch.rows))
     return counts
 
@@ -315,7 +316,8 @@ def _load_torch(model: Model, views: int, gpus: str | None) -> LoadedModel:
     augment = Augment(model.recipe, model.mean, None, None, placement.device)
     network = network_from_model(model).to(placement.device)
     classify = TorchClassifier(network, augment, placement, views)
-    return LoadedModel(model.path, classify, model.classes, model.recipe, f"{placement.name} · fp32", model.info)
+    name = f"{placement.name} · fp32"
+    return LoadedModel(model.path, classify, model.classes, model.recipe, name, model.info, placement.device)
 
 
 def _load_onnx(path: Path, views: int, gpus: str | None) -> LoadedModel:

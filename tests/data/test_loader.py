@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -251,6 +253,81 @@ def test_when_the_cache_is_used(prepared: Path, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(loader_module, "_free_bytes", lambda device: None)
         assert cache_decoded(loader, "auto") is loader
         assert isinstance(cache_decoded(loader, "device"), CachedLoader)
+
+
+class LateStream:
+    """A CUDA stream whose work runs as late as allowed: when somebody waits for an event after it."""
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.work: list[Callable[[], object]] = []
+
+    def run(self, count: int | None = None) -> None:
+        """Run the first `count` pieces of work; those that ran before do nothing."""
+        count = len(self.work) if count is None else count
+        for i in range(count):
+            self.work[i]()
+            self.work[i] = lambda: None
+
+    def record_event(self) -> LateEvent:
+        return LateEvent(self, len(self.work))
+
+    def wait_event(self, event: LateEvent) -> None:
+        self.work.append(event.synchronize)
+
+
+@dataclass
+class LateEvent:
+    stream: LateStream
+    count: int
+
+    def synchronize(self) -> None:
+        self.stream.run(self.count)
+
+
+class PinnedTensor(torch.Tensor):
+    """A pinned buffer: a copy to the device is work of the current stream."""
+
+    current: LateStream
+    in_use: list[Any]
+    """The stream that each copy is used on."""
+
+    def to(self, *_: object, **__: object) -> torch.Tensor:
+        copy = torch.zeros(self.shape, dtype=self.dtype)
+        PinnedTensor.current.work.append(lambda: copy.copy_(self.as_subclass(torch.Tensor)))
+        copy.record_stream = PinnedTensor.in_use.append  # type: ignore[assignment, method-assign]
+        return copy
+
+
+def test_batches_on_a_gpu_wait_for_their_copies(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU is pretended: its copies and its computing run as late as allowed, so that a missing wait shows."""
+    compute, empty = LateStream(), torch.empty
+    PinnedTensor.current, PinnedTensor.in_use = compute, []
+
+    @contextmanager
+    def use_stream(stream: LateStream) -> Iterator[None]:
+        PinnedTensor.current = stream
+        yield
+        PinnedTensor.current = compute
+
+    def pinned_empty(shape: tuple[int, ...], *, pin_memory: bool = False, **options: Any) -> torch.Tensor:
+        return empty(shape, **options).as_subclass(PinnedTensor) if pin_memory else empty(shape, **options)
+
+    split = open_dataset(prepared).split("train")
+    plan, seen = all_batches(len(split), 7) * 2, list[torch.Tensor]()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", pinned_empty)
+        patch.setattr(torch.cuda, "Stream", LateStream)
+        patch.setattr(torch.cuda, "stream", use_stream)
+        patch.setattr(torch.cuda, "current_stream", lambda device: compute)
+        with Loader(split, 7, 2, torch.device("cuda", 0)) as loader:
+            for batch in loader.batches(plan):
+                compute.work.append(lambda images=batch.images: seen.append(images.clone()))  # type: ignore[misc]
+    assert not seen
+    compute.run()
+    with Loader(split, 7, 2) as plain:
+        for batch, images in zip(plain.batches(plan), seen, strict=True):
+            assert torch.equal(batch.images, images)
+    assert PinnedTensor.in_use == [compute] * len(plan)
 
 
 def test_memory_cached_by_torch_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:

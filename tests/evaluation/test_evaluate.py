@@ -67,6 +67,15 @@ def test_ranking_of_few_classes() -> None:
     assert rank_classes(np.array([[0.2, 0.7, 0.1]], np.float32), 5).tolist() == [[1, 0, 2]]
 
 
+def test_ranking_is_that_of_a_stable_sort() -> None:
+    """With many equal values, which keep the order of the classes."""
+    table = np.random.default_rng(0).integers(0, 12, (40, 1000)).astype(np.float32)
+    before = table.copy()
+    np.testing.assert_array_equal(rank_classes(table, 5), np.argsort(-table, axis=1, kind="stable")[:, :5])
+    np.testing.assert_array_equal(table, before)
+    assert rank_classes(table[:0], 5).shape == (0, 5)
+
+
 def classifier(views: int) -> TorchClassifier:
     recipe = replace(FAST, width=1 / 16)
     network = Network(recipe, 5)

@@ -19,8 +19,9 @@ from typer import Typer
 from typer.testing import CliRunner, Result
 
 from alexnet_cli.console import Reporter
+from alexnet_cli.core.data import loader
 from alexnet_cli.core.data.classes import WNIDS_SHA256, ClassName
-from alexnet_cli.core.data.shards import open_dataset
+from alexnet_cli.core.data.shards import Split, open_dataset
 from alexnet_cli.core.devices import Gpu
 from alexnet_cli.core.evaluation import baselines, results
 from alexnet_cli.core.evaluation import evaluate as evaluating
@@ -100,6 +101,21 @@ def test_run_checkpoint_model_file_and_onnx_file_give_the_same(runs: Path, prepa
         assert record["loss"] == pytest.approx(found[0]["loss"], rel=1e-4)
         assert record["top1_error_interval"][0] < record["top1_error"] < record["top1_error_interval"][1]
     assert numbers("-w", "one", "--views", views, "-b", "3")["loss"] == pytest.approx(found[0]["loss"], rel=1e-5)
+
+
+def test_images_are_loaded_to_the_device_of_the_network(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a GPU the loader then copies them from pinned memory, while the GPU computes."""
+    devices: list[torch.device | None] = []
+
+    class SeenLoader(loader.Loader):
+        def __init__(self, split: Split, size: int, threads: int, device: torch.device | None = None) -> None:
+            devices.append(device)
+            super().__init__(split, size, threads, device)
+
+    monkeypatch.setattr(loader, "Loader", SeenLoader)
+    for words in (["one"], ["one", "--towers"], [f"{runs}/alexnet.onnx"]):
+        numbers("-w", *words)
+    assert devices == [torch.device("cpu"), torch.device("cpu"), None]
 
 
 @pytest.mark.parametrize("views", ["1", "10"])

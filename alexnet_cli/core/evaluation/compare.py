@@ -155,7 +155,7 @@ def classify_pair(
         networks.append((model.path, HalvingClassifier(classifier, lambda n: None), outputs, class_of, counts))
     labels, predicted = np.empty(len(val), np.int64), np.empty((2, len(val)), np.int64)
     probabilities, size = np.empty((2, len(val)), np.float32), min(BATCH, len(val))
-    with Loader(val, size, choose_decode_threads(None)) as loader:
+    with Loader(val, size, choose_decode_threads(None), placement.device) as loader:
         for batch in loader.batches(all_batches(len(val), size)):
             labels[batch.rows] = true = batch.labels.numpy()
             for number, (path, classify, outputs, class_of, counts) in enumerate(networks):
