@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,24 +10,32 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from alexnet_cli.core.data.loader import training_batches
+from alexnet_cli.core.data.augment import Augment
+from alexnet_cli.core.data.loader import Batch, training_batches
 from alexnet_cli.core.evaluation.evaluate import Evaluation
 from alexnet_cli.core.model.network import Network
 from alexnet_cli.core.model.towers import TowerGroup
 from alexnet_cli.core.parallel.ddp import wrap_ddp
+from alexnet_cli.core.parallel.placement import Placement
 from alexnet_cli.core.parallel.process_group import (
     ProcessMesh,
     RankInfo,
+    arrange_mesh,
     join_process_group,
     mesh_shape,
     read_rank_info,
 )
 from alexnet_cli.core.runs.run import Run
 from alexnet_cli.core.training.fine_tuning import freeze
+from alexnet_cli.core.training.trainer import Trainer
 from alexnet_cli.errors import UsageError
 from alexnet_cli.recipe import CAFFE, PAPER, Recipe
+from alexnet_plugins.benchmark.parallel import Strategy
+from parallel_costs import sent_bytes
 from rank_cases import PLACES, train_in_ranks
 
 SMALL = replace(PAPER, width=1 / 16, batch_size=11, epochs=3)  # 11 divides by no number of replicas
@@ -111,6 +120,29 @@ def test_ddp_is_skipped_without_trainable_replicas() -> None:
     network = Network(frozen, 4, columns=columns)
     freeze(network, frozen)
     assert wrap_ddp(network, ProcessMesh(0, 2, 0, 2, columns=columns, group=everyone), compress=False) is network
+
+
+@pytest.mark.parametrize("parallel", ["tower", "data", "hybrid"])
+@pytest.mark.parametrize("size", [8, 64])
+def test_a_step_of_many_ranks(size: int, parallel: Strategy) -> None:
+    """One rank of many, whose partners are pretended: it sends as many bytes as docs/parallel.md computes."""
+    cpu, side, recipe = torch.device("cpu"), (3, 256, 256), replace(PAPER, width=1 / 16, batch_size=size)
+    dist.init_process_group("fake", rank=3, world_size=size, store=FakeStore())
+    try:
+        ranks = arrange_mesh(ProcessMesh(3, size), parallel, 2, cpu)
+        augment = Augment(recipe, np.zeros(side, np.float32), np.ones(3, np.float32), np.eye(3, dtype=np.float32), cpu)
+        trainer = Trainer(recipe, 1000, size, augment, Placement(cpu, "CPU", "fp32", ranks=ranks))
+        trainer.checks_every_step = False  # what the partners send is not a number
+        trainer.begin_epoch()
+        rows = np.arange(size)[ranks.batch_slice(size)]
+        images = torch.zeros(len(rows), 256, 256, 3, dtype=torch.uint8)
+        trainer.step(Batch(images, torch.zeros(len(rows), dtype=torch.int64), rows))
+    finally:
+        dist.destroy_process_group()
+    sent: Counter[str] = Counter()
+    for purpose, count in ranks.traffic.items():
+        sent[purpose.partition(" ")[0]] += count
+    assert sent == pytest.approx(sent_bytes(recipe, size, size, parallel), abs=2)  # rounded down for each tensor
 
 
 def test_evaluations_are_summed_over_ranks() -> None:

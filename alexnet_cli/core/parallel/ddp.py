@@ -53,8 +53,8 @@ def _sum_bucket(ranks: ProcessMesh, bucket: GradBucket, layers: dict[Tensor, str
     summed: TensorFuture = dist.all_reduce(sent, group=ranks.group, async_op=True).get_future()
 
     def unpack(done: TensorFuture) -> Tensor:
-        value: Tensor = done.value()[0]
-        return gradients.copy_(value) if compress else value
+        done.value()  # raises the error of an exchange that failed
+        return gradients.copy_(sent) if compress else sent
 
     return summed.then(unpack)
 
