@@ -55,11 +55,15 @@ def test_each_placement_sets_tf32_for_itself(monkeypatch: pytest.MonkeyPatch) ->
         assert tf32() == (allowed, allowed)
 
 
-def test_a_gpu_that_cannot_compute_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_cannot_compute_is_an_error_if_it_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(placement, "try_gpu", lambda index: "CUDA error: no kernel image is available")
     with pytest.raises(MissingError, match="GPU 0 T4 cannot be used: CUDA error: no kernel image") as caught:
-        place(None, "fp32")
+        place("0", "fp32")
     assert "--gpus none" in caught.value.hint
+    placed = place(None, "fp32")
+    assert placed.device.type == "cpu"
+    assert placed.notes[0].startswith("GPU 0 T4 cannot be used: CUDA error: no kernel image")
+    assert placed.notes[0].endswith("using the CPU")
 
 
 def test_single_gpu() -> None:

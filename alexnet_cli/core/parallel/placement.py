@@ -70,7 +70,7 @@ def place(gpus: str | None, precision: str) -> Placement:
     """Choose one device: `gpus` is an id, "all" (the first is used), "none", or None for the first GPU if there is one.
 
     Raises:
-        MissingError: the GPU does not exist or does not work.
+        MissingError: the GPU that `gpus` names does not exist or does not work.
         UsageError: `gpus` is not a GPU id, or names several.
     """
     return _place_on(single_gpu(gpus), gpus, precision)
@@ -158,12 +158,18 @@ def _choose_own_gpu(ids: list[int], info: RankInfo, gpus: str | None) -> int | N
 
 
 def _place_on(gpu_id: int | None, gpus: str | None, precision: str) -> Placement:
-    """Place this process on a GPU, or on the CPU if `gpu_id` is None. Raises MissingError if the GPU does not work."""
+    """Place this process on a GPU, or on the CPU if `gpu_id` is None, or if the GPU fails and `gpus` names none.
+
+    Raises:
+        MissingError: the GPU was asked for and does not work.
+    """
     if gpu_id is None:
         return _place_on_cpu(precision, [] if gpus else ["no GPU found: using the CPU"])
     gpu, notes = _find_gpu(gpu_id), list[str]()
     name = f"GPU {gpu.index} {gpu.name}"
     if reason := try_gpu(gpu.index):
+        if gpus is None:
+            return _place_on_cpu(precision, [f"{name} cannot be used: {reason}; using the CPU"])
         raise MissingError(f"{name} cannot be used: {reason}", DEVICES_HINT)
     if precision != "fp32" and not gpu.has_bf16:
         if precision == "bf16":
