@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -155,6 +156,17 @@ def test_without_triton_the_reason_is_given() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
+@needs_triton
+@pytest.mark.parametrize("broken", ["response_norm_forward", "response_norm_backward", "fused_update"])
+def test_every_kernel_is_tried(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `doctor` and the note of a training say; a broken kernel is enough."""
+    for name in ("response_norm_forward", "response_norm_backward", "fused_update"):
+        monkeypatch.setattr(triton_kernels, name, MagicMock())
+    monkeypatch.setattr(triton_kernels, broken, MagicMock(side_effect=RuntimeError(f"{broken}: no image\nmore")))
+    with FakeTensorMode():
+        assert triton_kernels.unavailable_reason.__wrapped__(0) == f"{broken}: no image"
+
+
 @pytest.mark.parametrize(("reason", "used"), [("", True), ("Failed to find C compiler.", False)])
 def test_the_kernel_is_used_on_a_gpu_if_it_works(reason: str, used: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """With fake tensors in the place of those on a GPU."""
@@ -182,7 +194,7 @@ def test_a_note_tells_that_the_kernels_do_not_run(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(triton_kernels, "unavailable_reason", lambda index: "Failed to find C compiler.")
     chosen = placement.place("0", "fp32")
     assert chosen.device == torch.device("cuda", 0)
-    assert "slower without its GPU kernel" in chosen.notes[0]
+    assert "normalization and weight updates are slower without the Triton kernels" in chosen.notes[0]
     assert "Failed to find C compiler." in chosen.notes[0]
     monkeypatch.setattr(triton_kernels, "unavailable_reason", lambda index: "")
     assert placement.place("0", "fp32").notes == ()
