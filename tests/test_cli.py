@@ -533,10 +533,30 @@ def test_doctor_says_what_each_gpu_can_do(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(devices, "list_gpus", lambda: gpus)
     monkeypatch.setattr(devices, "try_gpu", lambda index: ["", "no kernel image is available"][index])
     monkeypatch.setattr(triton_kernels, "unavailable_reason", lambda index: "")
+    monkeypatch.setattr(devices, "check_gpu_copies", lambda indices: pytest.fail("only one of them works"))
     said = alexnet("doctor").stdout
     assert "0: H100, 80 GiB, bf16: yes, kernels: ok" in said
     assert "1: K80, 12 GiB, bf16: no, cannot be used: no kernel image is available" in said
     assert [gpu.get("kernels") for gpu in json.loads(alexnet("doctor", "--json").stdout)["gpus"]] == ["ok", None]
+
+
+@pytest.mark.parametrize(
+    ("states", "line"),
+    [
+        ({"0 to 1": "ok", "1 to 0": "ok"}, "copies    between all GPUs: ok"),
+        ({"0 to 1": "corrupted", "1 to 0": "ok"}, "copies    0 to 1: corrupted; train with NCCL_P2P_DISABLE=1"),
+    ],
+)
+def test_doctor_compares_copies_between_gpus(
+    states: dict[str, str], line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus = [devices.Gpu(i, "H100", 80 << 30, "9.0") for i in (0, 1)]
+    monkeypatch.setattr(devices, "list_gpus", lambda: gpus)
+    monkeypatch.setattr(devices, "try_gpu", lambda index: "")
+    monkeypatch.setattr(triton_kernels, "unavailable_reason", lambda index: "")
+    monkeypatch.setattr(devices, "check_gpu_copies", lambda indices: states if indices == [0, 1] else {})
+    assert line in alexnet("doctor").stdout.splitlines()
+    assert json.loads(alexnet("doctor", "--json").stdout)["gpu_copies"] == states
 
 
 @pytest.mark.parametrize(("package", "words"), [("torch", ["--json"]), ("onnxruntime", [])])

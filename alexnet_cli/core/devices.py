@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import os
 import platform
 import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,6 +61,20 @@ def try_gpu(index: int) -> str:
     except RuntimeError as error:  # too old for this torch, used by another process, or full
         return (str(error) or type(error).__name__).partition("\n")[0]
     return ""
+
+
+def check_gpu_copies(indices: Sequence[int]) -> dict[str, str]:
+    """Copy random bytes from each GPU to each other one. Returns "0 to 1" -> "ok", "corrupted" or the error."""
+    import torch
+
+    sent, states = torch.randint(256, (1 << 20,), dtype=torch.uint8), {}
+    for source, target in itertools.permutations(indices, 2):
+        try:
+            is_equal = torch.equal(sent.to(f"cuda:{source}").to(f"cuda:{target}").cpu(), sent)
+            states[f"{source} to {target}"] = "ok" if is_equal else "corrupted"
+        except RuntimeError as error:
+            states[f"{source} to {target}"] = str(error).partition("\n")[0]
+    return states
 
 
 def has_gpu() -> bool:

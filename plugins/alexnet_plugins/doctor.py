@@ -30,18 +30,20 @@ def doctor(json: JsonFlag = False, quiet: QuietFlag = False) -> None:
 
     Also shows the providers of ONNX Runtime, free disk space, environment variables and commands that fail to load.
     """
-    from alexnet_cli.core.devices import check_onnx_providers, has_cpu_bf16, list_gpus
+    from alexnet_cli.core.devices import check_gpu_copies, check_onnx_providers, has_cpu_bf16, list_gpus
 
     reporter = Reporter("doctor", json=json, quiet=quiet)
     problems: dict[str, str] = {}
-    gpus = _try_package("torch", list_gpus, problems) or []
+    gpus = [_check_gpu(gpu) for gpu in _try_package("torch", list_gpus, problems) or []]
+    working = [gpu["index"] for gpu in gpus if "problem" not in gpu]
     providers = _try_package("onnxruntime", check_onnx_providers, problems) or {}
     report = {
         "alexnet": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: number for name in PACKAGES if (number := _installed_version(name))},
-        "gpus": [_check_gpu(gpu) for gpu in gpus],
+        "gpus": gpus,
+        "gpu_copies": check_gpu_copies(working) if len(working) > 1 else {},
         "cpu": {"cores": os.cpu_count(), "bf16": has_cpu_bf16()},
         "onnxruntime_providers": providers,
         "problems": problems,
@@ -105,6 +107,7 @@ def _format_report(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("alexnet", f"{report['alexnet']} · Python {report['python']} · {report['platform']}"),
         ("packages", " · ".join(f"{name} {number}" for name, number in report["packages"].items())),
         ("GPUs", " · ".join(map(_format_gpu, report["gpus"])) or no_gpus),
+        *([("copies", _format_copies(report["gpu_copies"]))] if report["gpu_copies"] else []),
         ("CPU", f"{cpu['cores']} cores, bf16: {'yes' if cpu['bf16'] else 'no'}"),
     ]
     lines += [("ONNX", f"{provider}: {state}") for provider, state in report["onnxruntime_providers"].items()]
@@ -112,6 +115,11 @@ def _format_report(report: dict[str, Any]) -> list[tuple[str, str]]:
     lines += [("set", f"{name}={value}") for name, value in report["environment"].items() if value is not None]
     lines += [("broken", f"{name}: {why}") for name, why in (report["problems"] | report["broken_commands"]).items()]
     return lines
+
+
+def _format_copies(states: dict[str, str]) -> str:
+    failed = [f"{pair}: {state}" for pair, state in states.items() if state != "ok"]
+    return f"{' · '.join(failed)}; train with NCCL_P2P_DISABLE=1" if failed else "between all GPUs: ok"
 
 
 def _format_gpu(gpu: dict[str, Any]) -> str:

@@ -97,6 +97,17 @@ def test_each_process_gets_its_own_gpu(place_second: Callable[..., Any]) -> None
     assert found.processes_per_device == 1
 
 
+@pytest.mark.parametrize(("gpus", "expected"), [("0,1", [torch.device("cuda", 1)]), ("0,0", [])])
+def test_gpus_compare_what_they_send_each_other(
+    place_second: Callable[..., Any], gpus: str, expected: list[torch.device], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes on one GPU exchange data through main memory."""
+    checked: list[torch.device] = []
+    monkeypatch.setattr(placement, "check_peers", lambda ranks, device, names: checked.append(device))
+    place_second(gpus, [T4, H100], ("GPU 0 T4", "fp32", "GPU-a"))
+    assert checked == expected
+
+
 def test_two_processes_on_one_gpu_must_ask_for_it(place_second: Callable[..., Any]) -> None:
     with pytest.raises(MissingError, match="2 processes need a GPU each, but only 1 found") as caught:
         place_second(None, [T4], ("GPU 0 T4", "fp32", "GPU-a"))

@@ -6,6 +6,7 @@ import os
 import socket
 import sys
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch._C._distributed_c10d import HashStore
 from alexnet_cli.core.parallel import process_group
 from alexnet_cli.core.parallel.process_group import ProcessMesh, RankInfo, join_process_group
 from alexnet_cli.errors import LostError, MissingError
+from rank_cases import check_peers_and_report, run_ranks
 
 NCCL = (
     "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.hpp:268, unhandled system error (run with "
@@ -101,6 +103,16 @@ def test_the_hint_of_ranks_that_do_not_meet(monkeypatch: pytest.MonkeyPatch) -> 
         pass
     assert "MASTER_ADDR" in caught.value.hint
     assert "GLOO_SOCKET_IFNAME=eth0" in caught.value.hint
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_data_that_arrives_corrupted_is_an_error(silent: bool, tmp_path: Path) -> None:
+    run_ranks(4, check_peers_and_report, tmp_path, silent)
+    reports = [(tmp_path / f"{rank}.txt").read_text().splitlines() for rank in range(4)]
+    assert reports[:2] == [[], []]
+    assert reports[3] == []
+    assert reports[2][:1] == ["data sent from GPU 3 to GPU 2 arrives corrupted"] * silent
+    assert ("NCCL_P2P_DISABLE=1" in "".join(reports[2])) is silent
 
 
 def test_other_errors_stay_as_they_are(mesh: ProcessMesh) -> None:

@@ -17,6 +17,7 @@ from alexnet_cli.core.parallel.process_group import (
     ProcessMesh,
     RankInfo,
     arrange_mesh,
+    check_peers,
     launcher_pid,
     read_rank_info,
 )
@@ -120,7 +121,8 @@ def place_ranks(ranks: ProcessMesh, gpus: str | None, precision: str, parallel: 
     """Choose this rank's device, and arrange the mesh of ranks.
 
     Raises:
-        MissingError: a GPU does not exist or does not work, or there are fewer GPUs than processes.
+        MissingError: a GPU does not exist or does not work, there are fewer GPUs than processes, or data that GPUs
+            send each other arrives corrupted.
         UsageError: the ranks cannot be divided as `parallel` says.
     """
     info, ids = read_rank_info(), local_gpus(gpus)
@@ -137,12 +139,16 @@ def place_ranks(ranks: ProcessMesh, gpus: str | None, precision: str, parallel: 
     names, precisions, uuids = zip(*ranks.gather_values((name, placed.precision, uuid)), strict=True)
     if len(set(zip(names, uuids, strict=True))) > len(set(names)):  # each process sees one GPU, and calls it GPU 0
         names = tuple(f"{name} ({uuid[:8]})" for name, uuid in zip(names, uuids, strict=True))
-    if ids and "nccl" in choose_backend(gpus) and len(set(uuids)) < ranks.size:
+    uses_nccl = "nccl" in choose_backend(gpus)
+    if uses_nccl and len(set(uuids)) < ranks.size:
         raise MissingError(f"{ranks.size} processes need a GPU each, but only {len(set(uuids))} found", COUNT_HINT)
     if len(set(precisions)) > 1:  # ranks must send each other the same dtype
         note = f"not every device supports {precision}: using fp32"
         placed = replace(placed, precision="fp32", notes=(*placed.notes, note))
-    return replace(placed, ranks=arrange_mesh(ranks, parallel, towers, placed.device), names=names)
+    mesh = arrange_mesh(ranks, parallel, towers, placed.device)
+    if uses_nccl:
+        check_peers(mesh, placed.device, names)
+    return replace(placed, ranks=mesh, names=names)
 
 
 def _choose_own_gpu(ids: list[int], info: RankInfo, gpus: str | None) -> int | None:

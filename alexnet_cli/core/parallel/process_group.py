@@ -36,6 +36,7 @@ DEFAULT_TIMEOUT = 600.0
 INTERFACE_VARIABLE = "GLOO_SOCKET_IFNAME"  # gloo's own: the network interface it listens on
 ELSEWHERE = "192.0.2.1"  # an address for documentation (RFC 5737): it has the default route, and nothing is sent to it
 NCCL_TIMEOUT_FACTOR = 2  # NCCL waits this many times longer than gloo
+CHECKED_BYTES = 1 << 20  # that each pair of ranks exchanges before a training on GPUs
 REPORT_SECONDS = 3.0  # after a failure, how long the other ranks have to report that they see it too
 # Words in the errors of gloo, NCCL and the store, which share no exception class.
 TRANSPORT_WORDS = ("gloo", "Dist", "NCCL", "Connection", "Timed out", "Broken pipe", "onnection reset")
@@ -329,6 +330,34 @@ def arrange_mesh(ranks: ProcessMesh, parallel: Parallel, towers: int, device: to
         columns=columns if parallel == "hybrid" else None,
         group=data_group,
     )
+
+
+def check_peers(ranks: ProcessMesh, device: torch.device, names: Sequence[str]) -> None:
+    """Exchange random bytes between all ranks of this rank's groups, and compare them with what was sent.
+
+    On some boards copies between GPUs arrive as zeros, without an error. `names` are the devices of all ranks.
+
+    Raises:
+        MissingError: bytes arrived changed.
+    """
+    groups = [group for group in (ranks.towers and ranks.towers.group, ranks.group) if group]
+    corrupt: list[str] = []
+    with ranks.name_errors("comparing exchanged bytes"):
+        for group in groups:
+            peers = dist.get_process_group_ranks(group)
+            sent = torch.stack([_draw_bytes(ranks.rank, peer) for peer in peers]).to(device)
+            received = torch.empty_like(sent)
+            dist.all_to_all_single(received, sent, group=group)
+            pairs = zip(peers, received.cpu(), strict=True)
+            corrupt += [names[peer] for peer, part in pairs if not torch.equal(part, _draw_bytes(peer, ranks.rank))]
+    if corrupt:
+        what = f"data sent from {', '.join(corrupt)} to {names[ranks.rank]} arrives corrupted"
+        raise MissingError(what, "NCCL_P2P_DISABLE=1 sends it through main memory; --gpus 0 trains on one GPU")
+
+
+def _draw_bytes(sender: int, receiver: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(sender << 32 | receiver)
+    return torch.randint(256, (CHECKED_BYTES,), dtype=torch.uint8, generator=generator)
 
 
 def _new_subgroup(mesh: npt.NDArray[np.int64]) -> dist.ProcessGroup:
