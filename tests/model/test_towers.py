@@ -36,7 +36,7 @@ def test_share_and_its_gradient(dtype: torch.dtype) -> None:
 
 
 def test_batch_sizes_are_exchanged_from_the_cpu() -> None:
-    """A tensor on a GPU would make the process wait for it, twice in every step."""
+    """A tensor on a GPU would make the process wait for it in every step."""
     sent: list[torch.Tensor] = []
 
     class Columns:
@@ -44,5 +44,6 @@ def test_batch_sizes_are_exchanged_from_the_cpu() -> None:
             sent.append(tensor)
             return torch.stack([tensor, tensor + 1])
 
-    assert HybridGather(cast(Any, Columns()))._batch_sizes(torch.empty(3, 2, device="meta")) == [3, 4]
+    assert HybridGather(cast(Any, Columns())).batch_sizes(torch.empty(3, 2, device="meta")) == [3, 4]
     assert [tensor.device.type for tensor in sent] == ["cpu"]
+    assert HybridGather().batch_sizes(torch.empty(3, 2)) == []

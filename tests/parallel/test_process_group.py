@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import sys
@@ -15,7 +16,7 @@ from torch._C._distributed_c10d import HashStore
 from alexnet_cli.core.parallel import process_group
 from alexnet_cli.core.parallel.process_group import ProcessMesh, RankInfo, join_process_group
 from alexnet_cli.errors import LostError, MissingError
-from rank_cases import check_peers_and_report, run_ranks
+from rank_cases import check_peers_and_report, run_ranks, stop_together
 
 NCCL = (
     "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.hpp:268, unhandled system error (run with "
@@ -113,6 +114,13 @@ def test_data_that_arrives_corrupted_is_an_error(silent: bool, tmp_path: Path) -
     assert reports[3] == []
     assert reports[2][:1] == ["data sent from GPU 3 to GPU 2 arrives corrupted"] * silent
     assert ("NCCL_P2P_DISABLE=1" in "".join(reports[2])) is silent
+
+
+def test_ranks_stop_at_the_same_call_without_waiting_for_each_other(tmp_path: Path) -> None:
+    """If rank 0 waited in its first call, rank 1 would never make its own."""
+    run_ranks(2, stop_together, tmp_path)
+    reasons = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert reasons[0] == reasons[1] == [None, None, None, "SIGTERM", "SIGTERM"]
 
 
 def test_other_errors_stay_as_they_are(mesh: ProcessMesh) -> None:

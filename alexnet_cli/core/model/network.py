@@ -79,7 +79,7 @@ class Network(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images to logits; softmax belongs to the loss."""
-        images = x
+        sizes = self.hybrid.batch_sizes(x)
         if self.recipe.input_size == 224 and self.recipe.edge_padding:
             x = pad_right_and_bottom(x)
         x = self.stage1(self.conv1(x.contiguous(memory_format=torch.channels_last)))
@@ -87,11 +87,11 @@ class Network(nn.Module):
         x = self.act(self.conv3(self._share(x, "conv3")))
         x = self.act(self.conv4(self._share(x, "conv4")))
         x = self.pool(self.act(self.conv5(self._share(x, "conv5"))))
-        x = self.hybrid.gather_images(self._share(x, "fc6").flatten(1))
+        x = self.hybrid.gather_images(self._share(x, "fc6").flatten(1), sizes)
         x = self.drop6(self.act(self.fc6(x)))
         x = self.drop7(self.act(self.fc7(self._share(x, "fc7"))))
         x = self.columns.sum(functional.linear(x, self.fc8.weight), "fc8") + self.fc8.bias
-        return self.hybrid.keep_own(x, images)
+        return self.hybrid.keep_own(x, sizes)
 
     def _share(self, x: Tensor, layer: str) -> Tensor:
         """The maps or units that this process's filters of a layer see: of both towers if it has cross-talk."""

@@ -134,24 +134,25 @@ class HybridGather:
 
     columns: TowerGroup | None = None
 
-    def gather_images(self, x: Tensor) -> Tensor:
+    def batch_sizes(self, images: Tensor) -> list[int]:
+        """How many images each process has. Sent from the CPU, so that no process waits for its GPU."""
+        if self.columns is None:
+            return []
+        return [int(size) for size in self.columns.all_gather(torch.tensor([len(images)])).flatten()]
+
+    def gather_images(self, x: Tensor, sizes: list[int]) -> Tensor:
         """Gather the images of all processes, in batch order: N x C -> (sum of all N) x C."""
         if self.columns is None:
             return x
-        gathered: Tensor = _GatherImages.apply(x, self.columns, self._batch_sizes(x))
+        gathered: Tensor = _GatherImages.apply(x, self.columns, sizes)
         return gathered
 
-    def keep_own(self, x: Tensor, images: Tensor) -> Tensor:
-        """Keep the rows of x that belong to this process's `images`: (sum of all N) x C -> N x C."""
+    def keep_own(self, x: Tensor, sizes: list[int]) -> Tensor:
+        """Keep the rows of x that belong to this process's images: (sum of all N) x C -> N x C."""
         if self.columns is None:
             return x
-        kept: Tensor = _KeepOwn.apply(x, self.columns, self._batch_sizes(images))
+        kept: Tensor = _KeepOwn.apply(x, self.columns, sizes)
         return kept
-
-    def _batch_sizes(self, x: Tensor) -> list[int]:
-        """How many images each process has. Sent from the CPU, so that no process waits for its GPU."""
-        assert self.columns is not None
-        return [int(size) for size in self.columns.all_gather(torch.tensor([len(x)])).flatten()]
 
 
 class _GatherImages(torch.autograd.Function):

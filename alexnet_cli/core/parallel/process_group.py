@@ -147,16 +147,24 @@ class ProcessMesh:
         return values
 
     def agree_on_stop(self, stop: Callable[[], str | None], reasons: Sequence[str]) -> Callable[[], str | None]:
-        """Wrap `stop` so that all ranks return the same reason at the same call: that of any rank that has one."""
+        """Wrap `stop` so that all ranks return the same reason at the same call: that of any rank that has one.
+
+        A reason is returned one call later, so that no rank waits for the others: they agree during the step between.
+        """
         if self.size == 1:
             return stop
+        pending: tuple[dist.Work, torch.Tensor] | None = None
 
         def stop_reason() -> str | None:
-            reason = stop()
+            nonlocal pending
+            reason, last = stop(), pending
             code = torch.tensor([0 if reason is None else 1 + reasons.index(reason)])
             with self.name_errors("agreeing whether to stop"):
-                dist.all_reduce(code, dist.ReduceOp.MAX)
-            return reasons[int(code) - 1] if int(code) else None
+                pending = dist.all_reduce(code, dist.ReduceOp.MAX, async_op=True), code
+                if last is None:
+                    return None
+                last[0].wait()
+            return reasons[int(last[1]) - 1] if int(last[1]) else None
 
         return stop_reason
 
