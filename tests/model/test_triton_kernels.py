@@ -189,8 +189,7 @@ def test_the_kernel_is_used_on_a_gpu_if_it_works(reason: str, used: bool, monkey
 def test_a_note_tells_that_the_kernels_do_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(placement, "list_gpus", lambda: [Gpu(0, "H100", 80 << 30, "9.0")])
     monkeypatch.setattr(placement, "try_gpu", lambda index: "")
-    for switch in ("benchmark", "allow_tf32"):  # restored after the test
-        monkeypatch.setattr(torch.backends.cudnn, switch, getattr(torch.backends.cudnn, switch))
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", torch.backends.cudnn.allow_tf32)  # restored after the test
     monkeypatch.setattr(triton_kernels, "unavailable_reason", lambda index: "Failed to find C compiler.")
     chosen = placement.place("0", "fp32")
     assert chosen.device == torch.device("cuda", 0)

@@ -15,9 +15,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from alexnet_cli.core.data.augment import Augment
 from alexnet_cli.core.data.loader import Batch, Loader
 from alexnet_cli.core.data.shards import open_dataset
+from alexnet_cli.core.devices import Gpu
 from alexnet_cli.core.model import triton_kernels
 from alexnet_cli.core.model.architecture import PARAMETERS
 from alexnet_cli.core.model.network import Network
+from alexnet_cli.core.parallel import placement
 from alexnet_cli.core.parallel.placement import Placement
 from alexnet_cli.core.runs.run import Run
 from alexnet_cli.core.training.loop import TrainingLoop
@@ -178,6 +180,22 @@ def test_on_a_second_gpu_everything_is_there(name: str, reason: str, monkeypatch
         sums = trainer.compute_gradient(batch)
     assert not isinstance(sums, str)
     assert {sums.loss.device, sums.errors.device, sums.top5_errors.device} == {second}
+
+
+@pytest.mark.usefixtures("own_runs_and_settings")
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_only_a_training_searches_for_the_fastest_convolutions(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN tries all algorithms for each new shape, which would take longer than many an evaluation."""
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, *_, **__: self)
+    monkeypatch.setattr(placement, "list_gpus", lambda: [Gpu(0, "H100", 80 << 30, "9.0")])
+    monkeypatch.setattr(placement, "try_gpu", lambda index: "")
+    monkeypatch.setattr(triton_kernels, "unavailable_reason", lambda index: "")
+    torch.backends.cudnn.benchmark = False
+    mean, axes = np.zeros((3, 256, 256), np.float32), np.eye(3, dtype=np.float32)
+    placed = placement.place("0" if device == "cuda" else "none", "fp32")
+    assert not torch.backends.cudnn.benchmark
+    Trainer(RECIPE, 10, 16, Augment(RECIPE, mean, np.ones(3, np.float32), axes, CPU.device), placed)
+    assert torch.backends.cudnn.benchmark is (device == "cuda")
 
 
 def test_dropout_masks_are_those_of_their_step(prepared: Path) -> None:

@@ -182,7 +182,6 @@ def _place_on(gpu_id: int | None, gpus: str | None, precision: str) -> Placement
             notes.append(f"{name} does not support bf16: using fp32")
         precision = "fp32"
     _allow_tf32(precision != "fp32")
-    torch.backends.cudnn.benchmark = True
     from alexnet_cli.core.model import triton_kernels  # imports Triton, which takes a second
 
     if reason := triton_kernels.unavailable_reason(gpu.index):

@@ -78,6 +78,8 @@ class Trainer:
         initialize(self.network)
         freeze(self.network, recipe)
         self.network.to(placement.device)
+        if placement.device.type == "cuda":
+            torch.backends.cudnn.benchmark = True  # a search of seconds for each shape, which pays only in training
         self.optimizer = PaperSGD(parameters_by_name(self.network), recipe)
         self.schedule = Schedule(recipe, steps_per_epoch(train_images, recipe.batch_size))
         self.batch_size = min(recipe.batch_size, train_images)

@@ -63,6 +63,7 @@ class Conditions:
 def compare_training(options: BenchmarkOptions) -> Generator[BenchmarkCase]:
     """Yield a case in float32, and one in bf16 if the device has it. The bf16 case continues with the same networks."""
     torch.set_num_threads(options.workers)
+    torch.backends.cudnn.benchmark = True  # as a `Trainer` does
     placements = [place(options.gpus, "fp32"), place(options.gpus, "bf16")]
     on_gpu = placements[0].device.type == "cuda"
     batch = options.batch_size or (BATCH_ON_GPU if on_gpu else BATCH)
