@@ -19,8 +19,10 @@ from alexnet_cli.core.devices import Gpu
 from alexnet_cli.core.model import triton_kernels
 from alexnet_cli.core.model.architecture import PARAMETERS
 from alexnet_cli.core.model.network import Network
+from alexnet_cli.core.model.towers import TowerGroup
 from alexnet_cli.core.parallel import placement
 from alexnet_cli.core.parallel.placement import Placement
+from alexnet_cli.core.parallel.process_group import ProcessMesh
 from alexnet_cli.core.runs.run import Run
 from alexnet_cli.core.training.loop import TrainingLoop
 from alexnet_cli.core.training.trainer import Trainer, is_gpu_out_of_memory
@@ -135,6 +137,23 @@ def test_a_gpu_that_cannot_hold_one_image(start: Start) -> None:
     with pytest.raises(MissingError, match="with a single image: CUDA out of memory"):
         list(training.fit())
     assert all(torch.equal(a, b) for a, b in zip(before, weights(training), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "micro_batch", "hint"),
+    [(ProcessMesh(1, 2), None, "try --micro-batch 8;"), (ProcessMesh(1, 2), 1, "train on the CPU"),
+     (ProcessMesh(1, 2, columns=TowerGroup(2, 1, 1)), None, "use a smaller batch (-b)")],
+)  # fmt: skip
+def test_one_of_several_gpus_is_too_small(start: Start, mesh: ProcessMesh, micro_batch: int | None, hint: str) -> None:
+    """The others wait for this one inside the step, so it cannot be repeated; hybrid has no pieces."""
+    trainer = start(micro_batch).trainer
+    trainer.placement = replace(CPU, ranks=mesh)
+    trainer.network.forward = SmallMemory(trainer.network, fits=0)  # type: ignore[method-assign]
+    trainer.begin_epoch()
+    images = torch.zeros(16, 256, 256, 3, dtype=torch.uint8)
+    with pytest.raises(MissingError, match=r"ran out of memory with .*: CUDA out of memory") as caught:
+        trainer.step(Batch(images, torch.zeros(16, dtype=torch.int64), np.arange(16)))
+    assert caught.value.hint.startswith(hint)
 
 
 @pytest.mark.parametrize(

@@ -170,16 +170,16 @@ class Trainer:
 
     def _halve_micro_batch(self, images: int, reason: str) -> None:
         """Compute half as many images at once from now on. Raises MissingError if that is impossible."""
-        if self.placement.ranks.size > 1:  # other ranks wait inside this step's all-reduce: it cannot be repeated
-            raise MissingError(
-                f"{self.placement.name} ran out of memory with {self.micro_batch} images at once",
-                f"try --micro-batch {max(1, self.micro_batch // 2)}; the result does not change",
-            )
+        ranks, what = self.placement.ranks, f"{self.placement.name} ran out of memory with"
         if self.micro_batch == 1:
             raise MissingError(
-                f"{self.placement.name} ran out of memory with a single image: {reason}",
+                f"{what} a single image: {reason}",
                 "train on the CPU (--gpus none), or a narrower network (--set width=0.5)",
             )
+        if ranks.size > 1:  # other ranks wait inside this step's all-reduce: it cannot be repeated
+            smaller = f"try --micro-batch {self.micro_batch // 2}; the result does not change"
+            hint = "use a smaller batch (-b), or --parallel data with --micro-batch" if ranks.columns else smaller
+            raise MissingError(f"{what} {self.micro_batch} images at once: {reason}", hint)
         self.micro_batch = (min(self.micro_batch, images) + 1) // 2
         torch.cuda.empty_cache()
 
