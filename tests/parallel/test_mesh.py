@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -35,7 +36,7 @@ from alexnet_cli.core.training.trainer import Trainer
 from alexnet_cli.errors import UsageError
 from alexnet_cli.recipe import CAFFE, PAPER, Recipe
 from alexnet_plugins.benchmark.parallel import Strategy
-from parallel_costs import sent_bytes
+from parallel_costs import FLOAT, HALF, sent_bytes
 from rank_cases import PLACES, train_in_ranks
 
 SMALL = replace(PAPER, width=1 / 16, batch_size=11, epochs=3)  # 11 divides by no number of replicas
@@ -122,16 +123,35 @@ def test_ddp_is_skipped_without_trainable_replicas() -> None:
     assert wrap_ddp(network, ProcessMesh(0, 2, 0, 2, columns=columns, group=everyone), compress=False) is network
 
 
+@pytest.fixture
+def _refuse_like_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refuse to exchange what NCCL does: tensors that are not dense in memory, or of types it cannot add or copy."""
+
+    def refuse(exchange: Callable[..., Any]) -> Callable[..., Any]:
+        def checked(*tensors: Any, **options: Any) -> Any:
+            for tensor in itertools.chain(*(part if isinstance(part, list) else [part] for part in tensors)):
+                assert tensor.is_contiguous()
+                assert tensor.dtype in (torch.float32, torch.bfloat16, torch.uint8, torch.int64)
+            return exchange(*tensors, **options)
+
+        return checked
+
+    for name in ("all_gather", "all_reduce", "all_to_all_single"):
+        monkeypatch.setattr(dist, name, refuse(getattr(dist, name)))
+
+
+@pytest.mark.usefixtures("_refuse_like_nccl")
 @pytest.mark.parametrize("parallel", ["tower", "data", "hybrid"])
 @pytest.mark.parametrize("size", [8, 64])
-def test_a_step_of_many_ranks(size: int, parallel: Strategy) -> None:
+@pytest.mark.parametrize(("precision", "element"), [("fp32", FLOAT), ("bf16", HALF)])
+def test_a_step_of_many_ranks(size: int, parallel: Strategy, precision: str, element: int) -> None:
     """One rank of many, whose partners are pretended: it sends as many bytes as docs/parallel.md computes."""
     cpu, side, recipe = torch.device("cpu"), (3, 256, 256), replace(PAPER, width=1 / 16, batch_size=size)
     dist.init_process_group("fake", rank=3, world_size=size, store=FakeStore())
     try:
         ranks = arrange_mesh(ProcessMesh(3, size), parallel, 2, cpu)
         augment = Augment(recipe, np.zeros(side, np.float32), np.ones(3, np.float32), np.eye(3, dtype=np.float32), cpu)
-        trainer = Trainer(recipe, 1000, size, augment, Placement(cpu, "CPU", "fp32", ranks=ranks))
+        trainer = Trainer(recipe, 1000, size, augment, Placement(cpu, "CPU", precision, ranks=ranks))
         trainer.checks_every_step = False  # what the partners send is not a number
         trainer.begin_epoch()
         rows = np.arange(size)[ranks.batch_slice(size)]
@@ -142,7 +162,9 @@ def test_a_step_of_many_ranks(size: int, parallel: Strategy) -> None:
     sent: Counter[str] = Counter()
     for purpose, count in ranks.traffic.items():
         sent[purpose.partition(" ")[0]] += count
-    assert sent == pytest.approx(sent_bytes(recipe, size, size, parallel), abs=2)  # rounded down for each tensor
+    assert sent == pytest.approx(
+        sent_bytes(recipe, size, size, parallel, element), abs=2
+    )  # rounded down for each tensor
 
 
 def test_evaluations_are_summed_over_ranks() -> None:
