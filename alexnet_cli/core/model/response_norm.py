@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from alexnet_cli.core.model.kernels import kernels_for
+
 CPU_BLOCK = 1_000_000  # values per block: smaller blocks cost more calls, larger ones do not fit the cache
 
 
@@ -44,13 +46,9 @@ def normalize_fast(
     """Equal to `normalize_plain` in values and gradients, but faster. May overwrite x if `relu`."""
     if not len(x):
         return x
-    if x.device.type == "cuda":
-        from alexnet_cli.core.model import triton_kernels
-
-        # torch.compile needs Triton and a C compiler itself.
-        if torch.compiler.is_compiling() or not triton_kernels.unavailable_reason(x.device.index):
-            return triton_kernels.fused_response_norm(x, size, k, alpha, beta, towers, relu)
-    out: Tensor = _AcrossMaps.apply(x, size, k, alpha, beta, towers, relu)
+    kernels = kernels_for(x.device)
+    function = kernels.fused_response_norm if kernels else _AcrossMaps.apply
+    out: Tensor = function(x, size, k, alpha, beta, towers, relu)
     return out
 
 
