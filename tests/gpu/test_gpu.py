@@ -41,6 +41,11 @@ def test_the_update_kernel_equals_the_definition(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", ["cuda:0", pytest.param("cuda:1", marks=needs_two_gpus)])
+def test_the_dropout_kernel_equals_the_definition(device: str) -> None:
+    kernel_cases.check_dropout(device)
+
+
+@pytest.mark.parametrize("device", ["cuda:0", pytest.param("cuda:1", marks=needs_two_gpus)])
 @pytest.mark.parametrize("case", kernel_cases.CASES, ids=str)
 def test_the_norm_kernels_equal_the_definition(case: kernel_cases.Case, device: str) -> None:
     """Also on a second GPU, while the first is the current one."""
@@ -57,7 +62,7 @@ def test_the_kernels_keep_nan() -> None:
 
 @pytest.mark.filterwarnings("ignore")  # torch's check reads gradients that are not retained
 def test_the_kernels_are_valid_torch_operators() -> None:
-    kernel_cases.check_operator("cuda")
+    kernel_cases.check_operators("cuda")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -6,20 +6,31 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernel_cases
+from alexnet_cli.core.data.augment import Augment
+from alexnet_cli.core.data.loader import Batch
 from alexnet_cli.core.devices import Gpu
-from alexnet_cli.core.model import response_norm, triton_kernels
+from alexnet_cli.core.model import layers, response_norm, triton_kernels
 from alexnet_cli.core.parallel import placement
+from alexnet_cli.core.parallel.placement import Placement
+from alexnet_cli.core.training import optim
+from alexnet_cli.core.training.trainer import Trainer
+from alexnet_cli.recipe import PAPER
 
+TRIED = ("response_norm_forward", "response_norm_backward", "fused_dropout", "fused_update")
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 
@@ -32,6 +43,18 @@ def test_interpreted_kernels_equal_the_definition() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def compile_kernel(kernel: Any, capability: int, kinds: dict[str, str], constants: Mapping[str, float]) -> Any:
+    """`kinds` are the types of its arguments; i32 if not given."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else kinds.get(name, "i32") for name in names}
+    source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()})
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32))
+
+
 @needs_triton
 @pytest.mark.parametrize("capability", [75, 80, 90, 100])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
@@ -39,18 +62,11 @@ def test_norm_kernels_compile_for_all_gpus(
     capability: int, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The interpreter accepts Python that the compiler refuses."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    constants = {"beta": 0.75, "half": 2, "maps": 48, "relu": True, "block": triton_kernels.NORM_BLOCK}
+    constants = {"beta": 0.75, "half": 2, "maps": 48, "relu": True, "block": triton_kernels.BLOCK}
     kinds = {"x": f"*{dtype}", "grad": f"*{dtype}", "out": f"*{dtype}", "k": "fp32", "alpha": "fp32"}
     for kernel in (triton_kernels._norm_forward_kernel, triton_kernels._norm_backward_kernel):
-        names = kernel.arg_names
-        signature = {name: "constexpr" if name in constants else kinds.get(name, "i32") for name in names}
-        source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()})
-        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+        compiled = compile_kernel(kernel, capability, kinds, constants)
         assert compiled.metadata.shared == 0
         reads, half = compiled.asm["ttgir"].count("tt.load"), constants["half"]
         # Every map once, and in backward the gradients: not once for each window that it is in.
@@ -59,20 +75,21 @@ def test_norm_kernels_compile_for_all_gpus(
 
 @needs_triton
 @pytest.mark.parametrize("capability", [75, 90])
-def test_the_update_kernel_compiles_for_all_gpus(
+def test_the_other_kernels_compile_for_all_gpus(
     capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    names = triton_kernels._update_kernel.arg_names
-    kinds = {"weight": "*fp32", "velocity": "*fp32", "gradient": "*fp32", "count": "i32", "block": "constexpr"}
-    signature = {name: kinds.get(name, "fp32") for name in names}
-    source = ASTSource(triton_kernels._update_kernel, signature, {(names.index("block"),): triton_kernels.UPDATE_BLOCK})
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
-    assert (compiled.asm["ttgir"].count("tt.load"), compiled.asm["ttgir"].count("tt.store")) == (3, 2)
+    kinds = {"x": "*bf16", "out": "*bf16", "state": "*i32", "p": "fp32", "scale": "fp32"}
+    compile_kernel(triton_kernels._dropout_kernel, capability, kinds, {"block": triton_kernels.BLOCK})
+    for alignment, access in ((16, "global.v4.b32"), (4, "global.b32")):
+        constants = {"columns": 7, "most": 16, "alignment": alignment, "block": triton_kernels.UPDATE_BLOCK}
+        compiled = compile_kernel(
+            triton_kernels._update_kernel, capability, {"table": "*fp64", "momentum": "fp32"}, constants
+        )
+        code = compiled.asm["ptx"]
+        reads, writes = 6, 4  # of three and two arrays: each of 128 threads takes eight values
+        several = 1 if alignment == 16 else 4
+        assert (code.count(f"ld.{access}"), code.count(f"st.{access}")) == (reads * several, writes * several)
 
 
 class FakeDriver:
@@ -117,6 +134,7 @@ def fake_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fak
     kernels: tuple[Any, ...] = (
         triton_kernels._norm_forward_kernel,
         triton_kernels._norm_backward_kernel,
+        triton_kernels._dropout_kernel,
         triton_kernels._update_kernel,
     )
     monkeypatch.setattr(driver, "_active", driver_double := FakeDriver())
@@ -132,17 +150,72 @@ def test_launch_arguments(fake_driver: FakeDriver) -> None:
     for values in (x, x[:0]):
         triton_kernels.response_norm_forward(values, 5, 2.0, 1e-4, 0.75, 2, True)
         triton_kernels.response_norm_backward(values, values, 5, 2.0, 1e-4, 0.75, 2, True)
-    weight, velocity, gradient = ([torch.empty(96, 3, 11, 11)] for _ in range(3))
-    triton_kernels.fused_update(weight, velocity, gradient, 0.9, 0.01, 0.0005)
+    for rows in (torch.empty(64, 4096), torch.empty(0, 4096)):
+        triton_kernels.fused_dropout(rows, torch.zeros(3, dtype=torch.int32), 0.5, 2.0, 0)
+    tensors = [(torch.empty(shape), torch.empty(shape), torch.empty(shape)) for shape in ((96, 3, 11, 11), (1000,))]
+    triton_kernels.fused_update({(0.01, 0.0005): tensors[:1], (0.02, 0.0): tensors[1:]}, 0.9)
+    triton_kernels.fused_update({}, 0.9)
     found = [(name, grid[0], given[-1]) for name, grid, given in fake_driver.launched]
-    block, programs = triton_kernels.NORM_BLOCK, x.numel() // triton_kernels.NORM_BLOCK
+    block, programs = triton_kernels.BLOCK, x.numel() // triton_kernels.BLOCK
     assert found == [
         ("_norm_forward_kernel", programs, block), ("_norm_backward_kernel", programs, block),
         ("_norm_forward_kernel", 1, block), ("_norm_backward_kernel", 1, block),
-        ("_update_kernel", 35, triton_kernels.UPDATE_BLOCK),
+        ("_dropout_kernel", 1024, block), ("_dropout_kernel", 1, block),
+        ("_update_kernel", 35 + 1, triton_kernels.UPDATE_BLOCK),
     ]  # fmt: skip
     counts = [next(value for value in given if type(value) is int) for _, _, given in fake_driver.launched]
-    assert counts == [x.numel(), x.numel(), 0, 0, 96 * 3 * 11 * 11]
+    assert counts == [x.numel(), x.numel(), 0, 0, 64 * 4096, 0, len(tensors)]
+
+
+@needs_triton
+@pytest.mark.parametrize(("size", "shift", "alignment"), [(1000, 0, 16), (10, 0, 4), (1000, 1, 4), (1000, 4, 16)])
+def test_unaligned_tensors_are_not_read_four_values_at_once(
+    size: int, shift: int, alignment: int, fake_driver: FakeDriver
+) -> None:
+    """A GPU stops at an unaligned address; gradients in DDP's buckets may have one."""
+    gradient = torch.empty(size + shift)[shift:]
+    tensors = [(torch.empty(64), torch.empty(64), torch.empty(64)), (torch.empty(size), torch.empty(size), gradient)]
+    triton_kernels.fused_update({(0.01, 0.0): tensors}, 0.9)
+    ((_, _, given),) = fake_driver.launched
+    assert given[-2] == alignment
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that compute or copy: a GPU launches at least a kernel for each."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.counts = Counter[str]()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.overloadpacket.__name__
+        if not (function.is_view or name in ("empty", "new_empty", "empty_like", "_unsafe_view")):
+            self.counts[name] += 1
+        return function(*args, **kwargs or {})
+
+
+@needs_triton
+def test_a_training_step_is_120_operators_and_one_update(
+    fake_driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step on the CPU along the GPU's branches; the kernels compute nothing."""
+    for module in (response_norm, layers, optim):
+        monkeypatch.setattr(module, "kernels_for", lambda device: triton_kernels)
+    monkeypatch.setattr(Augment, "crop_in_loop", Augment.crop_by_index)
+    recipe = replace(PAPER, width=1 / 16, batch_size=4, precision="bf16")
+    place, axes = Placement(torch.device("cpu"), "CPU", "bf16"), np.eye(3, dtype=np.float32)
+    augment = Augment(recipe, np.zeros((3, 256, 256), np.float32), axes[0], axes, place.device, place.dtype)
+    trainer = Trainer(recipe, 1000, 8, augment, place)
+    trainer.checks_every_step = False
+    trainer.begin_epoch()
+    batch = Batch(torch.zeros(4, 256, 256, 3, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64), np.arange(4))
+    with Operators() as operators:
+        trainer.step(batch)
+    assert operators.counts["convolution"] == operators.counts["convolution_backward"] == 5
+    assert operators.counts.total() <= 120
+    assert Counter(name for name, *_ in fake_driver.launched) == {
+        "_norm_forward_kernel": 2, "_norm_backward_kernel": 2, "_dropout_kernel": 4, "_update_kernel": 1
+    }  # fmt: skip
 
 
 def test_without_triton_the_reason_is_given() -> None:
@@ -157,10 +230,10 @@ def test_without_triton_the_reason_is_given() -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize("broken", ["response_norm_forward", "response_norm_backward", "fused_update"])
+@pytest.mark.parametrize("broken", TRIED)
 def test_every_kernel_is_tried(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What `doctor` and the note of a training say; a broken kernel is enough."""
-    for name in ("response_norm_forward", "response_norm_backward", "fused_update"):
+    for name in TRIED:
         monkeypatch.setattr(triton_kernels, name, MagicMock())
     monkeypatch.setattr(triton_kernels, broken, MagicMock(side_effect=RuntimeError(f"{broken}: no image\nmore")))
     with FakeTensorMode():
@@ -193,7 +266,7 @@ def test_a_note_tells_that_the_kernels_do_not_run(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(triton_kernels, "unavailable_reason", lambda index: "Failed to find C compiler.")
     chosen = placement.place("0", "fp32")
     assert chosen.device == torch.device("cuda", 0)
-    assert "normalization and weight updates are slower without the Triton kernels" in chosen.notes[0]
+    assert "normalization, dropout and weight updates are slower without the Triton kernels" in chosen.notes[0]
     assert "Failed to find C compiler." in chosen.notes[0]
     monkeypatch.setattr(triton_kernels, "unavailable_reason", lambda index: "")
     assert placement.place("0", "fp32").notes == ()

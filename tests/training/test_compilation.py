@@ -108,7 +108,7 @@ def test_compiled_dropout_draws_a_new_mask_at_every_step(graphs: list[torch.fx.G
 def test_for_a_gpu_the_network_is_one_graph(
     graphs: list[torch.fx.GraphModule], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tensors without values stand for those on a GPU; each normalization is one step, and nothing is tried out."""
+    """With tensors without values. Each normalization and dropout is one step, and nothing is tried out."""
     monkeypatch.setattr(torch.nn.Module, "to", lambda self, *_, **__: self)  # which such tensors do not support
     monkeypatch.setattr(triton_kernels, "unavailable_reason", lambda index: pytest.fail("tried while compiling"))
     with FakeTensorMode(), torch.device("cuda"):
@@ -117,7 +117,7 @@ def test_for_a_gpu_the_network_is_one_graph(
         out = quick(x)
     assert (out.shape, out.device.type) == ((8, 10), "cuda")
     steps = [node.target for node in graphs[0].graph.nodes if node.op == "call_function"]
-    assert steps.count(torch.ops.alexnet.response_norm) == 2
+    assert steps.count(torch.ops.alexnet.response_norm) == steps.count(torch.ops.alexnet.dropout) == 2
 
 
 def test_captured_graphs_are_for_the_first_piece_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from alexnet_cli.core.model import response_norm
 from alexnet_cli.core.model.architecture import POOL_STRIDE, WITHIN_NORM_ALPHA, WITHIN_NORM_BETA, WITHIN_NORM_SIZE
+from alexnet_cli.core.model.kernels import kernels_for
 from alexnet_cli.recipe import Recipe
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -147,8 +148,16 @@ class Dropout(nn.Module):
             return x
         if not self.training:
             return x if self.inverted else x * (1 - self.p)
-        keep = hash_uniform(self.state, x.shape[0], x.shape[1], self.first_unit) >= self.p
-        return x * keep * (1 / (1 - self.p)) if self.inverted else x * keep
+        kernels = kernels_for(x.device)
+        function = kernels.fused_dropout if kernels else dropout_plain
+        out: Tensor = function(x, self.state, self.p, 1 / (1 - self.p) if self.inverted else 1.0, self.first_unit)
+        return out
+
+
+def dropout_plain(x: Tensor, state: Tensor, p: float, scale: float, first_unit: int) -> Tensor:
+    """Set x, rows x units, to zero with probability p, and multiply the rest by `scale`."""
+    keep = hash_uniform(state, x.shape[0], x.shape[1], first_unit) >= p
+    return x * keep if scale == 1 else x * keep * scale
 
 
 def dropout_state(key: int, first_row: int) -> Tensor:

@@ -1,12 +1,13 @@
-"""The Triton kernels of the GPU path: response normalization (section 3.3) and the update rule (section 5).
+"""The Triton kernels of the GPU path: response normalization (section 3.3), dropout (4.2), the update rule (5).
 
-Each has a plain twin in PyTorch with the same result: `response_norm.normalize_plain` and `optim.update`.
+Each has a plain twin in PyTorch with the same result: `response_norm.normalize_plain`, `layers.dropout_plain`,
+`optim.update`. `kernels.kernels_for` chooses.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,8 +19,8 @@ try:
 except ImportError:  # not on every system; needed only on a GPU
     triton = None
 
-NORM_BLOCK = 256  # values per program of 128 threads: at two bytes each, a warp reads one cache line
-UPDATE_BLOCK = 1024  # values per program of 128 threads: each thread reads 16 bytes twice from each array
+BLOCK = 256  # values per program of 128 threads: at two bytes each, a warp reads one cache line
+UPDATE_BLOCK = 1024  # the same for the update: each thread reads 16 bytes twice from each array
 
 _jit: Callable[[Any], Any] = triton.jit if triton else lambda function: function
 
@@ -111,7 +112,7 @@ def response_norm_forward(x: Tensor, size: int, k: float, alpha: float, beta: fl
     out = torch.empty_like(x)
     with torch.cuda.device_of(x):
         _norm_forward_kernel[_programs(x)](
-            x, out, x.numel(), inner, k, alpha, beta, size // 2, x.shape[1] // towers, relu, NORM_BLOCK
+            x, out, x.numel(), inner, k, alpha, beta, size // 2, x.shape[1] // towers, relu, BLOCK
         )
     return out
 
@@ -125,14 +126,14 @@ def response_norm_backward(
     out = torch.empty_like(x)
     with torch.cuda.device_of(x):
         _norm_backward_kernel[_programs(x)](
-            x, grad, out, x.numel(), inner, k, alpha, beta, size // 2, x.shape[1] // towers, relu, NORM_BLOCK
+            x, grad, out, x.numel(), inner, k, alpha, beta, size // 2, x.shape[1] // towers, relu, BLOCK
         )
     return out
 
 
 def _programs(x: Tensor) -> tuple[int]:
     """Number of programs for x's values; at least one, since a GPU cannot launch none for an empty batch."""
-    return (max(1, -(-x.numel() // NORM_BLOCK)),)
+    return (max(1, -(-x.numel() // BLOCK)),)
 
 
 def _in_order(x: Tensor) -> tuple[Tensor, int]:
@@ -177,43 +178,126 @@ def fused_response_norm(
     return out
 
 
+# Dropout. Its gradient is the same function of the output's gradient, so backward draws the mask again.
+
+
+@_jit
+def _mix(h: tl.tensor) -> tl.tensor:
+    """`layers._mix`, with unsigned integers."""
+    h = (h ^ (h >> 16)) * 0x7FEB352D
+    h = (h ^ (h >> 15)) * 0x846CA68B
+    return h ^ (h >> 16)
+
+
+@_jit
+def _dropout_kernel(
+    x: tl.tensor, state: tl.tensor, out: tl.tensor, count: tl.tensor, units: tl.tensor, first_unit: tl.tensor,
+    p: tl.tensor, scale: tl.tensor, block: tl.constexpr,
+) -> None:  # fmt: skip
+    """Draw the mask as `layers.hash_uniform` does, and apply it."""
+    here = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    row, unit = (here // units).to(tl.uint32), (here % units + first_unit).to(tl.uint32)
+    low, high = tl.load(state).to(tl.uint32), tl.load(state + 1).to(tl.uint32)
+    first_row = tl.load(state + 2).to(tl.uint32)
+    bits = _mix(_mix(row + first_row + low) ^ (unit * 0x9E3779B1 + high))
+    keep = (bits & 0xFFFFFF).to(tl.float32) * (1 / 0x1000000) >= p
+    values = tl.load(x + here, here < count, 0.0).to(tl.float32)
+    result = values * keep.to(tl.float32) * scale  # not `where`, since the plain form keeps NaN
+    tl.store(out + here, result.to(out.dtype.element_ty), here < count)
+
+
+def _dropout(x: Tensor, state: Tensor, p: float, scale: float, first_unit: int) -> Tensor:
+    """`layers.dropout_plain` without its gradient."""
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    with torch.cuda.device_of(x):
+        _dropout_kernel[_programs(x)](x, state, out, x.numel(), x.shape[1], first_unit, p, scale, BLOCK)
+    return out
+
+
+def _keep_state(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+    ctx.settings = inputs[2:]
+
+
+def _drop_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return fused_dropout(grad, *ctx.saved_tensors, *ctx.settings), None, None, None, None
+
+
+torch.library.define("alexnet::dropout", "(Tensor x, Tensor state, float p, float scale, int first_unit) -> Tensor")
+torch.library.impl("alexnet::dropout", ("cpu", "cuda"), _dropout)
+torch.library.register_fake("alexnet::dropout", lambda x, *_: x.new_empty(x.shape))
+torch.library.register_autograd("alexnet::dropout", _drop_gradient, setup_context=_keep_state)
+
+
+def fused_dropout(x: Tensor, state: Tensor, p: float, scale: float, first_unit: int) -> Tensor:
+    """The same as `layers.dropout_plain`, to the bit."""
+    out: Tensor = torch.ops.alexnet.dropout(x, state, p, scale, first_unit)
+    return out
+
+
+# The update of all parameters, in one launch. A table says where they lie, since autograd allocates new gradients at
+# every step, or DDP puts them into its buckets: a flat buffer of our own would cost two more passes over them.
+
+
+@_jit
+def _pointer(entry: tl.tensor, alignment: tl.constexpr) -> tl.tensor:
+    """The address in an entry of the table, a multiple of `alignment` bytes, as a pointer to float32."""
+    return tl.multiple_of(tl.load(entry).to(tl.int64).to(tl.pointer_type(tl.float32)), alignment)
+
+
 @_jit
 def _update_kernel(
-    weight: tl.tensor, velocity: tl.tensor, gradient: tl.tensor, count: tl.tensor,
-    momentum: tl.tensor, rate: tl.tensor, pull: tl.tensor, block: tl.constexpr,
+    table: tl.tensor, tensors: tl.tensor, momentum: tl.tensor,
+    columns: tl.constexpr, most: tl.constexpr, alignment: tl.constexpr, block: tl.constexpr,
 ) -> None:  # fmt: skip
-    """`pull` is the weight decay times the learning rate."""
-    here = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
-    inside = here < count
-    w = tl.load(weight + here, inside, 0.0)
-    v = tl.load(velocity + here, inside, 0.0) * momentum
-    v = v - rate * tl.load(gradient + here, inside, 0.0)
+    """Each program updates a block of one of at most `most` tensors; `fused_update` explains the table."""
+    program, index = tl.program_id(0), tl.arange(0, most)
+    first_programs = tl.load(table + index * columns, index < tensors, float("inf"))
+    row = table + (tl.sum((first_programs <= program).to(tl.int32)) - 1) * columns
+    here = (program - tl.load(row).to(tl.int64)) * block + tl.arange(0, block)
+    inside = here < tl.multiple_of(tl.load(row + 1).to(tl.int64), alignment // 4)
+    weight, velocity = _pointer(row + 2, alignment) + here, _pointer(row + 3, alignment) + here
+    gradient = _pointer(row + 4, alignment) + here
+    rate, pull = tl.load(row + 5).to(tl.float32), tl.load(row + 6).to(tl.float32)
+    w = tl.load(weight, inside, 0.0)
+    v = tl.load(velocity, inside, 0.0) * momentum
+    v = v - rate * tl.load(gradient, inside, 0.0)
     v = v - pull * w
-    tl.store(velocity + here, v, inside)
-    tl.store(weight + here, w + v, inside)
+    tl.store(velocity, v, inside)
+    tl.store(weight, w + v, inside)
 
 
 @torch.no_grad()
-def fused_update(
-    weights: list[Tensor],
-    velocity: list[Tensor],
-    gradients: list[Tensor],
-    momentum: float,
-    rate: float,
-    decay: float,
-) -> None:
-    """The paper's update, in place and in one pass; the twin of `optim.update`.
+def fused_update(groups: Mapping[tuple[float, float], list[tuple[Tensor, Tensor, Tensor]]], momentum: float) -> None:
+    """The paper's update, in place, in one launch and one pass; the twin of `optim.update`, which makes four passes.
 
-    Tensors are float32 and dense in memory; each velocity has the strides of its weight. The plain form makes four
-    passes over weights, velocity and gradient.
+    `groups` maps rate and decay to weights, velocities and gradients: float32, dense in memory and on one device; each
+    velocity has the strides of its weight.
+
+    The table has a row per weight: first program, number of values, addresses of weight, velocity and gradient, rate,
+    decay times rate. It is float64, which holds integers below 2^53, and so addresses, exactly.
     """
-    for w, v, g in zip(weights, velocity, gradients, strict=True):
-        if g.stride() != w.stride():
-            g = torch.empty_like(w).copy_(g)
-        with torch.cuda.device_of(w):
-            _update_kernel[(-(-w.numel() // UPDATE_BLOCK),)](
-                w, v, g, w.numel(), momentum, rate, decay * rate, UPDATE_BLOCK
-            )
+    updates = [
+        (w, v, g if g.stride() == w.stride() else torch.empty_like(w).copy_(g), rate, decay)
+        for (rate, decay), tensors in groups.items()
+        for w, v, g in tensors
+    ]
+    if not updates:
+        return
+    device = updates[0][0].device
+    rows, programs = [], 0
+    for w, v, g, rate, decay in updates:
+        assert all((t.dtype, t.device) == (torch.float32, device) for t in (w, v, g)), "addresses have no type"
+        rows.append((programs, w.numel(), w.data_ptr(), v.data_ptr(), g.data_ptr(), rate, decay * rate))
+        programs += -(-w.numel() // UPDATE_BLOCK)
+    # A thread can read four values at once if addresses and sizes allow it.
+    alignment = 16 if all(row[1] % 4 == 0 and not any(address % 16 for address in row[2:5]) for row in rows) else 4
+    table = torch.tensor(rows, dtype=torch.float64).to(device, non_blocking=True)
+    with torch.cuda.device_of(table):
+        _update_kernel[(programs,)](
+            table, len(rows), momentum, len(rows[0]), triton.next_power_of_2(len(rows)), alignment, UPDATE_BLOCK
+        )
 
 
 @functools.cache
@@ -227,9 +311,10 @@ def unavailable_reason(index: int) -> str:
             x = torch.ones(1, 8, 2, 2, device=device, dtype=dtype)
             y = response_norm_forward(x, 5, 1.0, 1.0, 0.75, 2, True)
             response_norm_backward(x, y, 5, 1.0, 1.0, 0.75, 2, True).sum().item()
-        weight, velocity, gradient = ([torch.ones(3, device=device)] for _ in range(3))
-        fused_update(weight, velocity, gradient, 0.9, 0.01, 0.0005)
-        weight[0].sum().item()
+            fused_dropout(y.flatten(1), torch.zeros(3, dtype=torch.int32, device=device), 0.5, 1.0, 0).sum().item()
+        weight, velocity, gradient = (torch.ones(3, device=device) for _ in range(3))
+        fused_update({(0.01, 0.0005): [(weight, velocity, gradient)]}, 0.9)
+        weight.sum().item()
     except Exception as error:  # errors of Triton, the C compiler and the driver share no other base class
         return (str(error) or type(error).__name__).partition("\n")[0]
     return ""

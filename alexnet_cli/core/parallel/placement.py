@@ -185,7 +185,7 @@ def _place_on(gpu_id: int | None, gpus: str | None, precision: str) -> Placement
     from alexnet_cli.core.model import triton_kernels  # imports Triton, which takes a second
 
     if reason := triton_kernels.unavailable_reason(gpu.index):
-        notes.append(f"normalization and weight updates are slower without the Triton kernels: {reason}")
+        notes.append(f"normalization, dropout and weight updates are slower without the Triton kernels: {reason}")
     return Placement(torch.device("cuda", gpu.index), name, precision, tuple(notes))
 
 

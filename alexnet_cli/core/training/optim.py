@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from alexnet_cli.core.model.kernels import kernels_for
 from alexnet_cli.recipe import Recipe
+
+Groups = dict[tuple[float, float], list[tuple[Tensor, Tensor, Tensor]]]
+"""(rate, decay) -> the weights with their velocities and gradients that share them."""
 
 WARM_UP_SHARE = 0.15  # one-cycle: share of the steps in which the rate rises
 FIRST_RATE, LAST_RATE = 1 / 25, 1 / 1000  # one-cycle: relative to the highest rate
@@ -27,22 +32,18 @@ class PaperSGD:
         self.recipe = recipe
         self.parameters = dict(parameters)
         self.velocity = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
-        self.update = _choose_update({p.device for p in self.parameters.values()})
+        kernels = kernels_for(next(iter(self.parameters.values())).device)
+        self.update: Callable[[Groups, float], None] = kernels.fused_update if kernels else update
 
     @torch.no_grad()
     def step(self, rate: float, epoch: int) -> None:
         """Update all parameters that have a gradient. `epoch` counts from 1; a rate of 0 also switches off decay."""
-        groups: dict[tuple[float, float], list[str]] = {}
+        groups: Groups = defaultdict(list)
         for name, parameter in self.parameters.items():
-            if parameter.grad is not None:
-                groups.setdefault(self.rate_and_decay(name, rate, epoch), []).append(name)
-        for (group_rate, decay), names in groups.items():
-            if group_rate == 0:
-                continue
-            weights = [self.parameters[name] for name in names]
-            velocity = [self.velocity[name] for name in names]
-            gradients = [w.grad for w in weights if w.grad is not None]
-            self.update(weights, velocity, gradients, self.recipe.momentum, group_rate, decay)
+            group = self.rate_and_decay(name, rate, epoch)
+            if parameter.grad is not None and group[0] != 0:
+                groups[group].append((parameter, self.velocity[name], parameter.grad))
+        self.update(groups, self.recipe.momentum)
 
     def rate_and_decay(self, name: str, rate: float, epoch: int) -> tuple[float, float]:
         """Learning rate and weight decay of one parameter in an epoch; `rate` is the rate of the schedule."""
@@ -62,30 +63,15 @@ class PaperSGD:
 
 
 @torch.no_grad()
-def update(
-    weights: list[Tensor],
-    velocity: list[Tensor],
-    gradients: list[Tensor],
-    momentum: float,
-    rate: float,
-    decay: float,
-) -> None:
-    """Update in place weights and velocity of parameters that share rate and decay."""
-    torch._foreach_mul_(velocity, momentum)
-    torch._foreach_add_(velocity, gradients, alpha=-rate)
-    if decay:
-        torch._foreach_add_(velocity, weights, alpha=-decay * rate)
-    torch._foreach_add_(weights, velocity)
-
-
-def _choose_update(devices: Collection[torch.device]) -> Callable[..., None]:
-    """The fused Triton kernel if one GPU holds all parameters and can run it, otherwise `update`."""
-    (device, *others) = devices
-    if others or device.type != "cuda":
-        return update
-    from alexnet_cli.core.model import triton_kernels  # imports Triton
-
-    return update if triton_kernels.unavailable_reason(device.index or 0) else triton_kernels.fused_update
+def update(groups: Groups, momentum: float) -> None:
+    """Update weights and velocities in place."""
+    for (rate, decay), tensors in groups.items():
+        weights, velocity, gradients = map(list, zip(*tensors, strict=True))
+        torch._foreach_mul_(velocity, momentum)
+        torch._foreach_add_(velocity, gradients, alpha=-rate)
+        if decay:
+            torch._foreach_add_(velocity, weights, alpha=-decay * rate)
+        torch._foreach_add_(weights, velocity)
 
 
 @dataclass
