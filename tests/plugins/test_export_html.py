@@ -17,6 +17,7 @@ from PIL import Image
 from typer import Typer
 from typer.testing import CliRunner, Result
 
+from alexnet_cli.core.analysis.filters import measure_specialization, split_towers
 from alexnet_cli.core.analysis.units import cut_receptive_field, find_top_activations, iterate_activations
 from alexnet_cli.core.data import images
 from alexnet_cli.core.data.classes import ClassName
@@ -547,3 +548,15 @@ def test_the_file_at_quarter_width_is_under_six_megabytes() -> None:
 @pytest.mark.slow
 def test_the_file_at_full_width_is_under_seventy_megabytes() -> None:
     assert sum(map(len, build_page(random_model(PAPER, 1000), "paper"))) < 70e6
+
+
+def test_the_page_does_not_take_chance_for_a_color_tower(open_page: Any) -> None:
+    random = random_model(replace(SMALL, conv1_width=0.25))
+    gray = random.tensors["conv1.weight"].copy()
+    half = len(gray) // 2
+    gray[:half] = gray[:half].mean(axis=1, keepdims=True)
+    for weight, words in ((random.tensors["conv1.weight"], "may be chance"), (gray, "differ in color, too")):
+        page = open_page(replace(random, tensors={**random.tensors, "conv1.weight": weight})).page
+        measured = measure_specialization(split_towers(weight, 2))
+        assert f"{words} (p = {measured.p_value:.2f})" in page.inner_text("#layers section >> nth=0")
+        assert f"Filters, {100 * measured.means[1]:.0f} % color" in page.inner_text(".tower.tower-2 >> nth=0")

@@ -109,7 +109,7 @@ def test_what_each_tower_does_agrees_with_evaluate(shown: Run, tmp_path: Path) -
         errors = [f"{kind['top1_error']:.1%} (" for kind in (color, gray)]
         assert [cell[: len(error)] for cell, error in zip(row[1:], errors, strict=False)] == errors
         assert row[3].startswith(f"{100 * gray['lost_in_gray']:+.1f} (")
-    classes = page.tables["Images of each class that are right"][1:]
+    classes = page.tables["Images of each class that are right, and points lost without each tower"][1:]
     shares = [[1 - float(cell.partition("%")[0]) / 100 for cell in row[2:5]] for row in classes]
     np.testing.assert_allclose(shares, [row["top1_errors"][:3] for row in table["classes"]], atol=0.005)
 

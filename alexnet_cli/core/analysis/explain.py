@@ -236,7 +236,7 @@ SHOWN, TOP = 360, 132  # side of an image on the page, and where images begin
 LEGEND_LETTERS = 44  # in a line
 BAR_HEIGHT = 50  # of a class, its probability and the space below
 EXPLAINED = (190, 60, 50)  # color of the bar of the explained class
-SMALLEST_DROP = 0.05  # of probability, at full color: maps of smaller drops stay dark, since they mean little
+SMALLEST_DROP = 0.2  # of probability, at full color: maps of smaller drops stay dark, since they mean little
 INFERNO = np.array([
     (0, 0, 4), (31, 12, 72), (85, 15, 109), (136, 34, 106), (186, 54, 85), (227, 89, 51), (249, 140, 10),
     (249, 201, 50), (252, 255, 164),
@@ -286,7 +286,7 @@ def make_sheet_row(explanation: Explanation, image: str) -> Row:
         after = attribution.probability - attribution.highest
         fall = f" → {100 * after:.0f}" if explanation.method == "occlusion" else ""
         tiles.append(Tile(tile, f"{words}: {100 * attribution.probability:.0f}{fall} %"))
-    return Row(f"{Path(image).name}: {name}", tiles, is_first_apart=True)
+    return Row(f"{Path(image).name}: evidence for {name}", tiles, is_first_apart=True)
 
 
 def draw_overlay(explanation: Explanation, attribution: Attribution, side: int) -> npt.NDArray[np.uint8]:

@@ -234,7 +234,8 @@ def _compare_towers(report: Report) -> str:
     )
     if measured.undertrained:
         return f"{text}The filters still look like their random initial values, so these numbers mean nothing yet."
-    differ = "The towers differ" if measured.is_significant else "The towers differ no more than by chance"
+    few = f"with {len(report.towers[0])} filters in each tower only a large difference would show"
+    differ = "The towers differ" if measured.is_significant else f"Chance alone may explain this: {few}"
     return (
         f"{text}{differ}. In the paper, one tower always learns color-agnostic filters, the other color-specific ones."
     )
@@ -361,7 +362,7 @@ def describe_towers(report: Report) -> Values | None:
         "rows": rows,
         "class_heads": (
             "Class", "Images", "Whole network", "Tower 1 alone", "Tower 2 alone",
-            "Lost without tower 1, points", "Lost without tower 2, points",
+            "Lost without 1", "Lost without 2",
         ),
         "classes": [_need_row(need, names) for need in listed],
     }  # fmt: skip

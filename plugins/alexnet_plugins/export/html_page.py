@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 import alexnet_cli
-from alexnet_cli.core.analysis.filters import summarize_epoch
+from alexnet_cli.core.analysis.filters import measure_specialization, split_towers
 from alexnet_cli.core.data.views import cut_views
 from alexnet_cli.core.files import write_chunks
 from alexnet_cli.core.model.architecture import (
@@ -180,8 +180,8 @@ def describe_network(model: Model) -> tuple[dict[str, Any], list[bytes]]:
             "last": step_name(recipe, spec.name, spec.then[-1]) if spec.then else spec.name,
         })  # fmt: skip
         maps, side = spec.biases, spec.pooled_side or spec.side
-    colors = summarize_epoch(model.tensors["conv1.weight"], recipe.towers)
-    about["colorShares"] = [colors.get(f"chroma_tower{tower + 1}", 0.0) for tower in range(recipe.towers)]
+    colors = measure_specialization(split_towers(model.tensors["conv1.weight"], recipe.towers))
+    about["colors"] = {"shares": colors.means, "pValue": colors.p_value, "differ": colors.is_significant}
     return about, numbers.chunks
 
 

@@ -108,7 +108,8 @@ function describePage() {
   const split = hasTowers
     ? " AlexNet was too large for one graphics card of 2012. So it was split into two towers, one on each card, which meet in a few layers only."
     : " It has one tower, as the paper's network for a single graphics card.";
-  byId("lead").textContent = `A real network with ${size} weights, trained to tell ${about.classes.length.toLocaleString("en")} classes apart. It computes here, on your computer, layer by layer.${split}`;
+  const original = count < 5e7 ? " It is a smaller model of AlexNet, which had 61 million weights and 1,000 classes." : "";
+  byId("lead").textContent = `A real network with ${size} weights, trained to tell ${about.classes.length.toLocaleString("en")} classes apart. It computes here, on your computer, layer by layer.${original}${split}`;
   document.title = `${about.title} · AlexNet at work`;
   const patches = about.patches ? ` The patches come from ${about.patches.images.toLocaleString("en")} validation images of ${about.patches.data}.` : "";
   byId("origin").textContent = `${about.title} · recipe ${about.recipe} · written by alexnet ${about.version}, alexnet export --format html. The weights are rounded to 8 bits.${patches}`;
@@ -348,7 +349,7 @@ function makeSwitches() {
 
 function setTower(tower, isOff) {
   settings.off[tower] = isOff;
-  document.querySelectorAll(`.tower[data-tower="${tower}"]`).forEach((element) => element.classList.toggle("is-off", isOff));
+  document.querySelectorAll(`.tower[data-tower="${tower}"], .from-${tower + 1}`).forEach((element) => element.classList.toggle("is-off", isOff));
   changed();
 }
 
@@ -527,12 +528,20 @@ function makeLayers() {
     const parts = layer.kernel ? "maps" : "units";
     const title = isLast ? `Layer ${number}: the answers` : `Layer ${number}: ${layer.maps} ${parts}${size}${hasTowers ? " in each tower" : ""}`;
     const meeting = !hasTowers || index === 0 ? "" : layer.seesBoth ? "The towers meet: each sees both. " : "Each tower sees only itself. ";
-    const about_ = make("p", { class: "hint" }, make("span", { class: layer.seesBoth ? "meets" : "" }, meeting), sentences[layer.name], describeSteps(layer));
+    const color = index === 0 && hasTowers ? describeColor() : "";
+    const about_ = make("p", { class: "hint" }, make("span", { class: layer.seesBoth ? "meets" : "" }, meeting), sentences[layer.name], describeSteps(layer), color);
     const section = make("section", { class: "layer", "aria-labelledby": `title-${layer.name}` }, make("h3", { id: `title-${layer.name}` }, title), about_);
     if (isLast) section.append(make("ol", {}, ...Array.from({ length: Math.min(5, about.classes.length) }, (_, i) => make("li", { id: `class-${i}` }))));
     else section.append(make("div", { class: hasTowers ? "columns two" : "columns" }, ...towers.map((tower) => makeTower(layer, tower))));
     byId("layers").append(section);
   });
+}
+
+function describeColor() {
+  const { differ, pValue } = about.colors;
+  if (pValue === null) return "";
+  const found = differ ? "Here the towers differ in color, too" : "Here the difference in color may be chance";
+  return ` The paper found that in every training one tower learns filters without color and the other colorful ones. ${found} (p = ${pValue.toFixed(2)}).`;
 }
 
 function describeSteps(layer) {
@@ -564,7 +573,7 @@ function makeTower(layer, tower) {
   const box = make("div", { class: `tower tower-${tower + 1}`, "data-tower": tower });
   if (hasTowers) box.append(make("h4", {}, `Tower ${tower + 1}, units ${tower * layer.maps} to ${(tower + 1) * layer.maps - 1}`));
   if (layer.name === "conv1") {
-    box.append(make("p", {}, `Filters, ${percent(about.colorShares[tower])} color:`), make("canvas", { class: "filters", id: `filters-${tower}`, role: "img", "aria-label": `The ${layer.maps} filters of tower ${tower + 1}` }), make("p", {}, "Their maps, in the same places:"));
+    box.append(make("p", {}, `Filters, ${percent(about.colors.shares[tower])} color:`), make("canvas", { class: "filters", id: `filters-${tower}`, role: "img", "aria-label": `The ${layer.maps} filters of tower ${tower + 1}` }), make("p", {}, "Their maps, in the same places:"));
   }
   const canvas = make("canvas", { class: "maps", id: `maps-${layer.name}-${tower}`, role: "img" });
   canvas.onclick = (event) => {
