@@ -124,7 +124,7 @@ def test_the_spelling_is_american(document: str) -> None:
 
 
 def test_the_table_of_the_paper_names_settings_and_switches_that_exist() -> None:
-    from alexnet_plugins.ablate.study import SWITCHES
+    from alexnet_plugins.experiments.study import SWITCHES
 
     text = read_document("docs/paper.md")
     settings = [s for s in re.findall(r"`([a-z_0-9]+=[\w.-]+)`", text) if not s.startswith("ALEXNET")]

@@ -26,8 +26,8 @@ from alexnet_cli.core.runs.resolve import find_weights
 from alexnet_cli.core.runs.run import Run
 from alexnet_cli.errors import PartialError, UsageError
 from alexnet_cli.recipe import PAPER, TINY
-from alexnet_plugins.ablate.command import ablate
-from alexnet_plugins.ablate.study import SWITCHES, AblationStudy, Cell, choose_switches, make_cells
+from alexnet_plugins.experiments.ablate import ablate
+from alexnet_plugins.experiments.study import SWITCHES, AblationStudy, Cell, choose_switches, make_cells
 from commands import alexnet
 
 CPU = Placement(torch.device("cpu"), "CPU", "fp32")
@@ -153,7 +153,7 @@ def test_a_training_that_breaks_down_is_said_and_not_repeated(
             run(prepared, "pool-2x2", settings=["learning_rate=1e30"])
         told = capfd.readouterr()
         assert [row["diverged"] for row in json.loads(told.out)["rows"]] == [[0], [0]]
-        monkeypatch.setattr("alexnet_plugins.ablate.study.TrainingLoop", None)
+        monkeypatch.setattr("alexnet_plugins.experiments.study.TrainingLoop", None)
 
 
 def test_without_matplotlib_there_is_a_hint_and_no_chart(

@@ -16,8 +16,8 @@ from alexnet_cli.core.runs.run import Run
 from alexnet_cli.errors import UsageError
 from alexnet_cli.recipe import CAFFE, KRIZHEVSKY, PAPER, TINY
 from alexnet_cli.recipe_io import apply_changes
-from alexnet_plugins.ablate import table
-from alexnet_plugins.ablate.study import BASE, SWITCHES, Switch, choose_switches
+from alexnet_plugins.experiments import table
+from alexnet_plugins.experiments.study import BASE, SWITCHES, Switch, choose_switches
 
 SWITCH = {switch.name: switch for switch in SWITCHES}
 LOGS = {  # top-1 and top-5 error in the comments of the authors' configurations: the ablation, and what it is beside

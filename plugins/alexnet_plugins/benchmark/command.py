@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from alexnet_cli.console import Reporter
+from alexnet_cli.core.devices import cpu_name
 from alexnet_cli.options import GpusOption, JsonFlag, QuietFlag, complete_data
 
 if TYPE_CHECKING:
@@ -158,15 +159,7 @@ def _make_bytes_table(sent_bytes: Mapping[str, Mapping[str, float]]) -> Table:
 def _describe_hardware(workers: int) -> dict[str, Any]:
     """Return the CPU, its cores, the workers used, and the load of the machine."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    return {"cpu": _find_cpu_name(), "cores": os.cpu_count(), "workers": workers, "load_before": load}
-
-
-def _find_cpu_name() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return {"cpu": cpu_name(), "cores": os.cpu_count(), "workers": workers, "load_before": load}
 
 
 def _find_versions(packages: Sequence[str]) -> dict[str, str]:

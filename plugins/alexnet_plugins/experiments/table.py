@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from alexnet_cli.core.drawing import use_own_style
 from alexnet_cli.core.runs.run import Run
-from alexnet_plugins.ablate.study import BASE, Switch
+from alexnet_plugins.experiments.study import BASE, Switch
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

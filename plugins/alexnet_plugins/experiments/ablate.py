@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from alexnet_cli.recipe import Recipe
-    from alexnet_plugins.ablate.study import AblationStudy, Cell, Switch
-    from alexnet_plugins.ablate.table import Estimate, Row
+    from alexnet_plugins.experiments.study import AblationStudy, Cell, Switch
+    from alexnet_plugins.experiments.table import Estimate, Row
 
 
 def ablate(
@@ -71,7 +71,7 @@ def ablate(
     from alexnet_cli.core.parallel import placement
     from alexnet_cli.core.report import charts
     from alexnet_cli.core.signals import EXIT_CODES, catch_stop_signals
-    from alexnet_plugins.ablate.study import AblationStudy, choose_switches, make_cells
+    from alexnet_plugins.experiments.study import AblationStudy, choose_switches, make_cells
 
     reporter = Reporter("ablate", json=json, quiet=quiet)
     base = recipe_io.apply_changes(recipe_io.load_recipe(recipe), recipe_io.parse_settings(settings or []))
@@ -177,7 +177,7 @@ def _report(reporter: Reporter, study: AblationStudy, error: float, *, show: boo
         StorageError: the files cannot be written.
     """
     from alexnet_cli.core.report import charts
-    from alexnet_plugins.ablate import table
+    from alexnet_plugins.experiments import table
 
     rows = table.build_rows(study.find_done_runs())
     if not rows:
@@ -250,7 +250,7 @@ def _format_difference(difference: Estimate | None) -> str:
 
 def _explain_table(rows: list[Row], images: int, error: float) -> list[str]:
     """Return sentences on what the numbers mean and how fast each activation learned."""
-    from alexnet_plugins.ablate.table import count_steps_by_activation
+    from alexnet_plugins.experiments.table import count_steps_by_activation
 
     means = [row.top1.mean for row in rows if row.top1]
     mean = statistics.fmean(means) if means else 0.5

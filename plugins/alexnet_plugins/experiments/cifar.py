@@ -1,0 +1,331 @@
+"""CIFAR-10 (sections 3.1 and 3.3): the networks of the authors' released files, and a training that can be continued.
+
+The files are cuda-convnet's `example-layers`: `19pct` and `18pct` (three convolutions and a fully connected layer),
+`conv-local-13pct` and `conv-local-11pct` (two convolutions, two locally connected layers, a fully connected one). The
+second of each pair has response normalization. Inputs are 0..255 minus the mean image.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from alexnet_cli.core.data.images import decode
+from alexnet_cli.core.data.sources import detect_source
+from alexnet_cli.core.devices import count_cores
+from alexnet_cli.core.files import replace_file
+from alexnet_cli.core.model.layers import within_map
+from alexnet_cli.core.model.response_norm import normalize_fast
+from alexnet_cli.core.parallel.placement import Placement
+from alexnet_cli.errors import DataError
+from alexnet_plugins.experiments.experiment import Job
+
+SIDE, CROP = 32, 24  # pixels of an image, and of the crops of the conv-local networks
+CLASSES = 10
+BATCH_SIZE = 128
+MOMENTUM = 0.9
+BIAS_RATE = 2.0  # learning rate of biases, as a multiple of the weights'
+RECORDS_PER_EPOCH = 5  # like cuda-convnet's, which reads CIFAR-10 in files of 10,000 images
+TEST_IMAGES = 500  # computed at once
+DATA_HINT = "give the folder of CIFAR-10: cifar-10-batches-py, cifar-10-batches-bin, or train/CLASS/ with test/CLASS/"
+
+
+@dataclass(frozen=True)
+class CifarData:
+    """CIFAR-10 in memory: images, uint8 N x 3 x 32 x 32, labels 0..9, and the mean training image, float32."""
+
+    train: Tensor
+    train_labels: Tensor
+    test: Tensor
+    test_labels: Tensor
+    mean: Tensor
+
+
+def read_cifar(folder: Path, device: torch.device) -> CifarData:
+    """Read CIFAR-10 from its python or binary batches, class folders or parquet files. The test set is its `val` split.
+
+    Raises:
+        DataError: the folder holds something else.
+    """
+    source = detect_source(folder)
+    arrays = {}
+    for split, images in source.splits.items():
+        with ThreadPoolExecutor(count_cores()) as pool:
+            decoded = list(pool.map(lambda image: decode(image.read()), images))
+        shapes = {image.shape for image in decoded}
+        if shapes != {(SIDE, SIDE, 3)} or len(source.classes) != CLASSES:
+            what = f"{folder} is not CIFAR-10, which has {CLASSES} classes and images of {SIDE} x {SIDE} pixels"
+            raise DataError(what, DATA_HINT)
+        arrays[split] = torch.from_numpy(np.stack(decoded)).permute(0, 3, 1, 2).to(device)
+    labels = {split: torch.tensor(list(images.labels), device=device) for split, images in source.splits.items()}
+    mean = arrays["train"].float().mean(0)
+    return CifarData(arrays["train"], labels["train"], arrays["val"], labels["val"], mean)
+
+
+class LocallyConnected(nn.Module):
+    """A 3x3 convolution whose filters are not shared: each pixel has its own. N x C x S x S -> N x maps x S x S."""
+
+    def __init__(self, channels: int, maps: int, side: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(side * side, 9 * channels, maps))
+        self.bias = nn.Parameter(torch.empty(maps, side, side))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Cut out the 3x3 patch around each pixel (zeros beyond the edge) and multiply it by the pixel's filters."""
+        patches = functional.unfold(x, 3, padding=1).permute(2, 0, 1)  # pixels x N x 9 C
+        maps: Tensor = torch.bmm(patches, self.weight).permute(1, 2, 0).unflatten(2, x.shape[2:])
+        return maps + self.bias
+
+
+class AcrossMapsNorm(nn.Module):
+    """`cmrnorm` of conv-local-11pct (cuda-convnet's copy): 5 maps, scale 0.001 divided by them, power 0.75, k 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """N x C x H x W -> the same shape."""
+        return normalize_fast(x, 5, 1.0, 0.001 / 5, 0.75, 1)
+
+
+class WithinMapNorm(nn.Module):
+    """`rnorm` of 18pct: a window of 3x3 pixels, scale 5e-5 divided by them, power 0.75, k 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """N x C x H x W -> the same shape."""
+        return within_map(x, 3, 1.0, 5e-5 / 9, 0.75)
+
+
+@dataclass(frozen=True)
+class NetworkFile:
+    """One of the released networks: initial standard deviations and weight decay of its layers with weights, in order.
+
+    `crop` is the side of its input. Smaller than 32: random crops and reflections in training, nine crops in testing.
+    """
+
+    crop: int
+    stds: tuple[float, ...]
+    decays: tuple[float, ...]
+
+
+NETWORKS = {
+    "19pct": NetworkFile(SIDE, (0.0001, 0.01, 0.01, 0.01), (0.004, 0.004, 0.004, 3.0)),
+    "18pct": NetworkFile(SIDE, (0.0001, 0.01, 0.01, 0.01), (0.004, 0.004, 0.004, 1.0)),
+    "conv-local-13pct": NetworkFile(CROP, (0.0001, 0.01, 0.04, 0.04, 0.01), (0.0, 0.0, 0.004, 0.004, 0.004)),
+    "conv-local-11pct": NetworkFile(CROP, (0.0001, 0.01, 0.04, 0.04, 0.01), (0.0, 0.0, 0.004, 0.004, 0.004)),
+}
+
+
+def build_network(name: str, activation: str = "relu") -> nn.Sequential:
+    """Return an untrained network: N x 3 x S x S -> N x 10 logits. `activation` is relu, tanh or sigmoid."""
+
+    act = {"relu": nn.ReLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}[activation]
+
+    def pool(kind: type[nn.MaxPool2d | nn.AvgPool2d]) -> nn.Module:
+        return kind(3, stride=2, ceil_mode=True)
+
+    norm = {"18pct": WithinMapNorm, "conv-local-11pct": AcrossMapsNorm}.get(name, nn.Identity)
+    if name in ("19pct", "18pct"):
+        return nn.Sequential(
+            nn.Conv2d(3, 32, 5, padding=2), pool(nn.MaxPool2d), act(), norm(),
+            nn.Conv2d(32, 32, 5, padding=2), act(), pool(nn.AvgPool2d), norm(),
+            nn.Conv2d(32, 64, 5, padding=2), act(), pool(nn.AvgPool2d),
+            nn.Flatten(), nn.Linear(64 * 4 * 4, CLASSES),
+        )  # fmt: skip
+    return nn.Sequential(
+        nn.Conv2d(3, 64, 5, padding=2), act(), norm(), pool(nn.MaxPool2d),
+        nn.Conv2d(64, 64, 5, padding=2), act(), norm(), pool(nn.MaxPool2d),
+        LocallyConnected(64, 32, 6), act(), LocallyConnected(32, 32, 6), act(),
+        nn.Flatten(), nn.Linear(32 * 6 * 6, CLASSES),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """A training of one network. The learning rate is divided by ten after each of `drops` (epochs)."""
+
+    network: str
+    activation: str = "relu"
+    rate: float
+    seed: int
+    decay: bool = True
+    drops: tuple[int, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Name of its files."""
+        return f"{self.network}-{self.activation}-{self.rate:g}-seed{self.seed}"
+
+
+class Trainer:
+    """Trains one network. The same seed gives the same initial weights, data order and crops in every network.
+
+    `errors` holds the training error, as a share, of each fifth of an epoch, measured while training on it.
+    """
+
+    def __init__(self, training: Training, data: CifarData, placement: Placement) -> None:
+        self.training, self.data, self.placement = training, data, placement
+        self.file = NETWORKS[training.network]
+        self.network = build_network(training.network, training.activation)
+        layers = [m for m in self.network if isinstance(m, nn.Conv2d | LocallyConnected | nn.Linear)]
+        random = torch.Generator().manual_seed(training.seed)
+        groups: list[dict[str, Any]] = []
+        for layer, std, decay in zip(layers, self.file.stds, self.file.decays, strict=True):
+            nn.init.normal_(layer.weight, std=std, generator=random)
+            nn.init.zeros_(layer.get_parameter("bias"))
+            groups += [
+                {"params": [layer.weight], "scale": 1.0, "weight_decay": decay if training.decay else 0.0},
+                {"params": [layer.bias], "scale": BIAS_RATE, "weight_decay": 0.0},
+            ]
+        self.network.to(placement.device).to(memory_format=torch.channels_last)
+        self.optimizer = torch.optim.SGD(groups, lr=training.rate, momentum=MOMENTUM)
+        self.steps_per_epoch = max(1, len(data.train) // BATCH_SIZE)  # the last images, fewer than a batch, sit out
+        self.epoch = 0
+        self.errors: list[float] = []
+        self.test_error: float | None = None
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the loss became NaN or infinite; the training has ended."""
+        return bool(self.errors) and math.isnan(self.errors[-1])
+
+    def train_epoch(self, should_stop: Callable[[int], bool]) -> bool:
+        """Train for an epoch, or until it diverges. Returns False if `should_stop` ended it early.
+
+        `should_stop` is asked after each fifth of the epoch, with the number of images trained on since it was asked.
+        """
+        drops = sum(self.epoch >= drop for drop in self.training.drops)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["scale"] * self.training.rate / 10**drops
+        random = np.random.default_rng([self.training.seed, self.epoch])
+        order = torch.from_numpy(random.permutation(len(self.data.train))).to(self.data.train.device)
+        ends = {round(self.steps_per_epoch * (i + 1) / RECORDS_PER_EPOCH) for i in range(RECORDS_PER_EPOCH)}
+        wrong, images = torch.zeros((), device=self.data.train.device), 0
+        for step in range(1, self.steps_per_epoch + 1):
+            rows = order[(step - 1) * BATCH_SIZE : step * BATCH_SIZE]
+            wrong += self._step(rows, random)
+            images += len(rows)
+            if step in ends and not self.diverged:
+                self.errors.append(float(wrong) / images)
+                if should_stop(images):
+                    return False
+                wrong, images = torch.zeros_like(wrong), 0
+        self.epoch += 1
+        return True
+
+    def _step(self, rows: Tensor, random: np.random.Generator) -> Tensor:
+        """Train on a batch. Returns the number of wrong predictions; NaN if the loss is not finite."""
+        labels = self.data.train_labels[rows]
+        logits = self._forward(self._crop_randomly(self.data.train[rows], random))
+        loss = functional.cross_entropy(logits, labels)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return torch.where(loss.isfinite(), (logits.argmax(1) != labels).sum(), math.nan)
+
+    def _forward(self, images: Tensor) -> Tensor:
+        """Uint8 crops -> logits in float32. The mean image's center is subtracted from every crop."""
+        margin = (SIDE - images.shape[-1]) // 2
+        mean = self.data.mean[:, margin : SIDE - margin, margin : SIDE - margin]
+        with self.placement.precision_context():
+            x = (images.float() - mean).contiguous(memory_format=torch.channels_last)
+            logits: Tensor = self.network(x)
+        return logits.float()
+
+    def _crop_randomly(self, images: Tensor, random: np.random.Generator) -> Tensor:
+        """Crops of the network's size at random places, half of them reflected; whole images if they are 32 x 32."""
+        side = self.file.crop
+        if side == SIDE:
+            return images
+        top, left = random.integers(0, SIDE - side + 1, (2, len(images)))
+        flips = random.random(len(images)) < 0.5
+        crops = [images[i, :, y : y + side, x : x + side] for i, (y, x) in enumerate(zip(top, left, strict=True))]
+        return torch.stack([crop.flip(-1) if flip else crop for crop, flip in zip(crops, flips, strict=True)])
+
+    @torch.no_grad()
+    def measure_test_error(self) -> float:
+        """Return the error on the test images, as a share; the mean probability of nine crops if it learned crops."""
+        margin = SIDE - self.file.crop
+        places = list(itertools.product((0, margin // 2, margin), repeat=2)) if margin else [(0, 0)]
+        wrong = 0
+        for images, labels in zip(
+            self.data.test.split(TEST_IMAGES), self.data.test_labels.split(TEST_IMAGES), strict=True
+        ):
+            crops = [images[:, :, y : y + self.file.crop, x : x + self.file.crop] for y, x in places]
+            probabilities = torch.stack([self._forward(crop).softmax(1) for crop in crops]).mean(0)
+            wrong += int((probabilities.argmax(1) != labels).sum())
+        return wrong / len(self.data.test)
+
+    def save(self, path: Path) -> None:
+        """Write weights, velocity and errors; `restore` continues from them exactly."""
+        state = {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
+        about = {"training": asdict(self.training), "epoch": self.epoch, "errors": self.errors}
+        with replace_file(path) as temporary:
+            torch.save(state | about | {"test_error": self.test_error}, temporary)
+
+    def restore(self, path: Path) -> None:
+        """Continue from a file that `save` wrote."""
+        state = torch.load(path, weights_only=True, map_location=self.placement.device)
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.epoch, self.errors, self.test_error = state["epoch"], state["errors"], state["test_error"]
+
+
+@dataclass(frozen=True)
+class TrainingRecord:
+    """What a training has recorded so far: `errors` as in `Trainer`; `test_error` once it was measured."""
+
+    training: Training
+    epochs: int
+    errors: tuple[float, ...]
+    test_error: float | None
+
+
+def read_records(folder: Path) -> list[TrainingRecord]:
+    """Return the records of all trainings in a folder, in the order of their names."""
+    records = []
+    for path in sorted(folder.glob("[!.]*.pt")):
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        training = Training(**state["training"])
+        records.append(TrainingRecord(training, state["epoch"], tuple(state["errors"]), state["test_error"]))
+    return records
+
+
+def continue_training(
+    training: Training,
+    data: CifarData,
+    job: Job,
+    is_done: Callable[[Trainer], bool],
+    measure_test_error: bool = False,
+) -> Trainer:
+    """Train, from the file of an earlier call if there is one, until `is_done` after an epoch; saves each epoch."""
+    torch.set_num_threads(1)  # of this thread: trainings run side by side
+    trainer, path = Trainer(training, data, job.placement), job.folder / f"{training.name}.pt"
+    if path.is_file():
+        trainer.restore(path)
+
+    def should_stop(images: int) -> bool:
+        job.advance(images, f"{training.name}  epoch {trainer.epoch + 1}  training error {trainer.errors[-1]:.1%}")
+        return job.stop() is not None
+
+    while not trainer.diverged and not is_done(trainer) and job.stop() is None and trainer.train_epoch(should_stop):
+        trainer.save(path)
+    if measure_test_error and is_done(trainer) and trainer.test_error is None:
+        trainer.test_error = trainer.measure_test_error()
+        trainer.save(path)
+    return trainer
+
+
+def train_side_by_side(job: Job, trainings: Sequence[Callable[[], object]]) -> None:
+    """Call the functions in threads, as many at a time as there are cores; on a GPU one after the other."""
+    workers = 1 if job.placement.device.type == "cuda" else count_cores()
+    with ThreadPoolExecutor(workers) as pool:
+        for future in [pool.submit(training) for training in trainings]:
+            future.result()
