@@ -37,7 +37,10 @@ MOMENTUM = 0.9
 BIAS_RATE = 2.0  # learning rate of biases, as a multiple of the weights'
 RECORDS_PER_EPOCH = 5  # like cuda-convnet's, which reads CIFAR-10 in files of 10,000 images
 TEST_IMAGES = 500  # computed at once
-DATA_HINT = "give the folder of CIFAR-10: cifar-10-batches-py, cifar-10-batches-bin, or train/CLASS/ with test/CLASS/"
+COUNTS = (CLASSES, 50_000, 10_000)  # classes, training and test images
+DATA_HINT = (
+    "give cifar-10-batches-py, cifar-10-batches-bin, or a folder with train/CLASS/ and val/CLASS/ (the test images)"
+)
 
 
 @dataclass(frozen=True)
@@ -57,15 +60,19 @@ def read_cifar(folder: Path, device: torch.device) -> CifarData:
     Raises:
         DataError: the folder holds something else.
     """
-    source = detect_source(folder)
-    arrays = {}
+    source, arrays = detect_source(folder), dict[str, Tensor]()
+    counts = len(source.classes), *(len(source.splits[split]) for split in ("train", "val"))
+    if counts != COUNTS:
+        found, expected = (
+            "{} classes, {:,} training and {:,} test images".format(*numbers) for numbers in (counts, COUNTS)
+        )
+        raise DataError(f"{folder} is not CIFAR-10: it has {found}, not {expected}", DATA_HINT)
     for split, images in source.splits.items():
         with ThreadPoolExecutor(count_cores()) as pool:
             decoded = list(pool.map(lambda image: decode(image.read()), images))
         shapes = {image.shape for image in decoded}
-        if shapes != {(SIDE, SIDE, 3)} or len(source.classes) != CLASSES:
-            what = f"{folder} is not CIFAR-10, which has {CLASSES} classes and images of {SIDE} x {SIDE} pixels"
-            raise DataError(what, DATA_HINT)
+        if shapes != {(SIDE, SIDE, 3)}:
+            raise DataError(f"{folder} is not CIFAR-10: its images are not all of {SIDE} x {SIDE} pixels", DATA_HINT)
         arrays[split] = torch.from_numpy(np.stack(decoded)).permute(0, 3, 1, 2).to(device)
     labels = {split: torch.tensor(list(images.labels), device=device) for split, images in source.splits.items()}
     mean = arrays["train"].float().mean(0)

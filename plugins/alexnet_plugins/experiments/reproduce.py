@@ -78,9 +78,10 @@ def reproduce(
 
 
 def _load_experiments() -> Sequence[Experiment]:
+    from alexnet_plugins.experiments.cifar_norm import CIFAR_NORM
     from alexnet_plugins.experiments.figure_1 import FIGURE_1
 
-    return (FIGURE_1,)
+    return (FIGURE_1, CIFAR_NORM)
 
 
 def _find_experiment(experiments: Sequence[Experiment], name: str) -> Experiment:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from alexnet_cli.core.drawing import use_own_style
 from alexnet_cli.core.runs.run import Run
+from alexnet_plugins.experiments.experiment import Verdict
 from alexnet_plugins.experiments.study import BASE, Switch
 
 if TYPE_CHECKING:
@@ -58,14 +59,12 @@ class Row:
     curves: tuple[Curve, ...]
 
     @property
-    def verdict(self) -> str | None:
-        """Return whether the error rises as the paper claims: agrees, disagrees or open; None without a claim."""
+    def verdict(self) -> Verdict | None:
+        """Return whether the error rises as the paper claims; None without a claim or an interval."""
         difference = self.top1_difference
         if not self.switch.is_harmful or difference is None or difference.half is None:
             return None
-        if abs(difference.mean) <= difference.half:
-            return "open"
-        return "agrees" if difference.mean > 0 else "disagrees"
+        return judge(difference)
 
     def count_steps_to(self, error: float) -> list[int | None]:
         """Return for each seed the first step at which the training error is that low, or None."""
@@ -83,6 +82,13 @@ def estimate_mean(values: Sequence[float]) -> Estimate | None:
     spread = statistics.stdev(values)
     half = float(t.ppf(0.975, len(values) - 1)) * spread / math.sqrt(len(values))
     return Estimate(statistics.fmean(values), spread, half, tuple(values))
+
+
+def judge(difference: Estimate | None) -> Verdict:
+    """Return whether a difference that the paper claims to be positive is: decided if its interval leaves out zero."""
+    if difference is None or difference.half is None or abs(difference.mean) <= difference.half:
+        return "undecided"
+    return "agrees" if difference.mean > 0 else "disagrees"
 
 
 def build_rows(runs: Mapping[Switch, Mapping[int, Run]]) -> list[Row]:
