@@ -1,7 +1,7 @@
 """Detects the layout of a data set in a folder, names its classes and lists its images. No torch.
 
 A detector is a function from a folder to a DetectedLayout, or None if the folder has another layout; `DETECTORS` are
-tried in order. Images may be in folders, archives or parquet files. The source is never written to.
+tried in order. Images may be in folders, archives, parquet files or CIFAR-10's batches. The source is never written to.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from alexnet_cli.core.data.cifar import detect_cifar
 from alexnet_cli.core.data.classes import WNID, ClassName, ilsvrc_words, name_classes, read_words
 from alexnet_cli.core.data.folders import (
     READABLE_FORMATS,
@@ -41,10 +42,11 @@ DETECTORS: tuple[Callable[[Path], DetectedLayout | None], ...] = (
     detect_tiny_imagenet,
     detect_train_and_val,
     detect_class_folders,
+    detect_cifar,
 )
 KNOWN_LAYOUTS = (
     "ILSVRC2012_img_train.tar, ILSVRC/Data/CLS-LOC/, train-*.parquet, train/CLASS/ with val/CLASS/, "
-    "Tiny ImageNet (val/val_annotations.txt), CLASS/"
+    "Tiny ImageNet (val/val_annotations.txt), cifar-10-batches-py/, cifar-10-batches-bin/, CLASS/"
 )
 FOLDERS_HINT = "put the images of each class into a folder of its own; at least two classes are needed"
 CONVERT_HINT = f"convert them to JPEG; these can be read: {READABLE_FORMATS}"
