@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -330,9 +330,22 @@ def continue_training(
     return trainer
 
 
-def train_side_by_side(job: Job, trainings: Sequence[Callable[[], object]]) -> None:
-    """Call the functions in threads, as many at a time as there are cores; on a GPU one after the other."""
+def train_side_by_side(job: Job, trainings: Sequence[Callable[[Job], object]]) -> None:
+    """Call the functions in threads, as many at a time as there are cores; on a GPU one after the other.
+
+    If one raises an error, the others stop, and it is raised here.
+    """
     workers = 1 if job.placement.device.type == "cuda" else count_cores()
+    errors: list[BaseException] = []
+    stoppable = replace(job, stop=lambda: "error" if errors else job.stop())
+
+    def train(training: Callable[[Job], object]) -> None:
+        try:
+            training(stoppable)
+        except BaseException as error:
+            errors.append(error)
+
     with ThreadPoolExecutor(workers) as pool:
-        for future in [pool.submit(training) for training in trainings]:
-            future.result()
+        list(pool.map(train, trainings))
+    if errors:
+        raise errors[0]

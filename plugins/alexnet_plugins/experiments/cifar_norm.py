@@ -76,7 +76,7 @@ def train(job: Job) -> None:
     """Train both networks of each pair with every seed."""
     data = read_cifar(job.data, job.placement.device)
 
-    def train_to_end(pair: Pair, network: str, seed: int) -> None:
+    def train_to_end(pair: Pair, network: str, seed: int, job: Job) -> None:
         def is_done(trainer: Trainer) -> bool:
             return trainer.epoch >= pair.epochs
 

@@ -60,7 +60,7 @@ def train(job: Job) -> None:
     """Find each activation's learning rate with the first seed, then train it with every seed to `EPOCHS` epochs."""
     data = read_cifar(job.data, job.placement.device)
 
-    def continue_until(is_done: Callable[[Trainer], bool], activation: str, rate: float, seed: int) -> None:
+    def continue_until(is_done: Callable[[Trainer], bool], activation: str, rate: float, seed: int, job: Job) -> None:
         training = Training(network=NETWORK, activation=activation, rate=rate, seed=seed, decay=False)
         continue_training(training, data, job, is_done)
 

@@ -35,6 +35,7 @@ def reproduce(
 
     Writes a page, tables and a chart to runs/EXPERIMENT. After a stop or crash, repeat the command to continue.
     """
+    from alexnet_cli.core.files import lock_file
     from alexnet_cli.core.parallel.placement import place
     from alexnet_cli.core.runs.run import runs_root
     from alexnet_cli.core.signals import EXIT_CODES, catch_stop_signals
@@ -59,9 +60,10 @@ def reproduce(
         job = Job(data, folder, placement, stop, bar.advance)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            experiment.train(job)
-            result = experiment.conclude(folder)
-            files = write_result(experiment, result, job, command)
+            with lock_file(folder / ".lock", f"{folder} is in use: another process runs {name}", UsageError):
+                experiment.train(job)
+                result = experiment.conclude(folder)
+                files = write_result(experiment, result, job, command)
         except OSError as error:
             raise StorageError(f"{folder} cannot be written: {error.strerror or error}", "free some space") from error
         reason = stop()

@@ -1,0 +1,229 @@
+"""`alexnet reproduce`: the released CIFAR-10 networks, trainings that continue, conclusions from known records."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy import stats
+from torch import nn
+from torch.nn import functional
+
+from alexnet_cli.core.parallel.placement import Placement
+from alexnet_cli.errors import DataError, Stopped, UsageError
+from alexnet_plugins.experiments import cifar, cifar_norm, figure_1
+from alexnet_plugins.experiments.cifar import CifarData, LocallyConnected, Trainer, Training, build_network
+from alexnet_plugins.experiments.experiment import Job
+from alexnet_plugins.experiments.reproduce import reproduce
+from commands import alexnet
+
+CPU = Placement(torch.device("cpu"), "CPU", "fp32")
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cifar, "BATCH_SIZE", 8)
+
+
+@pytest.fixture(scope="module")
+def data() -> CifarData:
+    random = torch.Generator().manual_seed(0)
+    train, test = (torch.randint(0, 256, (n, 3, 32, 32), generator=random, dtype=torch.uint8) for n in (80, 40))
+    labels = [torch.randint(0, 10, (len(images),), generator=random) for images in (train, test)]
+    return CifarData(train, labels[0], test, labels[1], train.float().mean(0))
+
+
+def make_job(folder: Path, stop: Callable[[], str | None] = lambda: None) -> Job:
+    return Job(folder, folder, CPU, stop, lambda images, note: None)
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [
+        ("19pct", [3 * 25 * 32, 32 * 25 * 32, 32 * 25 * 64, 1024 * 10]),
+        ("conv-local-11pct", [3 * 25 * 64, 64 * 25 * 64, 36 * 576 * 32, 36 * 288 * 32, 1152 * 10]),
+    ],
+)
+def test_networks_have_the_weights_of_the_released_files(name: str, weights: list[int]) -> None:
+    network = build_network(name)
+    assert [parameter.numel() for name, parameter in network.named_parameters() if "weight" in name] == weights
+    side = cifar.NETWORKS[name].crop
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.01)
+    assert network(torch.zeros(2, 3, side, side)).shape == (2, 10)
+
+
+def test_a_locally_connected_layer_has_a_filter_per_pixel() -> None:
+    layer, x = LocallyConnected(2, 3, 4), torch.randn(1, 2, 4, 4)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    padded, y = functional.pad(x, (1, 1, 1, 1)), layer(x)
+    for row in range(4):
+        for column in range(4):
+            patch = padded[0, :, row : row + 3, column : column + 3].reshape(-1)
+            expected = patch @ layer.weight[4 * row + column] + layer.bias[:, row, column]
+            torch.testing.assert_close(y[0, :, row, column], expected)
+
+
+def test_norms_are_those_of_the_released_files() -> None:
+    x = 100 * torch.randn(2, 8, 5, 5)
+    across = nn.LocalResponseNorm(5, alpha=0.001, beta=0.75, k=1.0)
+    torch.testing.assert_close(cifar.AcrossMapsNorm()(x), across(x))
+    squares = functional.conv2d(x.square().reshape(16, 1, 5, 5), torch.ones(1, 1, 3, 3), padding=1).reshape(x.shape)
+    torch.testing.assert_close(cifar.WithinMapNorm()(x), x * (1 + 5e-5 / 9 * squares) ** -0.75)
+
+
+def test_a_training_continues_where_it_stopped(data: CifarData, tmp_path: Path) -> None:
+    training = Training(network="conv-local-13pct", rate=0.001, seed=3, drops=(1,))
+    whole = Trainer(training, data, CPU)
+    while whole.epoch < 2:
+        whole.train_epoch(lambda images: False)
+    calls = iter(range(100))
+    job = make_job(tmp_path, lambda: "Ctrl-C" if next(calls) == 9 else None)  # inside the second epoch
+    assert cifar.continue_training(training, data, job, lambda t: t.epoch >= 2).epoch == 1
+    continued = cifar.continue_training(training, data, make_job(tmp_path), lambda t: t.epoch >= 2, True)
+    assert continued.errors == whole.errors
+    assert len(whole.errors) == 10
+    for ours, expected in zip(continued.network.parameters(), whole.network.parameters(), strict=True):
+        assert torch.equal(ours, expected)
+    [record] = cifar.read_records(tmp_path)
+    assert record.training == training
+    assert record.test_error == whole.measure_test_error()
+
+
+def test_the_test_error_is_that_of_the_mean_of_nine_crops(data: CifarData) -> None:
+    trainer = Trainer(Training(network="conv-local-13pct", rate=0.001, seed=0), data, CPU)
+    for parameter in trainer.network.parameters():
+        nn.init.normal_(parameter, std=0.05)
+    centered = data.test.float()
+    mean = data.mean[:, 4:28, 4:28]
+    crops = [centered[:, :, y : y + 24, x : x + 24] - mean for y in (0, 4, 8) for x in (0, 4, 8)]
+    probabilities = sum(trainer.network(crop).softmax(1) for crop in crops)
+    assert trainer.measure_test_error() == pytest.approx(
+        float((probabilities.argmax(1) != data.test_labels).float().mean())
+    )
+
+
+def test_a_training_that_diverges_ends(data: CifarData, tmp_path: Path) -> None:
+    training = Training(network="19pct", rate=1e6, seed=0)
+    trainer = cifar.continue_training(training, data, make_job(tmp_path), lambda t: t.epoch >= 5)
+    assert trainer.diverged
+    assert trainer.epoch < 5
+
+
+def test_an_error_in_one_training_stops_the_others(tmp_path: Path) -> None:
+    def fail(job: Job) -> None:
+        raise DataError("broken", "mend it")
+
+    def wait(job: Job) -> None:
+        while job.stop() is None:
+            pass
+
+    with pytest.raises(DataError, match="broken"):
+        cifar.train_side_by_side(make_job(tmp_path), [fail, wait])
+
+
+def save_record(folder: Path, training: Training, errors: list[float], test_error: float | None = None) -> None:
+    state = {"training": asdict(training), "epoch": len(errors) // 5, "errors": errors, "test_error": test_error}
+    torch.save(state, folder / f"{training.name}.pt")
+
+
+def test_figure_1_compares_the_fastest_rates(tmp_path: Path) -> None:
+    """ReLU reaches 25 % in the 3rd fifth with the better rate, tanh in the 12th: five times (11.5 / 2.5 = 4.6)."""
+    for seed in range(3):
+        for activation, rate, fifth in (("relu", 0.001, 9), ("relu", 0.003, 3), ("tanh", 0.001, 12)):
+            errors = [0.5] * (fifth - 1) + [0.2] * (201 - fifth)
+            training = Training(network="19pct", activation=activation, rate=rate, seed=seed, decay=False)
+            save_record(tmp_path, training, errors)
+    result = figure_1.conclude(tmp_path)
+    assert result.verdict == "agrees"
+    assert (
+        "tanh needed 4.6 times the epochs of ReLU (2.3 against 0.5, 3 seeds); 95 % interval 4.6 to 4.6"
+        in result.finding
+    )
+    assert {row[1] for row in result.tables[0].rows if row[0] == "relu"} == {0.003}
+    assert [text.partition(":")[0] for text in result.missing] == ["sigmoid"]
+
+
+def test_cifar_norm_pairs_by_seed(tmp_path: Path) -> None:
+    without, with_norm = [0.20, 0.22, 0.21], [0.19, 0.20, 0.195]
+    for name, errors in (("19pct", without), ("18pct", with_norm)):
+        for seed, error in enumerate(errors):
+            save_record(tmp_path, Training(network=name, rate=0.001, seed=seed), [0.1], error)
+    result = cifar_norm.conclude(tmp_path)
+    interval = stats.ttest_rel(without, with_norm).confidence_interval(0.95)
+    row = result.tables[0].rows[0]
+    assert (row[4], row[5]) == pytest.approx((0.015, (interval.high - interval.low) / 2))
+    assert result.verdict == row[7] == "agrees"
+    assert len(result.missing) == 2  # the other pair
+
+
+@pytest.fixture
+def small_cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Ten classes of drawn images, with the experiment's numbers cut down to them."""
+    random = np.random.default_rng(0)
+    for split, count in (("train", 8), ("val", 2)):
+        for label in range(10):
+            folder = tmp_path / "cifar" / split / f"class{label}"
+            folder.mkdir(parents=True)
+            for number in range(count):
+                noise = random.integers(0, 40, (32, 32, 3)) + 20 * label
+                Image.fromarray(noise.astype(np.uint8)).save(folder / f"{number}.png")
+    monkeypatch.setattr(cifar, "COUNTS", (10, 80, 20))
+    monkeypatch.setattr(figure_1, "EPOCHS", 1)
+    monkeypatch.setattr(figure_1, "RATES", (0.001,))
+    monkeypatch.setattr(figure_1, "ACTIVATIONS", ("relu", "tanh"))
+    monkeypatch.setattr(figure_1, "TARGET", 2.0)  # reached at once
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "cifar"
+
+
+def test_reproduce_writes_page_tables_and_charts(small_cifar: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reproduce("figure-1", small_cifar, json=True)
+    result = json.loads(capsys.readouterr().out)
+    assert result["schema"] == "alexnet.reproduce/1"
+    assert (result["verdict"], result["missing"]) == ("undecided", [])  # equal speed
+    folder = Path("runs/figure-1")
+    assert {"index.html", "result.json", "curves.csv", "epochs.csv", "chart.svg"} <= {p.name for p in folder.iterdir()}
+    assert len((folder / "curves.csv").read_text().splitlines()) == 1 + 2 * 3 * 5  # activations, seeds, fifths
+    assert figure_1.FIGURE_1.claim in (folder / "index.html").read_text()
+
+
+def test_reproduce_stopped_says_what_is_missing(
+    small_cifar: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = cifar.continue_training
+
+    def stop(*args: Any, **options: Any) -> Trainer:
+        signal.raise_signal(signal.SIGTERM)
+        return real(*args, **options)
+
+    monkeypatch.setattr(figure_1, "continue_training", stop)
+    with pytest.raises(Stopped, match="SIGTERM"):
+        reproduce("figure-1", small_cifar)
+    assert "missing relu: seed 0, 1, 2" in capsys.readouterr().err
+
+
+def test_reproduce_lists_the_experiments() -> None:
+    listed = json.loads(alexnet("reproduce", "--json").stdout)["experiments"]
+    assert [row["name"] for row in listed][:2] == ["figure-1", "cifar-norm"]
+
+
+def test_reproduce_refuses_what_it_cannot_do(
+    tmp_path: Path, small_cifar: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UsageError, match="no such experiment"):
+        reproduce("figure1")
+    with pytest.raises(UsageError, match="needs CIFAR-10"):
+        reproduce("figure-1")
+    monkeypatch.setattr(cifar, "COUNTS", (10, 50_000, 10_000))
+    with pytest.raises(DataError, match="80 training and 20 test images, not 10 classes, 50,000"):
+        reproduce("figure-1", small_cifar)
