@@ -285,6 +285,9 @@ class Trainer:
         self.epoch, self.errors, self.test_error = state["epoch"], state["errors"], state["test_error"]
 
 
+Condition = Callable[[Trainer], bool]
+
+
 @dataclass(frozen=True)
 class TrainingRecord:
     """What a training has recorded so far: `errors` as in `Trainer`; `test_error` once it was measured."""
@@ -306,11 +309,7 @@ def read_records(folder: Path) -> list[TrainingRecord]:
 
 
 def continue_training(
-    training: Training,
-    data: CifarData,
-    job: Job,
-    is_done: Callable[[Trainer], bool],
-    measure_test_error: bool = False,
+    training: Training, data: CifarData, job: Job, is_done: Condition, measure_test_error: bool = False
 ) -> Trainer:
     """Train, from the file of an earlier call if there is one, until `is_done` after an epoch; saves each epoch."""
     torch.set_num_threads(1)  # of this thread: trainings run side by side

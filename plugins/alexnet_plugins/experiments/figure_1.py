@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from alexnet_plugins.experiments.cifar import (
     RECORDS_PER_EPOCH,
+    Condition,
     Trainer,
     Training,
     TrainingRecord,
@@ -57,26 +58,35 @@ def epochs_to_target(errors: Sequence[float]) -> float | None:
 
 
 def train(job: Job) -> None:
-    """Find each activation's learning rate with the first seed, then train it with every seed to `EPOCHS` epochs."""
+    """Find each activation's learning rate with the first seed, train all seeds to the target, then to `EPOCHS`."""
     data = read_cifar(job.data, job.placement.device)
 
-    def continue_until(is_done: Callable[[Trainer], bool], activation: str, rate: float, seed: int, job: Job) -> None:
-        training = Training(network=NETWORK, activation=activation, rate=rate, seed=seed, decay=False)
-        continue_training(training, data, job, is_done)
+    def has_reached(trainer: Trainer) -> bool:
+        return epochs_to_target(trainer.errors) is not None or trainer.epoch >= EPOCHS
 
     def is_searched(trainer: Trainer) -> bool:
         found = _search(read_records(job.folder), trainer.training.activation).values()
-        reached = [epochs for epochs in found if epochs is not None]
-        return epochs_to_target(trainer.errors) is not None or trainer.epoch >= min([EPOCHS, *reached])
+        return has_reached(trainer) or trainer.epoch >= min([EPOCHS, *(epochs for epochs in found if epochs)])
 
     def is_finished(trainer: Trainer) -> bool:
         return trainer.epoch >= EPOCHS
 
+    def continue_all(activation: str, rates: Iterable[float], seeds: Iterable[int], until: Condition) -> None:
+        def continue_one(training: Training, job: Job) -> None:
+            continue_training(training, data, job, until)
+
+        keys = [(rate, seed) for rate in rates for seed in seeds]
+        trainings = [Training(network=NETWORK, activation=activation, rate=r, seed=s, decay=False) for r, s in keys]
+        train_side_by_side(job, [partial(continue_one, training) for training in trainings])
+
+    best: dict[str, list[float]] = {}
     for activation in ACTIVATIONS:
-        train_side_by_side(job, [partial(continue_until, is_searched, activation, rate, SEEDS[0]) for rate in RATES])
+        continue_all(activation, RATES, SEEDS[:1], is_searched)
         rate = _find_best_rate(read_records(job.folder), activation)
-        if rate is not None:
-            train_side_by_side(job, [partial(continue_until, is_finished, activation, rate, seed) for seed in SEEDS])
+        best[activation] = [] if rate is None else [rate]
+        continue_all(activation, best[activation], SEEDS, has_reached)
+    for activation, rates in best.items():
+        continue_all(activation, rates, SEEDS, is_finished)
 
 
 def _search(records: Sequence[TrainingRecord], activation: str) -> dict[float, float | None]:
