@@ -27,7 +27,7 @@ from alexnet_cli.core.runs.run import Run
 from alexnet_cli.errors import PartialError, UsageError
 from alexnet_cli.recipe import PAPER, TINY
 from alexnet_plugins.experiments.ablate import ablate
-from alexnet_plugins.experiments.study import SWITCHES, AblationStudy, Cell, choose_switches, make_cells
+from alexnet_plugins.experiments.study import SWITCHES, AblationStudy, Cell, choose_switches, find_done_runs, make_cells
 from commands import alexnet
 
 CPU = Placement(torch.device("cpu"), "CPU", "fp32")
@@ -79,7 +79,10 @@ def test_a_cell_is_a_run_that_goes_on_to_the_same_weights(made: AblationStudy) -
     ]
     assert all(torch.equal(value, tensors[1][name]) for name, value in tensors[0].items())
     assert find_weights("a/base-seed0").parts[:3] == ("runs", "a", "base-seed0")
-    assert {switch.name: list(runs) for switch, runs in made.find_done_runs().items()} == {"base": [0], "pool-2x2": [0]}
+    assert {switch.name: list(runs) for switch, runs in find_done_runs(made.folder, SWITCHES).items()} == {
+        "base": [0],
+        "pool-2x2": [0],
+    }
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def data() -> CifarData:
 
 
 def make_job(folder: Path, stop: Callable[[], str | None] = lambda: None) -> Job:
-    return Job(folder, folder, CPU, stop, lambda images, note: None)
+    return Job(folder, folder, CPU, [], stop, lambda images, note: None)
 
 
 @pytest.mark.parametrize(

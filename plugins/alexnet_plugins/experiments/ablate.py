@@ -44,7 +44,7 @@ def ablate(
         typer.Option(
             metavar="A,B",
             help="Train only the base and these switches: no-norm, norm-within-map, pool-2x2, one-tower, "
-            "no-crops-flips, no-color-shift, no-dropout, tanh, sigmoid [default: all]",
+            "no-crops-flips, no-color-shift, no-dropout, no-weight-decay, tanh, sigmoid [default: all]",
         ),
     ] = None,
     training_error: Annotated[
@@ -178,8 +178,9 @@ def _report(reporter: Reporter, study: AblationStudy, error: float, *, show: boo
     """
     from alexnet_cli.core.report import charts
     from alexnet_plugins.experiments import table
+    from alexnet_plugins.experiments.study import SWITCHES, find_done_runs
 
-    rows = table.build_rows(study.find_done_runs())
+    rows = table.build_rows(find_done_runs(study.folder, SWITCHES))
     if not rows:
         return rows
     images = len(study.data.split("val"))

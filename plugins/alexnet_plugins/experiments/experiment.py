@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import platform
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -31,7 +32,7 @@ Cell = str | int | float | None
 
 @dataclass(frozen=True)
 class Job:
-    """What an experiment runs with: the folder of its data, the folder of its results, and the device.
+    """What an experiment runs with: its data, the folder of its results, the device, and the command line.
 
     `stop` returns a reason to stop, or None. `advance` counts images and shows a note; any thread may call it.
     """
@@ -39,6 +40,7 @@ class Job:
     data: Path
     folder: Path
     placement: Placement
+    command: Sequence[str]
     stop: Callable[[], str | None]
     advance: Callable[[int, str], None]
 
@@ -96,14 +98,14 @@ class Experiment:
     conclude: Callable[[Path], Result]
 
 
-def write_result(experiment: Experiment, result: Result, job: Job, command: str) -> list[Path]:
+def write_result(experiment: Experiment, result: Result, job: Job) -> list[Path]:
     """Write the page, its data and its chart into the job's folder. Returns the files.
 
     Raises:
         OSError: a file cannot be written.
     """
     images = _draw_chart(result.chart)
-    about = {"command": command, "machine": describe_machine(job.placement)}
+    about = {"command": shlex.join(job.command), "machine": describe_machine(job.placement)}
     record = {
         "schema": "alexnet.reproduce/1", "experiment": experiment.name, "claim": experiment.claim, **about,
         "verdict": result.verdict, "finding": result.finding, "missing": list(result.missing),

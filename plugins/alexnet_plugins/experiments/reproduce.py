@@ -25,7 +25,8 @@ def reproduce(
         str | None, typer.Argument(metavar="EXPERIMENT", help="Experiment to run [default: list them]")
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Folder of the experiment's data set, as it was unpacked", show_default=False)
+        Path | None,
+        typer.Option(help="The experiment's data: CIFAR-10's folder, or a prepared data set", show_default=False),
     ] = None,
     gpus: GpusOption = None,
     json: JsonFlag = False,
@@ -49,7 +50,7 @@ def reproduce(
     experiment = _find_experiment(experiments, name)
     if data is None:
         raise UsageError(f"{name} needs {experiment.data}", f"alexnet reproduce {name} --data DIR; see docs/data.md")
-    command = shlex.join(["alexnet", *sys.argv[1:]])
+    command = ["alexnet", *sys.argv[1:]]
     folder = runs_root() / name
     reporter.line("claim", experiment.claim)
     reporter.line("folder", str(folder))
@@ -57,13 +58,13 @@ def reproduce(
     for note in placement.notes:
         reporter.line("note", note)
     with catch_stop_signals(None) as stop, reporter.progress(name, total=None) as bar:
-        job = Job(data, folder, placement, stop, bar.advance)
+        job = Job(data, folder, placement, command, stop, bar.advance)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with lock_file(folder / ".lock", f"{folder} is in use: another process runs {name}", UsageError):
                 experiment.train(job)
                 result = experiment.conclude(folder)
-                files = write_result(experiment, result, job, command)
+                files = write_result(experiment, result, job)
         except OSError as error:
             raise StorageError(f"{folder} cannot be written: {error.strerror or error}", "free some space") from error
         reason = stop()
@@ -76,14 +77,16 @@ def reproduce(
         reporter.line("missing", missing)
     reporter.line("saved", f"{folder / 'index.html'}: open it in a browser")
     if reason:
-        raise Stopped(f"stopped ({reason}); progress is saved in {folder}", command, EXIT_CODES[reason])
+        raise Stopped(f"stopped ({reason}); progress is saved in {folder}", shlex.join(command), EXIT_CODES[reason])
 
 
 def _load_experiments() -> Sequence[Experiment]:
+    from alexnet_plugins.experiments.ablation import ABLATION
     from alexnet_plugins.experiments.cifar_norm import CIFAR_NORM
     from alexnet_plugins.experiments.figure_1 import FIGURE_1
+    from alexnet_plugins.experiments.towers import TOWERS
 
-    return (FIGURE_1, CIFAR_NORM)
+    return (FIGURE_1, CIFAR_NORM, TOWERS, ABLATION)
 
 
 def _find_experiment(experiments: Sequence[Experiment], name: str) -> Experiment:

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from alexnet_cli.core.data.shards import Dataset
-from alexnet_cli.core.parallel.placement import Placement
+from alexnet_cli.core.data.shards import Dataset, find_dataset, open_dataset
+from alexnet_cli.core.parallel.placement import Placement, choose_decode_threads
 from alexnet_cli.core.runs.records import Record
 from alexnet_cli.core.runs.run import RUNNING, Run, is_plain_name, record_failure, runs_root
 from alexnet_cli.core.training.checkpoint import find_newest
@@ -26,6 +26,7 @@ from alexnet_cli.core.training.trainer import Trainer
 from alexnet_cli.errors import DataError, StorageError, UsageError, VerificationError
 from alexnet_cli.recipe import Recipe, compare_recipes
 from alexnet_cli.recipe_io import apply_changes
+from alexnet_plugins.experiments.experiment import Job
 
 DIVERGED = "the loss is not a number"
 
@@ -68,6 +69,7 @@ SWITCHES: tuple[Switch, ...] = (
     Switch("no-crops-flips", "4.1", {"crops": False, "flips": False}, OVERFITTING, is_harmful=True),
     Switch("no-color-shift", "4.1", {"color_shift": 0.0}, "more than +1", 0.01, is_harmful=True),
     Switch("no-dropout", "4.2", {"dropout": 0.0}, OVERFITTING, is_harmful=True),
+    Switch("no-weight-decay", "5", {"weight_decay": 0.0}, "even a higher training error", is_harmful=True),
     Switch("tanh", "3.1", {"activation": "tanh"}, "6 times the steps"),
     Switch("sigmoid", "3.1", {"activation": "sigmoid"}),
 )
@@ -189,15 +191,6 @@ class AblationStudy:
                 raise
             run.update({"status": "finished" if reason == "finished" else "interrupted", "reason": reason})
 
-    def find_done_runs(self) -> dict[Switch, dict[int, Run]]:
-        """Return the trained cells in the folder, those of earlier calls included: switch -> seed -> run."""
-        runs_by_switch: dict[Switch, dict[int, Run]] = {}
-        for switch in SWITCHES:
-            runs = [Run(path.parent) for path in self.folder.glob(f"{switch.name}-seed*/run.json")]
-            if done := {run.recipe.seed: run for run in runs if is_done(run)}:
-                runs_by_switch[switch] = dict(sorted(done.items()))
-        return runs_by_switch
-
     def _find_run(self, cell: Cell) -> Run | None:
         path = self.folder / cell.name
         return Run(path) if (path / "run.json").is_file() else None
@@ -210,6 +203,32 @@ class AblationStudy:
         if differences := compare_recipes(run.recipe, cell.recipe):
             key, (old, new) = next(iter(differences.items()))
             raise UsageError(f"{run.path} was trained with {key} = {old}, not {new}", "choose another --name")
+
+
+def find_done_runs(folder: Path, switches: Sequence[Switch]) -> dict[Switch, dict[int, Run]]:
+    """Return the trained cells in a study's folder, those of earlier calls included: switch -> seed -> run."""
+    runs_by_switch: dict[Switch, dict[int, Run]] = {}
+    for switch in switches:
+        runs = [Run(path.parent) for path in folder.glob(f"{switch.name}-seed*/run.json")]
+        if done := {run.recipe.seed: run for run in runs if is_done(run)}:
+            runs_by_switch[switch] = dict(sorted(done.items()))
+    return runs_by_switch
+
+
+def train_cells(job: Job, cells: Sequence[Cell]) -> None:
+    """Train the cells of an experiment that are not finished, on its prepared data set, until the job is stopped."""
+    data, threads = open_dataset(find_dataset(str(job.data))), choose_decode_threads(None)
+    study = AblationStudy(job.folder, data, job.placement, threads, job.command)
+    for cell in cells:
+        if job.stop() is not None:
+            return
+        if study.is_finished(cell):
+            continue
+        done, batch = 0, min(cell.recipe.batch_size, len(data.split("train")))
+        for record in study.train(cell, job.stop):
+            if record.event == "step":
+                job.advance((record.step - done) * batch, f"{cell.name}  epoch {record.epoch}  loss {record.loss:.3g}")
+            done = record.step if record.event in ("start", "step") else done
 
 
 def is_done(run: Run) -> bool:

@@ -217,14 +217,15 @@ def draw_chart(rows: Sequence[Row], title: str, error: float) -> bytes:
         figure = Figure(figsize=(1 + 5.5 * panels, 1.8 + 0.42 * max(6, len(compared))), dpi=130, layout="constrained")
         figure.suptitle(title)
         left, *right = figure.subplots(1, panels, squeeze=False)[0]
-        _draw_differences(left, compared)
+        draw_differences(left, compared)
         for axes in right:
             _draw_training_errors(axes, activations, error)
         figure.savefig(file, format="png")
     return file.getvalue()
 
 
-def _draw_differences(axes: Axes, rows: Sequence[Row]) -> None:
+def draw_differences(axes: Axes, rows: Sequence[Row]) -> None:
+    """Draw what each switch adds to the top-1 error, with the interval over seeds and the paper's number."""
     axes.axvline(0, color="gray", linewidth=1)
     for height, row in enumerate(rows):
         difference = row.top1_difference
