@@ -22,8 +22,8 @@ RECIPE = replace(TINY, name="ablation", dropout=0.5, epochs=30)
 CLAIMS = [switch for switch in SWITCHES if switch is BASE or switch.is_harmful]
 PROTOCOL = (
     f"Recipe tiny (a quarter of the paper's width) with the paper's dropout of 0.5 and {RECIPE.epochs} epochs, and "
-    f"each of the paper's ideas switched off in turn, {SEEDS} seeds each. The same seed means the same initial weights, "
-    "where layers are the same, and the same images in the same order. Errors are those of the last epoch, center view.",
+    f"each of the paper's ideas switched off in turn, {SEEDS} seeds each. The same seed means the same weights at the "
+    "start, where layers are the same, and images in the same order. Errors are those of the last epoch, center view.",
     "The difference is from the base, paired by seed, with Student's 95 % interval over seeds. Agrees: the whole "
     "interval lies above zero, as the paper says. Gap: validation error minus the training error while learning.",
 )
