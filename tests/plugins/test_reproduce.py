@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import signal
+import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from scipy import stats
 from torch import nn
 from torch.nn import functional
 
+from alexnet_cli.core.analysis import filters
 from alexnet_cli.core.parallel.placement import Placement
 from alexnet_cli.errors import DataError, Stopped, UsageError
-from alexnet_plugins.experiments import cifar, cifar_norm, figure_1
+from alexnet_cli.recipe import TINY
+from alexnet_plugins.experiments import ablation, cifar, cifar_norm, figure_1, towers
 from alexnet_plugins.experiments.cifar import CifarData, LocallyConnected, Trainer, Training, build_network
 from alexnet_plugins.experiments.experiment import Job
 from alexnet_plugins.experiments.reproduce import reproduce
@@ -202,9 +205,11 @@ def test_reproduce_stopped_says_what_is_missing(
 ) -> None:
     real = cifar.continue_training
 
-    def stop(*args: Any, **options: Any) -> Trainer:
+    def stop(training: Training, data: CifarData, job: Job, *args: Any) -> Trainer:
         signal.raise_signal(signal.SIGTERM)
-        return real(*args, **options)
+        while job.stop() is None:  # the main thread notices
+            time.sleep(0.01)
+        return real(training, data, job, *args)
 
     monkeypatch.setattr(figure_1, "continue_training", stop)
     with pytest.raises(Stopped, match="SIGTERM"):
@@ -212,9 +217,44 @@ def test_reproduce_stopped_says_what_is_missing(
     assert "missing relu: seed 0, 1, 2" in capsys.readouterr().err
 
 
+def test_the_separation_of_one_run_is_that_of_the_filters() -> None:
+    random = np.random.default_rng(0)
+    gray = random.normal(size=(48, 1, 11, 11)).repeat(3, axis=1) + random.normal(0, 0.8, (48, 3, 11, 11))
+    weight = np.concatenate([random.normal(size=(48, 3, 11, 11)), gray]).astype(np.float32)
+    weak = np.concatenate([weight[:44], weight[48:52], weight[44:48], weight[52:]])[random.permutation(96)]
+    for mixed in (weight, weak):
+        measured = filters.measure_specialization(filters.split_towers(mixed, 2))
+        separation = towers.measure_separation([mixed])
+        assert separation.aucs == [measured.auc]
+        assert separation.p_value == pytest.approx(measured.p_value, abs=0.02)
+    both = towers.measure_separation([weight, weak])
+    assert both.mean == pytest.approx(np.mean(both.aucs))
+    assert towers.measure_separation([weak]).limit > both.limit > 0.5  # more seeds see smaller effects
+
+
+def test_towers_and_ablation_train_what_is_missing(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    small = replace(TINY, width=1 / 32, batch_size=16, epochs=1, precision="fp32")
+    for module, switches in ((towers, "CONDITIONS"), (ablation, "CLAIMS")):
+        monkeypatch.setattr(module, "RECIPE", small)
+        monkeypatch.setattr(module, switches, getattr(module, switches)[:2])
+        monkeypatch.setattr(module, "SEEDS", 1)
+    for name, columns in (("towers", 3), ("ablation", 2)):
+        reproduce(name, prepared, json=True, quiet=True)
+        result = json.loads(capsys.readouterr().out)
+        assert result["missing"] == []
+        rows = (Path("runs") / name / f"{name}.csv").read_text().splitlines()
+        assert len(rows) == 1 + columns
+        before = list((Path("runs") / name).glob("*/checkpoints/*/meta.json"))
+        reproduce(name, prepared, quiet=True)
+        assert list((Path("runs") / name).glob("*/checkpoints/*/meta.json")) == before
+
+
 def test_reproduce_lists_the_experiments() -> None:
     listed = json.loads(alexnet("reproduce", "--json").stdout)["experiments"]
-    assert [row["name"] for row in listed][:2] == ["figure-1", "cifar-norm"]
+    assert [row["name"] for row in listed] == ["figure-1", "cifar-norm", "towers", "ablation"]
 
 
 def test_reproduce_refuses_what_it_cannot_do(

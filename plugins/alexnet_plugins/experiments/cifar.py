@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ MOMENTUM = 0.9
 BIAS_RATE = 2.0  # learning rate of biases, as a multiple of the weights'
 RECORDS_PER_EPOCH = 5  # like cuda-convnet's, which reads CIFAR-10 in files of 10,000 images
 TEST_IMAGES = 500  # computed at once
+SECONDS_BETWEEN_LOOKS = 0.5
 COUNTS = (CLASSES, 50_000, 10_000)  # classes, training and test images
 DATA_HINT = (
     "give cifar-10-batches-py, cifar-10-batches-bin, or a folder with train/CLASS/ and val/CLASS/ (the test images)"
@@ -345,6 +346,8 @@ def train_side_by_side(job: Job, trainings: Sequence[Callable[[Job], object]]) -
             errors.append(error)
 
     with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(train, trainings))
+        futures = [pool.submit(train, training) for training in trainings]
+        while wait(futures, SECONDS_BETWEEN_LOOKS).not_done:  # without end, this thread would not notice a signal
+            pass
     if errors:
         raise errors[0]
