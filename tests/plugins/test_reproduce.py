@@ -156,6 +156,18 @@ def test_figure_1_compares_the_fastest_rates(tmp_path: Path) -> None:
     assert [text.partition(":")[0] for text in result.missing] == ["sigmoid"]
 
 
+def test_figure_1_says_more_than_where_tanh_never_arrives(tmp_path: Path) -> None:
+    for seed in range(2):
+        for activation, rate, end in (("relu", 0.001, 0.2), *(("tanh", rate, 0.3 + rate) for rate in figure_1.RATES)):
+            errors = [0.5] * 199 + [end]
+            training = Training(network="19pct", activation=activation, rate=rate, seed=seed, decay=False)
+            save_record(tmp_path, training, errors)
+    result = figure_1.conclude(tmp_path)
+    assert "tanh needed more than 1.0 times" in result.finding
+    assert "2 of 2 seeds of tanh had not reached it after 40 epochs" in result.finding
+    assert {row[1] for row in result.tables[0].rows if row[0] == "tanh"} == {0.0003}  # came nearest
+
+
 def test_cifar_norm_pairs_by_seed(tmp_path: Path) -> None:
     without, with_norm = [0.20, 0.22, 0.21], [0.19, 0.20, 0.195]
     for name, errors in (("19pct", without), ("18pct", with_norm)):
@@ -249,6 +261,7 @@ def test_towers_and_ablation_train_what_is_missing(
         assert len(rows) == 1 + columns
         before = list((Path("runs") / name).glob("*/checkpoints/*/meta.json"))
         reproduce(name, prepared, quiet=True)
+        capsys.readouterr()
         assert list((Path("runs") / name).glob("*/checkpoints/*/meta.json")) == before
 
 
