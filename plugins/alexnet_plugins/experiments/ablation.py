@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from alexnet_cli.recipe import TINY
 from alexnet_plugins.experiments.experiment import Cell, Chart, Experiment, Job, Result, Table, Verdict
 from alexnet_plugins.experiments.study import BASE, SWITCHES, find_done_runs, make_cells, train_cells
-from alexnet_plugins.experiments.table import Row, build_rows, draw_differences
+from alexnet_plugins.experiments.table import Row, build_rows, draw_differences, round_share
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -65,15 +65,11 @@ def conclude(folder: Path) -> Result:
 def _make_cells(row: Row) -> list[Cell]:
     top1, training, difference = row.top1, row.train_top1, row.top1_difference
     return [
-        row.switch.name, row.switch.section, len(row.seeds), _round(top1.mean if top1 else None),
-        _round(training.mean if training else None), _round(top1.mean - training.mean if top1 and training else None),
-        _round(difference.mean if difference else None), _round(difference.half if difference else None),
+        row.switch.name, row.switch.section, len(row.seeds), round_share(top1.mean if top1 else None),
+        round_share(training.mean if training else None), round_share(top1.mean - training.mean if top1 and training else None),
+        round_share(difference.mean if difference else None), round_share(difference.half if difference else None),
         row.switch.paper, row.verdict, _count_seeds_to_decide(row),
     ]  # fmt: skip
-
-
-def _round(share: float | None) -> float | None:
-    return None if share is None else round(share, 4)
 
 
 def _count_seeds_to_decide(row: Row) -> int | None:

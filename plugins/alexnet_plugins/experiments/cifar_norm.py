@@ -18,7 +18,7 @@ from alexnet_plugins.experiments.cifar import (
     train_side_by_side,
 )
 from alexnet_plugins.experiments.experiment import Chart, Experiment, Job, Result, Table, Verdict
-from alexnet_plugins.experiments.table import OUR_COLOR, PAPER_COLOR, Estimate, estimate_mean, judge
+from alexnet_plugins.experiments.table import OUR_COLOR, PAPER_COLOR, Estimate, estimate_mean, judge, round_share
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -96,8 +96,9 @@ def conclude(folder: Path) -> Result:
     rows = [
         (
             pair.name, pair.kind, *(_mean_error(records, network) for network in (pair.without, pair.with_norm)),
-            estimate.mean if (estimate := differences[pair.name]) else None, estimate.half if estimate else None,
-            pair.released[0] - pair.released[1], verdicts[pair.name],
+            round_share(estimate.mean if (estimate := differences[pair.name]) else None),
+            round_share(estimate.half if estimate else None),
+            round_share(pair.released[0] - pair.released[1]), verdicts[pair.name],
         )
         for pair in PAIRS
     ]  # fmt: skip
@@ -124,7 +125,7 @@ def _errors(records: Sequence[TrainingRecord], network: str) -> dict[int, float]
 
 def _mean_error(records: Sequence[TrainingRecord], network: str) -> float | None:
     estimate = estimate_mean(list(_errors(records, network).values()))
-    return estimate.mean if estimate else None
+    return round_share(estimate.mean if estimate else None)
 
 
 def _estimate_difference(records: Sequence[TrainingRecord], pair: Pair) -> Estimate | None:

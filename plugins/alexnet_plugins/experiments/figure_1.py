@@ -123,14 +123,14 @@ def conclude(folder: Path) -> Result:
     verdict, finding = _compare(best)
     chosen = [record for records in best.values() for record in records]
     about = [(r.training.activation, r.training.rate, r.training.seed) for r in chosen]
-    ends = [(*key, epochs_to_target(r.errors), r.errors[-1]) for key, r in zip(about, chosen, strict=True)]
+    ends = [(*key, epochs_to_target(r.errors), round(r.errors[-1], 4)) for key, r in zip(about, chosen, strict=True)]
     search = [
-        (r.training.activation, r.training.rate, epochs_to_target(r.errors), r.epochs, r.errors[-1])
+        (r.training.activation, r.training.rate, epochs_to_target(r.errors), r.epochs, round(r.errors[-1], 4))
         for r in sorted(records, key=lambda r: (ACTIVATIONS.index(r.training.activation), r.training.rate))
         if r.training.seed == SEEDS[0]
     ]
     curves = [
-        (*key, (i + 1) / RECORDS_PER_EPOCH, error)
+        (*key, (i + 1) / RECORDS_PER_EPOCH, round(error, 4))
         for key, r in zip(about, chosen, strict=True)
         for i, error in enumerate(r.errors)
     ]

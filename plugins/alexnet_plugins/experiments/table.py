@@ -84,6 +84,11 @@ def estimate_mean(values: Sequence[float]) -> Estimate | None:
     return Estimate(statistics.fmean(values), spread, half, tuple(values))
 
 
+def round_share(share: float | None) -> float | None:
+    """Round a share to hundredths of a percent; None stays None."""
+    return None if share is None else round(share, 4)
+
+
 def judge(difference: Estimate | None) -> Verdict:
     """Return whether a difference that the paper claims to be positive is: decided if its interval leaves out zero."""
     if difference is None or difference.half is None or abs(difference.mean) <= difference.half:
