@@ -64,9 +64,10 @@ def conclude(folder: Path) -> Result:
 
 def _make_cells(row: Row) -> list[Cell]:
     top1, training, difference = row.top1, row.train_top1, row.top1_difference
+    gap = top1.mean - training.mean if top1 and training else None
     return [
         row.switch.name, row.switch.section, len(row.seeds), round_share(top1.mean if top1 else None),
-        round_share(training.mean if training else None), round_share(top1.mean - training.mean if top1 and training else None),
+        round_share(training.mean if training else None), round_share(gap),
         round_share(difference.mean if difference else None), round_share(difference.half if difference else None),
         row.switch.paper, row.verdict, _count_seeds_to_decide(row),
     ]  # fmt: skip
