@@ -20,6 +20,12 @@ if TYPE_CHECKING:
     from alexnet_plugins.experiments.experiment import Experiment
 
 
+OTHER_COMMANDS = {  # figures of a network that is trained already
+    "figure-3": "alexnet visualize-filters -w RUN",
+    "figure-4": "alexnet predict IMAGES -w RUN, alexnet neighbors IMAGES -w RUN",
+}
+
+
 def reproduce(
     name: Annotated[
         str | None, typer.Argument(metavar="EXPERIMENT", help="Experiment to run [default: list them]")
@@ -91,6 +97,8 @@ def _load_experiments() -> Sequence[Experiment]:
 
 def _find_experiment(experiments: Sequence[Experiment], name: str) -> Experiment:
     names = [experiment.name for experiment in experiments]
+    if name in OTHER_COMMANDS:
+        raise UsageError(f"{name} is drawn by another command", OTHER_COMMANDS[name])
     if name not in names:
         near = difflib.get_close_matches(name, names, 1)
         guess = f"did you mean {near[0]}? " if near else ""
@@ -110,3 +118,5 @@ def _list_experiments(reporter: Reporter, experiments: Sequence[Experiment]) -> 
     for row in rows:
         table.add_row(*row.values())
     reporter.show(table)
+    for figure, command in OTHER_COMMANDS.items():
+        reporter.line(figure, command)
