@@ -93,7 +93,7 @@ def split_towers(weight: Kernels, towers: int) -> tuple[Kernels, ...]:
 def measure_specialization(towers: Sequence[Kernels], seed: int = 0) -> Specialization:
     """Measure the filters of one or two towers."""
     measured = tuple(_measure_tower(*tower) for tower in zip(towers, _find_dead(towers), strict=True))
-    alive = [tower.chroma[~tower.dead] for tower in measured]
+    alive = measure_live_chroma(towers)
     auc = interval = p_value = None
     if len(alive) == 2 and all(len(chroma) for chroma in alive):
         auc, p_value = compute_auc(alive[0], alive[1]), compute_p_value(alive[0], alive[1], seed)
@@ -104,12 +104,11 @@ def measure_specialization(towers: Sequence[Kernels], seed: int = 0) -> Speciali
 def summarize_epoch(weight: Kernels, towers: int) -> dict[str, float]:
     """The measurements of conv1 that `train` records after each epoch: AUC and mean color share of each tower."""
     parts = split_towers(weight, towers)
-    summary, alive = {}, []
-    for number, (kernels, dead) in enumerate(zip(parts, _find_dead(parts), strict=True), 1):
-        chroma = measure_chroma(kernels)
-        alive.append(chroma[~dead])
+    summary, alive = {}, measure_live_chroma(parts)
+    for number, kernels in enumerate(parts, 1):
         if kernels.any():
-            summary[f"chroma_tower{number}"] = float(np.average(chroma, weights=np.sqrt(_compute_energy(kernels))))
+            weights = np.sqrt(_compute_energy(kernels))
+            summary[f"chroma_tower{number}"] = float(np.average(measure_chroma(kernels), weights=weights))
     if towers == 2 and all(len(chroma) for chroma in alive):
         summary["specialization"] = compute_auc(alive[0], alive[1])
     return summary
@@ -154,6 +153,12 @@ def measure_chroma(kernels: Kernels) -> Vector:
     gray = (kernels.astype(np.float64).sum(axis=1) ** 2).sum(axis=(1, 2)) / 3
     share: Vector = 1 - np.divide(gray, energy, out=np.ones_like(energy), where=energy > 0)
     return share.clip(0.0, 1.0)
+
+
+def measure_live_chroma(towers: Sequence[Kernels]) -> list[Vector]:
+    """Return the color share of each filter that is not dead, tower by tower."""
+    dead = _find_dead(towers)
+    return [measure_chroma(kernels)[~flags] for kernels, flags in zip(towers, dead, strict=True)]
 
 
 def compute_auc(first: Vector, second: Vector) -> float:
