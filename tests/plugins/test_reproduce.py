@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import time
 from collections.abc import Callable
@@ -22,10 +23,11 @@ from alexnet_cli.core.analysis import filters
 from alexnet_cli.core.parallel.placement import Placement
 from alexnet_cli.errors import DataError, Stopped, UsageError
 from alexnet_cli.recipe import TINY
-from alexnet_plugins.experiments import ablation, cifar, cifar_norm, figure_1, towers
+from alexnet_plugins.experiments import ablation, cifar, cifar_norm, figure_1, study, towers
 from alexnet_plugins.experiments.cifar import CifarData, LocallyConnected, Trainer, Training, build_network
-from alexnet_plugins.experiments.experiment import Job
+from alexnet_plugins.experiments.experiment import Experiment, Job, write_result
 from alexnet_plugins.experiments.reproduce import reproduce
+from alexnet_plugins.experiments.table import Row, estimate_mean, judge_all
 from commands import alexnet
 
 CPU = Placement(torch.device("cpu"), "CPU", "fp32")
@@ -102,6 +104,16 @@ def test_a_training_continues_where_it_stopped(data: CifarData, tmp_path: Path) 
     assert record.test_error == whole.measure_test_error()
 
 
+def test_a_file_of_another_training_is_refused(data: CifarData, tmp_path: Path) -> None:
+    training = Training(network="19pct", rate=0.001, seed=0)
+    cifar.continue_training(training, data, make_job(tmp_path), lambda t: t.epoch >= 1)
+    with pytest.raises(DataError, match="another training"):
+        cifar.continue_training(replace(training, decay=False), data, make_job(tmp_path), lambda t: True)
+    (tmp_path / "weights.pt").write_bytes(b"foreign")
+    with pytest.raises(DataError, match=r"weights\.pt is not a training of this experiment"):
+        cifar.read_records(tmp_path)
+
+
 def test_the_test_error_is_that_of_the_mean_of_nine_crops(data: CifarData) -> None:
     trainer = Trainer(Training(network="conv-local-13pct", rate=0.001, seed=0), data, CPU)
     for parameter in trainer.network.parameters():
@@ -168,6 +180,31 @@ def test_figure_1_says_more_than_where_tanh_never_arrives(tmp_path: Path) -> Non
     assert {row[1] for row in result.tables[0].rows if row[0] == "tanh"} == {0.0003}  # came nearest
 
 
+def test_figure_1_with_a_relu_that_never_arrives_is_undecided(tmp_path: Path) -> None:
+    """ReLU is faster with two seeds and diverges with the third, which must not be left out."""
+    for seed in range(3):
+        for activation, fifth in (("relu", 3 + seed), ("tanh", 12 + seed)):
+            errors = [0.5] * (fifth - 1) + [0.2] * (201 - fifth)
+            if (activation, seed) == ("relu", 2):
+                errors = [0.5, 0.5, math.nan]
+            training = Training(network="19pct", activation=activation, rate=0.001, seed=seed, decay=False)
+            save_record(tmp_path, training, errors)
+    result = figure_1.conclude(tmp_path)
+    assert result.verdict == "undecided"
+    assert "1 of 3 seeds of ReLU had not reached it" in result.finding
+    write_result(figure_1.FIGURE_1, result, make_job(tmp_path))
+    record = json.loads((tmp_path / "result.json").read_text(), parse_constant=pytest.fail)  # no NaN
+    assert record["tables"][0]["rows"][2] == ["relu", 0.001, 2, None, None]
+
+
+@pytest.mark.parametrize("experiment", [figure_1.FIGURE_1, cifar_norm.CIFAR_NORM, towers.TOWERS, ablation.ABLATION])
+def test_an_empty_folder_has_no_verdict(experiment: Experiment, tmp_path: Path) -> None:
+    result = experiment.conclude(tmp_path)
+    assert result.verdict == "undecided"
+    assert result.missing
+    assert write_result(experiment, result, make_job(tmp_path))
+
+
 def test_cifar_norm_pairs_by_seed(tmp_path: Path) -> None:
     without, with_norm = [0.20, 0.22, 0.21], [0.19, 0.20, 0.195]
     for name, errors in (("19pct", without), ("18pct", with_norm)):
@@ -177,8 +214,9 @@ def test_cifar_norm_pairs_by_seed(tmp_path: Path) -> None:
     interval = stats.ttest_rel(without, with_norm).confidence_interval(0.95)
     row = result.tables[0].rows[0]
     assert (row[4], row[5]) == pytest.approx((0.015, (interval.high - interval.low) / 2), abs=5e-5)
-    assert result.verdict == row[7] == "agrees"
-    assert len(result.missing) == 2  # the other pair
+    assert row[7] == "agrees"
+    assert result.verdict == "undecided"  # the paper's claim is about the other pair
+    assert [text.partition(":")[0] for text in result.missing] == ["conv-local-13pct", "conv-local-11pct"]
 
 
 @pytest.fixture
@@ -244,11 +282,71 @@ def test_the_separation_of_one_run_is_that_of_the_filters() -> None:
     assert towers.measure_separation([weak]).limit > both.limit > 0.5  # more seeds see smaller effects
 
 
+def test_equal_colors_separate_no_towers() -> None:
+    """48 equal filters, 48 others: the order of equal ones must not count."""
+    weight = np.random.default_rng(0).normal(size=(96, 3, 11, 11)).astype(np.float32)
+    weight[24:72] = weight[0]
+    separation = towers.measure_separation([weight])
+    expected = stats.mannwhitneyu(*filters.measure_live_chroma(filters.split_towers(weight, 2)))
+    assert separation.p_value == pytest.approx(expected.pvalue, abs=0.02)
+    same = towers.measure_separation([np.broadcast_to(weight[:1], weight.shape)])
+    assert (same.aucs, same.p_value, same.limit) == ([0.5], 1, 0.5)
+
+
+def test_dead_filters_are_left_out() -> None:
+    random = np.random.default_rng(0)
+    weight = random.normal(size=(96, 3, 11, 11)).astype(np.float32)
+    weight[:10] = random.normal(size=(10, 1, 11, 11)) * 1e-3  # dead and gray
+    separation = towers.measure_separation([weight])
+    assert separation.aucs == [filters.measure_specialization(filters.split_towers(weight, 2)).auc]
+
+
+def test_towers_agree_only_if_every_seed_does() -> None:
+    def separate(p_values: list[float], p_value: float) -> towers.Separation:
+        return towers.Separation([0.7] * len(p_values), p_values, 0.7, p_value, 0.58)
+
+    cases = [
+        ([0.01, 0.01, 0.01], 0.001, "agrees"), ([0.01, 0.01, 0.6], 0.001, "undecided"),
+        ([0.2, 0.3, 0.6], 0.2, "disagrees"), ([0.01, 0.01], 0.001, "undecided"),
+    ]  # fmt: skip
+    for p_values, p_value, verdict in cases:
+        assert towers.judge_separation({"base": separate(p_values, p_value)})[0] == verdict
+
+
+def make_row(switch: study.Switch, top1: list[float], training: list[float]) -> Row:
+    difference = estimate_mean(top1)
+    return Row(
+        switch, (0, 1, 2), (), 30, None, None, None, difference, None, estimate_mean(training), None, ()
+    )  # fmt: skip
+
+
+def test_weight_decay_is_judged_by_the_training_error() -> None:
+    switches = {switch.name: switch for switch in study.SWITCHES}
+    worse, better = [0.01, 0.011, 0.012], [-0.01, -0.011, -0.012]
+    assert make_row(switches["no-weight-decay"], better, worse).verdict == "agrees"
+    assert make_row(switches["no-dropout"], worse, better).verdict == "agrees"
+
+
+def test_all_claims_agree_or_one_disagrees() -> None:
+    assert judge_all(["agrees", "agrees"]) == "agrees"
+    assert judge_all(["agrees", None]) == judge_all(["agrees", "undecided"]) == judge_all([]) == "undecided"
+    assert judge_all(["agrees", "disagrees", None]) == "disagrees"
+
+
+def test_seeds_to_decide_give_an_interval_without_zero() -> None:
+    row = make_row(next(s for s in study.SWITCHES if s.name == "no-norm"), [0.0, 0.01, 0.02], [0.0] * 3)
+    seeds = ablation.count_seeds_to_decide(row)
+    assert seeds is not None
+    low = [0.01 - stats.t.ppf(0.975, n - 1) * 0.01 / n**0.5 for n in (seeds - 1, seeds)]
+    assert low[0] <= 0 < low[1]
+
+
 def test_towers_and_ablation_train_what_is_missing(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     small = replace(TINY, width=1 / 32, batch_size=16, epochs=1, precision="fp32")
+    monkeypatch.setattr(study, "IMAGENETTE", (4, 48, 20))
     for module, switches in ((towers, "CONDITIONS"), (ablation, "CLAIMS")):
         monkeypatch.setattr(module, "RECIPE", small)
         monkeypatch.setattr(module, switches, getattr(module, switches)[:2])
@@ -271,12 +369,18 @@ def test_reproduce_lists_the_experiments() -> None:
 
 
 def test_reproduce_refuses_what_it_cannot_do(
-    tmp_path: Path, small_cifar: Path, monkeypatch: pytest.MonkeyPatch
+    prepared: Path, small_cifar: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(UsageError, match="no such experiment"):
         reproduce("figure1")
     with pytest.raises(UsageError, match="needs CIFAR-10"):
         reproduce("figure-1")
+    with pytest.raises(DataError, match="is not Imagenette: it has 4 classes"):
+        reproduce("towers", prepared)
+    Path("runs/ablation").mkdir(parents=True)
+    Path("runs/ablation/run.json").write_text("{}")
+    with pytest.raises(UsageError, match="ablation is a run"):
+        reproduce("ablation", prepared)
     monkeypatch.setattr(cifar, "COUNTS", (10, 50_000, 10_000))
     with pytest.raises(DataError, match="80 training and 20 test images, not 10 classes, 50,000"):
         reproduce("figure-1", small_cifar)

@@ -263,7 +263,7 @@ def _explain_table(rows: list[Row], images: int, error: float) -> list[str]:
     ]
     differences = [row.top1_difference for row in rows if row.top1_difference]
     if any(difference.half is not None for difference in differences):
-        lines.append("verdict: does the error rise where the paper says that it does?")
+        lines.append("verdict: does the error rise as the paper says? For no-weight-decay: the training error.")
     elif differences:
         lines.append("One seed gives no interval and no verdict; use --seeds 3 for both.")
     steps_by_activation = {name: steps for name, steps in count_steps_by_activation(rows, error).items() if steps}

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,7 @@ BIAS_RATE = 2.0  # learning rate of biases, as a multiple of the weights'
 RECORDS_PER_EPOCH = 5  # like cuda-convnet's, which reads CIFAR-10 in files of 10,000 images
 TEST_IMAGES = 500  # computed at once
 SECONDS_BETWEEN_LOOKS = 0.5
+FILES_LOCK = Lock()  # Windows cannot replace a file that another thread reads
 COUNTS = (CLASSES, 50_000, 10_000)  # classes, training and test images
 DATA_HINT = (
     "give cifar-10-batches-py, cifar-10-batches-bin, or a folder with train/CLASS/ and val/CLASS/ (the test images)"
@@ -275,12 +277,18 @@ class Trainer:
         """Write weights, velocity and errors; `restore` continues from them exactly."""
         state = {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
         about = {"training": asdict(self.training), "epoch": self.epoch, "errors": self.errors}
-        with replace_file(path) as temporary:
+        with FILES_LOCK, replace_file(path) as temporary:
             torch.save(state | about | {"test_error": self.test_error}, temporary)
 
     def restore(self, path: Path) -> None:
-        """Continue from a file that `save` wrote."""
-        state = torch.load(path, weights_only=True, map_location=self.placement.device)
+        """Continue from a file that `save` wrote.
+
+        Raises:
+            DataError: the file is damaged, or of a training with other settings.
+        """
+        training, state = _load(path, self.placement.device)
+        if training != self.training:
+            raise DataError(f"{path} is of another training: {training}, not {self.training}", f"rename {path.parent}")
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.epoch, self.errors, self.test_error = state["epoch"], state["errors"], state["test_error"]
@@ -300,13 +308,31 @@ class TrainingRecord:
 
 
 def read_records(folder: Path) -> list[TrainingRecord]:
-    """Return the records of all trainings in a folder, in the order of their names."""
+    """Return the records of all trainings in a folder, in the order of their names.
+
+    Raises:
+        DataError: a file is damaged, or none of a training.
+    """
     records = []
     for path in sorted(folder.glob("[!.]*.pt")):
-        state = torch.load(path, weights_only=True, map_location="cpu")
-        training = Training(**state["training"])
+        training, state = _load(path, torch.device("cpu"))
         records.append(TrainingRecord(training, state["epoch"], tuple(state["errors"]), state["test_error"]))
     return records
+
+
+def _load(path: Path, device: torch.device) -> tuple[Training, dict[str, Any]]:
+    """Return what `Trainer.save` wrote."""
+    try:
+        with FILES_LOCK:
+            state: dict[str, Any] = torch.load(path, weights_only=True, map_location=device)
+        if not {"epoch", "errors", "test_error"} <= state.keys():
+            raise ValueError("it has no errors")
+        return Training(**state["training"]), state
+    except OSError:
+        raise
+    except Exception as error:  # a damaged file may raise any
+        hint = "delete it; the same command then trains it again"
+        raise DataError(f"{path} is not a training of this experiment: {error}", hint) from error
 
 
 def continue_training(

@@ -118,7 +118,8 @@ def write_result(experiment: Experiment, result: Result, job: Job) -> list[Path]
     page = environment.get_template("page.html").render(
         experiment=experiment, result=result, has_chart=bool(images), **about
     )
-    contents = {"index.html": page.encode(), "result.json": (json.dumps(record, indent=1) + "\n").encode(), **images}
+    text = json.dumps(record, indent=1, allow_nan=False) + "\n"
+    contents = {"index.html": page.encode(), "result.json": text.encode(), **images}
     contents |= {f"{table.name}.csv": _format_csv(table).encode() for table in (*result.tables, result.chart.data)}
     for name, content in contents.items():
         write_chunks(job.folder / name, [content])

@@ -67,6 +67,8 @@ def reproduce(
         job = Job(data, folder, placement, command, stop, bar.advance)
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            if (folder / "run.json").exists():
+                raise UsageError(f"{folder} is a run, not an experiment", "rename it")
             with lock_file(folder / ".lock", f"{folder} is in use: another process runs {name}", UsageError):
                 experiment.train(job)
                 result = experiment.conclude(folder)

@@ -29,6 +29,7 @@ from alexnet_cli.recipe_io import apply_changes
 from alexnet_plugins.experiments.experiment import Job
 
 DIVERGED = "the loss is not a number"
+IMAGENETTE = (10, 9_469, 3_925)  # classes, training and validation images
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +37,8 @@ class Switch:
     """One idea of the paper turned off: the recipe's `changes`, the section, and the paper's claim.
 
     `paper` is the claim in words; `top1` and `top5` are the errors it adds, as shares of the images, measured on
-    ILSVRC with ten views. `is_harmful`: the paper claims a higher error without the idea, with or without a number.
+    ILSVRC with ten views. `is_harmful`: the paper claims a higher error without the idea, with or without a number;
+    that is the training error if `raises_training_error`.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Switch:
     top1: float | None = None
     top5: float | None = None
     is_harmful: bool = False
+    raises_training_error: bool = False
 
     @property
     def settings(self) -> str:
@@ -69,7 +72,7 @@ SWITCHES: tuple[Switch, ...] = (
     Switch("no-crops-flips", "4.1", {"crops": False, "flips": False}, OVERFITTING, is_harmful=True),
     Switch("no-color-shift", "4.1", {"color_shift": 0.0}, "more than +1", 0.01, is_harmful=True),
     Switch("no-dropout", "4.2", {"dropout": 0.0}, OVERFITTING, is_harmful=True),
-    Switch("no-weight-decay", "5", {"weight_decay": 0.0}, "even a higher training error", is_harmful=True),
+    Switch("no-weight-decay", "5", {"weight_decay": 0.0}, "a higher training error", None, None, True, True),
     Switch("tanh", "3.1", {"activation": "tanh"}, "6 times the steps"),
     Switch("sigmoid", "3.1", {"activation": "sigmoid"}),
 )
@@ -198,11 +201,11 @@ class AblationStudy:
     def _check_same_training(self, run: Run, cell: Cell) -> None:
         if run.about.get("data_hash") != self.data.hash:
             raise UsageError(
-                f"{self.folder} was trained on a different data set than {self.data.path}", "choose another --name"
+                f"{self.folder} was trained on a different data set than {self.data.path}", f"rename {self.folder}"
             )
         if differences := compare_recipes(run.recipe, cell.recipe):
             key, (old, new) = next(iter(differences.items()))
-            raise UsageError(f"{run.path} was trained with {key} = {old}, not {new}", "choose another --name")
+            raise UsageError(f"{run.path} was trained with {key} = {old}, not {new}", f"rename {self.folder}")
 
 
 def find_done_runs(folder: Path, switches: Sequence[Switch]) -> dict[Switch, dict[int, Run]]:
@@ -215,9 +218,26 @@ def find_done_runs(folder: Path, switches: Sequence[Switch]) -> dict[Switch, dic
     return runs_by_switch
 
 
+def list_missing(done: Mapping[Switch, Mapping[int, object]], switches: Sequence[Switch], seeds: int) -> list[str]:
+    """Return a line for each switch that has fewer than `seeds` trainings."""
+    counts = {switch.name: len(done.get(switch, {})) for switch in switches}
+    return [f"{name}: {seeds - count} of {seeds} seeds" for name, count in counts.items() if count < seeds]
+
+
 def train_cells(job: Job, cells: Sequence[Cell]) -> None:
-    """Train the cells of an experiment that are not finished, on its prepared data set, until the job is stopped."""
+    """Train the cells of an experiment that are not finished, on prepared Imagenette, until the job is stopped.
+
+    Raises:
+        DataError: the data set is not Imagenette.
+    """
     data, threads = open_dataset(find_dataset(str(job.data))), choose_decode_threads(None)
+    counts = len(data.classes), len(data.split("train")), len(data.split("val"))
+    if counts != IMAGENETTE:
+        found, expected = (
+            "{} classes, {:,} training and {:,} validation images".format(*c) for c in (counts, IMAGENETTE)
+        )
+        hint = "alexnet prepare imagenette2-320 makes it; see docs/data.md"
+        raise DataError(f"{data.path} is not Imagenette: it has {found}, not {expected}", hint)
     study = AblationStudy(job.folder, data, job.placement, threads, job.command)
     for cell in cells:
         if job.stop() is not None:

@@ -55,16 +55,22 @@ class Row:
     train_top1: Estimate | None
     top1_difference: Estimate | None
     top5_difference: Estimate | None
+    train_top1_difference: Estimate | None
     activation: str | None
     curves: tuple[Curve, ...]
 
     @property
     def verdict(self) -> Verdict | None:
         """Return whether the error rises as the paper claims; None without a claim or an interval."""
-        difference = self.top1_difference
+        difference = self.claimed_difference
         if not self.switch.is_harmful or difference is None or difference.half is None:
             return None
         return judge(difference)
+
+    @property
+    def claimed_difference(self) -> Estimate | None:
+        """The difference that the paper's claim is about."""
+        return self.train_top1_difference if self.switch.raises_training_error else self.top1_difference
 
     def count_steps_to(self, error: float) -> list[int | None]:
         """Return for each seed the first step at which the training error is that low, or None."""
@@ -85,8 +91,8 @@ def estimate_mean(values: Sequence[float]) -> Estimate | None:
 
 
 def round_share(share: float | None) -> float | None:
-    """Round a share to hundredths of a percent; None stays None."""
-    return None if share is None else round(share, 4)
+    """Round a share to hundredths of a percent; None and NaN become None."""
+    return None if share is None or math.isnan(share) else round(share, 4)
 
 
 def judge(difference: Estimate | None) -> Verdict:
@@ -94,6 +100,13 @@ def judge(difference: Estimate | None) -> Verdict:
     if difference is None or difference.half is None or abs(difference.mean) <= difference.half:
         return "undecided"
     return "agrees" if difference.mean > 0 else "disagrees"
+
+
+def judge_all(verdicts: Sequence[Verdict | None]) -> Verdict:
+    """Return `disagrees` if one of the claims does, `agrees` if all do, else `undecided`."""
+    if "disagrees" in verdicts:
+        return "disagrees"
+    return "agrees" if verdicts and set(verdicts) == {"agrees"} else "undecided"
 
 
 def build_rows(runs: Mapping[Switch, Mapping[int, Run]]) -> list[Row]:
@@ -121,7 +134,7 @@ def _build_row(
         switch, tuple(finished), tuple(seed for seed in ends if seed not in finished),
         max((end["epoch"] for end in finished.values()), default=None),
         mean("top1_error"), mean("top5_error"), mean("train_top1_error"),
-        difference("top1_error"), difference("top5_error"),
+        difference("top1_error"), difference("top5_error"), difference("train_top1_error"),
         next((runs[seed].recipe.activation for seed in finished if switch.name in ACTIVATIONS), None),
         tuple(smooth_training_error(runs[seed].records()) for seed in finished),
     )  # fmt: skip
@@ -165,6 +178,7 @@ def row_to_dict(row: Row, error: float) -> dict[str, Any]:
         "train_top1_error": row.train_top1,
         "top1_difference": row.top1_difference,
         "top5_difference": row.top5_difference,
+        "train_top1_difference": row.train_top1_difference,
     }
     errors = {key: asdict(estimate) if estimate else None for key, estimate in estimates.items()}
     return {
