@@ -165,6 +165,7 @@ def test_figure_1_compares_the_fastest_rates(tmp_path: Path) -> None:
         in result.finding
     )
     assert {row[1] for row in result.tables[0].rows if row[0] == "relu"} == {0.003}
+    assert not [text for text in result.limits if "that was tried" in text]  # both inside the grid
     assert [text.partition(":")[0] for text in result.missing] == ["sigmoid"]
 
 
@@ -178,6 +179,9 @@ def test_figure_1_says_more_than_where_tanh_never_arrives(tmp_path: Path) -> Non
     assert "tanh needed more than 1.0 times" in result.finding
     assert "2 of 2 seeds of tanh had not reached it after 40 epochs" in result.finding
     assert {row[1] for row in result.tables[0].rows if row[0] == "tanh"} == {0.0003}  # came nearest
+    assert (
+        "The best rate of tanh, 0.0003, is the smallest that was tried; one beyond it may be faster." in result.limits
+    )
 
 
 def test_figure_1_with_a_relu_that_never_arrives_is_undecided(tmp_path: Path) -> None:
@@ -203,6 +207,19 @@ def test_an_empty_folder_has_no_verdict(experiment: Experiment, tmp_path: Path) 
     assert result.verdict == "undecided"
     assert result.missing
     assert write_result(experiment, result, make_job(tmp_path))
+
+
+def test_cifar_norm_trains_both_networks_of_each_pair(
+    data: CifarData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cifar_norm, "read_cifar", lambda folder, device: data)
+    monkeypatch.setattr(cifar_norm, "SEEDS", (0,))
+    monkeypatch.setattr(cifar_norm, "PAIRS", [replace(pair, epochs=1) for pair in cifar_norm.PAIRS])
+    cifar_norm.train(make_job(tmp_path))
+    records = cifar.read_records(tmp_path)
+    assert {r.training.network: r.epochs for r in records} == dict.fromkeys(cifar.NETWORKS, 1)
+    assert all(record.test_error is not None for record in records)
+    assert cifar_norm.conclude(tmp_path).missing == []
 
 
 def test_cifar_norm_pairs_by_seed(tmp_path: Path) -> None:
@@ -261,7 +278,7 @@ def test_reproduce_stopped_says_what_is_missing(
             time.sleep(0.01)
         return real(training, data, job, *args)
 
-    monkeypatch.setattr(figure_1, "continue_training", stop)
+    monkeypatch.setattr(cifar, "continue_training", stop)
     with pytest.raises(Stopped, match="SIGTERM"):
         reproduce("figure-1", small_cifar)
     assert "missing relu: seed 0, 1, 2" in capsys.readouterr().err

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -354,6 +355,17 @@ def continue_training(
         trainer.test_error = trainer.measure_test_error()
         trainer.save(path)
     return trainer
+
+
+def continue_trainings(
+    trainings: Sequence[Training], data: CifarData, job: Job, is_done: Condition, measure_test_error: bool = False
+) -> None:
+    """Call `continue_training` for each training, side by side."""
+
+    def continue_one(training: Training, job: Job) -> None:
+        continue_training(training, data, job, is_done, measure_test_error)
+
+    train_side_by_side(job, [partial(continue_one, training) for training in trainings])
 
 
 def train_side_by_side(job: Job, trainings: Sequence[Callable[[Job], object]]) -> None:

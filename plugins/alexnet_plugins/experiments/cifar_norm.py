@@ -12,10 +12,9 @@ from alexnet_plugins.experiments.cifar import (
     Trainer,
     Training,
     TrainingRecord,
-    continue_training,
+    continue_trainings,
     read_cifar,
     read_records,
-    train_side_by_side,
 )
 from alexnet_plugins.experiments.experiment import Chart, Experiment, Job, Result, Table
 from alexnet_plugins.experiments.table import OUR_COLOR, PAPER_COLOR, Estimate, estimate_mean, judge, round_share
@@ -78,16 +77,14 @@ def train(job: Job) -> None:
     """Train both networks of each pair with every seed."""
     data = read_cifar(job.data, job.placement.device)
 
-    def train_to_end(pair: Pair, network: str, seed: int, job: Job) -> None:
-        def is_done(trainer: Trainer) -> bool:
-            return trainer.epoch >= pair.epochs
+    def is_done(trainer: Trainer) -> bool:
+        return trainer.epoch >= epochs[trainer.training.network]
 
-        training = Training(network=network, rate=RATE, seed=seed, drops=pair.drops)
-        continue_training(training, data, job, is_done, measure_test_error=True)
-
+    epochs = {network: pair.epochs for pair in PAIRS for network in (pair.without, pair.with_norm)}
     for pair in PAIRS:
-        cells = [(network, seed) for seed in SEEDS for network in (pair.without, pair.with_norm)]
-        train_side_by_side(job, [partial(train_to_end, pair, network, seed) for network, seed in cells])
+        keys = [(network, seed) for seed in SEEDS for network in (pair.without, pair.with_norm)]
+        trainings = [Training(network=n, rate=RATE, seed=s, drops=pair.drops) for n, s in keys]
+        continue_trainings(trainings, data, job, is_done, measure_test_error=True)
 
 
 def conclude(folder: Path) -> Result:

@@ -14,10 +14,9 @@ from alexnet_plugins.experiments.cifar import (
     Trainer,
     Training,
     TrainingRecord,
-    continue_training,
+    continue_trainings,
     read_cifar,
     read_records,
-    train_side_by_side,
 )
 from alexnet_plugins.experiments.experiment import Chart, Experiment, Job, Result, Table, Verdict
 from alexnet_plugins.experiments.table import LINES, estimate_mean, round_share
@@ -49,8 +48,7 @@ PROTOCOL = (
 LIMITS = (
     "The paper does not say which four-layer network it trained, nor its initial weights; both change the ratio. The "
     "paper itself says that the size of the effect varies with the architecture.",
-    "Rates are a factor of about three apart, so the best rate of each activation is known only to about that factor. "
-    "One beyond the smallest or the largest was not tried.",
+    "Rates are a factor of about three apart, so the best rate of each activation is known only to about that factor.",
     "The seed that chose the rate is one of those compared.",
     "The interval is over seeds: it says nothing about other networks or data sets.",
 )
@@ -75,13 +73,10 @@ def train(job: Job) -> None:
     def is_finished(trainer: Trainer) -> bool:
         return trainer.epoch >= EPOCHS
 
-    def continue_all(activation: str, rates: Iterable[float], seeds: Iterable[int], until: Condition) -> None:
-        def continue_one(training: Training, job: Job) -> None:
-            continue_training(training, data, job, until)
-
+    def continue_all(activation: str, rates: Iterable[float], seeds: Iterable[int], is_done: Condition) -> None:
         keys = [(rate, seed) for rate in rates for seed in seeds]
         trainings = [Training(network=NETWORK, activation=activation, rate=r, seed=s, decay=False) for r, s in keys]
-        train_side_by_side(job, [partial(continue_one, training) for training in trainings])
+        continue_trainings(trainings, data, job, is_done)
 
     best: dict[str, list[float]] = {}
     for activation in ACTIVATIONS:
@@ -148,7 +143,8 @@ def conclude(folder: Path) -> Result:
     )  # fmt: skip
     caption = f"Training error of the four-layer network with each activation; the target is {TARGET:.0%}."
     chart = Chart(partial(_draw, best), caption, Table("curves", caption, (*keys, "epoch", "training error"), curves))
-    return Result(verdict, finding, PROTOCOL, LIMITS, tables, chart, _list_missing(best))
+    limits = (*LIMITS, *_list_edges(best))
+    return Result(verdict, finding, PROTOCOL, limits, tables, chart, _list_missing(best))
 
 
 def _compare(best: Mapping[str, Sequence[TrainingRecord]]) -> tuple[Verdict, str]:
@@ -192,6 +188,17 @@ def _list_missing(best: Mapping[str, Sequence[TrainingRecord]]) -> list[str]:
         if left := sorted(set(SEEDS) - {r.training.seed for r in records if _has_ended(r)}):
             missing.append(f"{activation}: seed {', '.join(map(str, left))} of {EPOCHS} epochs")
     return missing
+
+
+def _list_edges(best: Mapping[str, Sequence[TrainingRecord]]) -> list[str]:
+    """Return a line for each activation whose best rate is the smallest or the largest of the grid."""
+    edges = {min(RATES): "smallest", max(RATES): "largest"}
+    rates = {activation: records[0].training.rate for activation, records in best.items() if records}
+    return [
+        f"The best rate of {activation}, {rate}, is the {edges[rate]} that was tried; one beyond it may be faster."
+        for activation, rate in rates.items()
+        if rate in edges
+    ]
 
 
 def _draw(best: Mapping[str, Sequence[TrainingRecord]]) -> Figure:
