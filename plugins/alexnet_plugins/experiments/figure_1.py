@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 NETWORK = "19pct"
 ACTIVATIONS = ("relu", "tanh", "sigmoid")
-RATES = (0.001, 0.003, 0.01, 0.0003)  # in the order in which they are tried
+RATES = (0.001, 0.003, 0.01, 0.0003, 0.03)  # in the order in which they are tried
 SEEDS = (0, 1, 2)
 EPOCHS = 40
 TARGET = 0.25  # training error
