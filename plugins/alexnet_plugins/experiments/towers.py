@@ -190,7 +190,7 @@ TOWERS = Experiment(
     claim="The kernels on GPU 1 are largely color-agnostic, while the kernels on GPU 2 are largely color-specific. "
     "This specialization occurs during every run and is independent of any particular random weight initialization.",
     data="Imagenette, prepared (alexnet prepare)",
-    time="about 6 hours on 2 cores",
+    time="about 4 hours on 2 cores with bf16",
     found="",
     train=train,
     conclude=conclude,
