@@ -112,7 +112,7 @@ ABLATION = Experiment(
     "is substantial overfitting; weight decay reduces even the training error.",
     data="Imagenette, prepared (alexnet prepare)",
     time="about 8 hours on 2 cores with bf16",
-    found="",
+    found="not run to the end yet",
     train=train,
     conclude=conclude,
 )

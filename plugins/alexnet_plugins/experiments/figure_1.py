@@ -225,7 +225,7 @@ FIGURE_1 = Experiment(
     "faster than the same network with tanh.",
     data="CIFAR-10",
     time="about 5 hours on 2 cores with bf16",
-    found="",
+    found="with one seed six times (37.1 and 6.1 epochs); not finished",
     train=train,
     conclude=conclude,
 )
