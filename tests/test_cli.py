@@ -25,7 +25,7 @@ from commands import alexnet
 HEAVY = ("torch", "torchvision", "numpy", "PIL", "onnxruntime", "onnx", "safetensors")
 COMMANDS = (
     "prepare", "train", "evaluate", "predict", "explain", "neighbors", "visualize-filters", "report", "export",
-    "import-weights", "ablate", "demo", "runs", "benchmark", "doctor", "plugins",
+    "import-weights", "ablate", "reproduce", "demo", "runs", "benchmark", "doctor", "plugins",
 )  # fmt: skip
 
 

@@ -245,7 +245,7 @@ def test_text_files_have_an_explicit_encoding() -> None:
 def test_no_other_module_syncs_hashes_or_locks_files() -> None:
     root = Path(__file__).parents[1]
     modules = [*(root / "alexnet_cli").rglob("*.py"), *(root / "plugins").rglob("*.py")]
-    pattern = re.compile(r"os\.(fsync|replace|rename)\b|file_digest|fcntl|filelock")
+    pattern = re.compile(r"os\.(fsync|replace|rename)\b|file_digest|flock|lockf|filelock")
     names = [path.name for path in modules if pattern.search(path.read_text(encoding="utf-8"))]
     assert names == ["files.py"]
 
