@@ -7,7 +7,7 @@ import math
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,14 @@ from alexnet_cli.core.parallel.placement import Placement
 from alexnet_cli.errors import DataError, Stopped, UsageError
 from alexnet_cli.recipe import TINY
 from alexnet_plugins.experiments import ablation, cifar, cifar_norm, figure_1, study, towers
-from alexnet_plugins.experiments.cifar import CifarData, LocallyConnected, Trainer, Training, build_network
+from alexnet_plugins.experiments.cifar import (
+    CifarData,
+    LocallyConnected,
+    Trainer,
+    Training,
+    TrainingRecord,
+    build_network,
+)
 from alexnet_plugins.experiments.experiment import Experiment, Job, write_result
 from alexnet_plugins.experiments.reproduce import reproduce
 from alexnet_plugins.experiments.table import Row, estimate_mean, judge_all
@@ -89,28 +96,41 @@ def test_norms_are_those_of_the_released_files() -> None:
 def test_a_training_continues_where_it_stopped(data: CifarData, tmp_path: Path) -> None:
     training = Training(network="conv-local-13pct", rate=0.001, seed=3, drops=(1,))
     whole = Trainer(training, data, CPU)
-    while whole.epoch < 2:
+    while whole.record.epochs < 2:
         whole.train_epoch(lambda images: False)
+    whole.measure_test_error()
     calls = iter(range(100))
     job = make_job(tmp_path, lambda: "Ctrl-C" if next(calls) == 9 else None)  # inside the second epoch
-    assert cifar.continue_training(training, data, job, lambda t: t.epoch >= 2).epoch == 1
-    continued = cifar.continue_training(training, data, make_job(tmp_path), lambda t: t.epoch >= 2, True)
-    assert continued.errors == whole.errors
-    assert len(whole.errors) == 10
-    for ours, expected in zip(continued.network.parameters(), whole.network.parameters(), strict=True):
-        assert torch.equal(ours, expected)
+    cifar.continue_training(training, data, job, lambda record: record.epochs >= 2)
+    assert cifar.read_records(tmp_path)[0].epochs == 1
+    cifar.continue_training(training, data, make_job(tmp_path), lambda record: record.epochs >= 2, True)
     [record] = cifar.read_records(tmp_path)
-    assert record.training == training
-    assert record.test_error == whole.measure_test_error()
+    assert (record.training, record.test_error) == (training, whole.record.test_error)
+    assert record.errors == pytest.approx(whole.record.errors, abs=1e-6)
+    assert len(record.errors) == 10
+    state = torch.load(tmp_path / "trainings" / f"{training.name}.pt")["network"]
+    for name, expected in whole.network.state_dict().items():
+        assert torch.equal(state[name], expected)
+
+
+def test_a_finished_training_needs_only_its_record(data: CifarData, tmp_path: Path) -> None:
+    """So published records can be judged again, and continued with more seeds."""
+    training = Training(network="19pct", rate=0.001, seed=0)
+    save_record(tmp_path, training, [0.5] * 5)
+    record = cifar.continue_training(training, data, make_job(tmp_path), lambda record: record.epochs >= 1)
+    assert record.errors == (0.5,) * 5
+    record = cifar.continue_training(training, data, make_job(tmp_path), lambda record: record.epochs >= 2)
+    assert len(record.errors) == 10  # from the start, without a state to continue from
+    assert record.errors[0] != 0.5
 
 
 def test_a_file_of_another_training_is_refused(data: CifarData, tmp_path: Path) -> None:
     training = Training(network="19pct", rate=0.001, seed=0)
-    cifar.continue_training(training, data, make_job(tmp_path), lambda t: t.epoch >= 1)
+    cifar.continue_training(training, data, make_job(tmp_path), lambda record: record.epochs >= 1)
     with pytest.raises(DataError, match="another training"):
-        cifar.continue_training(replace(training, decay=False), data, make_job(tmp_path), lambda t: True)
-    (tmp_path / "weights.pt").write_bytes(b"foreign")
-    with pytest.raises(DataError, match=r"weights\.pt is not a training of this experiment"):
+        cifar.continue_training(replace(training, decay=False), data, make_job(tmp_path), lambda record: True)
+    (tmp_path / "trainings" / "weights.json").write_bytes(b"foreign")
+    with pytest.raises(DataError, match=r"weights\.json is not a training of this experiment"):
         cifar.read_records(tmp_path)
 
 
@@ -122,42 +142,58 @@ def test_the_test_error_is_that_of_the_mean_of_nine_crops(data: CifarData) -> No
     mean = data.mean[:, 4:28, 4:28]
     crops = [centered[:, :, y : y + 24, x : x + 24] - mean for y in (0, 4, 8) for x in (0, 4, 8)]
     probabilities = sum(trainer.network(crop).softmax(1) for crop in crops)
-    assert trainer.measure_test_error() == pytest.approx(
+    trainer.measure_test_error()
+    assert trainer.record.test_error == pytest.approx(
         float((probabilities.argmax(1) != data.test_labels).float().mean())
     )
 
 
 def test_a_training_that_diverges_ends(data: CifarData, tmp_path: Path) -> None:
     training = Training(network="19pct", rate=1e6, seed=0)
-    trainer = cifar.continue_training(training, data, make_job(tmp_path), lambda t: t.epoch >= 5)
-    assert trainer.diverged
-    assert trainer.epoch < 5
+    cifar.continue_training(training, data, make_job(tmp_path), lambda record: record.epochs >= 5)
+    [record] = cifar.read_records(tmp_path)
+    assert record.diverged
+    assert record.epochs < 5
 
 
-def test_an_error_in_one_training_stops_the_others(tmp_path: Path) -> None:
-    def fail(job: Job) -> None:
-        raise DataError("broken", "mend it")
-
-    def wait(job: Job) -> None:
+def test_an_error_in_one_training_stops_the_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fail_or_wait(training: Training, data: CifarData, job: Job, *args: Any) -> None:
+        if training.seed == 0:
+            raise DataError("broken", "mend it")
         while job.stop() is None:
             pass
 
+    monkeypatch.setattr(cifar, "continue_training", fail_or_wait)
+    trainings = [Training(network="19pct", rate=0.001, seed=seed) for seed in range(2)]
     with pytest.raises(DataError, match="broken"):
-        cifar.train_side_by_side(make_job(tmp_path), [fail, wait])
+        cifar.continue_trainings(trainings, None, make_job(tmp_path), lambda record: True)  # type: ignore[arg-type]
 
 
 def save_record(folder: Path, training: Training, errors: list[float], test_error: float | None = None) -> None:
-    state = {"training": asdict(training), "epoch": len(errors) // 5, "errors": errors, "test_error": test_error}
-    torch.save(state, folder / f"{training.name}.pt")
+    (folder / "trainings").mkdir(exist_ok=True)
+    record = TrainingRecord(
+        training=training, epochs=len(errors) // 5, errors=tuple(errors), test_error=test_error, machine="a CPU"
+    )
+    cifar.write_record(record, folder / "trainings")
+
+
+def save_activation(folder: Path, activation: str, rate: float, seed: int, errors: list[float]) -> None:
+    save_record(folder, Training(network="19pct", activation=activation, rate=rate, seed=seed, decay=False), errors)
+
+
+def reach_target(fifth: int) -> list[float]:
+    """Errors of 40 epochs, below the target from this fifth of an epoch on."""
+    return [0.5] * (fifth - 1) + [0.2] * (201 - fifth)
 
 
 def test_figure_1_compares_the_fastest_rates(tmp_path: Path) -> None:
     """ReLU reaches 25 % in the 3rd fifth with the better rate, tanh in the 12th: five times (11.5 / 2.5 = 4.6)."""
-    for seed in range(3):
-        for activation, rate, fifth in (("relu", 0.001, 9), ("relu", 0.003, 3), ("tanh", 0.001, 12)):
-            errors = [0.5] * (fifth - 1) + [0.2] * (201 - fifth)
-            training = Training(network="19pct", activation=activation, rate=rate, seed=seed, decay=False)
-            save_record(tmp_path, training, errors)
+    for rate in figure_1.RATES:
+        save_activation(tmp_path, "relu", rate, 0, reach_target(3) if rate == 0.003 else [0.4] * 40)
+        save_activation(tmp_path, "tanh", rate, 0, reach_target(12) if rate == 0.001 else [math.nan])
+    for seed in (1, 2):
+        save_activation(tmp_path, "relu", 0.003, seed, reach_target(3))
+        save_activation(tmp_path, "tanh", 0.001, seed, reach_target(12))
     result = figure_1.conclude(tmp_path)
     assert result.verdict == "agrees"
     assert (
@@ -167,17 +203,16 @@ def test_figure_1_compares_the_fastest_rates(tmp_path: Path) -> None:
     assert {row[1] for row in result.tables[0].rows if row[0] == "relu"} == {0.003}
     assert not [text for text in result.limits if "that was tried" in text]  # both inside the grid
     assert [text.partition(":")[0] for text in result.missing] == ["sigmoid"]
+    assert result.machines == ["a CPU"]
 
 
 def test_figure_1_says_more_than_where_tanh_never_arrives(tmp_path: Path) -> None:
-    for seed in range(2):
-        for activation, rate, end in (("relu", 0.001, 0.2), *(("tanh", rate, 0.3 + rate) for rate in figure_1.RATES)):
-            errors = [0.5] * 199 + [end]
-            training = Training(network="19pct", activation=activation, rate=rate, seed=seed, decay=False)
-            save_record(tmp_path, training, errors)
+    for rate in figure_1.RATES:
+        save_activation(tmp_path, "relu", rate, 0, [0.5] * 199 + [0.2])
+        save_activation(tmp_path, "tanh", rate, 0, [0.5 + rate] * 199 + [0.3 + rate])
     result = figure_1.conclude(tmp_path)
     assert "tanh needed more than 1.0 times" in result.finding
-    assert "2 of 2 seeds of tanh had not reached it after 40 epochs" in result.finding
+    assert "1 of 1 seeds of tanh had not reached it after 40 epochs" in result.finding
     assert {row[1] for row in result.tables[0].rows if row[0] == "tanh"} == {0.0003}  # came nearest
     assert (
         "The best rate of tanh, 0.0003, is the smallest that was tried; one beyond it may be faster." in result.limits
@@ -187,18 +222,32 @@ def test_figure_1_says_more_than_where_tanh_never_arrives(tmp_path: Path) -> Non
 def test_figure_1_with_a_relu_that_never_arrives_is_undecided(tmp_path: Path) -> None:
     """ReLU is faster with two seeds and diverges with the third, which must not be left out."""
     for seed in range(3):
-        for activation, fifth in (("relu", 3 + seed), ("tanh", 12 + seed)):
-            errors = [0.5] * (fifth - 1) + [0.2] * (201 - fifth)
-            if (activation, seed) == ("relu", 2):
-                errors = [0.5, 0.5, math.nan]
-            training = Training(network="19pct", activation=activation, rate=0.001, seed=seed, decay=False)
-            save_record(tmp_path, training, errors)
+        for rate in figure_1.RATES if seed == 0 else (0.001,):
+            for activation, fifth in (("relu", 3 + seed), ("tanh", 12 + seed)):
+                errors = reach_target(fifth) if rate == 0.001 else [0.6] * 40
+                if (activation, seed) == ("relu", 2):
+                    errors = [0.5, 0.5, math.nan]
+                save_activation(tmp_path, activation, rate, seed, errors)
     result = figure_1.conclude(tmp_path)
     assert result.verdict == "undecided"
     assert "1 of 3 seeds of ReLU had not reached it" in result.finding
     write_result(figure_1.FIGURE_1, result, make_job(tmp_path))
     record = json.loads((tmp_path / "result.json").read_text(), parse_constant=pytest.fail)  # no NaN
     assert record["tables"][0]["rows"][2] == ["relu", 0.001, 2, None, None]
+
+
+def test_figure_1_goes_on_with_the_two_best_rates(
+    data: CifarData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(figure_1, "read_cifar", lambda folder, device: data)
+    monkeypatch.setattr(figure_1, "ACTIVATIONS", ("relu",))
+    monkeypatch.setattr(figure_1, "RATES", (0.001, 0.003, 1e6))
+    monkeypatch.setattr(figure_1, "EPOCHS", 3)
+    monkeypatch.setattr(figure_1, "SEARCH_EPOCHS", 2)
+    figure_1.train(make_job(tmp_path))
+    records = [(r.training.rate, r.training.seed, r.epochs) for r in cifar.read_records(tmp_path)]
+    assert [epochs for rate, seed, epochs in records if rate < 1 and seed == 0] == [3, 3]
+    assert sorted(seed for _, seed, epochs in records if epochs == 3) == [0, 0, 1, 2]
 
 
 @pytest.mark.parametrize("experiment", [figure_1.FIGURE_1, cifar_norm.CIFAR_NORM, towers.TOWERS, ablation.ABLATION])
@@ -249,6 +298,7 @@ def small_cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
                 Image.fromarray(noise.astype(np.uint8)).save(folder / f"{number}.png")
     monkeypatch.setattr(cifar, "COUNTS", (10, 80, 20))
     monkeypatch.setattr(figure_1, "EPOCHS", 1)
+    monkeypatch.setattr(figure_1, "SEARCH_EPOCHS", 1)
     monkeypatch.setattr(figure_1, "RATES", (0.001,))
     monkeypatch.setattr(figure_1, "ACTIVATIONS", ("relu", "tanh"))
     monkeypatch.setattr(figure_1, "TARGET", 2.0)  # reached at once
@@ -272,7 +322,7 @@ def test_reproduce_stopped_says_what_is_missing(
 ) -> None:
     real = cifar.continue_training
 
-    def stop(training: Training, data: CifarData, job: Job, *args: Any) -> Trainer:
+    def stop(training: Training, data: CifarData, job: Job, *args: Any) -> TrainingRecord:
         signal.raise_signal(signal.SIGTERM)
         while job.stop() is None:  # the main thread notices
             time.sleep(0.01)

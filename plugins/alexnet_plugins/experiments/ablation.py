@@ -12,7 +12,15 @@ import numpy as np
 
 from alexnet_cli.recipe import TINY
 from alexnet_plugins.experiments.experiment import Cell, Chart, Experiment, Job, Result, Table
-from alexnet_plugins.experiments.study import BASE, SWITCHES, find_done_runs, list_missing, make_cells, train_cells
+from alexnet_plugins.experiments.study import (
+    BASE,
+    SWITCHES,
+    find_done_runs,
+    list_machines,
+    list_missing,
+    make_cells,
+    train_cells,
+)
 from alexnet_plugins.experiments.table import Estimate, Row, build_rows, draw_differences, judge_all, round_share
 
 if TYPE_CHECKING:
@@ -63,7 +71,7 @@ def conclude(folder: Path) -> Result:
         for word in ("agrees", "disagrees", "undecided")
     ]
     missing = list_missing(done, CLAIMS, SEEDS)
-    return Result(verdict, f"{'; '.join(parts)}.", PROTOCOL, LIMITS, (), chart, missing)
+    return Result(verdict, f"{'; '.join(parts)}.", PROTOCOL, LIMITS, (), chart, missing, list_machines(done))
 
 
 def _make_cells(row: Row) -> list[Cell]:
@@ -111,7 +119,7 @@ ABLATION = Experiment(
     "0.4, two towers by 1.7, the color shift by more than 1; without crops and reflections, or without dropout, there "
     "is substantial overfitting; weight decay reduces even the training error.",
     data="Imagenette, prepared (alexnet prepare)",
-    time="about 8 hours on 2 cores with bf16",
+    time="estimated: 8 hours on 2 cores with bf16",
     found="not run to the end yet",
     train=train,
     conclude=conclude,

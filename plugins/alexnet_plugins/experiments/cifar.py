@@ -8,11 +8,12 @@ second of each pair has response normalization. Inputs are 0..255 minus the mean
 from __future__ import annotations
 
 import itertools
+import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -25,12 +26,12 @@ from torch.nn import functional
 from alexnet_cli.core.data.images import decode
 from alexnet_cli.core.data.sources import detect_source
 from alexnet_cli.core.devices import count_cores
-from alexnet_cli.core.files import replace_file
+from alexnet_cli.core.files import read_text, replace_file, write_text
 from alexnet_cli.core.model.layers import within_map
 from alexnet_cli.core.model.response_norm import normalize_fast
 from alexnet_cli.core.parallel.placement import Placement
 from alexnet_cli.errors import DataError
-from alexnet_plugins.experiments.experiment import Job
+from alexnet_plugins.experiments.experiment import Job, describe_machine
 
 SIDE, CROP = 32, 24  # pixels of an image, and of the crops of the conv-local networks
 CLASSES = 10
@@ -40,6 +41,7 @@ BIAS_RATE = 2.0  # learning rate of biases, as a multiple of the weights'
 RECORDS_PER_EPOCH = 5  # like cuda-convnet's, which reads CIFAR-10 in files of 10,000 images
 TEST_IMAGES = 500  # computed at once
 SECONDS_BETWEEN_LOOKS = 0.5
+TRAININGS = "trainings"  # folder of their files inside the experiment's
 FILES_LOCK = Lock()  # Windows cannot replace a file that another thread reads
 COUNTS = (CLASSES, 50_000, 10_000)  # classes, training and test images
 DATA_HINT = (
@@ -136,7 +138,6 @@ NETWORKS = {
 
 def build_network(name: str, activation: str = "relu") -> nn.Sequential:
     """Return an untrained network: N x 3 x S x S -> N x 10 logits. `activation` is relu, tanh or sigmoid."""
-
     act = {"relu": nn.ReLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}[activation]
 
     def pool(kind: type[nn.MaxPool2d | nn.AvgPool2d]) -> nn.Module:
@@ -175,11 +176,28 @@ class Training:
         return f"{self.network}-{self.activation}-{self.rate:g}-seed{self.seed}"
 
 
-class Trainer:
-    """Trains one network. The same seed gives the same initial weights, data order and crops in every network.
+@dataclass(frozen=True, kw_only=True)
+class TrainingRecord:
+    """What has come of a training so far, with the machine that trained it last.
 
-    `errors` holds the training error, as a share, of each fifth of an epoch, measured while training on it.
+    `errors` holds the training error, as a share, of each fifth of an epoch, measured while training on it; it ends
+    with NaN if the loss became NaN or infinite. `test_error` is None until it was measured.
     """
+
+    training: Training
+    epochs: int = 0
+    errors: tuple[float, ...] = ()
+    test_error: float | None = None
+    machine: str = ""
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the loss became NaN or infinite; the training has ended."""
+        return bool(self.errors) and math.isnan(self.errors[-1])
+
+
+class Trainer:
+    """Trains one network. The same seed gives the same initial weights, data order and crops in every network."""
 
     def __init__(self, training: Training, data: CifarData, placement: Placement) -> None:
         self.training, self.data, self.placement = training, data, placement
@@ -198,24 +216,18 @@ class Trainer:
         self.network.to(placement.device).to(memory_format=torch.channels_last)
         self.optimizer = torch.optim.SGD(groups, lr=training.rate, momentum=MOMENTUM)
         self.steps_per_epoch = max(1, len(data.train) // BATCH_SIZE)  # the last images, fewer than a batch, sit out
-        self.epoch = 0
-        self.errors: list[float] = []
-        self.test_error: float | None = None
-
-    @property
-    def diverged(self) -> bool:
-        """Whether the loss became NaN or infinite; the training has ended."""
-        return bool(self.errors) and math.isnan(self.errors[-1])
+        self.record = TrainingRecord(training=training, machine=describe_machine(placement))
 
     def train_epoch(self, should_stop: Callable[[int], bool]) -> bool:
         """Train for an epoch, or until it diverges. Returns False if `should_stop` ended it early.
 
         `should_stop` is asked after each fifth of the epoch, with the number of images trained on since it was asked.
         """
-        drops = sum(self.epoch >= drop for drop in self.training.drops)
+        epoch, seed = self.record.epochs, self.training.seed
+        drops = sum(epoch >= drop for drop in self.training.drops)
         for group in self.optimizer.param_groups:
             group["lr"] = group["scale"] * self.training.rate / 10**drops
-        random = np.random.default_rng([self.training.seed, self.epoch])
+        random = np.random.default_rng([seed, epoch])
         order = torch.from_numpy(random.permutation(len(self.data.train))).to(self.data.train.device)
         ends = {round(self.steps_per_epoch * (i + 1) / RECORDS_PER_EPOCH) for i in range(RECORDS_PER_EPOCH)}
         wrong, images = torch.zeros((), device=self.data.train.device), 0
@@ -223,12 +235,14 @@ class Trainer:
             rows = order[(step - 1) * BATCH_SIZE : step * BATCH_SIZE]
             wrong += self._step(rows, random)
             images += len(rows)
-            if step in ends and not self.diverged:
-                self.errors.append(float(wrong) / images)
+            if step in ends:
+                self.record = replace(self.record, errors=(*self.record.errors, float(wrong) / images))
                 if should_stop(images):
                     return False
+                if self.record.diverged:
+                    break
                 wrong, images = torch.zeros_like(wrong), 0
-        self.epoch += 1
+        self.record = replace(self.record, epochs=epoch + 1)
         return True
 
     def _step(self, rows: Tensor, random: np.random.Generator) -> Tensor:
@@ -261,8 +275,8 @@ class Trainer:
         return torch.stack([crop.flip(-1) if flip else crop for crop, flip in zip(crops, flips, strict=True)])
 
     @torch.no_grad()
-    def measure_test_error(self) -> float:
-        """Return the error on the test images, as a share; the mean probability of nine crops if it learned crops."""
+    def measure_test_error(self) -> None:
+        """Record the error on the test images; that of the mean probability of nine crops if it learned crops."""
         margin = SIDE - self.file.crop
         places = list(itertools.product((0, margin // 2, margin), repeat=2)) if margin else [(0, 0)]
         wrong = 0
@@ -272,104 +286,133 @@ class Trainer:
             crops = [images[:, :, y : y + self.file.crop, x : x + self.file.crop] for y, x in places]
             probabilities = torch.stack([self._forward(crop).softmax(1) for crop in crops]).mean(0)
             wrong += int((probabilities.argmax(1) != labels).sum())
-        return wrong / len(self.data.test)
+        self.record = replace(self.record, test_error=wrong / len(self.data.test))
 
-    def save(self, path: Path) -> None:
-        """Write weights, velocity and errors; `restore` continues from them exactly."""
+    def save(self, folder: Path) -> None:
+        """Write the record as NAME.json, and all that `restore` needs to continue as NAME.pt."""
+        path = folder / f"{self.training.name}.pt"
         state = {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
-        about = {"training": asdict(self.training), "epoch": self.epoch, "errors": self.errors}
-        with FILES_LOCK, replace_file(path) as temporary:
-            torch.save(state | about | {"test_error": self.test_error}, temporary)
+        with replace_file(path) as temporary:
+            torch.save({"record": asdict(self.record)} | state, temporary)
+        write_record(self.record, folder)
 
     def restore(self, path: Path) -> None:
-        """Continue from a file that `save` wrote.
+        """Continue, exactly, from a file that `save` wrote.
 
         Raises:
             DataError: the file is damaged, or of a training with other settings.
         """
-        training, state = _load(path, self.placement.device)
-        if training != self.training:
-            raise DataError(f"{path} is of another training: {training}, not {self.training}", f"rename {path.parent}")
-        self.network.load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.epoch, self.errors, self.test_error = state["epoch"], state["errors"], state["test_error"]
+        with _explain_damage(path):
+            state = torch.load(path, weights_only=True, map_location=self.placement.device)
+            record = _make_record(state["record"])
+            self.network.load_state_dict(state["network"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        _check_same_training(record, self.training, path)
+        self.record = replace(record, machine=self.record.machine)
 
 
-Condition = Callable[[Trainer], bool]
+def write_record(record: TrainingRecord, folder: Path) -> None:
+    """Write a record as NAME.json; a diverged error becomes null."""
+    errors = [None if math.isnan(error) else round(error, 6) for error in record.errors]
+    text = json.dumps(asdict(record) | {"errors": errors}, allow_nan=False) + "\n"
+    with FILES_LOCK:
+        write_text(folder / f"{record.training.name}.json", text)
 
 
-@dataclass(frozen=True)
-class TrainingRecord:
-    """What a training has recorded so far: `errors` as in `Trainer`; `test_error` once it was measured."""
+def read_record(path: Path) -> TrainingRecord:
+    """Read a file of `write_record`.
 
-    training: Training
-    epochs: int
-    errors: tuple[float, ...]
-    test_error: float | None
+    Raises:
+        DataError: the file is damaged.
+    """
+    with _explain_damage(path):
+        with FILES_LOCK:
+            text = read_text(path)
+        return _make_record(json.loads(text))
 
 
 def read_records(folder: Path) -> list[TrainingRecord]:
-    """Return the records of all trainings in a folder, in the order of their names.
+    """Read what the trainings of an experiment have recorded so far, in the order of their names.
 
     Raises:
-        DataError: a file is damaged, or none of a training.
+        DataError: a file is damaged.
     """
-    records = []
-    for path in sorted(folder.glob("[!.]*.pt")):
-        training, state = _load(path, torch.device("cpu"))
-        records.append(TrainingRecord(training, state["epoch"], tuple(state["errors"]), state["test_error"]))
-    return records
+    return [read_record(path) for path in sorted((folder / TRAININGS).glob("[!.]*.json"))]
 
 
-def _load(path: Path, device: torch.device) -> tuple[Training, dict[str, Any]]:
-    """Return what `Trainer.save` wrote."""
+def list_machines(records: Sequence[TrainingRecord]) -> list[str]:
+    """Return the machines of these trainings, each once."""
+    return sorted({record.machine for record in records})
+
+
+def _make_record(values: dict[str, Any]) -> TrainingRecord:
+    errors = tuple(math.nan if error is None else float(error) for error in values["errors"])
+    return TrainingRecord(**values | {"training": _make_training(values["training"]), "errors": errors})
+
+
+def _make_training(values: dict[str, Any]) -> Training:
+    return Training(**values | {"drops": tuple(values["drops"])})
+
+
+@contextmanager
+def _explain_damage(path: Path) -> Iterator[None]:
     try:
-        with FILES_LOCK:
-            state: dict[str, Any] = torch.load(path, weights_only=True, map_location=device)
-        if not {"epoch", "errors", "test_error"} <= state.keys():
-            raise ValueError("it has no errors")
-        return Training(**state["training"]), state
-    except OSError:
+        yield
+    except (OSError, DataError):
         raise
     except Exception as error:  # a damaged file may raise any
         hint = "delete it; the same command then trains it again"
         raise DataError(f"{path} is not a training of this experiment: {error}", hint) from error
 
 
+def _check_same_training(record: TrainingRecord, training: Training, path: Path) -> None:
+    if record.training != training:
+        hint = f"rename {path.parent}"
+        raise DataError(f"{path} is of another training: {record.training}, not {training}", hint)
+
+
+Condition = Callable[[TrainingRecord], bool]
+
+
 def continue_training(
     training: Training, data: CifarData, job: Job, is_done: Condition, measure_test_error: bool = False
-) -> Trainer:
-    """Train, from the file of an earlier call if there is one, until `is_done` after an epoch; saves each epoch."""
+) -> TrainingRecord:
+    """Train, from the files of an earlier call if there are any, until `is_done` after an epoch; saves each epoch.
+
+    A record that is done needs no NAME.pt: published records can be continued with more seeds.
+    """
     torch.set_num_threads(1)  # of this thread: trainings run side by side
-    trainer, path = Trainer(training, data, job.placement), job.folder / f"{training.name}.pt"
+    folder = job.folder / TRAININGS
+    path = folder / f"{training.name}.json"
     if path.is_file():
-        trainer.restore(path)
+        record = read_record(path)
+        _check_same_training(record, training, path)
+        if record.diverged or (is_done(record) and (record.test_error is not None or not measure_test_error)):
+            return record
+    trainer, state = Trainer(training, data, job.placement), path.with_suffix(".pt")
+    if state.is_file():
+        trainer.restore(state)
 
     def should_stop(images: int) -> bool:
-        job.advance(images, f"{training.name}  epoch {trainer.epoch + 1}  training error {trainer.errors[-1]:.1%}")
+        done = trainer.record
+        job.advance(images, f"{training.name}  epoch {done.epochs + 1}  training error {done.errors[-1]:.1%}")
         return job.stop() is not None
 
-    while not trainer.diverged and not is_done(trainer) and job.stop() is None and trainer.train_epoch(should_stop):
-        trainer.save(path)
-    if measure_test_error and is_done(trainer) and trainer.test_error is None:
-        trainer.test_error = trainer.measure_test_error()
-        trainer.save(path)
-    return trainer
+    folder.mkdir(exist_ok=True)
+    while not (trainer.record.diverged or is_done(trainer.record)):
+        if job.stop() is not None or not trainer.train_epoch(should_stop):
+            return trainer.record
+        trainer.save(folder)
+    if measure_test_error and not trainer.record.diverged:
+        trainer.measure_test_error()
+    trainer.save(folder)
+    return trainer.record
 
 
 def continue_trainings(
     trainings: Sequence[Training], data: CifarData, job: Job, is_done: Condition, measure_test_error: bool = False
 ) -> None:
-    """Call `continue_training` for each training, side by side."""
-
-    def continue_one(training: Training, job: Job) -> None:
-        continue_training(training, data, job, is_done, measure_test_error)
-
-    train_side_by_side(job, [partial(continue_one, training) for training in trainings])
-
-
-def train_side_by_side(job: Job, trainings: Sequence[Callable[[Job], object]]) -> None:
-    """Call the functions in threads, as many at a time as there are cores; on a GPU one after the other.
+    """Call `continue_training` in threads, as many at a time as there are cores; on a GPU one after the other.
 
     If one raises an error, the others stop, and it is raised here.
     """
@@ -377,9 +420,9 @@ def train_side_by_side(job: Job, trainings: Sequence[Callable[[Job], object]]) -
     errors: list[BaseException] = []
     stoppable = replace(job, stop=lambda: "error" if errors else job.stop())
 
-    def train(training: Callable[[Job], object]) -> None:
+    def train(training: Training) -> None:
         try:
-            training(stoppable)
+            continue_training(training, data, stoppable, is_done, measure_test_error)
         except BaseException as error:
             errors.append(error)
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from alexnet_plugins.experiments.cifar import (
-    Trainer,
     Training,
     TrainingRecord,
     continue_trainings,
+    list_machines,
     read_cifar,
     read_records,
 )
@@ -77,8 +77,8 @@ def train(job: Job) -> None:
     """Train both networks of each pair with every seed."""
     data = read_cifar(job.data, job.placement.device)
 
-    def is_done(trainer: Trainer) -> bool:
-        return trainer.epoch >= epochs[trainer.training.network]
+    def is_done(record: TrainingRecord) -> bool:
+        return record.epochs >= epochs[record.training.network]
 
     epochs = {network: pair.epochs for pair in PAIRS for network in (pair.without, pair.with_norm)}
     for pair in PAIRS:
@@ -109,8 +109,10 @@ def conclude(folder: Path) -> Result:
     )
     finding = " ".join(_describe(pair, differences[pair.name]) for pair in PAIRS if differences[pair.name])
     tables = (Table("differences", "Test errors of each pair, as shares", headings, rows), chart.data)
-    verdict, missing = verdicts[NAMED.name], _list_missing(records)
-    return Result(verdict, finding or "Nothing has finished yet.", PROTOCOL, LIMITS, tables, chart, missing)
+    return Result(
+        verdicts[NAMED.name], finding or "Nothing has finished yet.", PROTOCOL, LIMITS, tables, chart,
+        _list_missing(records), list_machines(records),
+    )  # fmt: skip
 
 
 def _errors(records: Sequence[TrainingRecord], network: str) -> dict[int, float]:
@@ -172,7 +174,7 @@ CIFAR_NORM = Experiment(
     section="3.3",
     claim="A four-layer CNN achieved a 13 % test error rate on CIFAR-10 without normalization and 11 % with it.",
     data="CIFAR-10",
-    time="about 5 hours on 2 cores with bf16",
+    time="estimated: 5 hours on 2 cores with bf16",
     found="not run to the end yet",
     train=train,
     conclude=conclude,

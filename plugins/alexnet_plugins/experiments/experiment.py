@@ -68,8 +68,8 @@ class Chart:
 class Result:
     """What came out of an experiment so far.
 
-    `finding` is a sentence with the numbers, `protocol` and `limits` are paragraphs, and `missing` says what has not
-    been trained yet.
+    `finding` is a sentence with the numbers, `protocol` and `limits` are paragraphs, `missing` says what has not been
+    trained yet, and `machines` what trained the rest: the trainings of a folder may be from several.
     """
 
     verdict: Verdict
@@ -79,13 +79,14 @@ class Result:
     tables: Sequence[Table]
     chart: Chart
     missing: Sequence[str] = ()
+    machines: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
 class Experiment:
     """An experiment: `train` does what is left of the work in a job's folder, `conclude` reads the folder.
 
-    `data` is the name of the data set, `time` how long it takes here and on a GPU, `found` the published result.
+    `data` is the name of the data set, `time` an estimate of how long it takes, `found` the published result.
     """
 
     name: str
@@ -105,7 +106,7 @@ def write_result(experiment: Experiment, result: Result, job: Job) -> list[Path]
         OSError: a file cannot be written.
     """
     images = _draw_chart(result.chart)
-    about = {"command": shlex.join(job.command), "machine": describe_machine(job.placement)}
+    about = {"command": shlex.join(job.command), "machines": list(result.machines)}
     record = {
         "schema": "alexnet.reproduce/1", "experiment": experiment.name, "claim": experiment.claim, **about,
         "verdict": result.verdict, "finding": result.finding, "missing": list(result.missing),

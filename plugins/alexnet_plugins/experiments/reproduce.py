@@ -74,7 +74,8 @@ def reproduce(
                 result = experiment.conclude(folder)
                 files = write_result(experiment, result, job)
         except OSError as error:
-            raise StorageError(f"{folder} cannot be written: {error.strerror or error}", "free some space") from error
+            hint = "mend the disk or its permissions, then repeat the command"
+            raise StorageError(f"{error.filename or folder}: {error.strerror or error}", hint) from error
         reason = stop()
     reporter.result({
         "experiment": name, "verdict": result.verdict, "finding": result.finding, "missing": list(result.missing),

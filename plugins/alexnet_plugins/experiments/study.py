@@ -224,6 +224,16 @@ def list_missing(done: Mapping[Switch, Mapping[int, object]], switches: Sequence
     return [f"{name}: {seeds - count} of {seeds} seeds" for name, count in counts.items() if count < seeds]
 
 
+def list_machines(runs_by_switch: Mapping[Switch, Mapping[int, Run]]) -> list[str]:
+    """Return devices, precision and versions of these trainings, each once."""
+    abouts = [run.about for runs in runs_by_switch.values() for run in runs.values()]
+    return sorted({
+        f"{', '.join(about['devices'])}, {about['precision']}; alexnet {about['versions']['alexnet']}, Python "
+        f"{about['versions']['python']}, torch {about['versions']['torch']}"
+        for about in abouts
+    })  # fmt: skip
+
+
 def train_cells(job: Job, cells: Sequence[Cell]) -> None:
     """Train the cells of an experiment that are not finished, on prepared Imagenette, until the job is stopped.
 

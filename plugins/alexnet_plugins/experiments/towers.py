@@ -13,7 +13,15 @@ import numpy as np
 from alexnet_cli.core.analysis.filters import Kernels, Vector, compute_auc, measure_live_chroma, split_towers
 from alexnet_cli.recipe import TINY
 from alexnet_plugins.experiments.experiment import Chart, Experiment, Job, Result, Table, Verdict
-from alexnet_plugins.experiments.study import BASE, Switch, find_done_runs, list_missing, make_cells, train_cells
+from alexnet_plugins.experiments.study import (
+    BASE,
+    Switch,
+    find_done_runs,
+    list_machines,
+    list_missing,
+    make_cells,
+    train_cells,
+)
 from alexnet_plugins.experiments.table import OUR_COLOR
 
 if TYPE_CHECKING:
@@ -128,7 +136,8 @@ def conclude(folder: Path) -> Result:
     caption = "How well color separates the towers, epoch by epoch; a line for each seed. 0.5 is not at all."
     chart = Chart(partial(_draw, curves), caption, Table("auc", caption, ("condition", "seed", "epoch", "AUC"), points))
     table, missing = Table("towers", "Separation by color", headings, rows), list_missing(kept, CONDITIONS, SEEDS)
-    return Result(verdict, finding, PROTOCOL, LIMITS, [table], chart, missing)
+    machines = list_machines(find_done_runs(folder, CONDITIONS))
+    return Result(verdict, finding, PROTOCOL, LIMITS, [table], chart, missing, machines)
 
 
 def judge_separation(found: Mapping[str, Separation]) -> tuple[Verdict, str]:
@@ -190,7 +199,7 @@ TOWERS = Experiment(
     claim="The kernels on GPU 1 are largely color-agnostic, while the kernels on GPU 2 are largely color-specific. "
     "This specialization occurs during every run and is independent of any particular random weight initialization.",
     data="Imagenette, prepared (alexnet prepare)",
-    time="about 4 hours on 2 cores with bf16",
+    time="estimated: 4 hours on 2 cores with bf16",
     found="not run to the end yet",
     train=train,
     conclude=conclude,
