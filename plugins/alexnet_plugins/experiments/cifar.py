@@ -85,19 +85,27 @@ def read_cifar(folder: Path, device: torch.device) -> CifarData:
     return CifarData(arrays["train"], labels["train"], arrays["val"], labels["val"], mean)
 
 
-class LocallyConnected(nn.Module):
-    """A 3x3 convolution whose filters are not shared: each pixel has its own. N x C x S x S -> N x maps x S x S."""
+class LocallyConnected(nn.Linear):
+    """A 3x3 convolution whose filters are not shared: each pixel has its own. N x C x S x S -> N x maps x S x S.
+
+    Computed as a fully connected layer whose weights outside the windows are zero. On maps this small that is four
+    times the arithmetic, and faster than cutting out the windows.
+    """
 
     def __init__(self, channels: int, maps: int, side: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(side * side, 9 * channels, maps))
-        self.bias = nn.Parameter(torch.empty(maps, side, side))
+        super().__init__(channels * side * side, maps * side * side)
+        self.sides = maps, side, side
+        place = torch.arange(side)
+        near = (place[:, None] - place).abs() <= 1
+        window = torch.kron(near, near)  # output pixel x input pixel
+        self.window: Tensor
+        self.register_buffer("window", window.repeat(maps, channels).float(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Cut out the 3x3 patch around each pixel (zeros beyond the edge) and multiply it by the pixel's filters."""
-        patches = functional.unfold(x, 3, padding=1).permute(2, 0, 1)  # pixels x N x 9 C
-        maps: Tensor = torch.bmm(patches, self.weight).permute(1, 2, 0).unflatten(2, x.shape[2:])
-        return maps + self.bias
+        """Multiply by the weights of each pixel's window; there is nothing beyond the edge."""
+        weight = self.weight * self.window
+        maps: Tensor = functional.linear(x.flatten(1), weight, self.bias).unflatten(1, self.sides)
+        return maps
 
 
 class AcrossMapsNorm(nn.Module):
@@ -203,7 +211,7 @@ class Trainer:
         self.training, self.data, self.placement = training, data, placement
         self.file = NETWORKS[training.network]
         self.network = build_network(training.network, training.activation)
-        layers = [m for m in self.network if isinstance(m, nn.Conv2d | LocallyConnected | nn.Linear)]
+        layers = [m for m in self.network if isinstance(m, nn.Conv2d | nn.Linear)]
         random = torch.Generator().manual_seed(training.seed)
         groups: list[dict[str, Any]] = []
         for layer, std, decay in zip(layers, self.file.stds, self.file.decays, strict=True):
