@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from alexnet_cli.recipe import TINY
-from alexnet_plugins.experiments.experiment import Cell, Chart, Experiment, Job, Result, Table
+from alexnet_plugins.experiments.experiment import Cell, Chart, Experiment, Job, Result, Table, describe_diverged
 from alexnet_plugins.experiments.study import (
     BASE,
     SWITCHES,
     find_done_runs,
+    list_diverged,
     list_machines,
     list_missing,
     make_cells,
@@ -71,7 +72,8 @@ def conclude(folder: Path) -> Result:
         for word in ("agrees", "disagrees", "undecided")
     ]
     missing = list_missing(done, CLAIMS, SEEDS)
-    return Result(verdict, f"{'; '.join(parts)}.", PROTOCOL, LIMITS, (), chart, missing, list_machines(done))
+    finding = f"{'; '.join(parts)}.{describe_diverged(list_diverged(done))}"
+    return Result(verdict, finding, PROTOCOL, LIMITS, (), chart, missing, list_machines(done))
 
 
 def _make_cells(row: Row) -> list[Cell]:

@@ -16,7 +16,7 @@ from alexnet_plugins.experiments.cifar import (
     read_cifar,
     read_records,
 )
-from alexnet_plugins.experiments.experiment import Chart, Experiment, Job, Result, Table
+from alexnet_plugins.experiments.experiment import Chart, Experiment, Job, Result, Table, Verdict, describe_diverged
 from alexnet_plugins.experiments.table import OUR_COLOR, PAPER_COLOR, Estimate, estimate_mean, judge, round_share
 
 if TYPE_CHECKING:
@@ -62,7 +62,8 @@ PROTOCOL = (
     + "; ".join(f"{p.name}: {p.epochs} epochs instead of about {p.released_epochs}" for p in PAIRS)
     + ". The rate is divided by ten twice near the end, as in the files. The test error is measured once, at the end.",
     "The difference is paired by seed; its interval is Student's 95 % interval over seeds. Agrees: the whole interval "
-    f"lies above zero; disagrees: it lies below. The paper's claim is about {NAMED.name}.",
+    "lies above zero; disagrees: it lies below. A pair with a training that diverged is undecided. The paper's claim "
+    f"is about {NAMED.name}.",
 )
 LIMITS = (
     "The released errors come from a schedule many times longer. With a short one both errors are higher, and the "
@@ -91,7 +92,7 @@ def conclude(folder: Path) -> Result:
     """Compare the pairs in what has been trained so far."""
     records = read_records(folder)
     differences = {pair.name: _estimate_difference(records, pair) for pair in PAIRS}
-    verdicts = {name: judge(estimate) for name, estimate in differences.items()}
+    verdicts = {pair.name: _judge(records, pair, differences[pair.name]) for pair in PAIRS}
     rows = [
         (
             pair.name, pair.kind, *(_mean_error(records, network) for network in (pair.without, pair.with_norm)),
@@ -109,10 +110,10 @@ def conclude(folder: Path) -> Result:
     )
     finding = " ".join(_describe(pair, differences[pair.name]) for pair in PAIRS if differences[pair.name])
     tables = (Table("differences", "Test errors of each pair, as shares", headings, rows), chart.data)
+    finding = (finding or "Nothing has finished yet.") + describe_diverged(_list_diverged(records))
     return Result(
-        verdicts[NAMED.name], finding or "Nothing has finished yet.", PROTOCOL, LIMITS, tables, chart,
-        _list_missing(records), list_machines(records),
-    )  # fmt: skip
+        verdicts[NAMED.name], finding, PROTOCOL, LIMITS, tables, chart, _list_missing(records), list_machines(records)
+    )
 
 
 def _errors(records: Sequence[TrainingRecord], network: str) -> dict[int, float]:
@@ -132,6 +133,12 @@ def _estimate_difference(records: Sequence[TrainingRecord], pair: Pair) -> Estim
     return estimate_mean([without[seed] - with_norm[seed] for seed in sorted(without.keys() & with_norm.keys())])
 
 
+def _judge(records: Sequence[TrainingRecord], pair: Pair, estimate: Estimate | None) -> Verdict:
+    """Judge a pair, unless a training diverged: without its test error the pair looks better or worse than it is."""
+    has_diverged = any(r.diverged for r in records if r.training.network in (pair.without, pair.with_norm))
+    return "undecided" if has_diverged else judge(estimate)
+
+
 def _describe(pair: Pair, estimate: Estimate | None) -> str:
     if estimate is None:
         return ""
@@ -146,9 +153,14 @@ def _describe(pair: Pair, estimate: Estimate | None) -> str:
 def _list_missing(records: Sequence[TrainingRecord]) -> list[str]:
     missing = []
     for network in (name for pair in PAIRS for name in (pair.without, pair.with_norm)):
-        if left := sorted(set(SEEDS) - _errors(records, network).keys()):
+        ended = {r.training.seed for r in records if r.training.network == network and r.diverged}
+        if left := sorted(set(SEEDS) - _errors(records, network).keys() - ended):
             missing.append(f"{network}: seed {', '.join(map(str, left))}")
     return missing
+
+
+def _list_diverged(records: Sequence[TrainingRecord]) -> list[str]:
+    return [f"{r.training.network} seed {r.training.seed}" for r in records if r.diverged]
 
 
 def _draw(differences: dict[str, Estimate | None]) -> Figure:

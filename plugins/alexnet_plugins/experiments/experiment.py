@@ -127,6 +127,11 @@ def write_result(experiment: Experiment, result: Result, job: Job) -> list[Path]
     return [job.folder / name for name in contents]
 
 
+def describe_diverged(names: Sequence[str]) -> str:
+    """Return a sentence on trainings whose loss became NaN, to append to a finding; "" if there are none."""
+    return f" Diverged: {', '.join(names)}." if names else ""
+
+
 def describe_machine(placement: Placement) -> str:
     """Return device, precision and versions in a line."""
     device = cpu_name() if placement.device.type == "cpu" else placement.name

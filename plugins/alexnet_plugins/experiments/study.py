@@ -224,6 +224,16 @@ def list_missing(done: Mapping[Switch, Mapping[int, object]], switches: Sequence
     return [f"{name}: {seeds - count} of {seeds} seeds" for name, count in counts.items() if count < seeds]
 
 
+def list_diverged(runs_by_switch: Mapping[Switch, Mapping[int, Run]]) -> list[str]:
+    """Return the names of the trainings that diverged."""
+    return [
+        f"{switch.name} seed {seed}"
+        for switch, runs in runs_by_switch.items()
+        for seed, run in runs.items()
+        if run.about.get("status") == "failed"
+    ]
+
+
 def list_machines(runs_by_switch: Mapping[Switch, Mapping[int, Run]]) -> list[str]:
     """Return devices, precision and versions of these trainings, each once."""
     abouts = [run.about for runs in runs_by_switch.values() for run in runs.values()]

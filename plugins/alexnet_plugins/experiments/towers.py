@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from alexnet_cli.core.analysis.filters import Kernels, Vector, compute_auc, measure_live_chroma, split_towers
+from alexnet_cli.core.runs.run import Run
 from alexnet_cli.recipe import TINY
-from alexnet_plugins.experiments.experiment import Chart, Experiment, Job, Result, Table, Verdict
+from alexnet_plugins.experiments.experiment import Chart, Experiment, Job, Result, Table, Verdict, describe_diverged
 from alexnet_plugins.experiments.study import (
     BASE,
     Switch,
     find_done_runs,
+    list_diverged,
     list_machines,
     list_missing,
     make_cells,
@@ -49,7 +51,7 @@ PROTOCOL = (
     f"Recipe tiny ({TINY.epochs} epochs, a quarter of the paper's width) on photographs, but with the paper's 48 + 48 "
     f"filters in layer 1, {SEEDS} seeds. For each filter: its color share, which is 0 for gray and 1 for opponent "
     "colors. The AUC says how well the color share separates the two towers: 0.5 is not at all, 1 completely. It "
-    "counts the same whichever tower has the color.",
+    "counts the same whichever tower has the color. A training that diverged is left out.",
     f"p: the share of {PERMUTATIONS:,} random divisions of each run's filters into two halves whose mean AUC is at "
     f"least as high. Agrees: p is at most {SIGNIFICANT} for all seeds together and for each alone, as the paper says "
     f"that it occurs in every run. Disagrees: p is above {SIGNIFICANT} for all together. Undecided: anything else.",
@@ -112,7 +114,8 @@ def train(job: Job) -> None:
 
 def conclude(folder: Path) -> Result:
     """Compare the conditions in what has been trained so far."""
-    kept = _read_filters(folder)
+    done = find_done_runs(folder, CONDITIONS)
+    kept = _read_filters(done)
     filters = {switch.name: [epochs[max(epochs)] for epochs in runs.values()] for switch, runs in kept.items()}
     if BASE in kept:
         filters[INITIAL] = [epochs[0] for epochs in kept[BASE].values()]
@@ -135,9 +138,9 @@ def conclude(folder: Path) -> Result:
     ]
     caption = "How well color separates the towers, epoch by epoch; a line for each seed. 0.5 is not at all."
     chart = Chart(partial(_draw, curves), caption, Table("auc", caption, ("condition", "seed", "epoch", "AUC"), points))
-    table, missing = Table("towers", "Separation by color", headings, rows), list_missing(kept, CONDITIONS, SEEDS)
-    machines = list_machines(find_done_runs(folder, CONDITIONS))
-    return Result(verdict, finding, PROTOCOL, LIMITS, [table], chart, missing, machines)
+    table, missing = Table("towers", "Separation by color", headings, rows), list_missing(done, CONDITIONS, SEEDS)
+    finding += describe_diverged(list_diverged(done))
+    return Result(verdict, finding, PROTOCOL, LIMITS, [table], chart, missing, list_machines(done))
 
 
 def judge_separation(found: Mapping[str, Separation]) -> tuple[Verdict, str]:
@@ -159,13 +162,13 @@ def judge_separation(found: Mapping[str, Separation]) -> tuple[Verdict, str]:
     return ("agrees" if max(base.p_values) <= SIGNIFICANT else "undecided"), finding
 
 
-def _read_filters(folder: Path) -> dict[Switch, dict[int, dict[int, Kernels]]]:
+def _read_filters(done: Mapping[Switch, Mapping[int, Run]]) -> dict[Switch, dict[int, dict[int, Kernels]]]:
     """Condition -> seed -> epoch -> the filters of layer 1; 0 is before the first step.
 
     Only trainings that have the filters from the first to the last epoch: one that diverged has not.
     """
     kept: dict[Switch, dict[int, dict[int, Kernels]]] = {}
-    for switch, runs in find_done_runs(folder, CONDITIONS).items():
+    for switch, runs in done.items():
         for seed, run in runs.items():
             if run.kept_filters.keys() >= {0, run.recipe.epochs}:
                 epochs = {epoch: np.load(file) for epoch, file in run.kept_filters.items()}
