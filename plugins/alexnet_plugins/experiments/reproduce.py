@@ -92,10 +92,10 @@ def reproduce(
 def _load_experiments() -> Sequence[Experiment]:
     from alexnet_plugins.experiments.ablation import ABLATION
     from alexnet_plugins.experiments.cifar_norm import CIFAR_NORM
-    from alexnet_plugins.experiments.figure_1 import FIGURE_1
+    from alexnet_plugins.experiments.figure_1 import FIGURE_1, FIGURE_1_SHORT
     from alexnet_plugins.experiments.towers import TOWERS
 
-    return (FIGURE_1, CIFAR_NORM, TOWERS, ABLATION)
+    return (FIGURE_1_SHORT, FIGURE_1, CIFAR_NORM, TOWERS, ABLATION)
 
 
 def _find_experiment(experiments: Sequence[Experiment], name: str) -> Experiment:
