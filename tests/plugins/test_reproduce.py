@@ -24,7 +24,7 @@ from alexnet_cli.core.analysis import filters
 from alexnet_cli.core.parallel.placement import Placement
 from alexnet_cli.core.runs.run import Run
 from alexnet_cli.errors import DataError, Stopped, UsageError
-from alexnet_cli.recipe import TINY
+from alexnet_cli.recipe import TINY, Recipe
 from alexnet_plugins.experiments import ablation, cifar, cifar_norm, figure_1, study, towers
 from alexnet_plugins.experiments.cifar import (
     CifarData,
@@ -426,16 +426,39 @@ def test_towers_agree_only_if_every_seed_does() -> None:
         assert towers.judge_separation({"base": separate(p_values, p_value)})[0] == verdict
 
 
+def create_run(folder: Path, recipe: Recipe) -> Run:
+    about = {"devices": ["a CPU"], "precision": "fp32", "versions": dict.fromkeys(("alexnet", "python", "torch"), "1")}
+    return Run.create(f"base-seed{recipe.seed}", recipe, about, folder)
+
+
 @pytest.mark.parametrize("module", [towers, ablation])
 def test_a_run_that_diverged_is_not_missing(module: ModuleType, tmp_path: Path) -> None:
-    about = {"devices": ["a CPU"], "precision": "fp32", "versions": dict.fromkeys(("alexnet", "python", "torch"), "1")}
-    run = Run.create("base-seed0", replace(module.RECIPE, seed=0), about, tmp_path)
+    run = create_run(tmp_path, module.RECIPE)
     before = module.conclude(tmp_path)
     run.update({"status": "failed", "reason": study.DIVERGED})
     after = module.conclude(tmp_path)
     assert (before.missing[0], after.missing[0]) == ("base: 3 of 3 seeds", "base: 2 of 3 seeds")
     assert (before.finding.count("Diverged"), after.finding.count("Diverged: base seed 0.")) == (0, 1)
     assert after.verdict == "undecided"
+
+
+def test_one_view_is_compared_with_ten_views_of_the_same_runs(tmp_path: Path) -> None:
+    one_view, ten_views = [0.30, 0.32, 0.31], [0.28, 0.29, 0.285]
+    for seed, one in enumerate(one_view):
+        run = create_run(tmp_path, replace(ablation.RECIPE, seed=seed))
+        errors = {"top1_error": one, "top5_error": one / 5, "train_top1_error": 0.1}
+        run.log({"event": "validation", "epoch": 30, "step": 1, **errors})
+        run.update({"status": "finished"})
+        assert "one-view: 3 of 3 seeds" in ablation.conclude(tmp_path).missing
+    for seed, ten in enumerate(ten_views):
+        file = tmp_path / f"base-seed{seed}" / study.TEN_VIEWS
+        file.write_text(json.dumps({"top1_error": ten, "top5_error": ten / 5}))
+    result = ablation.conclude(tmp_path)
+    row = dict(zip(result.chart.data.headings, result.chart.data.rows[-1], strict=True))
+    interval = stats.ttest_rel(one_view, ten_views).confidence_interval(0.95)
+    assert (row["switch"], row["seeds"], row["top-1 error"], row["verdict"]) == ("one-view", 3, 0.31, "agrees")
+    assert (row["difference"], row["±"]) == pytest.approx((0.025, (interval.high - interval.low) / 2), abs=5e-5)
+    assert not [text for text in result.missing if text.startswith(("base", "one-view"))]
 
 
 def make_row(switch: study.Switch, top1: list[float], training: list[float]) -> Row:
@@ -476,16 +499,16 @@ def test_towers_and_ablation_train_what_is_missing(
         monkeypatch.setattr(module, "RECIPE", small)
         monkeypatch.setattr(module, switches, getattr(module, switches)[:2])
         monkeypatch.setattr(module, "SEEDS", 1)
-    for name, columns in (("towers", 3), ("ablation", 2)):
+    for name, conditions in (("towers", 3), ("ablation", 3)):  # with the initial values, and with one view
         reproduce(name, prepared, json=True, quiet=True)
         result = json.loads(capsys.readouterr().out)
         assert result["missing"] == []
         rows = (Path("runs") / name / f"{name}.csv").read_text().splitlines()
-        assert len(rows) == 1 + columns
-        before = list((Path("runs") / name).glob("*/checkpoints/*/meta.json"))
+        assert len(rows) == 1 + conditions
+        before = {path: path.stat().st_mtime_ns for path in (Path("runs") / name).glob("base-seed0/**/*")}
         reproduce(name, prepared, quiet=True)
         capsys.readouterr()
-        assert list((Path("runs") / name).glob("*/checkpoints/*/meta.json")) == before
+        assert {path: path.stat().st_mtime_ns for path in (Path("runs") / name).glob("base-seed0/**/*")} == before
 
 
 def test_reproduce_lists_the_experiments() -> None:

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+import alexnet_cli
 from alexnet_cli.core.analysis import filters
 from alexnet_cli.core.data.shards import open_dataset
 from alexnet_cli.core.evaluation.evaluate import Evaluation
@@ -70,6 +71,21 @@ def test_it_learns_four_colors(start: Start) -> None:
     assert first.loss is not None
     assert validation[-1].train_loss is not None
     assert validation[-1].train_loss < first.loss / 1.5
+
+
+def test_ten_views_are_those_of_the_plain_network(start: Start) -> None:
+    """The mean of ten softmaxes, as `AlexNet.preprocess` documents it."""
+    training = start()
+    list(training.fit())
+    network = alexnet_cli.load(training.run.path)
+    split = training.data.split("val")
+    views = network.preprocess([split.jpeg(row) for row in range(len(split))], views=10)
+    with torch.inference_mode():
+        probabilities = network(views).softmax(1).unflatten(0, (-1, 10)).mean(1)
+    expected = -probabilities[range(len(split)), split.labels].log().mean()
+    evaluation = training.validate(views=10)
+    assert evaluation is not None
+    assert evaluation.loss == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_records_and_metrics_csv(start: Start) -> None:

@@ -301,11 +301,11 @@ class TrainingLoop:
             recent.add(RunningMetrics(size, loss * size, round(errors), round(top5_errors)))
         return recent, None
 
-    def validate(self, stop: Callable[[], str | None] = lambda: None) -> Evaluation | None:
-        """Evaluate the center crop of all validation images. Returns None if `stop()` returned a reason meanwhile."""
+    def validate(self, stop: Callable[[], str | None] = lambda: None, views: int = 1) -> Evaluation | None:
+        """Evaluate all validation images, with the center view or ten. Returns None if `stop()` returned a reason."""
         placement, split, size = self.trainer.placement, self.data.split("val"), self.trainer.micro_batch
         ranks = placement.ranks
-        classify = TorchClassifier(self.trainer.network, self.trainer.augment, placement)
+        classify = TorchClassifier(self.trainer.network, self.trainer.augment, placement, views)
         evaluation = Evaluation.empty(len(self.data.classes))
         plan = [rows[ranks.batch_slice(len(rows))] for rows in all_batches(len(split), size * ranks.replicas)]
         with ranks.name_errors("validating"), Loader(split, size, self.threads, placement.device) as loader:

@@ -10,6 +10,7 @@ Differences are therefore taken in pairs.
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from alexnet_cli.core.data.shards import Dataset, find_dataset, open_dataset
+from alexnet_cli.core.files import read_link, write_text
 from alexnet_cli.core.parallel.placement import Placement, choose_decode_threads
 from alexnet_cli.core.runs.records import Record
 from alexnet_cli.core.runs.run import RUNNING, Run, is_plain_name, record_failure, runs_root
@@ -29,6 +31,7 @@ from alexnet_cli.recipe_io import apply_changes
 from alexnet_plugins.experiments.experiment import Job
 
 DIVERGED = "the loss is not a number"
+TEN_VIEWS = "ten_views.json"
 IMAGENETTE = (10, 9_469, 3_925)  # classes, training and validation images
 
 
@@ -194,6 +197,22 @@ class AblationStudy:
                 raise
             run.update({"status": "finished" if reason == "finished" else "interrupted", "reason": reason})
 
+    def evaluate_ten_views(self, run: Run, stop: Callable[[], str | None]) -> None:
+        """Write the errors of a finished run's last epoch with ten views to `TEN_VIEWS` in the run, unless stopped.
+
+        Raises:
+            WeightsError: its last checkpoint is missing or damaged.
+            StorageError: the file cannot be written.
+        """
+        loop = TrainingLoop(Trainer.for_dataset(run.recipe, self.data, self.placement), self.data, run, self.threads)
+        last = run.checkpoints / "last"
+        loop.restore(read_link(last) or last)
+        evaluation = loop.validate(stop, views=10)
+        if evaluation is not None:
+            errors = {"top1_error": evaluation.top1_error, "top5_error": evaluation.top5_error}
+            with run.storing():
+                write_text(run.path / TEN_VIEWS, json.dumps(errors) + "\n")
+
     def _find_run(self, cell: Cell) -> Run | None:
         path = self.folder / cell.name
         return Run(path) if (path / "run.json").is_file() else None
@@ -244,8 +263,8 @@ def list_machines(runs_by_switch: Mapping[Switch, Mapping[int, Run]]) -> list[st
     })  # fmt: skip
 
 
-def train_cells(job: Job, cells: Sequence[Cell]) -> None:
-    """Train the cells of an experiment that are not finished, on prepared Imagenette, until the job is stopped.
+def open_imagenette(job: Job) -> AblationStudy:
+    """Open the study of an experiment's job on prepared Imagenette.
 
     Raises:
         DataError: the data set is not Imagenette.
@@ -258,13 +277,17 @@ def train_cells(job: Job, cells: Sequence[Cell]) -> None:
         )
         hint = "alexnet prepare imagenette2-320 makes it; see docs/data.md"
         raise DataError(f"{data.path} is not Imagenette: it has {found}, not {expected}", hint)
-    study = AblationStudy(job.folder, data, job.placement, threads, job.command)
+    return AblationStudy(job.folder, data, job.placement, threads, job.command)
+
+
+def train_cells(job: Job, study: AblationStudy, cells: Sequence[Cell]) -> None:
+    """Train the cells of an experiment that are not finished, until the job is stopped."""
     for cell in cells:
         if job.stop() is not None:
             return
         if study.is_finished(cell):
             continue
-        done, batch = 0, min(cell.recipe.batch_size, len(data.split("train")))
+        done, batch = 0, min(cell.recipe.batch_size, len(study.data.split("train")))
         for record in study.train(cell, job.stop):
             if record.event == "step":
                 job.advance((record.step - done) * batch, f"{cell.name}  epoch {record.epoch}  loss {record.loss:.3g}")

@@ -111,16 +111,17 @@ def judge_all(verdicts: Sequence[Verdict | None]) -> Verdict:
 
 def build_rows(runs: Mapping[Switch, Mapping[int, Run]]) -> list[Row]:
     """Return a row for each switch with finished trainings."""
-    ends = {switch: {seed: _last_validation(run) for seed, run in seeds.items()} for switch, seeds in runs.items()}
-    return [_build_row(switch, runs[switch], ends[switch], ends.get(BASE, {})) for switch in runs]
+    ends = {switch: {seed: read_last_validation(run) for seed, run in seeds.items()} for switch, seeds in runs.items()}
+    return [build_row(switch, runs[switch], ends[switch], ends.get(BASE, {})) for switch in runs]
 
 
-def _build_row(
+def build_row(
     switch: Switch,
     runs: Mapping[int, Run],
     ends: Mapping[int, dict[str, Any] | None],
     base: Mapping[int, dict[str, Any] | None],
 ) -> Row:
+    """Return the row of a switch from its runs, its last validations by seed (None: it diverged), and the base's."""
     finished = {seed: end for seed, end in ends.items() if end}
     pairs = [(end, base_end) for seed, end in finished.items() if switch is not BASE and (base_end := base.get(seed))]
 
@@ -140,7 +141,7 @@ def _build_row(
     )  # fmt: skip
 
 
-def _last_validation(run: Run) -> dict[str, Any] | None:
+def read_last_validation(run: Run) -> dict[str, Any] | None:
     """Return the record of the last validation; None if the training diverged."""
     validations = [record for record in run.records() if record.get("event") == "validation"]
     return validations[-1] if validations and run.about.get("status") == "finished" else None

@@ -22,6 +22,7 @@ from alexnet_plugins.experiments.study import (
     list_machines,
     list_missing,
     make_cells,
+    open_imagenette,
     train_cells,
 )
 from alexnet_plugins.experiments.table import OUR_COLOR
@@ -109,7 +110,7 @@ def _compute_p_value(auc: float, null: Vector) -> float:
 
 def train(job: Job) -> None:
     """Train every condition with every seed."""
-    train_cells(job, make_cells(RECIPE, CONDITIONS, SEEDS))
+    train_cells(job, open_imagenette(job), make_cells(RECIPE, CONDITIONS, SEEDS))
 
 
 def conclude(folder: Path) -> Result:
