@@ -22,6 +22,7 @@ SIDE = 256  # section 2: a prepared image is 256 x 256 pixels
 
 Order = Literal["relu-norm-pool", "norm-pool-relu", "relu-pool-norm"]
 CrossTalkLayer = Literal["conv2", "conv3", "conv4", "conv5", "fc6", "fc7"]
+MiddleLayer = Literal["conv3", "conv4"]  # neither normalized nor pooled
 
 _KIND_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 _EXAMPLE_EPOCHS = [25, 51, 79]
@@ -43,6 +44,9 @@ class Recipe:
     towers: int = setting(2, "3.2", "2, or 1 for the one-GPU network of the paper's footnote", 1, 2)
     cross_talk: tuple[CrossTalkLayer, ...] = setting(
         ("conv3", "fc6", "fc7"), "3.2", "layers whose filters see both towers; layer 8 always does"
+    )
+    left_out_layers: tuple[MiddleLayer, ...] = setting(
+        (), "7", "layers that are left out, of conv3 and conv4; the next one then sees both towers instead"
     )
     width: float = setting(1.0, "-", "fraction of the paper's channels in every layer but the last", 1 / 64, 4)
     conv1_width: float = setting(0.0, "-", "fraction of the paper's channels in layer 1; 0 = width", 0, 4)
@@ -147,8 +151,8 @@ def check_value(key: str, value: Any, typed: bool = False) -> Any:
             allowed = ", ".join(str(v) for v in get_args(kind))
             raise RecipeError(f"recipe: {key} = {value!r} is not one of its values", f"use one of: {allowed}")
         return value
-    if kind == tuple[CrossTalkLayer, ...]:
-        return _check_layers(key, value, get_args(CrossTalkLayer), format_example)
+    if get_origin(kind) is tuple and (layers := get_args(get_args(kind)[0])):
+        return _check_layers(key, value, layers, format_example)
     if get_origin(kind) is tuple:
         if not isinstance(value, list | tuple) or not all(type(v) is int and v > 0 for v in value):
             raise RecipeError(f"recipe: {key} = {value!r} is not a list of epochs", format_example(_EXAMPLE_EPOCHS))
@@ -169,7 +173,9 @@ def check_value(key: str, value: Any, typed: bool = False) -> Any:
 def _check_layers(key: str, value: Any, layers: Sequence[str], format_example: Callable[[Any], str]) -> tuple[str, ...]:
     """Return a list of layers as a tuple. Raises RecipeError unless each is one of `layers`, once, in their order."""
     if not isinstance(value, list | tuple) or not all(isinstance(layer, str) for layer in value):
-        raise RecipeError(f"recipe: {key} = {value!r} is not a list of layers", format_example(FIELDS[key].default))
+        raise RecipeError(
+            f"recipe: {key} = {value!r} is not a list of layers", format_example(FIELDS[key].default or layers[:1])
+        )
     for layer in value:
         if layer not in layers:
             near = difflib.get_close_matches(layer, layers, 1)

@@ -135,7 +135,9 @@ def test_every_field_has_a_meaning_and_a_source() -> None:
     for field in fields(Recipe):
         about, source = recipes.describe_setting(field.name)
         assert about
-        assert source in {"-", "2", "Caffe", "3.1", "3.2", "3.3", "3.4", "3.5", "4.1", "4.2", "5", "code"}, field.name
+        assert source in {"-", "2", "Caffe", "3.1", "3.2", "3.3", "3.4", "3.5", "4.1", "4.2", "5", "7", "code"}, (
+            field.name
+        )
 
 
 def test_keys_with_few_values_list_them() -> None:
@@ -150,6 +152,7 @@ def test_keys_with_few_values_list_them() -> None:
      ("crops=False", "crops", False), ("flips=TRUE", "flips", True), ("name=2012", "name", "2012"),
      ('lrn="none"', "lrn", "none"), ("drop_epochs=[3, 5]", "drop_epochs", (3, 5)),
      ('cross_talk=["conv2", "fc7"]', "cross_talk", ("conv2", "fc7")), ("cross_talk=[]", "cross_talk", ()),
+     ('left_out_layers=["conv3"]', "left_out_layers", ("conv3",)),
      ("learning_rate=1e-3", "learning_rate", 0.001)],
 )  # fmt: skip
 def test_settings_of_the_command_line(setting: str, key: str, value: object) -> None:
@@ -177,6 +180,8 @@ def test_settings_of_the_command_line(setting: str, key: str, value: object) -> 
         ("cross_talk=[conv3]", "'[conv3]' is not a list of layers", 'such as --set \'cross_talk=["conv3", "fc6",'),
         ("cross_talk=[3]", "cross_talk = [3] is not a list of layers", "--set 'cross_talk=["),
         ('cross_talk=["conf3"]', "cross_talk has 'conf3'", "did you mean conv3? layers: conv2, conv3"),
+        ("left_out_layers=conv3", "is not a list of layers", "such as --set 'left_out_layers=[\"conv3\"]'"),
+        ('left_out_layers=["conv5"]', "left_out_layers has 'conv5'", "layers: conv3, conv4"),
         ('cross_talk=["fc8"]', "cross_talk has 'fc8'", "layers: conv2, conv3, conv4, conv5, fc6, fc7"),
         ('cross_talk=["fc6", "conv3"]', "not in the network's order", '--set \'cross_talk=["conv3", "fc6"]\''),
         ('cross_talk=["fc6", "fc6"]', "not in the network's order", "write --set 'cross_talk=[\"fc6\"]'"),

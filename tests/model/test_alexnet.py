@@ -32,6 +32,8 @@ VARIANTS = [
     replace(SMALL, towers=1, pool_size=2, lrn="within-map", mean="rgb"),
     replace(SMALL, name="conv2", cross_talk=("conv2", "conv3", "fc6", "fc7")),
     replace(SMALL, name="none", cross_talk=(), conv1_width=1 / 8),
+    replace(SMALL, name="no-conv3", left_out_layers=("conv3",), activation="tanh"),
+    replace(SMALL, name="no-conv4", left_out_layers=("conv4",)),
 ]
 
 

@@ -15,6 +15,7 @@ from alexnet_cli.core.model.architecture import (
     describe_step,
     layer_names,
     layer_specs,
+    list_layers,
     receptive_field,
     tensor_shapes,
 )
@@ -29,6 +30,8 @@ VARIANTS = [
     replace(PAPER, pool_size=2),
     replace(PAPER, towers=1),
     replace(PAPER, cross_talk=("conv2", "fc7"), conv1_width=0.25),
+    replace(PAPER, left_out_layers=("conv3",)),
+    replace(PAPER, left_out_layers=("conv4",)),
 ]
 
 
@@ -94,6 +97,24 @@ def test_cross_talk_gives_a_filter_the_maps_of_the_other_tower_too(
     assert layer_specs(alone, 7) == layer_specs(replace(PAPER, towers=1), 7)
 
 
+@pytest.mark.parametrize(
+    ("left_out", "parameters", "meeting"),
+    [
+        (("conv3",), 60_965_224 - 885_120 - 663_936 + 384 * (256 * 9 + 1), "conv4"),
+        (("conv4",), 60_965_224 - 663_936, "conv3"),
+        (("conv3", "conv4"), 60_965_224 - 885_120 - 663_936 - 442_624 + 256 * (256 * 9 + 1), "conv5"),
+    ],
+)
+def test_without_a_middle_layer_the_towers_meet_in_the_next(left_out: Any, parameters: int, meeting: str) -> None:
+    recipe = replace(PAPER, left_out_layers=left_out)
+    specs = layer_specs(recipe, 1000)
+    assert [spec.name for spec in specs] == [layer for layer in LAYERS if layer not in left_out]
+    assert [spec.name for spec in specs if spec.sees_both] == [meeting, "fc6", "fc7", "fc8"]
+    assert sum(spec.parameters for spec in specs) == parameters
+    first, end = receptive_field(recipe, "conv5", 6, clipped=False)
+    assert end - first == 163 - 32 * len(left_out)
+
+
 def test_layer_1_has_a_width_of_its_own() -> None:
     specs = layer_specs(replace(TINY, conv1_width=1.0), 7)
     assert [spec.maps for spec in specs] == [48, 32, 48, 48, 32, 512, 512, 7]
@@ -104,7 +125,7 @@ def test_layer_1_has_a_width_of_its_own() -> None:
 def test_it_describes_the_network_that_is_built(recipe: Recipe) -> None:
     recipe = replace(recipe, width=1 / 16)
     network, sides = Network(recipe, 7).eval(), dict[str, int]()
-    for layer in LAYERS[:5]:
+    for layer in list_layers(recipe)[:-3]:
         network.get_submodule(layer).register_forward_hook(
             lambda _module, _inputs, output, layer=layer: sides.update({layer: output.shape[-1]})
         )

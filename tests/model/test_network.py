@@ -117,6 +117,15 @@ def test_towers_meet_in_the_layers_with_cross_talk_only(cross_talk: tuple[Any, .
         assert bool((module(x)[:, :half] != module(silent)[:, :half]).any()) is (layer in cross_talk), layer
 
 
+def test_without_a_middle_layer_the_others_start_with_the_same_weights() -> None:
+    networks = [Network(replace(SMALL, left_out_layers=left_out), 10) for left_out in ((), ("conv4",))]
+    for network in networks:
+        initialize(network)
+    whole, without = (dict(parameters_by_name(network)) for network in networks)
+    assert whole.keys() - without.keys() == {"conv4.weight", "conv4.bias"}
+    assert all(torch.equal(whole[name], without[name]) for name in without)
+
+
 def test_without_cross_talk_the_logits_are_those_of_two_networks_of_half_the_size() -> None:
     network = Network(replace(SMALL, cross_talk=()), 10).eval()
     initialize(network)

@@ -123,6 +123,7 @@ VARIANTS = {
     ),
     "cross-talk in layers 2 and 6": replace(SMALL, cross_talk=("conv2", "fc6"), conv1_width=1 / 8),
     "no cross-talk": replace(SMALL, cross_talk=()),
+    "no layer 3": replace(SMALL, left_out_layers=("conv3",)),
 }
 
 

@@ -263,6 +263,14 @@ def test_nan_weights_are_an_error_and_draw_nothing(run: Path, recwarn: pytest.Wa
     assert not recwarn.list
 
 
+def test_a_layer_that_is_left_out_cannot_be_drawn(tmp_path: Path, prepared: Path) -> None:
+    model = random_model(replace(SMALL, width=1 / 32, left_out_layers=("conv3",)))
+    path = save_model(model, tmp_path / "m.safetensors")
+    with pytest.raises(UsageError, match="the network has no layer 'conv3'"):
+        visualize_filters(weights=str(path), layer="conv3", data=str(prepared))
+    visualize_filters(weights=str(path), layer="conv4", data=str(prepared), output=tmp_path / "p.png")
+
+
 def test_a_picture_is_followed_through_all_layers(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture = draw(Path("photos/owl.png"), 1)
     visualize_filters(weights="first", picture=picture, json=True)

@@ -86,6 +86,19 @@ def test_a_layer_of_another_shape_starts_at_random() -> None:
     assert transfer.parameters()["loaded"] == [name for name in PARAMETERS if not name.startswith("fc6")]
 
 
+def test_a_layer_that_is_left_out_on_one_side() -> None:
+    """conv4 has other inputs without conv3. Without conv4, conv5 has the same shape, but sees other maps."""
+    without = [replace(SMALL, left_out_layers=(layer,)) for layer in ("conv3", "conv4")]
+    whole, shorter = random_model(SMALL), random_model(without[0])
+    transfer = fine_tuning.match_layers("x", whole, without[0], whole.classes)
+    assert dict(transfer.initialized) == {"conv4": "shape 24x16x3x3, in the weights 24x12x3x3"}
+    transfer = fine_tuning.match_layers("x", shorter, SMALL, whole.classes)
+    assert list(transfer.initialized) == ["conv3", "conv4"]
+    assert transfer.initialized["conv3"] == "left out in the weights"
+    transfer = fine_tuning.match_layers("x", whole, without[1], whole.classes)
+    assert (dict(transfer.initialized), list(transfer.compare_recipe(without[1]))) == ({}, ["left_out_layers"])
+
+
 def test_where_nothing_fits_the_first_layer_is_named() -> None:
     with pytest.raises(WeightsError, match=r"not even conv1 \(shape 12x3x11x11, in the weights 6x3x11x11\)") as caught:
         fine_tuning.match_layers("x", random_model(SMALL), replace(SMALL, width=1 / 8), random_model(SMALL).classes)

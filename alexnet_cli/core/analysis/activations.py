@@ -15,7 +15,7 @@ from alexnet_cli.core.data.views import make_views
 from alexnet_cli.core.drawing import FAINT, PAGE, TRACK, Page
 from alexnet_cli.core.inference.predict import Label, rank_labels
 from alexnet_cli.core.inference.session import Session
-from alexnet_cli.core.model.architecture import CONV_LAYERS, last_step_name, step_name
+from alexnet_cli.core.model.architecture import CONV_LAYERS, last_step_name, list_layers, step_name
 from alexnet_cli.core.model.model_file import Model
 from alexnet_cli.errors import WeightsError
 
@@ -81,7 +81,7 @@ def trace_image(model: Model, image: ImageArray) -> Trace:
         WeightsError: an activation is NaN or infinite.
     """
     recipe = model.recipe
-    names = {layer: step_name(recipe, layer, "activation") for layer in CONV_LAYERS}
+    names = {layer: step_name(recipe, layer, "activation") for layer in list_layers(recipe) if layer in CONV_LAYERS}
     names |= {layer: last_step_name(recipe, layer) for layer in ("fc6", "fc7")}
     session = Session(model, fast_start=True, layers=list(names.values()))
     crops = make_views(image, recipe.input_size, 1)

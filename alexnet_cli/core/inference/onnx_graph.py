@@ -186,7 +186,7 @@ def _subtract_mean(graph: _GraphBuilder, model: Model) -> str:
 
 
 def _add_layers(graph: _GraphBuilder, x: str, model: Model) -> str:
-    """Add the eight layers and what follows each; returns the name of the logits."""
+    """Add the layers and what follows each; returns the name of the logits."""
     recipe, channels, side = model.recipe, 3, 0
     for spec in layer_specs(recipe, len(model.classes)):
         weight, bias = _fold_factors(spec, model), model.tensors[f"{spec.name}.bias"]

@@ -338,7 +338,7 @@ class PlainDropout(nn.Module):
 
 
 def _make_layer(spec: LayerSpec, towers: int) -> nn.Module:
-    """One of the eight layers with weights; a convolution that sees its own tower only is grouped."""
+    """One of the layers with weights; a convolution that sees its own tower only is grouped."""
     if not spec.is_conv:
         is_whole = spec.towers == 1 or spec.sees_both
         return nn.Linear(spec.inputs, spec.biases) if is_whole else TowerLinear(spec.inputs, spec.biases, range(towers))

@@ -33,7 +33,7 @@ ONE_TOWER = PER_TOWER | {"conv5": 256, "fc6": 4096, "fc7": 4096}  # the one-GPU 
 KERNELS = {"conv1": 11, "conv2": 5, "conv3": 3, "conv4": 3, "conv5": 3}
 STRIDES = {"conv1": 4, "conv2": 1, "conv3": 1, "conv4": 1, "conv5": 1}
 POOL_STRIDE = 2
-SHAPE_KEYS = ("towers", "width", "conv1_width", "cross_talk")  # recipe keys that change the shapes of weights
+SHAPE_KEYS = ("towers", "width", "conv1_width", "cross_talk", "left_out_layers")  # recipe keys that change the weights
 EDGE_PADDING = 3  # zero columns right, zero rows below 224 pixels: the last of 55 windows reaches pixel 226
 WITHIN_NORM_SIZE = 5  # side of the window of net #145's extra normalization in stage 2, "cnorm2"
 WITHIN_NORM_ALPHA, WITHIN_NORM_BETA = 1e-3, 0.75
@@ -44,7 +44,7 @@ Step = Literal["activation", "norm", "within-norm", "pool", "dropout"]
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSpec:
-    """One of the eight layers with weights. Sides are in pixels, of square kernels and maps; 1 in layers 6 to 8."""
+    """One of the layers with weights. Sides are in pixels, of square kernels and maps; 1 in layers 6 to 8."""
 
     name: str
     towers: int
@@ -69,7 +69,7 @@ class LayerSpec:
 
     @property
     def is_conv(self) -> bool:
-        """Whether this is one of the five convolutional layers."""
+        """Whether this is one of the convolutional layers."""
         return self.name in CONV_LAYERS
 
     @property
@@ -100,12 +100,21 @@ def layer_widths(recipe: Recipe) -> dict[str, int]:
     return {layer: max(1, round(maps * widths[layer])) for layer, maps in table.items()}
 
 
+def list_layers(recipe: Recipe) -> list[str]:
+    """The names of the layers with weights, in order: all eight but those that the recipe leaves out."""
+    return [layer for layer in LAYERS if layer not in recipe.left_out_layers]
+
+
 def layer_specs(recipe: Recipe, classes: int) -> tuple[LayerSpec, ...]:
-    """The eight layers of the network of a recipe, in order."""
+    """The layers of the network of a recipe, in order."""
     widths, specs = layer_widths(recipe), list[LayerSpec]()
     channels, side = 3, int(recipe.input_size)  # input of the next layer: channels per tower, side of the maps
+    meet = False  # whether the towers meet before the next layer
     for layer in LAYERS:
-        sees_both = recipe.towers > 1 and layer in (*recipe.cross_talk, "fc8")
+        meet = meet or layer in (*recipe.cross_talk, "fc8")
+        if layer in recipe.left_out_layers:
+            continue
+        sees_both, meet = recipe.towers > 1 and meet, False
         inputs = channels * (recipe.towers if sees_both else 1)
         then = _following_steps(recipe, layer)
         if layer in CONV_LAYERS:

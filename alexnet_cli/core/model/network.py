@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from alexnet_cli.core.model.architecture import EDGE_PADDING, LAYERS, PARAMETERS, layer_specs, tensor_shapes
+from alexnet_cli.core.model.architecture import EDGE_PADDING, LAYERS, layer_specs, list_layers, tensor_shapes
 from alexnet_cli.core.model.layers import (
     Activation,
     Dropout,
@@ -62,8 +62,10 @@ class Network(nn.Module):
             return TowerLinear(spec.inputs, units(name), range(first, first + held))
 
         self.cross_talk = {spec.name for spec in specs.values() if spec.sees_both}
-        self.conv1, self.conv2, self.conv3 = conv("conv1"), conv("conv2"), conv("conv3")
-        self.conv4, self.conv5 = conv("conv4"), conv("conv5")
+        self.conv1, self.conv2 = conv("conv1"), conv("conv2")
+        self.deeper_convs = [layer for layer in ("conv3", "conv4", "conv5") if layer in specs]
+        for layer in self.deeper_convs:
+            self.add_module(layer, conv(layer))
         self.fc6, self.fc7 = linear("fc6"), linear("fc7")
         self.fc8 = nn.Linear(units("fc7"), classes)
         self.act = Activation(recipe)
@@ -84,10 +86,9 @@ class Network(nn.Module):
             x = pad_right_and_bottom(x)
         x = self.stage1(self.conv1(x.contiguous(memory_format=torch.channels_last)))
         x = self.stage2(self.conv2(self._share(x, "conv2")))
-        x = self.act(self.conv3(self._share(x, "conv3")))
-        x = self.act(self.conv4(self._share(x, "conv4")))
-        x = self.pool(self.act(self.conv5(self._share(x, "conv5"))))
-        x = self.hybrid.gather_images(self._share(x, "fc6").flatten(1), sizes)
+        for layer in self.deeper_convs:
+            x = self.act(getattr(self, layer)(self._share(x, layer)))
+        x = self.hybrid.gather_images(self._share(self.pool(x), "fc6").flatten(1), sizes)
         x = self.drop6(self.act(self.fc6(x)))
         x = self.drop7(self.act(self.fc7(self._share(x, "fc7"))))
         x = self.columns.sum(functional.linear(x, self.fc8.weight), "fc8") + self.fc8.bias
@@ -200,7 +201,7 @@ def initial_tensors(recipe: Recipe, classes: int) -> Iterator[tuple[str, Tensor]
     Each layer has a random generator of its own, numbered in alphabetical order.
     """
     shapes, values = tensor_shapes(recipe, classes), initial_values(recipe)
-    for layer in LAYERS:
+    for layer in list_layers(recipe):
         std, bias = values[layer]
         shape = shapes[f"{layer}.weight"]
         if std is None:
@@ -222,8 +223,9 @@ def initialize(network: Network) -> None:
 
 def parameters_by_name(network: Network) -> Iterator[tuple[str, nn.Parameter]]:
     """(name as in a model file, parameter), layer by layer."""
-    for name in PARAMETERS:
-        yield name, network.get_parameter(name)
+    for layer in list_layers(network.recipe):
+        for part in ("weight", "bias"):
+            yield f"{layer}.{part}", network.get_parameter(f"{layer}.{part}")
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from alexnet_cli.core.data.shards import DUPLICATES, Dataset
 from alexnet_cli.core.evaluation import baselines
 from alexnet_cli.core.evaluation.baselines import ClassCounts
 from alexnet_cli.core.intervals import wilson_interval
-from alexnet_cli.core.model.architecture import LAYERS
+from alexnet_cli.core.model.architecture import list_layers
 from alexnet_cli.core.model.network import Network
 from alexnet_cli.core.runs.records import Record
 from alexnet_cli.core.training.optim import PaperSGD, Schedule
@@ -293,8 +293,9 @@ def find_nonfinite_weights(network: Network) -> str:
     def is_finite(layer: str) -> bool:
         return all(bool(torch.isfinite(p).all()) for p in network.get_submodule(layer).parameters())
 
-    layers = [layer for layer in LAYERS if not is_finite(layer)]
-    if len(layers) == len(LAYERS):
+    all_layers = list_layers(network.recipe)
+    layers = [layer for layer in all_layers if not is_finite(layer)]
+    if len(layers) == len(all_layers):
         return "the weights of all layers"
     return f"the weights of {layers[-1]}" if layers else ""
 
@@ -313,7 +314,8 @@ def find_nonfinite_output(trainer: Trainer, batch: Batch) -> str:
 
         return hook
 
-    handles = [network.get_submodule(layer).register_forward_hook(make_hook(layer)) for layer in LAYERS[:-1]]
+    *hooked, last = list_layers(network.recipe)
+    handles = [network.get_submodule(layer).register_forward_hook(make_hook(layer)) for layer in hooked]
     try:
         for first in range(0, len(batch.rows), trainer.micro_batch):
             part = slice(first, first + trainer.micro_batch)
@@ -327,7 +329,7 @@ def find_nonfinite_output(trainer: Trainer, batch: Batch) -> str:
     finally:
         for handle in handles:
             handle.remove()
-    return f"the outputs of {layers[0] if layers else LAYERS[-1]}"
+    return f"the outputs of {layers[0] if layers else last}"
 
 
 def describe_divergence(records: Iterable[Mapping[str, Any]], classes: int) -> str:

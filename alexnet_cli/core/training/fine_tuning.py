@@ -16,7 +16,7 @@ import torch
 from alexnet_cli.core.data.classes import ClassName
 from alexnet_cli.core.files import hash_file
 from alexnet_cli.core.model import model_file
-from alexnet_cli.core.model.architecture import LAYERS, SHAPE_KEYS
+from alexnet_cli.core.model.architecture import LAYERS, SHAPE_KEYS, list_layers
 from alexnet_cli.core.model.model_file import Model
 from alexnet_cli.core.model.network import Network
 from alexnet_cli.core.runs.resolve import find_weights
@@ -28,7 +28,7 @@ FROZEN = {"none": (), "conv": ("conv1", "conv2", "conv3", "conv4", "conv5")}
 SEMANTIC_KEYS = {  # recipe keys that change what a trained weight computes
     "activation", "lrn", "lrn_size", "lrn_k", "lrn_alpha", "lrn_beta", "lrn_alpha_divided", "lrn_joint",
     "within_norm_2", "stage1_order", "stage2_order", "pool_size", "pool_ceil", "dropout_inverted",
-    "input_divisor", "edge_padding", "input_size", "mean",
+    "input_divisor", "edge_padding", "input_size", "mean", "left_out_layers",
 }  # fmt: skip
 
 
@@ -103,8 +103,11 @@ def match_layers(spec: str | None, model: Model, recipe: Recipe, classes: Sequen
     """
     with torch.device("meta"):
         network = Network(recipe, len(classes))
-    loaded, initialized = [], {}
-    for layer in LAYERS:
+    loaded, initialized = list[str](), dict[str, str]()
+    for layer in list_layers(recipe):
+        if layer in model.recipe.left_out_layers:
+            initialized[layer] = "left out in the weights"
+            continue
         names = _parameters([layer])
         pairs = [(tuple(network.get_parameter(name).shape), model.tensors[name].shape) for name in names]
         if layer == "fc8" and list(model.classes) != list(classes):
@@ -132,8 +135,9 @@ def match_layers(spec: str | None, model: Model, recipe: Recipe, classes: Sequen
 
 def freeze(network: Network, recipe: Recipe) -> None:
     """Switch off the gradients of the layers that the recipe freezes; they are never updated."""
-    for layer in FROZEN[recipe.frozen]:
-        network.get_submodule(layer).requires_grad_(False)
+    for layer in list_layers(recipe):
+        if layer in FROZEN[recipe.frozen]:
+            network.get_submodule(layer).requires_grad_(False)
 
 
 def _parameters(layers: Sequence[str]) -> list[str]:

@@ -44,7 +44,8 @@ def ablate(
         typer.Option(
             metavar="A,B",
             help="Train only the base and these switches: no-norm, norm-within-map, pool-2x2, one-tower, "
-            "no-crops-flips, no-color-shift, no-dropout, no-weight-decay, tanh, sigmoid [default: all]",
+            "no-crops-flips, no-color-shift, no-dropout, no-weight-decay, no-conv3, no-conv4, tanh, sigmoid "
+            "[default: all]",
         ),
     ] = None,
     training_error: Annotated[

@@ -26,7 +26,7 @@ from alexnet_cli.core.training.checkpoint import find_newest
 from alexnet_cli.core.training.loop import TrainingLoop, describe_training
 from alexnet_cli.core.training.trainer import Trainer
 from alexnet_cli.errors import DataError, StorageError, UsageError, VerificationError
-from alexnet_cli.recipe import Recipe, compare_recipes
+from alexnet_cli.recipe import Recipe, compare_recipes, format_toml
 from alexnet_cli.recipe_io import apply_changes
 from alexnet_plugins.experiments.experiment import Job
 
@@ -56,7 +56,7 @@ class Switch:
     @property
     def settings(self) -> str:
         """The changes as typed after --set."""
-        return " ".join(f"{key}={str(value).lower()}" for key, value in self.changes.items())
+        return " ".join(f"{key}={v if isinstance(v, str) else format_toml(v)}" for key, v in self.changes.items())
 
     def apply(self, base: Recipe) -> Recipe:
         """Return the base with the idea turned off."""
@@ -76,6 +76,8 @@ SWITCHES: tuple[Switch, ...] = (
     Switch("no-color-shift", "4.1", {"color_shift": 0.0}, "more than +1", 0.01, is_harmful=True),
     Switch("no-dropout", "4.2", {"dropout": 0.0}, OVERFITTING, is_harmful=True),
     Switch("no-weight-decay", "5", {"weight_decay": 0.0}, "a higher training error", None, None, True, True),
+    Switch("no-conv3", "7", {"left_out_layers": ["conv3"]}, "about +2", 0.02, is_harmful=True),
+    Switch("no-conv4", "7", {"left_out_layers": ["conv4"]}, "about +2", 0.02, is_harmful=True),
     Switch("tanh", "3.1", {"activation": "tanh"}, "6 times the steps"),
     Switch("sigmoid", "3.1", {"activation": "sigmoid"}),
 )

@@ -27,7 +27,6 @@ from alexnet_cli.core.analysis.filters import measure_specialization, split_towe
 from alexnet_cli.core.data.views import cut_views
 from alexnet_cli.core.files import write_chunks
 from alexnet_cli.core.model.architecture import (
-    LAYERS,
     POOL_STRIDE,
     WITHIN_NORM_ALPHA,
     WITHIN_NORM_BETA,
@@ -35,6 +34,7 @@ from alexnet_cli.core.model.architecture import (
     LayerSpec,
     Step,
     layer_specs,
+    list_layers,
     step_name,
 )
 from alexnet_cli.core.model.model_file import Model
@@ -86,7 +86,7 @@ def round_rows(rows: Array, highest: int) -> tuple[npt.NDArray[np.int16], Array]
 def round_weights(model: Model) -> Model:
     """Return the model with the weights that the page computes with."""
     tensors = dict(model.tensors)
-    for layer in LAYERS:
+    for layer in list_layers(model.recipe):
         weight = model.tensors[f"{layer}.weight"]
         codes, scales = round_rows(weight.reshape(len(weight), -1), FC_CODES if weight.ndim == 2 else CONV_CODES)
         tensors[f"{layer}.weight"] = (codes * scales[:, None]).reshape(weight.shape)

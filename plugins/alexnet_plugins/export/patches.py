@@ -24,7 +24,7 @@ from alexnet_cli.core.data.images import ImageArray
 from alexnet_cli.core.data.shards import Split
 from alexnet_cli.core.data.views import make_views
 from alexnet_cli.core.inference.session import Session
-from alexnet_cli.core.model.architecture import CONV_LAYERS
+from alexnet_cli.core.model.architecture import CONV_LAYERS, list_layers
 from alexnet_cli.core.model.model_file import Model
 
 IMAGES = 1000  # of the validation split, spread evenly
@@ -37,7 +37,7 @@ def find_patches(model: Model, split: Split, advance: Callable[[int], None]) -> 
 
     `advance` is called with the number of images that a batch had.
     """
-    session = Session(model, layers=CONV_LAYERS)
+    session = Session(model, layers=[layer for layer in list_layers(model.recipe) if layer in CONV_LAYERS])
     rows, top = split.spread_rows(IMAGES), dict[str, TopActivations]()
     images = dict[int, ImageArray]()
     with closing(read_images(split, rows.tolist())) as decoded:
@@ -50,7 +50,7 @@ def find_patches(model: Model, split: Split, advance: Callable[[int], None]) -> 
                 top[layer] = update_top_activations(top.get(layer), batch, PATCHES)
             advance(len(part))
     count = min(PATCHES, len(rows))
-    sheets = {layer: _draw_sheet(top[layer], images, model, layer) for layer in CONV_LAYERS}
+    sheets = {layer: _draw_sheet(found, images, model, layer) for layer, found in top.items()}
     return {"images": len(rows), "count": count, "side": SIDE, "columns": COLUMNS, "sheets": sheets}
 
 

@@ -25,10 +25,11 @@ def draw_unit_patches(request: FigureRequest, layer: str, unit: int | None, data
     from alexnet_cli.core.data.shards import find_dataset, open_dataset
     from alexnet_cli.core.drawing import draw_sheet
     from alexnet_cli.core.inference.session import Session
-    from alexnet_cli.core.model.architecture import last_step_name
+    from alexnet_cli.core.model.architecture import check_layers, last_step_name
     from alexnet_cli.core.runs.resolve import find_training_data
 
     reporter, model = request.reporter, request.model
+    check_layers(model.recipe, [layer])
     width, towers = len(model.tensors[f"{layer}.bias"]), model.recipe.towers
     candidates = _choose_units(unit, request.towers, width, towers, layer)
     dataset = open_dataset(find_dataset(data or find_training_data(model.path)))

@@ -513,7 +513,7 @@ const sentences = {
   conv1: "Filters of 11 × 11 pixels slide over the picture. A map is bright where the picture looks like its filter. Large networks learn edges, stripes and spots of color; in small ones, many filters stay blurs.",
   conv2: "Each filter combines maps of layer 1 into corners, curves and textures.",
   conv3: "Each filter combines maps of layer 2 into larger patterns.",
-  conv4: "Each filter combines maps of layer 3. The patterns become parts of things.",
+  conv4: "Each filter combines maps of the layer before. The patterns become parts of things.",
   conv5: "Maps of parts of things: bright where the part is, dark elsewhere.",
   fc6: "No maps anymore: each unit looks at all maps at once and says a single number. A dot is a unit.",
   fc7: "Each unit looks at all units of layer 6.",
