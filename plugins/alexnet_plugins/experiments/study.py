@@ -1,6 +1,7 @@
 """An ablation study: the base recipe and each of the paper's ideas turned off, trained with several seeds.
 
     runs/NAME/SWITCH-seedN/   each cell is a run like any other: `-w NAME/SWITCH-seedN`
+    .../ten_views.json        the errors of a cell with ten views, where an experiment asked for them
     runs/NAME/ablation.*      the table, as CSV, JSON and chart
 
 Cells with the same seed share initial weights, data order, crops and dropout masks as far as their switches allow.
