@@ -304,8 +304,8 @@ FIGURE_1_SHORT = Experiment(
     section="3.1",
     claim=CLAIM,
     data="CIFAR-10",
-    time="TIME",
-    found="FOUND",
+    time="estimated: 5 minutes on 2 cores with bf16",
+    found="to 40 %, 4.5 times with one seed (7.7 and 1.7 epochs)",
     train=train_short,
     conclude=conclude_short,
 )
