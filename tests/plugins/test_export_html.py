@@ -27,9 +27,8 @@ from alexnet_cli.core.inference.session import Session
 from alexnet_cli.core.model.model_file import Model, silence_tower
 from alexnet_cli.errors import UsageError, WeightsError
 from alexnet_cli.recipe import PAPER, RECIPES, Recipe
-from alexnet_plugins.export.html_page import build_page, round_weights, write_page
+from alexnet_plugins.export.html_page import build_page, measure_towers, round_weights, write_page
 from alexnet_plugins.export.patches import find_patches
-from alexnet_plugins.export.towers import measure_towers
 from firefox import open_firefox, wait_until
 from model_files import draw, random_model, save_model
 

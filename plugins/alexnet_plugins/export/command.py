@@ -265,7 +265,7 @@ def _find_patches(reporter: Reporter, model: Model, dataset: Dataset) -> dict[st
 def _measure_towers(reporter: Reporter, model: Model, dataset: Dataset) -> dict[str, Any] | None:
     """How often each tower alone is right; None if the network does not know the classes of the data set."""
     from alexnet_cli.core.evaluation.towers import SAMPLE
-    from alexnet_plugins.export.towers import measure_towers
+    from alexnet_plugins.export.html_page import measure_towers
 
     try:
         with reporter.progress("towers", min(SAMPLE, len(dataset.split("val")))) as progress:

@@ -13,7 +13,7 @@ import gzip
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -21,11 +21,17 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 import alexnet_cli
 from alexnet_cli.core.analysis.filters import measure_specialization, split_towers
-from alexnet_cli.core.data.views import cut_views
+from alexnet_cli.core.data.shards import Dataset
+from alexnet_cli.core.data.views import cut_views, make_views
+from alexnet_cli.core.evaluation import baselines
+from alexnet_cli.core.evaluation.evaluate import Classify, match_classes
+from alexnet_cli.core.evaluation.towers import NETWORKS, WHOLE, count_sample
 from alexnet_cli.core.files import write_chunks
+from alexnet_cli.core.inference.session import Session
 from alexnet_cli.core.model.architecture import (
     POOL_STRIDE,
     WITHIN_NORM_ALPHA,
@@ -37,7 +43,7 @@ from alexnet_cli.core.model.architecture import (
     list_layers,
     step_name,
 )
-from alexnet_cli.core.model.model_file import Model
+from alexnet_cli.core.model.model_file import Model, silence_tower
 from alexnet_cli.errors import StorageError, WeightsError
 from alexnet_cli.recipe import SIDE, Recipe
 
@@ -98,7 +104,7 @@ def build_page(
 ) -> list[str]:
     """Return the pieces of the page.
 
-    `patches` is what `patches.find_patches` found, `towers` what `towers.measure_towers` measured; either with the name
+    `patches` is what `patches.find_patches` found, `towers` what `measure_towers` measured; either with the name
     of the data set as `data`.
 
     Raises:
@@ -214,3 +220,42 @@ def _describe_step(step: Step, spec: LayerSpec, recipe: Recipe) -> dict[str, Any
         groups = 1 if recipe.lrn_joint else recipe.towers
         return {"kind": "across", "alpha": alpha / terms, "groups": groups, **numbers}
     return {"kind": "within", "alpha": alpha / (recipe.lrn_size**2 if recipe.lrn_alpha_divided else 1), **numbers}
+
+
+def measure_towers(model: Model, data: Dataset, advance: Callable[[int], None]) -> dict[str, Any]:
+    """Return what the page shows of the answers to at most SAMPLE validation images.
+
+    For each of NETWORKS, in color and in gray: the share of right answers, the most frequent answer with its share, and
+    a remark if guessing is as good. `constant` is the share of right answers of always saying the most frequent class.
+    `advance` is called with the number of images that a batch had.
+
+    Raises:
+        DataError: the network does not know the classes of the data set.
+    """
+    output_of, split = match_classes(model.classes, data.classes, model.path), data.split("val")
+    classify = {tower: _make_classifier(model if tower is None else silence_tower(model, tower)) for tower in NETWORKS}
+    counts = count_sample(classify, model, split, output_of, advance)
+    true = counts.evaluations[WHOLE].confusion.sum(axis=1)
+    guessing, majority = baselines.guessing_error(len(true)), baselines.majority_error(true)
+    shown = []
+    for error in counts.list_errors():
+        remark = baselines.describe_no_better(error.top1_error, error.top1_error_interval[1], guessing, majority)
+        answers = counts.evaluations[error.without_tower, error.grayscale].confusion.sum(axis=0)
+        shown.append({
+            "right": 1 - error.top1_error, "answer": int(answers.argmax()),
+            "share": int(answers.max()) / counts.images,
+            "remark": remark.partition(" (")[0],  # without the baseline's error: the page says what is right
+        })  # fmt: skip
+    networks = list(zip(shown[:3], shown[3:], strict=True))  # each in color and in gray
+    return {"images": counts.images, "constant": 1 - majority, "networks": networks}
+
+
+def _make_classifier(model: Model) -> Classify:
+    session = Session(model)
+
+    def classify(images: Tensor) -> Any:
+        return session.probabilities(
+            np.concatenate([make_views(image, session.recipe.input_size, 1) for image in images.numpy()])
+        )
+
+    return classify
