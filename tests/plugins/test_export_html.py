@@ -47,6 +47,11 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> str:
     return draw(tmp_path_factory.mktemp("picture") / "blotches.png", 3, (431, 300))
 
 
+def plain_text(page: Page, selector: str) -> str:
+    """The text that the reader sees, with spaces that may break."""
+    return page.inner_text(selector).replace("\u00a0", " ")
+
+
 class OpenPage:
     """A page with a picture in it. `messages` is what the console messages, `requests` is what it requests for."""
 
@@ -204,20 +209,36 @@ def test_without_both_towers_only_biases_are_left(open_page: Any, picture: str) 
     assert page.page.locator(".strongest:visible").count() == 0
 
 
+def test_each_meeting_says_what_arrives_with_a_tower_off(open_page: Any) -> None:
+    page = open_page(random_model(SMALL))
+
+    def meetings() -> list[str]:
+        texts = page.page.locator(".meets").all_inner_texts()
+        assert len(texts) == 4, "layers 3, 6, 7 and 8"
+        return sorted({text.strip() for text in texts})
+
+    assert meetings() == ["The towers meet: each sees both."]
+    page.answers("byId('tower-2').click()")
+    assert meetings() == ["The towers would meet here, but tower 2 is off: only tower 1 is heard."]
+    page.answers("byId('tower-1').click()")
+    assert meetings() == ["The towers would meet here, but both are off: only zeros arrive."]
+    page.answers("byId('tower-2').click()")
+    assert meetings() == ["The towers would meet here, but tower 1 is off: only tower 2 is heard."]
+
+
 def test_a_changed_normalization_stays_marked_with_the_next_picture(open_page: Any, picture: str) -> None:
-    page, mark = open_page(random_model(SMALL, 7)), "getComputedStyle(byId('norm-value')).backgroundColor"
-    unmarked = page.page.evaluate(mark)
-    page.answers("byId('norm').value = 50; byId('norm').oninput({ target: byId('norm') })")
+    page = open_page(random_model(SMALL, 7))
+    assert page.page.is_hidden("#norm-value")
+    page.answers("byId('norm').value = 50; byId('norm').oninput()")
     page.choose(picture)
-    assert page.page.inner_text("#norm-value") == "50 %"
-    assert page.page.evaluate(mark) != unmarked
+    assert page.page.inner_text("#norm-value") == "Normalization at 50\u00a0%"
 
 
 def test_normalization_that_is_off_has_alpha_zero(open_page: Any, picture: str) -> None:
     model = random_model(replace(SMALL, lrn_alpha=0.02), 7)
     page = open_page(model)
     page.choose(picture)
-    answers = page.answers("byId('norm').value = 0; byId('norm').oninput({ target: byId('norm') })")
+    answers = page.answers("byId('norm').value = 0; byId('norm').oninput()")
     off = replace(round_weights(model), recipe=replace(model.recipe, lrn_alpha=0.0))
     crop = crop_of(picture, SMALL)
     assert abs(answers - Session(off).probabilities(crop)[0]).max() < ROUNDED
@@ -229,21 +250,34 @@ def test_the_occlusion_map_is_a_loop_over_squares(open_page: Any, picture: str) 
     model = random_model(SMALL, 7)
     page, session = open_page(model), Session(round_weights(model))
     target = int(page.choose(picture).argmax())
-    page.page.select_option("#count", "7")
-    page.page.click("#occlude")
-    drops = np.array(json.loads(page.wait("occluded"))).reshape(7, 7)
     crop = crop_of(picture, SMALL)
     [whole] = session.probabilities(crop)[:, target]
-    for row in range(7):
-        for column in range(7):
-            top, left = 28 * row, 28 * column  # (224 - 56) / 6
-            covered = crop.copy()
-            covered[:, :, top : top + 56, left : left + 56] = 128
-            [left_over] = session.probabilities(covered)[:, target]
-            assert abs(drops[row, column] - (whole - left_over)) < 2 * ROUNDED
-    assert page.page.inner_text("#found").startswith("The square matters" if drops.max() > 0.05 else "No square")
+
+    def drop(left: int, top: int) -> float:
+        covered = crop.copy()
+        covered[:, :, top : top + 56, left : left + 56] = 128
+        return float(whole - session.probabilities(covered)[0, target])
+
+    page.page.click("#occlude")
+    squares = json.loads(page.wait("occluded"))
+    steps = [round(step * 168 / 6) for step in range(7)]
+    coarse = {(left, top) for left in steps[::2] for top in steps[::2]}
+    assert {(square["left"], square["top"]) for square in squares[:16]} == coarse, "the whole picture, roughly, first"
+    assert {(square["left"], square["top"]) for square in squares} == {(x, y) for x in steps for y in steps}
+    assert len(squares) == 49
+    assert all(abs(square["drop"] - drop(square["left"], square["top"])) < 2 * ROUNDED for square in squares)
+    largest = max(square["drop"] for square in squares)
+    assert page.page.inner_text("#found").startswith("The square matters" if largest > 0.05 else "No square")
     assert page.page.is_visible("#heat")
     assert page.page.is_hidden("#progress")
+
+    page.page.evaluate("delete document.documentElement.dataset.occluded")
+    page.page.click("#finer")
+    finer = json.loads(page.wait("occluded"))
+    assert finer[:49] == squares, "not computed again"
+    assert len({(square["left"], square["top"]) for square in finer}) == len(finer) == 169
+    assert abs(finer[-2]["drop"] - drop(finer[-2]["left"], finer[-2]["top"])) < 2 * ROUNDED
+    assert page.page.is_hidden("#finer")
 
 
 def test_weak_evidence_is_drawn_weakly(open_page: Any) -> None:
@@ -253,8 +287,9 @@ def test_weak_evidence_is_drawn_weakly(open_page: Any) -> None:
         red, _, blue, _ = page.evaluate(
             """(drop) => {
                 occlusionJob = ++job;
-                const square = { count: 2, corners: [0, 112], edge: 112, drops: [drop, 0, 0, 0] };
-                showOcclusion({ job, done: 4, target: 0, whole: 0.6, ...square });
+                const squares = [0, 112].flatMap((top) => [0, 112].map((left) => ({ left, top, drop: 0 })));
+                squares[0].drop = drop;
+                showOcclusion({ job, done: 1, target: 0, whole: 0.6, edge: 112, squares });
                 const pixel = makeCanvas(1, 1).getContext("2d");
                 pixel.drawImage(byId("heat"), -9, -9);
                 return [...pixel.getImageData(0, 0, 1, 1).data];
@@ -262,18 +297,17 @@ def test_weak_evidence_is_drawn_weakly(open_page: Any) -> None:
             drop,
         )
         tints.append(red - blue)
-        texts.append((page.inner_text("#found"), page.inner_text("#scale")))
+        texts.append((plain_text(page, "#found"), plain_text(page, "#scale")))
     assert abs(tints[0]) < 30
     assert tints[1] > 100
     assert "only falls from 60 % to 58 %" in texts[0][0]
     assert "most at the top left: there, \u2068class 0\u2069 falls from 60 % to 10 %" in texts[1][0]
-    assert [scale.rsplit(": ")[-1] for _, scale in texts] == ["20 points.", "50 points."]
+    assert [scale.rsplit(": by ")[-1] for _, scale in texts] == ["20 percentage points.", "50 percentage points."]
 
 
 @pytest.mark.slow
 def test_the_occlusion_map_can_be_stopped(open_page: Any) -> None:
     page = open_page(random_model(SMALL))
-    page.page.select_option("#count", "15")
     page.page.click("#occlude")
     page.page.click("#cancel")
     assert page.page.inner_text("#found").startswith("Stopped")
@@ -333,9 +367,9 @@ def test_a_keyboard_opens_a_unit_and_walks_on(open_page: Any) -> None:
     page = open_page(random_model(SMALL)).page
     page.focus("#strongest-conv1-1 button")
     page.keyboard.press("Enter")
-    first = int(page.inner_text("#unit-title").split("unit ")[1].split(" (tower 2)")[0])
+    first = int(plain_text(page, "#unit-title").split("unit ")[1].split(" (tower 2)")[0])
     assert 3 <= first < 6
-    assert "units 3 to 5" in page.inner_text(".tower-2 h4 >> nth=0")
+    assert "units 3 to 5" in plain_text(page, ".tower-2 h4 >> nth=0")
     page.keyboard.press("ArrowRight")
     assert f"unit {(first + 1) % 6} (tower" in page.inner_text("#unit-title")
     assert "without a data set" in page.inner_text("#excites")
@@ -389,7 +423,7 @@ def test_each_row_says_how_sure_it_is_of_the_answer_of_both_towers(open_page: An
     )
     cells = page.page.evaluate(
         "[...document.querySelectorAll('#towers td')]"
-        ".map((cell) => cell.innerText.replace(/[\\u2068\\u2069]/g, '').split('\\n'))"
+        ".map((cell) => cell.innerText.replace(/[\\u2068\\u2069]/g, '').replaceAll('\\u00a0', ' ').split('\\n'))"
     )
     assert cells == [
         ["class 0 70 %"], ["class 0 50 %"],
@@ -404,21 +438,25 @@ def test_the_page_says_how_often_each_tower_alone_is_right(open_page: Any, prepa
     model = replace(random_model(SMALL, len(names)), classes=dataset.classes)
     measured = measure_towers(model, dataset, lambda _: None)
     page = open_page(model, towers={"data": "drawn", **measured}).page
-    lines = page.locator("#right li").all_inner_texts()
+    lines = [line.replace("\u00a0", " ") for line in page.locator("#towers .right").all_inner_texts()]
     pictures = [Image.fromarray(images.decode(bytes(split.jpeg(row)))) for row in range(len(split))]
     for line, silenced in zip(lines, (None, 2, 1), strict=True):
         session = Session(model if silenced is None else silence_tower(model, silenced))
-        for mode, before in (("RGB", "alone: " if silenced else "towers: "), ("L", "without color ")):
+        for mode, before in (("RGB", "Right for"), ("L", "without color for")):
             crops = [make_views(np.asarray(picture.convert(mode).convert("RGB")), 224, 1) for picture in pictures]
             answers = session.probabilities(np.concatenate(crops)).argmax(1)
-            assert f"{before}{format_share((answers == split.labels).mean())}" in line
+            assert f"{before} {format_share((answers == split.labels).mean())}" in line
             if silenced and mode == "RGB":
                 most = np.bincount(answers, minlength=len(names))
-                assert f"says \u2068{names[most.argmax()]}\u2069 for {format_share(most.max() / len(split))} of" in line
+                answer = f"{format_share(most.max() / len(split))} of them \u2068{names[most.argmax()]}\u2069"
+                assert f"It calls {answer}" in line
+                assert ("whatever they show" in line) == (most.max() > len(split) / 2)
     assert all("better than" in line for line in lines[1:]), "random weights know nothing"
 
 
 def format_share(share: float) -> str:
+    if share < 0.0005:
+        return "< 0.1 %"
     return f"{share:.0%}".replace("%", " %") if share > 0.0995 else f"{share:.1%}".replace("%", " %")
 
 
@@ -558,5 +596,6 @@ def test_the_page_does_not_take_chance_for_a_color_tower(open_page: Any) -> None
     for weight, words in ((random.tensors["conv1.weight"], "may be chance"), (gray, "differ in color, too")):
         page = open_page(replace(random, tensors={**random.tensors, "conv1.weight": weight})).page
         measured = measure_specialization(split_towers(weight, 2))
-        assert f"{words} (p = {measured.p_value:.2f})" in page.inner_text("#layers section >> nth=0")
-        assert f"Filters, {100 * measured.means[1]:.0f} % color" in page.inner_text(".tower.tower-2 >> nth=0")
+        shuffled = f"the towers differ as much in {format_share(measured.p_value)} of all cases"
+        assert f"{words}: if the filters are shuffled, {shuffled}" in plain_text(page, "#layers section >> nth=0")
+        assert f"Filters, {100 * measured.means[1]:.0f} % color" in plain_text(page, ".tower.tower-2 >> nth=0")

@@ -11,6 +11,7 @@ const towers = Array.from({ length: about.towers }, (_, tower) => tower);
 const colors = [[90, 190, 220], [245, 150, 80]]; // of the maps of tower 1 and 2
 const strongestShown = 6;
 const leastRange = 0.2; // of the occlusion map: full color is a change of 20 points at least, so that noise stays pale
+const grids = [4, 7], finestGrid = 13; // squares along a side: each grid has those of the one before
 const weakDrop = 0.05; // a square that costs less than 5 points says little
 const largestCanvas = 2 ** 24; // pixels, the limit of phones; larger pictures are made smaller first
 
@@ -19,7 +20,9 @@ const shown = {}; // layer name -> { values, side } of the newest run
 let probabilities, firstFilters, worker, picture;
 let choices = 0; // of pictures, so that the last one chosen is shown
 let job = 0, hasPicture = false, isBusy = false, isStale = false, occlusionJob = 0;
+let squares; // { left, top, drop } of the occlusion map so far
 let open; // { layer, unit } of the dialog
+const phone = matchMedia("(max-width: 30rem)");
 
 // ---- Starting ----
 
@@ -29,7 +32,7 @@ function start() {
   makeDrawings();
   makeLayers();
   byId("compare").hidden = !hasTowers;
-  showMeasured();
+  makeTable();
   const source = new Blob([byId("worker-source").textContent], { type: "text/javascript" });
   worker = new Worker(URL.createObjectURL(source));
   worker.onmessage = ({ data }) => messages[data.type](data);
@@ -66,6 +69,7 @@ const messages = {
   },
   compared({ compared }) {
     showCompared(compared);
+    byId("occlude").disabled = false; // before, it would stop the comparison
     document.documentElement.dataset.compared = job;
   },
   occluded: showOcclusion,
@@ -92,9 +96,14 @@ function make(name, attributes = {}, ...children) {
   return element;
 }
 
+/** With spaces that do not break, like all numbers with a unit on this page. */
 function percent(share) {
-  if (share < 0.0005) return "< 0.1 %";
-  return share > 0.0995 ? `${Math.round(share * 100)} %` : `${(share * 100).toFixed(1)} %`;
+  if (share < 0.0005) return "<\u00a00.1\u00a0%";
+  return `${share > 0.0995 ? Math.round(share * 100) : (share * 100).toFixed(1)}\u00a0%`;
+}
+
+function square(side) {
+  return `${side}\u00a0×\u00a0${side}`;
 }
 
 /** A class name for a sentence: isolated, so that a name written from right to left does not turn the rest around. */
@@ -104,15 +113,14 @@ function className(index) {
 
 function describePage() {
   const count = about.layers.reduce((sum, layer) => sum + layer.weight.rows * (layer.weight.columns + 1), 0);
-  const size = count >= 1e6 ? `${(count / 1e6).toFixed(1)} million` : count.toLocaleString("en");
+  const size = count >= 1e6 ? `${(count / 1e6).toFixed(1)}\u00a0million` : count.toLocaleString("en");
   const split = hasTowers
-    ? " AlexNet was too large for one graphics card of 2012. So it was split into two towers, one on each card, which meet in a few layers only."
-    : " It has one tower, as the paper's network for a single graphics card.";
-  const original = count < 5e7 ? " It is a smaller model of AlexNet, which had 61 million weights and 1,000 classes." : "";
-  byId("lead").textContent = `A real network with ${size} weights, trained to tell ${about.classes.length.toLocaleString("en")} classes apart. It computes here, on your computer, layer by layer.${original}${split}`;
+    ? "AlexNet (2012) was too large for one graphics card. So it was split into two towers, one on each card, which meet in a few layers only. Switch a tower off to see what it does."
+    : "This one has a single tower, as the paper's network for one graphics card.";
+  byId("lead").textContent = `Show this network a photo: on your computer, layer by layer, it computes which of its ${about.classes.length.toLocaleString("en")} classes it sees. ${split}`;
   document.title = `${about.title} · AlexNet at work`;
   const patches = about.patches ? ` The patches come from ${about.patches.images.toLocaleString("en")} validation images of ${about.patches.data}.` : "";
-  byId("origin").textContent = `${about.title} · recipe ${about.recipe} · written by alexnet ${about.version}, alexnet export --format html. The weights are rounded to 8 bits.${patches}`;
+  byId("origin").textContent = `${about.title} · recipe ${about.recipe} · written by alexnet ${about.version}, alexnet export --format html. It has ${size} learned numbers (weights)${count < 5e7 ? "; the AlexNet of 2012 had 61\u00a0million" : ""}. They are rounded to 8\u00a0bits.${patches}`;
   byId("target").append(...about.classes.map((name, index) => make("option", { value: index }, name)));
 }
 
@@ -322,24 +330,19 @@ function run() {
   if (isBusy) return;
   isBusy = true;
   occlusionJob = 0;
-  byId("cancel").hidden = byId("progress").hidden = true;
+  byId("cancel").hidden = byId("progress").hidden = byId("occlude").disabled = true;
   worker.postMessage({ type: "run", job: ++job, ...settings });
 }
 
 function makeSwitches() {
   if (hasTowers) {
+    byId("tower-switches").hidden = false;
     byId("tower-switches").append(...towers.map((tower) => {
       const box = make("input", { type: "checkbox", id: `tower-${tower + 1}`, onchange: () => setTower(tower, !box.checked) });
       box.checked = true;
       return make("label", { class: "check" }, box, make("strong", { class: `tower-${tower + 1}` }, `Tower ${tower + 1}`));
     }));
   }
-  const hasNorm = about.layers.some((layer) => layer.then.some((step) => step.kind === "across" || step.kind === "within"));
-  byId("norm-label").hidden = !hasNorm;
-  byId("norm").oninput = ({ target }) => {
-    settings.norm = target.value / 100;
-    changed();
-  };
   byId("gray").onchange = ({ target }) => {
     settings.gray = target.checked;
     if (picture) drawPicture();
@@ -350,18 +353,19 @@ function makeSwitches() {
 function setTower(tower, isOff) {
   settings.off[tower] = isOff;
   document.querySelectorAll(`.tower[data-tower="${tower}"], .from-${tower + 1}`).forEach((element) => element.classList.toggle("is-off", isOff));
+  about.layers.forEach((layer) => (byId(`meeting-${layer.name}`).textContent = describeMeeting(layer)));
   changed();
 }
 
-const onlyBiases = "Only the biases of layer 8 are left, so the answer is the same for every picture.";
+const nothingSeen = "Nothing of the picture reaches layer 8, so the answer is the same for every picture.";
 
 function changed() {
   const { off, norm } = settings, text = [];
   const names = towers.filter((tower) => off[tower]).map((tower) => tower + 1);
   if (names.length === 1) text.push(`Tower ${names[0]} is off: all it says in layers 1 to 7 counts as zero. The network did not learn to do without it.`);
-  if (names.length > 1) text.push(`Towers ${names.join(" and ")} are off: all they say in layers 1 to 7 counts as zero. ${onlyBiases}`);
-  byId("norm-value").textContent = norm === 1 ? "on" : norm === 0 ? "off" : percent(norm);
-  byId("norm-value").classList.toggle("changed", norm < 1); // it stays so with the next picture
+  if (names.length > 1) text.push(`Towers ${names.join(" and ")} are off: all they say in layers 1 to 7 counts as zero. ${nothingSeen}`);
+  byId("norm-value").textContent = `Normalization ${norm ? `at ${percent(norm)}` : "off"}`;
+  byId("norm-value").hidden = norm === 1; // else it stays so with the next picture
   if (norm < 1) text.push(`Response normalization ${norm ? `at ${percent(norm)}` : "off"}: strong maps dampen their neighbors ${norm ? "less" : "no longer"}. Its constant factor stays, since the next layers learned with values of that size. This is not a network that was trained without it.`);
   byId("switch-text").textContent = text.join(" ");
   clearOcclusion();
@@ -380,9 +384,9 @@ function showAnswers(milliseconds) {
     return make("li", {}, make("span", {}, about.classes[index]), make("span", { class: "number" }, percent(probabilities[index])), make("span", { class: "bar", "aria-hidden": "true" }, bar));
   }));
   byId("first-answer").textContent = `${className(order[0])} ${percent(probabilities[order[0]])}`; // where the list is out of sight
-  const note = hasTowers && settings.off.every(Boolean) ? onlyBiases : "The network can only answer with a class that it has learned.";
-  byId("time").textContent = `Computed in ${(milliseconds / 1000).toFixed(2)} s. ${note}`;
-  byId("occlude").disabled = false;
+  const known = about.classes.length > 12 ? `It knows only its ${about.classes.length.toLocaleString("en")} classes.` : `It knows only: ${about.classes.map((_, index) => className(index)).join(", ")}.`;
+  byId("time").textContent = `Computed in ${(milliseconds / 1000).toFixed(2)}\u00a0s. ${hasTowers && settings.off.every(Boolean) ? nothingSeen : known}`;
+  byId("occlude").disabled = hasTowers;
   if (!byId("target").dataset.chosen) byId("target").value = order[0];
   for (const [index, value] of order.entries()) {
     const row = byId(`class-${index}`);
@@ -392,36 +396,38 @@ function showAnswers(milliseconds) {
 
 const networks = ["Both towers", "Tower 1 alone", "Tower 2 alone"];
 
+/** A row for each network: what it says about the picture, and below, how often it was right when the page was written. */
+function makeTable() {
+  const { measured } = about;
+  byId("towers").append(...networks.flatMap((network, i) => {
+    const row = make("tr", { class: measured ? "joined" : "" }, make("th", { scope: "row", class: i ? `tower-${i}` : "" }, network), make("td"), make("td"));
+    return measured ? [row, make("tr", {}, make("td", { class: "right", colspan: 3 }, describeMeasured(i)))] : [row];
+  }));
+  if (!measured) return;
+  const { images, data, constant } = measured, guessing = 1 / about.classes.length;
+  const [whole, first, second] = measured.networks.map(([color]) => percent(color.right));
+  byId("costs").textContent = `Together, the towers are right for ${whole} of the test pictures. With tower\u00a02 off it is ${first}, with tower\u00a01 off ${second}: each learned to work with the other, not alone.`;
+  const always = percent(constant) === percent(guessing) ? "" : `, always the most frequent class for ${percent(constant)}`;
+  byId("measured").textContent = `Test pictures: ${images.toLocaleString("en")} validation images of ${data}, from which the network did not learn. Guessing is right for ${percent(guessing)}${always}.`;
+  byId("costs").hidden = byId("measured").hidden = false;
+}
+
+function describeMeasured(network) {
+  const [color, gray] = about.measured.networks[network];
+  const remark = color.remark ? `, ${color.remark}` : "", grayRemark = gray.remark && !color.remark ? ` (${gray.remark})` : "";
+  const most = ` It calls ${percent(color.share)} of them ${className(color.answer)}${color.share > 0.5 ? ", whatever they show" : ""}.`;
+  return `Right for ${percent(color.right)} of the test pictures${remark}; without color for ${percent(gray.right)}${grayRemark}.${network ? most : ""}`;
+}
+
 /** What the networks say about the picture. compared[network][0 in color, 1 without] are probabilities. */
 function showCompared(compared) {
   const expected = best(compared[0][0]), name = className(expected);
-  byId("compare-text").textContent = `The surest answers for this picture, and how sure each is of ${name}, the answer of both in color. Alone: the other tower is switched off.`;
-  byId("towers").replaceChildren(...networks.map((network, i) => make(
-    "tr", {}, make("th", { scope: "row", class: i ? `tower-${i}` : "" }, network),
-    ...compared[i].map((values) => {
-      const top = best(values), cell = make("td", {}, `${className(top)} `, make("span", { class: "number" }, percent(values[top])));
-      if (top !== expected) cell.append(make("span", { class: "hint" }, `${name} ${percent(values[expected])}`));
-      return cell;
-    }),
-  )));
-}
-
-/** How often the networks were right on validation images when the page was written. */
-function showMeasured() {
-  if (!about.measured) return;
-  const { images, data, constant, networks: measured } = about.measured, guessing = 1 / about.classes.length;
-  const always = percent(constant) === percent(guessing) ? "" : `, always the most frequent class: ${percent(constant)}`;
-  byId("measured-text").textContent = `Right for ${images.toLocaleString("en")} validation images of ${data} (guessing: ${percent(guessing)}${always}):`;
-  byId("right").replaceChildren(...networks.map((network, i) => {
-    const [color, gray] = measured[i], isSame = color.remark === gray.remark;
-    const note = (remark) => (remark && !isSame ? ` (${remark})` : "");
-    const text = `: ${percent(color.right)}${note(color.remark)}, without color ${percent(gray.right)}${note(gray.remark)}`;
-    const most = i ? ` It says ${className(color.answer)} for ${percent(color.share)} of them.` : "";
-    return make("li", {}, make("span", { class: i ? `tower-${i}` : "" }, network), `${text}${isSame && color.remark ? `; ${color.remark}` : ""}.${most}`);
+  byId("compare-text").textContent = `Alone: the other tower is off. Second line: how sure it is of ${name}, the answer of both.`;
+  compared.forEach((answers, network) => answers.forEach((values, gray) => {
+    const top = best(values), cell = byId("towers").querySelectorAll("th")[network].parentElement.cells[gray + 1];
+    cell.replaceChildren(`${className(top)} `, make("span", { class: "number" }, percent(values[top])));
+    if (top !== expected) cell.append(make("span", { class: "hint" }, `${name} ${percent(values[expected])}`));
   }));
-  const [whole, first, second] = measured.map(([color]) => color.right), points = (share) => Math.round(100 * (whole - share));
-  byId("costs").textContent = `Switching tower 1 off costs ${points(second)} points, tower 2 ${points(first)}: the towers learned to answer together, not alone.`;
-  byId("measured").hidden = false;
 }
 
 // ---- Where it looks ----
@@ -432,11 +438,19 @@ byId("target").onchange = ({ target }) => {
 };
 byId("occlude").onclick = () => {
   clearOcclusion();
+  squares = [];
+  slide(grids);
+};
+byId("finer").onclick = () => slide([finestGrid]);
+
+function slide(grids) {
   occlusionJob = ++job;
   byId("progress").value = 0;
   byId("progress").hidden = byId("cancel").hidden = false;
-  worker.postMessage({ type: "occlude", job, ...settings, target: Number(byId("target").value), count: Number(byId("count").value) });
-};
+  byId("finer").hidden = true;
+  worker.postMessage({ type: "occlude", job, ...settings, target: Number(byId("target").value), grids, squares });
+}
+
 byId("cancel").onclick = () => {
   stopOcclusion();
   byId("found").textContent = "Stopped. The picture shows the places done so far.";
@@ -457,18 +471,18 @@ function clearOcclusion() {
   stopOcclusion();
   byId("heat").hidden = byId("scale").hidden = true;
   byId("found").textContent = "";
-  byId("clear").hidden = true;
+  byId("clear").hidden = byId("finer").hidden = true;
 }
 
 /** The occlusion map so far. Each pixel gets the mean drop of all squares that covered it: red where the class lost, blue where it gained. */
-function showOcclusion({ job: number, done, count, drops, corners, edge, target, whole }) {
+function showOcclusion({ job: number, done, squares: known, edge, target, whole }) {
   if (number !== occlusionJob) return;
+  squares = known;
   const { side } = about, sums = new Float32Array(side * side), counts = new Uint16Array(side * side);
-  for (let i = 0; i < done; i++) {
-    const left = corners[i % count], top = corners[Math.floor(i / count)];
+  for (const { left, top, drop } of squares) {
     for (let y = top; y < top + edge; y++) {
       for (let at = y * side + left, end = at + edge; at < end; at++) {
-        sums[at] += drops[i];
+        sums[at] += drop;
         counts[at]++;
       }
     }
@@ -491,26 +505,31 @@ function showOcclusion({ job: number, done, count, drops, corners, edge, target,
     canvas.hidden = byId("scale").hidden = false;
     canvas.scrollIntoView({ block: "nearest" });
   }
-  byId("scale").textContent = `Red: the class loses when this is hidden. Blue: it gains. Full color: ${Math.round(highest * 100)} points.`;
-  byId("progress").value = done / (count * count);
+  byId("scale").textContent = `Red: the network is less sure when this is hidden. Blue: it is surer. Full color: by ${Math.round(highest * 100)}\u00a0percentage points.`;
+  byId("progress").value = done;
   byId("clear").hidden = false;
-  if (done < count * count) return;
+  if (done < 1) return;
   stopOcclusion();
-  const top = best(drops), row = Math.floor(top / count) / (count - 1), column = (top % count) / (count - 1);
-  const where = `${["at the top", "in the middle", "at the bottom"][Math.min(2, Math.floor(row * 3))]}${["left", "", "right"].map((word) => word && ` ${word}`)[Math.min(2, Math.floor(column * 3))]}`;
-  const fall = `falls from ${percent(whole)} to ${percent(whole - drops[top])}`;
-  byId("found").textContent = drops[top] < 0.005
-    ? "No square alone makes the network less sure of this class."
-    : drops[top] < weakDrop
-      ? `No square matters much: even ${where}, ${className(target)} only ${fall}.`
-      : `The square matters most ${where}: there, ${className(target)} ${fall}.`;
-  document.documentElement.dataset.occluded = JSON.stringify([...drops]);
+  byId("finer").hidden = squares.length === finestGrid ** 2;
+  byId("found").textContent = describeOcclusion(side - edge, target, whole);
+  document.documentElement.dataset.occluded = JSON.stringify(squares);
+}
+
+/** Where the square mattered most; its corner lies between 0 and `last`. */
+function describeOcclusion(last, target, whole) {
+  const most = squares.reduce((a, b) => (b.drop > a.drop ? b : a));
+  const third = (corner) => Math.min(2, Math.floor((corner / last) * 3));
+  const where = ["at the top", "in the middle", "at the bottom"][third(most.top)] + [" left", "", " right"][third(most.left)];
+  const fall = `falls from ${percent(whole)} to ${percent(whole - most.drop)}`;
+  if (most.drop < 0.005) return "No square alone makes the network less sure of this class.";
+  if (most.drop < weakDrop) return `No square matters much: even ${where}, ${className(target)} only ${fall}.`;
+  return `The square matters most ${where}: there, ${className(target)} ${fall}.`;
 }
 
 // ---- Layers ----
 
 const sentences = {
-  conv1: "Filters of 11 × 11 pixels slide over the picture. A map is bright where the picture looks like its filter. Large networks learn edges, stripes and spots of color; in small ones, many filters stay blurs.",
+  conv1: "Filters of 11\u00a0×\u00a011 pixels slide over the picture. A map is bright where the picture looks like its filter. Large networks learn edges, stripes and spots of color; in small ones, many filters stay blurs.",
   conv2: "Each filter combines maps of layer 1 into corners, curves and textures.",
   conv3: "Each filter combines maps of layer 2 into larger patterns.",
   conv4: "Each filter combines maps of the layer before. The patterns become parts of things.",
@@ -524,28 +543,56 @@ function makeLayers() {
   about.layers.forEach((layer, index) => {
     const number = layer.name.slice(-1), isLast = layer.name === "fc8";
     byId("layers").append(makeJoin(index === 0 || layer.seesBoth, index === 0, isLast));
-    const size = layer.side > 1 ? ` of ${layer.side} × ${layer.side}` : "";
+    const size = layer.side > 1 ? ` of ${square(layer.side)}` : "";
     const parts = layer.kernel ? "maps" : "units";
     const title = isLast ? `Layer ${number}: the answers` : `Layer ${number}: ${layer.maps} ${parts}${size}${hasTowers ? " in each tower" : ""}`;
-    const meeting = !hasTowers || index === 0 ? "" : layer.seesBoth ? "The towers meet: each sees both. " : "Each tower sees only itself. ";
-    const color = index === 0 && hasTowers ? describeColor() : "";
-    const about_ = make("p", { class: "hint" }, make("span", { class: layer.seesBoth ? "meets" : "" }, meeting), sentences[layer.name], describeSteps(layer), color);
+    const meeting = make("span", { class: layer.seesBoth ? "meets" : "", id: `meeting-${layer.name}` }, describeMeeting(layer));
+    const about_ = make("p", { class: "hint" }, meeting, sentences[layer.name], describeSteps(layer));
     const section = make("section", { class: "layer", "aria-labelledby": `title-${layer.name}` }, make("h3", { id: `title-${layer.name}` }, title), about_);
+    if (index === 0) section.append(makeNorm(), make("p", { class: "hint" }, describeColor()));
     if (isLast) section.append(make("ol", {}, ...Array.from({ length: Math.min(5, about.classes.length) }, (_, i) => make("li", { id: `class-${i}` }))));
     else section.append(make("div", { class: hasTowers ? "columns two" : "columns" }, ...towers.map((tower) => makeTower(layer, tower))));
     byId("layers").append(section);
   });
 }
 
+/** Where the towers meet, and what arrives there if one is off. */
+function describeMeeting(layer) {
+  if (!hasTowers || layer.name === "conv1") return "";
+  if (!layer.seesBoth) return "Each tower sees only itself. ";
+  const [off, ...others] = towers.filter((tower) => settings.off[tower]);
+  if (others.length) return "The towers would meet here, but both are off: only zeros arrive. ";
+  if (off !== undefined) return `The towers would meet here, but tower ${off + 1} is off: only tower ${2 - off} is heard. `;
+  return "The towers meet: each sees both. ";
+}
+
 function describeColor() {
   const { differ, pValue } = about.colors;
-  if (pValue === null) return "";
+  if (!hasTowers || pValue === null) return "";
   const found = differ ? "Here the towers differ in color, too" : "Here the difference in color may be chance";
-  return ` The paper found that in every training one tower learns filters without color and the other colorful ones. ${found} (p = ${pValue.toFixed(2)}).`;
+  return `The paper found that in every training one tower learns filters without color and the other colorful ones. ${found}: if the filters are shuffled, the towers differ as much in ${percent(pValue)} of all cases. (Random filters have 67\u00a0% color.)`;
+}
+
+/** The slider of response normalization, if the network has any. */
+function makeNorm() {
+  if (!about.layers.some((layer) => layer.then.some((step) => step.kind === "across" || step.kind === "within"))) return "";
+  const slider = make("input", { type: "range", id: "norm", min: 0, max: 100, step: 10, oninput: () => {
+    settings.norm = slider.value / 100;
+    changed();
+  } });
+  slider.value = 100;
+  return make("label", { class: "norm" }, "Response normalization: off ", slider, " on");
 }
 
 function describeSteps(layer) {
-  const words = { pool: (step) => `pooling to ${step.side} × ${step.side}`, across: () => "response normalization", within: () => "normalization within the map", dropout: () => "", activation: (step) => (step.function === "relu" ? (layer.name === "conv1" ? "ReLU (what is negative becomes zero)" : "ReLU") : step.function) };
+  const explain = (words, meaning) => (layer.name === "conv1" ? `${words} (${meaning})` : words);
+  const words = {
+    pool: (step) => explain(`pooling to ${square(step.side)}`, `of each ${square(step.size)} values, the largest stays`),
+    across: () => explain("response normalization", "strong maps dampen their neighbors"),
+    within: () => explain("normalization within the map", "strong places dampen those around them"),
+    dropout: () => "",
+    activation: (step) => (step.function === "relu" ? explain("ReLU", "what is negative becomes zero") : step.function),
+  };
   const steps = layer.then.map((step) => words[step.kind](step)).filter(Boolean);
   return steps.length ? ` Then: ${steps.join(", ")}.` : "";
 }
@@ -571,7 +618,7 @@ function makeJoin(meets, isFirst, isLast) {
 
 function makeTower(layer, tower) {
   const box = make("div", { class: `tower tower-${tower + 1}`, "data-tower": tower });
-  if (hasTowers) box.append(make("h4", {}, `Tower ${tower + 1}, units ${tower * layer.maps} to ${(tower + 1) * layer.maps - 1}`));
+  if (hasTowers) box.append(make("h4", {}, `Tower\u00a0${tower + 1}, units\u00a0${tower * layer.maps}\u00a0to\u00a0${(tower + 1) * layer.maps - 1}`));
   if (layer.name === "conv1") {
     box.append(make("p", {}, `Filters, ${percent(about.colors.shares[tower])} color:`), make("canvas", { class: "filters", id: `filters-${tower}`, role: "img", "aria-label": `The ${layer.maps} filters of tower ${tower + 1}` }), make("p", {}, "Their maps, in the same places:"));
   }
@@ -581,18 +628,22 @@ function makeTower(layer, tower) {
     const unit = Math.floor((event.offsetY / canvas.clientHeight) * rows) * columns + Math.floor((event.offsetX / canvas.clientWidth) * columns);
     if (unit < layer.maps) openUnit(layer, tower * layer.maps + unit);
   };
-  const what = layer.kernel ? "Strongest maps" : "Strongest units";
-  box.append(canvas, make("div", { class: "listing" }, make("p", {}, `${what} (click for more):`), make("div", { class: "strongest", id: `strongest-${layer.name}-${tower}` })));
+  box.append(canvas, make("div", { class: "listing" }, make("p", {}, "Strongest (click one):"), make("div", { class: "strongest", id: `strongest-${layer.name}-${tower}` })));
   return box;
 }
 
-/** Columns of a grid: maps about 2.5 times as wide as high, units 6 times, without gaps if possible. */
+/** Columns of a grid, without gaps if possible: wide on a screen; on a phone few, so that maps stay large. */
 function gridColumns({ maps: count, kernel }) {
-  const ideal = Math.sqrt((kernel ? 2.5 : 6) * count);
+  const ideal = phone.matches ? Math.max(3, Math.sqrt(kernel ? count / 3 : 2 * count)) : Math.sqrt((kernel ? 2.5 : 6) * count);
   const fitting = Array.from({ length: count }, (_, i) => i + 1).filter((columns) => count % columns === 0);
   const nearest = fitting.reduce((a, b) => (Math.abs(b - ideal) < Math.abs(a - ideal) ? b : a));
   return Math.abs(nearest - ideal) < ideal / 2 ? nearest : Math.ceil(ideal);
 }
+
+phone.onchange = () => {
+  if (firstFilters) drawFirstFilters();
+  Object.keys(shown).forEach((name) => drawLayer(layers[name]));
+};
 
 /** From dark over the tower's color to white. The power lets weak values be seen. */
 function paint(data, at, share, [red, green, blue]) {
@@ -660,11 +711,11 @@ function drawMap(canvas, layer, unit) {
   context.putImageData(image, 0, 0);
 }
 
-/** Weights as colors (depth 3) or grays (depth 1): zero is middle gray, `highest` is as far as it goes. */
-function drawWeights(image, left, top, weights, kernel, depth, highest) {
+/** The weights of a filter of layer 1 as colors: zero is middle gray, `highest` is as far as it goes. */
+function drawWeights(image, left, top, weights, kernel, highest) {
   for (let i = 0; i < kernel * kernel; i++) {
     const at = ((top + Math.floor(i / kernel)) * image.width + left + (i % kernel)) * 4;
-    for (let c = 0; c < 3; c++) image.data[at + c] = 127.5 + (127.5 * weights[i * depth + (depth > 1 ? c : 0)]) / highest;
+    for (let c = 0; c < 3; c++) image.data[at + c] = 127.5 + (127.5 * weights[i * 3 + c]) / highest;
     image.data[at + 3] = 255;
   }
 }
@@ -683,7 +734,7 @@ function drawFirstFilters() {
     const context = canvas.getContext("2d"), image = context.createImageData(canvas.width, canvas.height);
     for (let unit = 0; unit < maps; unit++) {
       const from = (tower * maps + unit) * length;
-      drawWeights(image, (unit % columns) * cell, Math.floor(unit / columns) * cell, firstFilters.subarray(from, from + length), kernel, 3, highest);
+      drawWeights(image, (unit % columns) * cell, Math.floor(unit / columns) * cell, firstFilters.subarray(from, from + length), kernel, highest);
     }
     context.putImageData(image, 0, 0);
   }
@@ -699,7 +750,7 @@ function openUnit(layer, unit) {
 
 /** Units are numbered on from tower 1 to tower 2, so their tower is named. */
 function nameUnit(layer, unit) {
-  return `unit ${unit}${hasTowers ? ` (tower ${Math.floor(unit / layer.maps) + 1})` : ""}`;
+  return `unit ${unit}${hasTowers ? ` (tower\u00a0${Math.floor(unit / layer.maps) + 1})` : ""}`;
 }
 
 function figure(canvas, caption) {
@@ -719,12 +770,12 @@ function fillDialog() {
   if (layer.kernel) {
     const map = make("canvas", { role: "img", "aria-label": `Map of unit ${unit}` });
     drawMap(map, layer, unit);
-    byId("figures").append(figure(map, `Its map, ${side} × ${side}`), figure(drawLookedAt(layer, unit, peak), "The picture where the map is bright"));
+    byId("figures").append(figure(map, `Its map, ${square(side)}`), figure(drawLookedAt(layer, unit, peak), "The picture where the map is bright"));
   }
   if (layer.name === "conv1") {
     const { kernel } = layer, length = kernel * kernel * 3, canvas = make("canvas", { width: kernel, height: kernel, role: "img", "aria-label": `Filter of unit ${unit}` });
     const image = new ImageData(kernel, kernel), weights = firstFilters.subarray(unit * length, (unit + 1) * length);
-    drawWeights(image, 0, 0, weights, kernel, 3, highestOf(weights));
+    drawWeights(image, 0, 0, weights, kernel, highestOf(weights));
     canvas.getContext("2d").putImageData(image, 0, 0);
     byId("figures").append(figure(canvas, "Its filter: what it looks for"));
   }
@@ -778,18 +829,22 @@ async function showPatches(layer, unit) {
 }
 
 /** The units of the layer before that this one listens to most: the largest weights, whatever the picture. */
-function showFilter({ layer: name, unit, kernel, inputs }) {
+function showFilter({ layer: name, unit, inputs }) {
   if (!open || open.layer.name !== name || open.unit !== unit) return;
-  const before = about.layers[about.layers.indexOf(open.layer) - 1], highest = Math.max(...inputs.map((input) => highestOf(input.weights)));
-  const buttons = inputs.map((input) => {
-    const canvas = make("canvas", { width: kernel, height: kernel, "aria-hidden": "true" }), image = new ImageData(kernel, kernel);
-    drawWeights(image, 0, 0, input.weights, kernel, 1, highest);
-    canvas.getContext("2d").putImageData(image, 0, 0);
-    return make("button", { onclick: () => openUnit(before, input.map), class: `tower-${Math.floor(input.map / before.maps) + 1}` }, canvas, nameUnit(before, input.map));
+  const before = about.layers[about.layers.indexOf(open.layer) - 1];
+  const buttons = inputs.map(({ map, balance }) => {
+    const button = make("button", { onclick: () => openUnit(before, map), class: `tower-${Math.floor(map / before.maps) + 1}` });
+    if (before.kernel) {
+      const canvas = make("canvas", { "aria-hidden": "true" });
+      drawMap(canvas, before, map);
+      button.append(canvas);
+    }
+    button.append(make("strong", {}, Math.abs(balance) < 1 / 3 ? "±" : balance > 0 ? "+" : "−"), ` ${nameUnit(before, map)}`);
+    return button;
   });
   byId("listens").replaceChildren(
-    make("h3", {}, `Its filter: the units of layer ${before.name.slice(-1)} it listens to most`),
-    make("p", { class: "hint" }, "White: it wants the unit to be strong there. Black: it wants it weak."),
+    make("h3", {}, `The units of layer ${before.name.slice(-1)} it listens to most`),
+    make("p", { class: "hint" }, `+ it grows when that unit is strong · − it shrinks${open.layer.name > "fc6" ? "" : " · ± it depends on the place"}`),
     make("div", { class: "kernels" }, ...buttons),
   );
 }

@@ -53,20 +53,26 @@ class Network {
   }
 
   /**
-   * The `count` maps (units) of the layer before to which a unit has the largest weights, largest first, with the
-   * weights: kernel x kernel; in layer 6, one for each place of the map; in layers 7 and 8, a single one.
+   * The `count` maps (units) of the layer before to which a unit has the largest weights, largest first.
+   *
+   * `balance` is 1 if all of these weights are positive, -1 if all are negative.
    */
   strongestInputs(name, unit, count) {
     const layer = this.about.layers.find((one) => one.name === name);
-    const { codes, scales, columns } = layer.weight, kernel = layer.kernel || layer.inputSide, places = kernel * kernel;
-    const row = new Int8Array(this.data, codes + unit * columns, columns), scale = new Float32Array(this.data, scales, layer.weight.rows)[unit];
+    const { codes, columns } = layer.weight, places = (layer.kernel || layer.inputSide) ** 2;
+    const row = new Int8Array(this.data, codes + unit * columns, columns);
     const maps = columns / places, first = layer.inputMaps > maps ? Math.floor(unit / layer.maps) * maps : 0;
     const inputs = Array.from({ length: maps }, (_, map) => {
-      const weights = new Float32Array(places);
-      for (let i = 0; i < places; i++) weights[i] = scale * row[layer.kernel ? i * maps + map : map * places + i];
-      return { map: first + map, weights, strength: weights.reduce((sum, weight) => sum + weight * weight, 0) };
+      let sum = 0, size = 0, strength = 0;
+      for (let i = 0; i < places; i++) {
+        const code = row[layer.kernel ? i * maps + map : map * places + i];
+        sum += code;
+        size += Math.abs(code);
+        strength += code * code;
+      }
+      return { map: first + map, balance: size ? sum / size : 0, strength };
     });
-    return { kernel, inputs: inputs.sort((a, b) => b.strength - a.strength).slice(0, count) };
+    return inputs.sort((a, b) => b.strength - a.strength).slice(0, count);
   }
 
   /** Convolution as a matrix product: each place of the output becomes a row with all pixels that a filter sees. */

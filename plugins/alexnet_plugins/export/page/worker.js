@@ -1,6 +1,6 @@
 // Runs the network away from the page, so that the page stays quick. network.js comes before this in the worker.
 //
-// In:  load {about, parts} · picture {rgba, width, height} · run {off, norm, gray} · occlude {..., target, count} · filter {layer, unit} · stop
+// In:  load {about, parts} · picture {rgba, width, height} · run {off, norm, gray} · occlude {..., target, grids, squares} · filter {layer, unit} · stop
 // Out: ready {filters} · picture {pixels} · layer {...} · answers {...} · compared {...} · occluded {...} · filter {...} · failed {message}
 
 "use strict";
@@ -45,23 +45,25 @@ const tasks = {
     postMessage({ type: "compared", job, compared });
   },
 
-  async occlude({ job, off, norm, gray, target, count }) {
+  /** One grid of squares after the other; `squares` are those that are known already. */
+  async occlude({ job, off, norm, gray, target, grids, squares }) {
     newest = job;
-    const { side } = network.about, edge = side >> 2, corners = squareCorners(side, edge, count);
+    const { side } = network.about, edge = side >> 2, count = grids[grids.length - 1] ** 2;
     const pixels = gray ? withoutColor(picture) : picture;
     const whole = network.run(pixels, { off, norm })[target];
-    const drops = new Float32Array(count * count);
-    for (let i = 0; i < drops.length; i++) {
-      const [left, top] = [corners[i % count], corners[Math.floor(i / count)]];
-      drops[i] = whole - network.run(cover(pixels, side, left, top, edge), { off, norm })[target];
-      await pause();
-      if (job !== newest) return;
-      postMessage({ type: "occluded", job, done: i + 1, count, drops, corners, edge, target, whole });
+    for (const corners of grids.map((grid) => squareCorners(side, edge, grid))) {
+      for (const [left, top] of corners.flatMap((y) => corners.map((x) => [x, y]))) {
+        if (squares.some((square) => square.left === left && square.top === top)) continue;
+        squares.push({ left, top, drop: whole - network.run(cover(pixels, side, left, top, edge), { off, norm })[target] });
+        await pause();
+        if (job !== newest) return;
+        postMessage({ type: "occluded", job, squares, edge, target, whole, done: squares.length / count });
+      }
     }
   },
 
   filter({ layer, unit }) {
-    postMessage({ type: "filter", layer, unit, ...network.strongestInputs(layer, unit, 6) });
+    postMessage({ type: "filter", layer, unit, inputs: network.strongestInputs(layer, unit, 6) });
   },
 
   stop({ job }) {
