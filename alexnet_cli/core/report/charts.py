@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 INSTALL_HINT = "pip install 'alexnet-cli[charts]'"
 CHANCE = 2 / 3  # color share of independent random weights
+AUC_NOTE = " An AUC of 0.5 is chance; at 1, every filter of one tower has more color than every one of the other."
 FEW_POINTS = 30  # with at most this many points, a curve has markers
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: smaller and sharper
@@ -91,7 +92,7 @@ def draw_charts(history: History, few_classes: bool = False) -> dict[str, Chart]
         "rate": _draw_curves(rate_point, "Learning rate", "", rate, ".3g", drops, is_log=True),
         "towers": _draw_curves(
             _describe_separation(towers), "Specialization of the towers", "AUC, color share", towers, ".2f", drops,
-            level=(CHANCE, "color share of noise"),
+            level=(CHANCE, "color share of noise"), note=AUC_NOTE if towers[0].points else "",
         ),
     }  # fmt: skip
     return {name: chart for name, chart in drawn.items() if chart}
@@ -157,7 +158,10 @@ def _describe_separation(towers: Sequence[Line]) -> str:
     """Say how far the towers' colors have come apart, from their AUC, or else their color shares."""
     auc, *shares = (line.points for line in towers)
     if auc:
-        return f"Color separates the towers with an AUC of {auc[-1][1]:.2f} after epoch {auc[-1][0]:g} (0.5 is chance)."
+        return (
+            f"After epoch {auc[-1][0]:g}, a filter of the more colorful tower has more color than one of the other "
+            f"in {auc[-1][1]:.0%} of all pairs (chance: 50%)."
+        )
     return f"The last color shares are {' and '.join(f'{points[-1][1]:.2f}' for points in shares if points)}."
 
 
@@ -170,10 +174,12 @@ def _draw_curves(
     drops: Sequence[int] = (),
     level: tuple[float, str] | None = None,
     is_log: bool = False,
+    note: str = "",
 ) -> Chart | None:
     """The lines over the epochs, with the drops of the learning rate; None if there is nothing to draw.
 
     `form` is the format of values in the caption, as in the tables; `level` is a value to mark, and its name.
+    `note` ends the caption.
     """
     shown = [line for line in lines if line.points]
     if not shown or (is_log and max(len(line.points) for line in shown) == 1):
@@ -210,6 +216,7 @@ def _draw_curves(
     caption = f"{title}: {'; '.join(texts)}." + (
         f" Dotted: the learning rate drops after {describe_drops(drops)}." if drops else ""
     )
+    caption += note
     return Chart(render_svg(draw), f"{title} over the epochs", point, caption)
 
 
