@@ -396,6 +396,25 @@ def test_a_unit_shows_the_patches_that_excite_it_most(open_page: Any, prepared: 
     assert abs(seen.astype(int) - np.asarray(patch)).mean() < 8, "but for the compression of the sheet"
 
 
+@pytest.mark.parametrize("layer", ["conv3", "conv4", "fc6", "fc7"])
+def test_a_unit_names_the_inputs_of_its_largest_weights(open_page: Any, layer: str) -> None:
+    model = random_model(replace(SMALL, width=1 / 8), 7)
+    page, weight = open_page(model).page, round_weights(model).tensors[f"{layer}.weight"]
+    unit, maps = len(weight) - 1, {"conv3": 32, "conv4": 24, "fc6": 32, "fc7": 512}[layer]
+    page.evaluate(f"openUnit(layers.{layer}, {unit})")
+    page.wait_for_selector("#listens button")
+    filters = weight[unit].reshape(maps, -1)
+    first = 24 if layer == "conv4" else 0  # of tower 2, which sees only itself
+    expected = []
+    for i in np.argsort(-(filters**2).sum(1), kind="stable")[:6]:
+        balance = filters[i].sum() / abs(filters[i]).sum()
+        sign = "±" if abs(balance) < 1 / 3 else "+" if balance > 0 else "−"
+        tower = 2 if first or i >= maps // 2 else 1
+        expected.append(f"{sign} unit {first + i} (tower {tower})")
+    shown = page.locator("#listens button").all_inner_texts()
+    assert [" ".join(text.split()) for text in shown] == expected
+
+
 def test_a_file_that_is_no_picture_is_named_where_the_reader_is(open_page: Any, tmp_path: Path, picture: str) -> None:
     (tmp_path / "letter.png").write_text("Dear Sir")
     page = open_page(random_model(SMALL), size=(390, 844))
