@@ -415,7 +415,7 @@ function makeTable() {
 function describeMeasured(network) {
   const [color, gray] = about.measured.networks[network];
   const remark = color.remark ? `, ${color.remark}` : "", grayRemark = gray.remark && !color.remark ? ` (${gray.remark})` : "";
-  const most = ` It calls ${percent(color.share)} of them ${className(color.answer)}${color.share > 0.5 ? ", whatever they show" : ""}.`;
+  const most = ` It calls ${percent(color.share)} of them ${className(color.answer)}${color.share > 0.5 ? ", so this answer means little" : ""}.`;
   return `Right for ${percent(color.right)} of the test pictures${remark}; without color for ${percent(gray.right)}${grayRemark}.${network ? most : ""}`;
 }
 
@@ -570,7 +570,7 @@ function describeColor() {
   const { differ, pValue } = about.colors;
   if (!hasTowers || pValue === null) return "";
   const found = differ ? "Here the towers differ in color, too" : "Here the difference in color may be chance";
-  return `The paper found that in every training one tower learns filters without color and the other colorful ones. ${found}: if the filters are shuffled, the towers differ as much in ${percent(pValue)} of all cases. (Random filters have 67\u00a0% color.)`;
+  return `The paper found that in every training one tower learns filters without color and the other colorful ones. ${found}: if the filters are shuffled between the towers, these differ as much in ${percent(pValue)} of all cases. (Random filters have 67\u00a0% color.)`;
 }
 
 /** The slider of response normalization, if the network has any. */
