@@ -844,7 +844,7 @@ function showFilter({ layer: name, unit, inputs }) {
   });
   byId("listens").replaceChildren(
     make("h3", {}, `The units of layer ${before.name.slice(-1)} it listens to most`),
-    make("p", { class: "hint" }, `+ it grows when that unit is strong · − it shrinks${open.layer.name > "fc6" ? "" : " · ± it depends on the place"}`),
+    make("p", { class: "hint" }, `+ it grows when that unit is strong · − it shrinks${before.kernel ? " · ± it depends on the place" : ""}`),
     make("div", { class: "kernels" }, ...buttons),
   );
 }
