@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from alexnet_cli.core.analysis.explain import Explanation
-    from alexnet_cli.core.drawing import Row
     from alexnet_cli.core.inference.inputs import ImageInput
 
 MAX_ROWS = 50  # images on the contact sheet
@@ -118,16 +117,16 @@ def _check_output(output: Path | None, sources: list[ImageInput]) -> None:
 
 
 class _Figures:
-    """Draws a page per image, or one contact sheet of several images."""
+    """Draws a page per image, or one contact sheet of several images: a row, with its path, for each."""
 
     def __init__(self, output: Path | None, choose_path: Callable[..., Path], caption: str, *, has_sheet: bool) -> None:
         self.output, self.choose_path, self.caption, self.has_sheet = output, choose_path, caption, has_sheet
-        self.rows: list[Row] = []
+        self.rows: list[tuple[str, Explanation]] = []
         self.count, self.saved = 0, list[Path]()
 
     def add(self, path: str, explanation: Explanation) -> None:
         """Draw the page of an image, or its row of the sheet. Raises StorageError."""
-        from alexnet_cli.core.analysis.explain import draw_page, make_sheet_row
+        from alexnet_cli.core.analysis.explain import draw_page
         from alexnet_cli.core.drawing import save_figure
 
         self.count += 1
@@ -139,18 +138,18 @@ class _Figures:
             save_figure(draw_page(explanation, title, self.caption), target)
             self.saved.append(target)
         elif len(self.rows) < MAX_ROWS:
-            self.rows.append(make_sheet_row(explanation, path))
+            self.rows.append((path, explanation))
 
     def save(self, inputs: list[str]) -> str:
         """Write the sheet. Return what was saved, or "" if there was nothing to draw. Raises StorageError."""
-        from alexnet_cli.core.drawing import draw_sheet, save_figure
+        from alexnet_cli.core.analysis.explain import draw_sheet
+        from alexnet_cli.core.drawing import save_figure
 
         if not self.rows:
             more = f" and {len(self.saved) - 1:,} more" if len(self.saved) > 1 else ""
             return f"{self.saved[0]}{more}" if self.saved else ""
         target = self.output or self.choose_path(*inputs)
-        title = f"bright: most evidence for the class; 60 → 20 %: with a gray square there · {self.caption}"
-        save_figure(draw_sheet(self.rows, title), target)
+        save_figure(draw_sheet(self.rows, self.caption), target)
         part = f" · the first {MAX_ROWS} of {self.count:,} images" if self.count > MAX_ROWS else ""
         return f"{target}{part}{' · for a page of each image: -o DIR' if not self.output else ''}"
 

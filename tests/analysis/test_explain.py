@@ -211,3 +211,22 @@ def test_any_name_fits_the_page(method: explain.Method, parts: int) -> None:
     assert (page[explain.TOP :, between] == 255).all()
     assert (page[explain.TOP + 100, explain.MARGIN + 100] == (10, 200, 30)).all()
     assert (page == explain.EXPLAINED).all(-1).any(), "the explained class has a bar though it is not among the top 5"
+
+
+@pytest.mark.parametrize("method", ["occlusion", "gradcam"])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_a_sheet_has_a_row_for_each_image_in_columns(method: explain.Method, parts: int) -> None:
+    found = make_explanation(np.zeros((3, 3), np.float32), method, "a name that never ends, " * 40)
+    found = replace(found, attributions=found.attributions[:parts])
+    colors = [(255, shade, 0) for shade in range(100, 110)]
+    images = [("x.png", replace(found, seen=np.full_like(found.seen, color))) for color in colors]
+    sheet = np.asarray(explain.draw_sheet(images, "y" * 400))
+    assert 0.5 < sheet.shape[0] / sheet.shape[1] < 2
+    margin = explain.MARGIN // 2
+    assert (sheet[:, -margin:] == 255).all()
+    assert (sheet[-margin:] == 255).all()
+    places = [np.argwhere((sheet == color).all(-1)) for color in colors]
+    assert {len(pixels) for pixels in places} == {explain.TILE**2}
+    corners = [tuple(pixels[0][::-1]) for pixels in places]
+    assert corners == sorted(corners), "down the columns"
+    assert len({left for left, _ in corners}) > 1

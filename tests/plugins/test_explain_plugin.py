@@ -14,7 +14,7 @@ from PIL import Image
 from typer import Typer
 from typer.testing import CliRunner, Result
 
-from alexnet_cli.core.analysis.explain import Explainer
+from alexnet_cli.core.analysis.explain import TILE, Explainer
 from alexnet_cli.core.data.images import PixelBudget
 from alexnet_cli.core.inference.inputs import load_image
 from alexnet_cli.core.model.model_file import read_model
@@ -77,8 +77,8 @@ def test_several_images_share_a_sheet_or_have_a_page_each_in_a_folder(network: P
     result = run(*pictures, "-w", str(network), "-o", "sheet.png")
     assert result.exit_code == 0, result.output
     with Image.open("sheet.png") as sheet:
-        assert 128 * 4 < sheet.width < 800
-        assert sheet.height > 2 * 128
+        assert 4 * TILE < sheet.width < 5 * TILE
+        assert sheet.height > 2 * TILE
     assert [line.split(":")[0] for line in result.stdout.splitlines() if line[0] != " "] == pictures
     assert run(*pictures, "-w", str(network), "-o", "pages").exit_code == 0
     assert sorted(path.name for path in Path("pages").iterdir()) == [

@@ -5,6 +5,7 @@ Each map is made for the whole network, and for each tower with the other one sw
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +21,7 @@ from scipy.ndimage import map_coordinates
 from alexnet_cli.core.data.classes import ClassName, make_names_unique
 from alexnet_cli.core.data.images import ImageArray
 from alexnet_cli.core.data.views import make_views
-from alexnet_cli.core.drawing import BAR, FAINT, PAGE, Page, Row, Tile
+from alexnet_cli.core.drawing import BAR, FAINT, PAGE, Page
 from alexnet_cli.core.inference.predict import Label, rank_labels
 from alexnet_cli.core.inference.session import Session
 from alexnet_cli.core.model.architecture import layer_specs, receptive_field, step_name
@@ -233,6 +234,9 @@ def make_record(explanation: Explanation) -> dict[str, Any]:
 
 MARGIN, GUTTER, LARGE, NORMAL, SMALL = 24, 32, 26, 19, 17  # pixels: margins, between columns, letter heights
 SHOWN, TOP = 360, 132  # side of an image on the page, and where images begin
+TILE, GAP, ROW_HEIGHT = 176, 8, 280  # of a sheet: side of an image, space between images, height of a row
+SHEET_WIDTH, LEGEND_TOP = 840, 122  # of a sheet: least width, where the legend begins
+LEAST_DROP = 0.02  # of probability: a sheet calls less "stays at"
 LEGEND_LETTERS = 44  # in a line
 BAR_HEIGHT = 50  # of a class, its probability and the space below
 EXPLAINED = (190, 60, 50)  # color of the bar of the explained class
@@ -267,26 +271,55 @@ def draw_page(explanation: Explanation, image: str, caption: str) -> Image.Image
         page.text(left, TOP - 32, name_towers(attribution.without_tower), NORMAL, SHOWN)
         page.image.paste(Image.fromarray(draw_overlay(explanation, attribution, SHOWN)), (left, TOP))
         if explanation.method == "occlusion":
-            _draw_square(page, explanation, attribution, left)
+            _draw_square(page, explanation, attribution, (left, TOP), SHOWN)
         page.text(left, TOP + SHOWN + 8, describe_evidence(explanation, attribution), SMALL, SHOWN, FAINT)
         _draw_classes(page, explanation, attribution, left, TOP + SHOWN + 48)
     return page.image
 
 
-def make_sheet_row(explanation: Explanation, image: str) -> Row:
-    """Make a row of a contact sheet: the image, then the map of each network with the probability of the class.
+def draw_sheet(explained: Sequence[tuple[str, Explanation]], caption: str) -> Image.Image:
+    """Draw several images, each with its path: a row for each, in columns so that the sheet is about square.
 
-    An arrow points to the probability with the gray square at the peak.
+    A row has the image and the map of each network over it.
     """
-    name = explanation.name.name
-    tiles = [Tile(explanation.seen, "image")]
-    for attribution in explanation.attributions:
-        words = name_towers(attribution.without_tower).removesuffix(" network").removesuffix(" alone")
-        tile = draw_overlay(explanation, attribution, SIDE)
-        after = attribution.probability - attribution.highest
-        fall = f" → {100 * after:.0f}" if explanation.method == "occlusion" else ""
-        tiles.append(Tile(tile, f"{words}: {100 * attribution.probability:.0f}{fall} %"))
-    return Row(f"{Path(image).name}: evidence for {name}", tiles, is_first_apart=True)
+    first = explained[0][1]
+    lefts = [0, *(TILE + GUTTER + n * (TILE + GAP) for n in range(len(first.attributions)))]
+    row_width = lefts[-1] + TILE
+    columns = max(1, round(math.sqrt(len(explained) * ROW_HEIGHT / row_width)))
+    rows = -(-len(explained) // columns)
+    width = max(SHEET_WIDTH, 2 * MARGIN + columns * (row_width + 2 * GUTTER) - 2 * GUTTER)
+    legend = textwrap.wrap(_describe_sheet(first), LEGEND_LETTERS * (width - 2 * MARGIN) // SHOWN)
+    top = LEGEND_TOP + 25 * len(legend) + GUTTER
+    page = Page(Image.new("RGB", (width, top + ROW_HEIGHT * rows), PAGE))
+    page.text(MARGIN, MARGIN - 4, "Where the network sees the class above each row", LARGE, width - 2 * MARGIN)
+    page.text(MARGIN, MARGIN + 34, caption, SMALL, width - 2 * MARGIN, FAINT)
+    _draw_scale(page, MARGIN, MARGIN + 68)
+    for number, line in enumerate(legend):
+        page.text(MARGIN, LEGEND_TOP + 25 * number, line, SMALL, width - 2 * MARGIN)
+    for number, (path, explanation) in enumerate(explained):
+        left = MARGIN + number // rows * (row_width + 2 * GUTTER)
+        _draw_row(page, explanation, Path(path).name, left, top + number % rows * ROW_HEIGHT, lefts)
+    return page.image
+
+
+def _draw_row(page: Page, explanation: Explanation, image: str, left: int, top: int, lefts: Sequence[int]) -> None:
+    """Draw a row of a sheet. The tiles begin at `lefts`, counted from `left`."""
+    width = lefts[-1] + TILE
+    page.text(left, top, explanation.name.name, LARGE, width // 2)
+    page.text(left + width, top + 8, image, SMALL, width // 2 - GAP, FAINT, anchor="ra")
+    top += 36
+    seen = Image.fromarray(explanation.seen).resize((TILE, TILE), Image.Resampling.LANCZOS)
+    page.image.paste(seen, (left, top))
+    for place, attribution in zip(lefts[1:], explanation.attributions, strict=True):
+        page.image.paste(Image.fromarray(draw_overlay(explanation, attribution, TILE)), (left + place, top))
+        fall = f"{100 * attribution.probability:.0f} %"
+        if explanation.method == "occlusion" and attribution.highest < LEAST_DROP:
+            fall = f"stays at {fall}"
+        elif explanation.method == "occlusion":
+            fall += f" falls to {100 * (attribution.probability - attribution.highest):.0f} %"
+            _draw_square(page, explanation, attribution, (left + place, top), TILE)
+        page.text(left + place, top + TILE + 4, name_towers(attribution.without_tower), SMALL, TILE)
+        page.text(left + place, top + TILE + 25, fall, SMALL, TILE, FAINT)
 
 
 def draw_overlay(explanation: Explanation, attribution: Attribution, side: int) -> npt.NDArray[np.uint8]:
@@ -327,22 +360,38 @@ def describe_evidence(explanation: Explanation, attribution: Attribution, place:
 
 def _legend_lines(explanation: Explanation) -> list[str]:
     """How to read the page, in lines that fit the column."""
-    name, places = explanation.name.name, len(explanation.centers)
-    how = {
+    paragraphs = (
+        _describe_map(explanation, f"“{explanation.name.name}”"), _describe_scale(explanation),
+        "Bars: what each network takes the image for. Red is the class explained.",
+    )  # fmt: skip
+    return [line for paragraph in paragraphs for line in (*textwrap.wrap(paragraph, LEGEND_LETTERS), "")]
+
+
+def _describe_sheet(explanation: Explanation) -> str:
+    """How to read a sheet, of which `explanation` is the first image."""
+    below = "Below each map: the probability of the class"
+    if explanation.method == "occlusion":
+        below += ", and to what it falls if the white square is gray"
+    return f"{_describe_map(explanation, 'the class')} {_describe_scale(explanation)} {below}."
+
+
+def _describe_map(explanation: Explanation, name: str) -> str:
+    places = len(explanation.centers)
+    return {
         "occlusion": f"A gray square covers one place after the other, {places} x {places} in all. Bright: there it "
-        f"lowers the probability of “{name}” most. The white square is the place of the largest drop.",
+        f"lowers the probability of {name} most. The white square is the place of the largest drop.",
         "gradcam": f"Grad-CAM adds up the maps of layer 5, each times its mean gradient: how much it raises the "
-        f"logit of “{name}”. Bright: there the sum is highest.",
+        f"logit of {name}. Bright: there the sum is highest.",
         "layercam": f"LayerCAM adds up the maps of layer 5, each place times its own gradient where that raises the "
-        f"logit of “{name}”. Bright: there the sum is highest.",
+        f"logit of {name}. Bright: there the sum is highest.",
     }[explanation.method]
-    dark = f", up to a drop of {100 * SMALLEST_DROP:.0f} points or more" if explanation.method == "occlusion" else ""
-    towers = " Alone means that the other tower is switched off." if len(explanation.attributions) > 1 else ""
-    return [
-        *textwrap.wrap(how, LEGEND_LETTERS), "",
-        *textwrap.wrap(f"Each map has its own scale{dark}.{towers}", LEGEND_LETTERS), "",
-        *textwrap.wrap("Bars: what each network takes the image for. Red is the class explained.", LEGEND_LETTERS),
-    ]  # fmt: skip
+
+
+def _describe_scale(explanation: Explanation) -> str:
+    scale = "Each map has its own scale."
+    if explanation.method == "occlusion":
+        scale = f"Full color is the largest drop in the map, but at least {100 * SMALLEST_DROP:.0f} points."
+    return scale + (" Alone: the other tower is switched off." if len(explanation.attributions) > 1 else "")
 
 
 def _draw_scale(page: Page, left: int, top: int) -> None:
@@ -354,15 +403,20 @@ def _draw_scale(page: Page, left: int, top: int) -> None:
     page.image.paste(Image.fromarray(np.repeat(colors[None], 16, axis=0)), (left + 60, top + 3))
 
 
-def _draw_square(page: Page, explanation: Explanation, attribution: Attribution, left: int) -> None:
-    """Draw the outline of the gray square where it lowers the probability most, if it does so anywhere."""
+def _draw_square(
+    page: Page, explanation: Explanation, attribution: Attribution, corner: tuple[int, int], side: int
+) -> None:
+    """Draw the outline of the gray square where it lowers the probability most, if it does so anywhere.
+
+    The map is drawn from `corner`, x and y, `side` pixels wide and high.
+    """
     if attribution.highest <= 0:
         return
     crop = len(explanation.seen)
     row, column = attribution.find_peak()
-    y, x = (explanation.centers[[row, column]] - (SIDE - crop) / 2 - SQUARE / 2) * SHOWN / crop
-    side = SQUARE * SHOWN / crop - 1
-    page.pen.rectangle((left + x, TOP + y, left + x + side, TOP + y + side), outline=PAGE, width=2)
+    x, y = corner + (explanation.centers[[column, row]] - (SIDE - crop) / 2 - SQUARE / 2) * side / crop
+    length = SQUARE * side / crop - 1
+    page.pen.rectangle((x, y, x + length, y + length), outline=PAGE, width=2)
 
 
 def _draw_classes(page: Page, explanation: Explanation, attribution: Attribution, left: int, top: int) -> None:
