@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import json as jsonlib
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -235,20 +234,17 @@ def _report_towers(
     reporter: Reporter, counts: TowerCounts, classes: Sequence[ClassName], views: int, source: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Write what each tower does as JSON or as text. Returns the record."""
-    from alexnet_cli.core.evaluation import results, towers
+    from alexnet_cli.core.evaluation.towers import TowerTable
     from alexnet_cli.core.intervals import format_points
     from alexnet_cli.core.model.model_file import name_towers
 
-    totals = results.summarize(counts.evaluations[towers.WHOLE], views, "torch")
-    errors, needs = counts.list_errors(), counts.list_classes(classes)
-    kept = ("images", "views", "protocol", "chance_error", "commonest_error", "backend")
-    record = {key: totals[key] for key in kept} | dict(source)
-    record |= {"towers": [asdict(row) for row in errors], "classes": [asdict(row) for row in needs]}
+    record = counts.make_record(classes, views, source)
+    table = TowerTable.from_record(record)
+    errors = table.errors
     reporter.result(record)
     reporter.show(f"{'top-1 error':<16}{'color':>7}{'gray':>8}   {'gray costs, points':<24}says most often, in color")
     for color, gray in zip(errors[:3], errors[3:], strict=True):
-        answers = counts.evaluations[color.without_tower, False].confusion.sum(axis=0)
-        most = f"{classes[int(answers.argmax())].name}, {answers.max() / counts.images:.0%}"
+        most = f"{classes[color.top_answer].name}, {color.top_answer_share:.0%}"
         cost = format_points(gray.lost_in_gray, gray.lost_in_gray_interval)
         name = name_towers(color.without_tower)
         numbers = f"{color.top1_error:>7.1%}{gray.top1_error:>8.1%}   {cost:<24}"
@@ -256,7 +252,7 @@ def _report_towers(
     for color, gray in zip(errors[2:0:-1], errors[5:3:-1], strict=True):
         costs = [format_points(row.lost_without_tower, row.lost_without_tower_interval) for row in (color, gray)]
         reporter.show(f"switching tower {color.without_tower} off costs {costs[0]} points in color, {costs[1]} in gray")
-    _report_needs(reporter, needs)
+    _report_needs(reporter, table.classes)
     return record
 
 
@@ -278,14 +274,14 @@ def _report_needs(reporter: Reporter, needs: Sequence[ClassNeed]) -> None:
 
 def _write_record(reporter: Reporter, folder: Path | None, stem: str, record: Mapping[str, Any]) -> None:
     """Write the record of --towers into the folder of results, if there is one."""
-    from alexnet_cli.core.files import write_text
+    from alexnet_cli.core.evaluation.towers import write_record
 
     if folder is None:
         reporter.line("files", NO_FILES)
         return
     path = folder / f"{stem}.json"
     try:
-        write_text(path, jsonlib.dumps(record, indent=2) + "\n")
+        write_record(path, record)
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror}", "free space, or choose another -o") from error
     reporter.line("files", str(path))

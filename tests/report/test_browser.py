@@ -128,10 +128,12 @@ def test_on_a_desktop_the_contents_stay_left_of_the_report(page: Page, pages: di
     assert 0 <= contents["y"] < 900
     assert contents["x"] + contents["width"] < section["x"]
     assert section["width"] > 0.75 * 1440
-    speed, origin = (page.locator(f"#{name}").bounding_box() for name in ("speed", "origin"))
-    assert speed
+    network, recipe, origin = (page.locator(f"#{name}").bounding_box() for name in ("network", "recipe", "origin"))
+    assert network
+    assert recipe
     assert origin
-    assert speed["y"] == origin["y"]
+    assert network["y"] == recipe["y"] < origin["y"]
+    assert network["x"] < recipe["x"] == origin["x"]
 
 
 def test_a_screen_reader_hears_the_names(page: Page, pages: dict[str, Path]) -> None:

@@ -93,7 +93,8 @@ def test_tables_agree_with_metrics_csv_and_eval(shown: Run) -> None:
         matrix = [row[1:] for row in list(csv.reader(file))[1:]]
     caption = "Confusion matrix in images: rows are true classes, columns predicted classes"
     assert [row[1:] for row in page.tables[caption][1:]] == matrix
-    assert f"Top-1 error {said['top1_error']:.1%} (guessing: 83.3%; " in page.all_text
+    lead = f"The network gets {said['top1_error']:.1%} of the 12 validation images of {shown.about['data']} wrong"
+    assert f"{lead} (top-1 error; guessing: 83.3%). For {said['top5_error']:.1%}, the right class" in page.all_text
     assert ("better than guessing (83.3%)." in page.all_text) == (high >= 5 / 6)
 
 
@@ -109,9 +110,22 @@ def test_what_each_tower_does_agrees_with_evaluate(shown: Run, tmp_path: Path) -
         errors = [f"{kind['top1_error']:.1%} (" for kind in (color, gray)]
         assert [cell[: len(error)] for cell, error in zip(row[1:], errors, strict=False)] == errors
         assert row[3].startswith(f"{100 * gray['lost_in_gray']:+.1f} (")
-    classes = page.tables["Images of each class that are right, and points lost without each tower"][1:]
-    shares = [[1 - float(cell.partition("%")[0]) / 100 for cell in row[2:5]] for row in classes]
+    classes = page.tables["Images of each class that are right"][1:]
+    shares = [[1 - float(cell.partition("%")[0]) / 100 for cell in row[3:6]] for row in classes]
     np.testing.assert_allclose(shares, [row["top1_errors"][:3] for row in table["classes"]], atol=0.005)
+
+
+def test_a_saved_comparison_of_the_towers_is_used_if_it_belongs_to_the_weights(copy: Run) -> None:
+    file = copy.path / "eval" / "val-1-towers.json"
+    saved, used = json.loads(file.read_text()), []
+    saved["towers"][0]["top1_error"] = 0.123
+    for change in ({}, {"weights_sha256": "0" * 64}, {"classes": "none"}):
+        file.write_text(json.dumps(saved | change))
+        read_result(report("-w", str(copy.path), "--json", "-q"))
+        rows = Page(copy.path / "report.html").tables["Top-1 errors with their 95 % intervals, in color and gray"]
+        used.append(rows[1][1].startswith("12.3%"))
+    assert used == [True, False, False]
+    assert json.loads(file.read_text())["towers"][0]["top1_error"] != 0.123, "the new one is saved"
 
 
 def test_a_single_tower_cannot_be_switched_off(data: Dataset, tmp_path: Path, undrawn: None) -> None:
@@ -146,7 +160,7 @@ def test_the_precision_is_that_of_the_last_start(
     run = make_run(tmp_path, data, precision=precision, resumed=resumed)
     page = Page(Path(read_result(report("-w", str(run.path), "--json", "-q"))["path"]))
     assert dict(page.tables["Speed of the training and its devices"][1:]).get("Precision", "") == row
-    assert ("Both were computed in bf16; the errors below are computed in fp32" in page.all_text) == is_noted
+    assert ("Both were computed in bf16; the other errors are computed in fp32" in page.all_text) == is_noted
 
 
 def test_the_recipe_is_compared_with_the_paper(shown: Run) -> None:
@@ -301,7 +315,7 @@ def test_without_matplotlib_there_are_tables(copy: Run, monkeypatch: pytest.Monk
     page = Page(copy.path / "report.html")
     assert "pip install 'alexnet-cli[charts]', then alexnet report" in page.all_text
     assert not [image for image in page.images if "svg" in (image["src"] or "")]
-    assert (copy.path / "report.html").read_text().count("<details open>") == 2
+    assert (copy.path / "report.html").read_text().count("<details open>") == 3
 
 
 def test_a_run_whose_data_set_is_gone(copy: Run, data: Dataset) -> None:
@@ -331,7 +345,7 @@ def test_the_page_names_the_data_set_it_measured_on(copy: Run, data: Dataset, tm
     index = (copy.path / "neighbors" / "index.json").read_bytes()
     assert read_result(report("-w", str(copy.path), "--data", str(other), "--json", "-q"))["data"] == str(other)
     text = Page(copy.path / "report.html").all_text
-    assert "on the 12 validation images of other, center view" in text
+    assert "of the 12 validation images of other wrong" in text
     assert f"Data set{data.name}" in text
     assert "Measured onother" in text
     assert (copy.path / "neighbors" / "index.json").read_bytes() == index, "it is that of the run's own data"
@@ -447,7 +461,7 @@ def test_an_imported_network_has_no_training_sections(
     run = Run.create("caffe", RECIPE, {"status": "finished", "imported": {"file": "x.caffemodel", "format": "Caffe"}})
     save_model(replace(random_model(RECIPE, len(NAMES)), classes=data.classes), run.path / "model.safetensors")
     found = read_result(report("-w", "caffe", "--json", "-q"))
-    sections = ["filters", "results", "towers", "examples", "neighbors", "network", "recipe", "origin"]
+    sections = ["filters", "towers", "results", "examples", "neighbors", "network", "recipe", "origin"]
     assert [s["id"] for s in found["sections"]] == sections
     assert "no prepared data set under prepared; name one with alexnet report --data D" in found["sections"][1]["note"]
     page = Page(Path("runs/caffe/report.html"))
@@ -499,7 +513,7 @@ def test_classes_with_the_same_name_get_their_wnid(tmp_path: Path) -> None:
     classes = [ClassName("crane", "n1"), ClassName("crane", "n2"), ClassName("dog", "n3")]
     page = page_of(tmp_path / "page.html", classes, [[5, 0, 3], [2, 5, 0], [0, 1, 9]])
     assert page.tables["All classes, lowest error first"] == [  # once, and of three no top-5
-        ["Class", "Images", "Correct", "Most often predicted as"],
+        ["Class", "Images", "Correct", "Most frequent mistake"],
         ["dog", "10", "90.0%", "crane (n2), once"],
         ["crane (n2)", "7", "71.4%", "crane (n1), 2 times"],
         ["crane (n1)", "8", "62.5%", "dog, 3 times"],

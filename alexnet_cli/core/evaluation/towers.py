@@ -5,9 +5,11 @@ A tower alone is the network with the other one switched off (`model_file.silenc
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,9 +18,12 @@ from alexnet_cli.core.data.classes import ClassName
 from alexnet_cli.core.data.loader import Batch, Loader
 from alexnet_cli.core.data.shards import Split
 from alexnet_cli.core.evaluation.evaluate import Classify, Evaluation, to_gray
+from alexnet_cli.core.evaluation.results import summarize
+from alexnet_cli.core.files import read_file, write_text
 from alexnet_cli.core.intervals import paired_interval, wilson_interval
 from alexnet_cli.core.model.model_file import Model
 from alexnet_cli.core.parallel.placement import choose_decode_threads
+from alexnet_cli.errors import DataError
 
 BATCH = 128
 SAMPLE = 500  # images: six passes of a full-width network over more take minutes
@@ -27,6 +32,8 @@ Condition = tuple[int | None, bool]
 """The tower that is switched off, and whether the images are gray."""
 CONDITIONS: tuple[Condition, ...] = tuple((tower, gray) for gray in (False, True) for tower in NETWORKS)
 WHOLE, TOWER1, TOWER2 = CONDITIONS[:3]  # on color images
+LEAST_NEED = 0.1  # how much more of its images a class that needs a tower loses without it, at least
+OVERUSED = 2  # an answer is overused if it is given to more than so many times the images that there are of the class
 
 Interval = tuple[float, float]
 
@@ -42,6 +49,10 @@ class TowerError:
     top5_error: float
     top5_error_interval: Interval
     loss: float
+    top_answer: int
+    """The class that is the answer to the most images, right or wrong."""
+    top_answer_share: float
+    """The share of the images that get that answer."""
     lost_without_tower: float | None
     """How much higher the top-1 error is than that of the whole network on the same images; None for that network."""
     lost_without_tower_interval: Interval | None
@@ -70,6 +81,32 @@ class ClassNeed:
         """In color: how much the top-1 error rises without tower 1, and without tower 2."""
         whole, tower1, tower2 = self.top1_errors[:3]
         return tower2 - whole, tower1 - whole
+
+    @property
+    def needed_tower(self) -> int | None:
+        """The tower that the class needs more, from 1; None if that is not certain.
+
+        A tower alone that overuses this answer gets the class right without knowing it, which says nothing.
+        """
+        low, high = self.difference_interval
+        tower = 1 if low > LEAST_NEED else 2 if high < -LEAST_NEED else None
+        return tower if tower and self.answers[tower] <= OVERUSED * self.images else None
+
+
+@dataclass(frozen=True)
+class TowerTable:
+    """What each tower does: the errors under each of CONDITIONS, and what each class needs."""
+
+    images: int
+    errors: list[TowerError]
+    classes: list[ClassNeed]
+    """Those with images, first those that need tower 1 more, last those that need tower 2."""
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> TowerTable:
+        """Return the table in a record of `TowerCounts.make_record`."""
+        errors = [TowerError(**row) for row in record["towers"]]
+        return cls(record["images"], errors, [ClassNeed(**row) for row in record["classes"]])
 
 
 @dataclass
@@ -105,7 +142,9 @@ class TowerCounts:
             lost_gray = _compare(right[tower, False], right[tower, True]) if gray else (None, None)
             intervals = [wilson_interval(error, self.images) for error in (counts.top1_error, counts.top5_error)]
             errors = (counts.top1_error, intervals[0], counts.top5_error, intervals[1], counts.loss)
-            rows.append(TowerError(tower, gray, *errors, *lost_tower, *lost_gray))
+            answers = counts.confusion.sum(axis=0)
+            most = (int(answers.argmax()), int(answers.max()) / self.images)
+            rows.append(TowerError(tower, gray, *errors, *most, *lost_tower, *lost_gray))
         return rows
 
     def list_classes(self, classes: Sequence[ClassName]) -> list[ClassNeed]:
@@ -121,6 +160,30 @@ class TowerCounts:
             head = (index, name.wnid or "", name.name, of_class.shape[1])
             rows.append(ClassNeed(*head, errors, times, *_compare(*alone)))
         return sorted(rows, key=lambda row: -row.difference)
+
+    def make_record(self, classes: Sequence[ClassName], views: int, source: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the record of `alexnet evaluate --towers`. `source` says of which weights and data it is."""
+        totals = summarize(self.evaluations[WHOLE], views, "torch")
+        kept = ("images", "views", "protocol", "chance_error", "commonest_error", "backend")
+        return {
+            **{key: totals[key] for key in kept}, **source,
+            "towers": [asdict(row) for row in self.list_errors()],
+            "classes": [asdict(row) for row in self.list_classes(classes)],
+        }  # fmt: skip
+
+
+def write_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a record of `TowerCounts.make_record`. Raises OSError."""
+    write_text(path, json.dumps(record, indent=2) + "\n")
+
+
+def read_table(path: Path, source: Mapping[str, Any]) -> TowerTable | None:
+    """Read the table that `write_record` wrote for this `source`; None if there is none, or it is corrupt."""
+    try:
+        record = json.loads(read_file(path))
+        return TowerTable.from_record(record) if source.items() <= record.items() else None
+    except (OSError, DataError, ValueError, TypeError, KeyError, AttributeError):
+        return None
 
 
 def evaluate_towers(

@@ -4,7 +4,8 @@ There is a report for every state of a run: running, failed before its first che
 set. `Measurements.missing` says which parts are missing and why.
 
 Results of `alexnet evaluate` and the index of `alexnet neighbors` are used if they belong to the same weights and data.
-`alexnet report` computes the rest; the report that `alexnet train` writes leaves it out, to end at once.
+`alexnet report` computes the rest and saves results for the next time. The report that `alexnet train` writes leaves it
+out, to end at once.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from alexnet_cli.core.analysis.filters import Kernels, Specialization
 from alexnet_cli.core.analysis.neighbors import Neighborhood, find_neighborhoods
 from alexnet_cli.core.analysis.units import read_images
 from alexnet_cli.core.data.augment import Augment
-from alexnet_cli.core.data.classes import ClassName
+from alexnet_cli.core.data.classes import ClassName, make_names_unique
 from alexnet_cli.core.data.images import ImageArray
 from alexnet_cli.core.data.loader import Loader, all_batches
 from alexnet_cli.core.data.shards import Dataset, Split, find_dataset, open_dataset
@@ -40,7 +42,7 @@ from alexnet_cli.core.evaluation.evaluate import (
     evaluate,
     match_classes,
 )
-from alexnet_cli.core.evaluation.towers import TowerCounts, count_sample
+from alexnet_cli.core.evaluation.towers import TowerTable, count_sample, read_table, write_record
 from alexnet_cli.core.files import hash_file, read_link
 from alexnet_cli.core.model.model_file import Model, read_model, silence_tower
 from alexnet_cli.core.model.network import network_from_model
@@ -91,7 +93,7 @@ class Measurements:
     """What the network predicts for the images of a data set. Parts that are missing are empty."""
 
     results: Results = ()
-    towers: TowerCounts | None = None
+    towers: TowerTable | None = None
     correct: tuple[Example, ...] = ()
     wrong: tuple[Example, ...] = ()
     sampled: int = 0
@@ -140,6 +142,11 @@ class Report:
     def classes(self) -> tuple[ClassName, ...]:
         """The classes of the network; without one, of the data set."""
         return self.model.classes if self.model else self.data.classes if self.data else ()
+
+    @property
+    def class_names(self) -> list[str]:
+        """The names of `classes`, those that several have with their wnid."""
+        return make_names_unique(self.classes)
 
     @property
     def has_few_classes(self) -> bool:
@@ -306,9 +313,7 @@ def _compute_measurements(
 ) -> Measurements:
     """Compute everything but saved results. An error in the search for neighbors leaves out the neighbors alone."""
     model, val = opened.model, data.split("val")
-    augment = Augment(model.recipe, model.mean, None, None, placement.device)
-    network = network_from_model(model).to(placement.device)
-    classify = HalvingClassifier(TorchClassifier(network, augment, placement), lambda n: None)
+    classify = _make_classifier(model, placement)
     folder = run.path if run else model.path.parent
     unsaved = "" if os.access(folder, os.W_OK) else f"{folder} cannot be written to"
     if not saved:
@@ -317,13 +322,7 @@ def _compute_measurements(
         saved = ((totals, counts),)
         if run and not unsaved and is_best(model.path):
             unsaved = _save_results(run, opened, data, totals, counts)
-    towers = None
-    if model.recipe.towers > 1:
-        classifiers: dict[int | None, Classify] = {None: classify}
-        for tower in (1, 2):
-            network = network_from_model(silence_tower(model, tower)).to(placement.device)
-            classifiers[tower] = HalvingClassifier(TorchClassifier(network, augment, placement), lambda n: None)
-        towers = count_sample(classifiers, model, val, output_of, advance)
+    towers = _measure_towers(run, opened, data, output_of, classify, placement, advance)
     correct, wrong = find_examples(classify, val, output_of, advance)
     evidence, sampled = _add_evidence(wrong, model), len(val.spread_rows(SAMPLE))
     measured = Measurements(saved, towers, correct, evidence, sampled, unsaved=unsaved)
@@ -336,6 +335,42 @@ def _compute_measurements(
         return replace(measured, missing={"neighbors": error.what}, failed=failed)
     missing = {} if neighborhoods else {"neighbors": "the data set has no training images"}
     return replace(measured, neighborhoods=neighborhoods, missing=missing)
+
+
+def _make_classifier(model: Model, placement: Placement) -> HalvingClassifier:
+    augment = Augment(model.recipe, model.mean, None, None, placement.device)
+    network = network_from_model(model).to(placement.device)
+    return HalvingClassifier(TorchClassifier(network, augment, placement), lambda n: None)
+
+
+def _measure_towers(
+    run: Run | None,
+    opened: OpenedModel,
+    data: Dataset,
+    output_of: OutputOf,
+    classify: Classify,
+    placement: Placement,
+    advance: Advance,
+) -> TowerTable | None:
+    """Read what `alexnet evaluate --towers` or an earlier report saved, or measure a sample; None for one tower."""
+    model = opened.model
+    if model.recipe.towers == 1:
+        return None
+    stem = results.make_file_stem("val", 1, model.path, data, ["towers"])
+    path = run.path / "eval" / f"{stem}.json" if run else None
+    origin = {"weights_sha256": opened.sha256, "data_hash": data.hash}
+    if path and (saved := read_table(path, origin)):
+        return saved
+    classifiers: dict[int | None, Classify] = {None: classify}
+    for tower in (1, 2):
+        classifiers[tower] = _make_classifier(silence_tower(model, tower), placement)
+    counts = count_sample(classifiers, model, data.split("val"), output_of, advance)
+    source = results.describe_source("val", model.path, opened.sha256, data)
+    record = counts.make_record(model.classes, 1, source)
+    if path and is_best(model.path):
+        with suppress(OSError):  # the next report measures again
+            write_record(path, record)
+    return TowerTable.from_record(record)
 
 
 def _save_results(run: Run, opened: OpenedModel, data: Dataset, totals: Mapping[str, Any], counts: Evaluation) -> str:

@@ -55,7 +55,7 @@ def write_comparison(comparison: Comparison, path: Path) -> list[Section]:
     text = page.render_template(
         "compare.html",
         title=f"AlexNet, run {names[0]} and run {names[1]}",
-        lead=_write_lead(answers, names) if answers else "",
+        lead=[_write_lead(answers, names)] if answers else [],
         remarks=[f"{report.name}: {text}" for report in comparison.reports for text in page.list_remarks(report)],
         facts=_list_facts(comparison),
         sections=shown,
@@ -86,22 +86,26 @@ def _list_sections(comparison: Comparison, charts: int) -> list[Section]:
             "differences", "What differs", "" if comparison.differences else "Recipe, data and versions are the same."
         ),
         Section("results", "Errors on the same images", missing),
-        Section("curves", "Error, loss and learning rate", no_curves if not charts else ""),
-        Section("filters", "First-layer filters", f"No filters to show of {' and '.join(unknown)}." if unknown else ""),
         Section("examples", "Images that only one gets right", missing),
+        Section("filters", "First-layer filters", f"No filters to show of {' and '.join(unknown)}." if unknown else ""),
+        Section("curves", "Error, loss and learning rate", no_curves if not charts else ""),
     ]
 
 
 def _write_lead(answers: PairedAnswers, names: tuple[str, str]) -> str:
     whole = answers.whole
     low, high = whole.interval
+    images = f"the same {whole.images:,} validation images of {answers.data.name}"
     points = f"{100 * abs(whole.difference):.1f} points"
-    interval = f"95 % interval of the difference {100 * low:+.1f} to {100 * high:+.1f}"
-    images = f"On the same {whole.images:,} validation images of {answers.data.name}"
     if low <= 0 <= high:
-        return f"{images}, the top-1 errors differ by {points}, which may be chance ({interval})."
-    better, worse = names if low > 0 else names[::-1]
-    return f"{better} is better than {worse}. {images}, its top-1 error is {points} lower ({interval})."
+        interval = f"95 % interval {100 * low:+.1f} to {100 * high:+.1f}"
+        return f"On {images}, the top-1 errors differ by {points}, which may be chance ({interval})."
+    (lower, better), (higher, worse) = sorted(zip(whole.top1_errors, names, strict=True))
+    low, high = sorted((abs(low), abs(high)))
+    return (
+        f"{better} is better than {worse}: it gets {lower:.1%} of {images} wrong, not {higher:.1%} (top-1 error). "
+        f"The difference is {points} (95 % interval {100 * low:.1f} to {100 * high:.1f})."
+    )
 
 
 def _list_facts(comparison: Comparison) -> list[tuple[str, str]]:
@@ -189,7 +193,7 @@ def _describe_examples(answers: PairedAnswers, names: tuple[str, str]) -> list[t
             true, mistake = classes[answers.labels[row]], classes[answers.predicted[loser, row]]
             images.append({
                 "uri": sections.encode_image(image), "alt": f"Image of {true}.",
-                "caption": f"{true}; {names[loser]} says {mistake}, {answers.probabilities[loser, row]:.0%}",
+                "caption": f"{true}, not {mistake} ({answers.probabilities[loser, row]:.0%})",
             })  # fmt: skip
         title = f"Only {names[winner]} is right: {len(rows):,} images"
         shown.append((title if len(rows) <= EXAMPLES else f"{title}, {len(images)} of them", images))

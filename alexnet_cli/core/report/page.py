@@ -6,7 +6,7 @@ import shlex
 import tempfile
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,18 +15,16 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 import alexnet_cli
-from alexnet_cli.core.data.classes import make_names_unique
 from alexnet_cli.core.data.shards import ROOT
-from alexnet_cli.core.evaluation import baselines, results
 from alexnet_cli.core.files import write_text
-from alexnet_cli.core.intervals import wilson_interval
 from alexnet_cli.core.report import sections
 from alexnet_cli.core.report.charts import INSTALL_HINT, can_draw, draw_charts
 from alexnet_cli.core.report.collect import Report
 from alexnet_cli.core.report.history import get_number
+from alexnet_cli.core.report.summary import summarize_report
 from alexnet_cli.core.runs.records import get_failure
 from alexnet_cli.core.runs.resolve import shorten_path
-from alexnet_cli.errors import DataError, StorageError, UsageError
+from alexnet_cli.errors import StorageError, UsageError
 
 FILE = "report.html"
 DIRECTION_MARKS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # reorder the line
@@ -89,7 +87,7 @@ def render_page(report: Report) -> tuple[str, list[Section]]:
     text = render_template(
         "report.html",
         title=f"AlexNet, {'run' if report.is_trained else 'network'} {report.name}",
-        lead=_write_lead(report),
+        lead=summarize_report(report),
         remarks=list_remarks(report),
         facts=_list_facts(report),
         sections=shown,
@@ -122,17 +120,19 @@ def render_template(name: str, **values: Any) -> str:
 
 
 def list_sections(report: Report) -> list[Section]:
-    """The sections of the page; some belong to training runs only."""
+    """The sections of the page, what most readers look for first; some belong to training runs only."""
     missing = report.measurements.missing
-    listed = [Section("curves", "Loss, error and learning rate", _explain_missing_curves(report))]
-    listed = listed if report.is_trained else []
     filters = "" if report.towers else "Layer 1 has weights that are NaN or infinite."
-    listed += [
+    listed = [
         Section("filters", "First-layer filters", filters if report.model else "The run has no checkpoint yet."),
-        Section("results", "Errors and confusions", _explain_missing(missing.get("results"))),
         Section("towers", "What each tower does", _explain_missing_towers(report)),
+        Section("results", "Errors and confusions", _explain_missing(missing.get("results"))),
         Section("examples", "Correct and wrong predictions", _explain_missing(missing.get("examples"))),
         Section("neighbors", "Nearest training images", _explain_missing(missing.get("neighbors"))),
+    ]
+    if report.is_trained:
+        listed.append(Section("curves", "Loss, error and learning rate", _explain_missing_curves(report)))
+    listed += [
         Section("network", "The network", "" if report.classes else "The number of classes is not known yet."),
         Section("recipe", "Recipe, compared with the paper"),
     ]
@@ -157,50 +157,6 @@ def _explain_missing_towers(report: Report) -> str:
 
 def _explain_missing(reason: str | None) -> str:
     return f"Missing: {reason}." if reason else ""
-
-
-def _write_lead(report: Report) -> str:
-    """The error in a sentence, or an empty text if it is not known."""
-    totals, best = report.measurements.totals, report.history.best
-    if totals:
-        low, high = totals["top1_error_interval"]
-        baseline = baselines.format_baselines(totals["chance_error"], totals["commonest_error"])
-        top5 = "" if report.has_few_classes else f", top-5 error {totals['top5_error']:.1%}"
-        images = f"{totals['images']:,} validation images{_name_data(report.data.name if report.data else None)}"
-        return (
-            f"Top-1 error {totals['top1_error']:.1%} ({baseline}; 95 % interval {low:.1%} to {high:.1%}){top5}, "
-            f"measured on the {images}, {results.PROTOCOL[totals['views']]}.{_rate_result(report, totals)}"
-        )
-    if best:
-        known = get_number(best, "top5_error") is not None and not report.has_few_classes
-        top5 = f", top-5 error {best['top5_error']:.1%}" if known else ""
-        error = f"Top-1 error {best['top1_error']:.1%}{_compare_with_guessing(report, best['top1_error'])}{top5}"
-        images = f"validation images{_name_data(report.about.get('data'))}"
-        return f"{error}, of the best epoch ({best['epoch']}), measured on the {images}."
-    return ""
-
-
-def _rate_result(report: Report, totals: Mapping[str, Any]) -> str:
-    """Sentences that say if the error is no better than guessing, or the answers are nearly all one class."""
-    counts, names = report.measurements.counts, make_names_unique(report.classes)
-    no_better = baselines.describe_totals(totals)
-    one_sided = baselines.describe_one_sided(counts.confusion, names) if counts else ""
-    return (f" This is {no_better}." if no_better else "") + (f" {one_sided}." if one_sided else "")
-
-
-def _compare_with_guessing(report: Report, error: float) -> str:
-    """The error of guessing and the interval of `error` on the run's own validation images, if they are there."""
-    with suppress(DataError):
-        if report.data and report.is_own_data and len(labels := report.data.split("val").labels):
-            counts = baselines.count_images(labels, len(report.classes))
-            guessing, majority = baselines.guessing_error(len(report.classes)), baselines.majority_error(counts)
-            low, high = wilson_interval(error, len(labels))
-            return f" ({baselines.format_baselines(guessing, majority)}; 95 % interval {low:.1%} to {high:.1%})"
-    return ""
-
-
-def _name_data(name: Any) -> str:
-    return f" of {name}" if name else ""
 
 
 def list_remarks(report: Report) -> list[str]:
@@ -241,13 +197,17 @@ def _drop_empty(rows: Iterable[tuple[str, Any]]) -> list[tuple[str, str]]:
 
 def _list_speed(report: Report) -> list[tuple[str, str]]:
     about, history = report.about, report.history
-    placement, time = about.get("placement"), _format_duration(history.seconds)
+    placement, time = _as_dict(about.get("placement")), _format_duration(history.seconds)
     return _drop_empty([
         ("Images per second", f"{history.speed:,.0f} (median)" if history.speed else ""),
         ("Training time", f"{time}, without validation and pauses" if time else ""),
         ("Devices", ", ".join(_as_words(about.get("devices")))),
-        *((f"Device of {tower}", place) for tower, place in _as_dict(placement).items()),
-        ("Replicas", about.get("replicas")),
+        *(
+            (f"Device of {tower}", place)
+            for tower, place in placement.items()
+            if len(set(map(str, placement.values()))) > 1
+        ),
+        ("Replicas", about.get("replicas") if about.get("replicas") != 1 else ""),
         ("Precision", _describe_precision(report)),
         ("Batch size", f"{report.recipe.batch_size:,} images"),
     ])  # fmt: skip

@@ -25,7 +25,7 @@ from alexnet_cli.core.data.images import ImageArray
 from alexnet_cli.core.evaluation import baselines, results
 from alexnet_cli.core.evaluation.confusion_matrix import draw_confusion_matrix
 from alexnet_cli.core.evaluation.evaluate import Evaluation
-from alexnet_cli.core.evaluation.towers import WHOLE, ClassNeed, TowerCounts, TowerError
+from alexnet_cli.core.evaluation.towers import LEAST_NEED, OVERUSED, ClassNeed, TowerError, TowerTable
 from alexnet_cli.core.intervals import format_points
 from alexnet_cli.core.model.architecture import LayerSpec, describe_kernel, describe_step, layer_specs
 from alexnet_cli.core.model.model_file import name_towers
@@ -43,6 +43,7 @@ SOURCES = {"-": "", "code": "authors' code"}
 MAX_WIDTH = 1000  # pixels; the page shows a wider confusion matrix at this width
 THUMBNAIL, QUALITY = 160, 85  # side in pixels and JPEG quality of images
 TOWER_KEYS = ("specialization", "chroma_tower1", "chroma_tower2")  # of a validation record
+OPEN_ROWS = 2  # of neighbors; the others are folded
 ZOOM = 8  # pixels for each weight of a filter
 LEAST_EPOCHS = 3  # for a replay
 REPLAY_WEIGHTS = 700_000  # in all frames of a replay: one takes about a byte, which is 4/3 in the page
@@ -62,6 +63,10 @@ def describe_network(report: Report, has_charts: bool) -> Values | None:
         f"{towers}: the network of figure 2 of the paper, with the changes of this recipe. "
         f"One image takes {count / 1e6:,.0f} million multiplications."
     )
+    if any("norm" in spec.then for spec in specs):
+        words += " Normalization divides each value by a measure of its neighboring maps (section 3.3 of the paper)."
+    if recipe.dropout:
+        words += " Dropout sets a random part of the units to zero in training."
     total = ("Total", "", "", "", "", "", f"{sum(spec.parameters for spec in specs):,}")
     return {
         "words": words,
@@ -124,9 +129,10 @@ def describe_curves(report: Report, charts: Mapping[str, Chart]) -> Values:
         words = f"The learning rate drops after {describe_drops(history.drops)} (dotted lines)."
     else:
         words = "The learning rate has not dropped yet."
-    words += " Training curves are means over steps, with dropout and augmentation. Validation uses neither."
+    words += " The loss is the mean of -ln p, where p is the probability of the right class. "
+    words += "Training curves are means over steps, with dropout and augmentation. Validation uses neither."
     if report.precision not in ("", "fp32"):
-        words += f" Both were computed in {report.precision}; the errors below are computed in fp32 and may differ."
+        words += f" Both were computed in {report.precision}; the other errors are computed in fp32 and may differ."
     heads: Row = (
         "Epoch", "Training loss", "Validation loss", "Training top-1", "Validation top-1", "Validation top-5",
         "Learning rate", "Images/s", "Drops after",
@@ -143,8 +149,9 @@ def describe_curves(report: Report, charts: Mapping[str, Chart]) -> Values:
         for epoch in history.epochs
     ]  # fmt: skip
     heads, *rows = _drop_top5([heads, *rows], 5, report)
-    shown = [embed_chart(charts[name]) for name in ("loss", "errors", "rate") if name in charts]
-    return {"charts": shown, "words": words, "heads": heads, "rows": rows}
+    shown = [embed_chart(charts[name]) for name in ("errors", "loss") if name in charts]
+    rate = embed_chart(charts["rate"]) if "rate" in charts else None
+    return {"charts": shown, "rate": rate, "words": words, "heads": heads, "rows": rows}
 
 
 def describe_filters(report: Report, charts: Mapping[str, Chart]) -> Values | None:
@@ -169,7 +176,7 @@ def describe_filters(report: Report, charts: Mapping[str, Chart]) -> Values | No
     ]
     return {
         "words": "The first-layer filters, as in figure 3 of the paper. All filters share one scale, and zero is "
-        "mid-gray, so a faint filter looks faint. Color share is 0 for gray, 0.67 for noise and 1 for opponent colors.",
+        "mid-gray, so a faint filter looks faint. Color share is 0 for gray, 0.67 for noise and 1 for pure color.",
         "towers": towers,
         "replay": _draw_replay(report),
         "heads": (
@@ -177,7 +184,7 @@ def describe_filters(report: Report, charts: Mapping[str, Chart]) -> Values | No
         ),
         "rows": rows, "verdict": _compare_towers(report),
         "chart": embed_chart(charts["towers"]) if "towers" in charts else None,
-        "curve": epochs, "curve_heads": ("Epoch", "AUC", "Color share, tower 1", "Color share, tower 2"),
+        "curve": epochs, "curve_heads": ("Epoch", "AUC", "Tower 1", "Tower 2"),
     }  # fmt: skip
 
 
@@ -228,17 +235,16 @@ def _compare_towers(report: Report) -> str:
         return "There are no two towers to compare."
     low, high = measured.interval
     text = (
-        f"Color separates the towers with an AUC (area under the ROC curve) of {measured.auc:.2f}, "
-        f"95 % interval {low:.2f} to {high:.2f}, p = {measured.p_value:.4f}. "
-        "An AUC of 0.5 is chance, 1 is complete separation. "
+        f"Compare each filter of one tower with each of the other: in {measured.auc:.0%} of these pairs, "
+        f"the same tower has more color (AUC {measured.auc:.2f}, 95 % interval {low:.2f} to {high:.2f}; chance: 0.5). "
+        f"Random divisions of the filters into two halves reach this in {measured.p_value:.2%} of cases. "
     )
     if measured.undertrained:
         return f"{text}The filters still look like their random initial values, so these numbers mean nothing yet."
+    if measured.is_significant:
+        return f"{text}So the towers differ."
     few = f"with {len(report.towers[0])} filters in each tower only a large difference would show"
-    differ = "The towers differ" if measured.is_significant else f"Chance alone may explain this: {few}"
-    return (
-        f"{text}{differ}. In the paper, one tower always learns color-agnostic filters, the other color-specific ones."
-    )
+    return f"{text}So chance alone may explain it: {few}."
 
 
 def describe_results(report: Report) -> Values | None:
@@ -246,14 +252,14 @@ def describe_results(report: Report) -> Values | None:
     measured, counts = report.measurements, report.measurements.counts
     if counts is None:
         return None
-    names = make_names_unique(report.classes)
+    names = report.class_names
     heads, *errors = _drop_top5([
         ("Protocol", "Images", "Top-1 error", "Top-5 error", "Loss"),
         *(_totals_row(totals) for totals, _ in measured.results), *_published_rows(measured.totals),
     ], 3, report)  # fmt: skip
     ranked = sorted(results.count_per_class(counts, report.classes), key=lambda row: float(row["top1_error"]))
     class_heads, *rows = _drop_top5([
-        ("Class", "Images", "Correct", "In the top 5", "Most often predicted as"),
+        ("Class", "Images", "Correct", "In the top 5", "Most frequent mistake"),
         *(_class_row(row, counts, names) for row in ranked),
     ], 3, report)  # fmt: skip
     class_title, tables = _split_classes(rows, sum(float(row["top1_error"]) < 1 for row in ranked))
@@ -271,7 +277,7 @@ def _draw_confusion(counts: Evaluation, names: Sequence[str], mistakes: Sequence
     """The confusion matrix as an image."""
     title = f"{counts.images:,} validation images, top-1 error {counts.top1_error:.1%}"
     image = draw_confusion_matrix(counts.confusion, names, title)
-    point = f"{1 - counts.top1_error:.1%} of the images are on the diagonal."
+    point = f"{1 - counts.top1_error:.1%} of the images are right (on the diagonal)."
     if mistakes:
         true, predicted, times = mistakes[0]
         point += f" The most frequent mistake: {true} predicted as {predicted}, {_format_times(times)}."
@@ -281,7 +287,7 @@ def _draw_confusion(counts: Evaluation, names: Sequence[str], mistakes: Sequence
         "width": min(image.width, MAX_WIDTH),
         "point": point,
         "caption": "Rows are true classes, columns predicted classes; blue is correct, red is a mistake, "
-        "and a darker cell is a larger share of its row.",
+        "and a stronger color is a larger share of the row.",
     }
 
 
@@ -298,7 +304,7 @@ def _split_classes(rows: Sequence[Row], recognized: int) -> tuple[str, list[tupl
     if len(rows) == 1:
         return "The class", [("The only class with images", rows)]
     if len(rows) <= MOST:
-        return "Classes", [("All classes, lowest error first", rows)]
+        return "All classes", [("All classes, lowest error first", rows)]
     most = min(MOST, len(rows) // 2)
     tables = [("Classes with the highest error", rows[: -most - 1 : -1])]
     if recognized:
@@ -334,57 +340,55 @@ def _published_rows(totals: Mapping[str, Any] | None) -> list[Row]:
 
 def describe_towers(report: Report) -> Values | None:
     """The error of each tower alone, in color and gray, and the classes that each tower is needed for."""
-    counts = report.measurements.towers
-    if counts is None:
+    table = report.measurements.towers
+    if table is None:
         return None
-    names, errors = make_names_unique(report.classes), counts.list_errors()
-    pairs = list(zip(errors[:3], errors[3:], strict=True))
-    total = len(report.data.split("val")) if report.data else counts.images
-    sample = f"{counts.images:,}" if counts.images == total else f"{counts.images:,} of the {total:,}"
+    names, total = report.class_names, len(report.data.split("val")) if report.data else table.images
+    sample = f"{table.images:,}" if table.images == total else f"{table.images:,} of the {total:,}"
     words = (
         "A tower alone is this network with the other tower switched off: the maps and units of that tower are zero. "
-        "It was not trained to work alone, and may give the same answer for most images. "
-        f"Measured on {sample} validation images, center view."
+        f"It was not trained to work alone. Measured on {sample} validation images, center view."
     )
-    rows = []
-    for color, gray in pairs:
-        answers = counts.evaluations[color.without_tower, False].confusion.sum(axis=0)
-        rows.append((
+    rows = [
+        (
             name_towers(color.without_tower).capitalize(), _format_error(color), _format_error(gray),
             format_points(gray.lost_in_gray, gray.lost_in_gray_interval),
-            f"{names[int(answers.argmax())]}, {answers.max() / counts.images:.0%}",
-        ))  # fmt: skip
-    needs = counts.list_classes(report.classes)
+            f"{names[color.top_answer]}, {color.top_answer_share:.0%}",
+        )
+        for color, gray in zip(table.errors[:3], table.errors[3:], strict=True)
+    ]  # fmt: skip
+    needs = table.classes
     listed = needs if len(needs) <= MOST else [*needs[: MOST // 2], *needs[-MOST // 2 :]]
     return {
-        "words": words, "verdict": _explain_towers(counts, pairs),
-        "heads": ("Network", "Error in color", "Error in gray", "Gray costs, points", "Most frequent answer in color"),
+        "words": words, "verdict": _explain_towers(table, len(names)),
+        "heads": ("Network", "Error in color", "Error in gray", "Gray costs, points", "Most frequent answer"),
         "rows": rows,
-        "class_heads": (
-            "Class", "Images", "Whole network", "Tower 1 alone", "Tower 2 alone",
-            "Lost without 1", "Lost without 2",
-        ),
+        "class_words": "The share of the images of a class that are right, in color. In brackets: how many images, of "
+        "any class, get this answer. A tower is named where a class certainly loses "
+        f"{100 * LEAST_NEED:.0f} points more without it (95 % interval), unless this tower gives the answer to more "
+        f"than {OVERUSED} times as many images as there are.",
+        "class_heads": ("Class", "Needs more", "Images", "Whole network", "Tower 1 alone", "Tower 2 alone"),
         "classes": [_need_row(need, names) for need in listed],
     }  # fmt: skip
 
 
-def _explain_towers(counts: TowerCounts, pairs: Sequence[tuple[TowerError, TowerError]]) -> str:
-    """Say what each tower and color are worth, which tower is no better than guessing, and which loses more in gray."""
-    (_, whole), (tower1, gray1), (tower2, gray2) = pairs
-    costs = [_format_rise(row.lost_without_tower, row.lost_without_tower_interval) for row in (tower2, tower1)] + [
-        _format_rise(row.lost_in_gray, row.lost_in_gray_interval) for row in (whole, gray1, gray2)
-    ]
-    text = [
-        f"Without tower 1 the error in color rises by {costs[0]}, without tower 2 by {costs[1]}.",
-        f"In gray the error of the whole network rises by {costs[2]}, of tower 1 alone by {costs[3]}, "
-        f"of tower 2 alone by {costs[4]}.",
-    ]
-    confusion = counts.evaluations[WHOLE].confusion
-    guessing, majority = baselines.guessing_error(len(confusion)), baselines.majority_error(confusion.sum(axis=1))
-    remarks = [
+def find_weak_towers(table: TowerTable, classes: int) -> tuple[str, str]:
+    """For each tower alone, a remark if it is no better than guessing in color, else an empty text."""
+    guessing = baselines.guessing_error(classes)
+    majority = 1 - max(need.images for need in table.classes) / table.images
+    first, second = (
         baselines.describe_no_better(row.top1_error, row.top1_error_interval[1], guessing, majority)
-        for row in (tower1, tower2)
-    ]
+        for row in table.errors[1:3]
+    )
+    return first, second
+
+
+def _explain_towers(table: TowerTable, classes: int) -> str:
+    """Say what each tower is worth, which tower is no better than guessing, and which loses more in gray."""
+    _, tower1, tower2, _, gray1, gray2 = table.errors
+    costs = [_format_rise(row.lost_without_tower, row.lost_without_tower_interval) for row in (tower2, tower1)]
+    text = [f"Without tower 1 the error in color rises by {costs[0]}, without tower 2 by {costs[1]}."]
+    remarks = find_weak_towers(table, classes)
     text += [f"Tower {number} alone is {remark}." for number, remark in enumerate(remarks, 1) if remark]
     (low1, high1), (low2, high2) = gray1.lost_in_gray_interval or (0, 0), gray2.lost_in_gray_interval or (0, 0)
     if any(remarks):
@@ -408,12 +412,13 @@ def _format_error(row: TowerError) -> str:
 
 def _need_row(need: ClassNeed, names: Sequence[str]) -> Row:
     cells = [f"{1 - need.top1_errors[i]:.0%} ({need.answers[i]:,})" for i in range(3)]
-    return names[need.index], f"{need.images:,}", *cells, *(f"{100 * lost:.0f}" for lost in need.lost_without)
+    needed = f"tower {need.needed_tower}" if need.needed_tower else ""
+    return names[need.index], needed, f"{need.images:,}", *cells
 
 
 def describe_examples(report: Report) -> Values | None:
     """The images with the most confident predictions."""
-    measured, names = report.measurements, make_names_unique(report.classes)
+    measured, names = report.measurements, report.class_names
     if not measured.correct and not measured.wrong:
         return None
     if report.data and measured.sampled == len(report.data.split("val")):
@@ -427,8 +432,8 @@ def describe_examples(report: Report) -> Values | None:
     correct = [image for example in measured.correct for image in _describe_example(names, example)]
     wrong = [image for example in measured.wrong for image in _describe_example(names, example)]
     evidence = (
-        "After each image: where the network saw the class it predicted. Bright places are those where a gray square "
-        "lowers the probability of that class most; each map has its own scale. alexnet explain draws it for any image."
+        "After each image: where the network saw the class it predicted. Bright: a gray square there lowers the "
+        "probability of that class most, by 20 points or more at full color. alexnet explain draws it for any image."
     )
     return {"words": words, "correct": correct, "wrong": wrong, "evidence": evidence}
 
@@ -439,11 +444,12 @@ def _describe_example(names: Sequence[str], example: Example) -> list[Values]:
     if example.true == example.predicted:
         alt, caption = f"Image of {true}, predicted correctly.", f"{true}, {probability}"
     else:
-        alt, caption = f"Image of {true}, predicted as {predicted}.", f"{true}, predicted as {predicted}, {probability}"
+        alt, caption = f"Image of {true}, predicted as {predicted}.", true
     images = [{"uri": encode_image(example.image), "alt": alt, "caption": caption}]
     if example.evidence is not None:
         alt = f"The same image in gray. Bright: where the network saw {predicted}."
-        images.append({"uri": encode_image(example.evidence), "alt": alt, "caption": f"evidence for {predicted}"})
+        caption = f"predicted as {predicted}, {probability}"
+        images.append({"uri": encode_image(example.evidence), "alt": alt, "caption": caption})
     return images
 
 
@@ -463,9 +469,9 @@ def describe_neighbors(report: Report) -> Values | None:
         rows.append({"title": title, "images": images})
     words = (
         "As in figure 4 (right) of the paper: a validation image (framed) and the training images whose layer-7 "
-        "activations are nearest to its own. The numbers are Euclidean distances."
+        "activations are nearest to its own: those that the network finds most alike. The numbers are distances."
     )
-    return {"words": words, "rows": rows}
+    return {"words": words, "rows": rows[:OPEN_ROWS], "folded": rows[OPEN_ROWS:]}
 
 
 def embed_chart(chart: Chart) -> Values:
