@@ -235,8 +235,8 @@ def _compare_towers(report: Report) -> str:
         return "There are no two towers to compare."
     low, high = measured.interval
     text = (
-        f"Compare each filter of one tower with each of the other: in {measured.auc:.0%} of these pairs, "
-        f"the same tower has more color (AUC {measured.auc:.2f}, 95 % interval {low:.2f} to {high:.2f}; chance: 0.5). "
+        f"A filter of the more colorful tower has more color than one of the other in {measured.auc:.0%} of all pairs "
+        f"(AUC {measured.auc:.2f}, 95 % interval {low:.2f} to {high:.2f}; 0.5 is chance). "
         f"Random divisions of the filters into two halves reach this in {measured.p_value:.2%} of cases. "
     )
     if measured.undertrained:

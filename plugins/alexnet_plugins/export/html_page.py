@@ -240,10 +240,9 @@ def measure_towers(model: Model, data: Dataset, advance: Callable[[int], None]) 
     shown = []
     for error in counts.list_errors():
         remark = baselines.describe_no_better(error.top1_error, error.top1_error_interval[1], guessing, majority)
-        answers = counts.evaluations[error.without_tower, error.grayscale].confusion.sum(axis=0)
         shown.append({
-            "right": 1 - error.top1_error, "answer": int(answers.argmax()),
-            "share": int(answers.max()) / counts.images,
+            "right": 1 - error.top1_error, "answer": error.top_answer,
+            "share": error.top_answer_share,
             "remark": remark.partition(" (")[0],  # without the baseline's error: the page says what is right
         })  # fmt: skip
     networks = list(zip(shown[:3], shown[3:], strict=True))  # each in color and in gray
