@@ -234,7 +234,7 @@ def _compare(best: Mapping[str, Sequence[TrainingRecord]], goal: Goal) -> tuple[
     more = "more than " if never else ""
     finding = (
         f"To {goal.error:.0%} training error, tanh needed {more}{math.exp(ratio.mean):.1f} times "
-        f"the epochs of ReLU ({means[0]:.1f} against {means[1]:.1f}, {len(seeds)} seed{'' if len(seeds) == 1 else 's'})"
+        f"the epochs of ReLU ({more}{means[0]:.1f} against {means[1]:.1f}, {len(seeds)} seed{'' if len(seeds) == 1 else 's'})"
     )
     for activation, count in (("tanh", never), ("ReLU", relu_never)):
         if count:
@@ -245,7 +245,8 @@ def _compare(best: Mapping[str, Sequence[TrainingRecord]], goal: Goal) -> tuple[
     if ratio.half is None:
         return "undecided", f"{finding}; one seed gives no interval. {paper}"
     low, high = math.exp(ratio.mean - ratio.half), math.exp(ratio.mean + ratio.half)
-    finding += f"; 95 % interval {low:.1f} to {'at least ' if never else ''}{high:.1f}. {paper}"
+    interval = f"its 95 % interval begins at {low:.1f}" if never else f"95 % interval {low:.1f} to {high:.1f}"
+    finding += f"; {interval}. {paper}"
     return ("agrees" if low > 1 else "disagrees" if high < 1 else "undecided"), finding
 
 

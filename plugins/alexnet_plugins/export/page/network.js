@@ -7,7 +7,7 @@
 
 const BLOCK = 4; // filters and places that the inner loop computes at once
 
-/** The eight layers. `about` is the page's JSON; `data` is the ArrayBuffer that its offsets point into. */
+/** The layers. `about` is the page's JSON; `data` is the ArrayBuffer that its offsets point into. */
 class Network {
   constructor(about, data) {
     this.about = about;
