@@ -74,7 +74,7 @@ def explain(
     figures = _Figures(
         output,
         lambda *images: choose_figure_path(path, name_inputs(images), *options),
-        f"{describe_method(method)} · {origin} · recipe {model.recipe.name}, {len(model.classes):,} classes",
+        f"{describe_method(method)} · recipe {model.recipe.name}, {len(model.classes):,} classes · {origin}",
         has_sheet=len(sources) > 1 and not (output and not _is_png(output)),
     )
     errors: list[str] = []

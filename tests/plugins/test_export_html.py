@@ -248,19 +248,21 @@ def test_normalization_that_is_off_has_alpha_zero(open_page: Any, picture: str) 
 
 def test_the_occlusion_map_is_a_loop_over_squares(open_page: Any, picture: str) -> None:
     model = random_model(SMALL, 7)
-    page, session = open_page(model), Session(round_weights(model))
+    rounded = round_weights(model)
+    page, session = open_page(model), Session(rounded)
     target = int(page.choose(picture).argmax())
-    crop = crop_of(picture, SMALL)
+    crop, mean = crop_of(picture, SMALL).astype(np.float32), rounded.mean[:, 16:240, 16:240]
     [whole] = session.probabilities(crop)[:, target]
 
     def drop(left: int, top: int) -> float:
         covered = crop.copy()
-        covered[:, :, top : top + 56, left : left + 56] = 128
+        window = (..., slice(top, top + 48), slice(left, left + 48))
+        covered[window] = mean[window]
         return float(whole - session.probabilities(covered)[0, target])
 
     page.page.click("#occlude")
     squares = json.loads(page.wait("occluded"))
-    steps = [round(step * 168 / 6) for step in range(7)]
+    steps = [round(step * 176 / 6) for step in range(7)]
     coarse = {(left, top) for left in steps[::2] for top in steps[::2]}
     assert {(square["left"], square["top"]) for square in squares[:16]} == coarse, "the whole picture, roughly, first"
     assert {(square["left"], square["top"]) for square in squares} == {(x, y) for x in steps for y in steps}
@@ -616,6 +618,7 @@ def test_the_page_does_not_take_chance_for_a_color_tower(open_page: Any) -> None
         page = open_page(replace(random, tensors={**random.tensors, "conv1.weight": weight})).page
         measured = measure_specialization(split_towers(weight, 2))
         assert measured.p_value is not None
-        shuffled = f"between the towers, these differ as much in {format_share(measured.p_value)} of all cases"
-        assert f"{words}: if the filters are shuffled {shuffled}" in plain_text(page, "#layers section >> nth=0")
+        count = f"about {100 * measured.p_value:.0f}" if measured.p_value >= 0.005 else "fewer than 1"
+        divisions = f"of 100 random divisions of the filters, {count} differ as much"
+        assert f"{words}: {divisions}" in plain_text(page, "#layers section >> nth=0")
         assert f"Filters, {100 * measured.means[1]:.0f} % color" in plain_text(page, ".tower.tower-2 >> nth=0")

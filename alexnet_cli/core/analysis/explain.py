@@ -236,7 +236,7 @@ MARGIN, GUTTER, LARGE, NORMAL, SMALL = 24, 32, 26, 19, 17  # pixels: margins, be
 SHOWN, TOP = 360, 132  # side of an image on the page, and where images begin
 TILE, GAP, ROW_HEIGHT = 176, 8, 280  # of a sheet: side of an image, space between images, height of a row
 SHEET_WIDTH, LEGEND_TOP = 840, 122  # of a sheet: least width, where the legend begins
-LEAST_DROP = 0.02  # of probability: a sheet calls less "stays at"
+SCREEN = 16 / 9  # width by height
 LEGEND_LETTERS = 44  # in a line
 BAR_HEIGHT = 50  # of a class, its probability and the space below
 EXPLAINED = (190, 60, 50)  # color of the bar of the explained class
@@ -278,14 +278,14 @@ def draw_page(explanation: Explanation, image: str, caption: str) -> Image.Image
 
 
 def draw_sheet(explained: Sequence[tuple[str, Explanation]], caption: str) -> Image.Image:
-    """Draw several images, each with its path: a row for each, in columns so that the sheet is about square.
+    """Draw several images, each with its path: a row for each, in columns that fill a screen.
 
     A row has the image and the map of each network over it.
     """
     first = explained[0][1]
     lefts = [0, *(TILE + GUTTER + n * (TILE + GAP) for n in range(len(first.attributions)))]
     row_width = lefts[-1] + TILE
-    columns = max(1, round(math.sqrt(len(explained) * ROW_HEIGHT / row_width)))
+    columns = max(1, round(math.sqrt(SCREEN * len(explained) * ROW_HEIGHT / row_width)))
     rows = -(-len(explained) // columns)
     width = max(SHEET_WIDTH, 2 * MARGIN + columns * (row_width + 2 * GUTTER) - 2 * GUTTER)
     legend = textwrap.wrap(_describe_sheet(first), LEGEND_LETTERS * (width - 2 * MARGIN) // SHOWN)
@@ -313,10 +313,8 @@ def _draw_row(page: Page, explanation: Explanation, image: str, left: int, top: 
     for place, attribution in zip(lefts[1:], explanation.attributions, strict=True):
         page.image.paste(Image.fromarray(draw_overlay(explanation, attribution, TILE)), (left + place, top))
         fall = f"{100 * attribution.probability:.0f} %"
-        if explanation.method == "occlusion" and attribution.highest < LEAST_DROP:
-            fall = f"stays at {fall}"
-        elif explanation.method == "occlusion":
-            fall += f" falls to {100 * (attribution.probability - attribution.highest):.0f} %"
+        if explanation.method == "occlusion":
+            fall = _describe_fall(attribution)
             _draw_square(page, explanation, attribution, (left + place, top), TILE)
         page.text(left + place, top + TILE + 4, name_towers(attribution.without_tower), SMALL, TILE)
         page.text(left + place, top + TILE + 25, fall, SMALL, TILE, FAINT)
@@ -348,14 +346,23 @@ def describe_evidence(explanation: Explanation, attribution: Attribution, place:
 
     `place` is what to say of the place of the peak, such as " at (66, 90)".
     """
-    before, after = attribution.probability, attribution.probability - attribution.highest
+    before = f"{100 * attribution.probability:.0f} %"
     if attribution.highest <= 0:
-        none = "which no gray square lowers" if explanation.method == "occlusion" else "no evidence"
-        return f"{100 * before:.0f} %, {none}"
+        return f"{before}, {'which no gray square lowers' if explanation.method == 'occlusion' else 'no evidence'}"
     if explanation.method != "occlusion":
-        return f"{100 * before:.0f} %, strongest evidence {attribution.highest:.2g}{place}"
-    digits = 0 if before - after >= 0.02 else 1 if before - after >= 0.002 else 2
-    return f"{100 * before:.{digits}f} % falls to {100 * after:.{digits}f} % if the square{place} is gray"
+        return f"{before}, strongest evidence {attribution.highest:.2g}{place}"
+    return f"{_describe_fall(attribution)} if the square{place} is gray"
+
+
+def _describe_fall(attribution: Attribution) -> str:
+    """Say how far the gray square lowers the probability, with as many digits as the fall needs."""
+    fall = attribution.highest
+    if fall <= 0:
+        return f"{100 * attribution.probability:.0f} %, never less"
+    digits = 0 if fall >= 0.02 else 1 if fall >= 0.002 else 2
+    return (
+        f"{100 * attribution.probability:.{digits}f} % falls to {100 * (attribution.probability - fall):.{digits}f} %"
+    )
 
 
 def _legend_lines(explanation: Explanation) -> list[str]:
@@ -369,7 +376,7 @@ def _legend_lines(explanation: Explanation) -> list[str]:
 
 def _describe_sheet(explanation: Explanation) -> str:
     """How to read a sheet, of which `explanation` is the first image."""
-    below = "Below each map: the probability of the class"
+    below = "Above: the network's answer, right or wrong, unless --class names one. Below: the probability of the class"
     if explanation.method == "occlusion":
         below += ", and to what it falls if the white square is gray"
     return f"{_describe_map(explanation, 'the class')} {_describe_scale(explanation)} {below}."

@@ -15,6 +15,7 @@ from alexnet_cli.core.report.sections import find_weak_towers
 from alexnet_cli.errors import DataError
 
 MOST_NAMES = 3  # classes named for a tower
+PAPER_ERROR = "The paper's network got 37.5% of ILSVRC-2010 wrong: 1,000 classes, 60 million parameters."
 
 
 def summarize_report(report: Report) -> list[str]:
@@ -35,7 +36,8 @@ def _describe_error(report: Report) -> str:
     else:
         return ""
     text = f"{start} gets {totals['top1_error']:.1%} of {images}{f' of {name}' if name else ''} wrong"
-    text += f" (top-1 error{f'; {guessing}' if guessing else ''})."
+    views = ", ten views" if totals.get("views") == 10 else ""
+    text += f" (top-1 error{views}{f'; {guessing}' if guessing else ''})."
     top5 = get_number(totals, "top5_error")
     if top5 is not None and not report.has_few_classes:
         text += f" For {top5:.1%}, the right class is not among the five most probable ones (top-5 error)."
@@ -94,5 +96,5 @@ def _compare_with_paper(report: Report) -> str:
     if measured.undertrained:
         return "The first-layer filters still look like their random initial values: it is too early to compare them."
     if measured.is_significant:
-        return "The color is as in the paper, where one tower learned color in every run and the other did not."
-    return "The towers' filters do not differ in color by more than chance. In the paper, they differ in every run."
+        return f"{PAPER_ERROR} There, one tower learned color in every run, as here; one run does not settle it."
+    return f"{PAPER_ERROR} There, one tower learned color in every run; here, they differ by no more than chance."

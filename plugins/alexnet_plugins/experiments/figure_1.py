@@ -231,10 +231,10 @@ def _compare(best: Mapping[str, Sequence[TrainingRecord]], goal: Goal) -> tuple[
     if ratio is None:
         return "undecided", "ReLU and tanh cannot be compared yet."
     means = [sum(epochs[seed] for seed in seeds) / len(seeds) for epochs in (tanh, relu)]
-    more = "more than " if never else ""
+    more, plural = "more than " if never else "", "" if len(seeds) == 1 else "s"
     finding = (
         f"To {goal.error:.0%} training error, tanh needed {more}{math.exp(ratio.mean):.1f} times "
-        f"the epochs of ReLU ({more}{means[0]:.1f} against {means[1]:.1f}, {len(seeds)} seed{'' if len(seeds) == 1 else 's'})"
+        f"the epochs of ReLU ({more}{means[0]:.1f} against {means[1]:.1f}, {len(seeds)} seed{plural})"
     )
     for activation, count in (("tanh", never), ("ReLU", relu_never)):
         if count:
@@ -296,7 +296,7 @@ FIGURE_1 = Experiment(
     claim=CLAIM,
     data="CIFAR-10",
     time="estimated: 2 hours on 2 cores with bf16",
-    found="with one seed six times (37.1 and 6.1 epochs); not finished",
+    found="more than 6.6 times (tanh not in 40 epochs, ReLU in 6.1; 3 seeds)",
     train=train,
     conclude=conclude,
 )

@@ -227,6 +227,8 @@ def measure_towers(model: Model, data: Dataset, advance: Callable[[int], None]) 
 
     For each of NETWORKS, in color and in gray: the share of right answers, the most frequent answer with its share, and
     a remark if guessing is as good. `constant` is the share of right answers of always saying the most frequent class.
+    `colorful` is the tower that certainly loses more without color, if any; `needs` has for each tower the classes that
+    need it more, at most two.
     `advance` is called with the number of images that a batch had.
 
     Raises:
@@ -237,8 +239,8 @@ def measure_towers(model: Model, data: Dataset, advance: Callable[[int], None]) 
     counts = count_sample(classify, model, split, output_of, advance)
     true = counts.evaluations[WHOLE].confusion.sum(axis=1)
     guessing, majority = baselines.guessing_error(len(true)), baselines.majority_error(true)
-    shown = []
-    for error in counts.list_errors():
+    errors, shown = counts.list_errors(), []
+    for error in errors:
         remark = baselines.describe_no_better(error.top1_error, error.top1_error_interval[1], guessing, majority)
         shown.append({
             "right": 1 - error.top1_error, "answer": error.top_answer,
@@ -246,7 +248,16 @@ def measure_towers(model: Model, data: Dataset, advance: Callable[[int], None]) 
             "remark": remark.partition(" (")[0],  # without the baseline's error: the page says what is right
         })  # fmt: skip
     networks = list(zip(shown[:3], shown[3:], strict=True))  # each in color and in gray
-    return {"images": counts.images, "constant": 1 - majority, "networks": networks}
+    (low1, high1), (low2, high2) = (error.lost_in_gray_interval or (0, 0) for error in errors[4:])
+    colorful = 1 if low1 > high2 else 2 if low2 > high1 else None
+    classes = counts.list_classes(model.classes)
+    needs = [
+        [need.index for need in order if need.needed_tower == tower][:2]
+        for tower, order in ((1, classes), (2, classes[::-1]))
+    ]
+    return {
+        "images": counts.images, "constant": 1 - majority, "networks": networks, "colorful": colorful, "needs": needs
+    }  # fmt: skip
 
 
 def _make_classifier(model: Model) -> Classify:

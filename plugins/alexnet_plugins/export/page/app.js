@@ -406,10 +406,23 @@ function makeTable() {
   if (!measured) return;
   const { images, data, constant } = measured, guessing = 1 / about.classes.length;
   const [whole, first, second] = measured.networks.map(([color]) => percent(color.right));
-  byId("costs").textContent = `Together, the towers are right for ${whole} of the test pictures. With tower\u00a02 off it is ${first}, with tower\u00a01 off ${second}: each learned to work with the other, not alone.`;
+  byId("costs").textContent = `Together, the towers are right for ${whole} of the test pictures. With tower\u00a02 off it is ${first}, with tower\u00a01 off ${second}: each learned to work with the other, not alone. ${describeDivision()}`;
   const always = percent(constant) === percent(guessing) ? "" : `, always the most frequent class for ${percent(constant)}`;
   byId("measured").textContent = `Test pictures: ${images.toLocaleString("en")} validation images of ${data}, from which the network did not learn. Guessing is right for ${percent(guessing)}${always}.`;
   byId("costs").hidden = byId("measured").hidden = false;
+}
+
+/** What each tower is for, where the test pictures leave no doubt. */
+function describeDivision() {
+  const { networks: shares, colorful, needs } = about.measured, sentences = [];
+  if (colorful) {
+    const [more, less] = [shares[colorful], shares[3 - colorful]];
+    sentences.push(`Tower\u00a0${colorful} carries more of the color: without color it falls from ${percent(more[0].right)} to ${percent(more[1].right)}, tower\u00a0${3 - colorful} only from ${percent(less[0].right)} to ${percent(less[1].right)}.`);
+  }
+  needs.forEach((classes, tower) => {
+    if (classes.length) sentences.push(`Tower\u00a0${tower + 1} matters most for ${classes.map(className).join(" and ")}.`);
+  });
+  return sentences.join(" ");
 }
 
 function describeMeasured(network) {
@@ -570,7 +583,7 @@ function describeColor() {
   const { differ, pValue } = about.colors;
   if (!hasTowers || pValue === null) return "";
   const found = differ ? "Here the towers differ in color, too" : "Here the difference in color may be chance";
-  return `The paper found that in every training one tower learns filters without color and the other colorful ones. ${found}: if the filters are shuffled between the towers, these differ as much in ${percent(pValue)} of all cases. (Random filters have 67\u00a0% color.)`;
+  return `The paper found that in every training one tower learns filters without color and the other colorful ones. ${found}: of 100 random divisions of the filters, ${pValue < 0.005 ? "fewer than 1" : `about ${Math.round(100 * pValue)}`} differ as much.`;
 }
 
 /** The slider of response normalization, if the network has any. */
@@ -581,7 +594,7 @@ function makeNorm() {
     changed();
   } });
   slider.value = 100;
-  return make("label", { class: "norm" }, "Response normalization: off ", slider, " on");
+  return make("label", { class: "norm" }, "Response normalization, after these maps (see layer 2): off ", slider, " on");
 }
 
 function describeSteps(layer) {
@@ -620,7 +633,7 @@ function makeTower(layer, tower) {
   const box = make("div", { class: `tower tower-${tower + 1}`, "data-tower": tower });
   if (hasTowers) box.append(make("h4", {}, `Tower\u00a0${tower + 1}, units\u00a0${tower * layer.maps}\u00a0to\u00a0${(tower + 1) * layer.maps - 1}`));
   if (layer.name === "conv1") {
-    box.append(make("p", {}, `Filters, ${percent(about.colors.shares[tower])} color:`), make("canvas", { class: "filters", id: `filters-${tower}`, role: "img", "aria-label": `The ${layer.maps} filters of tower ${tower + 1}` }), make("p", {}, "Their maps, in the same places:"));
+    box.append(make("p", {}, `Filters, ${percent(about.colors.shares[tower])} color, each on its own scale:`), make("canvas", { class: "filters", id: `filters-${tower}`, role: "img", "aria-label": `The ${layer.maps} filters of tower ${tower + 1}` }), make("p", {}, "Their maps, in the same places:"));
   }
   const canvas = make("canvas", { class: "maps", id: `maps-${layer.name}-${tower}`, role: "img" });
   canvas.onclick = (event) => {
@@ -655,17 +668,21 @@ function paint(data, at, share, [red, green, blue]) {
   data[at + 3] = 255;
 }
 
-/** What is black and what is white in a layer: zero, and the value that one in 500 exceeds; the same for both towers. */
-function brightness(values) {
-  const sample = values.filter((_, i) => i % Math.ceil(values.length / 20000) === 0).sort();
-  const low = about.signed ? -1 : 0;
-  const high = sample[Math.floor(sample.length * 0.998)];
-  return [low, high > low ? high - low : 1];
+const whites = {}; // of each layer
+
+/** What is black and what is white in a layer: zero, and the value that one in 500 exceeds, of both towers while both are on. */
+function brightness(layer) {
+  const { values } = shown[layer.name], low = about.signed ? -1 : 0;
+  if (!(layer.name in whites) || !towers.some((tower) => settings.off[tower])) {
+    const sample = values.filter((_, i) => i % Math.ceil(values.length / 20000) === 0).sort();
+    whites[layer.name] = sample[Math.floor(sample.length * 0.998)];
+  }
+  return [low, whites[layer.name] > low ? whites[layer.name] - low : 1];
 }
 
 function drawLayer(layer) {
   const { values, side } = shown[layer.name], all = layer.maps * layer.towers;
-  const [low, range] = brightness(values), gap = side > 1 ? 1 : 0, cell = side + gap;
+  const [low, range] = brightness(layer), gap = side > 1 ? 1 : 0, cell = side + gap;
   const peaks = new Float32Array(all).fill(-Infinity);
   for (let i = 0; i < values.length; i++) if (values[i] > peaks[i % all]) peaks[i % all] = values[i];
   for (const tower of towers) {
@@ -704,7 +721,7 @@ function drawLayer(layer) {
 
 /** One map, as bright as in the grid. */
 function drawMap(canvas, layer, unit) {
-  const { values, side } = shown[layer.name], all = layer.maps * layer.towers, [low, range] = brightness(values);
+  const { values, side } = shown[layer.name], all = layer.maps * layer.towers, [low, range] = brightness(layer);
   canvas.width = canvas.height = side;
   const context = canvas.getContext("2d"), image = context.createImageData(side, side);
   for (let i = 0; i < side * side; i++) paint(image.data, i * 4, (values[i * all + unit] - low) / range, colors[Math.floor(unit / layer.maps)]);
@@ -726,7 +743,7 @@ function highestOf(weights) {
 
 function drawFirstFilters() {
   const layer = layers.conv1, { kernel, maps } = layer, length = kernel * kernel * 3;
-  const columns = gridColumns(layer), rows = Math.ceil(maps / columns), cell = kernel + 1, highest = highestOf(firstFilters);
+  const columns = gridColumns(layer), rows = Math.ceil(maps / columns), cell = kernel + 1;
   for (const tower of towers) {
     const canvas = byId(`filters-${tower}`);
     canvas.width = columns * cell - 1;
@@ -734,7 +751,8 @@ function drawFirstFilters() {
     const context = canvas.getContext("2d"), image = context.createImageData(canvas.width, canvas.height);
     for (let unit = 0; unit < maps; unit++) {
       const from = (tower * maps + unit) * length;
-      drawWeights(image, (unit % columns) * cell, Math.floor(unit / columns) * cell, firstFilters.subarray(from, from + length), kernel, highest);
+      const weights = firstFilters.subarray(from, from + length);
+      drawWeights(image, (unit % columns) * cell, Math.floor(unit / columns) * cell, weights, kernel, highestOf(weights));
     }
     context.putImageData(image, 0, 0);
   }

@@ -344,10 +344,13 @@ function withoutColor(pixels) {
   return output;
 }
 
-/** A copy with a gray square, `edge` pixels wide, its corner at (left, top). */
-function cover(pixels, side, left, top, edge, gray = 128) {
-  const output = pixels.slice();
-  for (let y = top; y < top + edge; y++) output.fill(gray, (y * side + left) * 3, (y * side + left + edge) * 3);
+/** A copy with a gray square, `edge` pixels wide, its corner at (left, top): the mean image, which is zero for the network. */
+function cover(pixels, side, left, top, edge, mean) {
+  const output = Float32Array.from(pixels);
+  for (let y = top; y < top + edge; y++) {
+    const from = (y * side + left) * 3, to = from + edge * 3;
+    output.set(mean.subarray(from, to), from);
+  }
   return output;
 }
 

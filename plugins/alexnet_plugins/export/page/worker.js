@@ -48,13 +48,13 @@ const tasks = {
   /** One grid of squares after the other; `squares` are those that are known already. */
   async occlude({ job, off, norm, gray, target, grids, squares }) {
     newest = job;
-    const { side } = network.about, edge = side >> 2, count = grids[grids.length - 1] ** 2;
+    const { side } = network.about, edge = 48, count = grids[grids.length - 1] ** 2;
     const pixels = gray ? withoutColor(picture) : picture;
     const whole = network.run(pixels, { off, norm })[target];
     for (const corners of grids.map((grid) => squareCorners(side, edge, grid))) {
       for (const [left, top] of corners.flatMap((y) => corners.map((x) => [x, y]))) {
         if (squares.some((square) => square.left === left && square.top === top)) continue;
-        squares.push({ left, top, drop: whole - network.run(cover(pixels, side, left, top, edge), { off, norm })[target] });
+        squares.push({ left, top, drop: whole - network.run(cover(pixels, side, left, top, edge, network.mean), { off, norm })[target] });
         await pause();
         if (job !== newest) return;
         postMessage({ type: "occluded", job, squares, edge, target, whole, done: squares.length / count });
