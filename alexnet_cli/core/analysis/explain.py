@@ -234,12 +234,13 @@ def make_record(explanation: Explanation) -> dict[str, Any]:
 
 MARGIN, GUTTER, LARGE, NORMAL, SMALL = 24, 32, 26, 19, 17  # pixels: margins, between columns, letter heights
 SHOWN, TOP = 360, 132  # side of an image on the page, and where images begin
-TILE, GAP, ROW_HEIGHT = 176, 8, 280  # of a sheet: side of an image, space between images, height of a row
+TILE, GAP, ROW_HEIGHT = 176, 8, 300  # of a sheet: side of an image, space between images, height of a row
 SHEET_WIDTH, LEGEND_TOP = 840, 122  # of a sheet: least width, where the legend begins
 SCREEN = 16 / 9  # width by height
 LEGEND_LETTERS = 44  # in a line
 BAR_HEIGHT = 50  # of a class, its probability and the space below
 EXPLAINED = (190, 60, 50)  # color of the bar of the explained class
+LEAST_SHOWN = 0.05  # of probability: the place of a smaller drop means nothing
 SMALLEST_DROP = 0.2  # of probability, at full color: maps of smaller drops stay dark, since they mean little
 INFERNO = np.array([
     (0, 0, 4), (31, 12, 72), (85, 15, 109), (136, 34, 106), (186, 54, 85), (227, 89, 51), (249, 140, 10),
@@ -318,6 +319,9 @@ def _draw_row(page: Page, explanation: Explanation, image: str, left: int, top: 
             _draw_square(page, explanation, attribution, (left + place, top), TILE)
         page.text(left + place, top + TILE + 4, name_towers(attribution.without_tower), SMALL, TILE)
         page.text(left + place, top + TILE + 25, fall, SMALL, TILE, FAINT)
+        answer = attribution.top[0]
+        if answer.index != explanation.index:
+            page.text(left + place, top + TILE + 46, f"answer: {answer.label}", SMALL, TILE, FAINT)
 
 
 def draw_overlay(explanation: Explanation, attribution: Attribution, side: int) -> npt.NDArray[np.uint8]:
@@ -376,9 +380,9 @@ def _legend_lines(explanation: Explanation) -> list[str]:
 
 def _describe_sheet(explanation: Explanation) -> str:
     """How to read a sheet, of which `explanation` is the first image."""
-    below = "Above: the network's answer, right or wrong, unless --class names one. Below: the probability of the class"
+    below = "Above each row: the class, the network's own answer unless another was asked for. Below: its probability"
     if explanation.method == "occlusion":
-        below += ", and to what it falls if the white square is gray"
+        below += ", to what the square lowers it, and what a network answers that sees another class"
     return f"{_describe_map(explanation, 'the class')} {_describe_scale(explanation)} {below}."
 
 
@@ -386,7 +390,8 @@ def _describe_map(explanation: Explanation, name: str) -> str:
     places = len(explanation.centers)
     return {
         "occlusion": f"A gray square covers one place after the other, {places} x {places} in all. Bright: there it "
-        f"lowers the probability of {name} most. The white square is the place of the largest drop.",
+        f"lowers the probability of {name} most. The white square is the place of the largest drop, from "
+        f"{100 * LEAST_SHOWN:.0f} points on.",
         "gradcam": f"Grad-CAM adds up the maps of layer 5, each times its mean gradient: how much it raises the "
         f"logit of {name}. Bright: there the sum is highest.",
         "layercam": f"LayerCAM adds up the maps of layer 5, each place times its own gradient where that raises the "
@@ -413,11 +418,11 @@ def _draw_scale(page: Page, left: int, top: int) -> None:
 def _draw_square(
     page: Page, explanation: Explanation, attribution: Attribution, corner: tuple[int, int], side: int
 ) -> None:
-    """Draw the outline of the gray square where it lowers the probability most, if it does so anywhere.
+    """Draw the outline of the gray square where it lowers the probability most, if that is enough to mean something.
 
     The map is drawn from `corner`, x and y, `side` pixels wide and high.
     """
-    if attribution.highest <= 0:
+    if attribution.highest < LEAST_SHOWN:
         return
     crop = len(explanation.seen)
     row, column = attribution.find_peak()

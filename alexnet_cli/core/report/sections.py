@@ -242,7 +242,7 @@ def _compare_towers(report: Report) -> str:
     if measured.undertrained:
         return f"{text}The filters still look like their random initial values, so these numbers mean nothing yet."
     if measured.is_significant:
-        return f"{text}So the towers differ."
+        return f"{text}So they differ in this run, by more than chance."
     few = f"with {len(report.towers[0])} filters in each tower only a large difference would show"
     return f"{text}So chance alone may explain it: {few}."
 

@@ -383,7 +383,7 @@ function showAnswers(milliseconds) {
     bar.style.width = `${probabilities[index] * 100}%`;
     return make("li", {}, make("span", {}, about.classes[index]), make("span", { class: "number" }, percent(probabilities[index])), make("span", { class: "bar", "aria-hidden": "true" }, bar));
   }));
-  byId("first-answer").textContent = `${className(order[0])} ${percent(probabilities[order[0]])}`; // where the list is out of sight
+  byId("first-answer").textContent = `Now: ${className(order[0])} ${percent(probabilities[order[0]])}`; // where the list is out of sight
   const known = about.classes.length > 12 ? `It knows only its ${about.classes.length.toLocaleString("en")} classes.` : `It knows only: ${about.classes.map((_, index) => className(index)).join(", ")}.`;
   byId("time").textContent = `Computed in ${(milliseconds / 1000).toFixed(2)}\u00a0s. ${hasTowers && settings.off.every(Boolean) ? nothingSeen : known}`;
   byId("occlude").disabled = hasTowers;
@@ -406,7 +406,7 @@ function makeTable() {
   if (!measured) return;
   const { images, data, constant } = measured, guessing = 1 / about.classes.length;
   const [whole, first, second] = measured.networks.map(([color]) => percent(color.right));
-  byId("costs").textContent = `Together, the towers are right for ${whole} of the test pictures. With tower\u00a02 off it is ${first}, with tower\u00a01 off ${second}: each learned to work with the other, not alone. ${describeDivision()}`;
+  byId("costs").textContent = `Together, the towers are right for ${whole} of the test pictures. Tower\u00a01 alone is right for ${first}, tower\u00a02 alone for ${second}: each learned to work with the other. ${describeDivision()}`;
   const always = percent(constant) === percent(guessing) ? "" : `, always the most frequent class for ${percent(constant)}`;
   byId("measured").textContent = `Test pictures: ${images.toLocaleString("en")} validation images of ${data}, from which the network did not learn. Guessing is right for ${percent(guessing)}${always}.`;
   byId("costs").hidden = byId("measured").hidden = false;
@@ -417,7 +417,7 @@ function describeDivision() {
   const { networks: shares, colorful, needs } = about.measured, sentences = [];
   if (colorful) {
     const [more, less] = [shares[colorful], shares[3 - colorful]];
-    sentences.push(`Tower\u00a0${colorful} carries more of the color: without color it falls from ${percent(more[0].right)} to ${percent(more[1].right)}, tower\u00a0${3 - colorful} only from ${percent(less[0].right)} to ${percent(less[1].right)}.`);
+    sentences.push(`Tower\u00a0${colorful} carries more of the color: alone, without color, it falls from ${percent(more[0].right)} to ${percent(more[1].right)}, tower\u00a0${3 - colorful} only from ${percent(less[0].right)} to ${percent(less[1].right)}.`);
   }
   needs.forEach((classes, tower) => {
     if (classes.length) sentences.push(`Tower\u00a0${tower + 1} matters most for ${classes.map(className).join(" and ")}.`);
@@ -428,7 +428,7 @@ function describeDivision() {
 function describeMeasured(network) {
   const [color, gray] = about.measured.networks[network];
   const remark = color.remark ? `, ${color.remark}` : "", grayRemark = gray.remark && !color.remark ? ` (${gray.remark})` : "";
-  const most = ` It calls ${percent(color.share)} of them ${className(color.answer)}${color.share > 0.5 ? ", so this answer means little" : ""}.`;
+  const most = ` It calls ${percent(color.share)} of them ${className(color.answer)}${color.share > 0.5 ? ", so what it says alone means little" : ""}.`;
   return `Right for ${percent(color.right)} of the test pictures${remark}; without color for ${percent(gray.right)}${grayRemark}.${network ? most : ""}`;
 }
 
