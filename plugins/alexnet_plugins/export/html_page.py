@@ -255,6 +255,8 @@ def measure_towers(model: Model, data: Dataset, advance: Callable[[int], None]) 
         [need.index for need in order if need.needed_tower == tower][:2]
         for tower, order in ((1, classes), (2, classes[::-1]))
     ]
+    if shown[1]["remark"] or shown[2]["remark"]:  # a tower that guesses has nothing to lose
+        colorful, needs = None, [[], []]
     return {
         "images": counts.images, "constant": 1 - majority, "networks": networks, "colorful": colorful, "needs": needs
     }  # fmt: skip

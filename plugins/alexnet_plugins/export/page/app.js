@@ -156,6 +156,7 @@ function makeCanvas(width, height, color) {
 function showCanvas(canvas) {
   const { data, width, height } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
   hasPicture = true;
+  whites = {};
   choices++;
   stopWebcam();
   clearOcclusion();
@@ -668,7 +669,7 @@ function paint(data, at, share, [red, green, blue]) {
   data[at + 3] = 255;
 }
 
-const whites = {}; // of each layer
+let whites = {}; // of each layer, for this picture
 
 /** What is black and what is white in a layer: zero, and the value that one in 500 exceeds, of both towers while both are on. */
 function brightness(layer) {
