@@ -187,7 +187,7 @@ CIFAR_NORM = Experiment(
     claim="A four-layer CNN achieved a 13 % test error rate on CIFAR-10 without normalization and 11 % with it.",
     data="CIFAR-10",
     time="estimated: 5 hours on 2 cores with bf16",
-    found="not run to the end yet",
+    found="19pct, 18pct: 1.7 ± 1.0 points (3 seeds); conv-local not run yet",
     train=train,
     conclude=conclude,
 )
