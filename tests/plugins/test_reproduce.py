@@ -28,8 +28,8 @@ from alexnet_cli.recipe import TINY, Recipe
 from alexnet_plugins.experiments import ablation, cifar, cifar_norm, figure_1, study, towers
 from alexnet_plugins.experiments.cifar import (
     CifarData,
+    CifarTrainer,
     LocallyConnected,
-    Trainer,
     Training,
     TrainingRecord,
     build_network,
@@ -100,7 +100,7 @@ def test_norms_are_those_of_the_released_files() -> None:
 
 def test_a_training_continues_where_it_stopped(data: CifarData, tmp_path: Path) -> None:
     training = Training(network="conv-local-13pct", rate=0.001, seed=3, drops=(1,))
-    whole = Trainer(training, data, CPU)
+    whole = CifarTrainer(training, data, CPU)
     while whole.record.epochs < 2:
         whole.train_epoch(lambda images: False)
     whole.measure_test_error()
@@ -140,7 +140,7 @@ def test_a_file_of_another_training_is_refused(data: CifarData, tmp_path: Path) 
 
 
 def test_the_test_error_is_that_of_the_mean_of_nine_crops(data: CifarData) -> None:
-    trainer = Trainer(Training(network="conv-local-13pct", rate=0.001, seed=0), data, CPU)
+    trainer = CifarTrainer(Training(network="conv-local-13pct", rate=0.001, seed=0), data, CPU)
     for parameter in trainer.network.parameters():
         nn.init.normal_(parameter, std=0.05)
     centered = data.test.float()
@@ -213,10 +213,10 @@ def test_figure_1_compares_the_fastest_rates(tmp_path: Path) -> None:
 
 def test_figure_1_says_more_than_where_tanh_never_arrives(tmp_path: Path) -> None:
     for rate in figure_1.RATES:
-        save_activation(tmp_path, "relu", rate, 0, [0.5] * 199 + [0.2])
+        save_activation(tmp_path, "relu", rate, 0, reach_target(31))
         save_activation(tmp_path, "tanh", rate, 0, [0.5 + rate] * 199 + [0.3 + rate])
     result = figure_1.conclude(tmp_path)
-    assert "tanh needed more than 1.0 times" in result.finding
+    assert "tanh needed more than 6.5 times" in result.finding  # 40 / 6.1 = 6.56
     assert "1 of 1 seeds of tanh had not reached it after 40 epochs" in result.finding
     assert {row[1] for row in result.tables[0].rows if row[0] == "tanh"} == {0.0003}  # came nearest
     assert (
@@ -236,6 +236,7 @@ def test_figure_1_with_a_relu_that_never_arrives_is_undecided(tmp_path: Path) ->
     result = figure_1.conclude(tmp_path)
     assert result.verdict == "undecided"
     assert "1 of 3 seeds of ReLU had not reached it" in result.finding
+    assert result.finding.endswith("Diverged: 19pct-relu-0.001-seed2.")
     write_result(figure_1.FIGURE_1, result, make_job(tmp_path))
     record = json.loads((tmp_path / "result.json").read_text(), parse_constant=pytest.fail)  # no NaN
     assert record["tables"][0]["rows"][2] == ["relu", 0.001, 2, None, None]

@@ -362,7 +362,7 @@ def _describe_fall(attribution: Attribution) -> str:
     """Say how far the gray square lowers the probability, with as many digits as the fall needs."""
     fall = attribution.highest
     if fall <= 0:
-        return f"{100 * attribution.probability:.0f} %, never less"
+        return f"{100 * attribution.probability:.0f} %, lowered nowhere"
     digits = 0 if fall >= 0.02 else 1 if fall >= 0.002 else 2
     return (
         f"{100 * attribution.probability:.{digits}f} % falls to {100 * (attribution.probability - fall):.{digits}f} %"
@@ -382,7 +382,7 @@ def _describe_sheet(explanation: Explanation) -> str:
     """How to read a sheet, of which `explanation` is the first image."""
     below = "Above each row: the class, the network's own answer unless another was asked for. Below: its probability"
     if explanation.method == "occlusion":
-        below += ", to what the square lowers it, and what a network answers that sees another class"
+        below += ", to what the square lowers it, and the answer where it is another class"
     return f"{_describe_map(explanation, 'the class')} {_describe_scale(explanation)} {below}."
 
 
@@ -390,8 +390,8 @@ def _describe_map(explanation: Explanation, name: str) -> str:
     places = len(explanation.centers)
     return {
         "occlusion": f"A gray square covers one place after the other, {places} x {places} in all. Bright: there it "
-        f"lowers the probability of {name} most. The white square is the place of the largest drop, from "
-        f"{100 * LEAST_SHOWN:.0f} points on.",
+        f"lowers the probability of {name} most. The white square is the place of the largest drop, if "
+        f"that is {100 * LEAST_SHOWN:.0f} points or more.",
         "gradcam": f"Grad-CAM adds up the maps of layer 5, each times its mean gradient: how much it raises the "
         f"logit of {name}. Bright: there the sum is highest.",
         "layercam": f"LayerCAM adds up the maps of layer 5, each place times its own gradient where that raises the "

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from alexnet_cli.core.data.classes import ClassName
 from alexnet_cli.core.data.loader import Batch, Loader
 from alexnet_cli.core.data.shards import Split
+from alexnet_cli.core.evaluation import baselines
 from alexnet_cli.core.evaluation.evaluate import Classify, Evaluation, to_gray
 from alexnet_cli.core.evaluation.results import summarize
 from alexnet_cli.core.files import read_file, write_text
@@ -107,6 +108,33 @@ class TowerTable:
         """Return the table in a record of `TowerCounts.make_record`."""
         errors = [TowerError(**row) for row in record["towers"]]
         return cls(record["images"], errors, [ClassNeed(**row) for row in record["classes"]])
+
+    def list_remarks(self, classes: int) -> list[str]:
+        """Return for each of CONDITIONS a remark if the answers are no better than guessing, else an empty text.
+
+        `classes` is the number of classes that the network knows.
+        """
+        guessing, majority = baselines.guessing_error(classes), 1 - max(n.images for n in self.classes) / self.images
+        return [
+            baselines.describe_no_better(row.top1_error, row.top1_error_interval[1], guessing, majority)
+            for row in self.errors
+        ]
+
+    def has_weak_tower(self, classes: int) -> bool:
+        """Whether a tower alone is no better than guessing in color: it has nothing to lose, in gray or of a class."""
+        return any(self.list_remarks(classes)[1:3])
+
+    def find_color_tower(self, classes: int) -> int | None:
+        """The tower, from 1, that loses more in gray; None if that is not certain."""
+        (low1, high1), (low2, high2) = (row.lost_in_gray_interval or (0, 0) for row in self.errors[4:])
+        if self.has_weak_tower(classes):
+            return None
+        return 1 if low1 > high2 else 2 if low2 > high1 else None
+
+    def list_needs(self, tower: int, classes: int) -> list[ClassNeed]:
+        """The classes that certainly need the tower more, by how much; none if a tower is weak."""
+        order = self.classes if tower == 1 else self.classes[::-1]
+        return [] if self.has_weak_tower(classes) else [need for need in order if need.needed_tower == tower]
 
 
 @dataclass

@@ -22,7 +22,7 @@ from alexnet_cli.core.analysis.filter_replay import FRAMES, draw_replay
 from alexnet_cli.core.analysis.filters import Kernels
 from alexnet_cli.core.data.classes import make_names_unique
 from alexnet_cli.core.data.images import ImageArray
-from alexnet_cli.core.evaluation import baselines, results
+from alexnet_cli.core.evaluation import results
 from alexnet_cli.core.evaluation.confusion_matrix import draw_confusion_matrix
 from alexnet_cli.core.evaluation.evaluate import Evaluation
 from alexnet_cli.core.evaluation.towers import LEAST_NEED, OVERUSED, ClassNeed, TowerError, TowerTable
@@ -372,31 +372,18 @@ def describe_towers(report: Report) -> Values | None:
     }  # fmt: skip
 
 
-def find_weak_towers(table: TowerTable, classes: int) -> tuple[str, str]:
-    """For each tower alone, a remark if it is no better than guessing in color, else an empty text."""
-    guessing = baselines.guessing_error(classes)
-    majority = 1 - max(need.images for need in table.classes) / table.images
-    first, second = (
-        baselines.describe_no_better(row.top1_error, row.top1_error_interval[1], guessing, majority)
-        for row in table.errors[1:3]
-    )
-    return first, second
-
-
 def _explain_towers(table: TowerTable, classes: int) -> str:
     """Say what each tower is worth, which tower is no better than guessing, and which loses more in gray."""
-    _, tower1, tower2, _, gray1, gray2 = table.errors
-    costs = [_format_rise(row.lost_without_tower, row.lost_without_tower_interval) for row in (tower2, tower1)]
+    costs = [_format_rise(row.lost_without_tower, row.lost_without_tower_interval) for row in table.errors[2:0:-1]]
     text = [f"Without tower 1 the error in color rises by {costs[0]}, without tower 2 by {costs[1]}."]
-    remarks = find_weak_towers(table, classes)
+    remarks = table.list_remarks(classes)[1:3]
     text += [f"Tower {number} alone is {remark}." for number, remark in enumerate(remarks, 1) if remark]
-    (low1, high1), (low2, high2) = gray1.lost_in_gray_interval or (0, 0), gray2.lost_in_gray_interval or (0, 0)
-    if any(remarks):
+    if table.has_weak_tower(classes):
         text.append("So it has nothing to lose in gray: this cannot say which tower needs color.")
-    elif max(low1, low2) <= min(high1, high2):
-        text.append("Which tower loses more in gray is not certain.")
+    elif tower := table.find_color_tower(classes):
+        text.append(f"Tower {tower} loses more in gray than tower {3 - tower}.")
     else:
-        text.append(f"Tower {2 if low2 > high1 else 1} loses more in gray than tower {1 if low2 > high1 else 2}.")
+        text.append("Which tower loses more in gray is not certain.")
     return " ".join(text)
 
 

@@ -11,7 +11,6 @@ from alexnet_cli.core.evaluation import baselines
 from alexnet_cli.core.report.charts import join_names
 from alexnet_cli.core.report.collect import Report
 from alexnet_cli.core.report.history import get_number
-from alexnet_cli.core.report.sections import find_weak_towers
 from alexnet_cli.errors import DataError
 
 MOST_NAMES = 3  # classes named for a tower
@@ -78,11 +77,12 @@ def _describe_color(report: Report) -> str:
 def _describe_needs(report: Report) -> str:
     """Which classes need which tower, if each tower alone is better than guessing."""
     table = report.measurements.towers
-    if table is None or any(find_weak_towers(table, len(report.classes))):
+    if table is None:
         return ""
     texts = list[str]()
-    for tower, needs in ((1, table.classes), (2, table.classes[::-1])):
-        names = [report.class_names[need.index] for need in needs if need.needed_tower == tower][:MOST_NAMES]
+    for tower in (1, 2):
+        needs = table.list_needs(tower, len(report.classes))[:MOST_NAMES]
+        names = [report.class_names[need.index] for need in needs]
         if names:
             texts.append(f"tower {tower} {'' if texts else 'matters more '}for {join_names(names)}")
     text = ", ".join(texts)

@@ -14,7 +14,7 @@ import numpy as np
 from alexnet_cli.core.files import read_text
 from alexnet_cli.core.runs.run import Run
 from alexnet_cli.recipe import TINY
-from alexnet_plugins.experiments.experiment import Cell, Chart, Experiment, Job, Result, Table, describe_diverged
+from alexnet_plugins.experiments.experiment import Chart, Experiment, Job, Result, Table, TableValue, describe_diverged
 from alexnet_plugins.experiments.study import (
     BASE,
     SWITCHES,
@@ -88,7 +88,7 @@ def conclude(folder: Path) -> Result:
         "switch", "section", "seeds", "top-1 error", "training error", "gap", "difference", "±",
         "training difference", "training ±", "the paper", "verdict", "seeds to decide",
     )  # fmt: skip
-    table = Table("ablation", "Errors as shares of the images", headings, [_make_cells(row) for row in rows])
+    table = Table("ablation", "Errors as shares of the images", headings, [_make_values(row) for row in rows])
     caption = "What switching each idea off adds to the top-1 error. Small points are seeds."
     chart = Chart(partial(_draw, rows), caption, table)
     verdicts = {row.switch.name: row.verdict for row in rows if row.verdict}
@@ -114,7 +114,7 @@ def _read_views(base: Mapping[int, Run]) -> tuple[dict[int, Any], dict[int, Any]
     return one_view, ten_views
 
 
-def _make_cells(row: Row) -> list[Cell]:
+def _make_values(row: Row) -> list[TableValue]:
     top1, training = row.top1, row.train_top1
     gap = top1.mean - training.mean if top1 and training else None
     return [
@@ -125,7 +125,7 @@ def _make_cells(row: Row) -> list[Cell]:
     ]  # fmt: skip
 
 
-def _round_estimate(estimate: Estimate | None) -> list[Cell]:
+def _round_estimate(estimate: Estimate | None) -> list[TableValue]:
     return [round_share(estimate.mean), round_share(estimate.half)] if estimate else [None, None]
 
 

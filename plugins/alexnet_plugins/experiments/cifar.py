@@ -204,7 +204,7 @@ class TrainingRecord:
         return bool(self.errors) and math.isnan(self.errors[-1])
 
 
-class Trainer:
+class CifarTrainer:
     """Trains one network. The same seed gives the same initial weights, data order and crops in every network."""
 
     def __init__(self, training: Training, data: CifarData, placement: Placement) -> None:
@@ -355,11 +355,9 @@ def list_machines(records: Sequence[TrainingRecord]) -> list[str]:
 
 def _make_record(values: dict[str, Any]) -> TrainingRecord:
     errors = tuple(math.nan if error is None else float(error) for error in values["errors"])
-    return TrainingRecord(**values | {"training": _make_training(values["training"]), "errors": errors})
-
-
-def _make_training(values: dict[str, Any]) -> Training:
-    return Training(**values | {"drops": tuple(values["drops"])})
+    training = values["training"]
+    training = Training(**training | {"drops": tuple(training["drops"])})
+    return TrainingRecord(**values | {"training": training, "errors": errors})
 
 
 @contextmanager
@@ -397,7 +395,7 @@ def continue_training(
         _check_same_training(record, training, path)
         if record.diverged or (is_done(record) and (record.test_error is not None or not measure_test_error)):
             return record
-    trainer, state = Trainer(training, data, job.placement), path.with_suffix(".pt")
+    trainer, state = CifarTrainer(training, data, job.placement), path.with_suffix(".pt")
     if state.is_file():
         trainer.restore(state)
 

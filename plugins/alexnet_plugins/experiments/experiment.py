@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from alexnet_cli.core.parallel.placement import Placement
 
 Verdict = Literal["agrees", "disagrees", "undecided"]
-Cell = str | int | float | None
+TableValue = str | int | float | None
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Table:
     name: str
     caption: str
     headings: Sequence[str]
-    rows: Sequence[Sequence[Cell]]
+    rows: Sequence[Sequence[TableValue]]
 
 
 @dataclass(frozen=True)

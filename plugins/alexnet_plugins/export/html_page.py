@@ -27,9 +27,8 @@ import alexnet_cli
 from alexnet_cli.core.analysis.filters import measure_specialization, split_towers
 from alexnet_cli.core.data.shards import Dataset
 from alexnet_cli.core.data.views import cut_views, make_views
-from alexnet_cli.core.evaluation import baselines
 from alexnet_cli.core.evaluation.evaluate import Classify, match_classes
-from alexnet_cli.core.evaluation.towers import NETWORKS, WHOLE, count_sample
+from alexnet_cli.core.evaluation.towers import NETWORKS, TowerTable, count_sample
 from alexnet_cli.core.files import write_chunks
 from alexnet_cli.core.inference.session import Session
 from alexnet_cli.core.model.architecture import (
@@ -237,28 +236,23 @@ def measure_towers(model: Model, data: Dataset, advance: Callable[[int], None]) 
     output_of, split = match_classes(model.classes, data.classes, model.path), data.split("val")
     classify = {tower: _make_classifier(model if tower is None else silence_tower(model, tower)) for tower in NETWORKS}
     counts = count_sample(classify, model, split, output_of, advance)
-    true = counts.evaluations[WHOLE].confusion.sum(axis=1)
-    guessing, majority = baselines.guessing_error(len(true)), baselines.majority_error(true)
-    errors, shown = counts.list_errors(), []
-    for error in errors:
-        remark = baselines.describe_no_better(error.top1_error, error.top1_error_interval[1], guessing, majority)
-        shown.append({
-            "right": 1 - error.top1_error, "answer": error.top_answer,
-            "share": error.top_answer_share,
+    table, number = (
+        TowerTable(counts.images, counts.list_errors(), counts.list_classes(model.classes)),
+        len(model.classes),
+    )
+    shown = [
+        {
+            "right": 1 - error.top1_error, "answer": error.top_answer, "share": error.top_answer_share,
             "remark": remark.partition(" (")[0],  # without the baseline's error: the page says what is right
-        })  # fmt: skip
+        }
+        for error, remark in zip(table.errors, table.list_remarks(number), strict=True)
+    ]  # fmt: skip
     networks = list(zip(shown[:3], shown[3:], strict=True))  # each in color and in gray
-    (low1, high1), (low2, high2) = (error.lost_in_gray_interval or (0, 0) for error in errors[4:])
-    colorful = 1 if low1 > high2 else 2 if low2 > high1 else None
-    classes = counts.list_classes(model.classes)
-    needs = [
-        [need.index for need in order if need.needed_tower == tower][:2]
-        for tower, order in ((1, classes), (2, classes[::-1]))
-    ]
-    if shown[1]["remark"] or shown[2]["remark"]:  # a tower that guesses has nothing to lose
-        colorful, needs = None, [[], []]
+    constant = max(need.images for need in table.classes) / table.images
+    needs = [[need.index for need in table.list_needs(tower, number)[:2]] for tower in (1, 2)]
+    colorful = table.find_color_tower(number)
     return {
-        "images": counts.images, "constant": 1 - majority, "networks": networks, "colorful": colorful, "needs": needs
+        "images": table.images, "constant": constant, "networks": networks, "colorful": colorful, "needs": needs
     }  # fmt: skip
 
 
