@@ -381,6 +381,11 @@ def test_reproduce_stopped_says_what_is_missing(
     assert "missing relu: seed 0, 1, 2" in capsys.readouterr().err
 
 
+def measure_shares(weight: filters.Kernels) -> towers.ColorShares:
+    first, second = filters.measure_live_chroma(filters.split_towers(weight, 2))
+    return first, second
+
+
 def test_the_separation_of_one_run_is_that_of_the_filters() -> None:
     random = np.random.default_rng(0)
     gray = random.normal(size=(48, 1, 11, 11)).repeat(3, axis=1) + random.normal(0, 0.8, (48, 3, 11, 11))
@@ -388,22 +393,22 @@ def test_the_separation_of_one_run_is_that_of_the_filters() -> None:
     weak = np.concatenate([weight[:44], weight[48:52], weight[44:48], weight[52:]])[random.permutation(96)]
     for mixed in (weight, weak):
         measured = filters.measure_specialization(filters.split_towers(mixed, 2))
-        separation = towers.measure_separation([mixed])
+        separation = towers.measure_separation([measure_shares(mixed)])
         assert separation.aucs == [measured.auc]
         assert separation.p_value == pytest.approx(measured.p_value, abs=0.02)
-    both = towers.measure_separation([weight, weak])
+    both = towers.measure_separation([measure_shares(weight), measure_shares(weak)])
     assert both.mean == pytest.approx(np.mean(both.aucs))
-    assert towers.measure_separation([weak]).limit > both.limit > 0.5  # more seeds see smaller effects
+    assert towers.measure_separation([measure_shares(weak)]).limit > both.limit > 0.5  # more seeds see smaller effects
 
 
 def test_equal_colors_separate_no_towers() -> None:
     """48 equal filters, 48 others: the order of equal ones must not count."""
     weight = np.random.default_rng(0).normal(size=(96, 3, 11, 11)).astype(np.float32)
     weight[24:72] = weight[0]
-    separation = towers.measure_separation([weight])
-    expected = stats.mannwhitneyu(*filters.measure_live_chroma(filters.split_towers(weight, 2)))
+    separation = towers.measure_separation([measure_shares(weight)])
+    expected = stats.mannwhitneyu(*measure_shares(weight))
     assert separation.p_value == pytest.approx(expected.pvalue, abs=0.02)
-    same = towers.measure_separation([np.broadcast_to(weight[:1], weight.shape)])
+    same = towers.measure_separation([measure_shares(np.repeat(weight[:1], 96, axis=0))])
     assert (same.aucs, same.p_value, same.limit) == ([0.5], 1, 0.5)
 
 
@@ -411,7 +416,7 @@ def test_dead_filters_are_left_out() -> None:
     random = np.random.default_rng(0)
     weight = random.normal(size=(96, 3, 11, 11)).astype(np.float32)
     weight[:10] = random.normal(size=(10, 1, 11, 11)) * 1e-3  # dead and gray
-    separation = towers.measure_separation([weight])
+    separation = towers.measure_separation([measure_shares(weight)])
     assert separation.aucs == [filters.measure_specialization(filters.split_towers(weight, 2)).auc]
 
 

@@ -1,7 +1,11 @@
-"""Do the towers part by color (section 6.1)? First-layer filters of trainings on photographs, with controls."""
+"""Do the towers part by color (section 6.1)? First-layer filters of trainings on photographs, with controls.
+
+runs/towers/CONDITION-seedN/color_shares.json   the color share of each live filter of layer 1, by epoch and tower
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -10,7 +14,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from alexnet_cli.core.analysis.filters import Kernels, Vector, compute_auc, measure_live_chroma, split_towers
+from alexnet_cli.core.analysis.filters import Vector, compute_auc, measure_live_chroma, split_towers
+from alexnet_cli.core.files import read_text, write_text
 from alexnet_cli.core.runs.run import Run
 from alexnet_cli.recipe import TINY
 from alexnet_plugins.experiments.experiment import Chart, Experiment, Job, Result, Table, Verdict, describe_diverged
@@ -30,6 +35,7 @@ from alexnet_plugins.experiments.table import OUR_COLOR
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+SHARES = "color_shares.json"
 SEEDS = 3
 PERMUTATIONS = 10_000
 SIGNIFICANT = 0.05
@@ -79,11 +85,14 @@ class Separation(NamedTuple):
     limit: float
 
 
-def measure_separation(runs: Sequence[Kernels]) -> Separation:
-    """Measure the first-layer filters of several runs, each 2N x 3 x 11 x 11: the first half against the second."""
+ColorShares = tuple[Vector, Vector]
+"""The color shares of the live filters of each tower, or of each half of a single one."""
+
+
+def measure_separation(runs: Sequence[ColorShares]) -> Separation:
+    """Measure how far color separates the towers in one epoch of several runs."""
     random, nulls, aucs = np.random.default_rng(0), [], []
-    for weight in runs:
-        first, second = measure_live_chroma(split_towers(weight, 2))
+    for first, second in runs:
         aucs.append(compute_auc(first, second))
         nulls.append(_permute_auc(first, second, random))
     mean, null = float(np.mean(aucs)), np.mean(nulls, axis=0)
@@ -109,18 +118,28 @@ def _compute_p_value(auc: float, null: Vector) -> float:
 
 
 def train(job: Job) -> None:
-    """Train every condition with every seed."""
+    """Train every condition with every seed, and measure the filters of each training."""
     train_cells(job, open_imagenette(job), make_cells(RECIPE, CONDITIONS, SEEDS))
+    for runs in find_done_runs(job.folder, CONDITIONS).values():
+        for run in runs.values():
+            if not (run.path / SHARES).exists():
+                _measure_filters(run)
+
+
+def _measure_filters(run: Run) -> None:
+    epochs = {epoch: measure_live_chroma(split_towers(np.load(file), 2)) for epoch, file in run.kept_filters.items()}
+    shares = {epoch: [[round(float(share), 4) for share in tower] for tower in both] for epoch, both in epochs.items()}
+    write_text(run.path / SHARES, json.dumps(shares) + "\n")
 
 
 def conclude(folder: Path) -> Result:
     """Compare the conditions in what has been trained so far."""
     done = find_done_runs(folder, CONDITIONS)
-    kept = _read_filters(done)
-    filters = {switch.name: [epochs[max(epochs)] for epochs in runs.values()] for switch, runs in kept.items()}
+    kept = _read_shares(done)
+    last = {switch.name: [epochs[max(epochs)] for epochs in runs.values()] for switch, runs in kept.items()}
     if BASE in kept:
-        filters[INITIAL] = [epochs[0] for epochs in kept[BASE].values()]
-    found = {name: measure_separation(weights) for name, weights in filters.items()}
+        last[INITIAL] = [epochs[0] for epochs in kept[BASE].values()]
+    found = {name: measure_separation(shares) for name, shares in last.items()}
     verdict, finding = judge_separation(found)
     rows = [
         (
@@ -130,7 +149,12 @@ def conclude(folder: Path) -> Result:
         for name, s in found.items()
     ]  # fmt: skip
     headings = ("condition", "", "seeds", "AUC of each seed", "mean AUC", "p", f"AUC for p = {SIGNIFICANT}")
-    curves = {s.name: {seed: _auc_by_epoch(epochs) for seed, epochs in runs.items()} for s, runs in kept.items()}
+    curves = {
+        switch.name: {
+            seed: {epoch: compute_auc(*shares) for epoch, shares in epochs.items()} for seed, epochs in runs.items()
+        }
+        for switch, runs in kept.items()
+    }
     points = [
         (name, seed, epoch, auc)
         for name, runs in curves.items()
@@ -163,23 +187,20 @@ def judge_separation(found: Mapping[str, Separation]) -> tuple[Verdict, str]:
     return ("agrees" if max(base.p_values) <= SIGNIFICANT else "undecided"), finding
 
 
-def _read_filters(done: Mapping[Switch, Mapping[int, Run]]) -> dict[Switch, dict[int, dict[int, Kernels]]]:
-    """Condition -> seed -> epoch -> the filters of layer 1; 0 is before the first step.
+def _read_shares(done: Mapping[Switch, Mapping[int, Run]]) -> dict[Switch, dict[int, dict[int, ColorShares]]]:
+    """Condition -> seed -> epoch -> color shares; epoch 0 is before the first step.
 
-    Only trainings that have the filters from the first to the last epoch: one that diverged has not.
+    Only trainings that have them from the first to the last epoch: one that diverged has not.
     """
-    kept: dict[Switch, dict[int, dict[int, Kernels]]] = {}
+    kept: dict[Switch, dict[int, dict[int, ColorShares]]] = {}
     for switch, runs in done.items():
         for seed, run in runs.items():
-            if run.kept_filters.keys() >= {0, run.recipe.epochs}:
-                epochs = {epoch: np.load(file) for epoch, file in run.kept_filters.items()}
-                kept.setdefault(switch, {})[seed] = epochs
+            file = run.path / SHARES
+            epochs = json.loads(read_text(file)) if file.exists() else {}
+            shares = {int(epoch): (np.array(first), np.array(second)) for epoch, (first, second) in epochs.items()}
+            if shares.keys() >= {0, run.recipe.epochs}:
+                kept.setdefault(switch, {})[seed] = shares
     return kept
-
-
-def _auc_by_epoch(epochs: Mapping[int, Kernels]) -> dict[int, float]:
-    halves = {epoch: measure_live_chroma(split_towers(weight, 2)) for epoch, weight in epochs.items()}
-    return {epoch: compute_auc(one, other) for epoch, (one, other) in halves.items()}
 
 
 def _draw(curves: Mapping[str, Mapping[int, Mapping[int, float]]]) -> Figure:
