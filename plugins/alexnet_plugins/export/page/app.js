@@ -17,10 +17,11 @@ const largestCanvas = 2 ** 24; // pixels, the limit of phones; larger pictures a
 
 const settings = { off: towers.map(() => false), norm: 1, gray: false };
 const shown = {}; // layer name -> { values, side } of the newest run
-let probabilities, firstFilters, worker, picture;
+let probabilities, allOn, firstFilters, worker, picture;
 let choices = 0; // of pictures, so that the last one chosen is shown
 let job = 0, hasPicture = false, isBusy = false, isStale = false, occlusionJob = 0;
 let squares; // { left, top, drop } of the occlusion map so far
+let isOld = false; // the occlusion map on show is of the network before a switch
 let open; // { layer, unit } of the dialog
 const phone = matchMedia("(max-width: 30rem)");
 
@@ -32,7 +33,7 @@ function start() {
   makeDrawings();
   makeLayers();
   byId("compare").hidden = !hasTowers;
-  makeTable();
+  if (hasTowers) makeComparison();
   const source = new Blob([byId("worker-source").textContent], { type: "text/javascript" });
   worker = new Worker(URL.createObjectURL(source));
   worker.onmessage = ({ data }) => messages[data.type](data);
@@ -60,16 +61,24 @@ const messages = {
     drawLayer(layers[layer]);
   },
   answers(message) {
-    probabilities = message.probabilities;
-    showAnswers(message.milliseconds);
+    ({ probabilities, allOn } = message);
+    showAnswers();
+    showTime(message.milliseconds);
     isBusy = false;
     document.documentElement.dataset.done = message.job;
     if (open) fillDialog();
     if (isStale) run();
   },
-  compared({ compared }) {
-    showCompared(compared);
+  allOn(message) {
+    if (message.job !== job) return;
+    ({ allOn } = message);
+    showAnswers();
+  },
+  compared(message) {
+    if (message.job !== job) return;
+    if (hasTowers) showCompared(message.compared);
     byId("occlude").disabled = false; // before, it would stop the comparison
+    if (isOld) startOcclusion();
     document.documentElement.dataset.compared = job;
   },
   occluded: showOcclusion,
@@ -344,8 +353,8 @@ function makeSwitches() {
       return make("label", { class: "check" }, box, make("strong", { class: `tower-${tower + 1}` }, `Tower ${tower + 1}`));
     }));
   }
-  byId("gray").onchange = ({ target }) => {
-    settings.gray = target.checked;
+  byId("color").onchange = ({ target }) => {
+    settings.gray = !target.checked;
     if (picture) drawPicture();
     changed();
   };
@@ -369,7 +378,7 @@ function changed() {
   byId("norm-value").hidden = norm === 1; // else it stays so with the next picture
   if (norm < 1) text.push(`Response normalization ${norm ? `at ${percent(norm)}` : "off"}: strong maps dampen their neighbors ${norm ? "less" : "no longer"}. Its constant factor stays, since the next layers learned with values of that size. This is not a network that was trained without it.`);
   byId("switch-text").textContent = text.join(" ");
-  clearOcclusion();
+  keepOcclusion();
   run();
 }
 
@@ -377,70 +386,91 @@ function best(values) {
   return values.reduce((top, value, index) => (value > values[top] ? index : top), 0);
 }
 
-function showAnswers(milliseconds) {
+/** The five best answers. While something is off, also what the network said with everything on, whose best answer stays in the list. */
+function showAnswers() {
   const order = [...probabilities.keys()].sort((a, b) => probabilities[b] - probabilities[a]).slice(0, 5);
-  byId("answers").replaceChildren(...order.map((index) => {
+  for (const [index, value] of order.entries()) byId(`class-${index}`).textContent = `${className(value)}: ${percent(probabilities[value])}`;
+  if (!byId("target").dataset.chosen && !isStale) { // stale: of the picture before
+    byId("target").value = order[0];
+    byId("target").dataset.chosen = "yes";
+  }
+  const isChanged = Boolean(allOn) && (settings.gray || settings.norm < 1 || settings.off.includes(true));
+  const [first] = order, expected = isChanged ? best(allOn) : first;
+  if (!order.includes(expected)) order[order.length - 1] = expected;
+  byId("was").hidden = !isChanged;
+  byId("answers").replaceChildren(...order.map((index) => makeAnswer(index, isChanged)));
+  const was = isChanged ? ` (was ${expected === first ? "" : `${className(expected)} `}${percent(allOn[expected])})` : "";
+  byId("first-answer").textContent = `Now: ${className(first)} ${percent(probabilities[first])}${was}`; // where the list is out of sight
+}
+
+function makeAnswer(index, isChanged) {
+  const shares = [probabilities, ...(isChanged ? [allOn] : [])].map((values) => values[index]);
+  const bars = shares.map((share) => {
     const bar = make("span");
-    bar.style.width = `${probabilities[index] * 100}%`;
-    return make("li", {}, make("span", {}, about.classes[index]), make("span", { class: "number" }, percent(probabilities[index])), make("span", { class: "bar", "aria-hidden": "true" }, bar));
-  }));
-  byId("first-answer").textContent = `Now: ${className(order[0])} ${percent(probabilities[order[0]])}`; // where the list is out of sight
+    bar.style.width = `${share * 100}%`;
+    return bar;
+  });
+  const numbers = make("span", { class: "number" }, percent(shares[0]));
+  if (isChanged) numbers.append(make("span", { class: "hint was" }, ` was ${percent(shares[1])}`));
+  return make("li", {}, make("span", {}, about.classes[index]), numbers, make("span", { class: "bar", "aria-hidden": "true" }, ...bars));
+}
+
+function showTime(milliseconds) {
   const known = about.classes.length > 12 ? `It knows only its ${about.classes.length.toLocaleString("en")} classes.` : `It knows only: ${about.classes.map((_, index) => className(index)).join(", ")}.`;
   byId("time").textContent = `Computed in ${(milliseconds / 1000).toFixed(2)}\u00a0s. ${hasTowers && settings.off.every(Boolean) ? nothingSeen : known}`;
-  byId("occlude").disabled = hasTowers;
-  if (!byId("target").dataset.chosen) byId("target").value = order[0];
-  for (const [index, value] of order.entries()) {
-    const row = byId(`class-${index}`);
-    row.textContent = `${className(value)}: ${percent(probabilities[value])}`;
-  }
 }
 
 const networks = ["Both towers", "Tower 1 alone", "Tower 2 alone"];
 
-/** A row for each network: what it says about the picture, and below, how often it was right when the page was written. */
-function makeTable() {
+function nameNetwork(index) {
+  return make("th", { scope: "row", class: index ? `tower-${index}` : "" }, networks[index]);
+}
+
+/** What each network says about the picture, and how often it was right when the page was written. */
+function makeComparison() {
   const { measured } = about;
-  byId("towers").append(...networks.flatMap((network, i) => {
-    const row = make("tr", { class: measured ? "joined" : "" }, make("th", { scope: "row", class: i ? `tower-${i}` : "" }, network), make("td"), make("td"));
-    return measured ? [row, make("tr", {}, make("td", { class: "right", colspan: 3 }, describeMeasured(i)))] : [row];
-  }));
+  byId("towers").append(...networks.map((_, index) => make("tr", {}, nameNetwork(index), make("td"), make("td"))));
+  byId("division").textContent = `Neither tower learned to answer alone, with the other switched off.${measured ? describeDivision() : ""}`;
   if (!measured) return;
-  const { images, data, constant } = measured, guessing = 1 / about.classes.length;
-  const [whole, first, second] = measured.networks.map(([color]) => percent(color.right));
-  byId("costs").textContent = `Together, the towers are right for ${whole} of the test pictures. Tower\u00a01 alone is right for ${first}, tower\u00a02 alone for ${second}: each learned to work with the other. ${describeDivision()}`;
-  const always = percent(constant) === percent(guessing) ? "" : `, always the most frequent class for ${percent(constant)}`;
-  byId("measured").textContent = `Test pictures: ${images.toLocaleString("en")} validation images of ${data}, from which the network did not learn. Guessing is right for ${percent(guessing)}${always}.`;
-  byId("costs").hidden = byId("measured").hidden = false;
+  const { images, data, constant } = measured;
+  const highest = Math.max(constant, ...measured.networks.flat().map(({ right }) => right));
+  byId("shares").style.setProperty("--guessing", constant / highest);
+  byId("shares").append(...measured.networks.map((shares, index) => make("tr", {}, nameNetwork(index), make("td", { class: index ? `tower-${index}` : "" }, ...shares.map((share, isGray) => makeShare(share, isGray, highest))))));
+  byId("measured-text").textContent = `${images.toLocaleString("en")} validation images of ${data}, from which the network did not learn. Dashed line: guessing (always the most frequent class), ${percent(constant)}.${describeOneSided()}`;
+  byId("measured").hidden = false;
+}
+
+/** A bar of right answers, and its number. */
+function makeShare({ right, remark }, isGray, highest) {
+  const bar = make("span", { class: "length", "aria-hidden": "true" });
+  bar.style.setProperty("--share", right / highest);
+  const text = make("span", { class: "text" }, percent(right), make("span", { class: "color" }, isGray ? " without color" : " in color"));
+  if (remark) text.append(make("span", { class: "hint" }, ` ${remark.replace("always predicting the most frequent class", "guessing")}`));
+  return make("div", { class: isGray ? "share gray" : "share" }, bar, text);
 }
 
 /** What each tower is for, where the test pictures leave no doubt. */
 function describeDivision() {
-  const { networks: shares, colorful, needs } = about.measured, sentences = [];
-  if (colorful) {
-    const [more, less] = [shares[colorful], shares[3 - colorful]];
-    sentences.push(`Tower\u00a0${colorful} carries more of the color: alone, without color, it falls from ${percent(more[0].right)} to ${percent(more[1].right)}, tower\u00a0${3 - colorful} only from ${percent(less[0].right)} to ${percent(less[1].right)}.`);
-  }
-  needs.forEach((classes, tower) => {
-    if (classes.length) sentences.push(`Tower\u00a0${tower + 1} matters most for ${classes.map(className).join(" and ")}.`);
-  });
-  return sentences.join(" ");
+  const { colorful, needs } = about.measured;
+  return needs.map((classes, tower) => {
+    const roles = [];
+    if (colorful === tower + 1) roles.push("carries more of the color");
+    if (classes.length) roles.push(`matters most for ${classes.map(className).join(" and ")}`);
+    return roles.length ? ` Tower\u00a0${tower + 1} ${roles.join(" and ")}.` : "";
+  }).join("");
 }
 
-function describeMeasured(network) {
-  const [color, gray] = about.measured.networks[network];
-  const remark = color.remark ? `, ${color.remark}` : "", grayRemark = gray.remark && !color.remark ? ` (${gray.remark})` : "";
-  const most = ` It calls ${percent(color.share)} of them ${className(color.answer)}${color.share > 0.5 ? ", so what it says alone means little" : ""}.`;
-  return `Right for ${percent(color.right)} of the test pictures${remark}; without color for ${percent(gray.right)}${grayRemark}.${network ? most : ""}`;
+/** Towers that name one class for most pictures. */
+function describeOneSided() {
+  const calls = about.measured.networks.slice(1).flatMap(([{ answer, share }], tower) => (share > 0.5 ? `tower\u00a0${tower + 1} calls ${percent(share)} of them ${className(answer)}` : []));
+  return calls.length ? ` Alone, ${calls.join(", ")}: a tower that names one class for most pictures says little.` : "";
 }
 
 /** What the networks say about the picture. compared[network][0 in color, 1 without] are probabilities. */
 function showCompared(compared) {
-  const expected = best(compared[0][0]), name = className(expected);
-  byId("compare-text").textContent = `Alone: the other tower is off. Second line: how sure it is of ${name}, the answer of both.`;
   compared.forEach((answers, network) => answers.forEach((values, gray) => {
-    const top = best(values), cell = byId("towers").querySelectorAll("th")[network].parentElement.cells[gray + 1];
-    cell.replaceChildren(`${className(top)} `, make("span", { class: "number" }, percent(values[top])));
-    if (top !== expected) cell.append(make("span", { class: "hint" }, `${name} ${percent(values[expected])}`));
+    const top = best(values);
+    byId("towers").rows[network].cells[gray + 1].replaceChildren(`${className(top)} `, make("span", { class: "number" }, percent(values[top])));
   }));
 }
 
@@ -452,10 +482,14 @@ byId("target").onchange = ({ target }) => {
 };
 byId("occlude").onclick = () => {
   clearOcclusion();
-  squares = [];
-  slide(grids);
+  startOcclusion();
 };
 byId("finer").onclick = () => slide([finestGrid]);
+
+function startOcclusion() {
+  squares = [];
+  slide(grids);
+}
 
 function slide(grids) {
   occlusionJob = ++job;
@@ -467,7 +501,7 @@ function slide(grids) {
 
 byId("cancel").onclick = () => {
   stopOcclusion();
-  byId("found").textContent = "Stopped. The picture shows the places done so far.";
+  byId("found").textContent = isOld ? "Stopped. The map is of the network before the switch." : "Stopped. The picture shows the places done so far.";
   byId("occlude").focus(); // the button that had it is gone
 };
 byId("clear").onclick = () => {
@@ -481,10 +515,24 @@ function stopOcclusion() {
   byId("cancel").hidden = byId("progress").hidden = true;
 }
 
+/** After a switch, the map stays, pale, until the new one covers the picture. */
+function keepOcclusion() {
+  if (byId("heat").hidden && !occlusionJob) return;
+  stopOcclusion();
+  setOld(true);
+  byId("finer").hidden = true;
+}
+
+function setOld(value) {
+  isOld = value;
+  byId("heat").classList.toggle("is-old", isOld);
+  byId("found").textContent = isOld ? "Pale: the map before the switch. The new one is being computed." : "";
+}
+
 function clearOcclusion() {
   stopOcclusion();
+  setOld(false);
   byId("heat").hidden = byId("scale").hidden = true;
-  byId("found").textContent = "";
   byId("clear").hidden = byId("finer").hidden = true;
 }
 
@@ -492,6 +540,9 @@ function clearOcclusion() {
 function showOcclusion({ job: number, done, squares: known, edge, target, whole }) {
   if (number !== occlusionJob) return;
   squares = known;
+  byId("progress").value = done;
+  if (isOld && squares.length < grids[0] ** 2) return;
+  if (isOld) setOld(false);
   const { side } = about, sums = new Float32Array(side * side), counts = new Uint16Array(side * side);
   for (const { left, top, drop } of squares) {
     for (let y = top; y < top + edge; y++) {
@@ -520,7 +571,6 @@ function showOcclusion({ job: number, done, squares: known, edge, target, whole 
     canvas.scrollIntoView({ block: "nearest" });
   }
   byId("scale").textContent = `Red: the network is less sure when this is hidden. Blue: it is surer. Full color: by ${Math.round(highest * 100)}\u00a0percentage points.`;
-  byId("progress").value = done;
   byId("clear").hidden = false;
   if (done < 1) return;
   stopOcclusion();

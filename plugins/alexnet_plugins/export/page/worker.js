@@ -1,12 +1,14 @@
 // Runs the network away from the page, so that the page stays quick. network.js comes before this in the worker.
 //
 // In:  load {about, parts} · picture {rgba, width, height} · run {off, norm, gray} · occlude {..., target, grids, squares} · filter {layer, unit} · stop
-// Out: ready {filters} · picture {pixels} · layer {...} · answers {...} · compared {...} · occluded {...} · filter {...} · failed {message}
+// Out: ready {filters} · picture {pixels} · layer {...} · answers {...} · allOn {...} · compared {...} · occluded {...} · filter {...} · failed {message}
 
 "use strict";
 
 let loading, network, picture; // `loading` is a promise; `picture` is the crop in color
 let newest = 0; // number of the newest job; older ones stop at their next pause
+let allOn; // the answers to this picture with nothing switched off
+let comparison; // { norm, compared }: what each tower says about this picture, which the other switches do not change
 
 const tasks = {
   async load({ about, parts }) {
@@ -16,6 +18,8 @@ const tasks = {
 
   picture({ rgba, width, height }) {
     const { size, side } = network.about;
+    newest = 0; // stops the jobs of the picture before
+    allOn = comparison = undefined;
     picture = crop(prepare(rgba, width, height, size), size, side);
     postMessage({ type: "picture", pixels: picture });
   },
@@ -30,19 +34,28 @@ const tasks = {
       if (step === layer.last && shown) postMessage({ type: "layer", job, layer: layer.name, ...shown }, [shown.values.buffer]);
       if (step === layer.last) shown = undefined;
     });
-    postMessage({ type: "answers", job, probabilities, milliseconds: performance.now() - start });
-    if (off.length < 2) return;
-    const compared = [];
-    for (const towers of [[false, false], [false, true], [true, false]]) {
-      const answers = [];
-      for (const image of [picture, withoutColor(picture)]) {
-        await pause();
-        if (job !== newest) return;
-        answers.push(network.run(image, { off: towers, norm }));
-      }
-      compared.push(answers);
+    if (!gray && norm === 1 && !off.includes(true)) allOn = probabilities;
+    postMessage({ type: "answers", job, probabilities, allOn, milliseconds: performance.now() - start });
+    if (!allOn) {
+      await pause();
+      if (job !== newest) return;
+      allOn = network.run(picture);
+      postMessage({ type: "allOn", job, allOn });
     }
-    postMessage({ type: "compared", job, compared });
+    if (off.length > 1 && comparison?.norm !== norm) {
+      const compared = [];
+      for (const towers of [[false, false], [false, true], [true, false]]) {
+        const answers = [];
+        for (const image of [picture, withoutColor(picture)]) {
+          await pause();
+          if (job !== newest) return;
+          answers.push(network.run(image, { off: towers, norm }));
+        }
+        compared.push(answers);
+      }
+      comparison = { norm, compared };
+    }
+    postMessage({ type: "compared", job, compared: comparison?.compared });
   },
 
   /** One grid of squares after the other; `squares` are those that are known already. */
