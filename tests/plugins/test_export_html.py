@@ -195,6 +195,33 @@ def test_a_tower_that_is_off_is_without_tower(open_page: Any, picture: str, name
         page.answers(f"byId('tower-{tower}').click()")
 
 
+def test_answers_after_a_switch_stand_next_to_those_with_everything_on(open_page: Any, picture: str) -> None:
+    model = random_model(SMALL, 7)
+    rounded, crop = round_weights(model), crop_of(picture, model.recipe)
+    [whole], [alone] = (Session(m).probabilities(crop) for m in (rounded, silence_tower(rounded, 2)))
+    page = open_page(model)
+
+    def check() -> None:
+        page.wait("compared", str(page.page.evaluate("job")))
+        shown = dict.fromkeys(np.argsort(-alone, kind="stable")[:5])
+        rows = [" ".join(row.split()) for row in page.page.locator("#answers li").all_inner_texts()]
+        assert len(rows) == 5
+        for row in rows:
+            index = next(i for i, name in enumerate(model.classes) if row.startswith(f"{name.name} "))
+            assert row.endswith(f"{format_share(alone[index])} was {format_share(whole[index])}")
+            shown.pop(index, None)
+        assert len(shown) <= 1
+        assert any(row.startswith(f"{model.classes[whole.argmax()].name} ") for row in rows), "what it said is on the list"
+        assert page.page.is_visible("#was")
+
+    page.choose(picture)
+    assert page.page.is_hidden("#was")
+    page.answers("byId('tower-2').click()")
+    check()
+    page.choose(picture)
+    check()
+
+
 def test_without_both_towers_only_biases_are_left(open_page: Any, picture: str) -> None:
     model = random_model(SMALL, 7)
     page = open_page(model)
@@ -280,6 +307,27 @@ def test_the_occlusion_map_is_a_loop_over_squares(open_page: Any, picture: str) 
     assert len({(square["left"], square["top"]) for square in finer}) == len(finer) == 169
     assert abs(finer[-2]["drop"] - drop(finer[-2]["left"], finer[-2]["top"])) < 2 * ROUNDED
     assert page.page.is_hidden("#finer")
+
+
+def test_a_switch_keeps_the_class_and_computes_the_map_again(open_page: Any, picture: str) -> None:
+    model = random_model(SMALL, 7)
+    silenced = Session(silence_tower(round_weights(model), 2))
+    page = open_page(model)
+    target = int(page.choose(picture).argmax())
+    page.page.click("#occlude")
+    page.wait("occluded")
+    page.page.evaluate("delete document.documentElement.dataset.occluded")
+    page.answers("byId('tower-2').click()")
+    assert page.page.is_visible("#heat.is-old"), "until the new one covers the picture"
+    assert "before the switch" in page.page.inner_text("#found")
+    squares = json.loads(page.wait("occluded"))
+    assert page.page.evaluate("Number(byId('target').value)") == target
+    assert page.page.locator("#heat.is-old").count() == 0
+    assert "before the switch" not in page.page.inner_text("#found")
+    covered = crop_of(picture, SMALL).astype(np.float32)
+    [whole] = silenced.probabilities(covered)[:, target]
+    covered[..., :48, :48] = round_weights(model).mean[:, 16:64, 16:64]
+    assert abs(squares[0]["drop"] - (whole - silenced.probabilities(covered)[0, target])) < 2 * ROUNDED
 
 
 def test_weak_evidence_is_drawn_weakly(open_page: Any) -> None:
@@ -436,7 +484,17 @@ def test_nothing_is_hidden_in_a_column_that_scrolls(open_page: Any) -> None:
     assert page.locator("#occlude").bounding_box()["y"] < 800 - 40
 
 
-def test_each_row_says_how_sure_it_is_of_the_answer_of_both_towers(open_page: Any) -> None:
+@pytest.mark.parametrize("width", [1280, 1440, 1920])
+def test_switches_and_answers_stay_in_view_with_layer_5(open_page: Any, width: int) -> None:
+    page = open_page(random_model(SMALL), size=(width, 800)).page
+    page.evaluate("byId('title-conv5').scrollIntoView()")
+    for selector in ("#title-conv5", "#maps-conv5-1", "#picture", "#answers", ".switches"):
+        box = page.locator(selector).bounding_box()
+        assert 0 <= box["y"] < box["y"] + box["height"] <= 800
+    assert page.locator("main").bounding_box()["width"] > 0.97 * width
+
+
+def test_each_row_has_the_answers_of_its_network(open_page: Any) -> None:
     page = open_page(random_model(SMALL, 3))
     page.wait("compared", "1")
     page.page.evaluate(
@@ -444,12 +502,10 @@ def test_each_row_says_how_sure_it_is_of_the_answer_of_both_towers(open_page: An
     )
     cells = page.page.evaluate(
         "[...document.querySelectorAll('#towers td')]"
-        ".map((cell) => cell.innerText.replace(/[\\u2068\\u2069]/g, '').replaceAll('\\u00a0', ' ').split('\\n'))"
+        ".map((cell) => cell.innerText.replace(/[\\u2068\\u2069]/g, '').replaceAll('\\u00a0', ' '))"
     )
     assert cells == [
-        ["class 0 70 %"], ["class 0 50 %"],
-        ["class 2 60 %", "class 0 10 %"], ["class 1 100 %", "class 0 < 0.1 %"],
-        ["class 0 80 %"], ["class 0 100 %"],
+        "class 0 70 %", "class 0 50 %", "class 2 60 %", "class 1 100 %", "class 0 80 %", "class 0 100 %",
     ]  # fmt: skip
 
 
@@ -459,20 +515,24 @@ def test_the_page_says_how_often_each_tower_alone_is_right(open_page: Any, prepa
     model = replace(random_model(SMALL, len(names)), classes=dataset.classes)
     measured = measure_towers(model, dataset, lambda _: None)
     page = open_page(model, towers={"data": "drawn", **measured}).page
-    lines = [line.replace("\u00a0", " ") for line in page.locator("#towers .right").all_inner_texts()]
+    rows = [row.locator(".share").all_inner_texts() for row in page.locator("#shares tr").all()]
+    text, most_of = plain_text(page, "#measured-text"), list[str]()
     pictures = [Image.fromarray(images.decode(bytes(split.jpeg(row)))) for row in range(len(split))]
-    for line, silenced in zip(lines, (None, 2, 1), strict=True):
+    for row, silenced in zip(rows, (None, 2, 1), strict=True):
         session = Session(model if silenced is None else silence_tower(model, silenced))
-        for mode, before in (("RGB", "Right for"), ("L", "without color for")):
+        for bar, mode, condition in zip(row, ("RGB", "L"), ("in color", "without color"), strict=True):
             crops = [make_views(np.asarray(picture.convert(mode).convert("RGB")), 224, 1) for picture in pictures]
             answers = session.probabilities(np.concatenate(crops)).argmax(1)
-            assert f"{before} {format_share((answers == split.labels).mean())}" in line
-            if silenced and mode == "RGB":
-                most = np.bincount(answers, minlength=len(names))
-                answer = f"{format_share(most.max() / len(split))} of them \u2068{names[most.argmax()]}\u2069"
-                assert f"It calls {answer}" in line
-                assert ("means little" in line) == (most.max() > len(split) / 2)
-    assert all("better than" in line for line in lines[1:]), "random weights know nothing"
+            share = format_share((answers == split.labels).mean())
+            assert " ".join(bar.split()).startswith(f"{share} {condition}")
+            most = np.bincount(answers, minlength=len(names))
+            if silenced and mode == "RGB" and most.max() > len(split) / 2:
+                calls = f"{format_share(most.max() / len(split))} of them \u2068{names[most.argmax()]}\u2069"
+                most_of.append(f"tower {3 - silenced} calls {calls}")
+    assert all("better than guessing" in bar for row in rows[1:] for bar in row), "random weights know nothing"
+    assert ("Alone, " + ", ".join(most_of) in text) if most_of else ("Alone" not in text)
+    constant = np.bincount(split.labels).max() / len(split)
+    assert f"guessing (always the most frequent class), {format_share(constant)}." in text
 
 
 def format_share(share: float) -> str:

@@ -411,7 +411,7 @@ function makeAnswer(index, isChanged) {
     return bar;
   });
   const numbers = make("span", { class: "number" }, percent(shares[0]));
-  if (isChanged) numbers.append(make("span", { class: "hint was" }, ` was ${percent(shares[1])}`));
+  if (isChanged) numbers.append(" ", make("span", { class: "hint was" }, `was ${percent(shares[1])}`));
   return make("li", {}, make("span", {}, about.classes[index]), numbers, make("span", { class: "bar", "aria-hidden": "true" }, ...bars));
 }
 
@@ -444,7 +444,7 @@ function makeComparison() {
 function makeShare({ right, remark }, isGray, highest) {
   const bar = make("span", { class: "length", "aria-hidden": "true" });
   bar.style.setProperty("--share", right / highest);
-  const text = make("span", { class: "text" }, percent(right), make("span", { class: "color" }, isGray ? " without color" : " in color"));
+  const text = make("span", { class: "text" }, percent(right), " ", make("span", { class: "color" }, isGray ? "without color" : "in color"));
   if (remark) text.append(make("span", { class: "hint" }, ` ${remark.replace("always predicting the most frequent class", "guessing")}`));
   return make("div", { class: isGray ? "share gray" : "share" }, bar, text);
 }
