@@ -233,15 +233,15 @@ def make_record(explanation: Explanation) -> dict[str, Any]:
 # Drawing
 
 MARGIN, GUTTER, LARGE, NORMAL, SMALL = 24, 32, 26, 19, 17  # pixels: margins, between columns, letter heights
-SHOWN, TOP = 360, 132  # side of an image on the page, and where images begin
-TILE, GAP, ROW_HEIGHT = 176, 8, 300  # of a sheet: side of an image, space between images, height of a row
-SHEET_WIDTH, LEGEND_TOP = 840, 122  # of a sheet: least width, where the legend begins
+SHOWN, TOP = 360, 104  # side of an image on the page, and where images begin
+TILE, GAP, ROW_HEIGHT = 192, 8, 316  # of a sheet: side of an image, space between images, height of a row
+SHEET_WIDTH, LEGEND_TOP = 864, 66  # of a sheet: least width, where the legend begins
+SCALE_HEIGHT = 62  # of the color scale with its words and the space below
 SCREEN = 16 / 9  # width by height
 LEGEND_LETTERS = 44  # in a line
 BAR_HEIGHT = 50  # of a class, its probability and the space below
 EXPLAINED = (190, 60, 50)  # color of the bar of the explained class
-LEAST_SHOWN = 0.05  # of probability: the place of a smaller drop means nothing
-SMALLEST_DROP = 0.2  # of probability, at full color: maps of smaller drops stay dark, since they mean little
+LEAST_DROP = 0.05  # of probability: a map whose largest drop is smaller has no full color and no square
 INFERNO = np.array([
     (0, 0, 4), (31, 12, 72), (85, 15, 109), (136, 34, 106), (186, 54, 85), (227, 89, 51), (249, 140, 10),
     (249, 201, 50), (252, 255, 164),
@@ -253,20 +253,19 @@ def draw_page(explanation: Explanation, image: str, caption: str) -> Image.Image
     """Draw the image, then for each network the map over it and the most likely classes. `caption`: which network."""
     parts = explanation.attributions
     width = 2 * MARGIN + (1 + len(parts)) * (SHOWN + GUTTER) - GUTTER
-    legend, top = _legend_lines(explanation), TOP + SHOWN + 82
-    height = top + max(25 * len(legend), BAR_HEIGHT * TOP_CLASSES) + MARGIN
-    page = Page(Image.new("RGB", (width, height), PAGE))
+    legend, top = _legend_lines(explanation), TOP + SHOWN + 50
+    height = top + max(SCALE_HEIGHT + 25 * len(legend), BAR_HEIGHT * (TOP_CLASSES + 1))
+    page = Page(Image.new("RGB", (width, height + 2 * GUTTER + MARGIN), PAGE))
     title = f"{image}: where the network sees “{explanation.name.name}”"
     page.text(MARGIN, MARGIN - 4, title, LARGE, width - 2 * MARGIN)
-    page.text(MARGIN, MARGIN + 34, caption, SMALL, width - 2 * MARGIN, FAINT)
     page.text(MARGIN, TOP - 32, "image", NORMAL, SHOWN)
     seen = Image.fromarray(explanation.seen).resize((SHOWN, SHOWN), Image.Resampling.LANCZOS)
     page.image.paste(seen, (MARGIN, TOP))
     size = f"{len(explanation.seen)} x {len(explanation.seen)}"
     page.text(MARGIN, TOP + SHOWN + 8, f"as the network sees it, {size}", SMALL, SHOWN, FAINT)
+    _draw_scale(page, explanation, MARGIN, top)
     for number, line in enumerate(legend):
-        page.text(MARGIN, top + 25 * number, line, SMALL, SHOWN, FAINT)
-    _draw_scale(page, MARGIN, TOP + SHOWN + 42)
+        page.text(MARGIN, top + SCALE_HEIGHT + 25 * number, line, SMALL, SHOWN)
     for number, attribution in enumerate(parts, 1):
         left = MARGIN + number * (SHOWN + GUTTER)
         page.text(left, TOP - 32, name_towers(attribution.without_tower), NORMAL, SHOWN)
@@ -274,14 +273,15 @@ def draw_page(explanation: Explanation, image: str, caption: str) -> Image.Image
         if explanation.method == "occlusion":
             _draw_square(page, explanation, attribution, (left, TOP), SHOWN)
         page.text(left, TOP + SHOWN + 8, describe_evidence(explanation, attribution), SMALL, SHOWN, FAINT)
-        _draw_classes(page, explanation, attribution, left, TOP + SHOWN + 48)
+        _draw_classes(page, explanation, attribution, left, top)
+    _write_caption(page, explanation, caption, height + GUTTER // 2)
     return page.image
 
 
 def draw_sheet(explained: Sequence[tuple[str, Explanation]], caption: str) -> Image.Image:
     """Draw several images, each with its path: a row for each, in columns that fill a screen.
 
-    A row has the image and the map of each network over it.
+    A row has the image and the map of each network over it. `caption`, at the bottom, says which network.
     """
     first = explained[0][1]
     lefts = [0, *(TILE + GUTTER + n * (TILE + GAP) for n in range(len(first.attributions)))]
@@ -289,18 +289,32 @@ def draw_sheet(explained: Sequence[tuple[str, Explanation]], caption: str) -> Im
     columns = max(1, round(math.sqrt(SCREEN * len(explained) * ROW_HEIGHT / row_width)))
     rows = -(-len(explained) // columns)
     width = max(SHEET_WIDTH, 2 * MARGIN + columns * (row_width + 2 * GUTTER) - 2 * GUTTER)
-    legend = textwrap.wrap(_describe_sheet(first), LEGEND_LETTERS * (width - 2 * MARGIN) // SHOWN)
-    top = LEGEND_TOP + 25 * len(legend) + GUTTER
-    page = Page(Image.new("RGB", (width, top + ROW_HEIGHT * rows), PAGE))
-    page.text(MARGIN, MARGIN - 4, "Where the network sees the class above each row", LARGE, width - 2 * MARGIN)
-    page.text(MARGIN, MARGIN + 34, caption, SMALL, width - 2 * MARGIN, FAINT)
-    _draw_scale(page, MARGIN, MARGIN + 68)
+    legend = textwrap.wrap(" ".join(_describe_map(first)), LEGEND_LETTERS * (width - 2 * MARGIN) // SHOWN)
+    top = LEGEND_TOP + 25 * len(legend) + SCALE_HEIGHT + GUTTER
+    bottom = top + ROW_HEIGHT * rows
+    page = Page(Image.new("RGB", (width, bottom + 2 * GUTTER + MARGIN), PAGE))
+    page.text(
+        MARGIN, MARGIN - 4, _title_sheet([explanation for _, explanation in explained]), LARGE, width - 2 * MARGIN
+    )
     for number, line in enumerate(legend):
         page.text(MARGIN, LEGEND_TOP + 25 * number, line, SMALL, width - 2 * MARGIN)
+    _draw_scale(page, first, MARGIN, LEGEND_TOP + 25 * len(legend) + 12)
     for number, (path, explanation) in enumerate(explained):
         left = MARGIN + number // rows * (row_width + 2 * GUTTER)
         _draw_row(page, explanation, Path(path).name, left, top + number % rows * ROW_HEIGHT, lefts)
+    _write_caption(page, first, caption, bottom + GUTTER // 2)
     return page.image
+
+
+def _write_caption(page: Page, explanation: Explanation, caption: str, top: int) -> None:
+    lines = ["alone: the other tower is switched off", caption]
+    for number, line in enumerate(lines if len(explanation.attributions) > 1 else lines[1:]):
+        page.text(MARGIN, top + 25 * number, line, SMALL, page.image.width - 2 * MARGIN, FAINT)
+
+
+def _title_sheet(explanations: Sequence[Explanation]) -> str:
+    is_own = all(explanation.attributions[0].top[0].index == explanation.index for explanation in explanations)
+    return f"Where the network sees {'its answer (above each row)' if is_own else 'the class above each row'}"
 
 
 def _draw_row(page: Page, explanation: Explanation, image: str, left: int, top: int, lefts: Sequence[int]) -> None:
@@ -313,15 +327,16 @@ def _draw_row(page: Page, explanation: Explanation, image: str, left: int, top: 
     page.image.paste(seen, (left, top))
     for place, attribution in zip(lefts[1:], explanation.attributions, strict=True):
         page.image.paste(Image.fromarray(draw_overlay(explanation, attribution, TILE)), (left + place, top))
-        fall = f"{100 * attribution.probability:.0f} %"
+        lines, answer = list[str](), attribution.top[0]
         if explanation.method == "occlusion":
-            fall = _describe_fall(attribution)
+            lines.append(_describe_fall(attribution))
             _draw_square(page, explanation, attribution, (left + place, top), TILE)
-        page.text(left + place, top + TILE + 4, name_towers(attribution.without_tower), SMALL, TILE)
-        page.text(left + place, top + TILE + 25, fall, SMALL, TILE, FAINT)
-        answer = attribution.top[0]
         if answer.index != explanation.index:
-            page.text(left + place, top + TILE + 46, f"answer: {answer.label}", SMALL, TILE, FAINT)
+            lines.append(f"answer: {answer.label}")
+        name = f"{name_towers(attribution.without_tower)}: {100 * attribution.probability:.0f} %"
+        page.text(left + place, top + TILE + 4, name, SMALL, TILE)
+        for number, line in enumerate(lines, 1):
+            page.text(left + place, top + TILE + 4 + 21 * number, line, SMALL, TILE, FAINT)
 
 
 def draw_overlay(explanation: Explanation, attribution: Attribution, side: int) -> npt.NDArray[np.uint8]:
@@ -331,7 +346,7 @@ def draw_overlay(explanation: Explanation, attribution: Attribution, side: int) 
     pixels = (SIDE - crop) // 2 + (np.arange(side) + 0.5) * crop / side
     places = np.interp(pixels, explanation.centers, np.arange(len(explanation.centers)))
     values = map_coordinates(attribution.values, np.meshgrid(places, places, indexing="ij"), order=3, mode="nearest")
-    end = max(float(values.max()), SMALLEST_DROP if explanation.method == "occlusion" else np.finfo(np.float32).tiny)
+    end = max(float(values.max()), LEAST_DROP if explanation.method == "occlusion" else np.finfo(np.float32).tiny)
     share = np.clip(values / end, 0, 1)
     alpha = 0.9 * share[..., None] ** 0.6
     overlay: npt.NDArray[np.uint8] = np.rint(
@@ -351,68 +366,53 @@ def describe_evidence(explanation: Explanation, attribution: Attribution, place:
     `place` is what to say of the place of the peak, such as " at (66, 90)".
     """
     before = f"{100 * attribution.probability:.0f} %"
-    if attribution.highest <= 0:
-        return f"{before}, {'which no gray square lowers' if explanation.method == 'occlusion' else 'no evidence'}"
-    if explanation.method != "occlusion":
-        return f"{before}, strongest evidence {attribution.highest:.2g}{place}"
-    return f"{_describe_fall(attribution)} if the square{place} is gray"
+    if explanation.method == "occlusion":
+        is_shown = attribution.highest >= LEAST_DROP
+        fall = _describe_fall(attribution)
+        return f"{before} {fall} if the square{place} is gray" if is_shown else f"{before}, {fall}"
+    evidence = f"strongest evidence {attribution.highest:.2g}{place}" if attribution.highest > 0 else "no evidence"
+    return f"{before}, {evidence}"
 
 
 def _describe_fall(attribution: Attribution) -> str:
-    """Say how far the gray square lowers the probability, with as many digits as the fall needs."""
-    fall = attribution.highest
-    if fall <= 0:
-        return f"{100 * attribution.probability:.0f} %, lowered nowhere"
-    digits = 0 if fall >= 0.02 else 1 if fall >= 0.002 else 2
-    return (
-        f"{100 * attribution.probability:.{digits}f} % falls to {100 * (attribution.probability - fall):.{digits}f} %"
-    )
+    """Say to what the gray square lowers the probability, or that no place matters: then the numbers mean little."""
+    if attribution.highest < LEAST_DROP:
+        return "no place matters much"
+    return f"falls to {100 * (attribution.probability - attribution.highest):.0f} %"
 
 
 def _legend_lines(explanation: Explanation) -> list[str]:
     """How to read the page, in lines that fit the column."""
     paragraphs = (
-        _describe_map(explanation, f"“{explanation.name.name}”"), _describe_scale(explanation),
+        *_describe_map(explanation),
         "Bars: what each network takes the image for. Red is the class explained.",
-    )  # fmt: skip
-    return [line for paragraph in paragraphs for line in (*textwrap.wrap(paragraph, LEGEND_LETTERS), "")]
+    )
+    return [line for paragraph in paragraphs for line in (*textwrap.wrap(paragraph, LEGEND_LETTERS), "")][:-1]
 
 
-def _describe_sheet(explanation: Explanation) -> str:
-    """How to read a sheet, of which `explanation` is the first image."""
-    below = "Above each row: the class, the network's own answer unless another was asked for. Below: its probability"
+def _describe_map(explanation: Explanation) -> tuple[str, str]:
+    """What is bright, and what full color is."""
     if explanation.method == "occlusion":
-        below += ", to what the square lowers it, and the answer where it is another class"
-    return f"{_describe_map(explanation, 'the class')} {_describe_scale(explanation)} {below}."
+        return (
+            "Bright: a gray square here lowers the probability of the class, given below each map.",
+            "Each map has its own scale: full color is its largest drop (white square), but at least "
+            f"{100 * LEAST_DROP:.0f} points.",
+        )
+    what = "their mean gradient" if explanation.method == "gradcam" else "the gradient there"
+    return (
+        f"Bright: here the maps of layer 5, times {what}, speak for the class ({describe_method(explanation.method)}).",
+        "Each map has its own scale: full color is its strongest evidence.",
+    )
 
 
-def _describe_map(explanation: Explanation, name: str) -> str:
-    places = len(explanation.centers)
-    return {
-        "occlusion": f"A gray square covers one place after the other, {places} x {places} in all. Bright: there it "
-        f"lowers the probability of {name} most. The white square is the place of the largest drop, if "
-        f"that is {100 * LEAST_SHOWN:.0f} points or more.",
-        "gradcam": f"Grad-CAM adds up the maps of layer 5, each times its mean gradient: how much it raises the "
-        f"logit of {name}. Bright: there the sum is highest.",
-        "layercam": f"LayerCAM adds up the maps of layer 5, each place times its own gradient where that raises the "
-        f"logit of {name}. Bright: there the sum is highest.",
-    }[explanation.method]
-
-
-def _describe_scale(explanation: Explanation) -> str:
-    scale = "Each map has its own scale."
-    if explanation.method == "occlusion":
-        scale = f"Full color is the largest drop in the map, but at least {100 * SMALLEST_DROP:.0f} points."
-    return scale + (" Alone: the other tower is switched off." if len(explanation.attributions) > 1 else "")
-
-
-def _draw_scale(page: Page, left: int, top: int) -> None:
-    """Draw the color scale, from no evidence to the most."""
-    ends, width = ("none", "most"), SHOWN - 120
-    page.text(left, top, ends[0], SMALL, 60, FAINT)
-    page.text(left + SHOWN, top, ends[1], SMALL, 60, FAINT, anchor="ra")
-    colors = np.rint(_color(np.linspace(0, 1, width))).astype(np.uint8)
-    page.image.paste(Image.fromarray(np.repeat(colors[None], 16, axis=0)), (left + 60, top + 3))
+def _draw_scale(page: Page, explanation: Explanation, left: int, top: int) -> None:
+    """Draw the color scale with the meaning of its ends below it."""
+    is_drop = explanation.method == "occlusion"
+    low, high = ("no drop", "largest drop in the map") if is_drop else ("no evidence", "strongest in the map")
+    colors = np.rint(_color(np.linspace(0, 1, SHOWN))).astype(np.uint8)
+    page.image.paste(Image.fromarray(np.repeat(colors[None], 16, axis=0)), (left, top))
+    page.text(left, top + 20, low, SMALL, SHOWN // 2, FAINT)
+    page.text(left + SHOWN, top + 20, high, SMALL, 2 * SHOWN // 3, FAINT, anchor="ra")
 
 
 def _draw_square(
@@ -422,7 +422,7 @@ def _draw_square(
 
     The map is drawn from `corner`, x and y, `side` pixels wide and high.
     """
-    if attribution.highest < LEAST_SHOWN:
+    if attribution.highest < LEAST_DROP:
         return
     crop = len(explanation.seen)
     row, column = attribution.find_peak()
