@@ -65,10 +65,10 @@ def test_the_users_settings_backend_and_home_do_not_count(tmp_path: Path, encodi
 @pytest.mark.parametrize(
     ("errors", "point"),
     [
-        ([0.5, 0.3, 0.4], "Validation error stopped falling at epoch 2: 30.0%."),
-        ([0.5, 0.4, 0.3], "Validation error is at its lowest after epoch 3: 30.0%."),
-        ([0.3, 0.5, 0.4], "Validation error never fell below that of epoch 1: 30.0%."),
-        ([0.3], "Validation error is 30.0% after epoch 1."),
+        ([0.5, 0.3, 0.4], "Validation error (center view) stopped falling at epoch 2: 30.0%."),
+        ([0.5, 0.4, 0.3], "Validation error (center view) is at its lowest after epoch 3: 30.0%."),
+        ([0.3, 0.5, 0.4], "Validation error (center view) never fell below that of epoch 1: 30.0%."),
+        ([0.3], "Validation error (center view) is 30.0% after epoch 1."),
         ([], "No epoch has been validated yet."),
     ],
 )

@@ -94,7 +94,10 @@ def test_tables_agree_with_metrics_csv_and_eval(shown: Run) -> None:
     caption = "Confusion matrix in images: rows are true classes, columns predicted classes"
     assert [row[1:] for row in page.tables[caption][1:]] == matrix
     lead = f"The network gets {said['top1_error']:.1%} of the 12 validation images of {shown.about['data']} wrong"
-    assert f"{lead} (top-1 error; guessing: 83.3%). For {said['top5_error']:.1%}, the right class" in page.all_text
+    assert (
+        f"{lead} (top-1 error, center view; guessing: 83.3%). For {said['top5_error']:.1%}, the right class"
+        in page.all_text
+    )
     assert ("better than guessing (83.3%)." in page.all_text) == (high >= 5 / 6)
 
 
@@ -104,15 +107,19 @@ def test_what_each_tower_does_agrees_with_evaluate(shown: Run, tmp_path: Path) -
     app.command()(evaluate)
     words = ["-w", str(shown.path), "--towers", "--json", "-q", "-o", str(tmp_path)]
     table = json.loads(CliRunner().invoke(app, words).stdout)
-    rows = page.tables["Top-1 errors with their 95 % intervals, in color and gray"][1:]
+    rows = page.tables["Images that are right, with 95 % intervals, in color and gray"][1:]
     assert [row[0] for row in rows] == ["Whole network", "Tower 1 alone", "Tower 2 alone"]
     for row, color, gray in zip(rows, table["towers"][:3], table["towers"][3:], strict=True):
-        errors = [f"{kind['top1_error']:.1%} (" for kind in (color, gray)]
-        assert [cell[: len(error)] for cell, error in zip(row[1:], errors, strict=False)] == errors
+        right = [f"{1 - kind['top1_error']:.1%} (" for kind in (color, gray)]
+        assert [cell[: len(share)] for cell, share in zip(row[1:], right, strict=False)] == right
         assert row[3].startswith(f"{100 * gray['lost_in_gray']:+.1f} (")
     classes = page.tables["Images of each class that are right"][1:]
     shares = [[1 - float(cell.partition("%")[0]) / 100 for cell in row[3:6]] for row in classes]
     np.testing.assert_allclose(shares, [row["top1_errors"][:3] for row in table["classes"]], atol=0.005)
+    widths = re.findall(r'class="fill[ a-z]*" style="width: ([\d.]+)%', (shown.path / "report.html").read_text())
+    drawn = [table["towers"][i]["top1_error"] for i in (0, 3, 1, 4, 2, 5)]
+    drawn += [error for row in table["classes"] for error in row["top1_errors"][:3]]
+    np.testing.assert_allclose([1 - float(width) / 100 for width in widths], drawn, atol=0.001)
 
 
 def test_a_saved_comparison_of_the_towers_is_used_if_it_belongs_to_the_weights(copy: Run) -> None:
@@ -122,8 +129,8 @@ def test_a_saved_comparison_of_the_towers_is_used_if_it_belongs_to_the_weights(c
     for change in ({}, {"weights_sha256": "0" * 64}, {"classes": "none"}):
         file.write_text(json.dumps(saved | change))
         read_result(report("-w", str(copy.path), "--json", "-q"))
-        rows = Page(copy.path / "report.html").tables["Top-1 errors with their 95 % intervals, in color and gray"]
-        used.append(rows[1][1].startswith("12.3%"))
+        rows = Page(copy.path / "report.html").tables["Images that are right, with 95 % intervals, in color and gray"]
+        used.append(rows[1][1].startswith("87.7%"))
     assert used == [True, False, False]
     assert json.loads(file.read_text())["towers"][0]["top1_error"] != 0.123, "the new one is saved"
 

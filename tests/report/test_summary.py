@@ -64,7 +64,7 @@ def test_without_numbers_there_are_no_sentences() -> None:
 def test_the_error_is_explained_and_compared_with_guessing() -> None:
     [text, *_] = summarize_report(make_report(np.diag([5] * 6) + 1))
     assert text == (
-        "The network gets 45.5% of the 66 validation images wrong (top-1 error; guessing: 83.3%). "
+        "The network gets 45.5% of the 66 validation images wrong (top-1 error, center view; guessing: 83.3%). "
         "For 0.0%, the right class is not among the five most probable ones (top-5 error)."
     )
     [text, *_] = summarize_report(make_report(np.eye(6, dtype=np.int64)[[0] * 6] * 9))

@@ -83,7 +83,7 @@ def draw_charts(history: History, few_classes: bool = False) -> dict[str, Chart]
         Line("color share, tower 2", history.epoch_curve("chroma_tower2")),
     ]
     loss_point = _describe_lowest("Validation loss", loss[1].points, ".3f")
-    error_point = _describe_lowest("Validation error", errors[1].points, ".1%")
+    error_point = _describe_lowest("Validation error (center view)", errors[1].points, ".1%")
     rate_point = _describe_rate(rate[0].points, history.drops)
     drops = history.drops
     drawn = {

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from alexnet_cli.core.analysis import filter_picture, filters
+from alexnet_cli.core.analysis.explain import LEAST_DROP
 from alexnet_cli.core.analysis.filter_picture import Limits
 from alexnet_cli.core.analysis.filter_replay import FRAMES, draw_replay
 from alexnet_cli.core.analysis.filters import Kernels
@@ -38,7 +39,8 @@ Row = tuple[Any, ...]
 Values = dict[str, Any]
 
 MOST = 10  # classes or mistakes in a table
-MATRIX = 20  # with at most this many classes, the confusion matrix is also a table
+MATRIX = 20  # with at most this many classes, the confusion matrix is a table, not an image
+DARK_SHARE = 0.3  # of a row: a cell with more has white letters
 SOURCES = {"-": "", "code": "authors' code"}
 MAX_WIDTH = 1000  # pixels; the page shows a wider confusion matrix at this width
 THUMBNAIL, QUALITY = 160, 85  # side in pixels and JPEG quality of images
@@ -130,7 +132,8 @@ def describe_curves(report: Report, charts: Mapping[str, Chart]) -> Values:
     else:
         words = "The learning rate has not dropped yet."
     words += " The loss is the mean of -ln p, where p is the probability of the right class. "
-    words += "Training curves are means over steps, with dropout and augmentation. Validation uses neither."
+    words += "Training curves are means over steps, with dropout and augmentation. Validation uses neither: it is the "
+    words += f"center view of {_count_validation_images(report)} after each epoch."
     if report.precision not in ("", "fp32"):
         words += f" Both were computed in {report.precision}; the other errors are computed in fp32 and may differ."
     heads: Row = (
@@ -152,6 +155,12 @@ def describe_curves(report: Report, charts: Mapping[str, Chart]) -> Values:
     shown = [embed_chart(charts[name]) for name in ("errors", "loss") if name in charts]
     rate = embed_chart(charts["rate"]) if "rate" in charts else None
     return {"charts": shown, "rate": rate, "words": words, "heads": heads, "rows": rows}
+
+
+def _count_validation_images(report: Report) -> str:
+    """For example "all 3,925 validation images", if the data set of the training is there."""
+    count = f"{len(report.data.split('val')):,} " if report.data and report.is_own_data else ""
+    return f"all {count}validation images"
 
 
 def describe_filters(report: Report, charts: Mapping[str, Chart]) -> Values | None:
@@ -176,7 +185,8 @@ def describe_filters(report: Report, charts: Mapping[str, Chart]) -> Values | No
     ]
     return {
         "words": "The first-layer filters, as in figure 3 of the paper. All filters share one scale, and zero is "
-        "mid-gray, so a faint filter looks faint. Color share is 0 for gray, 0.67 for noise and 1 for pure color.",
+        "mid-gray, so a faint filter looks faint. The color share says how much of a filter is color: at 0 it sees "
+        "only light and dark, at 1 only differences between colors. Random weights have 0.67.",
         "towers": towers,
         "replay": _draw_replay(report),
         "heads": (
@@ -264,30 +274,62 @@ def describe_results(report: Report) -> Values | None:
     ], 3, report)  # fmt: skip
     class_title, tables = _split_classes(rows, sum(float(row["top1_error"]) < 1 for row in ranked))
     mistakes = [(names[true], names[seen], times) for true, seen, times in results.find_mistakes(counts, MOST)]
-    matrix = [(name, *row) for name, row in zip(names, counts.confusion.tolist(), strict=True)]
+    is_small = len(names) <= MATRIX
     return {
-        "heads": heads, "errors": errors,
+        "heads": heads, "errors": errors, "words": _explain_errors(report),
         "class_title": class_title, "class_heads": class_heads, "classes": tables,
-        "mistakes": mistakes, "confusion": _draw_confusion(counts, names, mistakes),
-        "matrix_heads": ("True class", *names), "matrix": matrix if len(names) <= MATRIX else [],
+        "mistakes": mistakes, "confusion": _describe_confusion(counts, mistakes),
+        "matrix_names": names, "matrix": _shade_matrix(counts.confusion) if is_small else [],
+        "drawing": None if is_small else _draw_confusion(counts, names),
     }  # fmt: skip
 
 
-def _draw_confusion(counts: Evaluation, names: Sequence[str], mistakes: Sequence[tuple[str, str, int]]) -> Values:
+def _explain_errors(report: Report) -> str:
+    """Say what an interval means, and why other numbers of the page differ."""
+    words = "The error on many more such images is likely to be within the 95 % interval."
+    totals, table = report.measurements.totals, report.measurements.towers
+    if totals and totals["views"] == 10:
+        words += " The rest of this page uses only the center view of an image, which is right less often than the "
+        words += "mean of ten views (the four corners and the center, also mirrored)."
+    if totals and table and table.images < totals["images"]:
+        words += f" The towers were measured on {table.images:,} of the images, so chance adds a little."
+    return words
+
+
+def _shade_matrix(confusion: npt.NDArray[np.int64]) -> list[list[Values]]:
+    """The cells of each row: count, color, and how strong it is, as in `draw_confusion_matrix`."""
+    rows = []
+    for true, counts in enumerate(confusion.tolist()):
+        shares = [count / max(1, sum(counts)) for count in counts]
+        rows.append([
+            {
+                "count": count, "right": seen == true, "alpha": f"{share**0.5:.2f}", "dark": share > DARK_SHARE
+            }
+            for seen, (count, share) in enumerate(zip(counts, shares, strict=True))
+        ])  # fmt: skip
+    return rows
+
+
+def _draw_confusion(counts: Evaluation, names: Sequence[str]) -> Values:
     """The confusion matrix as an image."""
     title = f"{counts.images:,} validation images, top-1 error {counts.top1_error:.1%}"
     image = draw_confusion_matrix(counts.confusion, names, title)
+    return {
+        "uri": _encode_drawing(image),
+        "alt": f"Confusion matrix of {len(names)} classes",
+        "width": min(image.width, MAX_WIDTH),
+    }
+
+
+def _describe_confusion(counts: Evaluation, mistakes: Sequence[tuple[str, str, int]]) -> dict[str, str]:
+    """The caption of the confusion matrix."""
     point = f"{1 - counts.top1_error:.1%} of the images are right (on the diagonal)."
     if mistakes:
         true, predicted, times = mistakes[0]
         point += f" The most frequent mistake: {true} predicted as {predicted}, {_format_times(times)}."
     return {
-        "uri": _encode_drawing(image),
-        "alt": f"Confusion matrix of {len(names)} classes",
-        "width": min(image.width, MAX_WIDTH),
         "point": point,
-        "caption": "Rows are true classes, columns predicted classes; blue is correct, red is a mistake, "
-        "and a stronger color is a larger share of the row.",
+        "caption": "Blue is correct, red is a mistake; a stronger color is a larger share of the row.",
     }
 
 
@@ -321,19 +363,24 @@ def _class_row(row: Mapping[str, Any], counts: Evaluation, names: Sequence[str])
     return names[true], row["images"], f"{1 - row['top1_error']:.1%}", f"{1 - row['top5_error']:.1%}", mistake
 
 
+def name_views(views: int) -> str:
+    """Return "ten views" or "center view"."""
+    return results.PROTOCOL[views].partition(",")[0]
+
+
 def _totals_row(totals: Mapping[str, Any]) -> Row:
     errors = []
     for key in ("top1_error", "top5_error"):
         low, high = totals[f"{key}_interval"]
         errors.append(f"{totals[key]:.1%} ({low:.1%} to {high:.1%})")
-    return results.PROTOCOL[totals["views"]], f"{totals['images']:,}", *errors, f"{totals['loss']:.3f}"
+    return name_views(totals["views"]), f"{totals['images']:,}", *errors, f"{totals['loss']:.3f}"
 
 
 def _published_rows(totals: Mapping[str, Any] | None) -> list[Row]:
     known = totals and totals.get("published")
     if not known:
         return []
-    protocol = f"published: {known['source']}, {results.PROTOCOL[known['views']]}"
+    protocol = f"published: {known['source']}, {name_views(known['views'])}"
     images = f"{results.VALIDATION_IMAGES:,}"
     return [(protocol, images, f"{known['top1_error']:.1%}", f"{known['top5_error']:.1%}", "")]
 
@@ -346,36 +393,61 @@ def describe_towers(report: Report) -> Values | None:
     names, total = report.class_names, len(report.data.split("val")) if report.data else table.images
     sample = f"{table.images:,}" if table.images == total else f"{table.images:,} of the {total:,}"
     words = (
-        "A tower alone is this network with the other tower switched off: the maps and units of that tower are zero. "
-        f"It was not trained to work alone. Measured on {sample} validation images, center view."
+        "A tower alone is this network with the other tower switched off (its maps and units are zero). "
+        f"It was not trained to work alone. All numbers here: {sample} validation images, center view."
     )
+    pairs = list(zip(table.errors[:3], table.errors[3:], strict=True))
     rows = [
         (
-            name_towers(color.without_tower).capitalize(), _format_error(color), _format_error(gray),
+            name_towers(color.without_tower).capitalize(), _format_right(color), _format_right(gray),
             format_points(gray.lost_in_gray, gray.lost_in_gray_interval),
+            format_points(color.lost_without_tower, color.lost_without_tower_interval),
             f"{names[color.top_answer]}, {color.top_answer_share:.0%}",
         )
-        for color, gray in zip(table.errors[:3], table.errors[3:], strict=True)
+        for color, gray in pairs
     ]  # fmt: skip
     needs = table.classes
     listed = needs if len(needs) <= MOST else [*needs[: MOST // 2], *needs[-MOST // 2 :]]
     return {
-        "words": words, "verdict": _explain_towers(table, len(names)),
-        "heads": ("Network", "Error in color", "Error in gray", "Gray costs, points", "Most frequent answer"),
+        "words": words, "verdict": _explain_towers(table, names),
+        "guessing": 100 / len(names),
+        "bars": [(name_towers(color.without_tower), [_make_bar(color), _make_bar(gray)]) for color, gray in pairs],
+        "heads": ("Network", "Right in color", "Right in gray", "Gray costs, points",
+                  "Other tower off costs, points", "Most frequent answer"),
         "rows": rows,
-        "class_words": "The share of the images of a class that are right, in color. In brackets: how many images, of "
-        "any class, get this answer. A tower is named where a class certainly loses "
-        f"{100 * LEAST_NEED:.0f} points more without it (95 % interval), unless this tower gives the answer to more "
-        f"than {OVERUSED} times as many images as there are.",
+        "class_words": "The share of the images of each class that are right, in color. A bar is pale if the network "
+        f"gives this answer to more than {OVERUSED} times as many images as the class has: it need not know the class. "
+        f"A class needs a tower if it certainly loses {100 * LEAST_NEED:.0f} points more without that tower (95 % "
+        "interval).",
+        "class_bars": [(names[need.index], need.needed_tower, _class_bars(need)) for need in listed],
         "class_heads": ("Class", "Needs more", "Images", "Whole network", "Tower 1 alone", "Tower 2 alone"),
         "classes": [_need_row(need, names) for need in listed],
     }  # fmt: skip
 
 
-def _explain_towers(table: TowerTable, classes: int) -> str:
+def _make_bar(row: TowerError) -> Values:
+    """A bar of right answers with its 95 % interval, in percent."""
+    low, high = row.top1_error_interval
+    return {
+        "gray": row.grayscale,
+        "share": 100 * (1 - row.top1_error),
+        "low": 100 * (1 - high),
+        "high": 100 * (1 - low),
+    }
+
+
+def _class_bars(need: ClassNeed) -> list[Values]:
+    """The bars of the whole network and of each tower alone."""
+    return [
+        {"share": 100 * (1 - need.top1_errors[i]), "pale": need.answers[i] > OVERUSED * need.images} for i in range(3)
+    ]
+
+
+def _explain_towers(table: TowerTable, names: Sequence[str]) -> str:
     """Say what each tower is worth, which tower is no better than guessing, and which loses more in gray."""
-    costs = [_format_rise(row.lost_without_tower, row.lost_without_tower_interval) for row in table.errors[2:0:-1]]
-    text = [f"Without tower 1 the error in color rises by {costs[0]}, without tower 2 by {costs[1]}."]
+    without1, without2 = (100 * (row.lost_without_tower or 0) for row in table.errors[2:0:-1])
+    text = [f"Switching off tower 1 costs {without1:.1f} points in color, tower 2 {without2:.1f}."]
+    classes = len(names)
     remarks = table.list_remarks(classes)[1:3]
     text += [f"Tower {number} alone is {remark}." for number, remark in enumerate(remarks, 1) if remark]
     if table.has_weak_tower(classes):
@@ -384,17 +456,16 @@ def _explain_towers(table: TowerTable, classes: int) -> str:
         text.append(f"Tower {tower} loses more in gray than tower {3 - tower}.")
     else:
         text.append("Which tower loses more in gray is not certain.")
+    answers = [
+        f"tower {i} {names[row.top_answer]} ({row.top_answer_share:.0%})" for i, row in enumerate(table.errors[1:3], 1)
+    ]
+    text.append(f"The most frequent answer alone, in color: {', '.join(answers)}.")
     return " ".join(text)
 
 
-def _format_rise(share: float | None, interval: tuple[float, float] | None) -> str:
-    low, high = interval or (0.0, 0.0)
-    return f"{100 * (share or 0.0):.1f} points ({100 * low:.1f} to {100 * high:.1f})"
-
-
-def _format_error(row: TowerError) -> str:
+def _format_right(row: TowerError) -> str:
     low, high = row.top1_error_interval
-    return f"{row.top1_error:.1%} ({low:.1%} to {high:.1%})"
+    return f"{1 - row.top1_error:.1%} ({1 - high:.1%} to {1 - low:.1%})"
 
 
 def _need_row(need: ClassNeed, names: Sequence[str]) -> Row:
@@ -419,8 +490,9 @@ def describe_examples(report: Report) -> Values | None:
     correct = [image for example in measured.correct for image in _describe_example(names, example)]
     wrong = [image for example in measured.wrong for image in _describe_example(names, example)]
     evidence = (
-        "After each image: where the network saw the class it predicted. Bright: a gray square there lowers the "
-        "probability of that class most, by 20 points or more at full color. alexnet explain draws it for any image."
+        "After each image: where the network saw the class it predicted. Bright: a gray square here lowers the "
+        "probability of that class. Full color is the largest drop in the map, but at least "
+        f"{100 * LEAST_DROP:.0f} points."
     )
     return {"words": words, "correct": correct, "wrong": wrong, "evidence": evidence}
 
@@ -449,7 +521,7 @@ def describe_neighbors(report: Report) -> Values | None:
         name = names[neighborhood.label]
         images = [{"uri": encode_image(neighborhood.image), "alt": f"Validation image of {name}.", "caption": name}]
         for image, label, distance in neighborhood.nearest:
-            alt, caption = f"Training image of {names[label]}.", f"{names[label]}, {distance:.3g}"
+            alt, caption = f"Training image of {names[label]}.", f"{names[label]}, {distance:#.3g}"
             images.append({"uri": encode_image(image), "alt": alt, "caption": caption})
         same = sum(label == neighborhood.label for _, label, _ in neighborhood.nearest)
         title = f"Image {number}: {name}, {same} of {len(neighborhood.nearest)} neighbors have its class"

@@ -35,7 +35,7 @@ def _describe_error(report: Report) -> str:
     else:
         return ""
     text = f"{start} gets {totals['top1_error']:.1%} of {images}{f' of {name}' if name else ''} wrong"
-    views = ", ten views" if totals.get("views") == 10 else ""
+    views = ", ten views" if totals.get("views") == 10 else ", center view"
     text += f" (top-1 error{views}{f'; {guessing}' if guessing else ''})."
     top5 = get_number(totals, "top5_error")
     if top5 is not None and not report.has_few_classes:
@@ -70,7 +70,7 @@ def _describe_color(report: Report) -> str:
     (gray, less), (color, more) = sorted(enumerate(measured.means, 1), key=lambda tower: tower[1])
     return (
         f"Tower {color} has more color in its first-layer filters than tower {gray}: "
-        f"a color share of {more:.2f} against {less:.2f} (0 is gray, 1 is pure color)."
+        f"a color share of {more:.2f} against {less:.2f} (0 is only light and dark, 1 only color)."
     )
 
 
