@@ -402,7 +402,6 @@ def describe_towers(report: Report) -> Values | None:
             name_towers(color.without_tower).capitalize(), _format_right(color), _format_right(gray),
             format_points(gray.lost_in_gray, gray.lost_in_gray_interval),
             format_points(color.lost_without_tower, color.lost_without_tower_interval),
-            f"{names[color.top_answer]}, {color.top_answer_share:.0%}",
         )
         for color, gray in pairs
     ]  # fmt: skip
@@ -412,8 +411,7 @@ def describe_towers(report: Report) -> Values | None:
         "words": words, "verdict": _explain_towers(table, names),
         "guessing": 100 / len(names),
         "bars": [(name_towers(color.without_tower), [_make_bar(color), _make_bar(gray)]) for color, gray in pairs],
-        "heads": ("Network", "Right in color", "Right in gray", "Gray costs, points",
-                  "Other tower off costs, points", "Most frequent answer"),
+        "heads": ("Network", "Right in color", "Right in gray", "Gray costs, points", "Other tower off costs, points"),
         "rows": rows,
         "class_words": "The share of the images of each class that are right, in color. A bar is pale if the network "
         f"gives this answer to more than {OVERUSED} times as many images as the class has: it need not know the class. "
