@@ -15,9 +15,10 @@ from alexnet_cli.errors import PartialError, UsageError
 from alexnet_cli.options import ImagesArgument, JsonFlag, QuietFlag, WeightsOption, WithoutTowerOption
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from alexnet_cli.core.analysis.explain import Explanation
+    from alexnet_cli.core.data.classes import ClassName
     from alexnet_cli.core.inference.inputs import ImageInput
 
 MAX_ROWS = 50  # images on the contact sheet
@@ -75,6 +76,7 @@ def explain(
         output,
         lambda *images: choose_figure_path(path, name_inputs(images), *options),
         f"{describe_method(method)} · recipe {model.recipe.name}, {len(model.classes):,} classes · {origin}",
+        model.classes,
         has_sheet=len(sources) > 1 and not (output and not _is_png(output)),
     )
     errors: list[str] = []
@@ -119,8 +121,17 @@ def _check_output(output: Path | None, sources: list[ImageInput]) -> None:
 class _Figures:
     """Draws a page per image, or one contact sheet of several images: a row, with its path, for each."""
 
-    def __init__(self, output: Path | None, choose_path: Callable[..., Path], caption: str, *, has_sheet: bool) -> None:
+    def __init__(
+        self,
+        output: Path | None,
+        choose_path: Callable[..., Path],
+        caption: str,
+        classes: Sequence[ClassName],
+        *,
+        has_sheet: bool,
+    ) -> None:
         self.output, self.choose_path, self.caption, self.has_sheet = output, choose_path, caption, has_sheet
+        self.classes = classes
         self.rows: list[tuple[str, Explanation]] = []
         self.count, self.saved = 0, list[Path]()
 
@@ -149,7 +160,7 @@ class _Figures:
             more = f" and {len(self.saved) - 1:,} more" if len(self.saved) > 1 else ""
             return f"{self.saved[0]}{more}" if self.saved else ""
         target = self.output or self.choose_path(*inputs)
-        save_figure(draw_sheet(self.rows, self.caption), target)
+        save_figure(draw_sheet(self.rows, self.caption, self.classes), target)
         part = f" · the first {MAX_ROWS} of {self.count:,} images" if self.count > MAX_ROWS else ""
         return f"{target}{part}{' · for a page of each image: -o DIR' if not self.output else ''}"
 

@@ -13,6 +13,7 @@ from PIL import Image
 from alexnet_cli.core.analysis import explain
 from alexnet_cli.core.analysis.explain import Attribution, Explainer, Explanation, find_class
 from alexnet_cli.core.data.classes import ClassName
+from alexnet_cli.core.drawing import Page
 from alexnet_cli.core.inference.predict import Label
 from alexnet_cli.core.inference.torch_session import TorchSession
 from alexnet_cli.core.model.alexnet import AlexNet
@@ -197,7 +198,7 @@ def test_the_peak_is_bright_and_what_is_not_evidence_is_the_gray_image() -> None
         explain.describe_evidence(found, found.attributions[0], peak)
         == f"40 % falls to 15 % if the square{peak} is gray"
     )
-    assert explain.describe_evidence(found, tiny, peak) == "40 %, no place matters much"
+    assert explain.describe_evidence(found, tiny, peak) == "40 %, no place matters"
     none = replace(found.attributions[0], values=np.zeros((3, 3), np.float32))
     assert explain.describe_evidence(replace(found, method="gradcam"), none, " at (1, 2)") == "40 %, no evidence"
 
@@ -213,7 +214,7 @@ def test_any_name_fits_the_page(method: explain.Method, parts: int) -> None:
     assert (page[:, -margin:] == 255).all()
     assert (page[-margin:] == 255).all()
     between = explain.MARGIN + explain.SHOWN + explain.GUTTER // 2
-    assert (page[explain.TOP : -4 * margin - 2 * explain.GUTTER, between] == 255).all(), "but for the caption"
+    assert (page[explain.TOP : -2 * margin - explain.GUTTER, between] == 255).all(), "but for the caption"
     assert (page[explain.TOP + 100, explain.MARGIN + 100] == (10, 200, 30)).all()
     assert (page == explain.EXPLAINED).all(-1).any(), "the explained class has a bar though it is not among the top 5"
 
@@ -225,7 +226,7 @@ def test_a_sheet_has_a_row_for_each_image_in_columns(method: explain.Method, par
     found = replace(found, attributions=found.attributions[:parts])
     colors = [(255, shade, 0) for shade in range(100, 110)]
     images = [("x.png", replace(found, seen=np.full_like(found.seen, color))) for color in colors]
-    sheet = np.asarray(explain.draw_sheet(images, "y" * 400))
+    sheet = np.asarray(explain.draw_sheet(images, "y" * 400, [found.name]))
     assert 0.5 < sheet.shape[0] / sheet.shape[1] < 2
     margin = explain.MARGIN // 2
     assert (sheet[:, -margin:] == 255).all()
@@ -235,3 +236,14 @@ def test_a_sheet_has_a_row_for_each_image_in_columns(method: explain.Method, par
     corners = [tuple(pixels[0][::-1]) for pixels in places]
     assert corners == sorted(corners), "down the columns"
     assert len({left for left, _ in corners}) > 1
+
+
+def test_a_wrong_answer_is_told_where_the_folder_names_the_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts: list[str] = []
+    monkeypatch.setattr(Page, "text", lambda self, x, y, text, *_, **__: texts.append(text))
+    found = replace(make_explanation(np.zeros((3, 3), np.float32)), index=0)
+    classes = [found.name, ClassName("tench", "n01440764")]
+    for folder, wrong in (("n01440764", " (wrong: tench)"), (found.name.name, ""), ("pictures", "")):
+        texts.clear()
+        explain.draw_sheet([(f"val/{folder}/x.png", found)], "", classes)
+        assert f"{found.name.name}{wrong}" in texts

@@ -242,6 +242,7 @@ LEGEND_LETTERS = 44  # in a line
 BAR_HEIGHT = 50  # of a class, its probability and the space below
 EXPLAINED = (190, 60, 50)  # color of the bar of the explained class
 LEAST_DROP = 0.05  # of probability: a map whose largest drop is smaller has no full color and no square
+LEAST_NAMED = 0.01  # of probability: a smaller drop is told as none
 INFERNO = np.array([
     (0, 0, 4), (31, 12, 72), (85, 15, 109), (136, 34, 106), (186, 54, 85), (227, 89, 51), (249, 140, 10),
     (249, 201, 50), (252, 255, 164),
@@ -255,7 +256,7 @@ def draw_page(explanation: Explanation, image: str, caption: str) -> Image.Image
     width = 2 * MARGIN + (1 + len(parts)) * (SHOWN + GUTTER) - GUTTER
     legend, top = _legend_lines(explanation), TOP + SHOWN + 50
     height = top + max(SCALE_HEIGHT + 25 * len(legend), BAR_HEIGHT * (TOP_CLASSES + 1))
-    page = Page(Image.new("RGB", (width, height + 2 * GUTTER + MARGIN), PAGE))
+    page = Page(Image.new("RGB", (width, height + GUTTER + MARGIN), PAGE))
     title = f"{image}: where the network sees “{explanation.name.name}”"
     page.text(MARGIN, MARGIN - 4, title, LARGE, width - 2 * MARGIN)
     page.text(MARGIN, TOP - 32, "image", NORMAL, SHOWN)
@@ -274,14 +275,15 @@ def draw_page(explanation: Explanation, image: str, caption: str) -> Image.Image
             _draw_square(page, explanation, attribution, (left, TOP), SHOWN)
         page.text(left, TOP + SHOWN + 8, describe_evidence(explanation, attribution), SMALL, SHOWN, FAINT)
         _draw_classes(page, explanation, attribution, left, top)
-    _write_caption(page, explanation, caption, height + GUTTER // 2)
+    page.text(MARGIN, height + GUTTER // 2, caption, SMALL, width - 2 * MARGIN, FAINT)
     return page.image
 
 
-def draw_sheet(explained: Sequence[tuple[str, Explanation]], caption: str) -> Image.Image:
+def draw_sheet(explained: Sequence[tuple[str, Explanation]], caption: str, classes: Sequence[ClassName]) -> Image.Image:
     """Draw several images, each with its path: a row for each, in columns that fill a screen.
 
-    A row has the image and the map of each network over it. `caption`, at the bottom, says which network.
+    A row has the image and the map of each network over it. `caption`, at the bottom, says which network. Where the
+    image's folder has the name of one of the network's `classes`, the row says if the answer is wrong.
     """
     first = explained[0][1]
     lefts = [0, *(TILE + GUTTER + n * (TILE + GAP) for n in range(len(first.attributions)))]
@@ -289,39 +291,51 @@ def draw_sheet(explained: Sequence[tuple[str, Explanation]], caption: str) -> Im
     columns = max(1, round(math.sqrt(SCREEN * len(explained) * ROW_HEIGHT / row_width)))
     rows = -(-len(explained) // columns)
     width = max(SHEET_WIDTH, 2 * MARGIN + columns * (row_width + 2 * GUTTER) - 2 * GUTTER)
-    legend = textwrap.wrap(" ".join(_describe_map(first)), LEGEND_LETTERS * (width - 2 * MARGIN) // SHOWN)
+    legend = textwrap.wrap(
+        _describe_sheet([explanation for _, explanation in explained]), LEGEND_LETTERS * (width - 2 * MARGIN) // SHOWN
+    )
     top = LEGEND_TOP + 25 * len(legend) + SCALE_HEIGHT + GUTTER
     bottom = top + ROW_HEIGHT * rows
-    page = Page(Image.new("RGB", (width, bottom + 2 * GUTTER + MARGIN), PAGE))
-    page.text(
-        MARGIN, MARGIN - 4, _title_sheet([explanation for _, explanation in explained]), LARGE, width - 2 * MARGIN
-    )
+    page = Page(Image.new("RGB", (width, bottom + GUTTER + MARGIN), PAGE))
+    page.text(MARGIN, MARGIN - 4, "Where the network looks", LARGE, width - 2 * MARGIN)
     for number, line in enumerate(legend):
         page.text(MARGIN, LEGEND_TOP + 25 * number, line, SMALL, width - 2 * MARGIN)
     _draw_scale(page, first, MARGIN, LEGEND_TOP + 25 * len(legend) + 12)
     for number, (path, explanation) in enumerate(explained):
         left = MARGIN + number // rows * (row_width + 2 * GUTTER)
-        _draw_row(page, explanation, Path(path).name, left, top + number % rows * ROW_HEIGHT, lefts)
-    _write_caption(page, first, caption, bottom + GUTTER // 2)
+        heading = _title_row(explanation, _find_folder_class(path, classes))
+        _draw_row(page, explanation, heading, Path(path).name, left, top + number % rows * ROW_HEIGHT, lefts)
+    page.text(MARGIN, bottom + GUTTER // 2, caption, SMALL, width - 2 * MARGIN, FAINT)
     return page.image
 
 
-def _write_caption(page: Page, explanation: Explanation, caption: str, top: int) -> None:
-    lines = ["alone: the other tower is switched off", caption]
-    for number, line in enumerate(lines if len(explanation.attributions) > 1 else lines[1:]):
-        page.text(MARGIN, top + 25 * number, line, SMALL, page.image.width - 2 * MARGIN, FAINT)
+def _is_own_answer(explanation: Explanation) -> bool:
+    return explanation.attributions[0].top[0].index == explanation.index
 
 
-def _title_sheet(explanations: Sequence[Explanation]) -> str:
-    is_own = all(explanation.attributions[0].top[0].index == explanation.index for explanation in explanations)
-    return f"Where the network sees {'its answer (above each row)' if is_own else 'the class above each row'}"
+def _describe_sheet(explanations: Sequence[Explanation]) -> str:
+    above = "what the network says" if all(map(_is_own_answer, explanations)) else "the class"
+    return " ".join([f"Above each row: {above}.", *_describe_map(explanations[0])])
 
 
-def _draw_row(page: Page, explanation: Explanation, image: str, left: int, top: int, lefts: Sequence[int]) -> None:
+def _find_folder_class(path: str, classes: Sequence[ClassName]) -> ClassName | None:
+    """The class whose name or wnid the image's folder has."""
+    folder = Path(path).parent.name
+    return next((name for name in classes if folder in name), None)
+
+
+def _title_row(explanation: Explanation, true: ClassName | None) -> str:
+    is_wrong = true is not None and true != explanation.name and _is_own_answer(explanation)
+    return f"{explanation.name.name} (wrong: {true.name})" if true and is_wrong else explanation.name.name
+
+
+def _draw_row(
+    page: Page, explanation: Explanation, heading: str, image: str, left: int, top: int, lefts: Sequence[int]
+) -> None:
     """Draw a row of a sheet. The tiles begin at `lefts`, counted from `left`."""
     width = lefts[-1] + TILE
-    page.text(left, top, explanation.name.name, LARGE, width // 2)
-    page.text(left + width, top + 8, image, SMALL, width // 2 - GAP, FAINT, anchor="ra")
+    page.text(left, top, heading, LARGE, 2 * width // 3)
+    page.text(left + width, top + 8, image, SMALL, width // 3 - GAP, FAINT, anchor="ra")
     top += 36
     seen = Image.fromarray(explanation.seen).resize((TILE, TILE), Image.Resampling.LANCZOS)
     page.image.paste(seen, (left, top))
@@ -332,7 +346,7 @@ def _draw_row(page: Page, explanation: Explanation, image: str, left: int, top: 
             lines.append(_describe_fall(attribution))
             _draw_square(page, explanation, attribution, (left + place, top), TILE)
         if answer.index != explanation.index:
-            lines.append(f"answer: {answer.label}")
+            lines.append(f"says {answer.label} {100 * answer.probability:.0f} %")
         name = f"{name_towers(attribution.without_tower)}: {100 * attribution.probability:.0f} %"
         page.text(left + place, top + TILE + 4, name, SMALL, TILE)
         for number, line in enumerate(lines, 1):
@@ -367,17 +381,16 @@ def describe_evidence(explanation: Explanation, attribution: Attribution, place:
     """
     before = f"{100 * attribution.probability:.0f} %"
     if explanation.method == "occlusion":
-        is_shown = attribution.highest >= LEAST_DROP
         fall = _describe_fall(attribution)
-        return f"{before} {fall} if the square{place} is gray" if is_shown else f"{before}, {fall}"
+        return f"{before} {fall} if the square{place} is gray" if fall.startswith("falls") else f"{before}, {fall}"
     evidence = f"strongest evidence {attribution.highest:.2g}{place}" if attribution.highest > 0 else "no evidence"
     return f"{before}, {evidence}"
 
 
 def _describe_fall(attribution: Attribution) -> str:
     """Say to what the gray square lowers the probability, or that no place matters: then the numbers mean little."""
-    if attribution.highest < LEAST_DROP:
-        return "no place matters much"
+    if attribution.highest < LEAST_NAMED:
+        return "no place matters"
     return f"falls to {100 * (attribution.probability - attribution.highest):.0f} %"
 
 
@@ -390,19 +403,19 @@ def _legend_lines(explanation: Explanation) -> list[str]:
     return [line for paragraph in paragraphs for line in (*textwrap.wrap(paragraph, LEGEND_LETTERS), "")][:-1]
 
 
-def _describe_map(explanation: Explanation) -> tuple[str, str]:
-    """What is bright, and what full color is."""
+def _describe_map(explanation: Explanation) -> list[str]:
+    """What is below a map, what full color is, and what a tower alone is."""
     if explanation.method == "occlusion":
-        return (
-            "Bright: a gray square here lowers the probability of the class, given below each map.",
-            "Each map has its own scale: full color is its largest drop (white square), but at least "
-            f"{100 * LEAST_DROP:.0f} points.",
+        below = (
+            "Below each map: the probability of the class, and to what a gray square at the brightest place lowers it."
         )
-    what = "their mean gradient" if explanation.method == "gradcam" else "the gradient there"
-    return (
-        f"Bright: here the maps of layer 5, times {what}, speak for the class ({describe_method(explanation.method)}).",
-        "Each map has its own scale: full color is its strongest evidence.",
-    )
+        full = f"its largest drop, but at least {100 * LEAST_DROP:.0f} points"
+    else:
+        what = "their mean gradient" if explanation.method == "gradcam" else "the gradient there"
+        below = f"Bright: here the maps of layer 5, times {what}, speak for the class."
+        full = "its strongest evidence"
+    alone = ["Tower 1 alone: tower 2 is switched off."] if len(explanation.attributions) > 1 else []
+    return [below, f"Each map has its own scale: full color is {full}.", *alone]
 
 
 def _draw_scale(page: Page, explanation: Explanation, left: int, top: int) -> None:

@@ -278,7 +278,7 @@ def describe_results(report: Report) -> Values | None:
     return {
         "heads": heads, "errors": errors, "words": _explain_errors(report),
         "class_title": class_title, "class_heads": class_heads, "classes": tables,
-        "mistakes": mistakes, "confusion": _describe_confusion(counts, mistakes),
+        "mistakes": mistakes, "confusion": _describe_confusion(counts, mistakes, report),
         "matrix_names": names, "matrix": _shade_matrix(counts.confusion) if is_small else [],
         "drawing": None if is_small else _draw_confusion(counts, names),
     }  # fmt: skip
@@ -289,8 +289,8 @@ def _explain_errors(report: Report) -> str:
     words = "The error on many more such images is likely to be within the 95 % interval."
     totals, table = report.measurements.totals, report.measurements.towers
     if totals and totals["views"] == 10:
-        words += " The rest of this page uses only the center view of an image, which is right less often than the "
-        words += "mean of ten views (the four corners and the center, also mirrored)."
+        words += " Ten views are the four corners and the center of an image, also mirrored. The towers and the curves "
+        words += "are measured with the center view only, which is right less often."
     if totals and table and table.images < totals["images"]:
         words += f" The towers were measured on {table.images:,} of the images, so chance adds a little."
     return words
@@ -321,9 +321,11 @@ def _draw_confusion(counts: Evaluation, names: Sequence[str]) -> Values:
     }
 
 
-def _describe_confusion(counts: Evaluation, mistakes: Sequence[tuple[str, str, int]]) -> dict[str, str]:
+def _describe_confusion(counts: Evaluation, mistakes: Sequence[tuple[str, str, int]], report: Report) -> dict[str, str]:
     """The caption of the confusion matrix."""
-    point = f"{1 - counts.top1_error:.1%} of the images are right (on the diagonal)."
+    totals = report.measurements.totals
+    views = f", {name_views(totals['views'])}" if totals else ""
+    point = f"{1 - counts.top1_error:.1%} of the {counts.images:,} images are right (on the diagonal{views})."
     if mistakes:
         true, predicted, times = mistakes[0]
         point += f" The most frequent mistake: {true} predicted as {predicted}, {_format_times(times)}."
@@ -409,14 +411,14 @@ def describe_towers(report: Report) -> Values | None:
     listed = needs if len(needs) <= MOST else [*needs[: MOST // 2], *needs[-MOST // 2 :]]
     return {
         "words": words, "verdict": _explain_towers(table, names),
-        "guessing": 100 / len(names),
+        "constant": 100 * max(need.images for need in needs) / table.images,
         "bars": [(name_towers(color.without_tower), [_make_bar(color), _make_bar(gray)]) for color, gray in pairs],
         "heads": ("Network", "Right in color", "Right in gray", "Gray costs, points", "Other tower off costs, points"),
         "rows": rows,
         "class_words": "The share of the images of each class that are right, in color. A bar is pale if the network "
         f"gives this answer to more than {OVERUSED} times as many images as the class has: it need not know the class. "
-        f"A class needs a tower if it certainly loses {100 * LEAST_NEED:.0f} points more without that tower (95 % "
-        "interval).",
+        f"A class needs a tower if switching it off costs the class at least {100 * LEAST_NEED:.0f} points more than "
+        "switching off the other, beyond chance (95 % interval).",
         "class_bars": [(names[need.index], need.needed_tower, _class_bars(need)) for need in listed],
         "class_heads": ("Class", "Needs more", "Images", "Whole network", "Tower 1 alone", "Tower 2 alone"),
         "classes": [_need_row(need, names) for need in listed],
