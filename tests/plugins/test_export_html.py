@@ -408,6 +408,7 @@ def test_it_fits_the_screen_and_axe_finds_nothing(
     page = open_page(random_model(SMALL), size=(width, height), towers=measured).page
     page.emulate_media(color_scheme=scheme)
     assert page.evaluate("document.documentElement.scrollWidth") == width
+    assert page.evaluate("document.querySelector('.norm span').getClientRects().length") == 1, "off, slider, on"
     wide = "[...document.querySelectorAll('body *')].filter(e => e.getBoundingClientRect().right > innerWidth + 1)"
     assert page.evaluate(f"{wide}.map(e => e.outerHTML.slice(0, 80))") == []
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
@@ -560,6 +561,53 @@ def test_the_picture_chosen_last_is_shown(open_page: Any) -> None:
     assert page.page.evaluate(shown) == expected
 
 
+def test_a_new_picture_is_shown_at_once_and_the_old_answers_are_pale(open_page: Any) -> None:
+    page = open_page(random_model(SMALL))
+    state = "[byId('answers').getAttribute('aria-busy'), byId('time').textContent.split(' ')[0]]"
+    assert page.page.evaluate(state) == ["false", "Computed"]
+    before, at_once, now = page.page.evaluate(
+        f"() => {{ const before = picture; showCanvas(drawings[1].draw()); return [before, picture, {state}]; }}"
+    )
+    assert now == ["true", "Computing…"]
+    page.wait("done", "2")
+    assert page.page.evaluate(state) == ["false", "Computed"]
+    before, at_once, exact = (np.array(pixels) for pixels in (before, at_once, page.page.evaluate("picture")))
+    assert abs(at_once - exact).mean() < 3, "but for how the browser resizes"
+    assert abs(before - exact).mean() > 30
+
+
+def test_unpacking_is_on_show_until_there_are_answers(browser: Browser, tmp_path: Path) -> None:
+    write_page(build_page(random_model(SMALL), "page"), tmp_path / "page.html")
+    page = browser.new_page()
+    page.add_init_script("""
+        window.seen = {};
+        new MutationObserver((changes) => changes.forEach(({ attributeName }) =>
+            seen[attributeName] = document.getElementById("status").innerText,
+        )).observe(document, { subtree: true, attributeFilter: ["data-ready", "data-done"] });
+    """)
+    page.goto((tmp_path / "page.html").as_uri())
+    page.wait_for_selector("html[data-done]", state="attached")
+    assert page.evaluate("seen") == {"data-ready": "Unpacking the network …", "data-done": ""}
+    page.close()
+
+
+def test_the_towers_lead_to_layer_5_if_there_are_pictures_of_it(open_page: Any) -> None:
+    model, patches = random_model(SMALL), {"images": 9, "data": "drawn", "sheets": {"conv5": "data:,"}}
+    assert open_page(model).page.locator("#division a").count() == 0
+    page = open_page(model, patches=patches, size=(390, 844)).page
+    page.click("#division a")
+    title, bar = (page.locator(selector).bounding_box() for selector in ("#title-conv5", ".switches"))
+    assert 0 <= title["y"] - bar["y"] - bar["height"] < 100
+
+
+def test_the_page_does_not_move_when_a_tower_goes_off(open_page: Any) -> None:
+    page, top = open_page(random_model(SMALL)), "byId('network').getBoundingClientRect().top"
+    before = page.page.evaluate(top)
+    page.answers("byId('tower-2').click()")
+    assert page.page.is_visible("#switch-text")
+    assert page.page.evaluate(top) == before
+
+
 @pytest.mark.slow
 def test_a_large_picture_is_made_smaller_first(open_page: Any, tmp_path: Path) -> None:
     large = tmp_path / "large.png"
@@ -685,6 +733,6 @@ def test_the_page_does_not_take_chance_for_a_color_tower(open_page: Any) -> None
         measured = measure_specialization(split_towers(weight, 2))
         assert measured.p_value is not None
         count = f"about {100 * measured.p_value:.0f}" if measured.p_value >= 0.005 else "fewer than 1"
-        divisions = f"of 100 random divisions of the filters, {count} differ as much"
-        assert f"{words}: {divisions}" in plain_text(page, "#layers section >> nth=0")
+        divided = f"divided at random into two halves, the same filters differ as much in {count} of 100 tries."
+        assert f"{words}: {divided}" in plain_text(page, "#layers section >> nth=0")
         assert f"Filters, {100 * measured.means[1]:.0f} % color" in plain_text(page, ".tower.tower-2 >> nth=0")

@@ -47,13 +47,11 @@ const messages = {
   ready({ filters }) {
     firstFilters = filters;
     drawFirstFilters();
-    say("");
     if (!hasPicture) showCanvas(drawings[0].draw());
     document.documentElement.dataset.ready = "";
   },
   picture({ pixels }) {
     picture = pixels;
-    say("");
     drawPicture();
   },
   layer({ layer, values, side }) {
@@ -61,10 +59,12 @@ const messages = {
     drawLayer(layers[layer]);
   },
   answers(message) {
+    if (!probabilities) say("");
     ({ probabilities, allOn } = message);
     showAnswers();
-    showTime(message.milliseconds);
     isBusy = false;
+    markOld(answerLists, isStale);
+    showTime(isStale ? "Computing…" : `Computed in ${(message.milliseconds / 1000).toFixed(2)}\u00a0s.`);
     document.documentElement.dataset.done = message.job;
     if (open) fillDialog();
     if (isStale) run();
@@ -77,6 +77,7 @@ const messages = {
   compared(message) {
     if (message.job !== job) return;
     if (hasTowers) showCompared(message.compared);
+    markOld(["towers"], false);
     byId("occlude").disabled = false; // before, it would stop the comparison
     if (isOld) startOcclusion();
     document.documentElement.dataset.compared = job;
@@ -165,6 +166,9 @@ function makeCanvas(width, height, color) {
 function showCanvas(canvas) {
   const { data, width, height } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
   hasPicture = true;
+  if (probabilities) say(""); // at the start, "Unpacking" stays until there are answers
+  showAtOnce(canvas);
+  markOld(["towers"], true);
   whites = {};
   choices++;
   stopWebcam();
@@ -172,6 +176,15 @@ function showCanvas(canvas) {
   worker.postMessage({ type: "picture", rgba: data, width, height }, [data.buffer]);
   byId("target").dataset.chosen = "";
   run();
+}
+
+/** The middle of the picture as the browser resizes it, until the worker has prepared it. */
+function showAtOnce(canvas) {
+  const { size, side } = about, edge = (Math.min(canvas.width, canvas.height) * side) / size, small = makeCanvas(side, side);
+  const context = small.getContext("2d");
+  context.drawImage(canvas, (canvas.width - edge) / 2, (canvas.height - edge) / 2, edge, edge, 0, 0, side, side);
+  picture = context.getImageData(0, 0, side, side).data.filter((_, i) => i % 4 < 3);
+  drawPicture();
 }
 
 function drawPicture() {
@@ -337,11 +350,20 @@ function stopWebcam() {
 function run() {
   if (!hasPicture) return;
   isStale = isBusy;
+  markOld(answerLists, true);
+  showTime("Computing…");
   if (isBusy) return;
   isBusy = true;
   occlusionJob = 0;
   byId("cancel").hidden = byId("progress").hidden = byId("occlude").disabled = true;
   worker.postMessage({ type: "run", job: ++job, ...settings });
+}
+
+const answerLists = ["answers", "first-answer"];
+
+/** Pale: of the picture or the switches before, until the new answers come. */
+function markOld(ids, value) {
+  for (const id of ids) byId(id).setAttribute("aria-busy", value);
 }
 
 function makeSwitches() {
@@ -415,9 +437,9 @@ function makeAnswer(index, isChanged) {
   return make("li", {}, make("span", {}, about.classes[index]), numbers, make("span", { class: "bar", "aria-hidden": "true" }, ...bars));
 }
 
-function showTime(milliseconds) {
+function showTime(text) {
   const known = about.classes.length > 12 ? `It knows only its ${about.classes.length.toLocaleString("en")} classes.` : `It knows only: ${about.classes.map((_, index) => className(index)).join(", ")}.`;
-  byId("time").textContent = `Computed in ${(milliseconds / 1000).toFixed(2)}\u00a0s. ${hasTowers && settings.off.every(Boolean) ? nothingSeen : known}`;
+  byId("time").textContent = `${text} ${hasTowers && settings.off.every(Boolean) ? nothingSeen : known}`;
 }
 
 const networks = ["Both towers", "Tower 1 alone", "Tower 2 alone"];
@@ -431,6 +453,7 @@ function makeComparison() {
   const { measured } = about;
   byId("towers").append(...networks.map((_, index) => make("tr", {}, nameNetwork(index), make("td"), make("td"))));
   byId("division").textContent = `Neither tower learned to answer alone, with the other switched off.${measured ? describeDivision() : ""}`;
+  if (about.patches?.sheets.conv5) byId("division").append(" To see which pictures excite a tower, click its strongest units in ", make("a", { href: "#title-conv5" }, "layer\u00a05"), ".");
   if (!measured) return;
   const { images, data, constant } = measured;
   const highest = Math.max(constant, ...measured.networks.flat().map(({ right }) => right));
@@ -634,7 +657,7 @@ function describeColor() {
   const { differ, pValue } = about.colors;
   if (!hasTowers || pValue === null) return "";
   const found = differ ? "Here the towers differ in color, too" : "Here the difference in color may be chance";
-  return `The paper found that in every training one tower learns filters without color and the other colorful ones. ${found}: of 100 random divisions of the filters, ${pValue < 0.005 ? "fewer than 1" : `about ${Math.round(100 * pValue)}`} differ as much.`;
+  return `The paper found that in every training one tower learns filters without color and the other colorful ones. ${found}: divided at random into two halves, the same filters differ as much in ${pValue < 0.005 ? "fewer than 1" : `about ${Math.round(100 * pValue)}`} of 100 tries.`;
 }
 
 /** The slider of response normalization, if the network has any. */
@@ -645,7 +668,7 @@ function makeNorm() {
     changed();
   } });
   slider.value = 100;
-  return make("label", { class: "norm" }, "Response normalization, after these maps (see layer 2): off ", slider, " on");
+  return make("label", { class: "norm" }, "Response normalization, after these maps (see layer 2): ", make("span", {}, "off ", slider, " on"));
 }
 
 function describeSteps(layer) {
@@ -684,7 +707,7 @@ function makeTower(layer, tower) {
   const box = make("div", { class: `tower tower-${tower + 1}`, "data-tower": tower });
   if (hasTowers) box.append(make("h4", {}, `Tower\u00a0${tower + 1}, units\u00a0${tower * layer.maps}\u00a0to\u00a0${(tower + 1) * layer.maps - 1}`));
   if (layer.name === "conv1") {
-    box.append(make("p", {}, `Filters, ${percent(about.colors.shares[tower])} color, each on its own scale:`), make("canvas", { class: "filters", id: `filters-${tower}`, role: "img", "aria-label": `The ${layer.maps} filters of tower ${tower + 1}` }), make("p", {}, "Their maps, in the same places:"));
+    box.append(make("p", {}, `Filters, ${percent(about.colors.shares[tower])} color (faint ones count less), each on its own scale:`), make("canvas", { class: "filters", id: `filters-${tower}`, role: "img", "aria-label": `The ${layer.maps} filters of tower ${tower + 1}` }), make("p", {}, "Their maps, in the same places:"));
   }
   const canvas = make("canvas", { class: "maps", id: `maps-${layer.name}-${tower}`, role: "img" });
   canvas.onclick = (event) => {
