@@ -59,7 +59,7 @@ def test_errors_and_differences_are_those_of_runs() -> None:
         ["devices", "CPU, 2 threads", "GPU 0, GPU 1"],
     ]
     low, high = listed["difference_interval"]
-    rows = dict(page.tables["Top-1 errors with their 95 % intervals; that of the difference is paired"][1:])
+    rows = dict(page.tables["Top-1 errors with their 95% intervals; that of the difference is paired"][1:])
     expected = f"{100 * listed['difference']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
     assert rows["two minus one, points"] == expected
     assert rows["one"].startswith(f"{listed['top1_error'][0]:.1%} (")

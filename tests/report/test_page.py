@@ -86,7 +86,7 @@ def test_tables_agree_with_metrics_csv_and_eval(shown: Run) -> None:
         assert float(row[6]) == pytest.approx(float(epoch["lr"]))
     assert [row[0] for row in rows if row[-1]] == ["2", "4"]
     said = json.loads((shown.path / "eval" / "val-1.json").read_text())
-    (row,) = page.tables["Errors with their 95 % intervals"][1:]
+    (row,) = page.tables["Errors with their 95% intervals"][1:]
     low, high = said["top1_error_interval"]
     assert row[1:3] == ["12", f"{said['top1_error']:.1%} ({low:.1%} to {high:.1%})"]
     with (shown.path / "eval" / "val-1_confusion.csv").open(newline="", encoding="utf-8") as file:
@@ -107,7 +107,7 @@ def test_what_each_tower_does_agrees_with_evaluate(shown: Run, tmp_path: Path) -
     app.command()(evaluate)
     words = ["-w", str(shown.path), "--towers", "--json", "-q", "-o", str(tmp_path)]
     table = json.loads(CliRunner().invoke(app, words).stdout)
-    rows = page.tables["Images that are right, with 95 % intervals, in color and gray"][1:]
+    rows = page.tables["Images that are right, with 95% intervals, in color and gray"][1:]
     assert [row[0] for row in rows] == ["Whole network", "Tower 1 alone", "Tower 2 alone"]
     for row, color, gray in zip(rows, table["towers"][:3], table["towers"][3:], strict=True):
         right = [f"{1 - kind['top1_error']:.1%} (" for kind in (color, gray)]
@@ -129,7 +129,7 @@ def test_a_saved_comparison_of_the_towers_is_used_if_it_belongs_to_the_weights(c
     for change in ({}, {"weights_sha256": "0" * 64}, {"classes": "none"}):
         file.write_text(json.dumps(saved | change))
         read_result(report("-w", str(copy.path), "--json", "-q"))
-        rows = Page(copy.path / "report.html").tables["Images that are right, with 95 % intervals, in color and gray"]
+        rows = Page(copy.path / "report.html").tables["Images that are right, with 95% intervals, in color and gray"]
         used.append(rows[1][1].startswith("87.7%"))
     assert used == [True, False, False]
     assert json.loads(file.read_text())["towers"][0]["top1_error"] != 0.123, "the new one is saved"
@@ -255,7 +255,7 @@ def test_saved_results_are_used_if_they_belong_to_the_weights(copy: Run) -> None
         file.write_text(json.dumps(said | {"loss": 4.321, "weights_sha256": sha}))
         read_result(report("-w", str(copy.path), "--json", "-q"))
         page = Page(copy.path / "report.html")
-        assert page.tables["Errors with their 95 % intervals"][1][-1] == loss
+        assert page.tables["Errors with their 95% intervals"][1][-1] == loss
     assert index.stat().st_mtime_ns == made
     file.write_text("{")
     assert read_result(report("-w", str(copy.path), "--json", "-q"))["top1_error"] == said["top1_error"]
@@ -525,7 +525,7 @@ def test_classes_with_the_same_name_get_their_wnid(tmp_path: Path) -> None:
         ["crane (n2)", "7", "71.4%", "crane (n1), 2 times"],
         ["crane (n1)", "8", "62.5%", "dog, 3 times"],
     ]
-    assert page.tables["Errors with their 95 % intervals"][0][-2:] == ["Top-1 error", "Loss"]
+    assert page.tables["Errors with their 95% intervals"][0][-2:] == ["Top-1 error", "Loss"]
     assert page.tables["The most frequent mistakes"][2] == ["crane (n2)", "crane (n1)", "2"]
 
 

@@ -98,13 +98,13 @@ def _write_lead(answers: PairedAnswers, names: tuple[str, str]) -> str:
     images = f"the same {whole.images:,} validation images of {answers.data.name}"
     points = f"{100 * abs(whole.difference):.1f} points"
     if low <= 0 <= high:
-        interval = f"95 % interval {100 * low:+.1f} to {100 * high:+.1f}"
+        interval = f"95% interval {100 * low:+.1f} to {100 * high:+.1f}"
         return f"On {images}, the top-1 errors differ by {points}, which may be chance ({interval})."
     (lower, better), (higher, worse) = sorted(zip(whole.top1_errors, names, strict=True))
     low, high = sorted((abs(low), abs(high)))
     return (
         f"{better} is better than {worse}: it gets {lower:.1%} of {images} wrong, not {higher:.1%} (top-1 error). "
-        f"The difference is {points} (95 % interval {100 * low:.1f} to {100 * high:.1f})."
+        f"The difference is {points} (95% interval {100 * low:.1f} to {100 * high:.1f})."
     )
 
 
@@ -177,7 +177,7 @@ def _describe_filters(comparison: Comparison) -> Values:
             interval = "{:.2f} to {:.2f}".format(*measured.interval)
         shares = ", ".join(f"{mean:.2f}" for mean in measured.means)
         rows.append((name, auc, interval, p_value, shares, sum(map(len, report.towers))))
-    heads = ("Run", "AUC", "95 % interval", "p", "Color share of each tower", "Filters")
+    heads = ("Run", "AUC", "95% interval", "p", "Color share of each tower", "Filters")
     return {"runs": runs, "heads": heads, "rows": rows}
 
 

@@ -185,7 +185,7 @@ def _list_facts(report: Report) -> list[tuple[str, str]]:
         ("Epochs", f"{progress} of {report.recipe.epochs}" if report.is_trained else ""),
         ("Checkpoint", f"epoch {info['epoch']}, step {info['step']}" if "epoch" in info and "step" in info else ""),
         ("Parameters", f"{report.parameters / 1e6:,.2f} million" if report.parameters else ""),
-        ("Towers", f"{report.recipe.towers}, width {report.recipe.width:g}"),
+        ("Towers", f"{report.recipe.towers}, {report.recipe.width:.0%} of the paper's width"),
         ("Training time", _format_duration(history.seconds)),
     ])  # fmt: skip
 

@@ -246,7 +246,7 @@ def _compare_towers(report: Report) -> str:
     low, high = measured.interval
     text = (
         f"A filter of the more colorful tower has more color than one of the other in {measured.auc:.0%} of all pairs "
-        f"(AUC {measured.auc:.2f}, 95 % interval {low:.2f} to {high:.2f}; 0.5 is chance). "
+        f"(AUC {measured.auc:.2f}, 95% interval {low:.2f} to {high:.2f}; 0.5 is chance). "
         f"Random divisions of the filters into two halves reach this in {measured.p_value:.2%} of cases. "
     )
     if measured.undertrained:
@@ -286,7 +286,7 @@ def describe_results(report: Report) -> Values | None:
 
 def _explain_errors(report: Report) -> str:
     """Say what an interval means, and why other numbers of the page differ."""
-    words = "The error on many more such images is likely to be within the 95 % interval."
+    words = "The error on many more such images is likely to be within the 95% interval."
     totals, table = report.measurements.totals, report.measurements.towers
     if totals and totals["views"] == 10:
         words += " Ten views are the four corners and the center of an image, also mirrored. The towers and the curves "
@@ -418,7 +418,7 @@ def describe_towers(report: Report) -> Values | None:
         "class_words": "The share of the images of each class that are right, in color. A bar is pale if the network "
         f"gives this answer to more than {OVERUSED} times as many images as the class has: it need not know the class. "
         f"A class needs a tower if switching it off costs the class at least {100 * LEAST_NEED:.0f} points more than "
-        "switching off the other, beyond chance (95 % interval).",
+        "switching off the other, beyond chance (95% interval).",
         "class_bars": [(names[need.index], need.needed_tower, _class_bars(need)) for need in listed],
         "class_heads": ("Class", "Needs more", "Images", "Whole network", "Tower 1 alone", "Tower 2 alone"),
         "classes": [_need_row(need, names) for need in listed],
@@ -426,7 +426,7 @@ def describe_towers(report: Report) -> Values | None:
 
 
 def _make_bar(row: TowerError) -> Values:
-    """A bar of right answers with its 95 % interval, in percent."""
+    """A bar of right answers with its 95% interval, in percent."""
     low, high = row.top1_error_interval
     return {
         "gray": row.grayscale,
@@ -528,7 +528,7 @@ def describe_neighbors(report: Report) -> Values | None:
         rows.append({"title": title, "images": images})
     words = (
         "As in figure 4 (right) of the paper: a validation image (framed) and the training images whose layer-7 "
-        "activations are nearest to its own: those that the network finds most alike. The numbers are distances."
+        "activations are nearest to its own: those that the network finds most alike (the number is the distance)."
     )
     return {"words": words, "rows": rows[:OPEN_ROWS], "folded": rows[OPEN_ROWS:]}
 
