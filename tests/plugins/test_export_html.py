@@ -77,7 +77,7 @@ class OpenPage:
     def wait(self, mark: str, value: str | None = None) -> str:
         """Wait until the page has this mark (with this value); return the value."""
         ends = "" if value is None else f'="{value}"'
-        self.page.wait_for_selector(f"html[data-{mark}{ends}]", state="attached", timeout=20_000)
+        self.page.wait_for_selector(f"html[data-{mark}{ends}]", state="attached", timeout=120_000)
         return str(self.page.evaluate(f"document.documentElement.dataset.{mark}"))
 
     def answers(self, action: str = "run()") -> Rows:
