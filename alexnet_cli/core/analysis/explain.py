@@ -234,7 +234,7 @@ def make_record(explanation: Explanation) -> dict[str, Any]:
 
 MARGIN, GUTTER, LARGE, NORMAL, SMALL = 24, 32, 26, 19, 17  # pixels: margins, between columns, letter heights
 SHOWN, TOP = 360, 104  # side of an image on the page, and where images begin
-TILE, GAP, ROW_HEIGHT = 192, 8, 316  # of a sheet: side of an image, space between images, height of a row
+TILE, GAP, ROW_HEIGHT = 192, 8, 338  # of a sheet: side of an image, space between images, height of a row
 SHEET_WIDTH, LEGEND_TOP = 864, 66  # of a sheet: least width, where the legend begins
 SCALE_HEIGHT = 62  # of the color scale with its words and the space below
 SCREEN = 16 / 9  # width by height
@@ -314,8 +314,8 @@ def _is_own_answer(explanation: Explanation) -> bool:
 
 
 def _describe_sheet(explanations: Sequence[Explanation]) -> str:
-    above = "what the network says" if all(map(_is_own_answer, explanations)) else "the class"
-    return " ".join([f"Above each row: {above}.", *_describe_map(explanations[0])])
+    above = "what the network says" if all(map(_is_own_answer, explanations)) else "the class explained"
+    return " ".join([f"Above each image: {above}.", *_describe_map(explanations[0])])
 
 
 def _find_folder_class(path: str, classes: Sequence[ClassName]) -> ClassName | None:
@@ -341,14 +341,13 @@ def _draw_row(
     page.image.paste(seen, (left, top))
     for place, attribution in zip(lefts[1:], explanation.attributions, strict=True):
         page.image.paste(Image.fromarray(draw_overlay(explanation, attribution, TILE)), (left + place, top))
-        lines, answer = list[str](), attribution.top[0]
+        lines, answer = [f"{100 * attribution.probability:.0f} % {explanation.name.name}"], attribution.top[0]
         if explanation.method == "occlusion":
             lines.append(_describe_fall(attribution))
             _draw_square(page, explanation, attribution, (left + place, top), TILE)
         if answer.index != explanation.index:
-            lines.append(f"says {answer.label} {100 * answer.probability:.0f} %")
-        name = f"{name_towers(attribution.without_tower)}: {100 * attribution.probability:.0f} %"
-        page.text(left + place, top + TILE + 4, name, SMALL, TILE)
+            lines.append(f"answer: {100 * answer.probability:.0f} % {answer.label}")
+        page.text(left + place, top + TILE + 4, name_towers(attribution.without_tower), SMALL, TILE)
         for number, line in enumerate(lines, 1):
             page.text(left + place, top + TILE + 4 + 21 * number, line, SMALL, TILE, FAINT)
 
@@ -359,7 +358,7 @@ def draw_overlay(explanation: Explanation, attribution: Attribution, side: int) 
     crop = len(explanation.seen)
     pixels = (SIDE - crop) // 2 + (np.arange(side) + 0.5) * crop / side
     places = np.interp(pixels, explanation.centers, np.arange(len(explanation.centers)))
-    values = map_coordinates(attribution.values, np.meshgrid(places, places, indexing="ij"), order=3, mode="nearest")
+    values = map_coordinates(attribution.values, np.meshgrid(places, places, indexing="ij"), order=1, mode="nearest")
     end = max(float(values.max()), LEAST_DROP if explanation.method == "occlusion" else np.finfo(np.float32).tiny)
     share = np.clip(values / end, 0, 1)
     alpha = 0.9 * share[..., None] ** 0.6
@@ -406,9 +405,8 @@ def _legend_lines(explanation: Explanation) -> list[str]:
 def _describe_map(explanation: Explanation) -> list[str]:
     """What is below a map, what full color is, and what a tower alone is."""
     if explanation.method == "occlusion":
-        below = (
-            "Below each map: the probability of the class, and to what a gray square at the brightest place lowers it."
-        )
+        below = "Below each map: how sure the network is, and to what that falls with a gray square at the brightest "
+        below += f"place (white, if it falls by {100 * LEAST_DROP:.0f} points)."
         full = f"its largest drop, but at least {100 * LEAST_DROP:.0f} points"
     else:
         what = "their mean gradient" if explanation.method == "gradcam" else "the gradient there"

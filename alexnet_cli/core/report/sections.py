@@ -186,7 +186,7 @@ def describe_filters(report: Report, charts: Mapping[str, Chart]) -> Values | No
     return {
         "words": "The first-layer filters, as in figure 3 of the paper. All filters share one scale, and zero is "
         "mid-gray, so a faint filter looks faint. The color share says how much of a filter is color: at 0 it sees "
-        "only light and dark, at 1 only differences between colors. Random weights have 0.67.",
+        "only light and dark, at 1 only differences between colors. Untrained filters are colored noise, at 0.67.",
         "towers": towers,
         "replay": _draw_replay(report),
         "heads": (
@@ -394,9 +394,11 @@ def describe_towers(report: Report) -> Values | None:
         return None
     names, total = report.class_names, len(report.data.split("val")) if report.data else table.images
     sample = f"{table.images:,}" if table.images == total else f"{table.images:,} of the {total:,}"
+    totals = report.measurements.totals
+    less = ", which is right less often than ten views" if totals and totals["views"] == 10 else ""
     words = (
         "A tower alone is this network with the other tower switched off (its maps and units are zero). "
-        f"It was not trained to work alone. All numbers here: {sample} validation images, center view."
+        f"It was not trained to work alone. All numbers here: {sample} validation images, center view{less}."
     )
     pairs = list(zip(table.errors[:3], table.errors[3:], strict=True))
     rows = [
@@ -453,7 +455,11 @@ def _explain_towers(table: TowerTable, names: Sequence[str]) -> str:
     if table.has_weak_tower(classes):
         text.append("So it has nothing to lose in gray: this cannot say which tower needs color.")
     elif tower := table.find_color_tower(classes):
-        text.append(f"Tower {tower} loses more in gray than tower {3 - tower}.")
+        lost = [100 * (row.lost_in_gray or 0) for row in table.errors[4:6]]
+        text.append(
+            f"In gray, tower {tower} loses more than tower {3 - tower}: {lost[tower - 1]:.1f} points, not "
+            f"{lost[2 - tower]:.1f}."
+        )
     else:
         text.append("Which tower loses more in gray is not certain.")
     answers = [
