@@ -195,8 +195,7 @@ def test_the_peak_is_bright_and_what_is_not_evidence_is_the_gray_image() -> None
     assert explain.make_record(found)["networks"][0]["peak"] == {"x": 216.0, "y": 128.0, "value": 0.25}
     peak = " at (216, 128)"
     assert (
-        explain.describe_evidence(found, found.attributions[0], peak)
-        == f"40 % falls to 15 % if the square{peak} is gray"
+        explain.describe_evidence(found, found.attributions[0], peak) == f"40 % falls to 15 % if a square{peak} is gray"
     )
     assert explain.describe_evidence(found, tiny, peak) == "40 %, no place matters"
     none = replace(found.attributions[0], values=np.zeros((3, 3), np.float32))
@@ -243,7 +242,7 @@ def test_a_wrong_answer_is_told_where_the_folder_names_the_class(monkeypatch: py
     monkeypatch.setattr(Page, "text", lambda self, x, y, text, *_, **__: texts.append(text))
     found = replace(make_explanation(np.zeros((3, 3), np.float32)), index=0)
     classes = [found.name, ClassName("tench", "n01440764")]
-    for folder, wrong in (("n01440764", " (wrong: tench)"), (found.name.name, ""), ("pictures", "")):
+    for folder, wrong in (("n01440764", " (wrong, is tench)"), (found.name.name, ""), ("pictures", "")):
         texts.clear()
         explain.draw_sheet([(f"val/{folder}/x.png", found)], "", classes)
         assert f"{found.name.name}{wrong}" in texts

@@ -495,6 +495,15 @@ def test_seeds_to_decide_give_an_interval_without_zero() -> None:
     assert low[0] <= 0 < low[1]
 
 
+def compare_with_the_filters(folder: Path) -> None:
+    """Every AUC of the chart is that of the filters which the runs keep."""
+    lines = (folder / "auc.csv").read_text().splitlines()[1:]
+    assert len(lines) == 2 * 2, "two conditions, before and after the only epoch"
+    for condition, seed, epoch, auc in (line.split(",") for line in lines):
+        weight = np.load(Run(folder / f"{condition}-seed{seed}").kept_filters[int(epoch)])
+        assert float(auc) == pytest.approx(filters.compute_auc(*measure_shares(weight)), abs=1e-3)
+
+
 def test_towers_and_ablation_train_what_is_missing(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -511,6 +520,8 @@ def test_towers_and_ablation_train_what_is_missing(
         assert result["missing"] == []
         rows = (Path("runs") / name / f"{name}.csv").read_text().splitlines()
         assert len(rows) == 1 + conditions
+        if name == "towers":
+            compare_with_the_filters(Path("runs") / name)
         before = {path: path.stat().st_mtime_ns for path in (Path("runs") / name).glob("base-seed0/**/*")}
         reproduce(name, prepared, quiet=True)
         capsys.readouterr()

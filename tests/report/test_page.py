@@ -116,7 +116,9 @@ def test_what_each_tower_does_agrees_with_evaluate(shown: Run, tmp_path: Path) -
     classes = page.tables["Images of each class that are right"][1:]
     shares = [[1 - float(cell.partition("%")[0]) / 100 for cell in row[3:6]] for row in classes]
     np.testing.assert_allclose(shares, [row["top1_errors"][:3] for row in table["classes"]], atol=0.005)
-    widths = re.findall(r'class="fill[ a-z]*" style="width: ([\d.]+)%', (shown.path / "report.html").read_text())
+    widths = re.findall(
+        r'class="fill[ a-z]*" style="width: ([\d.]+)%', (shown.path / "report.html").read_text(encoding="utf-8")
+    )
     drawn = [table["towers"][i]["top1_error"] for i in (0, 3, 1, 4, 2, 5)]
     drawn += [error for row in table["classes"] for error in row["top1_errors"][:3]]
     np.testing.assert_allclose([1 - float(width) / 100 for width in widths], drawn, atol=0.001)

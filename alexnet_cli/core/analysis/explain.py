@@ -242,7 +242,7 @@ LEGEND_LETTERS = 44  # in a line
 BAR_HEIGHT = 50  # of a class, its probability and the space below
 EXPLAINED = (190, 60, 50)  # color of the bar of the explained class
 LEAST_DROP = 0.05  # of probability: a map whose largest drop is smaller has no full color and no square
-LEAST_NAMED = 0.01  # of probability: a smaller drop is told as none
+LEAST_NAMED = 0.01  # of probability: a smaller drop counts as none
 INFERNO = np.array([
     (0, 0, 4), (31, 12, 72), (85, 15, 109), (136, 34, 106), (186, 54, 85), (227, 89, 51), (249, 140, 10),
     (249, 201, 50), (252, 255, 164),
@@ -319,14 +319,16 @@ def _describe_sheet(explanations: Sequence[Explanation]) -> str:
 
 
 def _find_folder_class(path: str, classes: Sequence[ClassName]) -> ClassName | None:
-    """The class whose name or wnid the image's folder has."""
-    folder = Path(path).parent.name
-    return next((name for name in classes if folder in name), None)
+    """The class whose name or wnid the image's folder has, if it is the only one."""
+    folder = Path(path).absolute().parent.name if path != "-" else ""
+    found = [name for name in classes if folder in name]
+    return found[0] if len(found) == 1 else None
 
 
 def _title_row(explanation: Explanation, true: ClassName | None) -> str:
-    is_wrong = true is not None and true != explanation.name and _is_own_answer(explanation)
-    return f"{explanation.name.name} (wrong: {true.name})" if true and is_wrong else explanation.name.name
+    if true and true != explanation.name and _is_own_answer(explanation):
+        return f"{explanation.name.name} (wrong, is {true.name})"
+    return explanation.name.name
 
 
 def _draw_row(
@@ -374,14 +376,14 @@ def describe_method(method: Method) -> str:
 
 
 def describe_evidence(explanation: Explanation, attribution: Attribution, place: str = "") -> str:
-    """Say how strong the evidence at the peak is: "98 % falls to 31 % if the square at (66, 90) is gray".
+    """Say how strong the evidence at the peak is: "98 % falls to 31 % if a square at (66, 90) is gray".
 
     `place` is what to say of the place of the peak, such as " at (66, 90)".
     """
     before = f"{100 * attribution.probability:.0f} %"
     if explanation.method == "occlusion":
         fall = _describe_fall(attribution)
-        return f"{before} {fall} if the square{place} is gray" if fall.startswith("falls") else f"{before}, {fall}"
+        return f"{before} {fall} if a square{place} is gray" if fall.startswith("falls") else f"{before}, {fall}"
     evidence = f"strongest evidence {attribution.highest:.2g}{place}" if attribution.highest > 0 else "no evidence"
     return f"{before}, {evidence}"
 
@@ -405,8 +407,8 @@ def _legend_lines(explanation: Explanation) -> list[str]:
 def _describe_map(explanation: Explanation) -> list[str]:
     """What is below a map, what full color is, and what a tower alone is."""
     if explanation.method == "occlusion":
-        below = "Below each map: how sure the network is, and to what that falls with a gray square at the brightest "
-        below += f"place (white, if it falls by {100 * LEAST_DROP:.0f} points)."
+        below = "Below each map: the probability, and what is left of it with a gray square at the brightest place "
+        below += f"(outlined if it falls by at least {100 * LEAST_DROP:.0f} points)."
         full = f"its largest drop, but at least {100 * LEAST_DROP:.0f} points"
     else:
         what = "their mean gradient" if explanation.method == "gradcam" else "the gradient there"

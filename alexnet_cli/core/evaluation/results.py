@@ -99,12 +99,17 @@ def make_file_stem(split: str, views: int, weights: Path, dataset: Dataset, cond
     return "-".join([*parts, *condition])
 
 
+def name_views(views: int) -> str:
+    """Return "center view" or "ten views"."""
+    return PROTOCOL[views].partition(",")[0]
+
+
 def format_published(published: PublishedErrors, views: int, images: int) -> str:
     """Return published errors in words, with the differences between that measurement and this one."""
-    differences = [f"this is the {PROTOCOL[views].partition(',')[0]}"] if published.views != views else []
+    differences = [f"this is the {name_views(views)}"] if published.views != views else []
     differences += [f"these are {images:,} images"] if images != VALIDATION_IMAGES else []
     remark = f"; {' and '.join(differences)}" if differences else ""
-    protocol = PROTOCOL[published.views].partition(",")[0]
+    protocol = name_views(published.views)
     errors = f"top-1 error {published.top1_error:.1%}, top-5 {published.top5_error:.1%}"
     return f"{errors}   ({published.source}, {protocol}, the {VALIDATION_IMAGES:,} validation images of 2012{remark})"
 

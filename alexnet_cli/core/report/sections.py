@@ -40,7 +40,7 @@ Values = dict[str, Any]
 
 MOST = 10  # classes or mistakes in a table
 MATRIX = 20  # with at most this many classes, the confusion matrix is a table, not an image
-DARK_SHARE = 0.3  # of a row: a cell with more has white letters
+DARK_SHARE = {True: 0.43, False: 0.5}  # of a row: with more, white letters are easier to read on blue, on red
 SOURCES = {"-": "", "code": "authors' code"}
 MAX_WIDTH = 1000  # pixels; the page shows a wider confusion matrix at this width
 THUMBNAIL, QUALITY = 160, 85  # side in pixels and JPEG quality of images
@@ -287,12 +287,12 @@ def describe_results(report: Report) -> Values | None:
 def _explain_errors(report: Report) -> str:
     """Say what an interval means, and why other numbers of the page differ."""
     words = "The error on many more such images is likely to be within the 95% interval."
-    totals, table = report.measurements.totals, report.measurements.towers
-    if totals and totals["views"] == 10:
-        words += " Ten views are the four corners and the center of an image, also mirrored. The towers and the curves "
-        words += "are measured with the center view only, which is right less often."
-    if totals and table and table.images < totals["images"]:
-        words += f" The towers were measured on {table.images:,} of the images, so chance adds a little."
+    measured = report.measurements
+    if any(totals["views"] == 10 for totals, _ in measured.results):
+        words += " Ten views are the four corners and the center of an image, also mirrored."
+        single = [name for name, is_shown in (("towers", measured.towers), ("curves", report.is_trained)) if is_shown]
+        if single:
+            words += f" The {' and the '.join(single)} are measured with the center view only."
     return words
 
 
@@ -303,7 +303,8 @@ def _shade_matrix(confusion: npt.NDArray[np.int64]) -> list[list[Values]]:
         shares = [count / max(1, sum(counts)) for count in counts]
         rows.append([
             {
-                "count": count, "right": seen == true, "alpha": f"{share**0.5:.2f}", "dark": share > DARK_SHARE
+                "count": count, "right": seen == true, "alpha": f"{share**0.5:.2f}",
+                "dark": share > DARK_SHARE[seen == true],
             }
             for seen, (count, share) in enumerate(zip(counts, shares, strict=True))
         ])  # fmt: skip
@@ -324,7 +325,7 @@ def _draw_confusion(counts: Evaluation, names: Sequence[str]) -> Values:
 def _describe_confusion(counts: Evaluation, mistakes: Sequence[tuple[str, str, int]], report: Report) -> dict[str, str]:
     """The caption of the confusion matrix."""
     totals = report.measurements.totals
-    views = f", {name_views(totals['views'])}" if totals else ""
+    views = f", {results.name_views(totals['views'])}" if totals else ""
     point = f"{1 - counts.top1_error:.1%} of the {counts.images:,} images are right (on the diagonal{views})."
     if mistakes:
         true, predicted, times = mistakes[0]
@@ -365,24 +366,19 @@ def _class_row(row: Mapping[str, Any], counts: Evaluation, names: Sequence[str])
     return names[true], row["images"], f"{1 - row['top1_error']:.1%}", f"{1 - row['top5_error']:.1%}", mistake
 
 
-def name_views(views: int) -> str:
-    """Return "ten views" or "center view"."""
-    return results.PROTOCOL[views].partition(",")[0]
-
-
 def _totals_row(totals: Mapping[str, Any]) -> Row:
     errors = []
     for key in ("top1_error", "top5_error"):
         low, high = totals[f"{key}_interval"]
         errors.append(f"{totals[key]:.1%} ({low:.1%} to {high:.1%})")
-    return name_views(totals["views"]), f"{totals['images']:,}", *errors, f"{totals['loss']:.3f}"
+    return results.name_views(totals["views"]), f"{totals['images']:,}", *errors, f"{totals['loss']:.3f}"
 
 
 def _published_rows(totals: Mapping[str, Any] | None) -> list[Row]:
     known = totals and totals.get("published")
     if not known:
         return []
-    protocol = f"published: {known['source']}, {name_views(known['views'])}"
+    protocol = f"published: {known['source']}, {results.name_views(known['views'])}"
     images = f"{results.VALIDATION_IMAGES:,}"
     return [(protocol, images, f"{known['top1_error']:.1%}", f"{known['top5_error']:.1%}", "")]
 
@@ -394,11 +390,9 @@ def describe_towers(report: Report) -> Values | None:
         return None
     names, total = report.class_names, len(report.data.split("val")) if report.data else table.images
     sample = f"{table.images:,}" if table.images == total else f"{table.images:,} of the {total:,}"
-    totals = report.measurements.totals
-    less = ", which is right less often than ten views" if totals and totals["views"] == 10 else ""
     words = (
         "A tower alone is this network with the other tower switched off (its maps and units are zero). "
-        f"It was not trained to work alone. All numbers here: {sample} validation images, center view{less}."
+        f"It was not trained to work alone. All numbers here: {sample} validation images, center view."
     )
     pairs = list(zip(table.errors[:3], table.errors[3:], strict=True))
     rows = [
@@ -409,7 +403,7 @@ def describe_towers(report: Report) -> Values | None:
         )
         for color, gray in pairs
     ]  # fmt: skip
-    needs = table.classes
+    needs, needed = table.classes, {n.index: tower for tower in (1, 2) for n in table.list_needs(tower, len(names))}
     listed = needs if len(needs) <= MOST else [*needs[: MOST // 2], *needs[-MOST // 2 :]]
     return {
         "words": words, "verdict": _explain_towers(table, names),
@@ -420,10 +414,10 @@ def describe_towers(report: Report) -> Values | None:
         "class_words": "The share of the images of each class that are right, in color. A bar is pale if the network "
         f"gives this answer to more than {OVERUSED} times as many images as the class has: it need not know the class. "
         f"A class needs a tower if switching it off costs the class at least {100 * LEAST_NEED:.0f} points more than "
-        "switching off the other, beyond chance (95% interval).",
-        "class_bars": [(names[need.index], need.needed_tower, _class_bars(need)) for need in listed],
+        "switching off the other, beyond chance (95% interval), and its bar is not pale.",
+        "class_bars": [(names[need.index], needed.get(need.index), _class_bars(need)) for need in listed],
         "class_heads": ("Class", "Needs more", "Images", "Whole network", "Tower 1 alone", "Tower 2 alone"),
-        "classes": [_need_row(need, names) for need in listed],
+        "classes": [_need_row(need, needed.get(need.index), names) for need in listed],
     }  # fmt: skip
 
 
@@ -457,7 +451,7 @@ def _explain_towers(table: TowerTable, names: Sequence[str]) -> str:
     elif tower := table.find_color_tower(classes):
         lost = [100 * (row.lost_in_gray or 0) for row in table.errors[4:6]]
         text.append(
-            f"In gray, tower {tower} loses more than tower {3 - tower}: {lost[tower - 1]:.1f} points, not "
+            f"In gray, tower {tower} loses more than tower {3 - tower}: {lost[tower - 1]:.1f} points against "
             f"{lost[2 - tower]:.1f}."
         )
     else:
@@ -474,9 +468,9 @@ def _format_right(row: TowerError) -> str:
     return f"{1 - row.top1_error:.1%} ({1 - high:.1%} to {1 - low:.1%})"
 
 
-def _need_row(need: ClassNeed, names: Sequence[str]) -> Row:
+def _need_row(need: ClassNeed, needed_tower: int | None, names: Sequence[str]) -> Row:
     cells = [f"{1 - need.top1_errors[i]:.0%} ({need.answers[i]:,})" for i in range(3)]
-    needed = f"tower {need.needed_tower}" if need.needed_tower else ""
+    needed = f"tower {needed_tower}" if needed_tower else ""
     return names[need.index], needed, f"{need.images:,}", *cells
 
 

@@ -18,7 +18,7 @@ const largestCanvas = 2 ** 24; // pixels, the limit of phones; larger pictures a
 const settings = { off: towers.map(() => false), norm: 1, gray: false };
 const shown = {}; // layer name -> { values, side } of the newest run
 let probabilities, allOn, firstFilters, worker, picture;
-let choices = 0; // of pictures, so that the last one chosen is shown
+let choices = 0, pictures = 0; // chosen, and read: the last one is shown
 let job = 0, hasPicture = false, isBusy = false, isStale = false, occlusionJob = 0;
 let squares; // { left, top, drop } of the occlusion map so far
 let isOld = false; // the occlusion map on show is of the network before a switch
@@ -50,7 +50,8 @@ const messages = {
     if (!hasPicture) showCanvas(drawings[0].draw());
     document.documentElement.dataset.ready = "";
   },
-  picture({ pixels }) {
+  picture({ number, pixels }) {
+    if (number !== pictures) return; // another was chosen meanwhile
     picture = pixels;
     drawPicture();
   },
@@ -86,6 +87,8 @@ const messages = {
   filter: showFilter,
   failed({ message }) {
     isBusy = false;
+    markOld([...answerLists, "towers"], false);
+    byId("time").textContent = "";
     say(`Something went wrong: ${message}`);
   },
 };
@@ -173,7 +176,7 @@ function showCanvas(canvas) {
   choices++;
   stopWebcam();
   clearOcclusion();
-  worker.postMessage({ type: "picture", rgba: data, width, height }, [data.buffer]);
+  worker.postMessage({ type: "picture", number: ++pictures, rgba: data, width, height }, [data.buffer]);
   byId("target").dataset.chosen = "";
   run();
 }
@@ -524,7 +527,7 @@ function slide(grids) {
 
 byId("cancel").onclick = () => {
   stopOcclusion();
-  byId("found").textContent = isOld ? "Stopped. The map is of the network before the switch." : "Stopped. The picture shows the places done so far.";
+  byId("found").textContent = isOld && !byId("heat").hidden ? "Stopped. The map is of the network before the switch." : "Stopped. The picture shows the places done so far.";
   byId("occlude").focus(); // the button that had it is gone
 };
 byId("clear").onclick = () => {
@@ -549,7 +552,7 @@ function keepOcclusion() {
 function setOld(value) {
   isOld = value;
   byId("heat").classList.toggle("is-old", isOld);
-  byId("found").textContent = isOld ? "Pale: the map before the switch. The new one is being computed." : "";
+  byId("found").textContent = isOld && !byId("heat").hidden ? "Pale: the map before the switch. The new one is being computed." : "";
 }
 
 function clearOcclusion() {
@@ -564,7 +567,7 @@ function showOcclusion({ job: number, done, squares: known, edge, target, whole 
   if (number !== occlusionJob) return;
   squares = known;
   byId("progress").value = done;
-  if (isOld && squares.length < grids[0] ** 2) return;
+  if (isOld && !byId("heat").hidden && squares.length < grids[0] ** 2) return;
   if (isOld) setOld(false);
   const { side } = about, sums = new Float32Array(side * side), counts = new Uint16Array(side * side);
   for (const { left, top, drop } of squares) {

@@ -1,7 +1,7 @@
 // Runs the network away from the page, so that the page stays quick. network.js comes before this in the worker.
 //
-// In:  load {about, parts} · picture {rgba, width, height} · run {off, norm, gray} · occlude {..., target, grids, squares} · filter {layer, unit} · stop
-// Out: ready {filters} · picture {pixels} · layer {...} · answers {...} · allOn {...} · compared {...} · occluded {...} · filter {...} · failed {message}
+// In:  load {about, parts} · picture {number, rgba, width, height} · run {off, norm, gray} · occlude {..., target, grids, squares} · filter {layer, unit} · stop
+// Out: ready {filters} · picture {number, pixels} · layer {...} · answers {...} · allOn {...} · compared {...} · occluded {...} · filter {...} · failed {message}
 
 "use strict";
 
@@ -16,12 +16,12 @@ const tasks = {
     postMessage({ type: "ready", filters: dequantize(network.data, about.layers[0].weight) });
   },
 
-  picture({ rgba, width, height }) {
+  picture({ number, rgba, width, height }) {
     const { size, side } = network.about;
     newest = 0; // stops the jobs of the picture before
     allOn = comparison = undefined;
     picture = crop(prepare(rgba, width, height, size), size, side);
-    postMessage({ type: "picture", pixels: picture });
+    postMessage({ type: "picture", number, pixels: picture });
   },
 
   async run({ job, off, norm, gray }) {
