@@ -132,6 +132,9 @@ def describe_curves(report: Report, charts: Mapping[str, Chart]) -> Values:
     else:
         words = "The learning rate has not dropped yet."
     words += " The loss is the mean of -ln p, where p is the probability of the right class. "
+    if report.recipe.label_smoothing:
+        share = f"{report.recipe.label_smoothing:.0%}"
+        words += f"In training, {share} of the target is spread over all classes, which raises the loss. "
     words += "Training curves are means over steps, with dropout and augmentation. Validation uses neither: it is the "
     words += f"center view of {_count_validation_images(report)} after each epoch."
     if report.precision not in ("", "fp32"):
@@ -186,7 +189,8 @@ def describe_filters(report: Report, charts: Mapping[str, Chart]) -> Values | No
     return {
         "words": "The first-layer filters, as in figure 3 of the paper. All filters share one scale, and zero is "
         "mid-gray, so a faint filter looks faint. The color share says how much of a filter is color: at 0 it sees "
-        "only light and dark, at 1 only differences between colors. Untrained filters are colored noise, at 0.67.",
+        "only light and dark, at 1 only differences between colors. Untrained filters are colored noise, at 0.67; training "
+        "lowers that.",
         "towers": towers,
         "replay": _draw_replay(report),
         "heads": (

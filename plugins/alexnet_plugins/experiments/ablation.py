@@ -160,7 +160,7 @@ ABLATION = Experiment(
     "without crops and reflections, or without dropout, there is substantial overfitting; weight decay reduces even "
     "the training error.",
     data="Imagenette, prepared (alexnet prepare)",
-    time="estimated: 10 hours on 2 cores with bf16",
+    time="estimated: 6 hours on 2 cores with bf16",
     found="not run to the end yet",
     train=train,
     conclude=conclude,

@@ -224,8 +224,8 @@ TOWERS = Experiment(
     claim="The kernels on GPU 1 are largely color-agnostic, while the kernels on GPU 2 are largely color-specific. "
     "This specialization occurs during every run and is independent of any particular random weight initialization.",
     data="Imagenette, prepared (alexnet prepare)",
-    time="estimated: 4 hours on 2 cores with bf16",
-    found="not run to the end yet",
+    time="2.6 hours on 2 cores with bf16",
+    found="three runs together: AUC 0.60, p = 0.02; alone: p = 0.22, 0.34, 0.008",
     train=train,
     conclude=conclude,
 )
