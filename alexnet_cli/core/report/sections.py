@@ -189,8 +189,8 @@ def describe_filters(report: Report, charts: Mapping[str, Chart]) -> Values | No
     return {
         "words": "The first-layer filters, as in figure 3 of the paper. All filters share one scale, and zero is "
         "mid-gray, so a faint filter looks faint. The color share says how much of a filter is color: at 0 it sees "
-        "only light and dark, at 1 only differences between colors. Untrained filters are colored noise, at 0.67; training "
-        "lowers that.",
+        "only light and dark, at 1 only differences between colors. Untrained filters are colored noise, at 0.67; "
+        "training lowers that.",
         "towers": towers,
         "replay": _draw_replay(report),
         "heads": (
