@@ -383,7 +383,7 @@ def describe_evidence(explanation: Explanation, attribution: Attribution, place:
     before = f"{100 * attribution.probability:.0f} %"
     if explanation.method == "occlusion":
         fall = _describe_fall(attribution)
-        return f"{before} {fall} if a square{place} is gray" if fall.startswith("falls") else f"{before}, {fall}"
+        return f"{before} {fall} if a square{place} is gray" if fall.startswith("falls to") else f"{before}, {fall}"
     evidence = f"strongest evidence {attribution.highest:.2g}{place}" if attribution.highest > 0 else "no evidence"
     return f"{before}, {evidence}"
 
@@ -391,7 +391,7 @@ def describe_evidence(explanation: Explanation, attribution: Attribution, place:
 def _describe_fall(attribution: Attribution) -> str:
     """Say to what the gray square lowers the probability, or that no place matters: then the numbers mean little."""
     if attribution.highest < LEAST_NAMED:
-        return "no place matters"
+        return "falls by less than 1 point"
     return f"falls to {100 * (attribution.probability - attribution.highest):.0f} %"
 
 
@@ -407,9 +407,13 @@ def _legend_lines(explanation: Explanation) -> list[str]:
 def _describe_map(explanation: Explanation) -> list[str]:
     """What is below a map, what full color is, and what a tower alone is."""
     if explanation.method == "occlusion":
-        below = "Below each map: the probability, and what is left of it with a gray square at the brightest place "
-        below += f"(outlined if it falls by at least {100 * LEAST_DROP:.0f} points)."
-        full = f"its largest drop, but at least {100 * LEAST_DROP:.0f} points"
+        below = (
+            "A gray square slides over the image. Below each map: the probability of the class, and what is left of it "
+        )
+        below += (
+            f"with the square at the brightest place (outlined if at least {100 * LEAST_DROP:.0f} points are lost)."
+        )
+        full = f"its largest loss, but at least {100 * LEAST_DROP:.0f} points"
     else:
         what = "their mean gradient" if explanation.method == "gradcam" else "the gradient there"
         below = f"Bright: here the maps of layer 5, times {what}, speak for the class."
@@ -421,7 +425,7 @@ def _describe_map(explanation: Explanation) -> list[str]:
 def _draw_scale(page: Page, explanation: Explanation, left: int, top: int) -> None:
     """Draw the color scale with the meaning of its ends below it."""
     is_drop = explanation.method == "occlusion"
-    low, high = ("no drop", "largest drop in the map") if is_drop else ("no evidence", "strongest in the map")
+    low, high = ("no loss", "largest loss in the map") if is_drop else ("no evidence", "strongest in the map")
     colors = np.rint(_color(np.linspace(0, 1, SHOWN))).astype(np.uint8)
     page.image.paste(Image.fromarray(np.repeat(colors[None], 16, axis=0)), (left, top))
     page.text(left, top + 20, low, SMALL, SHOWN // 2, FAINT)
