@@ -408,7 +408,7 @@ def _describe_map(explanation: Explanation) -> list[str]:
     """What is below a map, what full color is, and what a tower alone is."""
     if explanation.method == "occlusion":
         below = "A gray square slides over the image. Below each map: the probability of the class, and what is left "
-        below += f"with the square at the brightest place (outlined if it loses at least {100 * LEAST_DROP:.0f} points)."
+        below += f"with the square at the brightest place (outlined from {100 * LEAST_DROP:.0f} points of loss on)."
         full = f"its largest loss, but at least {100 * LEAST_DROP:.0f} points"
     else:
         what = "their mean gradient" if explanation.method == "gradcam" else "the gradient there"
