@@ -197,7 +197,7 @@ def test_the_peak_is_bright_and_what_is_not_evidence_is_the_gray_image() -> None
     assert (
         explain.describe_evidence(found, found.attributions[0], peak) == f"40 % falls to 15 % if a square{peak} is gray"
     )
-    assert explain.describe_evidence(found, tiny, peak) == "40 %, falls by less than 1 point"
+    assert explain.describe_evidence(found, tiny, peak) == f"40 % falls by less than 1 point if a square{peak} is gray"
     none = replace(found.attributions[0], values=np.zeros((3, 3), np.float32))
     assert explain.describe_evidence(replace(found, method="gradcam"), none, " at (1, 2)") == "40 %, no evidence"
 

@@ -242,7 +242,7 @@ LEGEND_LETTERS = 44  # in a line
 BAR_HEIGHT = 50  # of a class, its probability and the space below
 EXPLAINED = (190, 60, 50)  # color of the bar of the explained class
 LEAST_DROP = 0.05  # of probability: a map whose largest drop is smaller has no full color and no square
-LEAST_NAMED = 0.01  # of probability: a smaller drop counts as none
+LEAST_NAMED = 0.01  # of probability: a smaller drop gets no number
 INFERNO = np.array([
     (0, 0, 4), (31, 12, 72), (85, 15, 109), (136, 34, 106), (186, 54, 85), (227, 89, 51), (249, 140, 10),
     (249, 201, 50), (252, 255, 164),
@@ -283,7 +283,7 @@ def draw_sheet(explained: Sequence[tuple[str, Explanation]], caption: str, class
     """Draw several images, each with its path: a row for each, in columns that fill a screen.
 
     A row has the image and the map of each network over it. `caption`, at the bottom, says which network. Where the
-    image's folder has the name of one of the network's `classes`, the row says if the answer is wrong.
+    image's folder has the name of one of the network's `classes`, the row says that the answer is wrong, if it is.
     """
     first = explained[0][1]
     lefts = [0, *(TILE + GUTTER + n * (TILE + GAP) for n in range(len(first.attributions)))]
@@ -320,7 +320,7 @@ def _describe_sheet(explanations: Sequence[Explanation]) -> str:
 
 def _find_folder_class(path: str, classes: Sequence[ClassName]) -> ClassName | None:
     """The class whose name or wnid the image's folder has, if it is the only one."""
-    folder = Path(path).absolute().parent.name if path != "-" else ""
+    folder = Path(path).absolute().parent.name
     found = [name for name in classes if folder in name]
     return found[0] if len(found) == 1 else None
 
@@ -382,14 +382,13 @@ def describe_evidence(explanation: Explanation, attribution: Attribution, place:
     """
     before = f"{100 * attribution.probability:.0f} %"
     if explanation.method == "occlusion":
-        fall = _describe_fall(attribution)
-        return f"{before} {fall} if a square{place} is gray" if fall.startswith("falls to") else f"{before}, {fall}"
+        return f"{before} {_describe_fall(attribution)} if a square{place} is gray"
     evidence = f"strongest evidence {attribution.highest:.2g}{place}" if attribution.highest > 0 else "no evidence"
     return f"{before}, {evidence}"
 
 
 def _describe_fall(attribution: Attribution) -> str:
-    """Say to what the gray square lowers the probability, or that no place matters: then the numbers mean little."""
+    """Say to what the gray square lowers the probability; a small fall gets no number, since that would be noise."""
     if attribution.highest < LEAST_NAMED:
         return "falls by less than 1 point"
     return f"falls to {100 * (attribution.probability - attribution.highest):.0f} %"
@@ -407,9 +406,12 @@ def _legend_lines(explanation: Explanation) -> list[str]:
 def _describe_map(explanation: Explanation) -> list[str]:
     """What is below a map, what full color is, and what a tower alone is."""
     if explanation.method == "occlusion":
-        below = "A gray square slides over the image. Below each map: the probability of the class, and what is left "
-        below += f"with the square at the brightest place (outlined from {100 * LEAST_DROP:.0f} points of loss on)."
-        full = f"its largest loss, but at least {100 * LEAST_DROP:.0f} points"
+        least = f"{100 * LEAST_DROP:.0f} points"
+        below = (
+            "A gray square slides over the image. Below each map: the probability of the class, and to what it falls "
+            f"with the square at the brightest place (outlined if it falls by {least} or more)."
+        )
+        full = f"its largest drop, but at least {least}"
     else:
         what = "their mean gradient" if explanation.method == "gradcam" else "the gradient there"
         below = f"Bright: here the maps of layer 5, times {what}, speak for the class."
@@ -421,7 +423,7 @@ def _describe_map(explanation: Explanation) -> list[str]:
 def _draw_scale(page: Page, explanation: Explanation, left: int, top: int) -> None:
     """Draw the color scale with the meaning of its ends below it."""
     is_drop = explanation.method == "occlusion"
-    low, high = ("no loss", "largest loss in the map") if is_drop else ("no evidence", "strongest in the map")
+    low, high = ("no drop", "largest drop in the map") if is_drop else ("no evidence", "strongest in the map")
     colors = np.rint(_color(np.linspace(0, 1, SHOWN))).astype(np.uint8)
     page.image.paste(Image.fromarray(np.repeat(colors[None], 16, axis=0)), (left, top))
     page.text(left, top + 20, low, SMALL, SHOWN // 2, FAINT)

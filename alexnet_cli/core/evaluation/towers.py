@@ -91,7 +91,11 @@ class ClassNeed:
         """
         low, high = self.difference_interval
         tower = 1 if low > LEAST_NEED else 2 if high < -LEAST_NEED else None
-        return tower if tower and self.answers[tower] <= OVERUSED * self.images else None
+        return tower if tower and not self.overuses(tower) else None
+
+    def overuses(self, network: int) -> bool:
+        """Whether a network (0 the whole, 1 or 2 that tower alone) gives this answer too often to know the class."""
+        return self.answers[network] > OVERUSED * self.images
 
 
 @dataclass(frozen=True)
@@ -109,14 +113,19 @@ class TowerTable:
         errors = [TowerError(**row) for row in record["towers"]]
         return cls(record["images"], errors, [ClassNeed(**row) for row in record["classes"]])
 
+    @property
+    def majority_error(self) -> float:
+        """Top-1 error of always answering the most frequent class."""
+        return 1 - max(need.images for need in self.classes) / self.images
+
     def list_remarks(self, classes: int) -> list[str]:
         """Return for each of CONDITIONS a remark if the answers are no better than guessing, else an empty text.
 
         `classes` is the number of classes that the network knows.
         """
-        guessing, majority = baselines.guessing_error(classes), 1 - max(n.images for n in self.classes) / self.images
+        guessing = baselines.guessing_error(classes)
         return [
-            baselines.describe_no_better(row.top1_error, row.top1_error_interval[1], guessing, majority)
+            baselines.describe_no_better(row.top1_error, row.top1_error_interval[1], guessing, self.majority_error)
             for row in self.errors
         ]
 

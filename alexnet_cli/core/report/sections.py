@@ -24,7 +24,7 @@ from alexnet_cli.core.analysis.filters import Kernels
 from alexnet_cli.core.data.classes import make_names_unique
 from alexnet_cli.core.data.images import ImageArray
 from alexnet_cli.core.evaluation import results
-from alexnet_cli.core.evaluation.confusion_matrix import draw_confusion_matrix
+from alexnet_cli.core.evaluation.confusion_matrix import RIGHT, WRONG, draw_confusion_matrix
 from alexnet_cli.core.evaluation.evaluate import Evaluation
 from alexnet_cli.core.evaluation.towers import LEAST_NEED, OVERUSED, ClassNeed, TowerError, TowerTable
 from alexnet_cli.core.intervals import format_points
@@ -307,8 +307,8 @@ def _shade_matrix(confusion: npt.NDArray[np.int64]) -> list[list[Values]]:
         shares = [count / max(1, sum(counts)) for count in counts]
         rows.append([
             {
-                "count": count, "right": seen == true, "alpha": f"{share**0.5:.2f}",
-                "dark": share > DARK_SHARE[seen == true],
+                "count": count, "alpha": f"{share**0.5:.2f}", "dark": share > DARK_SHARE[seen == true],
+                "color": " ".join(map(str, RIGHT if seen == true else WRONG)),
             }
             for seen, (count, share) in enumerate(zip(counts, shares, strict=True))
         ])  # fmt: skip
@@ -411,7 +411,7 @@ def describe_towers(report: Report) -> Values | None:
     listed = needs if len(needs) <= MOST else [*needs[: MOST // 2], *needs[-MOST // 2 :]]
     return {
         "words": words, "verdict": _explain_towers(table, names),
-        "constant": 100 * max(need.images for need in needs) / table.images,
+        "constant": 100 * (1 - table.majority_error),
         "bars": [(name_towers(color.without_tower), [_make_bar(color), _make_bar(gray)]) for color, gray in pairs],
         "heads": ("Network", "Right in color", "Right in gray", "Gray costs, points", "Other tower off costs, points"),
         "rows": rows,
@@ -438,9 +438,7 @@ def _make_bar(row: TowerError) -> Values:
 
 def _class_bars(need: ClassNeed) -> list[Values]:
     """The bars of the whole network and of each tower alone."""
-    return [
-        {"share": 100 * (1 - need.top1_errors[i]), "pale": need.answers[i] > OVERUSED * need.images} for i in range(3)
-    ]
+    return [{"share": 100 * (1 - need.top1_errors[i]), "pale": need.overuses(i)} for i in range(3)]
 
 
 def _explain_towers(table: TowerTable, names: Sequence[str]) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 
-from alexnet_cli.core.evaluation import baselines
+from alexnet_cli.core.evaluation import baselines, results
 from alexnet_cli.core.report.charts import join_names
 from alexnet_cli.core.report.collect import Report
 from alexnet_cli.core.report.history import get_number
@@ -35,8 +35,8 @@ def _describe_error(report: Report) -> str:
     else:
         return ""
     text = f"{start} gets {totals['top1_error']:.1%} of {images}{f' of {name}' if name else ''} wrong"
-    views = ", ten views" if totals.get("views") == 10 else ", center view"
-    text += f" (top-1 error{views}{f'; {guessing}' if guessing else ''})."
+    views = results.name_views(totals.get("views", 1))
+    text += f" (top-1 error, {views}{f'; {guessing}' if guessing else ''})."
     top5 = get_number(totals, "top5_error")
     if top5 is not None and not report.has_few_classes:
         text += f" For {top5:.1%}, the right class is not among the five most probable ones (top-5 error)."

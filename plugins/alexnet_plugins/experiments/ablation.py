@@ -161,7 +161,7 @@ ABLATION = Experiment(
     "the training error.",
     data="Imagenette, prepared (alexnet prepare)",
     time="estimated: 6 hours on 2 cores with bf16",
-    found="not run to the end yet",
+    found="not run yet",
     train=train,
     conclude=conclude,
 )

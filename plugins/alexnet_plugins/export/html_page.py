@@ -236,23 +236,21 @@ def measure_towers(model: Model, data: Dataset, advance: Callable[[int], None]) 
     output_of, split = match_classes(model.classes, data.classes, model.path), data.split("val")
     classify = {tower: _make_classifier(model if tower is None else silence_tower(model, tower)) for tower in NETWORKS}
     counts = count_sample(classify, model, split, output_of, advance)
-    table, number = (
-        TowerTable(counts.images, counts.list_errors(), counts.list_classes(model.classes)),
-        len(model.classes),
-    )
+    table = TowerTable(counts.images, counts.list_errors(), counts.list_classes(model.classes))
+    number = len(model.classes)
     shown = [
         {
             "right": 1 - error.top1_error, "answer": error.top_answer, "share": error.top_answer_share,
-            "remark": remark.partition(" (")[0],  # without the baseline's error: the page says what is right
+            "remark": remark.partition(" than ")[0],  # "no better", "not certainly better", or empty
         }
         for error, remark in zip(table.errors, table.list_remarks(number), strict=True)
     ]  # fmt: skip
     networks = list(zip(shown[:3], shown[3:], strict=True))  # each in color and in gray
-    constant = max(need.images for need in table.classes) / table.images
     needs = [[need.index for need in table.list_needs(tower, number)[:2]] for tower in (1, 2)]
     colorful = table.find_color_tower(number)
     return {
-        "images": table.images, "constant": constant, "networks": networks, "colorful": colorful, "needs": needs
+        "images": table.images, "constant": 1 - table.majority_error, "networks": networks, "colorful": colorful,
+        "needs": needs,
     }  # fmt: skip
 
 

@@ -471,7 +471,7 @@ function makeShare({ right, remark }, isGray, highest) {
   const bar = make("span", { class: "length", "aria-hidden": "true" });
   bar.style.setProperty("--share", right / highest);
   const text = make("span", { class: "text" }, percent(right), " ", make("span", { class: "color" }, isGray ? "without color" : "in color"));
-  if (remark) text.append(make("span", { class: "hint" }, ` ${remark.replace("always predicting the most frequent class", "guessing")}`));
+  if (remark) text.append(make("span", { class: "hint" }, ` ${remark} than guessing`));
   return make("div", { class: isGray ? "share gray" : "share" }, bar, text);
 }
 
