@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = """
 import os, signal, sys
 import matplotlib, onnxruntime, scipy, torch, torchvision  # which know what the system is that they are on
@@ -52,6 +54,7 @@ for words in (
 """
 
 
+@pytest.mark.slow
 def test_without_what_windows_lacks(pictures: Path, tmp_path: Path) -> None:
     shutil.copytree(pictures, tmp_path / "colors")
     command = [sys.executable, "-c", SCRIPT]

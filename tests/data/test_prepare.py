@@ -80,6 +80,7 @@ def _killed(shapes: Path, output: Path, at: int) -> None:
     list(pack(make_plan(shapes, output), 2))
 
 
+@pytest.mark.slow
 def test_kill_9_at_any_moment_does_not_change_the_bytes(shapes: Path, packed_shapes: Path, tmp_path: Path) -> None:
     """The plan, shards and their sidecars, the last shard, the index, dataset.json itself; then at random."""
     moments = [1, 4, 8, 23, 28, 37, random.randint(2, 36)]

@@ -96,6 +96,7 @@ def all_ended(numbers: list[int]) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_a_killed_rank_stops_all_ranks(start: Any) -> None:
     command = start("--processes", "2")
     command.wait_for_checkpoint()

@@ -195,6 +195,7 @@ def test_a_tower_that_is_off_is_without_tower(open_page: Any, picture: str, name
         page.answers(f"byId('tower-{tower}').click()")
 
 
+@pytest.mark.slow
 def test_answers_after_a_switch_stand_next_to_those_with_everything_on(open_page: Any, picture: str) -> None:
     model = random_model(SMALL, 7)
     rounded, crop = round_weights(model), crop_of(picture, model.recipe)
@@ -223,6 +224,7 @@ def test_answers_after_a_switch_stand_next_to_those_with_everything_on(open_page
     check()
 
 
+@pytest.mark.slow
 def test_without_both_towers_only_biases_are_left(open_page: Any, picture: str) -> None:
     model = random_model(SMALL, 7)
     page = open_page(model)
@@ -254,6 +256,7 @@ def test_each_meeting_says_what_arrives_with_a_tower_off(open_page: Any) -> None
     assert meetings() == ["The towers would meet here, but tower 1 is off: only tower 2 is heard."]
 
 
+@pytest.mark.slow
 def test_a_changed_normalization_stays_marked_with_the_next_picture(open_page: Any, picture: str) -> None:
     page = open_page(random_model(SMALL, 7))
     assert page.page.is_hidden("#norm-value")
@@ -274,6 +277,7 @@ def test_normalization_that_is_off_has_alpha_zero(open_page: Any, picture: str) 
     assert "constant factor stays" in page.page.inner_text("#switch-text")
 
 
+@pytest.mark.slow
 def test_the_occlusion_map_is_a_loop_over_squares(open_page: Any, picture: str) -> None:
     model = random_model(SMALL, 7)
     rounded = round_weights(model)
@@ -310,6 +314,7 @@ def test_the_occlusion_map_is_a_loop_over_squares(open_page: Any, picture: str) 
     assert page.page.is_hidden("#finer")
 
 
+@pytest.mark.slow
 def test_a_switch_keeps_the_class_and_computes_the_map_again(open_page: Any, picture: str) -> None:
     model = random_model(SMALL, 7)
     silenced = Session(silence_tower(round_weights(model), 2))
@@ -330,6 +335,7 @@ def test_a_switch_keeps_the_class_and_computes_the_map_again(open_page: Any, pic
     assert abs(squares[0]["drop"] - (whole - silenced.probabilities(covered)[0, target])) < 2 * ROUNDED
 
 
+@pytest.mark.slow
 def test_weak_evidence_is_drawn_weakly(open_page: Any) -> None:
     page = open_page(random_model(SMALL)).page
     texts, tints = [], []
@@ -377,6 +383,7 @@ def test_hostile_names_are_only_text(open_page: Any, tmp_path: Path) -> None:
     assert page.evaluate("document.images.length") == 0
 
 
+@pytest.mark.slow
 def test_a_name_from_right_to_left_does_not_turn_the_sentence_around(open_page: Any) -> None:
     names = tuple(ClassName(f"\u202e{number}") for number in "abcde")
     page = open_page(replace(random_model(SMALL, len(names)), classes=names))
@@ -451,7 +458,10 @@ def test_a_unit_shows_the_patches_that_excite_it_most(open_page: Any, prepared: 
     assert abs(seen.astype(int) - np.asarray(patch)).mean() < 8, "but for the compression of the sheet"
 
 
-@pytest.mark.parametrize("layer", ["conv3", "conv4", "fc6", "fc7"])
+@pytest.mark.parametrize(
+    "layer",
+    [pytest.param("conv3", marks=pytest.mark.slow), "conv4", pytest.param("fc6", marks=pytest.mark.slow), "fc7"],
+)
 def test_a_unit_names_the_inputs_of_its_largest_weights(open_page: Any, layer: str) -> None:
     model = random_model(replace(SMALL, width=1 / 8), 7)
     page, weight = open_page(model).page, round_weights(model).tensors[f"{layer}.weight"]
@@ -470,6 +480,7 @@ def test_a_unit_names_the_inputs_of_its_largest_weights(open_page: Any, layer: s
     assert [" ".join(text.split()) for text in shown] == expected
 
 
+@pytest.mark.slow
 def test_a_file_that_is_no_picture_is_named_where_the_reader_is(open_page: Any, tmp_path: Path, picture: str) -> None:
     (tmp_path / "letter.png").write_text("Dear Sir")
     page = open_page(random_model(SMALL), size=(390, 844))
@@ -483,12 +494,14 @@ def test_a_file_that_is_no_picture_is_named_where_the_reader_is(open_page: Any, 
     assert page.page.is_hidden("#status")
 
 
+@pytest.mark.slow
 def test_nothing_is_hidden_in_a_column_that_scrolls(open_page: Any) -> None:
     page = open_page(random_model(SMALL)).page
     assert page.evaluate("document.querySelector('.side').scrollHeight <= document.querySelector('.side').clientHeight")
     assert page.locator("#occlude").bounding_box()["y"] < 800 - 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [1280, 1440, 1920])
 def test_switches_and_answers_stay_in_view_with_layer_5(open_page: Any, width: int) -> None:
     page = open_page(random_model(SMALL), size=(width, 800)).page
@@ -546,6 +559,7 @@ def format_share(share: float) -> str:
     return f"{share:.0%}".replace("%", " %") if share > 0.0995 else f"{share:.1%}".replace("%", " %")
 
 
+@pytest.mark.slow
 def test_the_picture_chosen_last_is_shown(open_page: Any) -> None:
     page, shown = open_page(random_model(SMALL)), "byId('picture').toDataURL()"
     page.answers("showCanvas(drawings[1].draw())")
@@ -559,6 +573,7 @@ def test_the_picture_chosen_last_is_shown(open_page: Any) -> None:
     assert page.page.evaluate(shown) == expected
 
 
+@pytest.mark.slow
 def test_a_new_picture_is_shown_at_once_and_the_old_answers_are_pale(open_page: Any) -> None:
     page = open_page(random_model(SMALL))
     state = "[byId('answers').getAttribute('aria-busy'), byId('time').textContent.split(' ')[0]]"
@@ -574,6 +589,7 @@ def test_a_new_picture_is_shown_at_once_and_the_old_answers_are_pale(open_page: 
     assert abs(before - exact).mean() > 30
 
 
+@pytest.mark.slow
 def test_unpacking_is_on_show_until_there_are_answers(browser: Browser, tmp_path: Path) -> None:
     write_page(build_page(random_model(SMALL), "page"), tmp_path / "page.html")
     page = browser.new_page()
@@ -589,6 +605,7 @@ def test_unpacking_is_on_show_until_there_are_answers(browser: Browser, tmp_path
     page.close()
 
 
+@pytest.mark.slow
 def test_the_towers_lead_to_layer_5_if_there_are_pictures_of_it(open_page: Any) -> None:
     model, patches = random_model(SMALL), {"images": 9, "data": "drawn", "sheets": {"conv5": "data:,"}}
     assert open_page(model).page.locator("#division a").count() == 0
@@ -598,6 +615,7 @@ def test_the_towers_lead_to_layer_5_if_there_are_pictures_of_it(open_page: Any) 
     assert 0 <= title["y"] - bar["y"] - bar["height"] < 100
 
 
+@pytest.mark.slow
 def test_the_page_does_not_move_when_a_tower_goes_off(open_page: Any) -> None:
     page, top = open_page(random_model(SMALL)), "byId('network').getBoundingClientRect().top"
     before = page.page.evaluate(top)
@@ -618,6 +636,7 @@ def test_a_large_picture_is_made_smaller_first(open_page: Any, tmp_path: Path) -
     assert page.page.evaluate("[...picture.subarray(0, 3)]") == [200, 40, 10]
 
 
+@pytest.mark.slow
 def test_the_webcam_is_released(open_page: Any) -> None:
     page = open_page(random_model(SMALL))
     page.page.evaluate("""() => {
@@ -721,6 +740,7 @@ def test_the_file_at_full_width_is_under_seventy_megabytes() -> None:
     assert sum(map(len, build_page(random_model(PAPER, 1000), "paper"))) < 70e6
 
 
+@pytest.mark.slow
 def test_the_page_does_not_take_chance_for_a_color_tower(open_page: Any) -> None:
     random = random_model(replace(SMALL, conv1_width=0.25))
     gray = random.tensors["conv1.weight"].copy()

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 SIZES = ((360, 740), (1280, 800))
 PAGES = ("full", "bare", "tables", "compared")
+NOT_FULL = [pytest.param(name, marks=pytest.mark.slow) for name in PAGES[1:]]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def page(browser: Browser) -> Iterator[Page]:
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", ["full", *NOT_FULL])
 def test_it_loads_nothing_and_fits_the_screen(
     page: Page, pages: dict[str, Path], name: str, size: tuple[int, int]
 ) -> None:
@@ -66,7 +67,11 @@ def test_it_loads_nothing_and_fits_the_screen(
 
 @pytest.mark.parametrize(
     ("name", "size", "scheme"),
-    [("full", SIZES[0], "light"), ("full", SIZES[1], "dark"), *((p, SIZES[0], "light") for p in PAGES[1:])],
+    [
+        ("full", SIZES[0], "light"),
+        pytest.param("full", SIZES[1], "dark", marks=pytest.mark.slow),
+        *(pytest.param(name, SIZES[0], "light", marks=pytest.mark.slow) for name in PAGES[1:]),
+    ],
 )
 def test_axe_finds_nothing(
     page: Page, pages: dict[str, Path], name: str, size: tuple[int, int], scheme: Literal["light", "dark"]
@@ -108,6 +113,7 @@ def test_a_keyboard_reaches_the_skip_link_the_contents_and_wide_tables(page: Pag
     assert page.evaluate(f"getComputedStyle({focused}).outlineStyle") == "solid"
 
 
+@pytest.mark.slow
 def test_wide_tables_scroll_inside_their_box_on_a_phone(page: Page, pages: dict[str, Path]) -> None:
     page.set_viewport_size({"width": 390, "height": 844})
     for name in ("full", "compared"):
@@ -118,6 +124,7 @@ def test_wide_tables_scroll_inside_their_box_on_a_phone(page: Page, pages: dict[
         assert page.evaluate("document.documentElement.scrollWidth") == 390
 
 
+@pytest.mark.slow
 def test_on_a_desktop_the_contents_stay_left_of_the_report(page: Page, pages: dict[str, Path]) -> None:
     page.set_viewport_size({"width": 1440, "height": 900})
     page.goto(pages["full"].as_uri())
@@ -146,6 +153,7 @@ def test_a_screen_reader_hears_the_names(page: Page, pages: dict[str, Path]) -> 
     assert page.title() == "AlexNet, run full"
 
 
+@pytest.mark.slow
 def test_it_prints_whole_figures_and_no_navigation(page: Page, pages: dict[str, Path], tmp_path: Path) -> None:
     page.goto(pages["full"].as_uri())
     page.emulate_media(media="print")

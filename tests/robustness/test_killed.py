@@ -85,6 +85,7 @@ def undisturbed(epochs: int, prepared: Path, folder: Path, monkeypatch: pytest.M
     return folder / "whole" / "whole"
 
 
+@pytest.mark.slow
 def test_killed_twice(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words, run = command(5, prepared), tmp_path / "runs" / "killed"
     for step in (9, 20):  # past the checkpoints of 8 and 20, the latter perhaps while it is written
@@ -121,6 +122,7 @@ def test_killed_at_twenty_random_moments(prepared: Path, tmp_path: Path, monkeyp
     assert any(step % 6 for step in resumed), "never from within an epoch"
 
 
+@pytest.mark.slow
 def test_a_folder_deleted_meanwhile_is_exit_code_7(prepared: Path, tmp_path: Path) -> None:
     words, run = command(5000, prepared), tmp_path / "runs" / "killed"
     child = subprocess.Popen(
