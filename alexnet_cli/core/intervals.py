@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
 
 
 def wilson_interval(error: float, images: int, z: float = 1.96) -> tuple[float, float]:
@@ -12,16 +16,43 @@ def wilson_interval(error: float, images: int, z: float = 1.96) -> tuple[float, 
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def paired_interval(only_first: int, only_second: int, images: int) -> tuple[float, float]:
-    """95 % interval of how much more often a first network is right than a second, on the same images.
+@dataclass(frozen=True)
+class PairedCounts:
+    """How many of the same images two networks get right: both of them, only the first, only the second."""
 
-    `only_first` and `only_second` count the images that only one classifies correctly. The interval is that of Agresti
-    and Min (2005): not of width 0 if no answer differs.
-    """
-    images, different = images + 2, only_first + only_second + 1
-    difference = (only_first - only_second) / images
-    half = 1.96 * math.sqrt(different / images - difference**2) / math.sqrt(images)
-    return max(-1.0, difference - half), min(1.0, difference + half)
+    images: int
+    both: int
+    only_first: int
+    only_second: int
+
+    @classmethod
+    def from_right(cls, first: npt.NDArray[np.bool_], second: npt.NDArray[np.bool_]) -> PairedCounts:
+        """Count the images by whether each network is right, N and N."""
+        return cls(len(first), int((first & second).sum()), int((first & ~second).sum()), int((second & ~first).sum()))
+
+    @property
+    def accuracies(self) -> tuple[float, float]:
+        """The share of the images that each network gets right."""
+        return (self.both + self.only_first) / self.images, (self.both + self.only_second) / self.images
+
+    @property
+    def errors(self) -> tuple[float, float]:
+        """The share of the images that each network gets wrong."""
+        first, second = self.accuracies
+        return 1 - first, 1 - second
+
+    @property
+    def difference(self) -> float:
+        """The error of the second network minus that of the first."""
+        return (self.only_first - self.only_second) / self.images
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval of the difference, by Agresti and Min (2005): not of width 0 if no answer differs."""
+        images, different = self.images + 2, self.only_first + self.only_second + 1
+        difference = (self.only_first - self.only_second) / images
+        half = 1.96 * math.sqrt(different / images - difference**2) / math.sqrt(images)
+        return max(-1.0, difference - half), min(1.0, difference + half)
 
 
 def format_points(share: float | None, interval: tuple[float, float] | None) -> str:

@@ -16,8 +16,9 @@ from alexnet_cli.core.data.classes import ClassName
 from alexnet_cli.core.data.shards import open_dataset
 from alexnet_cli.core.export import export as exporting
 from alexnet_cli.core.export import quantize
-from alexnet_cli.core.export.export import AccuracyComparison, synthetic_crops, verify
+from alexnet_cli.core.export.export import synthetic_crops, verify
 from alexnet_cli.core.inference.session import Session
+from alexnet_cli.core.intervals import PairedCounts
 from alexnet_cli.core.model.model_file import Model
 from alexnet_cli.errors import DataError, UsageError, VerificationError
 from alexnet_cli.recipe import PAPER
@@ -54,24 +55,24 @@ def test_what_loses_too_much_is_refused_unless_forced(tmp_path: Path, monkeypatc
     assert caught.value.exit_code == 6
     assert path.read_bytes() == b"the one from before"
     assert [p.name for p in tmp_path.iterdir()] == ["a.onnx"]
-    check = exporting.export_int8(model, path, crops, (crops, label_by_float32(model, crops)), force=True)
-    assert check.accuracy.float32 == 1
-    assert check.accuracy.lost > exporting.MAX_LOSS
+    _, counts = exporting.export_int8(model, path, crops, (crops, label_by_float32(model, crops)), force=True)
+    assert counts.accuracies[0] == 1
+    assert counts.difference > exporting.MAX_LOSS
     measured = Session(path, provider="cpu").metadata.measured
-    assert measured["accuracy"]["lost"] == pytest.approx(check.accuracy.lost)
+    assert measured["accuracy"]["lost"] == pytest.approx(counts.difference)
 
 
 @pytest.mark.parametrize(
     ("accuracy", "refused"),
     [
-        (AccuracyComparison(75, 26, 1, 0), False),  # one image of 75 is 1.3 points
-        (AccuracyComparison(75, 25, 2, 0), True),
-        (AccuracyComparison(500, 300, 6, 1), False),  # one point
-        (AccuracyComparison(500, 300, 6, 0), True),
+        (PairedCounts(75, 26, 1, 0), False),  # one image of 75 is 1.3 points
+        (PairedCounts(75, 25, 2, 0), True),
+        (PairedCounts(500, 300, 6, 1), False),  # one point
+        (PairedCounts(500, 300, 6, 0), True),
     ],
 )
 def test_a_single_image_refuses_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accuracy: AccuracyComparison, refused: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accuracy: PairedCounts, refused: bool
 ) -> None:
     model, crops, path = random_model(SMALL), synthetic_crops(224, 2), tmp_path / "a.onnx"
     monkeypatch.setattr(exporting, "compare_accuracy", lambda *_: accuracy)
@@ -87,13 +88,13 @@ def test_a_single_image_refuses_nothing(
 
 def test_a_good_file_says_what_was_measured(tmp_path: Path) -> None:
     model, crops, path = random_model(SMALL), synthetic_crops(224, 24), tmp_path / "a.onnx"
-    check = exporting.export_int8(model, path, crops, (crops, label_by_float32(model, crops)))
+    against_torch, _ = exporting.export_int8(model, path, crops, (crops, label_by_float32(model, crops)))
     session = Session(path, provider="cpu")
     assert session.metadata.precision == "int8"
     assert session.metadata.measured["calibration_images"] == 24
     assert session.metadata.measured["accuracy"]["images"] == 24
     accuracy = verify(Session(model, provider="cpu").logits, session.logits, crops)
-    assert check.against_torch.max_abs_difference == pytest.approx(accuracy.max_abs_difference, rel=1e-2)
+    assert against_torch.max_abs_difference == pytest.approx(accuracy.max_abs_difference, rel=1e-2)
     assert session.classes == model.classes
 
 

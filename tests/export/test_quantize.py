@@ -12,10 +12,11 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from alexnet_cli.core.export import quantize
-from alexnet_cli.core.export.export import AccuracyComparison, compare_accuracy, synthetic_crops, verify
+from alexnet_cli.core.export.export import compare_accuracy, synthetic_crops, verify
 from alexnet_cli.core.export.quantize import activation_scale, quantize_weights
 from alexnet_cli.core.inference import onnx_graph
 from alexnet_cli.core.inference.session import Session
+from alexnet_cli.core.intervals import PairedCounts
 from alexnet_cli.core.model.architecture import layer_specs
 from alexnet_cli.core.model.model_file import Model
 from alexnet_cli.recipe import CAFFE, KRIZHEVSKY, PAPER, Recipe
@@ -208,12 +209,12 @@ def test_right_answers_are_counted_as_by_hand() -> None:
     answers = [np.array([0, 1, 2, 0, 0, 0, 1, 0]), np.array([0, 1, 0, 1, 1, 0, 1, 0])]
     first, second = (np.eye(3, dtype=np.float32)[answer] for answer in answers)
     found = compare_accuracy(lambda _: first, lambda _: second, [(np.zeros((8, 3, 2, 2), np.uint8), labels)])
-    assert found == AccuracyComparison(images=8, both=2, only_float32=2, only_int8=1)
-    assert (found.float32, found.int8, found.lost) == (4 / 8, 3 / 8, 1 / 8)
+    assert found == PairedCounts(images=8, both=2, only_first=2, only_second=1)
+    assert (found.accuracies, found.difference) == ((4 / 8, 3 / 8), 1 / 8)
     low, high = found.interval
     # Agresti and Min: half an image more in each of the four cells, here both in units of half an image.
     values = np.repeat([1, -1, 0], [2 * 2 + 1, 2 * 1 + 1, 2 * 5 + 2])
     half = 1.96 * np.std(values) / np.sqrt(len(values) / 2)
     assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half))
-    low, high = AccuracyComparison(images=9, both=9, only_float32=0, only_int8=0).interval
+    low, high = PairedCounts(images=9, both=9, only_first=0, only_second=0).interval
     assert low < -0.1 < 0.1 < high, "no difference on nine images is no certainty"

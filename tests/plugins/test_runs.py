@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from alexnet_cli.core.data.shards import open_dataset
-from alexnet_cli.core.intervals import paired_interval
+from alexnet_cli.core.intervals import PairedCounts
 from alexnet_cli.core.runs.run import Run
 from alexnet_cli.recipe import PAPER, Recipe
 from commands import alexnet
@@ -185,4 +185,4 @@ def test_the_paired_interval_is_that_of_four_added_halves(first: int, second: in
     mean = np.average(values, weights=weights)
     half = 1.96 * np.sqrt(np.average((values - mean) ** 2, weights=weights) / weights.sum())
     expected = max(-1, mean - half), min(1, mean + half)
-    assert paired_interval(first, second, images) == pytest.approx(expected)
+    assert PairedCounts(images, 0, first, second).interval == pytest.approx(expected)

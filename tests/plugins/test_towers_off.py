@@ -16,7 +16,7 @@ from alexnet_cli import api
 from alexnet_cli.core.data.shards import open_dataset
 from alexnet_cli.core.evaluation import results
 from alexnet_cli.core.files import hash_file
-from alexnet_cli.core.intervals import paired_interval
+from alexnet_cli.core.intervals import PairedCounts
 from alexnet_cli.errors import UsageError, WeightsError
 from alexnet_cli.recipe import CAFFE, FAST, Recipe
 from model_files import draw, random_model, save_model, save_onnx
@@ -109,7 +109,7 @@ def test_the_table_is_that_of_six_evaluations(prepared: Path, tmp_path: Path, re
 
     def compare(first: int, second: int, chosen: Any = slice(None)) -> tuple[float, list[float]]:
         one, other = right[first][chosen], right[second][chosen]
-        interval = paired_interval((one & ~other).sum(), (other & ~one).sum(), len(one))
+        interval = PairedCounts(len(one), 0, (one & ~other).sum(), (other & ~one).sum()).interval
         return one.mean() - other.mean(), list(interval)
 
     for i, row in enumerate(table["towers"]):

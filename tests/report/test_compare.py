@@ -14,6 +14,7 @@ import pytest
 
 from alexnet_cli.core.data.shards import Dataset
 from alexnet_cli.core.evaluation.compare import PairedAnswers
+from alexnet_cli.core.intervals import PairedCounts
 from alexnet_cli.core.report.charts import draw_comparison
 from alexnet_cli.core.report.compare import name_lines
 from alexnet_cli.core.report.history import read_history
@@ -89,9 +90,9 @@ def test_the_class_that_differs_most_comes_first(data: Dataset) -> None:
     first, second = labels.copy(), labels.copy()
     first[:3], second[4:6], first[14], second[14] = 5, 5, -1, -1
     answers = PairedAnswers(data, labels, np.stack([first, second]), np.ones((2, 19), np.float32))
-    ranked = [(c.index, c.images, c.both_right, c.only_right) for c in answers.list_classes()]
-    assert ranked == [(0, 4, 1, (0, 3)), (1, 10, 8, (2, 0)), (2, 5, 4, (0, 0))]
-    assert answers.list_classes()[0].top1_errors == (0.75, 0)
+    ranked = answers.list_classes()
+    assert ranked == [(0, PairedCounts(4, 1, 0, 3)), (1, PairedCounts(10, 8, 2, 0)), (2, PairedCounts(5, 4, 0, 0))]
+    assert ranked[0][1].errors == (0.75, 0)
     assert answers.whole.difference == pytest.approx((2 - 3) / 19)
 
 

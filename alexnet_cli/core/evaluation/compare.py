@@ -13,7 +13,7 @@ from alexnet_cli.core.data.augment import Augment
 from alexnet_cli.core.data.loader import Loader, all_batches
 from alexnet_cli.core.data.shards import Dataset, find_dataset, open_dataset
 from alexnet_cli.core.evaluation.evaluate import Evaluation, HalvingClassifier, TorchClassifier, match_classes
-from alexnet_cli.core.intervals import paired_interval
+from alexnet_cli.core.intervals import PairedCounts
 from alexnet_cli.core.model.model_file import Model
 from alexnet_cli.core.model.network import network_from_model
 from alexnet_cli.core.parallel.placement import Placement, choose_decode_threads
@@ -23,32 +23,6 @@ from alexnet_cli.errors import DataError
 from alexnet_cli.recipe import compare_recipes
 
 BATCH = 128
-
-
-@dataclass(frozen=True)
-class PairedClass:
-    """The images of a class: how many there are, both networks get right, and only the first or the second does."""
-
-    index: int
-    images: int
-    both_right: int
-    only_right: tuple[int, int]
-
-    @property
-    def top1_errors(self) -> tuple[float, float]:
-        """The error of each network."""
-        first, second = (1 - (self.both_right + only) / self.images for only in self.only_right)
-        return first, second
-
-    @property
-    def difference(self) -> float:
-        """The error of the second network minus that of the first."""
-        return (self.only_right[0] - self.only_right[1]) / self.images
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """The 95 % interval of the difference."""
-        return paired_interval(*self.only_right, self.images)
 
 
 @dataclass(frozen=True)
@@ -69,30 +43,25 @@ class PairedAnswers:
         return np.equal(self.predicted, self.labels)
 
     @property
-    def whole(self) -> PairedClass:
-        """The counts of all images together, as if they were of one class."""
-        return _count_pair(0, self.right)
+    def whole(self) -> PairedCounts:
+        """The counts of all images together."""
+        return PairedCounts.from_right(*self.right)
 
-    def list_classes(self) -> list[PairedClass]:
-        """The classes that have images, largest difference first."""
-        counts = [_count_pair(i, self.right[:, self.labels == i]) for i in np.unique(self.labels).tolist()]
-        return sorted(counts, key=lambda count: -abs(count.difference))
+    def list_classes(self) -> list[tuple[int, PairedCounts]]:
+        """The classes that have images, each with its counts, largest difference first."""
+        indices = np.unique(self.labels).tolist()
+        counts = [(index, PairedCounts.from_right(*self.right[:, self.labels == index])) for index in indices]
+        return sorted(counts, key=lambda row: -abs(row[1].difference))
 
     def summarize(self) -> dict[str, Any]:
         """The totals for --json: errors and their difference as shares."""
         whole = self.whole
         return {
             "data": str(self.data.path), "data_hash": self.data.hash, "images": whole.images,
-            "top1_error": list(whole.top1_errors),
-            "both_right": whole.both_right, "only_right": list(whole.only_right),
+            "top1_error": list(whole.errors),
+            "both_right": whole.both, "only_right": [whole.only_first, whole.only_second],
             "difference": whole.difference, "difference_interval": list(whole.interval),
         }  # fmt: skip
-
-
-def _count_pair(index: int, right: npt.NDArray[np.bool_]) -> PairedClass:
-    first, second = right
-    only = int((first & ~second).sum()), int((second & ~first).sum())
-    return PairedClass(index, len(first), int((first & second).sum()), only)
 
 
 def find_differences(one: Run, other: Run) -> list[dict[str, Any]]:

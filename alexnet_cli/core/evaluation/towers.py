@@ -21,7 +21,7 @@ from alexnet_cli.core.evaluation import baselines
 from alexnet_cli.core.evaluation.evaluate import Classify, Evaluation, to_gray
 from alexnet_cli.core.evaluation.results import summarize
 from alexnet_cli.core.files import read_file, write_text
-from alexnet_cli.core.intervals import paired_interval, wilson_interval
+from alexnet_cli.core.intervals import PairedCounts, wilson_interval
 from alexnet_cli.core.model.model_file import Model
 from alexnet_cli.core.parallel.placement import choose_decode_threads
 from alexnet_cli.errors import DataError
@@ -269,5 +269,5 @@ def count_sample(
 
 def _compare(first: npt.NDArray[np.bool_], second: npt.NDArray[np.bool_]) -> tuple[float, Interval]:
     """How much more often `first` is right than `second` on the same images, with the 95 % interval."""
-    only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
-    return (only_first - only_second) / len(first), paired_interval(only_first, only_second, len(first))
+    counts = PairedCounts.from_right(first, second)
+    return counts.difference, counts.interval

@@ -24,7 +24,7 @@ from alexnet_cli.core.files import replace_file, write_text
 from alexnet_cli.core.inference import onnx_metadata
 from alexnet_cli.core.inference.onnx_graph import build_graph, save_graph
 from alexnet_cli.core.inference.session import Session
-from alexnet_cli.core.intervals import paired_interval
+from alexnet_cli.core.intervals import PairedCounts
 from alexnet_cli.core.model.model_file import Model
 from alexnet_cli.errors import DataError, StorageError, UsageError, VerificationError, WeightsError
 
@@ -202,74 +202,27 @@ def _format_names(model: Model) -> str:
     return "".join(" ".join(c.name.splitlines()) + "\n" for c in model.classes)
 
 
-@dataclass(frozen=True)
-class AccuracyComparison:
-    """Correct top-1 answers of float32 and int8 on the same images."""
-
-    images: int
-    both: int
-    """Images that both classify correctly."""
-    only_float32: int
-    only_int8: int
-
-    @property
-    def float32(self) -> float:
-        """Accuracy of float32, 0..1."""
-        return (self.both + self.only_float32) / self.images
-
-    @property
-    def int8(self) -> float:
-        """Accuracy of int8, 0..1."""
-        return (self.both + self.only_int8) / self.images
-
-    @property
-    def fewer_correct(self) -> int:
-        """How many more images float32 classifies correctly; negative if int8 does."""
-        return self.only_float32 - self.only_int8
-
-    @property
-    def lost(self) -> float:
-        """Accuracy that int8 loses, 0..1; negative if it gains."""
-        return self.fewer_correct / self.images
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """95 % interval of `lost`."""
-        return paired_interval(self.only_float32, self.only_int8, self.images)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the comparison for JSON and metadata."""
-        return {
-            "images": self.images,
-            "float32": self.float32,
-            "int8": self.int8,
-            "lost": self.lost,
-            "lost_interval": list(self.interval),
-        }
+def compare_accuracy(float32: Logits, int8: Logits, batches: LabeledCrops) -> PairedCounts:
+    """Count the correct top-1 answers of float32, the first, and int8 on labeled crops."""
+    right = [[logits(crops).argmax(1) == labels for logits in (float32, int8)] for crops, labels in batches]
+    return PairedCounts.from_right(*np.concatenate(right, axis=1))
 
 
-def compare_accuracy(float32: Logits, int8: Logits, batches: LabeledCrops) -> AccuracyComparison:
-    """Count the correct top-1 answers of two networks on labeled crops."""
-    counts = np.zeros(4, np.int64)
-    for crops, labels in batches:
-        is_correct_float32, is_correct_int8 = (logits(crops).argmax(1) == labels for logits in (float32, int8))
-        counts += np.bincount(2 * is_correct_float32 + is_correct_int8, minlength=4)
-    neither, only_int8, only_float32, both = counts.tolist()
-    return AccuracyComparison(neither + only_int8 + only_float32 + both, both, only_float32, only_int8)
-
-
-@dataclass(frozen=True)
-class Int8Check:
-    """An int8 file compared with PyTorch on some images, and its accuracy compared with float32."""
-
-    against_torch: Verification
-    accuracy: AccuracyComparison
+def describe_accuracy(counts: PairedCounts) -> dict[str, Any]:
+    """Return for JSON and metadata the accuracy of float32 and int8, 0..1, and what int8 loses."""
+    float32, int8 = counts.accuracies
+    return {
+        "images": counts.images, "float32": float32, "int8": int8,
+        "lost": counts.difference, "lost_interval": list(counts.interval),
+    }  # fmt: skip
 
 
 def export_int8(
     model: Model, path: Path, training: Crops, check: tuple[Crops, LabeledCrops], force: bool = False
-) -> Int8Check:
+) -> tuple[Verification, PairedCounts]:
     """Write `model` to `path` in int8, calibrated on crops of training images, uint8 N x 3 x S x S.
+
+    Returns how the file differs from PyTorch, and the correct answers of float32 and int8.
 
     `check`: crops to compare with PyTorch, and labeled crops for the accuracy. `force` keeps the file whatever it
     loses.
@@ -283,31 +236,30 @@ def export_int8(
     proto = build_int8(model, training)
     with replace_file(path) as temporary:
         save_graph(proto, temporary)
-        result = _measure_int8(model, temporary, check)
-        accuracy = result.accuracy
-        if accuracy.lost > MAX_LOSS and accuracy.fewer_correct >= MIN_LOST and not force:
-            low, high = accuracy.interval
+        against_torch, counts = _measure_int8(model, temporary, check)
+        if counts.difference > MAX_LOSS and counts.only_first - counts.only_second >= MIN_LOST and not force:
+            (float32, int8), (low, high) = counts.accuracies, counts.interval
             raise VerificationError(
-                f"int8 loses {100 * accuracy.lost:.1f} points of top-1 accuracy on {accuracy.images:,} images "
-                f"({accuracy.int8:.1%} instead of {accuracy.float32:.1%}; 95 % interval of the loss "
+                f"int8 loses {100 * counts.difference:.1f} points of top-1 accuracy on {counts.images:,} images "
+                f"({int8:.1%} instead of {float32:.1%}; 95 % interval of the loss "
                 f"{100 * low:+.1f} to {100 * high:+.1f} points); no file was written",
                 "--force writes it anyway; --precision fp16 is half the size of float32 and loses far less",
             )
         measured = {
             "calibration_images": len(training),
-            "accuracy": accuracy.as_dict(),
-            "max_abs_difference": result.against_torch.max_abs_difference,
+            "accuracy": describe_accuracy(counts),
+            "max_abs_difference": against_torch.max_abs_difference,
         }
         save_graph(_set_precision(proto, "int8", measured), temporary)
-    return result
+    return against_torch, counts
 
 
-def _measure_int8(model: Model, path: Path, check: tuple[Crops, LabeledCrops]) -> Int8Check:
+def _measure_int8(model: Model, path: Path, check: tuple[Crops, LabeledCrops]) -> tuple[Verification, PairedCounts]:
     """Measure the int8 file at `path`. The session, which maps the file, ends here, before it is written again."""
     crops, labeled = check
     session = Session(path, provider="cpu")
     against_torch = verify(torch_logits(model), session.logits, crops)
-    return Int8Check(against_torch, compare_accuracy(Session(model, provider="cpu").logits, session.logits, labeled))
+    return against_torch, compare_accuracy(Session(model, provider="cpu").logits, session.logits, labeled)
 
 
 def load_calibration_crops(dataset: Dataset, model: Model) -> Crops:

@@ -12,9 +12,9 @@ import numpy as np
 from alexnet_cli.core.analysis import filter_picture
 from alexnet_cli.core.analysis.units import read_images
 from alexnet_cli.core.data.classes import make_names_unique
-from alexnet_cli.core.evaluation.compare import PairedAnswers, PairedClass
+from alexnet_cli.core.evaluation.compare import PairedAnswers
 from alexnet_cli.core.files import write_text
-from alexnet_cli.core.intervals import format_points, wilson_interval
+from alexnet_cli.core.intervals import PairedCounts, format_points, wilson_interval
 from alexnet_cli.core.report import page, sections
 from alexnet_cli.core.report.charts import INSTALL_HINT, can_draw, draw_comparison
 from alexnet_cli.core.report.collect import EXAMPLES, Report, alternate_classes
@@ -100,7 +100,7 @@ def _write_lead(answers: PairedAnswers, names: tuple[str, str]) -> str:
     if low <= 0 <= high:
         interval = f"95% interval {100 * low:+.1f} to {100 * high:+.1f}"
         return f"On {images}, the top-1 errors differ by {points}, which may be chance ({interval})."
-    (lower, better), (higher, worse) = sorted(zip(whole.top1_errors, names, strict=True))
+    (lower, better), (higher, worse) = sorted(zip(whole.errors, names, strict=True))
     low, high = sorted((abs(low), abs(high)))
     return (
         f"{better} is better than {worse}: it gets {lower:.1%} of {images} wrong, not {higher:.1%} (top-1 error). "
@@ -132,16 +132,15 @@ def _describe_answers(answers: PairedAnswers, names: tuple[str, str]) -> Values:
     whole, classes = answers.whole, make_names_unique(answers.data.classes)
     errors = [
         (name, f"{error:.1%} ({low:.1%} to {high:.1%})")
-        for name, error in zip(names, whole.top1_errors, strict=True)
+        for name, error in zip(names, whole.errors, strict=True)
         for low, high in [wilson_interval(error, whole.images)]
     ]
     errors.append((f"{names[1]} minus {names[0]}, points", format_points(whole.difference, whole.interval)))
-    only_first, only_second = whole.only_right
-    neither = whole.images - whole.both_right - only_first - only_second
+    neither = whole.images - whole.both - whole.only_first - whole.only_second
     agreement = [
         (who, f"{count:,}", f"{count / whole.images:.1%}")
         for who, count in (
-            ("Both", whole.both_right), (f"Only {names[0]}", only_first), (f"Only {names[1]}", only_second),
+            ("Both", whole.both), (f"Only {names[0]}", whole.only_first), (f"Only {names[1]}", whole.only_second),
             ("Neither", neither),
         )
     ]  # fmt: skip
@@ -149,15 +148,15 @@ def _describe_answers(answers: PairedAnswers, names: tuple[str, str]) -> Values:
     return {
         "errors": errors, "agreement": agreement,
         "heads": ("Class", "Images", *(f"Error of {name}" for name in names), f"{names[1]} minus {names[0]}, points"),
-        "classes": [_class_row(count, classes) for count in ranked[:MOST]],
+        "classes": [_class_row(classes[index], counts) for index, counts in ranked[:MOST]],
         "words": f"Positive: {names[1]} has more errors. The interval of a class is wide, and of {len(ranked)} classes "
         "about one in 20 misses 0 by chance.",
     }  # fmt: skip
 
 
-def _class_row(count: PairedClass, classes: Sequence[str]) -> Row:
-    errors = [f"{error:.0%}" for error in count.top1_errors]
-    return classes[count.index], f"{count.images:,}", *errors, format_points(count.difference, count.interval)
+def _class_row(name: str, counts: PairedCounts) -> Row:
+    errors = [f"{error:.0%}" for error in counts.errors]
+    return name, f"{counts.images:,}", *errors, format_points(counts.difference, counts.interval)
 
 
 def _describe_filters(comparison: Comparison) -> Values:

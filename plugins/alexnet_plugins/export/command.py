@@ -194,16 +194,16 @@ def _export_int8(
     validation = dataset.split("val")
     count = min(len(validation), exporting.ACCURACY_IMAGES)
     with reporter.waiting("check", f"float32 and int8 on {count:,} of {len(validation):,} validation images"):
-        result = exporting.export_int8(model, path, crops, check, force)
-    _report_verification(reporter, result.against_torch)
-    accuracy, (low, high) = result.accuracy, result.accuracy.interval
+        against_torch, counts = exporting.export_int8(model, path, crops, check, force)
+    _report_verification(reporter, against_torch)
+    (float32, int8), (low, high) = counts.accuracies, counts.interval
     reporter.line(
         "check",
-        f"top-1 accuracy {accuracy.int8:.1%} instead of {accuracy.float32:.1%} on {accuracy.images:,} of "
-        f"{len(validation):,} validation images: {100 * (0 - accuracy.lost):+.2f} points "
+        f"top-1 accuracy {int8:.1%} instead of {float32:.1%} on {counts.images:,} of "
+        f"{len(validation):,} validation images: {100 * (0 - counts.difference):+.2f} points "
         f"(95 % interval {100 * (0 - high):+.2f} to {100 * (0 - low):+.2f})",
     )
-    return _verification_record(result.against_torch) | calibration | {"accuracy": accuracy.as_dict()}
+    return _verification_record(against_torch) | calibration | {"accuracy": exporting.describe_accuracy(counts)}
 
 
 def _export_html(
