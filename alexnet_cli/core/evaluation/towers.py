@@ -106,44 +106,44 @@ class TowerTable:
     errors: list[TowerError]
     classes: list[ClassNeed]
     """Those with images, first those that need tower 1 more, last those that need tower 2."""
+    chance_error: float
+    """Top-1 error of guessing."""
+    commonest_error: float
+    """Top-1 error of always answering the most frequent class."""
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> TowerTable:
         """Return the table in a record of `TowerCounts.make_record`."""
-        errors = [TowerError(**row) for row in record["towers"]]
-        return cls(record["images"], errors, [ClassNeed(**row) for row in record["classes"]])
+        errors, classes = (
+            [TowerError(**row) for row in record["towers"]],
+            [ClassNeed(**row) for row in record["classes"]],
+        )
+        return cls(record["images"], errors, classes, record["chance_error"], record["commonest_error"])
 
-    @property
-    def majority_error(self) -> float:
-        """Top-1 error of always answering the most frequent class."""
-        return 1 - max(need.images for need in self.classes) / self.images
-
-    def list_remarks(self, classes: int) -> list[str]:
-        """Return for each of CONDITIONS a remark if the answers are no better than guessing, else an empty text.
-
-        `classes` is the number of classes that the network knows.
-        """
-        guessing = baselines.guessing_error(classes)
+    def list_remarks(self) -> list[str]:
+        """Return for each of CONDITIONS a remark if the answers are no better than guessing, else an empty text."""
         return [
-            baselines.describe_no_better(row.top1_error, row.top1_error_interval[1], guessing, self.majority_error)
+            baselines.describe_no_better(
+                row.top1_error, row.top1_error_interval[1], self.chance_error, self.commonest_error
+            )
             for row in self.errors
         ]
 
-    def has_weak_tower(self, classes: int) -> bool:
+    def has_weak_tower(self) -> bool:
         """Whether a tower alone is no better than guessing in color: it has nothing to lose, in gray or of a class."""
-        return any(self.list_remarks(classes)[1:3])
+        return any(self.list_remarks()[1:3])
 
-    def find_color_tower(self, classes: int) -> int | None:
+    def find_color_tower(self) -> int | None:
         """The tower, from 1, that loses more in gray; None if that is not certain."""
         (low1, high1), (low2, high2) = (row.lost_in_gray_interval or (0, 0) for row in self.errors[4:])
-        if self.has_weak_tower(classes):
+        if self.has_weak_tower():
             return None
         return 1 if low1 > high2 else 2 if low2 > high1 else None
 
-    def list_needs(self, tower: int, classes: int) -> list[ClassNeed]:
+    def list_needs(self, tower: int) -> list[ClassNeed]:
         """The classes that certainly need the tower more, by how much; none if a tower is weak."""
         order = self.classes if tower == 1 else self.classes[::-1]
-        return [] if self.has_weak_tower(classes) else [need for need in order if need.needed_tower == tower]
+        return [] if self.has_weak_tower() else [need for need in order if need.needed_tower == tower]
 
 
 @dataclass

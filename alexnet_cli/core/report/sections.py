@@ -407,11 +407,11 @@ def describe_towers(report: Report) -> Values | None:
         )
         for color, gray in pairs
     ]  # fmt: skip
-    needs, needed = table.classes, {n.index: tower for tower in (1, 2) for n in table.list_needs(tower, len(names))}
+    needs, needed = table.classes, {n.index: tower for tower in (1, 2) for n in table.list_needs(tower)}
     listed = needs if len(needs) <= MOST else [*needs[: MOST // 2], *needs[-MOST // 2 :]]
     return {
         "words": words, "verdict": _explain_towers(table, names),
-        "constant": 100 * (1 - table.majority_error),
+        "constant": 100 * (1 - table.commonest_error),
         "bars": [(name_towers(color.without_tower), [_make_bar(color), _make_bar(gray)]) for color, gray in pairs],
         "heads": ("Network", "Right in color", "Right in gray", "Gray costs, points", "Other tower off costs, points"),
         "rows": rows,
@@ -445,12 +445,11 @@ def _explain_towers(table: TowerTable, names: Sequence[str]) -> str:
     """Say what each tower is worth, which tower is no better than guessing, and which loses more in gray."""
     without1, without2 = (100 * (row.lost_without_tower or 0) for row in table.errors[2:0:-1])
     text = [f"Switching off tower 1 costs {without1:.1f} points in color, tower 2 {without2:.1f}."]
-    classes = len(names)
-    remarks = table.list_remarks(classes)[1:3]
+    remarks = table.list_remarks()[1:3]
     text += [f"Tower {number} alone is {remark}." for number, remark in enumerate(remarks, 1) if remark]
-    if table.has_weak_tower(classes):
+    if table.has_weak_tower():
         text.append("So it has nothing to lose in gray: this cannot say which tower needs color.")
-    elif tower := table.find_color_tower(classes):
+    elif tower := table.find_color_tower():
         lost = [100 * (row.lost_in_gray or 0) for row in table.errors[4:6]]
         text.append(
             f"In gray, tower {tower} loses more than tower {3 - tower}: {lost[tower - 1]:.1f} points against "

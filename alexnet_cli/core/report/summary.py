@@ -81,7 +81,7 @@ def _describe_needs(report: Report) -> str:
         return ""
     texts = list[str]()
     for tower in (1, 2):
-        needs = table.list_needs(tower, len(report.classes))[:MOST_NAMES]
+        needs = table.list_needs(tower)[:MOST_NAMES]
         names = [report.class_names[need.index] for need in needs]
         if names:
             texts.append(f"tower {tower} {'' if texts else 'matters more '}for {join_names(names)}")

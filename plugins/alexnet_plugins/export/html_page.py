@@ -236,20 +236,19 @@ def measure_towers(model: Model, data: Dataset, advance: Callable[[int], None]) 
     output_of, split = match_classes(model.classes, data.classes, model.path), data.split("val")
     classify = {tower: _make_classifier(model if tower is None else silence_tower(model, tower)) for tower in NETWORKS}
     counts = count_sample(classify, model, split, output_of, advance)
-    table = TowerTable(counts.images, counts.list_errors(), counts.list_classes(model.classes))
-    number = len(model.classes)
+    table = TowerTable.from_record(counts.make_record(model.classes, 1, {}))
     shown = [
         {
             "right": 1 - error.top1_error, "answer": error.top_answer, "share": error.top_answer_share,
             "remark": remark.partition(" than ")[0],  # "no better", "not certainly better", or empty
         }
-        for error, remark in zip(table.errors, table.list_remarks(number), strict=True)
+        for error, remark in zip(table.errors, table.list_remarks(), strict=True)
     ]  # fmt: skip
     networks = list(zip(shown[:3], shown[3:], strict=True))  # each in color and in gray
-    needs = [[need.index for need in table.list_needs(tower, number)[:2]] for tower in (1, 2)]
-    colorful = table.find_color_tower(number)
+    needs = [[need.index for need in table.list_needs(tower)[:2]] for tower in (1, 2)]
+    colorful = table.find_color_tower()
     return {
-        "images": table.images, "constant": 1 - table.majority_error, "networks": networks, "colorful": colorful,
+        "images": table.images, "constant": 1 - table.commonest_error, "networks": networks, "colorful": colorful,
         "needs": needs,
     }  # fmt: skip
 
