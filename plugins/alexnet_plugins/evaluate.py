@@ -303,15 +303,11 @@ def _load_networks(
 
 def _load_torch(model: Model, views: int, gpus: str | None) -> LoadedModel:
     """Load the content of a model file in PyTorch."""
-    from alexnet_cli.core.data.augment import Augment
     from alexnet_cli.core.evaluation.evaluate import TorchClassifier
-    from alexnet_cli.core.model.network import network_from_model
     from alexnet_cli.core.parallel.placement import place
 
     placement = place(gpus, "fp32")
-    augment = Augment(model.recipe, model.mean, None, None, placement.device)
-    network = network_from_model(model).to(placement.device)
-    classify = TorchClassifier(network, augment, placement, views)
+    classify = TorchClassifier.from_model(model, placement, views)
     name = f"{placement.name} · fp32"
     return LoadedModel(model.path, classify, model.classes, model.recipe, name, model.info, placement.device)
 

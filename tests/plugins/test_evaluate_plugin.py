@@ -287,9 +287,9 @@ def test_not_one_image_and_other_errors() -> None:
         raise RuntimeError("shapes do not fit")
 
     with pytest.raises(MissingError, match="a batch of one image"):
-        HalvingClassifier(never, lambda _: None)(np.zeros((5, 2)))
+        HalvingClassifier(never)(np.zeros((5, 2)))
     with pytest.raises(RuntimeError, match="shapes"):
-        HalvingClassifier(broken, lambda _: None)(np.zeros((5, 2)))
+        HalvingClassifier(broken)(np.zeros((5, 2)))
 
 
 def test_published_figures_are_those_of_the_sources(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,13 +9,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from alexnet_cli.core.data.augment import Augment
 from alexnet_cli.core.data.loader import Loader, all_batches
 from alexnet_cli.core.data.shards import Dataset, find_dataset, open_dataset
 from alexnet_cli.core.evaluation.evaluate import Evaluation, HalvingClassifier, TorchClassifier, match_classes
 from alexnet_cli.core.intervals import PairedCounts
 from alexnet_cli.core.model.model_file import Model
-from alexnet_cli.core.model.network import network_from_model
 from alexnet_cli.core.parallel.placement import Placement, choose_decode_threads
 from alexnet_cli.core.runs.resolve import find_recorded_data
 from alexnet_cli.core.runs.run import Run
@@ -114,14 +112,13 @@ def classify_pair(
     """
     val, networks = dataset.split("val"), []
     for model in models:
-        augment = Augment(model.recipe, model.mean, None, None, placement.device)
-        classifier = TorchClassifier(network_from_model(model).to(placement.device), augment, placement)
+        classify = HalvingClassifier(TorchClassifier.from_model(model, placement))
         output_of = match_classes(model.classes, dataset.classes, model.path)
         outputs = np.arange(len(dataset.classes)) if output_of is None else output_of
         class_of = np.full(len(model.classes), -1)
         class_of[outputs] = np.arange(len(outputs))
         counts = Evaluation.empty(len(model.classes))
-        networks.append((model.path, HalvingClassifier(classifier, lambda n: None), outputs, class_of, counts))
+        networks.append((model.path, classify, outputs, class_of, counts))
     labels, predicted = np.empty(len(val), np.int64), np.empty((2, len(val)), np.int64)
     probabilities, size = np.empty((2, len(val)), np.float32), min(BATCH, len(val))
     with Loader(val, size, choose_decode_threads(None), placement.device) as loader:

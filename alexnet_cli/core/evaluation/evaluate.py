@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from alexnet_cli.core.data.augment import Augment
 from alexnet_cli.core.data.classes import ClassName
 from alexnet_cli.core.data.loader import Batch
-from alexnet_cli.core.model.network import evaluation_mode
+from alexnet_cli.core.model.model_file import Model
+from alexnet_cli.core.model.network import evaluation_mode, network_from_model
 from alexnet_cli.core.parallel.placement import Placement
 from alexnet_cli.errors import DataError, MissingError, UsageError, WeightsError, is_out_of_memory
 
@@ -114,6 +115,12 @@ class TorchClassifier:
             raise UsageError(f"--views {views} is not supported", "use 1 (center view) or 10 (the paper's ten views)")
         self.network, self.augment, self.placement, self.views = network, augment, placement, views
 
+    @classmethod
+    def from_model(cls, model: Model, placement: Placement, views: int = 1) -> TorchClassifier:
+        """Return the classifier of a model file, on the device of `placement`."""
+        augment = Augment(model.recipe, model.mean, None, None, placement.device)
+        return cls(network_from_model(model).to(placement.device), augment, placement, views)
+
     def __call__(self, images: Tensor) -> npt.NDArray[np.float32]:
         """Return float32 B x classes for uint8 B x 256 x 256 x 3."""
         with evaluation_mode(self.network), torch.inference_mode(), self.placement.precision_context():
@@ -132,7 +139,9 @@ class HalvingClassifier:
     `report` is called with the batch size that fits, once it is known.
     """
 
-    def __init__(self, classify: Callable[[Any], npt.NDArray[np.float32]], report: Callable[[int], None]) -> None:
+    def __init__(
+        self, classify: Callable[[Any], npt.NDArray[np.float32]], report: Callable[[int], None] = lambda n: None
+    ) -> None:
         self.classify, self.report = classify, report
         self.batch_size: int | None = None  # the largest that may fit, once a batch did not
         self.reported: int | None = None

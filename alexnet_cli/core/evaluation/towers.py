@@ -114,10 +114,8 @@ class TowerTable:
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> TowerTable:
         """Return the table in a record of `TowerCounts.make_record`."""
-        errors, classes = (
-            [TowerError(**row) for row in record["towers"]],
-            [ClassNeed(**row) for row in record["classes"]],
-        )
+        errors = [TowerError(**row) for row in record["towers"]]
+        classes = [ClassNeed(**row) for row in record["classes"]]
         return cls(record["images"], errors, classes, record["chance_error"], record["commonest_error"])
 
     def list_remarks(self) -> list[str]:

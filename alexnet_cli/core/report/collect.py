@@ -28,7 +28,6 @@ from alexnet_cli.core.analysis.filter_replay import read_kept_filters
 from alexnet_cli.core.analysis.filters import Kernels, Specialization
 from alexnet_cli.core.analysis.neighbors import Neighborhood, find_neighborhoods
 from alexnet_cli.core.analysis.units import read_images
-from alexnet_cli.core.data.augment import Augment
 from alexnet_cli.core.data.classes import ClassName, make_names_unique
 from alexnet_cli.core.data.images import ImageArray
 from alexnet_cli.core.data.loader import Loader, all_batches
@@ -45,7 +44,6 @@ from alexnet_cli.core.evaluation.evaluate import (
 from alexnet_cli.core.evaluation.towers import TowerTable, count_sample, read_table, write_record
 from alexnet_cli.core.files import hash_file, read_link
 from alexnet_cli.core.model.model_file import Model, read_model, silence_tower
-from alexnet_cli.core.model.network import network_from_model
 from alexnet_cli.core.parallel.placement import Placement, choose_decode_threads
 from alexnet_cli.core.report.history import History, read_history
 from alexnet_cli.core.runs.resolve import find_recorded_data, is_best
@@ -313,7 +311,7 @@ def _compute_measurements(
 ) -> Measurements:
     """Compute everything but saved results. An error in the search for neighbors leaves out the neighbors alone."""
     model, val = opened.model, data.split("val")
-    classify = _make_classifier(model, placement)
+    classify = HalvingClassifier(TorchClassifier.from_model(model, placement))
     folder = run.path if run else model.path.parent
     unsaved = "" if os.access(folder, os.W_OK) else f"{folder} cannot be written to"
     if not saved:
@@ -337,12 +335,6 @@ def _compute_measurements(
     return replace(measured, neighborhoods=neighborhoods, missing=missing)
 
 
-def _make_classifier(model: Model, placement: Placement) -> HalvingClassifier:
-    augment = Augment(model.recipe, model.mean, None, None, placement.device)
-    network = network_from_model(model).to(placement.device)
-    return HalvingClassifier(TorchClassifier(network, augment, placement), lambda n: None)
-
-
 def _measure_towers(
     run: Run | None,
     opened: OpenedModel,
@@ -363,7 +355,8 @@ def _measure_towers(
         return saved
     classifiers: dict[int | None, Classify] = {None: classify}
     for tower in (1, 2):
-        classifiers[tower] = _make_classifier(silence_tower(model, tower), placement)
+        alone = TorchClassifier.from_model(silence_tower(model, tower), placement)
+        classifiers[tower] = HalvingClassifier(alone)
     counts = count_sample(classifiers, model, data.split("val"), output_of, advance)
     source = results.describe_source("val", model.path, opened.sha256, data)
     record = counts.make_record(model.classes, 1, source)
