@@ -22,12 +22,12 @@ from alexnet_cli.core.model.model_file import Model, read_model
 from alexnet_cli.core.parallel.placement import Placement, choose_decode_threads, place
 from alexnet_cli.core.runs.records import Record
 from alexnet_cli.core.runs.resolve import find_training_data, find_weights
-from alexnet_cli.core.runs.run import RUNNING, record_failure
+from alexnet_cli.core.runs.run import record_status
 from alexnet_cli.core.training.fine_tuning import Transfer, load_source, match_layers
 from alexnet_cli.core.training.loop import TrainingLoop, check_data, open_run
 from alexnet_cli.core.training.trainer import Trainer
 from alexnet_cli.errors import AlexNetError as AlexNetError
-from alexnet_cli.errors import DataError, Stopped, UsageError
+from alexnet_cli.errors import DataError, UsageError
 from alexnet_cli.recipe import RECIPES
 from alexnet_cli.recipe import Recipe as Recipe
 
@@ -144,25 +144,10 @@ def _train(
     threads: int,
 ) -> Generator[Record]:
     run = open_run(None, name, recipe, placement, dataset, transfer, {}, ["alexnet.train"])
-    with run.locked():
-        try:
-            trainer = Trainer.for_dataset(recipe, dataset, placement)
-            transfer = transfer.apply(trainer.network) if transfer else None
-            loop, reason = TrainingLoop(trainer, dataset, run, threads, transfer=transfer), None
-            run.update(RUNNING)
-            for record in loop.fit(max_steps=max_steps):
-                reason = record.reason
-                yield record
-            run.update({"status": "finished" if reason == "finished" else "interrupted", "reason": reason})
-        except (GeneratorExit, KeyboardInterrupt) as stop:
-            hint = f"alexnet train --resume {run.quoted}"
-            stopped = Stopped("stopped: progress since the last checkpoint is lost", hint, 130)
-            reason = "Ctrl-C" if isinstance(stop, KeyboardInterrupt) else "stopped"
-            record_failure(run, stopped, reason, "interrupted")
-            raise
-        except BaseException as error:
-            record_failure(run, error)
-            raise
+    with record_status(run):
+        trainer = Trainer.for_dataset(recipe, dataset, placement)
+        transfer = transfer.apply(trainer.network) if transfer else None
+        yield from TrainingLoop(trainer, dataset, run, threads, transfer=transfer).fit(max_steps=max_steps)
 
 
 def evaluate(

@@ -37,7 +37,7 @@ from alexnet_cli.core.files import (
     write_text,
 )
 from alexnet_cli.core.runs.records import Record, append_record, drop_later_records, format_csv, get_int, read_records
-from alexnet_cli.errors import DataError, StorageError, UsageError, format_error
+from alexnet_cli.errors import DataError, Stopped, StorageError, UsageError, format_error
 from alexnet_cli.recipe import Recipe
 from alexnet_cli.recipe_io import load_recipe
 
@@ -267,6 +267,27 @@ def list_runs(typed: str = "") -> str:
     guess = f"did you mean {near[0]}? " if near else ""
     more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
     return f"{guess}existing runs: {', '.join(names[-5:])}{more}"
+
+
+@contextmanager
+def record_status(run: Run) -> Iterator[None]:
+    """Lock the run for a training inside the block, and keep its status, also after an error or a Ctrl-C."""
+    with run.locked():
+        try:
+            run.update(RUNNING)
+            yield
+            if run.about["status"] == "running":
+                reason = run.records()[-1].get("reason")
+                run.update({"status": "finished" if reason == "finished" else "interrupted", "reason": reason})
+        except (GeneratorExit, KeyboardInterrupt) as stop:
+            hint = f"alexnet train --resume {run.quoted}"
+            stopped = Stopped("stopped: progress since the last checkpoint is lost", hint, 130)
+            reason = "Ctrl-C" if isinstance(stop, KeyboardInterrupt) else "stopped"
+            record_failure(run, stopped, reason, "interrupted")
+            raise
+        except BaseException as error:
+            record_failure(run, error)
+            raise
 
 
 def record_failure(run: Run, error: BaseException, reason: str = "error", status: str = "failed") -> Record | None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,11 @@ from alexnet_cli.core.data.shards import Dataset, find_dataset, open_dataset
 from alexnet_cli.core.files import read_link, write_text
 from alexnet_cli.core.parallel.placement import Placement, choose_decode_threads
 from alexnet_cli.core.runs.records import Record
-from alexnet_cli.core.runs.run import RUNNING, Run, is_plain_name, record_failure, runs_root
+from alexnet_cli.core.runs.run import Run, is_plain_name, record_failure, record_status, runs_root
 from alexnet_cli.core.training.checkpoint import find_newest
 from alexnet_cli.core.training.loop import TrainingLoop, describe_training
 from alexnet_cli.core.training.trainer import Trainer
-from alexnet_cli.errors import DataError, StorageError, UsageError, VerificationError
+from alexnet_cli.errors import DataError, UsageError, VerificationError
 from alexnet_cli.recipe import Recipe, compare_recipes, format_toml
 from alexnet_cli.recipe_io import apply_changes
 from alexnet_plugins.experiments.experiment import Job
@@ -177,28 +176,13 @@ class AblationStudy:
         if run is None:
             about = describe_training(self.command, self.placement, self.data, cell.recipe)
             run = Run.create(cell.name, cell.recipe, about, self.folder)
-        with run.locked():
-            run.update(RUNNING)
+        with record_status(run):
             trainer = Trainer.for_dataset(cell.recipe, self.data, self.placement)
-            loop = TrainingLoop(trainer, self.data, run, self.threads)
             start, _ = find_newest(run)
-            reason = None
             try:
-                for record in loop.fit(start, stop=stop):
-                    reason = record.reason
-                    yield record
+                yield from TrainingLoop(trainer, self.data, run, self.threads).fit(start, stop=stop)
             except VerificationError as error:
                 record_failure(run, error, DIVERGED)
-                run.update({"status": "failed", "reason": DIVERGED})
-                return
-            except Exception as error:
-                record_failure(run, error)
-                raise
-            except BaseException:  # a second Ctrl-C, or the caller wants no more records
-                with suppress(StorageError):
-                    run.update({"status": "interrupted", "reason": "stopped"})
-                raise
-            run.update({"status": "finished" if reason == "finished" else "interrupted", "reason": reason})
 
     def evaluate_ten_views(self, run: Run, stop: Callable[[], str | None]) -> None:
         """Write the errors of a finished run's last epoch with ten views to `TEN_VIEWS` in the run, unless stopped.
