@@ -121,6 +121,15 @@ def test_recipe_changes_are_recorded_with_their_steps() -> None:
     assert resume.list_changes(run, run.recipe, 0) == []
 
 
+def test_a_change_that_was_killed_at_once_leaves_no_value_behind() -> None:
+    run = Run.create("r", replace(PAPER, momentum=0.8), {})
+    applied = {"step": 30, "key": "momentum", "was": 0.9, "is": 0.8}
+    run.update({"changed": [applied, {"step": 60, "key": "momentum", "was": 0.8, "is": 0.7}]})  # not in recipe.toml
+    from_40 = {"step": 40, "key": "momentum", "was": 0.8, "is": 0.6}
+    assert resume.list_changes(run, replace(PAPER, momentum=0.6), 40) == [applied, from_40]
+    assert resume.list_changes(run, replace(PAPER, momentum=0.6), 20) == [{**from_40, "step": 20, "was": 0.9}]
+
+
 @pytest.mark.parametrize(
     "told",
     [
@@ -131,9 +140,9 @@ def test_recipe_changes_are_recorded_with_their_steps() -> None:
 def test_invalid_or_unapplied_changes_are_dropped(told: Any) -> None:
     run = Run.create("r", PAPER, {})
     run.update({"changed": told})
-    assert resume.list_changes(run, PAPER, 40) == []
-    made = {"step": 40, "key": "momentum", "was": 0.9, "is": 0.8}
-    assert resume.list_changes(run, replace(PAPER, momentum=0.8), 40) == [made]
+    assert resume.list_changes(run, PAPER, 30) == []
+    made = {"step": 30, "key": "momentum", "was": 0.9, "is": 0.8}
+    assert resume.list_changes(run, replace(PAPER, momentum=0.8), 30) == [made]
 
 
 def test_run_that_auto_resumes() -> None:

@@ -109,26 +109,18 @@ def check_recipe(run: Run, wanted: Recipe, forced: Collection[str], from_file: C
 def list_changes(run: Run, recipe: Recipe, step: int) -> list[dict[str, Any]]:
     """The recipe changes in run.json up to `step`, and those that `recipe` makes there: the new value of "changed".
 
-    Each change has the `step` after which it holds, the `key`, and the values before (`was`) and after (`is`). Changes
-    that are not in recipe.toml are dropped: a run can be killed between the two writes. Changes after `step` are moved
-    to it, and changes that held for no step are dropped.
+    Each change has the `step` after which it holds, the `key`, and the values before (`was`) and after (`is`). A
+    recorded change at `step` or later holds for no step that is left, so the weights were trained with its `was`.
     """
-    saved, changes = run.recipe, []
+    if not step:
+        return []
     recorded = run.about.get("changed")
     known = [c for c in recorded if _is_change(c)] if isinstance(recorded, list) else []
-    new = compare_recipes(recipe, saved)
-    for key in dict.fromkeys([*(c["key"] for c in known), *new]):
-        changes_of_key = [c for c in known if c["key"] == key]
-        while changes_of_key and changes_of_key[-1]["is"] != _to_json(getattr(saved, key)):
-            changes_of_key.pop()
-        if key in new:
-            changes_of_key.append({"step": step, "key": key, "was": _to_json(new[key][1]), "is": _to_json(new[key][0])})
-        kept: dict[int, dict[str, Any]] = {}
-        for change in changes_of_key:
-            at = min(change["step"], step)
-            kept[at] = {**change, "step": at, "was": kept.get(at, change)["was"]}
-        changes += [c for at, c in kept.items() if at and c["was"] != c["is"]]
-    return sorted(changes, key=lambda change: int(change["step"]))
+    before = {key: _to_json(value) for key, value in vars(run.recipe).items()}
+    before |= {c["key"]: c["was"] for c in reversed(known) if c["step"] >= step}
+    after = {key: _to_json(value) for key, value in vars(recipe).items()}
+    made = [{"step": step, "key": k, "was": was, "is": after[k]} for k, was in before.items() if was != after[k]]
+    return [c for c in known if c["step"] < step] + made
 
 
 def _is_change(value: Any) -> bool:
