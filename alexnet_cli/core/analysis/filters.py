@@ -90,13 +90,13 @@ def split_towers(weight: Kernels, towers: int) -> tuple[Kernels, ...]:
     return tuple(np.split(weight, towers))
 
 
-def measure_specialization(towers: Sequence[Kernels], seed: int = 0) -> Specialization:
+def measure_specialization(towers: Sequence[Kernels]) -> Specialization:
     """Measure the filters of one or two towers."""
     measured = tuple(_measure_tower(*tower) for tower in zip(towers, _find_dead(towers), strict=True))
     alive = measure_live_chroma(towers)
     auc = interval = p_value = None
     if len(alive) == 2 and all(len(chroma) for chroma in alive):
-        auc, p_value = compute_auc(alive[0], alive[1]), compute_p_value(alive[0], alive[1], seed)
+        auc, p_value = compute_auc(alive[0], alive[1]), compute_p_value(alive[0], alive[1])
         interval = compute_auc_interval(auc, len(alive[0]), len(alive[1]))
     return Specialization(measured, auc, interval, p_value, measure_smoothness(np.concatenate(towers)))
 
@@ -180,7 +180,7 @@ def compute_auc_interval(auc: float, first: int, second: int) -> tuple[float, fl
     return float(inside.min(initial=auc)), float(inside.max(initial=auc))
 
 
-def compute_p_value(first: Vector, second: Vector, seed: int = 0) -> float:
+def compute_p_value(first: Vector, second: Vector) -> float:
     """Return the share of random divisions into groups of these sizes that separate at least as well."""
     from scipy.stats import permutation_test, rankdata  # takes a second to import
 
@@ -191,7 +191,7 @@ def compute_p_value(first: Vector, second: Vector, seed: int = 0) -> float:
         distance: Vector = np.abs(group.sum(axis=axis) - middle)
         return distance
 
-    groups, generator = (ranks[: len(first)], ranks[len(first) :]), np.random.default_rng(seed)
+    groups, generator = (ranks[: len(first)], ranks[len(first) :]), np.random.default_rng(0)
     test = permutation_test(
         groups, measure_distance, n_resamples=PERMUTATIONS, alternative="greater", random_state=generator
     )

@@ -26,7 +26,6 @@ INCOMPLETE_HINT = "download ILSVRC2012_devkit_t12.tar.gz again"
 class Devkit:
     """Content of the kit."""
 
-    path: Path
     words: dict[str, str]
     """Names by wnid, such as "tench, Tinca tinca"."""
     truth: dict[str, str]
@@ -62,7 +61,7 @@ def read_devkit(path: Path) -> Devkit:
         if class_id not in wnids:
             raise DataError(f"{path}, {TRUTH}, line {number}: {line!r} is not an id in meta.mat", INCOMPLETE_HINT)
         truth[f"ILSVRC2012_val_{number:08d}"] = wnids[class_id]
-    return Devkit(path, words, truth, wnids)
+    return Devkit(words, truth, wnids)
 
 
 def _read_folder(path: Path) -> dict[str, bytes]:

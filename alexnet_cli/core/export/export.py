@@ -304,12 +304,12 @@ def center_crops(split: Split, rows: Iterable[int], side: int) -> Crops:
     return np.concatenate([make_views(images.decode(bytes(split.jpeg(row))), side, 1) for row in rows])
 
 
-def sample_crops(dataset: Dataset, model: Model, count: int = VERIFY_IMAGES) -> Crops:
-    """Return center crops of at most `count` images of the validation split (training, if it is empty)."""
+def sample_crops(dataset: Dataset, model: Model) -> Crops:
+    """Return center crops of at most VERIFY_IMAGES images of the validation split (training, if it is empty)."""
     split = next((s for s in map(dataset.split, ("val", "train")) if len(s)), None)
     if split is None:
         raise DataError(f"{dataset.path} has no images", "prepare it again")
-    return center_crops(split, split.spread_rows(count), model.recipe.input_size)
+    return center_crops(split, split.spread_rows(VERIFY_IMAGES), model.recipe.input_size)
 
 
 def synthetic_crops(side: int, count: int = VERIFY_IMAGES) -> Crops:
