@@ -63,7 +63,7 @@ def test_an_occlusion_map_is_the_drop_at_each_square_of_a_literal_loop(model: Mo
     assert np.diff(found.centers).max() <= 30
     for part in found.attributions:
         with without(session.network, part.without_tower):
-            whole = session.probabilities_and_activations(make_crop(model)[None])[0][0]
+            whole = session.probabilities(make_crop(model)[None])[0]
             assert part.probability == pytest.approx(whole[found.index], rel=1e-4)
             assert [label.index for label in part.top] == np.argsort(-whole, kind="stable")[:5].tolist()
             for row, column in ((0, 0), (2, 5), (6, 6), part.find_peak()):
@@ -71,7 +71,7 @@ def test_an_occlusion_map_is_the_drop_at_each_square_of_a_literal_loop(model: Mo
                 image = PICTURE.astype(np.float32).transpose(2, 0, 1).copy()
                 image[:, top : top + 48, left : left + 48] = gray[:, top : top + 48, left : left + 48]
                 covered = np.ascontiguousarray(image[:, low : low + side, low : low + side])[None]
-                drop = whole[found.index] - session.probabilities_and_activations(covered)[0][0, found.index]
+                drop = whole[found.index] - session.probabilities(covered)[0, found.index]
                 assert part.values[row, column] == pytest.approx(drop, abs=1e-5)
     assert np.ptp(found.attributions[0].values) > 1e-4
 

@@ -92,7 +92,7 @@ def test_the_class_that_differs_most_comes_first(data: Dataset) -> None:
     answers = PairedAnswers(data, labels, np.stack([first, second]), np.ones((2, 19), np.float32))
     ranked = answers.list_classes()
     assert ranked == [(0, PairedCounts(4, 1, 0, 3)), (1, PairedCounts(10, 8, 2, 0)), (2, PairedCounts(5, 4, 0, 0))]
-    assert ranked[0][1].errors == (0.75, 0)
+    assert list(ranked[0][1].errors) == [0.75, 0]
     assert answers.whole.difference == pytest.approx((2 - 3) / 19)
 
 

@@ -45,9 +45,11 @@ class TorchSession:
 
     def logits(self, crops: Crops) -> Array:
         """N x 3 x S x S, RGB, 0..255 -> N x classes."""
-        with torch.inference_mode():
-            logits: torch.Tensor = self.network(self._make_input(crops))
-        return logits.float().cpu().numpy()
+        return self._logits(crops).cpu().numpy()
+
+    def probabilities(self, crops: Crops) -> Array:
+        """N x 3 x S x S, RGB, 0..255 -> N x classes; each row sums to 1."""
+        return torch.softmax(self._logits(crops), 1).cpu().numpy()
 
     def probabilities_and_activations(self, crops: Crops) -> tuple[Array, dict[str, Array]]:
         """As `session.Session.probabilities_and_activations`."""
@@ -55,6 +57,11 @@ class TorchSession:
             outputs = self.network.activations(self._make_input(crops), [*self.layers, "fc8"])
         probabilities = torch.softmax(outputs["fc8"].float(), 1).cpu().numpy()
         return probabilities, {layer: outputs[layer].float().cpu().numpy() for layer in self.layers}
+
+    @torch.inference_mode()
+    def _logits(self, crops: Crops) -> torch.Tensor:
+        logits: torch.Tensor = self.network(self._make_input(crops))
+        return logits.float()
 
     def _make_input(self, crops: Crops) -> torch.Tensor:
         return self.network.subtract_mean(torch.from_numpy(crops).to(self.device))
