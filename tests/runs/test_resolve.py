@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from alexnet_cli.core import devices
-from alexnet_cli.core.files import replace_link
+from alexnet_cli.core.files import hash_file, replace_link
 from alexnet_cli.core.runs.resolve import (
     describe_unfinished_run,
     describe_weights,
+    find_recorded_data,
     find_run_folder,
     find_weights,
     is_best,
@@ -139,6 +140,26 @@ def test_hints_guess_the_run_that_was_meant() -> None:
     with pytest.raises(WeightsError) as caught:
         find_weights("another")
     assert caught.value.hint.startswith("existing runs: ")
+
+
+def test_hints_list_the_newest_runs() -> None:
+    for age, name in enumerate("badcfe"):
+        Run.create(name, PAPER, {})
+        os.utime(Path("runs") / name / "run.json", (1e9 - age, 1e9 - age))
+    with pytest.raises(WeightsError) as caught:
+        find_weights("another")
+    assert caught.value.hint == "existing runs: f, c, d, a, b and 1 more"
+
+
+@pytest.mark.parametrize("name", ["r", "ablation/base-seed0"])
+def test_the_data_set_of_a_moved_project_is_found(name: str) -> None:
+    record = Path("project/prepared/x/dataset.json")
+    record.parent.mkdir(parents=True)
+    record.write_bytes(b"{}")
+    folder = Path("project/runs") / name
+    about = {"data_path": "/gone/prepared/x", "data_hash": hash_file(record)}
+    run = Run.create(folder.name, PAPER, about, folder.parent)
+    assert find_recorded_data(run) == record.parent
 
 
 @pytest.fixture

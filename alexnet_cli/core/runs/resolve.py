@@ -64,12 +64,12 @@ def find_training_data(path: Path) -> str | None:
 def find_recorded_data(run: Run) -> Path | None:
     """The prepared data set that run.json names. None if it is neither there nor, with the same hash, under prepared/.
 
-    It is under prepared/, here or where runs/ lies, if the whole project was moved.
+    It is under prepared/, here or in a folder that the run is in, if the whole project was moved.
     """
     data = run.about.get("data_path")
     if isinstance(data, str) and os.path.isdir(data):
         return shorten_path(Path(data))
-    roots = (ROOT, shorten_path(run.path.absolute().parent.parent / ROOT))
+    roots = (ROOT, *(shorten_path(parent / ROOT) for parent in run.path.absolute().parents))
     moved = (root / name for root in roots for name in list_datasets(root))
     return next((path for path in moved if hash_file(path / RECORD) == run.about.get("data_hash")), None)
 

@@ -232,9 +232,14 @@ def find_run(name: str) -> Path:
     """The folder that a run of this name has or would have. `latest` is the newest run if that link is missing."""
     path = follow_text_links(runs_root() / name)
     if name == "latest" and not path.exists():  # a link that was not copied along, or whose run was deleted
-        files = sorted(runs_root().glob("*/run.json"), key=lambda file: file.stat().st_mtime)
-        path = files[-1].parent if files else path
+        path = next(iter(_sort_runs()[-1:]), path)
     return path
+
+
+def _sort_runs() -> list[Path]:
+    """The folders of the runs, the newest last, without `latest`."""
+    files = [file for file in runs_root().glob("*/run.json") if file.parent.name != "latest"]
+    return [file.parent for file in sorted(files, key=lambda file: (file.stat().st_mtime, file))]
 
 
 def is_plain_name(name: str) -> bool:
@@ -259,7 +264,7 @@ def list_runs(typed: str = "") -> str:
     """A hint that lists the newest runs, after the one that `typed` probably means."""
     from difflib import get_close_matches
 
-    names = sorted(p.parent.name for p in runs_root().glob("*/run.json") if p.parent.name != "latest")
+    names = [path.name for path in _sort_runs()]
     if not names:
         return f"train one first: {suggest_train_command()}"
     near = [name for name in names if name.endswith(f"_{typed}")][-1:] or get_close_matches(typed, names, 1)

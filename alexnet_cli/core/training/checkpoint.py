@@ -219,7 +219,7 @@ def _read_meta(directory: Path) -> dict[str, Any]:
 
 
 def _old_version(directory: Path) -> WeightsError:
-    return WeightsError(f"{directory} was saved by version 0.1.0 and cannot be resumed", "train again")
+    return WeightsError(f"{directory} was saved in an older format and cannot be resumed", "train again")
 
 
 def _link(checkpoint: Path, best: bool) -> None:
