@@ -16,6 +16,9 @@ A message is two lines: what and where, then what to do. The shell prints them; 
 """
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 STORAGE_ERRORS = {errno.ENOSPC, errno.EROFS, errno.EDQUOT}
 # Of PyTorch on a GPU and on a CPU, cuDNN, cuBLAS and ONNX Runtime, which share no exception class.
@@ -109,6 +112,15 @@ class Terminated(BaseException):
     """SIGTERM was received. It unwinds the stack as Ctrl-C does, so that everything is cleaned up."""
 
     exit_code = 143
+
+
+@contextmanager
+def storage_errors(path: Path, hint: str = "free some space, or choose another -o") -> Iterator[None]:
+    """Raise StorageError instead of an OSError inside the `with` block, which writes to `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"cannot write to {path}: {error.strerror or error}", hint) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:

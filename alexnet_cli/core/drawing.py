@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-from alexnet_cli.errors import StorageError
+from alexnet_cli.errors import storage_errors
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
@@ -163,7 +163,7 @@ def save_figure(figure: Image.Image | str | bytes, path: Path) -> None:
     Raises:
         StorageError: the file cannot be written.
     """
-    try:
+    with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(figure, str):
             path.write_text(figure, encoding="utf-8")
@@ -171,5 +171,3 @@ def save_figure(figure: Image.Image | str | bytes, path: Path) -> None:
             path.write_bytes(figure)
         else:
             figure.save(path, "PNG")
-    except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror or error}", "choose another file with -o") from error

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from alexnet_cli.console import Reporter, make_printable
-from alexnet_cli.errors import DataError, StorageError, UsageError
+from alexnet_cli.errors import DataError, UsageError, storage_errors
 from alexnet_cli.options import (
     BatchOption,
     GpusOption,
@@ -280,10 +280,8 @@ def _write_record(reporter: Reporter, folder: Path | None, stem: str, record: Ma
         reporter.line("files", NO_FILES)
         return
     path = folder / f"{stem}.json"
-    try:
+    with storage_errors(path):
         write_record(path, record)
-    except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror}", "free space, or choose another -o") from error
     reporter.line("files", str(path))
 
 
@@ -383,7 +381,5 @@ def _explain_difference(reporter: Reporter, info: Mapping[str, Any], run: Path |
 
 
 def _open_predictions(path: Path) -> Any:
-    try:
+    with storage_errors(path, "choose another --predictions file"):
         return path.open("w", encoding="utf-8")
-    except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror}", "choose another --predictions file") from error

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from alexnet_cli.console import Reporter, format_probabilities, make_printable
-from alexnet_cli.errors import PartialError, StorageError, UsageError
+from alexnet_cli.errors import PartialError, UsageError, storage_errors
 from alexnet_cli.options import JsonFlag, QuietFlag, ViewsOption, WeightsOption, WithoutTowerOption, complete_layers
 
 if TYPE_CHECKING:
@@ -167,10 +167,8 @@ def _format_table(prediction: Prediction, with_path: bool) -> str:
 @contextlib.contextmanager
 def _open_csv(path: Path) -> Iterator[Callable[[Prediction], None]]:
     """Give a function that writes a prediction to the CSV file, one row per class."""
-    try:
+    with storage_errors(path, "choose another --csv file"):
         file = path.open("w", encoding="utf-8", errors="surrogateescape", newline="")
-    except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror}", "choose another --csv file") from error
     with file:
         table = csvlib.DictWriter(file, COLUMNS, restval="")
         table.writeheader()

@@ -37,7 +37,7 @@ from alexnet_cli.core.model.architecture import last_step_name
 from alexnet_cli.core.model.model_file import Model
 from alexnet_cli.core.runs.resolve import is_best, is_training_data
 from alexnet_cli.core.runs.run import MODEL, ONNX
-from alexnet_cli.errors import StorageError, WeightsError
+from alexnet_cli.errors import StorageError, WeightsError, storage_errors
 
 SCHEMA = "alexnet.neighbors/3"
 LAYER = "fc7"
@@ -110,7 +110,7 @@ def write_index(
         StorageError: the folder cannot be written, or another process is writing it.
         WeightsError: activations are NaN or infinite, or too large to compare.
     """
-    try:
+    with storage_errors(folder, "free some space, or copy the run"):
         folder.mkdir(parents=True, exist_ok=True)
         with lock_file(folder / LOCK, f"{folder}: another process is writing this index", StorageError):
             for leftover in folder.glob(f".{VECTORS}.*"):  # of a process that was killed
@@ -120,9 +120,6 @@ def write_index(
                 sync_file(temporary)  # a full disk must show now, while the old index is still there
                 (folder / RECORD).unlink(missing_ok=True)
             write_text(folder / RECORD, json.dumps({"schema": SCHEMA, **asdict(source)}) + "\n")
-    except OSError as error:
-        reason = error.strerror or error
-        raise StorageError(f"{folder} cannot be written: {reason}", "free some space, or copy the run") from error
     vectors = open_index(folder, source)
     if vectors is None:
         raise StorageError(f"{folder} does not hold what was written to it", "check the disk")

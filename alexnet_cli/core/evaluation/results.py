@@ -21,7 +21,7 @@ from alexnet_cli.core.evaluation.evaluate import Evaluation
 from alexnet_cli.core.files import read_file
 from alexnet_cli.core.intervals import wilson_interval
 from alexnet_cli.core.runs.resolve import is_best, is_training_data
-from alexnet_cli.errors import DataError, StorageError
+from alexnet_cli.errors import DataError, storage_errors
 from alexnet_cli.recipe import Recipe
 
 SUFFIXES = (".json", "_per_class.csv", "_confusion.csv", "_confusion.png")
@@ -144,10 +144,8 @@ def find_mistakes(counts: Evaluation, most: int) -> list[tuple[int, int, int]]:
 
 def make_folder(folder: Path) -> None:
     """Create the folder of results; call it before the work, so that a bad path fails early. Raises StorageError."""
-    try:
+    with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"cannot write to {folder}: {error.strerror}", "free space, or choose another -o") from error
 
 
 def write_results(
@@ -161,7 +159,7 @@ def write_results(
     make_folder(folder)
     files = [folder / f"{stem}{end}" for end in SUFFIXES]
     names = [c.name for c in classes]
-    try:
+    with storage_errors(folder):
         files[0].write_text(json.dumps(totals, indent=2) + "\n", encoding="utf-8")
         with files[1].open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
             rows = count_per_class(counts, classes)
@@ -174,8 +172,6 @@ def write_results(
             matrix.writerows([name, *row] for name, row in zip(names, counts.confusion.tolist(), strict=True))
         title = f"{stem} · {totals['protocol']} · {counts.images:,} images · top-1 error {counts.top1_error:.1%}"
         draw_confusion_matrix(counts.confusion, names, title).save(files[3], "PNG")
-    except OSError as error:
-        raise StorageError(f"cannot write to {folder}: {error.strerror}", "free space, or check permissions") from error
     return files
 
 

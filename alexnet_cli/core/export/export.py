@@ -26,7 +26,7 @@ from alexnet_cli.core.inference.onnx_graph import build_graph, save_graph
 from alexnet_cli.core.inference.session import Session
 from alexnet_cli.core.intervals import PairedCounts
 from alexnet_cli.core.model.model_file import Model
-from alexnet_cli.errors import DataError, StorageError, UsageError, VerificationError, WeightsError
+from alexnet_cli.errors import DataError, UsageError, VerificationError, WeightsError, storage_errors
 
 MAX_DIFFERENCE = 1e-4  # of a probability
 USUAL_LOGIT = 50.0  # logits of trained networks are smaller; larger ones have larger rounding errors
@@ -184,10 +184,8 @@ def write_names(model: Model, path: Path) -> Path:
     One name a line, in the order of the outputs. Returns the path, NAME.names.txt. Raises StorageError.
     """
     names_path = path.with_suffix(".names.txt")
-    try:
+    with storage_errors(names_path):
         write_text(names_path, _format_names(model))
-    except OSError as error:
-        raise StorageError(f"cannot write {names_path}: {error.strerror}", "choose another place with -o") from error
     return names_path
 
 

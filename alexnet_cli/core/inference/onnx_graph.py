@@ -37,7 +37,7 @@ from alexnet_cli.core.model.architecture import (
     step_name,
 )
 from alexnet_cli.core.model.model_file import Model
-from alexnet_cli.errors import StorageError, UsageError
+from alexnet_cli.errors import UsageError, storage_errors
 from alexnet_cli.recipe import SIDE, Recipe
 
 OPSET, IR_VERSION = 17, 8  # ONNX Runtime 1.12 and newer
@@ -241,8 +241,5 @@ def _fold_factors(spec: LayerSpec, model: Model) -> Array:
 
 def save_graph(proto: onnx.ModelProto, path: Path) -> None:
     """Write a graph to `path` atomically. Raises StorageError."""
-    try:
+    with storage_errors(path):
         write_chunks(path, [proto.SerializeToString()])
-    except OSError as error:
-        what = f"cannot write an ONNX file to {path.parent}: {error.strerror}"
-        raise StorageError(what, "free some space, or choose another place with -o") from error

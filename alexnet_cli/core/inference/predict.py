@@ -37,7 +37,7 @@ from alexnet_cli.core.files import replace_file
 from alexnet_cli.core.inference.inputs import ImageInput, prefetch
 from alexnet_cli.core.inference.session import LayerChoice, ModelSource, Session
 from alexnet_cli.core.model.model_file import read_model, silence_tower
-from alexnet_cli.errors import StorageError, UsageError, WeightsError
+from alexnet_cli.errors import UsageError, WeightsError, storage_errors
 
 BATCH = 32  # views in one pass of the network
 MAX_PATH_BYTES = 95 * 10**6  # in the header of a .safetensors file, which readers limit to 100 MB
@@ -192,7 +192,7 @@ def write_features(
     kept, shapes = list[tuple[str, Label]](), dict[str, tuple[int, ...]]()
     towers = classifier.recipe.towers if tower else 1
     with contextlib.ExitStack() as stack:
-        with _explain_storage_errors(path):
+        with storage_errors(path):
             files = {layer: stack.enter_context(tempfile.TemporaryFile(dir=path.parent)) for layer in classifier.layers}
 
         def add(prediction: Prediction) -> None:
@@ -202,13 +202,13 @@ def write_features(
             for layer, values in prediction.activations.items():
                 part = np.split(values, towers)[(tower or 1) - 1].astype("<f4", copy=False)
                 shapes[layer] = part.shape
-                with _explain_storage_errors(path):
+                with storage_errors(path):
                     files[layer].write(part.tobytes())
 
         yield add
         features = [_Feature(layer, (len(kept), *shapes.get(layer, ())), file) for layer, file in files.items()]
         write = _write_npz if path.suffix == ".npz" else _write_safetensors
-        with _explain_storage_errors(path), replace_file(path) as temporary:
+        with storage_errors(path), replace_file(path) as temporary:
             write(temporary, features, kept, classifier, tower)
 
 
@@ -278,12 +278,3 @@ def _write_safetensors(
         file.write(len(text).to_bytes(8, "little") + text + indices.tobytes() + probabilities.tobytes())
         for feature in features:
             feature.move(file)
-
-
-@contextlib.contextmanager
-def _explain_storage_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        what = f"cannot write {path}: {error.strerror or error}"
-        raise StorageError(what, "choose another -o, or free some space") from error

@@ -22,7 +22,7 @@ from alexnet_cli import recipe_io
 from alexnet_cli.core.data.classes import ClassName, parse_classes
 from alexnet_cli.core.files import write_chunks
 from alexnet_cli.core.model.architecture import check_layers, layer_specs, tensor_shapes
-from alexnet_cli.errors import RecipeError, StorageError, UsageError, WeightsError
+from alexnet_cli.errors import RecipeError, UsageError, WeightsError, storage_errors
 from alexnet_cli.recipe import SIDE, Recipe
 
 SCHEMA = "alexnet.model/1"
@@ -130,12 +130,9 @@ def name_towers(without_tower: int | None) -> str:
 
 def write_model(model: Model, path: Path) -> None:
     """Write a model file atomically. Raises StorageError."""
-    try:
+    with storage_errors(path, "free some space, or choose another place"):
         # safetensors' own save_file makes a file that only its owner can read.
         write_chunks(path, [save(dict(model.tensors), format_metadata(model.recipe, model.classes, model.info))])
-    except (OSError, SafetensorError) as error:
-        hint = "free some space, or choose another place"
-        raise StorageError(f"{path} cannot be written: {error}", hint) from error
 
 
 def check_header(path: Path) -> None:

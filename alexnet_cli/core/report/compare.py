@@ -20,6 +20,7 @@ from alexnet_cli.core.report.charts import INSTALL_HINT, can_draw, draw_comparis
 from alexnet_cli.core.report.collect import EXAMPLES, Report, alternate_classes
 from alexnet_cli.core.report.page import Section
 from alexnet_cli.core.report.sections import MOST, Row, Values
+from alexnet_cli.errors import storage_errors
 from alexnet_cli.recipe import describe_setting
 
 LONGEST_NAME = 24  # characters of a run's name in a chart
@@ -65,7 +66,7 @@ def write_comparison(comparison: Comparison, path: Path) -> list[Section]:
         filters=_describe_filters(comparison),
         examples=_describe_examples(answers, names) if answers else [],
     )
-    with page.storage_errors(path):
+    with storage_errors(path):
         write_text(path, text)
     return shown
 

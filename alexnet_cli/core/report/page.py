@@ -5,8 +5,7 @@ from __future__ import annotations
 import shlex
 import tempfile
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from alexnet_cli.core.report.history import get_number
 from alexnet_cli.core.report.summary import summarize_report
 from alexnet_cli.core.runs.records import get_failure
 from alexnet_cli.core.runs.resolve import shorten_path
-from alexnet_cli.errors import StorageError, UsageError
+from alexnet_cli.errors import UsageError, storage_errors
 
 FILE = "report.html"
 DIRECTION_MARKS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # reorder the line
@@ -69,15 +68,6 @@ def write_page(report: Report, path: Path) -> list[Section]:
     with storage_errors(path):
         write_text(path, text)
     return shown
-
-
-@contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
-    """Raise StorageError if `path` cannot be written inside the `with` block."""
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror or error}", "choose another file with -o") from error
 
 
 def render_page(report: Report) -> tuple[str, list[Section]]:

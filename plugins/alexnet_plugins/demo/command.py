@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from alexnet_cli.console import Reporter
-from alexnet_cli.errors import AlexNetError, StorageError, UsageError
+from alexnet_cli.errors import AlexNetError, UsageError, storage_errors
 from alexnet_cli.options import JsonFlag, QuietFlag
 
 MARKER = ".alexnet-demo"  # marks a folder whose OUTPUTS the demo may replace
@@ -127,7 +127,7 @@ def _format_command(words: tuple[str, ...]) -> str:
 
 def _make_folder(folder: Path) -> Path:
     """Create the demo's folder with its marker, and remove what an earlier demo made there, but nothing else."""
-    try:
+    with storage_errors(folder):
         if folder.exists() and not folder.is_dir():
             raise UsageError(f"{folder} is not a folder", "choose another folder with -o")
         if folder.exists() and any(folder.iterdir()) and not (folder / MARKER).is_file():
@@ -142,8 +142,6 @@ def _make_folder(folder: Path) -> Path:
                 shutil.rmtree(path)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / MARKER).write_text(f"made by `alexnet demo`, which replaces {', '.join(OUTPUTS)}\n", encoding="utf-8")
-    except OSError as error:
-        raise StorageError(f"cannot write {folder}: {error.strerror}", "choose another folder with -o") from error
     return folder
 
 

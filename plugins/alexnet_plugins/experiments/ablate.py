@@ -6,14 +6,13 @@ import math
 import shlex
 import statistics
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from alexnet_cli import recipe_io
 from alexnet_cli.console import Progress, Reporter
-from alexnet_cli.errors import PartialError, Stopped, StorageError
+from alexnet_cli.errors import PartialError, Stopped, storage_errors
 from alexnet_cli.options import DataOption, GpusOption, JobsOption, JsonFlag, QuietFlag, SettingsOption, complete_recipe
 
 if TYPE_CHECKING:
@@ -177,6 +176,7 @@ def _report(reporter: Reporter, study: AblationStudy, error: float, *, show: boo
     Raises:
         StorageError: the files cannot be written.
     """
+    from alexnet_cli.core.files import write_chunks
     from alexnet_cli.core.report import charts
     from alexnet_plugins.experiments import table
     from alexnet_plugins.experiments.study import SWITCHES, find_done_runs
@@ -194,7 +194,8 @@ def _report(reporter: Reporter, study: AblationStudy, error: float, *, show: boo
         title = f"{study.folder.name}: {study.data.name}, {images:,} validation images"
         contents["ablation.png"] = table.draw_chart(rows, title, error)
     for name, content in contents.items():
-        _write_file(study.folder / name, content)
+        with storage_errors(study.folder / name, "free some space"):
+            write_chunks(study.folder / name, [content])
     if show:
         reporter.result({
             "path": str(study.folder), **about, "training_error": error,
@@ -207,16 +208,6 @@ def _report(reporter: Reporter, study: AblationStudy, error: float, *, show: boo
         for name in contents:
             reporter.line("saved", str(study.folder / name))
     return rows
-
-
-def _write_file(path: Path, content: bytes) -> None:
-    from alexnet_cli.core.files import replace_file
-
-    try:
-        with replace_file(path) as temporary:
-            temporary.write_bytes(content)
-    except OSError as error:
-        raise StorageError(f"{path} cannot be written: {error.strerror or error}", "free some space") from error
 
 
 def _make_table(rows: list[Row]) -> Table:

@@ -43,7 +43,7 @@ from alexnet_cli.core.model.architecture import (
     step_name,
 )
 from alexnet_cli.core.model.model_file import Model, silence_tower
-from alexnet_cli.errors import StorageError, WeightsError
+from alexnet_cli.errors import WeightsError, storage_errors
 from alexnet_cli.recipe import SIDE, Recipe
 
 PART = 3 * 2**22  # bytes of gzip in one block of base64: a multiple of 3, so that no block but the last is padded
@@ -126,11 +126,8 @@ def build_page(
 
 def write_page(pieces: Iterable[str], path: Path) -> None:
     """Write the page atomically. Raises StorageError."""
-    try:
+    with storage_errors(path):
         write_chunks(path, (piece.encode() for piece in pieces))
-    except OSError as error:
-        what = f"cannot write a page to {path.parent}: {error.strerror}"
-        raise StorageError(what, "free some space, or choose another place with -o") from error
 
 
 def _read_source(name: str) -> str:

@@ -18,7 +18,7 @@ from alexnet_cli.core.data.classes import ClassName, ilsvrc_classes
 from alexnet_cli.core.model.architecture import ONE_TOWER, PER_TOWER, tensor_shapes
 from alexnet_cli.core.model.model_file import Model, write_model
 from alexnet_cli.core.runs.run import MODEL, Run, runs_root
-from alexnet_cli.errors import StorageError, UsageError, WeightsError
+from alexnet_cli.errors import UsageError, WeightsError, storage_errors
 from alexnet_cli.recipe import SIDE, Recipe
 from alexnet_plugins.import_weights import caffe, onnx_network, torch_network
 from alexnet_plugins.import_weights.class_list import read_class_list
@@ -247,12 +247,8 @@ def save_run(model: Model, name: str, about: Mapping[str, Any]) -> Path:
     """
     check_output(name)
     root = runs_root()
-    try:
+    with storage_errors(root, "set ALEXNET_RUNS_DIR to another folder"):
         root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(
-            f"cannot create {root}: {error.strerror}", "set ALEXNET_RUNS_DIR to another folder"
-        ) from error
     staged = root / f".{name}.{os.getpid()}.safetensors"  # written before the run exists: the disk may be full
     try:
         write_model(model, staged)
