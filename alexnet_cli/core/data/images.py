@@ -25,7 +25,6 @@ from alexnet_cli.errors import DataError
 from alexnet_cli.recipe import SIDE
 
 MAX_PIXELS = 89_478_485  # a quarter of a gigabyte as RGB; from here on Pillow warns of a decompression bomb
-MAX_SCANS = 100  # of a progressive JPEG, which has about ten; each scan costs a pass over all pixels
 MAX_ASPECT = 16  # only the middle of longer images is resized
 STRIP = 2**20  # pixels converted at once, which bounds the memory that a large image needs
 LARGE = 2**24  # pixels of an image after which the C library is told to return memory
@@ -47,7 +46,6 @@ TRANSFORMS: Mapping[int, Callable[[ImageArray], ImageArray]] = {
 JPEG_START = b"\xff\xd8"
 JPEG_SCAN = b"\xff\xda"
 JPEG_ORIENTATION_MARKERS = (b"Exif\0\0", b"tiff:Orientation")  # EXIF and XMP
-JPEG_END = 0xD9
 
 # Not every format of Pillow's: it would run Ghostscript for PostScript in a file called .jpg.
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
@@ -212,7 +210,6 @@ def _open_image(data: bytes) -> Iterator[Image.Image]:
     """Open an image file with Pillow. Every error inside the block becomes a DataError with the reason."""
     if not data:
         raise DataError("the file is empty")
-    _check_scans(data)
     other_format = _find_other_format(data)
     if other_format and not can_read(other_format):
         raise DataError(f"it is {other_format.name}: {other_format.remedy}")
@@ -234,29 +231,6 @@ def _open_image(data: bytes) -> Iterator[Image.Image]:
         raise
     except Exception as error:  # Pillow raises nearly anything on damaged files, struct.error included
         raise DataError(f"it is damaged ({error or type(error).__name__})") from error
-
-
-def _check_scans(data: bytes) -> None:
-    """Raise DataError for a JPEG with so many scans that decoding would take minutes.
-
-    The markers are followed up to the end of the image: a phone may have appended a film, whose bytes mean nothing.
-    """
-    if data[:2] != JPEG_START or data.count(JPEG_SCAN) <= MAX_SCANS:
-        return
-    position, scans = 2, 0
-    while scans <= MAX_SCANS and (position := data.find(b"\xff", position)) >= 0 and position + 4 <= len(data):
-        marker = data[position + 1]
-        if marker == JPEG_END:
-            return
-        scans += marker == JPEG_SCAN[1]
-        if marker == 0xFF:  # padding
-            position += 1
-        elif marker in (0x00, 0x01) or 0xD0 <= marker <= 0xD7:  # markers without a length
-            position += 2
-        else:
-            position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-    if scans > MAX_SCANS:
-        raise DataError(f"it has more than {MAX_SCANS} scans: a decompression bomb?")
 
 
 def to_rgb(image: Image.Image) -> ImageArray:
