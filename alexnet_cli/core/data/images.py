@@ -14,8 +14,10 @@ import io
 import logging
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +32,8 @@ STRIP = 2**20  # pixels converted at once, which bounds the memory that a large 
 LARGE = 2**24  # pixels of an image after which the C library is told to return memory
 
 ImageArray = npt.NDArray[np.uint8]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 EXIF_ORIENTATION = 0x0112  # number of the EXIF tag
 TRANSFORMS: Mapping[int, Callable[[ImageArray], ImageArray]] = {
@@ -310,6 +314,25 @@ class PixelBudget:
             with self.changed:
                 self.used -= pixels
                 self.changed.notify_all()
+
+
+def map_ahead(
+    pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item], ahead: int
+) -> Iterator[tuple[Item, Result]]:
+    """Yield every item with its result, in order, while threads work on the next `ahead` items."""
+    running: deque[tuple[Item, Future[Result]]] = deque()
+    try:
+        for item in items:
+            running.append((item, pool.submit(function, item)))
+            if len(running) > ahead:
+                done, future = running.popleft()
+                yield done, future.result()
+        while running:
+            done, future = running.popleft()
+            yield done, future.result()
+    finally:
+        for _, future in running:
+            future.cancel()
 
 
 def _trim_heap() -> None:

@@ -12,8 +12,7 @@ import errno
 import json
 import re
 import shutil
-from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -24,7 +23,7 @@ import numpy.typing as npt
 
 from alexnet_cli import __version__
 from alexnet_cli.core.data import fast_images, images
-from alexnet_cli.core.data.images import ImageArray, PixelBudget
+from alexnet_cli.core.data.images import ImageArray, PixelBudget, map_ahead
 from alexnet_cli.core.data.plan import CLEARING, LOCK, PLAN, Plan, format_size
 from alexnet_cli.core.data.samples import ImageList, SourceImage
 from alexnet_cli.core.data.shard_writer import (
@@ -178,7 +177,7 @@ def _pack_split(
     unfinished: Future[FinishedShard] | None = None
     with ThreadPoolExecutor(1, thread_name_prefix="sync") as finisher:  # a slow disk must not stop the decoding
         try:
-            for chunk, packed in _map_in_order(pool, work, _chunks(plan, split, first), ahead=2 * workers + 2):
+            for chunk, packed in map_ahead(pool, work, _chunks(plan, split, first), 2 * workers + 2):
                 writer = writer or ShardWriter(plan.output, split, chunk.shard)
                 _write_chunk(writer, packed)
                 check_rejected(packed.rejected, on_corrupt)
@@ -222,25 +221,6 @@ def shuffled_rows(items: ImageList, generator: np.random.Generator) -> npt.NDArr
 def _make_key(position: int, name: str) -> str:
     """A unique member name without dots: a number and the name of the source file."""
     return f"{position:08d}_{re.sub('[^A-Za-z0-9_-]+', '_', PurePosixPath(name).stem)[:60]}"
-
-
-def _map_in_order(
-    pool: ThreadPoolExecutor, work: Callable[[Chunk], PackedChunk], chunks: Iterator[Chunk], ahead: int
-) -> Iterator[tuple[Chunk, PackedChunk]]:
-    """Process up to `ahead` chunks at once. Yields the results in order."""
-    running: deque[tuple[Chunk, Future[PackedChunk]]] = deque()
-    try:
-        for chunk in chunks:
-            running.append((chunk, pool.submit(work, chunk)))
-            if len(running) > ahead:
-                done, future = running.popleft()
-                yield done, future.result()
-        while running:
-            done, future = running.popleft()
-            yield done, future.result()
-    finally:
-        for _, future in running:
-            future.cancel()
 
 
 def _pack_chunk(chunk: Chunk, split: str, plan: Plan, budget: PixelBudget) -> PackedChunk:

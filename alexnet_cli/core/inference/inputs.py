@@ -10,16 +10,14 @@ import io
 import os
 import re
 import zlib
-from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
 from alexnet_cli.core.data import images
 from alexnet_cli.core.data.folders import has_image_suffix, walk_files
-from alexnet_cli.core.data.images import ImageArray, PixelBudget
+from alexnet_cli.core.data.images import ImageArray, PixelBudget, map_ahead
 from alexnet_cli.core.devices import count_cores
 from alexnet_cli.core.files import BYTE_ORDER_MARKS, MAX_BYTES, decode_text, read_file
 from alexnet_cli.core.runs.run import runs_root
@@ -164,20 +162,7 @@ def load_image(source: ImageInput, exif_rotate: bool, budget: PixelBudget) -> Im
 
 def prefetch(sources: Iterable[ImageInput], window: int, exif_rotate: bool) -> Generator[tuple[str, ImageArray | str]]:
     """Yield the name and `load_image` of every image, in order, while threads decode the next `window`."""
-    remaining, budget = iter(sources), PixelBudget()
-    pending: deque[tuple[ImageInput, Future[ImageArray | str]]] = deque()
+    budget = PixelBudget()
     with ThreadPoolExecutor(min(8, count_cores())) as pool:
-
-        def submit(count: int) -> None:
-            for source in islice(remaining, count):
-                pending.append((source, pool.submit(load_image, source, exif_rotate, budget)))
-
-        try:
-            submit(window)
-            while pending:
-                source, future = pending.popleft()
-                submit(1)
-                yield STDIN if isinstance(source, bytes) else source, future.result()
-        finally:
-            for _, future in pending:
-                future.cancel()
+        for source, rgb in map_ahead(pool, lambda item: load_image(item, exif_rotate, budget), sources, window):
+            yield STDIN if isinstance(source, bytes) else source, rgb
