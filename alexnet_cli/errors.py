@@ -16,8 +16,9 @@ A message is two lines: what and where, then what to do. The shell prints them; 
 """
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 
 STORAGE_ERRORS = {errno.ENOSPC, errno.EROFS, errno.EDQUOT}
@@ -121,6 +122,12 @@ def storage_errors(path: Path, hint: str = "free some space, or choose another -
         yield
     except OSError as error:
         raise StorageError(f"cannot write to {path}: {error.strerror or error}", hint) from error
+
+
+def suggest_name(typed: str, names: Iterable[str], meant: Sequence[str] = ()) -> str:
+    """Return "did you mean NAME? " with the names `meant`, or the one nearest to `typed`. Empty if none is near."""
+    near = meant or get_close_matches(typed, names, 1)
+    return f"did you mean {' or '.join(near)}? " if near else ""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

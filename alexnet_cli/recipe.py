@@ -6,7 +6,6 @@ net #145, which made the paper's ILSVRC-2012 numbers; "Caffe" is bvlc_alexnet; "
 
 from __future__ import annotations
 
-import difflib
 import re
 import shlex
 import sys
@@ -16,7 +15,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import tomli_w
 
-from alexnet_cli.errors import RecipeError
+from alexnet_cli.errors import RecipeError, suggest_name
 
 SIDE = 256  # section 2: a prepared image is 256 x 256 pixels
 
@@ -178,8 +177,7 @@ def _check_layers(key: str, value: Any, layers: Sequence[str], format_example: C
         )
     for layer in value:
         if layer not in layers:
-            near = difflib.get_close_matches(layer, layers, 1)
-            hint = f"{f'did you mean {near[0]}? ' if near else ''}layers: {', '.join(layers)}"
+            hint = f"{suggest_name(layer, layers)}layers: {', '.join(layers)}"
             raise RecipeError(f"recipe: {key} has {layer!r}, which is not one of its layers", hint)
     if list(value) != (ordered := [layer for layer in layers if layer in value]):
         what = f"recipe: {key} = {list(value)} is not in the network's order"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from alexnet_cli.core.files import read_text
-from alexnet_cli.errors import DataError, RecipeError
+from alexnet_cli.errors import DataError, RecipeError, suggest_name
 from alexnet_cli.recipe import FIELD_TYPES, PAPER, RECIPES, Recipe, check_value
 
 LARGEST_FILE = 2**14  # bytes; tomllib can need gigabytes for 32 kilobytes (a dotted key of 16,000 parts)
@@ -55,8 +54,7 @@ def read_recipe(name_or_file: str) -> tuple[Recipe, dict[str, Any]]:
 
 
 def _list_recipes(typed: str) -> str:
-    near = difflib.get_close_matches(typed, RECIPES, 1)
-    return f"{f'did you mean {near[0]}? ' if near else ''}named recipes: {', '.join(RECIPES)}"
+    return f"{suggest_name(typed, RECIPES)}named recipes: {', '.join(RECIPES)}"
 
 
 def _find_base(values: Mapping[str, Any]) -> Recipe:
@@ -79,9 +77,8 @@ def apply_changes(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
         if key == "base":
             raise RecipeError("recipe: base is a key of recipe files only", "use --recipe to choose the base")
         if key not in FIELD_TYPES:
-            near = ["learning_rate"] if key == "lr" else difflib.get_close_matches(key, FIELD_TYPES, 1)
-            guess = f"did you mean {near[0]}?" if near else "alexnet train --print-config lists all keys"
-            raise RecipeError(f"recipe: no key is called {key}", guess)
+            guess = suggest_name(key, FIELD_TYPES, ["learning_rate"] * (key == "lr")).rstrip()
+            raise RecipeError(f"recipe: no key is called {key}", guess or "alexnet train --print-config lists all keys")
     return replace(recipe, **values)
 
 

@@ -18,10 +18,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Literal, NamedTuple
 
-from alexnet_cli.errors import UsageError
+from alexnet_cli.errors import UsageError, suggest_name
 from alexnet_cli.recipe import SIDE, Recipe
 
 CONV_LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5")
@@ -190,8 +189,7 @@ def check_layers(recipe: Recipe, layers: Sequence[str], tower: int | None = None
     names = layer_names(recipe)
     for layer in layers:
         if layer not in names:
-            near = get_close_matches(layer, names, 1)
-            hint = f"{f'did you mean {near[0]}? ' if near else ''}layers: {' '.join(names)}"
+            hint = f"{suggest_name(layer, names)}layers: {' '.join(names)}"
             raise UsageError(f"the network has no layer {layer!r}", hint)
     if tower is not None and tower not in range(1, recipe.towers + 1):
         what = f"the network has no tower {tower!r}"

@@ -37,7 +37,7 @@ from alexnet_cli.core.files import (
     write_text,
 )
 from alexnet_cli.core.runs.records import Record, append_record, drop_later_records, format_csv, get_int, read_records
-from alexnet_cli.errors import DataError, Stopped, StorageError, UsageError, format_error
+from alexnet_cli.errors import DataError, Stopped, StorageError, UsageError, format_error, suggest_name
 from alexnet_cli.recipe import Recipe
 from alexnet_cli.recipe_io import load_recipe
 
@@ -262,14 +262,11 @@ def _is_abandoned(path: Path) -> bool:
 
 def list_runs(typed: str = "") -> str:
     """A hint that lists the newest runs, after the one that `typed` probably means."""
-    from difflib import get_close_matches
-
     names = [path.name for path in _sort_runs()]
     if not names:
         return f"train one first: {suggest_train_command()}"
-    near = [name for name in names if name.endswith(f"_{typed}")][-1:] or get_close_matches(typed, names, 1)
-    near = near or ["latest"] * (typed in ("last", "best"))  # names of checkpoints
-    guess = f"did you mean {near[0]}? " if near else ""
+    guess = suggest_name(typed, names, [name for name in names if name.endswith(f"_{typed}")][-1:])
+    guess = guess or "did you mean latest? " * (typed in ("last", "best"))  # names of checkpoints
     more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
     return f"{guess}existing runs: {', '.join(names[-5:])}{more}"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import shlex
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from alexnet_cli.console import Reporter
-from alexnet_cli.errors import Stopped, StorageError, UsageError
+from alexnet_cli.errors import Stopped, StorageError, UsageError, suggest_name
 from alexnet_cli.options import GpusOption, JsonFlag, QuietFlag
 
 if TYPE_CHECKING:
@@ -103,9 +102,7 @@ def _find_experiment(experiments: Sequence[Experiment], name: str) -> Experiment
     if name in OTHER_COMMANDS:
         raise UsageError(f"{name} is drawn by another command", OTHER_COMMANDS[name])
     if name not in names:
-        near = difflib.get_close_matches(name, names, 1)
-        guess = f"did you mean {near[0]}? " if near else ""
-        raise UsageError(f"{name}: no such experiment", f"{guess}there are: {', '.join(names)}")
+        raise UsageError(f"{name}: no such experiment", f"{suggest_name(name, names)}there are: {', '.join(names)}")
     return experiments[names.index(name)]
 
 

@@ -10,7 +10,6 @@ Differences are therefore taken in pairs.
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,7 +24,7 @@ from alexnet_cli.core.runs.run import Run, is_plain_name, record_failure, record
 from alexnet_cli.core.training.checkpoint import find_newest
 from alexnet_cli.core.training.loop import TrainingLoop, describe_training
 from alexnet_cli.core.training.trainer import Trainer
-from alexnet_cli.errors import DataError, UsageError, VerificationError
+from alexnet_cli.errors import DataError, UsageError, VerificationError, suggest_name
 from alexnet_cli.recipe import Recipe, compare_recipes, format_toml
 from alexnet_cli.recipe_io import apply_changes
 from alexnet_plugins.experiments.experiment import Job
@@ -94,9 +93,8 @@ def choose_switches(base: Recipe, only: Sequence[str] = ()) -> tuple[list[Switch
     names = [switch.name for switch in SWITCHES]
     for name in only:
         if name not in names:
-            near = [switch.name for switch in SWITCHES if name in switch.changes]  # a recipe key
-            near = near or difflib.get_close_matches(name, names, 1)
-            guess = f"did you mean {' or '.join(near)}? " if near else ""
+            meant = [switch.name for switch in SWITCHES if name in switch.changes]  # a recipe key
+            guess = suggest_name(name, names, meant)
             raise UsageError(f"--only {name}: no such switch", f"{guess}there are: {', '.join(names)}")
     wanted = [switch for switch in SWITCHES if not only or switch is BASE or switch.name in only]
     off = [switch for switch in wanted if switch is not BASE and switch.apply(base) == base]
