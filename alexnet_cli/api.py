@@ -27,7 +27,7 @@ from alexnet_cli.core.training.fine_tuning import Transfer, load_source, match_l
 from alexnet_cli.core.training.loop import TrainingLoop, check_data, open_run
 from alexnet_cli.core.training.trainer import Trainer
 from alexnet_cli.errors import AlexNetError as AlexNetError
-from alexnet_cli.errors import DataError, UsageError
+from alexnet_cli.errors import UsageError
 from alexnet_cli.recipe import RECIPES
 from alexnet_cli.recipe import Recipe as Recipe
 
@@ -166,7 +166,7 @@ def evaluate(
         views: 1, the center; or 10, the paper's ten views.
 
     Raises:
-        DataError: the network does not know the classes of the data set.
+        DataError: the split has no images, or the network does not know the classes of the data set.
     """
     if isinstance(network, AlexNet):
         device, path = network.mean.device, Path("network in memory")
@@ -176,9 +176,7 @@ def evaluate(
         data = data or find_training_data(path)
         network = load(path).to(placement.device)
     dataset = _open(data)
-    images, output_of = dataset.split(split), evaluation.match_classes(network.classes, dataset.classes, path)
-    if not len(images):
-        raise DataError(f"{dataset.path}: split {split} has no images", "prepare it again with val_fraction=0.1")
+    images, output_of = dataset.nonempty_split(split), evaluation.match_classes(network.classes, dataset.classes, path)
     mean = network.mean.float().cpu().numpy()
     augment = Augment(network.recipe, mean, None, None, placement.device, network.mean.dtype)
     classify = evaluation.TorchClassifier(network, augment, placement, views)

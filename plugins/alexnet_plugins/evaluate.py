@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from alexnet_cli.console import Reporter, make_printable
-from alexnet_cli.errors import DataError, UsageError, storage_errors
+from alexnet_cli.errors import UsageError, storage_errors
 from alexnet_cli.options import (
     BatchOption,
     GpusOption,
@@ -108,9 +108,7 @@ def evaluate(
     has_silent_tower = towers or without_tower is not None
     path = find_weights(weights, (".safetensors",) if has_silent_tower else (".safetensors", ".onnx"))
     dataset = open_dataset(find_dataset(data or find_training_data(path)))
-    images = dataset.split(split)
-    if not len(images):
-        raise DataError(f"{dataset.path}: split {split} has no images", "prepare it again with --val-fraction 0.1")
+    images = dataset.nonempty_split(split)
     backend = "onnx" if path.suffix == ".onnx" else "torch"
     networks = _load_networks(path, NETWORKS if towers else (without_tower,), views, gpus)
     model = networks[without_tower]

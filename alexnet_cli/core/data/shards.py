@@ -175,6 +175,12 @@ class Dataset:
             raise _damaged(self.path / index_name(name), "a row names a shard or a class that does not exist")
         return Split(name, self.path, rows, tuple(shard["file"] for shard in entry["shards"]))
 
+    def nonempty_split(self, name: str) -> Split:
+        """Open a split. Raises DataError as `split` does, and if it has no images."""
+        if not len(split := self.split(name)):
+            raise DataError(f"{self.path}: split {name} has no images", "prepare it again with --val-fraction 0.1")
+        return split
+
 
 def open_dataset(path: Path) -> Dataset:
     """Open a prepared data set. Reads no pixels: 1.28 million images take milliseconds.

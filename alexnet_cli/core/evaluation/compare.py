@@ -96,8 +96,7 @@ def find_common_data(pair: Sequence[Run], spec: str | None, hint: str) -> Datase
     dataset = open_dataset(find_dataset(spec or (str(recorded) if recorded else None)))
     if spec is None and not hashes <= {dataset.hash}:
         raise DataError(f"they were trained on another data set than {dataset.path}", hint)
-    if not len(dataset.split("val")):
-        raise DataError(f"{dataset.path}: split val has no images", "prepare it again with --val-fraction 0.1")
+    dataset.nonempty_split("val")
     return dataset
 
 

@@ -146,8 +146,7 @@ class AblationStudy:
         if (folder / "run.json").exists():
             raise UsageError(f"{folder} is a run, not an ablation", "choose another --name")
         for split in ("train", "val"):
-            if not len(data.split(split)):
-                raise DataError(f"{data.path}: split {split} has no images", "prepare it again with --val-fraction 0.1")
+            data.nonempty_split(split)
         return cls(folder, data, placement, threads, command)
 
     def is_finished(self, cell: Cell) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from alexnet_cli.console import Reporter, make_printable
-from alexnet_cli.errors import DataError, UsageError
+from alexnet_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from alexnet_cli.core.analysis.units import ActivationBatch
@@ -33,7 +33,7 @@ def draw_unit_patches(request: FigureRequest, layer: str, unit: int | None, data
     width, towers = len(model.tensors[f"{layer}.bias"]), model.recipe.towers
     candidates = _choose_units(unit, request.towers, width, towers, layer)
     dataset = open_dataset(find_dataset(data or find_training_data(model.path)))
-    split = dataset.split("val")
+    split = dataset.nonempty_split("val")
     reporter.line("data", f"{dataset.path} · val · {len(split):,} images")
     searched = f"{width:,} units"
     if unit is None and len(candidates) < width:
@@ -42,8 +42,7 @@ def draw_unit_patches(request: FigureRequest, layer: str, unit: int | None, data
     reporter.line("layer", f"{layer} · {searched} · center views, {measure}")
     session = Session(model, layers=[layer if layer.startswith("conv") else last_step_name(model.recipe, layer)])
     top = find_top_activations(_compute_with_progress(reporter, split, session), PATCHES)
-    if top is None:
-        raise DataError(f"{dataset.path}: split val has no images", "prepare it again with --val-fraction 0.1")
+    assert top is not None, "the split has images"
     units = top.sort_units(np.array(candidates))[:UNITS].tolist()
     reporter.show(f"        {'unit':<6}{'activation':<12}classes of the top three images")
     for number in units:
