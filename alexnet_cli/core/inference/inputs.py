@@ -137,11 +137,11 @@ def _expand_path(path: str, run_images: list[str] | None) -> list[str]:
 
 
 def _find_runs(folder: str) -> str:
-    """Return the path of the runs relative to `folder`, with a slash; empty if they do not lie below it."""
+    """Return the path of the runs below `folder`, with slashes, as `walk_files` gives; empty if they lie elsewhere."""
     root, resolved = Path(os.path.realpath(runs_root())), Path(os.path.realpath(folder))
     if root == resolved or not root.is_relative_to(resolved) or not any(root.glob("*/run.json")):
         return ""
-    return f"{root.relative_to(resolved)}{os.sep}"
+    return f"{root.relative_to(resolved).as_posix()}/"
 
 
 def load_image(source: ImageInput, exif_rotate: bool, budget: PixelBudget) -> ImageArray | str:
