@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
 
@@ -55,7 +56,7 @@ from alexnet_cli.core.data.statistics import (
     make_image_fact,
 )
 from alexnet_cli.core.files import lock_file, write_chunks
-from alexnet_cli.errors import AlexNetError, DataError, PartialError, StorageError
+from alexnet_cli.errors import DataError, PartialError, StorageError
 from alexnet_cli.recipe import SIDE
 
 ORDER_SEED = 2012
@@ -102,6 +103,10 @@ class PackedChunk(NamedTuple):
 class SplitTotals:
     """Totals over the finished shards of a split. Their rows and facts stay in the sidecars."""
 
+    per_class: npt.NDArray[np.int64]
+    """Number of packed images of each class."""
+    stats: SourceStats
+    """Of all splits together."""
     shards: list[dict[str, Any]] = field(default_factory=list)
     sums: PixelSums = field(default_factory=PixelSums)
     rejected: list[dict[str, str]] = field(default_factory=list)
@@ -112,6 +117,8 @@ class SplitTotals:
     def add(self, shard: FinishedShard) -> None:
         """Add the next shard."""
         self.shards.append(shard.entry)
+        self.per_class += np.bincount(shard.rows["label"], minlength=len(self.per_class))
+        self.stats.add(shard.facts)
         self.sums.merge(shard.sums)
         self.rejected += shard.rejected
         self.damaged += shard.damaged
@@ -147,12 +154,13 @@ def _pack_missing(plan: Plan, workers: int, on_corrupt: OnCorrupt) -> Iterator[P
     partial = plan.output / PARTIAL
     partial.mkdir(exist_ok=True)
     write_chunks(partial / PLAN, [json.dumps(plan.settings).encode()])
-    totals = {split: SplitTotals() for split in plan.source.splits}
+    stats, classes = SourceStats(), len(plan.source.classes)
+    totals = {split: SplitTotals(np.zeros(classes, np.int64), stats) for split in plan.source.splits}
     try:
         with ThreadPoolExecutor(workers, thread_name_prefix="prepare") as pool:
             for split in totals:
                 yield from _pack_split(plan, split, totals[split], pool, workers, on_corrupt)
-        _write_dataset(plan, totals)
+        _write_dataset(plan, totals, stats)
     finally:
         for leftover in partial.glob("*.tar.tmp"):  # of a writer that a signal stopped in its constructor
             leftover.unlink(missing_ok=True)
@@ -275,13 +283,13 @@ def check_rejected(rejected: Sequence[Mapping[str, str]], on_corrupt: OnCorrupt)
         )
 
 
-def _write_dataset(plan: Plan, totals: Mapping[str, SplitTotals]) -> None:
+def _write_dataset(plan: Plan, totals: Mapping[str, SplitTotals], stats: SourceStats) -> None:
     """Write everything but the shards. Afterwards the data set is valid.
 
     Raises:
         DataError: no image of a split could be decoded.
     """
-    _check_counts(plan, totals)
+    _check_decoded(plan, totals)
     rejected = [line for split in totals.values() for line in split.rejected]
     damaged = [line for split in totals.values() for line in split.damaged]
     single_color = [
@@ -289,11 +297,10 @@ def _write_dataset(plan: Plan, totals: Mapping[str, SplitTotals]) -> None:
         for name, split in totals.items()
         for row in split.single_color
     ]
-    per_class = {name: np.zeros(len(plan.source.classes), np.int64) for name in totals}
-    stats = SourceStats()
     checksums = {}
     for name, split in totals.items():
-        chunks = _index_chunks(plan, name, split, per_class[name], stats)
+        rows = (shard.rows.tobytes() for shard in _read_shards(plan, name, split))
+        chunks = chain([encode_npy_header(ROW, split.images)], rows)
         checksums[index_name(name)] = write_chunks(plan.output / index_name(name), chunks)
     duplicates = _find_duplicates(plan, totals, stats)
     for file, data in {
@@ -308,8 +315,8 @@ def _write_dataset(plan: Plan, totals: Mapping[str, SplitTotals]) -> None:
         "schema": SCHEMA,
         "name": plan.source.path.resolve().name,
         "layout": plan.source.layout,
-        "classes": _class_entries(plan, per_class),
-        "splits": {name: _split_entry(totals[name], per_class[name]) for name in totals},
+        "classes": _class_entries(plan, totals),
+        "splits": {name: _split_entry(split) for name, split in totals.items()},
         "image": {"size": SIDE, "jpeg_quality": plan.quality, "exif_rotate": plan.exif_rotate},
         "source_sizes": stats.sizes(),
         "duplicates": duplicate_summary(duplicates),
@@ -326,28 +333,14 @@ def _write_dataset(plan: Plan, totals: Mapping[str, SplitTotals]) -> None:
     write_chunks(plan.output / RECORD, [(json.dumps(record, indent=1) + "\n").encode()])
 
 
-def _check_counts(plan: Plan, totals: Mapping[str, SplitTotals]) -> None:
-    for name, items in plan.source.splits.items():
-        packed, rejected = totals[name].images, len(totals[name].rejected)
-        if packed + rejected != len(items):
-            raise AlexNetError(f"{name}: {packed} packed and {rejected} left out of {len(items)}")
-        if rejected and not packed:
-            kind, reason = {"train": "training", "val": "validation"}[name], totals[name].rejected[0]["reason"]
+def _check_decoded(plan: Plan, totals: Mapping[str, SplitTotals]) -> None:
+    for name, split in totals.items():
+        if split.rejected and not split.images:
+            kind, reason = {"train": "training", "val": "validation"}[name], split.rejected[0]["reason"]
             raise DataError(
-                f"none of the {rejected:,} {kind} images of {plan.source.path} can be decoded: {reason}",
+                f"none of the {len(split.rejected):,} {kind} images of {plan.source.path} can be decoded: {reason}",
                 "check that they are images",
             )
-
-
-def _index_chunks(
-    plan: Plan, split: str, totals: SplitTotals, per_class: npt.NDArray[np.int64], stats: SourceStats
-) -> Iterator[bytes]:
-    """The bytes of a split's index, an .npy file. Also counts labels in `per_class` and facts in `stats`."""
-    yield encode_npy_header(ROW, totals.images)
-    for shard in _read_shards(plan, split, totals):
-        per_class += np.bincount(shard.rows["label"], minlength=len(per_class))
-        stats.add(shard.facts)
-        yield shard.rows.tobytes()
 
 
 def _read_shards(plan: Plan, split: str, totals: SplitTotals) -> Iterator[FinishedShard]:
@@ -372,22 +365,19 @@ def _json_lines(records: Sequence[Any]) -> bytes:
     return "".join(json.dumps(record) + "\n" for record in records).encode()
 
 
-def _class_entries(plan: Plan, per_class: Mapping[str, npt.NDArray[np.int64]]) -> list[dict[str, Any]]:
+def _class_entries(plan: Plan, totals: Mapping[str, SplitTotals]) -> list[dict[str, Any]]:
     entries: list[dict[str, Any]] = []
     for label, (name, wnid) in enumerate(plan.source.classes):
-        counts = {split: int(images[label]) for split, images in per_class.items()}
+        counts = {split: int(total.per_class[label]) for split, total in totals.items()}
         entries.append({"name": name} | ({"wnid": wnid} if wnid else {}) | {"images": counts})
     return entries
 
 
-def _split_entry(totals: SplitTotals, per_class: npt.NDArray[np.int64]) -> dict[str, Any]:
+def _split_entry(totals: SplitTotals) -> dict[str, Any]:
+    counts = totals.per_class
     return {
         "images": totals.images,
-        "images_per_class": {
-            "min": int(per_class.min()),
-            "median": float(np.median(per_class)),
-            "max": int(per_class.max()),
-        },
+        "images_per_class": {"min": int(counts.min()), "median": float(np.median(counts)), "max": int(counts.max())},
         "shards": totals.shards,
     }
 
