@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from alexnet_cli.console import Reporter
 from alexnet_cli.core.data.shards import open_dataset
 from alexnet_cli.core.model.architecture import layer_specs
 from alexnet_cli.core.parallel.placement import Placement
@@ -26,7 +27,7 @@ from alexnet_cli.core.runs.resolve import find_weights
 from alexnet_cli.core.runs.run import Run
 from alexnet_cli.errors import PartialError, UsageError
 from alexnet_cli.recipe import PAPER, TINY
-from alexnet_plugins.experiments.ablate import ablate
+from alexnet_plugins.experiments.ablate import _train_all, ablate
 from alexnet_plugins.experiments.study import SWITCHES, AblationStudy, Cell, choose_switches, find_done_runs, make_cells
 from commands import alexnet
 
@@ -108,6 +109,17 @@ def test_what_cannot_be_compared_is_refused(made: AblationStudy) -> None:
     Run.create("r", SMALL, {})
     with pytest.raises(UsageError, match="is a run, not an ablation"):
         AblationStudy.open("r", made.data, CPU, 1)
+
+
+def test_warnings_about_the_data_are_shown_once(
+    made: AblationStudy, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cells = make_cells(SMALL, [SWITCH["base"], SWITCH["tanh"], SWITCH["no-norm"]], 1)
+    warning = Record("warning", 0, 0, text="few images", hint="add some")
+    monkeypatch.setattr(AblationStudy, "train", lambda self, cell, stop: iter([warning]))
+    for finished in ([], cells[:1], cells[1:2]):
+        _train_all(Reporter("ablate"), made, cells, finished, never, 0.25)
+        assert capsys.readouterr().err.count("few images") == 1
 
 
 def run(prepared: Path, only: str, seeds: int = 1, settings: list[str] | None = None) -> None:

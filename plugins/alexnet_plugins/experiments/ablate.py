@@ -132,7 +132,7 @@ def _train_all(
                 continue
             if reason := stop():
                 return reason
-            is_first = number == len(finished) + 1
+            is_first = all(earlier in finished for earlier in cells[: number - 1])
             if reason := _train(reporter, bar, study, cell, f"{number}/{len(cells)} {cell.name}", stop, is_first):
                 return stop() or reason
             _report(reporter, study, error, show=False)
