@@ -17,7 +17,8 @@ from torch.nn import functional
 
 from alexnet_cli.core.inference.session import Session
 from alexnet_cli.core.model.alexnet import AlexNet
-from alexnet_cli.core.model.layers import ResponseNorm, WithinMapNorm
+from alexnet_cli.core.model.architecture import norm_spec
+from alexnet_cli.core.model.layers import ResponseNorm
 from alexnet_cli.core.model.response_norm import normalize_plain
 from alexnet_cli.recipe import RECIPES
 from model_files import random_model
@@ -209,7 +210,6 @@ def test_deeplift_sums_to_the_difference_with_rules_for_pooling_and_normalizatio
     without = attribute()
     monkeypatch.setitem(rules, nn.MaxPool2d, pool_rule)
     monkeypatch.setitem(rules, ResponseNorm, smooth_rule)
-    monkeypatch.setitem(rules, WithinMapNorm, smooth_rule)
     assert (attribute() - expected).abs().max() < 1e-3
     assert (without - expected).abs().max() > 1e-2
 
@@ -292,7 +292,8 @@ def test_second_derivatives_equal_finite_differences(network: AlexNet) -> None:
 @pytest.mark.parametrize("kind", ["across-maps", "within-map", "extra"])
 def test_the_normalizations_pass_gradgradcheck(kind: str) -> None:
     recipe = replace(RECIPES["paper"], lrn="within-map" if kind == "within-map" else "across-maps")
-    norm = WithinMapNorm(recipe) if kind == "extra" else ResponseNorm(recipe, 2, function=normalize_plain)
+    spec = norm_spec(recipe, "within-norm" if kind == "extra" else "norm")
+    norm = ResponseNorm(spec, function=normalize_plain)
     x = torch.randn(1, 6, 3, 2, dtype=torch.double, generator=torch.Generator().manual_seed(2)) * 60
     assert torch.autograd.gradcheck(norm, x.requires_grad_())
     assert torch.autograd.gradgradcheck(norm, x)

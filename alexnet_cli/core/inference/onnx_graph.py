@@ -27,15 +27,7 @@ from onnx import TensorProto, helper
 import alexnet_cli
 from alexnet_cli.core.files import hash_file, write_chunks
 from alexnet_cli.core.inference import onnx_metadata
-from alexnet_cli.core.model.architecture import (
-    POOL_STRIDE,
-    WITHIN_NORM_ALPHA,
-    WITHIN_NORM_BETA,
-    WITHIN_NORM_SIZE,
-    LayerSpec,
-    layer_specs,
-    step_name,
-)
+from alexnet_cli.core.model.architecture import POOL_STRIDE, LayerSpec, NormSpec, layer_specs, norm_spec, step_name
 from alexnet_cli.core.model.model_file import Model
 from alexnet_cli.errors import UsageError, storage_errors
 from alexnet_cli.recipe import SIDE, Recipe
@@ -82,39 +74,33 @@ class _GraphBuilder:
         ceil_mode = {"ceil_mode": 1} if spec.pool_ceil and (spec.side - size) % POOL_STRIDE else {}
         return self.node("MaxPool", [x], name, kernel_shape=[size] * 2, strides=[POOL_STRIDE] * 2, **ceil_mode)
 
-    def norm_across_maps(self, x: str, name: str, channels: int, side: int) -> str:
-        """Section 3.3: the sum runs over `lrn_size` neighboring maps of a tower, of both with `lrn_joint`."""
-        recipe = self.recipe
-        groups = 1 if recipe.lrn_joint else recipe.towers
-        alpha = recipe.lrn_alpha * recipe.input_divisor**2 / (recipe.lrn_size if recipe.lrn_alpha_divided else 1)
-        index = np.arange(channels // groups)
-        is_near = np.abs(index[:, None] - index[None, :]) <= recipe.lrn_size // 2
-        band = np.float32(alpha) * is_near.astype(np.float32)
+    def normalize(self, x: str, name: str, norm: NormSpec, channels: int, side: int) -> str:
+        """Section 3.3: the sum runs over neighboring maps, or over a window of the same map, zero outside."""
+        if norm.kind == "within-map":
+            weight = np.full((channels, 1, norm.size, norm.size), norm.alpha, np.float32)
+            return self._norm(x, name, norm, weight, group=channels, pads=[norm.size // 2] * 4)
+        index = np.arange(channels // norm.groups)
+        is_near = np.abs(index[:, None] - index[None, :]) <= norm.size // 2
+        band = np.float32(norm.alpha) * is_near.astype(np.float32)
         if self.rows:
-            return self._norm_of_rows(x, name, band, [-1, side, side, channels])
-        weight = np.tile(band, (groups, 1))[:, :, None, None]
-        return self._norm(x, name, weight, recipe.lrn_k, recipe.lrn_beta, group=groups)
+            return self._norm_of_rows(x, name, norm, band, [-1, side, side, channels])
+        return self._norm(x, name, norm, np.tile(band, (norm.groups, 1))[:, :, None, None], group=norm.groups)
 
-    def norm_within_map(self, x: str, name: str, channels: int, size: int, alpha: float, k: float, beta: float) -> str:
-        """The sum runs over a `size` x `size` window of the same map, zero outside; each term times `alpha`."""
-        weight = np.full((channels, 1, size, size), alpha, np.float32)
-        return self._norm(x, name, weight, k, beta, group=channels, pads=[size // 2] * 4)
-
-    def _norm(self, x: str, name: str, weight: Array, k: float, beta: float, **attributes: Any) -> str:
+    def _norm(self, x: str, name: str, norm: NormSpec, weight: Array, **attributes: Any) -> str:
         """x / (k + sum)^beta; `weight` is the kernel that sums the squares, times alpha."""
         square = self.node("Mul", [x, x], f"{name}.square")
-        base = self.conv(square, f"{name}.sum", weight, np.full(len(weight), k, np.float32), **attributes)
-        return self.node("Div", [x, self._power(base, name, beta)], name)
+        base = self.conv(square, f"{name}.sum", weight, np.full(len(weight), norm.k, np.float32), **attributes)
+        return self.node("Div", [x, self._power(base, name, norm.beta)], name)
 
-    def _norm_of_rows(self, x: str, name: str, band: Array, shape: Sequence[int]) -> str:
+    def _norm_of_rows(self, x: str, name: str, norm: NormSpec, band: Array, shape: Sequence[int]) -> str:
         """The same as a matrix product: a row holds a tower's channels at one pixel. `shape` has channels last."""
         last = self.node("Transpose", [x], f"{name}.last", perm=[0, 2, 3, 1])
         flat = self.constant(f"{name}.flat", np.array([-1, len(band)], np.int64))
         rows = self.node("Reshape", [last, flat], f"{name}.rows")
         square = self.node("Mul", [rows, rows], f"{name}.square")
-        k = self.constant(f"{name}.k", np.full(len(band), self.recipe.lrn_k, np.float32))
+        k = self.constant(f"{name}.k", np.full(len(band), norm.k, np.float32))
         base = self.node("Gemm", [square, self.constant(f"{name}.band", band), k], f"{name}.sum")
-        quotient = self.node("Div", [rows, self._power(base, name, self.recipe.lrn_beta)], f"{name}.quotient")
+        quotient = self.node("Div", [rows, self._power(base, name, norm.beta)], f"{name}.quotient")
         whole = self.constant(f"{name}.whole", np.array(shape, np.int64))
         maps = self.node("Reshape", [quotient, whole], f"{name}.maps")
         return self.node("Transpose", [maps], name, perm=[0, 3, 1, 2])
@@ -207,16 +193,8 @@ def _add_layers(graph: _GraphBuilder, x: str, model: Model) -> str:
             elif step == "pool":
                 x = graph.max_pool(x, name, spec)
                 side = spec.pooled_side or side
-            elif step == "norm" and recipe.lrn == "across-maps":
-                x = graph.norm_across_maps(x, name, channels, side)
-            elif step == "norm":
-                size = recipe.lrn_size
-                alpha = recipe.lrn_alpha * recipe.input_divisor**2 / (size**2 if recipe.lrn_alpha_divided else 1)
-                x = graph.norm_within_map(x, name, channels, size, alpha, recipe.lrn_k, recipe.lrn_beta)
-            elif step == "within-norm":
-                size, beta = WITHIN_NORM_SIZE, WITHIN_NORM_BETA
-                alpha = WITHIN_NORM_ALPHA * recipe.input_divisor**2 / size**2
-                x = graph.norm_within_map(x, name, channels, size, alpha, 1.0, beta)
+            elif step in ("norm", "within-norm"):
+                x = graph.normalize(x, name, norm_spec(recipe, step), channels, side)
     return x
 
 

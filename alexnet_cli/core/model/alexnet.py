@@ -31,10 +31,11 @@ from alexnet_cli.core.model.architecture import (
     check_layers,
     layer_names,
     layer_specs,
+    norm_spec,
     step_name,
     tensor_shapes,
 )
-from alexnet_cli.core.model.layers import ResponseNorm, TowerLinear, WithinMapNorm
+from alexnet_cli.core.model.layers import ResponseNorm, TowerLinear
 from alexnet_cli.core.model.model_file import Model, write_model
 from alexnet_cli.core.model.network import evaluation_mode, initial_tensors
 from alexnet_cli.core.model.response_norm import normalize_plain
@@ -351,13 +352,11 @@ def _make_step(step: Step, spec: LayerSpec, recipe: Recipe) -> nn.Module:
     """What follows a layer with weights."""
     if step == "activation":
         return ACTIVATIONS[recipe.activation]()
-    if step == "norm":
-        return ResponseNorm(recipe, recipe.towers, function=normalize_plain)
-    if step == "within-norm":
-        return WithinMapNorm(recipe)
     if step == "pool":
         return nn.MaxPool2d(recipe.pool_size, POOL_STRIDE, ceil_mode=spec.pool_ceil)
-    return PlainDropout(recipe)
+    if step == "dropout":
+        return PlainDropout(recipe)
+    return ResponseNorm(norm_spec(recipe, step), function=normalize_plain)
 
 
 def _map_dimension(x: Tensor) -> int:

@@ -17,7 +17,7 @@ fields, importers, parameter counts and the report. For the paper's recipe and 1
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from alexnet_cli.errors import UsageError, suggest_name
@@ -34,8 +34,6 @@ STRIDES = {"conv1": 4, "conv2": 1, "conv3": 1, "conv4": 1, "conv5": 1}
 POOL_STRIDE = 2
 SHAPE_KEYS = ("towers", "width", "conv1_width", "cross_talk", "left_out_layers")  # recipe keys that change the weights
 EDGE_PADDING = 3  # zero columns right, zero rows below 224 pixels: the last of 55 windows reaches pixel 226
-WITHIN_NORM_SIZE = 5  # side of the window of net #145's extra normalization in stage 2, "cnorm2"
-WITHIN_NORM_ALPHA, WITHIN_NORM_BETA = 1e-3, 0.75
 
 Step = Literal["activation", "norm", "within-norm", "pool", "dropout"]
 """What can follow a layer: the nonlinearity, response normalization, net #145's extra one, pooling, dropout."""
@@ -90,6 +88,34 @@ class LayerSpec:
     def multiplications(self) -> int:
         """Multiply-accumulates for one image, both towers together."""
         return self.weights * self.side**2
+
+
+class NormSpec(NamedTuple):
+    """Response normalization with its numbers: x / (k + alpha * sum of squares) ** beta."""
+
+    kind: Literal["across-maps", "within-map", "none"]
+    size: int
+    """Adjacent maps in the sum, or the side of its window within a map."""
+    k: float
+    alpha: float
+    """Factor of one square; the input was divided."""
+    beta: float
+    groups: int
+    """Groups of maps that are normalized across by themselves: the towers, or 1 for all maps."""
+
+
+def norm_spec(recipe: Recipe, step: Step) -> NormSpec:
+    """The numbers of response normalization, step "norm", or of net #145's extra one, "within-norm"."""
+    if step == "within-norm":  # "cnorm2" in the authors' code
+        recipe = replace(
+            recipe, lrn="within-map", lrn_size=5, lrn_k=1.0, lrn_alpha=1e-3, lrn_beta=0.75, lrn_alpha_divided=True
+        )
+    # Alpha is meant for inputs in 0..255: activations shrink with the input, their squares twice.
+    alpha = recipe.lrn_alpha * recipe.input_divisor**2
+    if recipe.lrn_alpha_divided:
+        alpha /= recipe.lrn_size if recipe.lrn == "across-maps" else recipe.lrn_size**2
+    groups = 1 if recipe.lrn_joint else recipe.towers
+    return NormSpec(recipe.lrn, recipe.lrn_size, recipe.lrn_k, alpha, recipe.lrn_beta, groups)
 
 
 def layer_widths(recipe: Recipe) -> dict[str, int]:
@@ -212,11 +238,10 @@ def describe_step(recipe: Recipe, step: Step) -> str:
         return f"pooling {recipe.pool_size}×{recipe.pool_size} / {POOL_STRIDE}"
     if step == "dropout":
         return f"dropout {recipe.dropout:g}"
-    if step == "norm" and recipe.lrn == "across-maps":
-        joint = recipe.lrn_joint and recipe.towers > 1
-        return f"normalization across {recipe.lrn_size} maps{' of both towers' if joint else ''}"
-    size = recipe.lrn_size if step == "norm" else WITHIN_NORM_SIZE
-    return f"normalization within {size}×{size}"
+    norm = norm_spec(recipe, step)
+    if norm.kind == "within-map":
+        return f"normalization within {norm.size}×{norm.size}"
+    return f"normalization across {norm.size} maps{' of both towers' if norm.groups < recipe.towers else ''}"
 
 
 def tensor_shapes(recipe: Recipe, classes: int) -> dict[str, tuple[int, ...]]:
@@ -252,9 +277,8 @@ def sliding_windows(recipe: Recipe, layer: str) -> list[Window]:
             if step == "pool":
                 windows.append(Window(recipe.pool_size, POOL_STRIDE, 0, side))
                 side = spec.pooled_side or side
-            elif step == "within-norm" or (step == "norm" and recipe.lrn == "within-map"):
-                size = recipe.lrn_size if step == "norm" else WITHIN_NORM_SIZE
-                windows.append(Window(size, 1, size // 2, side))
+            elif step in ("norm", "within-norm") and (norm := norm_spec(recipe, step)).kind == "within-map":
+                windows.append(Window(norm.size, 1, norm.size // 2, side))
     return windows
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from alexnet_cli.core.model import response_norm
-from alexnet_cli.core.model.architecture import POOL_STRIDE, WITHIN_NORM_ALPHA, WITHIN_NORM_BETA, WITHIN_NORM_SIZE
+from alexnet_cli.core.model.architecture import POOL_STRIDE, NormSpec
 from alexnet_cli.core.model.kernels import kernels_for
 from alexnet_cli.recipe import Recipe
 
@@ -49,37 +49,29 @@ class TowerLinear(nn.Linear):
 
 
 class ResponseNorm(nn.Module):
-    """Local response normalization (section 3.3), inside each of `towers` towers.
+    """Local response normalization (section 3.3).
 
     With `relu` (across maps only) it applies the ReLU before it as well, which saves a pass over memory.
     """
 
     def __init__(
         self,
-        recipe: Recipe,
-        towers: int,
+        spec: NormSpec,
         *,
         relu: bool = False,
         function: Callable[..., Tensor] = response_norm.normalize_fast,
     ) -> None:
         """`function` computes it across maps: `normalize_fast`, or its twin `normalize_plain`."""
         super().__init__()
+        self.spec, self.relu = spec, relu
         self.function = function  # an attribute, so that `torch.compile` can skip it
-        self.relu = relu
-        self.kind, self.size, self.k, self.beta = recipe.lrn, recipe.lrn_size, recipe.lrn_k, recipe.lrn_beta
-        self.towers = 1 if recipe.lrn_joint else towers
-        # Alpha is meant for inputs in 0..255: activations shrink with the input, their squares twice.
-        self.alpha = recipe.lrn_alpha * recipe.input_divisor**2
-        if recipe.lrn_alpha_divided:
-            self.alpha /= self.size if self.kind == "across-maps" else self.size**2
 
     def forward(self, x: Tensor) -> Tensor:
         """N x C x H x W -> the same shape and dtype; computes in float32. May overwrite x."""
-        if self.kind == "none":
-            return x
-        if self.kind == "within-map":
-            return within_map(x, self.size, self.k, self.alpha, self.beta)
-        return self.function(x, self.size, self.k, self.alpha, self.beta, self.towers, self.relu)
+        kind, size, k, alpha, beta, groups = self.spec
+        if kind == "within-map":
+            return within_map(x, size, k, alpha, beta)
+        return self.function(x, size, k, alpha, beta, groups, self.relu)
 
 
 def within_map(x: Tensor, size: int, k: float, alpha: float, beta: float) -> Tensor:
@@ -87,18 +79,6 @@ def within_map(x: Tensor, size: int, k: float, alpha: float, beta: float) -> Ten
     values = x.to(torch.promote_types(x.dtype, torch.float32))  # the squares overflow float16; float64 stays
     mean = functional.avg_pool2d(values.square(), size, 1, size // 2, count_include_pad=True)
     return (values * (k + alpha * size**2 * mean).pow(-beta)).to(x.dtype)
-
-
-class WithinMapNorm(nn.Module):
-    """The extra normalization of net #145 in stage 2; not in the paper's text."""
-
-    def __init__(self, recipe: Recipe) -> None:
-        super().__init__()
-        self.alpha = WITHIN_NORM_ALPHA * recipe.input_divisor**2 / WITHIN_NORM_SIZE**2
-
-    def forward(self, x: Tensor) -> Tensor:
-        """N x C x H x W -> the same shape and dtype."""
-        return within_map(x, WITHIN_NORM_SIZE, 1.0, self.alpha, WITHIN_NORM_BETA)
 
 
 class Activation(nn.Module):

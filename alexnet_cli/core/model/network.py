@@ -15,15 +15,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from alexnet_cli.core.model.architecture import EDGE_PADDING, LAYERS, layer_specs, list_layers, tensor_shapes
-from alexnet_cli.core.model.layers import (
-    Activation,
-    Dropout,
-    OverlappingPooling,
-    ResponseNorm,
-    TowerLinear,
-    WithinMapNorm,
+from alexnet_cli.core.model.architecture import (
+    EDGE_PADDING,
+    LAYERS,
+    LayerSpec,
+    Step,
+    layer_specs,
+    list_layers,
+    norm_spec,
+    step_name,
+    tensor_shapes,
 )
+from alexnet_cli.core.model.layers import Activation, Dropout, OverlappingPooling, ResponseNorm, TowerLinear
 from alexnet_cli.core.model.model_file import Model
 from alexnet_cli.core.model.towers import HybridGather, TowerGroup
 from alexnet_cli.recipe import Recipe
@@ -69,11 +72,9 @@ class Network(nn.Module):
         self.fc6, self.fc7 = linear("fc6"), linear("fc7")
         self.fc8 = nn.Linear(units("fc7"), classes)
         self.act = Activation(recipe)
-        pool1, pool2, self.pool = (
-            OverlappingPooling(recipe, ceil=specs[layer].pool_ceil) for layer in ("conv1", "conv2", "conv5")
-        )
-        self.stage1 = _stage(recipe, recipe.stage1_order, towers, "norm1", pool1, extra=False)
-        self.stage2 = _stage(recipe, recipe.stage2_order, towers, "norm2", pool2, extra=recipe.within_norm_2)
+        self.stage1 = _make_stage(recipe, specs["conv1"], towers)
+        self.stage2 = _make_stage(recipe, specs["conv2"], towers)
+        self.pool = OverlappingPooling(recipe, ceil=specs["conv5"].pool_ceil)
         first_unit = self.columns.start * specs["fc6"].biases // self.columns.total
         self.drop6 = Dropout(recipe, salt=6, first_unit=first_unit)
         self.drop7 = Dropout(recipe, salt=7, first_unit=first_unit)
@@ -161,23 +162,24 @@ class JointTowerNorm(nn.Module):
         return self.towers.slice_own(self.norm(self.towers.share(x, self.name)), 1)
 
 
-def _stage(
-    recipe: Recipe, order: str, towers: TowerGroup, name: str, pool: OverlappingPooling, *, extra: bool
-) -> nn.Sequential:
-    """The layers after convolutions 1 and 2, in the recipe's order."""
-    across = recipe.lrn == "across-maps"
-    joint = across and recipe.lrn_joint and towers.held < towers.total
-    fuse_relu = across and not joint and recipe.activation == "relu" and "relu-norm" in order
-    tower_norm = ResponseNorm(recipe, towers.held, relu=fuse_relu)
-    norm: list[nn.Module] = [JointTowerNorm(tower_norm, towers, name) if joint else tower_norm]
-    if extra:
-        norm.append(WithinMapNorm(recipe))
-    parts: dict[str, list[nn.Module]] = {
-        "relu": [] if fuse_relu else [Activation(recipe)],
-        "norm": norm,
-        "pool": [pool],
-    }
-    return nn.Sequential(*(module for word in order.split("-") for module in parts[word]))
+def _make_stage(recipe: Recipe, spec: LayerSpec, towers: TowerGroup) -> nn.Sequential:
+    """What follows convolution 1 or 2. ReLU and normalization across maps are one module where they are adjacent."""
+    is_across = recipe.lrn == "across-maps"
+    is_split = is_across and recipe.lrn_joint and towers.held < towers.total
+    fuses = is_across and not is_split and recipe.activation == "relu" and spec.then[:2] == ("activation", "norm")
+
+    def make(step: Step) -> nn.Module:
+        if step == "activation":
+            return Activation(recipe)
+        if step == "pool":
+            return OverlappingPooling(recipe, ceil=spec.pool_ceil)
+        norm = norm_spec(recipe, step)
+        module = ResponseNorm(norm._replace(groups=min(norm.groups, towers.held)), relu=fuses)
+        if is_split and step == "norm":
+            return JointTowerNorm(module, towers, step_name(recipe, spec.name, step))
+        return module
+
+    return nn.Sequential(*map(make, spec.then[1:] if fuses else spec.then))
 
 
 def initial_values(recipe: Recipe) -> dict[str, tuple[float | None, float]]:

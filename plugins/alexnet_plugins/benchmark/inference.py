@@ -27,7 +27,7 @@ from alexnet_cli.core.export.export import build_onnx
 from alexnet_cli.core.export.quantize import measure_ranges, to_int8
 from alexnet_cli.core.inference import onnx_graph
 from alexnet_cli.core.inference.session import CUDA, Session
-from alexnet_cli.core.model.architecture import PARAMETERS
+from alexnet_cli.core.model.architecture import PARAMETERS, norm_spec
 from alexnet_cli.core.model.model_file import Model
 from alexnet_cli.core.model.network import Network, initialize, parameters_by_name
 from alexnet_cli.core.parallel.placement import place
@@ -138,8 +138,9 @@ def use_lrn_operator(model: onnx.ModelProto, recipe: Recipe) -> onnx.ModelProto:
     result.CopyFrom(model)
     graph = result.graph
     del graph.node[:]
-    alpha = recipe.lrn_alpha * recipe.input_divisor**2 * recipe.lrn_size  # the operator divides it by the size
-    settings: dict[str, Any] = {"size": recipe.lrn_size, "alpha": alpha, "beta": recipe.lrn_beta, "bias": recipe.lrn_k}
+    spec = norm_spec(recipe, "norm")
+    alpha = spec.alpha * spec.size  # the operator divides it by the size
+    settings: dict[str, Any] = {"size": spec.size, "alpha": alpha, "beta": spec.beta, "bias": spec.k}
     biases = {tensor.name: tensor.dims[0] for tensor in graph.initializer if tensor.name.endswith(".bias")}
     for node in model.graph.node:
         norm, _, part = node.name.partition(".")

@@ -33,13 +33,11 @@ from alexnet_cli.core.files import write_chunks
 from alexnet_cli.core.inference.session import Session
 from alexnet_cli.core.model.architecture import (
     POOL_STRIDE,
-    WITHIN_NORM_ALPHA,
-    WITHIN_NORM_BETA,
-    WITHIN_NORM_SIZE,
     LayerSpec,
     Step,
     layer_specs,
     list_layers,
+    norm_spec,
     step_name,
 )
 from alexnet_cli.core.model.model_file import Model, silence_tower
@@ -195,8 +193,8 @@ def _factor(spec: LayerSpec, recipe: Recipe) -> float:
 
 
 def _describe_step(step: Step, spec: LayerSpec, recipe: Recipe) -> dict[str, Any]:
-    """What follows a layer, with all of its numbers. Alpha is that of one squared term."""
-    name, alpha = step_name(recipe, spec.name, step), recipe.lrn_alpha * recipe.input_divisor**2
+    """What follows a layer, with all of its numbers."""
+    name = step_name(recipe, spec.name, step)
     if step == "activation":
         return {"kind": "activation", "name": name, "function": recipe.activation}
     if step == "pool":
@@ -205,17 +203,7 @@ def _describe_step(step: Step, spec: LayerSpec, recipe: Recipe) -> dict[str, Any
         }  # fmt: skip
     if step == "dropout":
         return {"kind": "dropout", "name": name}
-    if step == "within-norm":
-        size, alpha = WITHIN_NORM_SIZE, WITHIN_NORM_ALPHA * recipe.input_divisor**2
-        return {
-            "kind": "within", "name": name, "size": size, "k": 1.0, "alpha": alpha / size**2, "beta": WITHIN_NORM_BETA
-        }  # fmt: skip
-    numbers = {"name": name, "size": recipe.lrn_size, "k": recipe.lrn_k, "beta": recipe.lrn_beta}
-    if recipe.lrn == "across-maps":
-        terms = recipe.lrn_size if recipe.lrn_alpha_divided else 1
-        groups = 1 if recipe.lrn_joint else recipe.towers
-        return {"kind": "across", "alpha": alpha / terms, "groups": groups, **numbers}
-    return {"kind": "within", "alpha": alpha / (recipe.lrn_size**2 if recipe.lrn_alpha_divided else 1), **numbers}
+    return {"name": name, **norm_spec(recipe, step)._asdict()}
 
 
 def measure_towers(model: Model, data: Dataset, advance: Callable[[int], None]) -> dict[str, Any]:

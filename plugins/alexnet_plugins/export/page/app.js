@@ -665,7 +665,7 @@ function describeColor() {
 
 /** The slider of response normalization, if the network has any. */
 function makeNorm() {
-  if (!about.layers.some((layer) => layer.then.some((step) => step.kind === "across" || step.kind === "within"))) return "";
+  if (!about.layers.some((layer) => layer.then.some((step) => step.kind === "across-maps" || step.kind === "within-map"))) return "";
   const slider = make("input", { type: "range", id: "norm", min: 0, max: 100, step: 10, oninput: () => {
     settings.norm = slider.value / 100;
     changed();
@@ -678,8 +678,8 @@ function describeSteps(layer) {
   const explain = (words, meaning) => (layer.name === "conv1" ? `${words} (${meaning})` : words);
   const words = {
     pool: (step) => explain(`pooling to ${square(step.side)}`, `of each ${square(step.size)} values, the largest stays`),
-    across: () => explain("response normalization", "strong maps dampen their neighbors"),
-    within: () => explain("normalization within the map", "strong places dampen those around them"),
+    "across-maps": () => explain("response normalization", "strong maps dampen their neighbors"),
+    "within-map": () => explain("normalization within the map", "strong places dampen those around them"),
     dropout: () => "",
     activation: (step) => (step.function === "relu" ? explain("ReLU", "what is negative becomes zero") : step.function),
   };

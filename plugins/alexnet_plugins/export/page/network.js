@@ -44,8 +44,8 @@ class Network {
         const maps = layer.towers * layer.maps;
         if (step.kind === "activation") activate(values, step.function, maps, off);
         else if (step.kind === "pool") [values, side] = [pool(values, side, maps, step), step.side];
-        else if (step.kind === "across") values = normalizeAcross(values, maps, step, norm);
-        else if (step.kind === "within") values = normalizeWithin(values, side, maps, step, norm);
+        else if (step.kind === "across-maps") values = normalizeAcross(values, maps, step, norm);
+        else if (step.kind === "within-map") values = normalizeWithin(values, side, maps, step, norm);
         onStep(layer, step.name, values, side);
       }
     }
