@@ -123,6 +123,11 @@ class Recipe:
         if list(self.drop_epochs) != sorted(set(self.drop_epochs)):
             raise RecipeError(f"recipe: drop_epochs = {list(self.drop_epochs)} must rise", "such as [25, 51, 79]")
 
+    @property
+    def dropout_factor(self) -> float:
+        """What multiplies layers 6 and 7 at test time (section 4.2): 1 - dropout, or 1 if training rescales instead."""
+        return 1.0 if self.dropout_inverted else 1 - self.dropout
+
     def to_toml(self) -> str:
         """Return the recipe as a TOML document that `recipe_io.load_recipe` reads back to an equal recipe."""
         return tomli_w.dumps(asdict(self))

@@ -89,10 +89,9 @@ def trace_image(model: Model, image: ImageArray) -> Trace:
     if not all(np.isfinite(values).all() for values in (probabilities, *activations.values())):
         raise WeightsError(f"{session.path}: the network's output is NaN or infinite", "its weights are damaged")
     lowest, rest = LOWEST_AND_REST[recipe.activation]
-    keep = 1 if recipe.dropout_inverted else 1 - recipe.dropout
     layers = []
     for layer, name in names.items():
-        factor = 1 if layer in CONV_LAYERS else keep
+        factor = 1 if layer in CONV_LAYERS else recipe.dropout_factor
         layers.append(LayerActivations(layer, activations[name][0], recipe.towers, factor * lowest, factor * rest))
     return Trace(crops[0].transpose(1, 2, 0), tuple(layers), rank_labels(probabilities[0], model.classes, TOP_CLASSES))
 

@@ -213,8 +213,8 @@ def _fold_factors(spec: LayerSpec, model: Model) -> Array:
     weight, recipe = model.tensors[f"{spec.name}.weight"], model.recipe
     if spec.name == "conv1":
         return weight / np.float32(recipe.input_divisor)
-    keep = np.float32(1 if recipe.dropout_inverted else 1 - recipe.dropout)
-    return weight * keep if spec.name in ("fc7", "fc8") and keep != 1 else weight
+    factor = np.float32(recipe.dropout_factor)
+    return weight * factor if spec.name in ("fc7", "fc8") and factor != 1 else weight
 
 
 def save_graph(proto: onnx.ModelProto, path: Path) -> None:

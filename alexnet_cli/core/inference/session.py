@@ -161,7 +161,7 @@ class Session:
 
     def _run_layers(self, outputs: list[str], crops: Crops) -> tuple[list[Array], dict[str, Array]]:
         """Return some outputs, and each layer's activations; dropout's are times its test-time factor (section 4.2)."""
-        keep = np.float32(1 if self.recipe.dropout_inverted else 1 - self.recipe.dropout)
+        keep = np.float32(self.recipe.dropout_factor)
         names = {layer: _output_name(layer, self.recipe) for layer in self.layers}
         unique = list(dict.fromkeys(names.values()))
         values = self._run([*outputs, *unique], crops)

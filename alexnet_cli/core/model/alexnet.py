@@ -331,7 +331,7 @@ class PlainDropout(nn.Module):
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
-        self.p, self.factor = recipe.dropout, 1.0 if recipe.dropout_inverted else 1 - recipe.dropout
+        self.p, self.factor = recipe.dropout, recipe.dropout_factor
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape -> the same shape. PyTorch's operator is the inverted form; the factor undoes its scaling."""

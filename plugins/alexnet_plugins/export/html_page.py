@@ -189,7 +189,7 @@ def _factor(spec: LayerSpec, recipe: Recipe) -> float:
     """The input's divisor and dropout's test-time factor, which belong to the scale of the weights."""
     if spec.name == "conv1":
         return 1 / recipe.input_divisor
-    return 1 - recipe.dropout if spec.name in ("fc7", "fc8") and not recipe.dropout_inverted else 1.0
+    return recipe.dropout_factor if spec.name in ("fc7", "fc8") else 1.0
 
 
 def _describe_step(step: Step, spec: LayerSpec, recipe: Recipe) -> dict[str, Any]:
