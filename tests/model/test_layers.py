@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from alexnet_cli.core.model.layers import Dropout, OverlappingPooling, dropout_state, hash_uniform
+from alexnet_cli.core.model.layers import Dropout, dropout_state, hash_uniform, make_pooling
 from alexnet_cli.recipe import PAPER
 
 
@@ -27,7 +27,7 @@ def test_pooling_equals_a_plain_loop(size: int, side: int, ceil: bool) -> None:
             for c in range(2)
         ]
     )
-    out = OverlappingPooling(replace(PAPER, pool_size=size), ceil=ceil)(x)
+    out = make_pooling(replace(PAPER, pool_size=size), ceil=ceil)(x)
     np.testing.assert_array_equal(out[0].numpy(), expected)
 
 

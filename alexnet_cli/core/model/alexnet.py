@@ -25,7 +25,6 @@ from alexnet_cli.core.data.views import make_views, mean_correction
 from alexnet_cli.core.files import read_file
 from alexnet_cli.core.model.architecture import (
     EDGE_PADDING,
-    POOL_STRIDE,
     LayerSpec,
     Step,
     check_layers,
@@ -35,14 +34,12 @@ from alexnet_cli.core.model.architecture import (
     step_name,
     tensor_shapes,
 )
-from alexnet_cli.core.model.layers import ResponseNorm, TowerLinear
+from alexnet_cli.core.model.layers import ResponseNorm, TowerLinear, make_activation, make_pooling
 from alexnet_cli.core.model.model_file import Model, write_model
 from alexnet_cli.core.model.network import evaluation_mode, initial_tensors
 from alexnet_cli.core.model.response_norm import normalize_plain
 from alexnet_cli.errors import DataError, UsageError
 from alexnet_cli.recipe import SIDE, Recipe
-
-ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
 
 CANNOT_SAVE = (
     "set net.classes to the names of new classes; remove hooks, pruning and parametrizations; save other networks with "
@@ -351,9 +348,9 @@ def _make_layer(spec: LayerSpec, towers: int) -> nn.Module:
 def _make_step(step: Step, spec: LayerSpec, recipe: Recipe) -> nn.Module:
     """What follows a layer with weights."""
     if step == "activation":
-        return ACTIVATIONS[recipe.activation]()
+        return make_activation(recipe)
     if step == "pool":
-        return nn.MaxPool2d(recipe.pool_size, POOL_STRIDE, ceil_mode=spec.pool_ceil)
+        return make_pooling(recipe, ceil=spec.pool_ceil)
     if step == "dropout":
         return PlainDropout(recipe)
     return ResponseNorm(norm_spec(recipe, step), function=normalize_plain)

@@ -1,4 +1,4 @@
-"""The layers that PyTorch does not have: activation (3.1), response normalization (3.3), overlapping pooling (3.4),
+"""The layers around the convolutions: activation (3.1), response normalization (3.3), overlapping pooling (3.4),
 dropout (4.2), fully connected layers without cross-talk (3.2).
 
 Each maps N x C x H x W (dropout, fully connected layers: N x C) to the same kind; towers lie side by side in C, tower 1
@@ -18,12 +18,6 @@ from alexnet_cli.core.model import response_norm
 from alexnet_cli.core.model.architecture import POOL_STRIDE, NormSpec
 from alexnet_cli.core.model.kernels import kernels_for
 from alexnet_cli.recipe import Recipe
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": torch.relu_,  # in place: the output of the convolution is not used elsewhere
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-}
 
 
 class TowerLinear(nn.Linear):
@@ -81,23 +75,16 @@ def within_map(x: Tensor, size: int, k: float, alpha: float, beta: float) -> Ten
     return (values * (k + alpha * size**2 * mean).pow(-beta)).to(x.dtype)
 
 
-class Activation(nn.Module):
-    """The nonlinearity of layers 1 to 7 (section 3.1)."""
-
-    def __init__(self, recipe: Recipe) -> None:
-        super().__init__()
-        self.function = ACTIVATIONS[recipe.activation]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Any shape -> the same shape; ReLU overwrites x."""
-        return self.function(x)
+def make_activation(recipe: Recipe, *, inplace: bool = False) -> nn.Module:
+    """The nonlinearity of layers 1 to 7 (section 3.1). With `inplace`, ReLU overwrites its input."""
+    if recipe.activation == "relu":
+        return nn.ReLU(inplace)
+    return nn.Tanh() if recipe.activation == "tanh" else nn.Sigmoid()
 
 
-class OverlappingPooling(nn.MaxPool2d):
+def make_pooling(recipe: Recipe, *, ceil: bool) -> nn.MaxPool2d:
     """Max pooling, 3 x 3 at stride 2 (section 3.4). A window over the edge is clipped if `ceil`, else left out."""
-
-    def __init__(self, recipe: Recipe, *, ceil: bool) -> None:
-        super().__init__(recipe.pool_size, stride=POOL_STRIDE, ceil_mode=ceil)
+    return nn.MaxPool2d(recipe.pool_size, POOL_STRIDE, ceil_mode=ceil)
 
 
 class Dropout(nn.Module):

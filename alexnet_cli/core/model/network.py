@@ -26,7 +26,7 @@ from alexnet_cli.core.model.architecture import (
     step_name,
     tensor_shapes,
 )
-from alexnet_cli.core.model.layers import Activation, Dropout, OverlappingPooling, ResponseNorm, TowerLinear
+from alexnet_cli.core.model.layers import Dropout, ResponseNorm, TowerLinear, make_activation, make_pooling
 from alexnet_cli.core.model.model_file import Model
 from alexnet_cli.core.model.towers import HybridGather, TowerGroup
 from alexnet_cli.recipe import Recipe
@@ -71,10 +71,10 @@ class Network(nn.Module):
             self.add_module(layer, conv(layer))
         self.fc6, self.fc7 = linear("fc6"), linear("fc7")
         self.fc8 = nn.Linear(units("fc7"), classes)
-        self.act = Activation(recipe)
+        self.act = make_activation(recipe, inplace=True)  # the output of a layer is not used elsewhere
         self.stage1 = _make_stage(recipe, specs["conv1"], towers)
         self.stage2 = _make_stage(recipe, specs["conv2"], towers)
-        self.pool = OverlappingPooling(recipe, ceil=specs["conv5"].pool_ceil)
+        self.pool = make_pooling(recipe, ceil=specs["conv5"].pool_ceil)
         first_unit = self.columns.start * specs["fc6"].biases // self.columns.total
         self.drop6 = Dropout(recipe, salt=6, first_unit=first_unit)
         self.drop7 = Dropout(recipe, salt=7, first_unit=first_unit)
@@ -170,9 +170,9 @@ def _make_stage(recipe: Recipe, spec: LayerSpec, towers: TowerGroup) -> nn.Seque
 
     def make(step: Step) -> nn.Module:
         if step == "activation":
-            return Activation(recipe)
+            return make_activation(recipe, inplace=True)
         if step == "pool":
-            return OverlappingPooling(recipe, ceil=spec.pool_ceil)
+            return make_pooling(recipe, ceil=spec.pool_ceil)
         norm = norm_spec(recipe, step)
         module = ResponseNorm(norm._replace(groups=min(norm.groups, towers.held)), relu=fuses)
         if is_split and step == "norm":
