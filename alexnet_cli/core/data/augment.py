@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -49,6 +50,16 @@ class AugmentParams:
         return cls(offsets, flips, color)
 
 
+class ViewParams(NamedTuple):
+    """How the views of N images are cut out."""
+
+    offsets: npt.NDArray[np.int64]
+    """N x 2: top and left of the crop."""
+    flips: npt.NDArray[np.bool_]
+    shift: npt.NDArray[np.float32] | None = None
+    """N x 3: what is added to each pixel."""
+
+
 class Augment:
     """Turns uint8 N x 256 x 256 x 3 into the network's input, N x 3 x S x S in channels-last memory.
 
@@ -86,12 +97,12 @@ class Augment:
     def training_views(self, images: Tensor, rows: npt.NDArray[np.int64], draws: AugmentParams, epoch: int) -> Tensor:
         """Random views of a training batch; `rows` are the rows of the images."""
         shift = self._compute_color_shift(draws.color[rows], epoch)
-        return self._make_views(images, draws.offsets[rows], draws.flips[rows], shift)
+        return self._make_views(images, ViewParams(draws.offsets[rows], draws.flips[rows], shift))
 
     def center_view(self, images: Tensor) -> Tensor:
         """The center of each image."""
         n = len(images)
-        return self._make_views(images, np.full((n, 2), self.center), np.zeros(n, bool), None)
+        return self._make_views(images, ViewParams(np.full((n, 2), self.center), np.zeros(n, bool)))
 
     def ten_views(self, images: Tensor) -> Iterator[Tensor]:
         """Ten batches: top left, top right, bottom left, bottom right, center, then their mirrors (section 4.1)."""
@@ -99,7 +110,7 @@ class Augment:
         images = images.to(self.device)  # once, not for every view
         for flip in (False, True):
             for offset in view_offsets(self.size, 10):
-                yield self._make_views(images, np.full((n, 2), offset), np.full(n, flip), None)
+                yield self._make_views(images, ViewParams(np.full((n, 2), offset), np.full(n, flip)))
 
     def _compute_color_shift(self, normals: npt.NDArray[np.float32], epoch: int) -> npt.NDArray[np.float32] | None:
         """N x 3: what section 4.1 adds to each pixel, the sum over the axes of std times a draw from N(0, 0.1)."""
@@ -109,31 +120,19 @@ class Augment:
         shift: npt.NDArray[np.float32] = np.float32(recipe.color_shift) * (normals @ self.scaled_axes.T)
         return shift
 
-    def _make_views(
-        self,
-        images: Tensor,
-        offsets: npt.NDArray[np.int64],
-        flips: npt.NDArray[np.bool_],
-        shift: npt.NDArray[np.float32] | None,
-    ) -> Tensor:
+    def _make_views(self, images: Tensor, views: ViewParams) -> Tensor:
         images = images.to(self.device)  # not asynchronous: the loader reuses this buffer
         crop = self.crop_in_loop if self.device.type == "cpu" else self.crop_by_index
-        return crop(images, offsets, flips, shift).permute(0, 3, 1, 2)
+        return crop(images, views).permute(0, 3, 1, 2)
 
-    def crop_by_index(
-        self,
-        images: Tensor,
-        offsets: npt.NDArray[np.int64],
-        flips: npt.NDArray[np.bool_],
-        shift: npt.NDArray[np.float32] | None,
-    ) -> Tensor:
-        """Make views with one gather of pixels: uint8 N x 256 x 256 x 3 -> N x S x S x 3; `shift` is N x 3.
+    def crop_by_index(self, images: Tensor, views: ViewParams) -> Tensor:
+        """Make views with one gather of pixels: uint8 N x 256 x 256 x 3 -> N x S x S x 3.
 
         Copies only a few bytes per image to the device: beyond 64 kB the host would wait for it.
         """
         device = images.device
-        starts = torch.from_numpy(offsets).to(device, non_blocking=True)
-        mirrored = torch.from_numpy(flips).to(device, non_blocking=True)
+        starts = torch.from_numpy(views.offsets).to(device, non_blocking=True)
+        mirrored = torch.from_numpy(views.flips).to(device, non_blocking=True)
         step = torch.arange(self.size, device=device)
         y = starts[:, 0, None] + step
         x = starts[:, 1, None] + torch.where(mirrored[:, None], self.size - 1 - step, step)
@@ -142,25 +141,19 @@ class Augment:
         pixel += torch.arange(len(images), device=device)[:, None, None] * SIDE**2
         out = images.flatten(0, 2)[pixel].float()
         rows = None
-        if shift is not None:
-            rows = torch.from_numpy(shift).to(device, non_blocking=True).repeat(1, self.size)[:, None, :]
+        if views.shift is not None:
+            rows = torch.from_numpy(views.shift).to(device, non_blocking=True).repeat(1, self.size)[:, None, :]
         return self._normalize(out, mean, rows).to(self.dtype)
 
-    def crop_in_loop(
-        self,
-        images: Tensor,
-        offsets: npt.NDArray[np.int64],
-        flips: npt.NDArray[np.bool_],
-        shift: npt.NDArray[np.float32] | None,
-    ) -> Tensor:
+    def crop_in_loop(self, images: Tensor, views: ViewParams) -> Tensor:
         """Make the same views image by image: on a CPU, strided copies are faster than a gather."""
         out = torch.empty(len(images), self.size, self.size, 3, dtype=self.dtype)
         view = torch.empty(self.size, self.size, 3)
-        rows = None if shift is None else torch.from_numpy(np.tile(shift, self.size))
-        for i, (top, left) in enumerate(offsets.tolist()):
+        rows = None if views.shift is None else torch.from_numpy(np.tile(views.shift, self.size))
+        for i, (top, left) in enumerate(views.offsets.tolist()):
             window = (slice(top, top + self.size), slice(left, left + self.size))
             crop, mean = images[i][window], self.mean[window] if self.mean_at_crop else self.central_mean
-            if flips[i]:
+            if views.flips[i]:
                 crop, mean = crop.flip(1), mean.flip(1) if self.mean_at_crop else mean
             view.copy_(crop)
             out[i].copy_(self._normalize(view, mean, None if rows is None else rows[i]))
