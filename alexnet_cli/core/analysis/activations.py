@@ -16,8 +16,7 @@ from alexnet_cli.core.drawing import FAINT, PAGE, TRACK, Page
 from alexnet_cli.core.inference.predict import Label, rank_labels
 from alexnet_cli.core.inference.session import Session
 from alexnet_cli.core.model.architecture import CONV_LAYERS, last_step_name, list_layers, step_name
-from alexnet_cli.core.model.model_file import Model
-from alexnet_cli.errors import WeightsError
+from alexnet_cli.core.model.model_file import Model, check_finite
 
 TOP_CLASSES = 5  # as in figure 4 of the paper
 
@@ -86,8 +85,7 @@ def trace_image(model: Model, image: ImageArray) -> Trace:
     session = Session(model, fast_start=True, layers=list(names.values()))
     crops = make_views(image, recipe.input_size, 1)
     probabilities, activations = session.probabilities_and_activations(crops)
-    if not all(np.isfinite(values).all() for values in (probabilities, *activations.values())):
-        raise WeightsError(f"{session.path}: the network's output is NaN or infinite", "its weights are damaged")
+    check_finite(session.path, probabilities, *activations.values())
     lowest, rest = LOWEST_AND_REST[recipe.activation]
     layers = []
     for layer, name in names.items():

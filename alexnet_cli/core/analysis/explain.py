@@ -25,8 +25,8 @@ from alexnet_cli.core.drawing import BAR, FAINT, PAGE, Page
 from alexnet_cli.core.inference.predict import Label, rank_labels
 from alexnet_cli.core.inference.session import Session
 from alexnet_cli.core.model.architecture import layer_specs, receptive_field, step_name
-from alexnet_cli.core.model.model_file import Model, name_towers, silence_tower
-from alexnet_cli.errors import UsageError, WeightsError
+from alexnet_cli.core.model.model_file import Model, check_finite, name_towers, silence_tower
+from alexnet_cli.errors import UsageError
 from alexnet_cli.recipe import SIDE
 
 Method = Literal["occlusion", "gradcam", "layercam"]
@@ -123,10 +123,7 @@ class Explainer:
         attributions = []
         for silent, network in self.networks:
             probabilities, values = network.explain(crop, index)
-            if not (np.isfinite(probabilities).all() and np.isfinite(values).all()):
-                raise WeightsError(
-                    f"{self.model.path}: the network computes NaN or infinity", "its weights are corrupt"
-                )
+            check_finite(self.model.path, probabilities, values)
             index = int(probabilities.argmax()) if index is None else index
             top = rank_labels(probabilities, self.model.classes, TOP_CLASSES)
             attributions.append(Attribution(silent, top, float(probabilities[index]), values))

@@ -23,7 +23,8 @@ from alexnet_cli.core.drawing import Row, Tile
 from alexnet_cli.core.inference.inputs import prefetch
 from alexnet_cli.core.inference.session import Session
 from alexnet_cli.core.model.architecture import receptive_field
-from alexnet_cli.errors import DataError, WeightsError
+from alexnet_cli.core.model.model_file import check_finite
+from alexnet_cli.errors import DataError
 from alexnet_cli.recipe import Recipe
 
 BATCH = 32  # images per forward pass
@@ -69,8 +70,7 @@ def compute_activations(session: Session, images: Sequence[ImageArray]) -> npt.N
     """
     crops = np.concatenate([make_views(image, session.recipe.input_size, 1) for image in images])
     [values] = session.activations(crops).values()
-    if not np.isfinite(values).all():
-        raise WeightsError(f"{session.path}: the network's output is NaN or infinite", "its weights are damaged")
+    check_finite(session.path, values)
     return values
 
 

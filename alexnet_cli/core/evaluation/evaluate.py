@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,10 +16,10 @@ from torch import Tensor, nn
 from alexnet_cli.core.data.augment import Augment
 from alexnet_cli.core.data.classes import ClassName
 from alexnet_cli.core.data.loader import Batch
-from alexnet_cli.core.model.model_file import Model
+from alexnet_cli.core.model.model_file import Model, check_finite
 from alexnet_cli.core.model.network import evaluation_mode, network_from_model
 from alexnet_cli.core.parallel.placement import Placement
-from alexnet_cli.errors import DataError, MissingError, UsageError, WeightsError, is_out_of_memory
+from alexnet_cli.errors import DataError, MissingError, UsageError, is_out_of_memory
 
 Classify = Callable[[Tensor], npt.NDArray[np.float32]]
 """Uint8 B x 256 x 256 x 3 -> float32 probabilities B x classes."""
@@ -54,8 +53,7 @@ class Evaluation:
 
     def check_finite(self, path: Path) -> None:
         """Raise WeightsError if a probability was NaN: the ranking of such classes means nothing."""
-        if not math.isfinite(self.loss_sum):
-            raise WeightsError(f"{path}: the network's output is NaN", "its weights are corrupt")
+        check_finite(path, self.loss_sum)
 
     def sum_over_ranks(self, all_reduce: Callable[[npt.NDArray[Any]], npt.NDArray[Any]]) -> Evaluation:
         """Return the counts of all ranks; `all_reduce` sums an array over them."""

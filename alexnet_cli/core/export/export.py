@@ -25,8 +25,8 @@ from alexnet_cli.core.inference import onnx_metadata
 from alexnet_cli.core.inference.onnx_graph import build_graph, save_graph
 from alexnet_cli.core.inference.session import Session
 from alexnet_cli.core.intervals import PairedCounts
-from alexnet_cli.core.model.model_file import Model
-from alexnet_cli.errors import DataError, UsageError, VerificationError, WeightsError, storage_errors
+from alexnet_cli.core.model.model_file import Model, check_finite
+from alexnet_cli.errors import DataError, UsageError, VerificationError, storage_errors
 
 MAX_DIFFERENCE = 1e-4  # of a probability
 USUAL_LOGIT = 50.0  # logits of trained networks are smaller; larger ones have larger rounding errors
@@ -125,8 +125,7 @@ def torch_logits(model: Model) -> Logits:
 
     def logits(crops: Crops) -> npt.NDArray[np.float32]:
         values = session.logits(crops)
-        if not np.isfinite(values).all():
-            raise WeightsError(f"{model.path}: the network computes NaN or infinity", "its weights are corrupt")
+        check_finite(model.path, values)
         return values
 
     return logits

@@ -36,8 +36,8 @@ from alexnet_cli.core.data.views import make_views, mean_correction
 from alexnet_cli.core.files import replace_file
 from alexnet_cli.core.inference.inputs import ImageInput, prefetch
 from alexnet_cli.core.inference.session import LayerChoice, ModelSource, Session
-from alexnet_cli.core.model.model_file import read_model, silence_tower
-from alexnet_cli.errors import UsageError, WeightsError, storage_errors
+from alexnet_cli.core.model.model_file import check_finite, read_model, silence_tower
+from alexnet_cli.errors import UsageError, storage_errors
 
 BATCH = 32  # views in one pass of the network
 MAX_PATH_BYTES = 95 * 10**6  # in the header of a .safetensors file, which readers limit to 100 MB
@@ -152,8 +152,7 @@ def _run(
     crops = [make_views(image, classifier.recipe.input_size, views) for image in images]
     inputs = np.concatenate([crop if correction is None else crop + correction for crop in crops])
     probabilities, activations = classifier.probabilities_and_activations(inputs)
-    if not np.isfinite(probabilities).all():
-        raise WeightsError(f"{classifier.path}: the network computes NaN or infinity", "its weights are corrupt")
+    check_finite(classifier.path, probabilities)
 
     def average(values: Array) -> Array:
         averages: Array = values.reshape(len(images), views, *values.shape[1:]).mean(1)

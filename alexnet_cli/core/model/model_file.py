@@ -135,6 +135,12 @@ def write_model(model: Model, path: Path) -> None:
         write_chunks(path, [save(dict(model.tensors), format_metadata(model.recipe, model.classes, model.info))])
 
 
+def check_finite(path: Path, *outputs: npt.NDArray[np.floating] | float) -> None:
+    """Raise WeightsError if an output of the network in `path` is NaN or infinite."""
+    if not all(np.isfinite(values).all() for values in outputs):
+        raise WeightsError(f"{path}: the network computes NaN or infinity", "its weights are corrupt")
+
+
 def check_header(path: Path) -> None:
     """Raise ValueError if the header of a safetensors file is so long that parsing it would take gigabytes."""
     if path.is_file():
