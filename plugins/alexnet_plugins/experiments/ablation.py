@@ -160,8 +160,8 @@ ABLATION = Experiment(
     "without crops and reflections, or without dropout, there is substantial overfitting; weight decay reduces even "
     "the training error.",
     data="Imagenette, prepared (alexnet prepare)",
-    time="estimated: 6 hours on 2 cores with bf16",
-    found="not run yet",
+    time="about 5 hours on 2 cores with bf16",
+    found="so far: two towers 3.1 ± 0.2 points, normalization 2.0 ± 3.1",
     train=train,
     conclude=conclude,
 )
