@@ -178,7 +178,7 @@ def evaluate(
     dataset = _open(data)
     images, output_of = dataset.nonempty_split(split), evaluation.match_classes(network.classes, dataset.classes, path)
     mean = network.mean.float().cpu().numpy()
-    augment = Augment(network.recipe, mean, None, None, placement.device, network.mean.dtype)
+    augment = Augment(network.recipe, mean, None, None, network.mean.device, network.mean.dtype)
     classify = evaluation.TorchClassifier(network, augment, placement, views)
     counts, size = Evaluation.empty(len(network.classes)), min(BATCH, len(images))
     with loader.Loader(images, size, choose_decode_threads(None), placement.device) as decoder:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 from collections import Counter
 from collections.abc import Generator, Mapping
 from contextlib import ExitStack, suppress
@@ -116,7 +117,7 @@ class RankGroup:
     def __init__(self, job: Job) -> None:
         self.job, self.store = job, start_store()
         # Forked from a server that has only loaded the code: this process has settings that they must not inherit.
-        context = multiprocessing.get_context("forkserver")
+        context = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
         context.set_forkserver_preload(["alexnet_plugins.benchmark.parallel", "torch._dynamo"])  # DDP imports dynamo
         self.pipes, self.processes = [], []
         for rank in range(job.processes):
