@@ -301,9 +301,11 @@ class TrainingLoop:
             recent.add(RunningMetrics(size, loss * size, round(errors), round(top5_errors)))
         return recent, None
 
-    def validate(self, stop: Callable[[], str | None] = lambda: None, views: int = 1) -> Evaluation | None:
-        """Evaluate all validation images, with the center view or ten. Returns None if `stop()` returned a reason."""
-        placement, split, size = self.trainer.placement, self.data.split("val"), self.trainer.micro_batch
+    def validate(
+        self, stop: Callable[[], str | None] = lambda: None, views: int = 1, split_name: str = "val"
+    ) -> Evaluation | None:
+        """Evaluate all images of a split, with the center view or ten. Returns None if `stop()` returned a reason."""
+        placement, split, size = self.trainer.placement, self.data.split(split_name), self.trainer.micro_batch
         ranks = placement.ranks
         classify = TorchClassifier(self.trainer.network, self.trainer.augment, placement, views)
         evaluation = Evaluation.empty(len(self.data.classes))

@@ -117,7 +117,8 @@ class RankGroup:
     def __init__(self, job: Job) -> None:
         self.job, self.store = job, start_store()
         # Forked from a server that has only loaded the code: this process has settings that they must not inherit.
-        context = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
+        is_windows = sys.platform == "win32"
+        context = multiprocessing.get_context("spawn") if is_windows else multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["alexnet_plugins.benchmark.parallel", "torch._dynamo"])  # DDP imports dynamo
         self.pipes, self.processes = [], []
         for rank in range(job.processes):

@@ -249,13 +249,15 @@ def _explain_table(rows: list[Row], images: int, error: float) -> list[str]:
     mean = statistics.fmean(means) if means else 0.5
     half = 1.96 * math.sqrt(mean * (1 - mean) / images)
     lines = [
+        "training: the error on the training images, measured as on the others. The gap between both is overfitting.",
         "difference: from the base in percentage points, paired by seed, ± half of the 95 % interval over seeds.",
         "the paper: top-1 / top-5 difference on ILSVRC.",
         f"All errors are on the same {images:,} images; on others each could differ by {100 * half:.1f} points.",
     ]
     differences = [row.top1_difference for row in rows if row.top1_difference]
     if any(difference.half is not None for difference in differences):
-        lines.append("verdict: does the error rise as the paper says? For no-weight-decay: the training error.")
+        lines.append("verdict: does the error rise as the paper says? For no-crops-flips and no-dropout: the gap;")
+        lines.append("for no-weight-decay: the training error.")
     elif differences:
         lines.append("One seed gives no interval and no verdict; use --seeds 3 for both.")
     steps_by_activation = {name: steps for name, steps in count_steps_by_activation(rows, error).items() if steps}

@@ -74,7 +74,8 @@ PROTOCOL = (
     "The same seed means the same initial weights and data order for every activation.",
     f"{COUNTING} The target is reached at the middle of the first fifth with less than {WHOLE.error:.0%}. The ratio is "
     "paired by seed; its interval is Student's 95 % interval over seeds, of the logarithm. Agrees: the whole interval "
-    "lies above 1, so ReLU is faster, whatever the factor; disagrees: it lies below.",
+    "lies above 1, so ReLU is faster, whatever the factor; disagrees: it lies below. If tanh misses the target, "
+    "the ratio is known only to be larger than a bound: agrees if that is above 1 for every seed.",
 )
 SHORT_PROTOCOL = (
     SETTING,
@@ -219,7 +220,7 @@ def _tabulate(best: Mapping[str, Sequence[TrainingRecord]], goal: Goal) -> tuple
 def _compare(best: Mapping[str, Sequence[TrainingRecord]], goal: Goal) -> tuple[Verdict, str]:
     """Compare tanh with ReLU, paired by seed. A seed that never reached the error counts as all of the goal's epochs.
 
-    That makes the ratio of tanh a lower bound; that of ReLU is not decided then.
+    For tanh this makes the ratio a lower bound, without an interval; for ReLU nothing is decided then.
     """
     relu, tanh = (
         {r.training.seed: goal.epochs_to_error(r.errors) or goal.epochs for r in best[activation] if goal.is_decided(r)}
@@ -246,9 +247,12 @@ def _compare(best: Mapping[str, Sequence[TrainingRecord]], goal: Goal) -> tuple[
         return "undecided", f"{finding}. {paper}{describe_diverged(diverged)}"
     if ratio.half is None:
         return "undecided", f"{finding}; one seed gives no interval. {paper}"
+    if never:
+        least = math.exp(min(ratio.values))
+        finding += f"; so each seed's ratio is a bound, at least {_floor(least):.1f}, and there is no interval. {paper}"
+        return ("agrees" if least > 1 else "undecided"), finding
     low, high = math.exp(ratio.mean - ratio.half), math.exp(ratio.mean + ratio.half)
-    interval = f"its 95 % interval begins at {_floor(low):.1f}" if never else f"95 % interval {low:.1f} to {high:.1f}"
-    finding += f"; {interval}. {paper}"
+    finding += f"; 95 % interval {low:.1f} to {high:.1f}. {paper}"
     return ("agrees" if low > 1 else "disagrees" if high < 1 else "undecided"), finding
 
 

@@ -15,9 +15,10 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from alexnet_cli.core.drawing import use_own_style
+from alexnet_cli.core.files import read_text
 from alexnet_cli.core.runs.run import Run
 from alexnet_plugins.experiments.experiment import Verdict
-from alexnet_plugins.experiments.study import BASE, Switch
+from alexnet_plugins.experiments.study import BASE, TRAINING_IMAGES, Switch
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,7 +44,9 @@ class Estimate:
 class Row:
     """One switch: errors of the last epoch, as shares, and their differences from the base, paired by seed.
 
-    `diverged` lists the seeds whose loss became NaN. `activation` is set for the rows of the paper's figure 1.
+    `train_top1` is on the training images, measured as on the others, not the error while learning; `gap` is what the
+    top-1 error is more. Both are None if no run has a file `TRAINING_IMAGES`. `diverged` lists the seeds whose loss
+    became NaN. `activation` is set for the rows of the paper's figure 1.
     """
 
     switch: Switch
@@ -53,24 +56,29 @@ class Row:
     top1: Estimate | None
     top5: Estimate | None
     train_top1: Estimate | None
+    gap: Estimate | None
     top1_difference: Estimate | None
     top5_difference: Estimate | None
     train_top1_difference: Estimate | None
+    gap_difference: Estimate | None
     activation: str | None
     curves: tuple[Curve, ...]
 
     @property
     def verdict(self) -> Verdict | None:
-        """Return whether the error rises as the paper claims; None without a claim or an interval."""
+        """Return whether what the paper says to rise does; None without a claim or an interval."""
         difference = self.claimed_difference
-        if not self.switch.is_harmful or difference is None or difference.half is None:
-            return None
-        return judge(difference)
+        return None if difference is None or difference.half is None else judge(difference)
 
     @property
     def claimed_difference(self) -> Estimate | None:
-        """The difference that the paper's claim is about."""
-        return self.train_top1_difference if self.switch.raises_training_error else self.top1_difference
+        """The difference that the paper's claim is about; None without a claim."""
+        differences = {
+            "top-1 error": self.top1_difference,
+            "training error": self.train_top1_difference,
+            "gap": self.gap_difference,
+        }
+        return differences[self.switch.raises] if self.switch.raises else None
 
     def count_steps_to(self, error: float) -> list[int | None]:
         """Return for each seed the first step at which the training error is that low, or None."""
@@ -111,7 +119,7 @@ def judge_all(verdicts: Sequence[Verdict | None]) -> Verdict:
 
 def build_rows(runs: Mapping[Switch, Mapping[int, Run]]) -> list[Row]:
     """Return a row for each switch with finished trainings."""
-    ends = {switch: {seed: read_last_validation(run) for seed, run in seeds.items()} for switch, seeds in runs.items()}
+    ends = {switch: {seed: read_errors(run) for seed, run in seeds.items()} for switch, seeds in runs.items()}
     return [build_row(switch, runs[switch], ends[switch], ends.get(BASE, {})) for switch in runs]
 
 
@@ -121,30 +129,37 @@ def build_row(
     ends: Mapping[int, dict[str, Any] | None],
     base: Mapping[int, dict[str, Any] | None],
 ) -> Row:
-    """Return the row of a switch from its runs, its last validations by seed (None: it diverged), and the base's."""
+    """Return the row of a switch from its runs, its errors by seed (None: it diverged), and the base's."""
     finished = {seed: end for seed, end in ends.items() if end}
     pairs = [(end, base_end) for seed, end in finished.items() if switch is not BASE and (base_end := base.get(seed))]
 
     def mean(key: str) -> Estimate | None:
-        return estimate_mean([end[key] for end in finished.values()])
+        return estimate_mean([end[key] for end in finished.values() if key in end])
 
     def difference(key: str) -> Estimate | None:
-        return estimate_mean([end[key] - base_end[key] for end, base_end in pairs])
+        return estimate_mean([end[key] - base_end[key] for end, base_end in pairs if key in end and key in base_end])
 
     return Row(
         switch, tuple(finished), tuple(seed for seed in ends if seed not in finished),
         max((end["epoch"] for end in finished.values()), default=None),
-        mean("top1_error"), mean("top5_error"), mean("train_top1_error"),
-        difference("top1_error"), difference("top5_error"), difference("train_top1_error"),
+        mean("top1_error"), mean("top5_error"), mean("train_top1_error"), mean("gap"),
+        difference("top1_error"), difference("top5_error"), difference("train_top1_error"), difference("gap"),
         next((runs[seed].recipe.activation for seed in finished if switch.name in ACTIVATIONS), None),
         tuple(smooth_training_error(runs[seed].records()) for seed in finished),
     )  # fmt: skip
 
 
-def read_last_validation(run: Run) -> dict[str, Any] | None:
-    """Return the record of the last validation; None if the training diverged."""
+def read_errors(run: Run) -> dict[str, Any] | None:
+    """Return the last epoch and its errors, with training error and gap if measured; None if the training diverged."""
     validations = [record for record in run.records() if record.get("event") == "validation"]
-    return validations[-1] if validations and run.about.get("status") == "finished" else None
+    if not validations or run.about.get("status") != "finished":
+        return None
+    errors = {key: validations[-1][key] for key in ("epoch", "top1_error", "top5_error")}
+    file = run.path / TRAINING_IMAGES
+    if file.exists():
+        errors["train_top1_error"] = json.loads(read_text(file))["top1_error"]
+        errors["gap"] = errors["top1_error"] - errors["train_top1_error"]
+    return errors
 
 
 def smooth_training_error(records: Sequence[Mapping[str, Any]]) -> Curve:
@@ -177,9 +192,11 @@ def row_to_dict(row: Row, error: float) -> dict[str, Any]:
         "top1_error": row.top1,
         "top5_error": row.top5,
         "train_top1_error": row.train_top1,
+        "gap": row.gap,
         "top1_difference": row.top1_difference,
         "top5_difference": row.top5_difference,
         "train_top1_difference": row.train_top1_difference,
+        "gap_difference": row.gap_difference,
     }
     errors = {key: asdict(estimate) if estimate else None for key, estimate in estimates.items()}
     return {
