@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 LAYOUTS = (
     "Folder of images: one folder per class, train/CLASS and val/CLASS, ImageNet as distributed (archives, "
-    "Kaggle, Hugging Face parquet), Tiny ImageNet or CIFAR-10's batches"
+    "Kaggle, Hugging Face parquet), WebDataset shards, Tiny ImageNet or CIFAR-10's batches"
 )
 FRACTION = "Share of each class to validate on, if the source has no validation split [default: 0.1]"
 CORRUPT = "Images that cannot be decoded: skip and list them, or fail at the first"

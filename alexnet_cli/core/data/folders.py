@@ -95,11 +95,11 @@ def detect_tiny_imagenet(path: Path) -> DetectedLayout | None:
 
 
 def find_splits(path: Path) -> dict[str, list[list[str]]]:
-    """Return the folders directly under `path` that are splits by name: see `_group_splits`.
+    """Return the folders directly under `path` that are splits by name: see `group_splits`.
 
     A single folder inside is added if its name has no new word: seg_train/seg_train, Final_Training/Images.
     """
-    splits = _group_splits([entry.name for entry in _list_entries(path) if _is_folder(entry)])
+    splits = group_splits([entry.name for entry in _list_entries(path) if _is_folder(entry)])
     for folders in (folders for choices in splits.values() for folders in choices):
         for i, name in enumerate(folders):
             inside, _ = class_folders(path / name)
@@ -108,8 +108,8 @@ def find_splits(path: Path) -> dict[str, list[list[str]]]:
     return splits
 
 
-def _group_splits(names: Sequence[str]) -> dict[str, list[list[str]]]:
-    """Return those names that are splits: for train, val and test, the best first.
+def group_splits(names: Sequence[str]) -> dict[str, list[list[str]]]:
+    """Return those names of folders or files that are splits: for train, val and test, the best first.
 
     They count without capitals, digits and `FILLERS`; a split in parts is one entry: train.X1 and train.X2. Other words
     must be shared by train and another split: pets_train and pets_test.
@@ -152,7 +152,7 @@ def _list_classes(root: Path, folders: Sequence[str]) -> list[str]:
 
 def _refuse_splits(place: str, folders: Sequence[str]) -> None:
     """Raise DataError if folders that should be in one class, or one split, are train and val or test."""
-    if {"train"} < _group_splits(folders).keys():
+    if {"train"} < group_splits(folders).keys():
         hint = f"did you mean {place}? Otherwise sort the images into train/CLASS and val/CLASS"
         raise DataError(f"{place} has splits inside: {_join(folders)}", hint)
 

@@ -16,15 +16,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from alexnet_cli.core.data.classes import find_ilsvrc_wnids
 from alexnet_cli.core.data.folders import SPLIT_WORDS
-from alexnet_cli.core.data.samples import DetectedLayout, ImageList, NameList
+from alexnet_cli.core.data.samples import DAMAGED_HINT, DetectedLayout, ImageList, NameList, detect_numbered_classes
 from alexnet_cli.errors import DataError, MissingError
 
 FOLDERS = ("", "data")
 CACHE_BYTES = 1 << 28  # of row groups kept in memory; one is about 11 MB in ImageNet's shards
-WNID = re.compile(r"(?<![A-Za-z0-9])n\d{8}(?![0-9])")
-DAMAGED_HINT = "download it again"
 
 
 class ParquetImages(ImageList):
@@ -93,27 +90,12 @@ def detect_parquet(path: Path) -> DetectedLayout | None:
     schemas = [train.add(file) for file in files["train"]]
     for file in files["val"]:
         val.add(file)
-    names = _read_class_names(schemas[0])
-    count = len(names) or max(train.labels, default=-1) + 1
-    for images in (train, val):
-        _check_labels(images, count)
-    if count < 2:
-        raise DataError(f"{path} has fewer than two classes", "a network needs at least two")
     notes = _describe_test(path, files["test"], bool(files["val"]))
     if others := files["others"]:
         notes.append(f"left out (not one of these splits): {', '.join(others[:3])}{', ...' * (len(others) > 3)}")
-    if not names:
-        notes.append("the files have no class names; classes are numbered")
-    words = names or [str(label) for label in range(count)]
-    keys = _find_wnids(train, count) or find_ilsvrc_wnids(words) or words
-    return DetectedLayout(
-        f"Hugging Face parquet: {len(files['train'])} train and {len(files['val'])} validation files",
-        keys,
-        train,
-        val if files["val"] else None,
-        tuple(notes),
-        {key: name for key, name in zip(keys, words, strict=True) if not WNID.fullmatch(name)},
-    )
+    layout = f"Hugging Face parquet: {len(files['train'])} train and {len(files['val'])} validation files"
+    names = _read_class_names(schemas[0])
+    return detect_numbered_classes(path, layout, names, train, val if files["val"] else None, notes)
 
 
 def _describe_test(path: Path, files: Sequence[str], has_val: bool) -> list[str]:
@@ -187,12 +169,6 @@ def _check_columns(schema: Any, file: Path) -> None:
         raise DataError(what, "rename the columns")
 
 
-def _check_labels(images: ParquetImages, count: int) -> None:
-    for row, label in enumerate(images.labels):
-        if not 0 <= label < count:
-            raise DataError(f"{images.name(row)} has label {label}, but there are {count} classes", DAMAGED_HINT)
-
-
 def _read_class_names(schema: Any) -> list[str]:
     """Return the class names that the `datasets` library leaves in the schema; none if there are none."""
     try:
@@ -200,14 +176,3 @@ def _read_class_names(schema: Any) -> list[str]:
         return [str(name) for name in features["label"]["names"]]
     except (KeyError, TypeError, ValueError):
         return []
-
-
-def _find_wnids(images: ParquetImages, count: int) -> Sequence[str]:
-    """Return the wnid of each class if the images' names have it and agree, else nothing."""
-    wnid_of: dict[int, str] = {}
-    for image in images:
-        match = WNID.search(PurePosixPath(image.name).name.replace("_", " "))
-        if not match or wnid_of.setdefault(image.label, match[0]) != match[0]:
-            return []
-    is_complete = len(wnid_of) == len(set(wnid_of.values())) == count
-    return [wnid_of[label] for label in range(count)] if is_complete else []

@@ -7,13 +7,19 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from alexnet_cli.core.data.classes import WNID, find_ilsvrc_wnids
 from alexnet_cli.core.files import read_file
+from alexnet_cli.errors import DataError
+
+WNID_IN_NAME = re.compile(r"(?<![A-Za-z0-9])n\d{8}(?![0-9])")
+DAMAGED_HINT = "download it again"
 
 
 class SourceImage(NamedTuple):
@@ -139,3 +145,44 @@ class DetectedLayout(NamedTuple):
     """Names of classes by key, such as "tabby, tabby cat", where the source has them."""
     warnings: tuple[str, ...] = ()
     """Of classes that are probably splits."""
+
+
+def detect_numbered_classes(
+    path: Path,
+    layout: str,
+    names: Sequence[str],
+    train: ImageList,
+    val: ImageList | None,
+    notes: Sequence[str] = (),
+) -> DetectedLayout:
+    """Return the layout of a source whose labels are numbers, with `names` in their order if the source has names.
+
+    A class's key is its wnid, if the names of images or classes have it, otherwise its name.
+
+    Raises:
+        DataError: there are fewer than two classes, or a label is not one of them.
+    """
+    count = len(names) or max(train.labels, default=-1) + 1
+    for images in (train, val or ()):
+        for image in images:
+            if not 0 <= image.label < count:
+                raise DataError(f"{image.name} has label {image.label}, but there are {count} classes", DAMAGED_HINT)
+    if count < 2:
+        raise DataError(f"{path} has fewer than two classes", "a network needs at least two")
+    if not names:
+        notes = (*notes, "the files have no class names; classes are numbered")
+    words = names or [str(label) for label in range(count)]
+    keys = _find_wnids(train, count) or find_ilsvrc_wnids(words) or words
+    words_by_key = {key: name for key, name in zip(keys, words, strict=True) if names and not WNID.fullmatch(name)}
+    return DetectedLayout(layout, keys, train, val, tuple(notes), words_by_key)
+
+
+def _find_wnids(images: ImageList, count: int) -> Sequence[str]:
+    """Return the wnid of each class if the images' names have it and agree, else nothing."""
+    wnid_of: dict[int, str] = {}
+    for image in images:
+        match = WNID_IN_NAME.search(PurePosixPath(image.name).name.replace("_", " "))
+        if not match or wnid_of.setdefault(image.label, match[0]) != match[0]:
+            return []
+    is_complete = len(wnid_of) == len(set(wnid_of.values())) == count
+    return [wnid_of[label] for label in range(count)] if is_complete else []

@@ -1,7 +1,8 @@
 """Detects the layout of a data set in a folder, names its classes and lists its images. No torch.
 
 A detector is a function from a folder to a DetectedLayout, or None if the folder has another layout; `DETECTORS` are
-tried in order. Images may be in folders, archives, parquet files or CIFAR-10's batches. The source is never written to.
+tried in order. Images may be in folders, archives, shards, parquet files or CIFAR-10's batches. The source is never
+written to.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from alexnet_cli.core.data.folders import (
 from alexnet_cli.core.data.imagenet import detect_archives, detect_kaggle
 from alexnet_cli.core.data.parquet import detect_parquet
 from alexnet_cli.core.data.samples import DetectedLayout, ImageList
+from alexnet_cli.core.data.webdataset import detect_webdataset
 from alexnet_cli.errors import DataError, UsageError
 
 DEFAULT_VAL_FRACTION = 0.1  # of each class, if the source has no validation split
@@ -39,13 +41,14 @@ DETECTORS: tuple[Callable[[Path], DetectedLayout | None], ...] = (
     detect_kaggle,
     detect_archives,
     detect_parquet,
+    detect_webdataset,
     detect_tiny_imagenet,
     detect_train_and_val,
     detect_class_folders,
     detect_cifar,
 )
 KNOWN_LAYOUTS = (
-    "ILSVRC2012_img_train.tar, ILSVRC/Data/CLS-LOC/, train-*.parquet, train/CLASS/ with val/CLASS/, "
+    "ILSVRC2012_img_train.tar, ILSVRC/Data/CLS-LOC/, train-*.parquet, WebDataset shards, train/CLASS/ with val/CLASS/, "
     "Tiny ImageNet (val/val_annotations.txt), cifar-10-batches-py/, cifar-10-batches-bin/, CLASS/"
 )
 FOLDERS_HINT = "put the images of each class into a folder of its own; at least two classes are needed"
