@@ -87,7 +87,7 @@ def test_without_a_validation_split(tmp_path: Path) -> None:
     source = detect_source(tmp_path)
     assert [name.name for name in source.classes] == ["fish", "bird", "cat", "machine"]
     assert [len(images) for images in source.splits.values()] == [8, 4]
-    assert source.notes[0] == "the test split is not used (0.tar and others); rename it to val to validate on it"
+    assert source.notes[0] == "the test split is not used: 0.tar, ...; rename it to val to validate on it"
     (tmp_path / "classnames.txt").write_text("fish\nbird\ncat\n")
     with pytest.raises(DataError, match="has label 3, but there are 3 classes"):
         detect_source(tmp_path)
@@ -107,7 +107,7 @@ def test_shards_of_one_split_are_for_training(tmp_path: Path) -> None:
         ({"a.jpg": b"", "a.cls": b"cat"}, "a.cls is not the number of a class"),
         ({"a.jpg": b"", "a.cls": b"-1"}, "a.cls is not the number of a class"),
         ({"a.jpg": b"", "a.cls": b"1" * 400}, "a.cls is not the number of a class"),
-        ({"a.jpg": b"", "a.png": b"", "a.cls": b"0"}, "a.cls has two images"),
+        ({"a.jpg": b"", "a.png": b"", "a.cls": b"0"}, "a has two images"),
         ({"a.jpg": b"", "a.cls": b"0"}, "fewer than two classes"),
     ],
 )
@@ -119,6 +119,19 @@ def test_samples_that_cannot_be_used(members: Mapping[str, bytes], message: str,
             tar.addfile(info, io.BytesIO(data))
     with pytest.raises(DataError, match=message):
         detect_source(tmp_path)
+
+
+def test_no_shard_of_another_split_is_trained_on(tmp_path: Path) -> None:
+    train, val = make_samples()
+    write_shards(tmp_path / "in", "coco-val-{}.tar", val)
+    with pytest.raises(DataError, match="no files with an image suffix") as caught:
+        detect_source(tmp_path / "in")
+    assert "WebDataset shards hold KEY.jpg and KEY.cls" in caught.value.hint
+    write_shards(tmp_path / "in", "cc-train-{}.tar", train)
+    write_shards(tmp_path / "in", "extra-{}.tar", val)
+    source = detect_source(tmp_path / "in")
+    assert [len(images) for images in source.splits.values()] == [len(train), len(val)]
+    assert source.notes[0] == "left out (not named like a split): extra-0.tar, ..."
 
 
 def test_archives_next_to_class_folders_are_left_alone(tmp_path: Path) -> None:

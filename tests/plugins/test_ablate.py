@@ -28,7 +28,15 @@ from alexnet_cli.core.runs.run import Run
 from alexnet_cli.errors import PartialError, UsageError
 from alexnet_cli.recipe import PAPER, TINY
 from alexnet_plugins.experiments.ablate import _train_all, ablate
-from alexnet_plugins.experiments.study import SWITCHES, AblationStudy, Cell, choose_switches, find_done_runs, make_cells
+from alexnet_plugins.experiments.study import (
+    SWITCHES,
+    TRAINING_IMAGES,
+    AblationStudy,
+    Cell,
+    choose_switches,
+    find_done_runs,
+    make_cells,
+)
 from commands import alexnet
 
 CPU = Placement(torch.device("cpu"), "CPU", "fp32")
@@ -79,6 +87,12 @@ def test_a_cell_is_a_run_that_goes_on_to_the_same_weights(made: AblationStudy) -
         for cell in (whole, broken)
     ]
     assert all(torch.equal(value, tensors[1][name]) for name, value in tensors[0].items())
+    measured = made.folder / whole.name / TRAINING_IMAGES
+    errors = measured.read_text()
+    measured.unlink()  # killed before it was written, or finished by `alexnet train --resume`
+    assert not made.is_finished(whole)
+    list(made.train(whole, never))
+    assert measured.read_text() == errors
     assert find_weights("a/base-seed0").parts[:3] == ("runs", "a", "base-seed0")
     assert {switch.name: list(runs) for switch, runs in find_done_runs(made.folder, SWITCHES).items()} == {
         "base": [0],

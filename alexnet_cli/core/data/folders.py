@@ -95,11 +95,11 @@ def detect_tiny_imagenet(path: Path) -> DetectedLayout | None:
 
 
 def find_splits(path: Path) -> dict[str, list[list[str]]]:
-    """Return the folders directly under `path` that are splits by name: see `group_splits`.
+    """Return the folders directly under `path` that are splits by name: see `_group_splits`.
 
     A single folder inside is added if its name has no new word: seg_train/seg_train, Final_Training/Images.
     """
-    splits = group_splits([entry.name for entry in _list_entries(path) if _is_folder(entry)])
+    splits = _group_splits([entry.name for entry in _list_entries(path) if _is_folder(entry)])
     for folders in (folders for choices in splits.values() for folders in choices):
         for i, name in enumerate(folders):
             inside, _ = class_folders(path / name)
@@ -108,13 +108,13 @@ def find_splits(path: Path) -> dict[str, list[list[str]]]:
     return splits
 
 
-def group_splits(names: Sequence[str]) -> dict[str, list[list[str]]]:
-    """Return those names of folders or files that are splits: for train, val and test, the best first.
+def _group_splits(names: Sequence[str]) -> dict[str, list[list[str]]]:
+    """Return those names that are splits: for train, val and test, the best first.
 
     They count without capitals, digits and `FILLERS`; a split in parts is one entry: train.X1 and train.X2. Other words
     must be shared by train and another split: pets_train and pets_test.
     """
-    parsed = [(name, *_parse_split(name)) for name in sorted(names)]
+    parsed = [(name, *parse_split(name)) for name in sorted(names)]
     kinds_by_rest: dict[frozenset[str], set[str]] = {}
     for _, kind, _, rest in parsed:
         kinds_by_rest.setdefault(rest, set()).add(kind)
@@ -130,8 +130,8 @@ def group_splits(names: Sequence[str]) -> dict[str, list[list[str]]]:
     return splits
 
 
-def _parse_split(name: str) -> tuple[str, str, frozenset[str]]:
-    """Return the split that a folder is by its name, the word that says so, and its other words; "" if it is none."""
+def parse_split(name: str) -> tuple[str, str, frozenset[str]]:
+    """Return the split that a name is of, the word that says so, and its other words; "" if it is of none."""
     words = _list_words(name)
     for split, known in SPLIT_WORDS.items():
         for word in known:
@@ -152,7 +152,7 @@ def _list_classes(root: Path, folders: Sequence[str]) -> list[str]:
 
 def _refuse_splits(place: str, folders: Sequence[str]) -> None:
     """Raise DataError if folders that should be in one class, or one split, are train and val or test."""
-    if {"train"} < group_splits(folders).keys():
+    if {"train"} < _group_splits(folders).keys():
         hint = f"did you mean {place}? Otherwise sort the images into train/CLASS and val/CLASS"
         raise DataError(f"{place} has splits inside: {_join(folders)}", hint)
 

@@ -17,10 +17,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from alexnet_cli.core.data.folders import SPLIT_WORDS
-from alexnet_cli.core.data.samples import DAMAGED_HINT, DetectedLayout, ImageList, NameList, detect_numbered_classes
+from alexnet_cli.core.data.samples import DetectedLayout, ImageList, NameList, make_numbered_layout
 from alexnet_cli.errors import DataError, MissingError
 
 FOLDERS = ("", "data")
+DAMAGED_HINT = "download it again"
 CACHE_BYTES = 1 << 28  # of row groups kept in memory; one is about 11 MB in ImageNet's shards
 
 
@@ -95,7 +96,7 @@ def detect_parquet(path: Path) -> DetectedLayout | None:
         notes.append(f"left out (not one of these splits): {', '.join(others[:3])}{', ...' * (len(others) > 3)}")
     layout = f"Hugging Face parquet: {len(files['train'])} train and {len(files['val'])} validation files"
     names = _read_class_names(schemas[0])
-    return detect_numbered_classes(path, layout, names, train, val if files["val"] else None, notes)
+    return make_numbered_layout(path, layout, names, train, val if files["val"] else None, notes)
 
 
 def _describe_test(path: Path, files: Sequence[str], has_val: bool) -> list[str]:

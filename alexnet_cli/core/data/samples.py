@@ -19,7 +19,6 @@ from alexnet_cli.core.files import read_file
 from alexnet_cli.errors import DataError
 
 WNID_IN_NAME = re.compile(r"(?<![A-Za-z0-9])n\d{8}(?![0-9])")
-DAMAGED_HINT = "download it again"
 
 
 class SourceImage(NamedTuple):
@@ -147,7 +146,7 @@ class DetectedLayout(NamedTuple):
     """Of classes that are probably splits."""
 
 
-def detect_numbered_classes(
+def make_numbered_layout(
     path: Path,
     layout: str,
     names: Sequence[str],
@@ -163,10 +162,11 @@ def detect_numbered_classes(
         DataError: there are fewer than two classes, or a label is not one of them.
     """
     count = len(names) or max(train.labels, default=-1) + 1
-    for images in (train, val or ()):
-        for image in images:
-            if not 0 <= image.label < count:
-                raise DataError(f"{image.name} has label {image.label}, but there are {count} classes", DAMAGED_HINT)
+    for images in [train] + ([val] if val else []):
+        for row, label in enumerate(images.labels):
+            if not 0 <= label < count:
+                what = f"{images.name(row)} has label {label}, but there are {count} classes"
+                raise DataError(what, "complete the class names or the training split, or download it again")
     if count < 2:
         raise DataError(f"{path} has fewer than two classes", "a network needs at least two")
     if not names:

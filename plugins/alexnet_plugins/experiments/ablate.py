@@ -53,7 +53,7 @@ def ablate(
             min=0.1,
             max=99.9,
             metavar="PERCENT",
-            help="Compare how many steps each activation needs to reach this training error",
+            help="Compare how many steps each activation needs to reach this error while learning",
         ),
     ] = 25.0,
     name: Annotated[str, typer.Option(help="Name of the results folder under runs/")] = "ablation",
@@ -215,7 +215,7 @@ def _make_table(rows: list[Row]) -> Table:
 
     table = Table(box=None, pad_edge=False)
     table.add_column("switch", no_wrap=True)
-    for heading in ("n", "top-1 error", "spread", "training", "difference"):
+    for heading in ("n", "top-1 error", "spread", "training", "difference", "gap"):
         table.add_column(heading, justify="right")
     for heading in ("the paper", "verdict"):
         table.add_column(heading)
@@ -225,7 +225,7 @@ def _make_table(rows: list[Row]) -> Table:
         table.add_row(
             row.switch.name, n, f"{top1.mean:.1%}" if top1 else "-", _format_points(top1.spread) if top1 else "-",
             f"{train_top1.mean:.1%}" if train_top1 else "-", _format_difference(row.top1_difference),
-            row.switch.paper, row.verdict or "",
+            _format_difference(row.gap_difference), row.switch.paper, row.verdict or "",
         )  # fmt: skip
     return table
 
@@ -249,8 +249,9 @@ def _explain_table(rows: list[Row], images: int, error: float) -> list[str]:
     mean = statistics.fmean(means) if means else 0.5
     half = 1.96 * math.sqrt(mean * (1 - mean) / images)
     lines = [
-        "training: the error on the training images, measured as on the others. The gap between both is overfitting.",
+        "training: the error on the training images, measured as on the others.",
         "difference: from the base in percentage points, paired by seed, ± half of the 95 % interval over seeds.",
+        "gap: the same difference of top-1 error minus training error, which is overfitting.",
         "the paper: top-1 / top-5 difference on ILSVRC.",
         f"All errors are on the same {images:,} images; on others each could differ by {100 * half:.1f} points.",
     ]

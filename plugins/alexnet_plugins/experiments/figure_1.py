@@ -74,8 +74,8 @@ PROTOCOL = (
     "The same seed means the same initial weights and data order for every activation.",
     f"{COUNTING} The target is reached at the middle of the first fifth with less than {WHOLE.error:.0%}. The ratio is "
     "paired by seed; its interval is Student's 95 % interval over seeds, of the logarithm. Agrees: the whole interval "
-    "lies above 1, so ReLU is faster, whatever the factor; disagrees: it lies below. If tanh misses the target, "
-    "the ratio is known only to be larger than a bound: agrees if that is above 1 for every seed.",
+    "lies above 1, so ReLU is faster, whatever the factor; disagrees: it lies below. If tanh misses the target "
+    "with every seed, the ratios are known only to be larger than a bound: agrees if that is above 1.",
 )
 SHORT_PROTOCOL = (
     SETTING,
@@ -249,8 +249,8 @@ def _compare(best: Mapping[str, Sequence[TrainingRecord]], goal: Goal) -> tuple[
         return "undecided", f"{finding}; one seed gives no interval. {paper}"
     if never:
         least = math.exp(min(ratio.values))
-        finding += f"; so each seed's ratio is a bound, at least {_floor(least):.1f}, and there is no interval. {paper}"
-        return ("agrees" if least > 1 else "undecided"), finding
+        finding += f"; so there is no interval, but each seed's ratio is at least {_floor(least):.1f}. {paper}"
+        return ("agrees" if least > 1 and never == len(seeds) else "undecided"), finding
     low, high = math.exp(ratio.mean - ratio.half), math.exp(ratio.mean + ratio.half)
     finding += f"; 95 % interval {low:.1f} to {high:.1f}. {paper}"
     return ("agrees" if low > 1 else "disagrees" if high < 1 else "undecided"), finding

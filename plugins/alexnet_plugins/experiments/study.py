@@ -160,7 +160,8 @@ class AblationStudy:
         if run is None:
             return False
         self._check_same_training(run, cell)
-        return is_done(run)
+        is_measured = run.about.get("status") == "failed" or (run.path / TRAINING_IMAGES).exists()
+        return is_done(run) and (is_measured or not any(run.checkpoints.glob("*")))  # published runs have none
 
     def train(self, cell: Cell, stop: Callable[[], str | None]) -> Iterator[Record]:
         """Train a cell, from its newest checkpoint if there is one; yields the records of `TrainingLoop.fit`.
@@ -182,7 +183,7 @@ class AblationStudy:
             except VerificationError as error:
                 record_failure(run, error, DIVERGED)
             if run.records()[-1].get("reason") == "finished":
-                _write_errors(run, TRAINING_IMAGES, loop.validate(split_name="train"))
+                _write_errors(run, TRAINING_IMAGES, loop.validate(stop, split_name="train"))
 
     def evaluate_ten_views(self, run: Run, stop: Callable[[], str | None]) -> None:
         """Write the errors of a finished run's last epoch with ten views to `TEN_VIEWS` in the run, unless stopped.

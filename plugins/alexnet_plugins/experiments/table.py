@@ -45,8 +45,8 @@ class Row:
     """One switch: errors of the last epoch, as shares, and their differences from the base, paired by seed.
 
     `train_top1` is on the training images, measured as on the others, not the error while learning; `gap` is what the
-    top-1 error is more. Both are None if no run has a file `TRAINING_IMAGES`. `diverged` lists the seeds whose loss
-    became NaN. `activation` is set for the rows of the paper's figure 1.
+    top-1 error is more. Both are None unless all runs have a file `TRAINING_IMAGES`. `diverged` lists the seeds whose
+    loss became NaN. `activation` is set for the rows of the paper's figure 1.
     """
 
     switch: Switch
@@ -134,10 +134,13 @@ def build_row(
     pairs = [(end, base_end) for seed, end in finished.items() if switch is not BASE and (base_end := base.get(seed))]
 
     def mean(key: str) -> Estimate | None:
-        return estimate_mean([end[key] for end in finished.values() if key in end])
+        return (
+            estimate_mean([end[key] for end in finished.values()]) if all(key in e for e in finished.values()) else None
+        )
 
     def difference(key: str) -> Estimate | None:
-        return estimate_mean([end[key] - base_end[key] for end, base_end in pairs if key in end and key in base_end])
+        is_measured = all(key in end and key in base_end for end, base_end in pairs)
+        return estimate_mean([end[key] - base_end[key] for end, base_end in pairs]) if is_measured else None
 
     return Row(
         switch, tuple(finished), tuple(seed for seed in ends if seed not in finished),
