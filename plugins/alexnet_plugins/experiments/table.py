@@ -134,9 +134,8 @@ def build_row(
     pairs = [(end, base_end) for seed, end in finished.items() if switch is not BASE and (base_end := base.get(seed))]
 
     def mean(key: str) -> Estimate | None:
-        return (
-            estimate_mean([end[key] for end in finished.values()]) if all(key in e for e in finished.values()) else None
-        )
+        is_measured = all(key in end for end in finished.values())
+        return estimate_mean([end[key] for end in finished.values()]) if is_measured else None
 
     def difference(key: str) -> Estimate | None:
         is_measured = all(key in end and key in base_end for end, base_end in pairs)
