@@ -166,7 +166,7 @@ ABLATION = Experiment(
     "the training error.",
     data="Imagenette, prepared (alexnet prepare)",
     time="estimated: 6 hours on 2 cores with bf16",
-    found="so far: two towers 3.1 ± 0.2 points, ten views 1.8 ± 0.8, normalization 2.0 ± 3.0",
+    found="agree: towers, crops, dropout, weight decay, ten views; disagrees: layer 4; undecided: 4 (28 trainings)",
     train=train,
     conclude=conclude,
 )
