@@ -169,10 +169,10 @@ def make_numbered_layout(
                 raise DataError(what, "complete the class names or the training split, or download it again")
     if count < 2:
         raise DataError(f"{path} has fewer than two classes", "a network needs at least two")
-    if not names:
-        notes = (*notes, "the files have no class names; classes are numbered")
     words = names or [str(label) for label in range(count)]
     keys = _find_wnids(train, count) or find_ilsvrc_wnids(words) or words
+    if not names and keys == words:
+        notes = (*notes, "the files have no class names; classes are numbered")
     words_by_key = {key: name for key, name in zip(keys, words, strict=True) if names and not WNID.fullmatch(name)}
     return DetectedLayout(layout, keys, train, val, tuple(notes), words_by_key)
 
