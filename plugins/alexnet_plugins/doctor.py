@@ -17,14 +17,8 @@ from alexnet_cli.options import JsonFlag, QuietFlag
 
 PACKAGES = ("torch", "torchvision", "numpy", "pillow", "simplejpeg", "safetensors", "onnx", "onnxruntime-gpu",
             "onnxruntime", "typer", "rich", "tomli-w")  # fmt: skip
-VARIABLES = (
-    "ALEXNET_DATA",
-    "ALEXNET_RUNS_DIR",
-    "ALEXNET_PLUGINS",
-    "ALEXNET_TIMEOUT",
-    "CUDA_VISIBLE_DEVICES",
-    "NO_COLOR",
-)
+VARIABLES = ("ALEXNET_DATA", "ALEXNET_RUNS_DIR", "ALEXNET_PLUGINS", "ALEXNET_TIMEOUT", "CUDA_VISIBLE_DEVICES",
+             "NO_COLOR")  # fmt: skip
 
 if TYPE_CHECKING:
     from alexnet_cli.core.devices import Gpu

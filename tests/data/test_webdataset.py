@@ -91,6 +91,9 @@ def test_without_a_validation_split(tmp_path: Path) -> None:
     (tmp_path / "classnames.txt").write_text("fish\nbird\ncat\n")
     with pytest.raises(DataError, match="has label 3, but there are 3 classes"):
         detect_source(tmp_path)
+    (tmp_path / "classnames.txt").write_text("fish\n\nbird\ncat\nmachine\n")
+    with pytest.raises(DataError, match="line 2 is empty"):
+        detect_source(tmp_path)
     (tmp_path / "classnames.txt").unlink()
     assert [name.name for name in detect_source(tmp_path).classes] == ["0", "1", "2", "3"]
 
@@ -126,7 +129,7 @@ def test_no_shard_of_another_split_is_trained_on(tmp_path: Path) -> None:
     write_shards(tmp_path / "in", "coco-val-{}.tar", val)
     with pytest.raises(DataError, match="no files with an image suffix") as caught:
         detect_source(tmp_path / "in")
-    assert "WebDataset shards hold KEY.jpg and KEY.cls" in caught.value.hint
+    assert "WebDataset needs training shards" in caught.value.hint
     write_shards(tmp_path / "in", "cc-train-{}.tar", train)
     write_shards(tmp_path / "in", "extra-{}.tar", val)
     source = detect_source(tmp_path / "in")

@@ -171,9 +171,8 @@ def test_the_command_trains_each_cell_once(
         assert picture.format == "PNG"
     end = Run(folder / "no-norm-seed1").records()[-3]
     assert second["rows"][1]["top1_error"]["values"][1] == end["top1_error"]
-    result = alexnet(
-        "evaluate", "-w", "a/no-norm-seed1/checkpoints/last", "--split", "train", "--gpus", "none", "--json", "-q"
-    )
+    options = ("--split", "train", "-b", "16", "--gpus", "none", "--json", "-q")
+    result = alexnet("evaluate", "-w", "a/no-norm-seed1/checkpoints/last", *options)
     assert second["rows"][1]["train_top1_error"]["values"][1] == json.loads(result.stdout)["top1_error"]
 
 

@@ -222,6 +222,14 @@ def test_figure_1_says_more_than_where_tanh_never_arrives(tmp_path: Path) -> Non
     assert (
         "The best rate of tanh, 0.0003, is the smallest that was tried; one beyond it may be faster." in result.limits
     )
+    for seed in (1, 2):
+        save_activation(tmp_path, "relu", 0.0003, seed, reach_target(31))
+        save_activation(tmp_path, "tanh", 0.0003, seed, [0.5] * 200)
+    bounded = figure_1.conclude(tmp_path)
+    assert bounded.verdict == "agrees"
+    assert "there is no interval, but each seed's ratio is at least 6.5" in bounded.finding
+    save_activation(tmp_path, "tanh", 0.0003, 2, reach_target(190))
+    assert figure_1.conclude(tmp_path).verdict == "undecided", "some ratios are bounds, others are not"
 
 
 def test_figure_1_with_a_relu_that_never_arrives_is_undecided(tmp_path: Path) -> None:

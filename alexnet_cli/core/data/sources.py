@@ -171,7 +171,7 @@ def _explain_unknown_layout(path: Path) -> DataError:
         if suffixes[".parquet"]:
             return DataError(what, "give the folder that holds train-*.parquet")
         if suffixes[".tar"]:
-            return DataError(what, "unpack the archives; WebDataset shards hold KEY.jpg and KEY.cls")
+            return DataError(what, "unpack the archives; WebDataset needs training shards of KEY.jpg and KEY.cls")
         return DataError(what, f"{FOLDERS_HINT}; these can be read: {READABLE_FORMATS}")
     return DataError(f"{path} is empty", FOLDERS_HINT)
 

@@ -22,7 +22,7 @@ from alexnet_cli.errors import DataError
 
 NAMES = "classnames.txt"
 LABEL_DIGITS = 6  # more are no label
-LOOKED_AT = 100  # members of the first shard, among which there must be a label
+FIRST_MEMBERS = 100  # of the first shard; a label must be among them
 
 
 def detect_webdataset(path: Path) -> DetectedLayout | None:
@@ -36,8 +36,8 @@ def detect_webdataset(path: Path) -> DetectedLayout | None:
     others = Counter[str]()
     images = _scan_shards(path, train, others)
     val_images = _scan_shards(path, val, others) if val else None
-    use = "" if val else "; rename it to val to validate on it"
-    notes = [f"the test split is not used: {shards['test'][0].name}, ...{use}"] if "test" in shards else []
+    hint = "" if val else "; rename it to val to validate on it"
+    notes = [f"the test split is not used: {shards['test'][0].name}, ...{hint}"] if "test" in shards else []
     notes += [f"left out (not named like a split): {shards[''][0].name}, ..."] if "" in shards else []
     layout = f"WebDataset: {len(train):,} train and {len(val):,} validation shards"
     notes += describe_left_out("", (), others)
@@ -67,7 +67,7 @@ def _list_shards(folder: Path) -> list[Path]:
 
 def _has_labels(shard: Path) -> bool:
     with suppress(DataError):  # no archive: not a shard
-        return any(member.name.lower().endswith(".cls") for member in islice(scan_members(shard), LOOKED_AT))
+        return any(member.name.lower().endswith(".cls") for member in islice(scan_members(shard), FIRST_MEMBERS))
     return False
 
 
@@ -86,7 +86,7 @@ def _scan_shards(root: Path, shards: Sequence[Path], others: Counter[str]) -> Ar
     """
     images = ArchiveImages(*shards)
     for number, path in enumerate(shards):
-        found: dict[str, Member] = {}
+        image_members: dict[str, Member] = {}
         labels: dict[str, int] = {}
         with path.open("rb") as shard:
             for member in scan_members(path):
@@ -95,14 +95,14 @@ def _scan_shards(root: Path, shards: Sequence[Path], others: Counter[str]) -> Ar
                 key, is_label = f"{folder}/{stem}", suffix.lower() == "cls"
                 if not is_label and ("." in suffix or not has_image_suffix(file)):
                     others[f".{suffix}"] += 1
-                elif key in (labels if is_label else found):
+                elif key in (labels if is_label else image_members):
                     raise DataError(f"{path}: {stem} has two {'labels' if is_label else 'images'}", "keep one of them")
                 elif is_label:
                     labels[key] = _read_label(shard, member, path)
                 else:
-                    found[key] = member
+                    image_members[key] = member
         where = path.relative_to(root).as_posix()
-        for key, member in found.items():
+        for key, member in image_members.items():
             if key not in labels:
                 raise DataError(f"{path}: {member.name} has no label", "add a KEY.cls with the number of its class")
             images.add(f"{where}/{member.name}", labels[key], member, number)

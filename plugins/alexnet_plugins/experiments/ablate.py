@@ -249,9 +249,9 @@ def _explain_table(rows: list[Row], images: int, error: float) -> list[str]:
     mean = statistics.fmean(means) if means else 0.5
     half = 1.96 * math.sqrt(mean * (1 - mean) / images)
     lines = [
-        "training: the error on the training images, measured as on the others.",
+        "training: the error on the training images after training, without dropout, center view.",
         "difference: from the base in percentage points, paired by seed, ± half of the 95 % interval over seeds.",
-        "gap: the same difference of top-1 error minus training error, which is overfitting.",
+        "gap: the same for top-1 error minus training error, which shows overfitting.",
         "the paper: top-1 / top-5 difference on ILSVRC.",
         f"All errors are on the same {images:,} images; on others each could differ by {100 * half:.1f} points.",
     ]

@@ -53,7 +53,7 @@ PROTOCOL = (
     f"Recipe tiny (a quarter of the paper's width) with the paper's dropout of 0.5 and {RECIPE.epochs} epochs, and "
     f"each of the paper's ideas switched off in turn, {SEEDS} seeds each. The same seed means the same weights at the "
     "start, where layers are the same, and images in the same order. Errors are those of the last epoch, center view. "
-    "The training error is measured the same way, on the training images, and the gap is what the top-1 error is more. "
+    "The training error is measured the same way, on the training images; the gap is the top-1 error minus it. "
     "one-view is no training: its difference is the base's error with the center view minus that with ten views.",
     "Differences are from the base, paired by seed, with Student's 95 % interval over seeds. The verdict is on the "
     "top-1 error; for no-crops-flips and no-dropout, where the paper says that there is overfitting, on the gap; for "

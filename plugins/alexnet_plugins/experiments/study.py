@@ -41,8 +41,8 @@ class Switch:
     """One idea of the paper turned off: the recipe's `changes`, the section, and the paper's claim.
 
     `paper` is the claim in words; `top1` and `top5` are the errors it adds, as shares of the images, measured on
-    ILSVRC with ten views. `raises` is what the paper says to be higher without the idea, with or without a number; the
-    gap, which is overfitting, is the top-1 error minus the training error.
+    ILSVRC with ten views. `raises` is the measure that the paper says is higher without the idea, with or without a
+    number; the gap, which shows overfitting, is the top-1 error minus the training error.
     """
 
     name: str

@@ -44,9 +44,9 @@ class Estimate:
 class Row:
     """One switch: errors of the last epoch, as shares, and their differences from the base, paired by seed.
 
-    `train_top1` is on the training images, measured as on the others, not the error while learning; `gap` is what the
-    top-1 error is more. Both are None unless all runs have a file `TRAINING_IMAGES`. `diverged` lists the seeds whose
-    loss became NaN. `activation` is set for the rows of the paper's figure 1.
+    `train_top1` is the trained network's error on the training images; `gap` is `top1` minus `train_top1`. Both are
+    None unless all runs have a file `TRAINING_IMAGES`. `diverged` lists the seeds whose loss became NaN. `activation`
+    is set for the rows of the paper's figure 1.
     """
 
     switch: Switch
@@ -66,7 +66,7 @@ class Row:
 
     @property
     def verdict(self) -> Verdict | None:
-        """Return whether what the paper says to rise does; None without a claim or an interval."""
+        """Return whether the paper's claim holds here; None without a claim or an interval."""
         difference = self.claimed_difference
         return None if difference is None or difference.half is None else judge(difference)
 
